@@ -1,0 +1,15 @@
+"""KV-aware LLM request routing behind Envoy.
+
+Envoy terminates HTTP and streaming; for every request it asks this package's gRPC service
+(``ext_proc``) which worker should serve it. The rooms and their order are held by the
+import contracts in pyproject.toml.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+__all__ = ["__version__"]
+
+try:
+    __version__ = version("llm-extproc")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"

@@ -1,0 +1,51 @@
+"""Gauges of the workers, read at scrape time: a worker that left has no series left behind."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from extproc.workers.active_load import ActiveLoad
+from extproc.workers.registry import WorkerRegistry
+
+__all__ = ["WorkerCollector"]
+
+
+class WorkerCollector(Collector):
+    """Load, breaker and number of workers."""
+
+    def __init__(self, registry: WorkerRegistry, active_load: ActiveLoad) -> None:
+        self._registry = registry
+        self._active_load = active_load
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        in_flight = GaugeMetricFamily(
+            "extproc_worker_in_flight", "Requests in flight per worker.", labels=["worker"]
+        )
+        breaker = GaugeMetricFamily(
+            "extproc_worker_breaker_state",
+            "Circuit breaker per worker: 0 closed, 1 open, 2 half-open.",
+            labels=["worker"],
+        )
+        workers = GaugeMetricFamily(
+            "extproc_workers", "Registered workers by model and mode.", labels=["model", "mode"]
+        )
+        counts: Counter[tuple[str, str]] = Counter()
+        for worker in self._registry:
+            in_flight.add_metric([worker.url], worker.in_flight)
+            breaker.add_metric([worker.url], worker.breaker.state)
+            for model in worker.model_ids or ("",):
+                counts[model, worker.mode] += 1
+        for (model, mode), count in counts.items():
+            workers.add_metric([model, mode], count)
+        yield in_flight
+        yield breaker
+        yield workers
+        yield GaugeMetricFamily(
+            "extproc_tickets_open", "Open load tickets.", value=len(self._active_load)
+        )

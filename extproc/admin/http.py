@@ -1,0 +1,88 @@
+"""The admin HTTP server: `/metrics`, `/healthz`, `/readyz`, `/workers`.
+
+For operators and probes inside the mesh; it names workers, so it listens on loopback unless
+told otherwise.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from extproc.config import ServerConfig
+from extproc.errors import ConfigError
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.worker import Worker
+
+__all__ = ["AdminServer"]
+
+
+class AdminServer:
+    """`is_ready` is asked on every probe."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        metrics: CollectorRegistry,
+        workers: WorkerRegistry,
+        is_ready: Callable[[], bool],
+    ) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._workers = workers
+        self._is_ready = is_ready
+        app = web.Application(client_max_size=64 * 1024)
+        app.add_routes(
+            [
+                web.get("/metrics", self._get_metrics),
+                web.get("/healthz", self._get_healthz),
+                web.get("/readyz", self._get_readyz),
+                web.get("/workers", self._get_workers),
+            ]
+        )
+        self._runner = web.AppRunner(app, access_log=None)
+
+    async def start(self) -> None:
+        """Listen; raises ConfigError naming the key when the port is taken."""
+        await self._runner.setup()
+        host, port = self._config.admin_host, self._config.admin_port
+        try:
+            await web.TCPSite(self._runner, host, port, shutdown_timeout=1.0).start()
+        except OSError as error:
+            raise ConfigError(
+                [f"server.admin_port: can not listen on {host}:{port}: {error.strerror}"]
+            ) from None
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    async def _get_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=generate_latest(self._metrics), headers={"content-type": CONTENT_TYPE_LATEST}
+        )
+
+    async def _get_healthz(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _get_readyz(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if self._is_ready() else 503)
+
+    async def _get_workers(self, request: web.Request) -> web.Response:
+        body = {"workers": [_describe(worker) for worker in self._workers]}
+        return web.Response(body=msgspec.json.encode(body), content_type="application/json")
+
+
+def _describe(worker: Worker) -> dict[str, Any]:
+    return {
+        "url": worker.url,
+        "model": worker.model_ids[0] if worker.model_ids else None,
+        "mode": worker.mode,
+        "breaker": worker.breaker.state.name.lower(),
+        "in_flight": worker.in_flight,
+        "ready": bool(worker.model_ids) and worker.address is not None,
+        "address": worker.address,
+        "kv": {},
+    }

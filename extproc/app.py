@@ -1,0 +1,222 @@
+"""The composition root: builds every part from a Config, starts, drains and stops them."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import ssl
+from pathlib import Path
+from random import Random
+
+import msgspec
+import structlog
+import uvloop
+from msgspec import UnsetType
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from extproc import __version__
+from extproc.admin.collector import WorkerCollector
+from extproc.admin.http import AdminServer
+from extproc.clock import Clock, SystemClock
+from extproc.config import Config
+from extproc.discovery.static_urls import StaticUrls
+from extproc.errors import ConfigError
+from extproc.metrics import Metrics
+from extproc.policies.factory import create_policy
+from extproc.routing.lease import LeaseBooks
+from extproc.routing.router import Router
+from extproc.server.grpc_server import ExtProcServer
+from extproc.server.replies import ReplyBuilder
+from extproc.server.session import SessionContext
+from extproc.workers.active_load import ActiveLoad
+from extproc.workers.client import AiohttpEngineClient
+from extproc.workers.manager import WorkerManager
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.resolver import SystemResolver
+
+__all__ = ["App", "run_app"]
+
+_log = structlog.get_logger()
+
+_LAG_PROBE_SECONDS = 0.5
+
+
+class App:
+    """One running service."""
+
+    def __init__(self, config: Config, clock: Clock | None = None) -> None:
+        self.config = config
+        self._clock = clock or SystemClock()
+        self._prometheus = CollectorRegistry()
+        ProcessCollector(registry=self._prometheus)
+        PlatformCollector(registry=self._prometheus)
+        GCCollector(registry=self._prometheus)
+        self.metrics = Metrics(self._prometheus)
+        self.workers = WorkerRegistry()
+        self.active_load = ActiveLoad(
+            self._clock,
+            config.active_load.stale_request_timeout_secs,
+            self.metrics.stale_requests,
+        )
+        self._prometheus.register(WorkerCollector(self.workers, self.active_load))
+        api_key = _api_key(config)
+        self._client = AiohttpEngineClient(api_key, _worker_tls(config))
+        static_urls = config.discovery.static_urls
+        if isinstance(static_urls, UnsetType):
+            raise ConfigError(["discovery.static_urls: this section is needed"])
+        self._manager = WorkerManager(
+            source=StaticUrls(static_urls.urls),
+            registry=self.workers,
+            client=self._client,
+            resolver=SystemResolver(),
+            clock=self._clock,
+            models=config.models,
+            metrics=self.metrics,
+            retry_seconds=config.discovery.introspection_retry_secs,
+            dns_ttl_seconds=static_urls.dns_ttl_secs,
+            on_change=self._workers_changed,
+        )
+        random = Random()  # noqa: S311 (load spreading, not secrets)
+        self.router = Router(
+            policies={model.id: create_policy(model.policy, random) for model in config.models},
+            active_load=self.active_load,
+            books=LeaseBooks(self._clock, self.workers, self.metrics, config.load),
+            random=random,
+            request_timeout_seconds=config.proxy.request_timeout_secs,
+            destinations_max=(
+                1 if config.envoy.destination == "single" else 1 + config.proxy.fallback_workers
+            ),
+        )
+        forwarded = f"Bearer {api_key}" if config.workers.forward_api_key else None
+        self.server = ExtProcServer(
+            config.server,
+            session_context=SessionContext(
+                builder=ReplyBuilder(config.envoy, forwarded),
+                metrics=self.metrics,
+                max_body_bytes=config.server.max_body_bytes,
+                models_body=_models_body(self.router.model_ids),
+                only_model=self.router.only_model,
+                debug_headers=config.observability.debug_headers,
+            ),
+            route=self.router.route,
+            metrics=self.metrics,
+            body_deadline_seconds=config.proxy.request_timeout_secs,
+            log_decisions=config.observability.log_level == "debug",
+        )
+        self._admin = AdminServer(
+            config.server,
+            metrics=self._prometheus,
+            workers=self.workers,
+            is_ready=self.is_ready,
+        )
+        self._changed = asyncio.Event()
+
+    def is_ready(self) -> bool:
+        """After the first round: every configured model has a worker that could serve it.
+
+        Breakers do not count: readiness that flaps with them would take the last router away
+        from workers that are just recovering.
+        """
+        return (
+            self._manager.first_round_done
+            and not self.server.draining
+            and all(self.workers.pool(model) for model in self.router.model_ids)
+        )
+
+    def _workers_changed(self) -> None:
+        self._changed.set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then drain; raises ConfigError for addresses in use."""
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self._client)
+            stack.push_async_callback(self.server.stop)
+            await self.server.start()
+            stack.push_async_callback(self._admin.stop)
+            await self._admin.start()
+            self._log_start()
+            background = [
+                self._manager.run(),
+                self.active_load.run_janitor(),
+                self._publish_health(),
+                self._probe_lag(),
+            ]
+            stopping = asyncio.create_task(stop.wait())
+            tasks = [asyncio.create_task(work) for work in background]
+            done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            if stopping in done:
+                _log.info("draining", open_streams=self.server.open_streams)
+                await self.server.drain(self.config.server.drain_secs)
+            stopping.cancel()
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(stopping, *tasks, return_exceptions=True)
+            for result in results:
+                # A background task that died is the reason we are here.
+                if isinstance(result, Exception):
+                    raise result
+        _log.info("stopped")
+
+    async def _publish_health(self) -> None:
+        ready: bool | None = None
+        while True:
+            if self.is_ready() is not ready:
+                ready = self.is_ready()
+                await self.server.set_health(ready=ready)
+                _log.info("ready" if ready else "not_ready", workers=len(self.workers))
+            await self._changed.wait()
+            self._changed.clear()
+
+    async def _probe_lag(self) -> None:
+        while True:
+            due = self._clock.monotonic() + _LAG_PROBE_SECONDS
+            await self._clock.sleep(_LAG_PROBE_SECONDS)
+            self.metrics.event_loop_lag_seconds.set(max(0.0, self._clock.monotonic() - due))
+
+    def _log_start(self) -> None:
+        config = self.config
+        _log.info(
+            "started",
+            version=__version__,
+            grpc=f"{config.server.host}:{config.server.port}",
+            unix_socket=config.server.unix_socket,
+            admin=f"{config.server.admin_host}:{config.server.admin_port}",
+            tls=config.server.tls is not None,
+            models=",".join(f"{model.id}:{model.policy}" for model in config.models),
+            discovery=config.discovery.backend,
+        )
+
+
+def run_app(config: Config) -> None:
+    """Run until SIGTERM or SIGINT; returns after a drain, raises ConfigError at start."""
+
+    # grpc forks nothing here, and its fork support costs time on every poll.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    uvloop.run(_until_signal(config))
+
+
+async def _until_signal(config: Config) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await App(config).run(stop)
+
+
+def _models_body(model_ids: list[str]) -> bytes:
+    data = [
+        {"id": model, "object": "model", "created": 0, "owned_by": "sglang"} for model in model_ids
+    ]
+    return msgspec.json.encode({"object": "list", "data": data})
+
+
+def _api_key(config: Config) -> str | None:
+    if config.workers.api_key_file is not None:
+        return Path(config.workers.api_key_file).read_text(encoding="utf-8").strip()
+    return config.workers.api_key
+
+
+def _worker_tls(config: Config) -> ssl.SSLContext | None:
+    if config.workers.ca_file is None:
+        return None
+    return ssl.create_default_context(cafile=config.workers.ca_file)

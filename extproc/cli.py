@@ -1,0 +1,115 @@
+"""The command line: one function per sub-command.
+
+Exit codes: 0 good (SIGTERM included), 2 bad configuration or usage, 1 anything else.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from extproc import __version__
+from extproc.app import run_app
+from extproc.config_loading import file_problems, load_config
+from extproc.demo import cli as demo_cli
+from extproc.envoy_config import render_yaml
+from extproc.errors import ConfigError
+from extproc.logs import configure_logging
+from extproc.simulator import cli as simulator_cli
+
+__all__ = ["main"]
+
+_EXIT_GOOD = 0
+_EXIT_FAILED = 1
+_EXIT_BAD_CONFIG = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the `extproc` command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="extproc", description="KV-aware LLM request router behind Envoy."
+    )
+    parser.add_argument("--version", action="version", version=f"extproc {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run, text in (
+        ("serve", _serve, "run the ext_proc service"),
+        ("check", _check, "check a configuration and print everything that is wrong with it"),
+        ("envoy-config", _envoy_config, "render Envoy's bootstrap from a configuration"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--config", required=True, type=Path, metavar="F", help="YAML or TOML file"
+        )
+        command.set_defaults(run=run)
+        if name == "envoy-config":
+            command.add_argument(
+                "--output", type=Path, metavar="F", help="file to write instead of stdout"
+            )
+    for name, module, text in (
+        ("simulate", simulator_cli, "run a simulated SGLang worker, no GPU needed"),
+        ("demo", demo_cli, "run Envoy, the service and simulated workers, and send traffic"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    run_command: Callable[[argparse.Namespace], int] = options.run
+    return run_command(options)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    try:
+        config = load_config(options.config)
+        if problems := file_problems(config):
+            raise ConfigError(problems)
+    except ConfigError as error:
+        return _report(error, _EXIT_BAD_CONFIG)
+    configure_logging(config.observability)
+    try:
+        run_app(config)
+    except ConfigError as error:
+        # The configuration is sound, but this machine does not allow it: a port in use, say.
+        return _report(error, _EXIT_FAILED)
+    return _EXIT_GOOD
+
+
+def _check(options: argparse.Namespace) -> int:
+    try:
+        config = load_config(options.config)
+        problems = file_problems(config)
+        try:
+            render_yaml(config)
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+    except ConfigError as error:
+        return _report(error, _EXIT_BAD_CONFIG)
+    _print(f"{options.config}: good")
+    return _EXIT_GOOD
+
+
+def _envoy_config(options: argparse.Namespace) -> int:
+    try:
+        text = render_yaml(load_config(options.config))
+    except ConfigError as error:
+        return _report(error, _EXIT_BAD_CONFIG)
+    if options.output is None:
+        sys.stdout.write(text)
+        return _EXIT_GOOD
+    try:
+        options.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        sys.stderr.write(f"--output: can not write {options.output}: {error.strerror}\n")
+        return _EXIT_FAILED
+    return _EXIT_GOOD
+
+
+def _report(error: ConfigError, code: int) -> int:
+    for problem in error.problems:
+        sys.stderr.write(f"{problem}\n")
+    return code
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(line + "\n")

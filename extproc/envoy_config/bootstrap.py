@@ -1,0 +1,88 @@
+"""The whole bootstrap, and what can not be rendered."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import yaml
+
+from extproc.config import Config
+from extproc.envoy_config.clusters import (
+    EXTPROC_CLUSTER,
+    extproc_cluster,
+    worker_cluster,
+    worker_urls,
+)
+from extproc.envoy_config.listener import ingress_listener
+from extproc.envoy_config.wire_form import host_is_ip, socket_address, typed
+from extproc.errors import ConfigError
+
+__all__ = ["render_bootstrap", "render_yaml"]
+
+_NODE: Final = "llm-extproc"
+_MAX_MESSAGE_TIMEOUT_SECONDS: Final = 3600
+_MAX_CLIENT_CONNECTIONS: Final = 50_000
+
+_HEADER: Final = """\
+# Rendered by `extproc envoy-config`; change the configuration and render again.
+# Needs Envoy 1.38 or later.
+"""
+
+
+def render_bootstrap(config: Config) -> dict[str, Any]:
+    """Envoy's bootstrap as plain data.
+
+    Raises ConfigError with every key whose value Envoy could not run with.
+    """
+    if problems := list(_problems(config)):
+        raise ConfigError(problems)
+    connections = typed(
+        "extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+        max_active_downstream_connections=_MAX_CLIENT_CONNECTIONS,
+    )
+    return {
+        "node": {"id": _NODE, "cluster": _NODE},
+        "admin": {"address": socket_address("127.0.0.1", config.envoy.admin_port)},
+        "overload_manager": {
+            "resource_monitors": [
+                {
+                    "name": "envoy.resource_monitors.global_downstream_max_connections",
+                    "typed_config": connections,
+                }
+            ]
+        },
+        "static_resources": {
+            "listeners": [ingress_listener(config)],
+            "clusters": [worker_cluster(config), extproc_cluster(config)],
+        },
+    }
+
+
+def render_yaml(config: Config) -> str:
+    """The bootstrap as the text of a YAML file; raises like render_bootstrap."""
+    body = yaml.dump(render_bootstrap(config), Dumper=_PlainDumper, sort_keys=False, width=100)
+    return _HEADER + body
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes repeated parts out: anchors would be harder to read and to edit."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _problems(config: Config) -> Iterator[str]:
+    envoy = config.envoy
+    if not host_is_ip(envoy.host):
+        yield "envoy.host: Envoy listens on addresses only, expected an IP address"
+    if envoy.message_timeout_secs > _MAX_MESSAGE_TIMEOUT_SECONDS:
+        yield f"envoy.message_timeout_secs: Envoy allows at most {_MAX_MESSAGE_TIMEOUT_SECONDS}"
+    if envoy.cluster == EXTPROC_CLUSTER:
+        yield f"envoy.cluster: {EXTPROC_CLUSTER!r} is the name of this service's own cluster"
+    for index, url in enumerate(worker_urls(config)):
+        if "%" in url.host:
+            yield (
+                f"discovery.static_urls.urls[{index}]: an IPv6 address with a zone can not be "
+                "dialled by Envoy"
+            )
+    if config.server.unix_socket is None and config.server.tls is None and envoy.extproc.ca_file:
+        yield "envoy.extproc.ca_file: the service has no TLS to verify, set server.tls"

@@ -1,0 +1,261 @@
+"""The clusters: the pool of workers, and this service itself."""
+
+from typing import Any, Final
+
+from msgspec import UnsetType
+
+from extproc.config import Config
+from extproc.envoy_config.headers import DESTINATION
+from extproc.envoy_config.wire_form import (
+    UNLIMITED,
+    duration,
+    host_is_ip,
+    socket_address,
+    typed,
+)
+from extproc.worker_url import WorkerUrl, parse_worker_url
+
+__all__ = ["EXTPROC_CLUSTER", "extproc_cluster", "worker_cluster", "worker_urls"]
+
+EXTPROC_CLUSTER: Final = "extproc"
+
+_SYSTEM_CA_FILE: Final = "/etc/ssl/certs/ca-certificates.crt"
+_MEBIBYTE: Final = 1024 * 1024
+_TLS_TO_NAMES: Final = "tls"
+_HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+
+
+def worker_urls(config: Config) -> list[WorkerUrl]:
+    section = config.discovery.static_urls
+    return [] if isinstance(section, UnsetType) else [parse_worker_url(url) for url in section.urls]
+
+
+def worker_cluster(config: Config) -> dict[str, Any]:
+    """All static workers, whatever their model: the destination we name picks among them.
+
+    An unknown destination is skipped and the fallback policy chooses, so nobody can send a
+    request to an address that is not in this list.
+    """
+    urls = worker_urls(config)
+    cluster: dict[str, Any] = {
+        "name": config.envoy.cluster,
+        **_resolution(config, urls),
+        "connect_timeout": duration(config.proxy.connect_timeout_secs),
+        "load_assignment": {
+            "cluster_name": config.envoy.cluster,
+            "endpoints": [{"lb_endpoints": [_lb_endpoint(url) for url in urls]}],
+        },
+        "load_balancing_policy": {"policies": [_destination_policy()]},
+        "circuit_breakers": _no_limits(),
+        "upstream_connection_options": {"tcp_keepalive": _tcp_keepalive()},
+        "typed_extension_protocol_options": {
+            _HTTP_OPTIONS: typed(
+                "extensions.upstreams.http.v3.HttpProtocolOptions",
+                common_http_protocol_options={
+                    # Shorter than the engine's keep-alive: a request written to a connection
+                    # the engine is just closing is lost and may not be sent twice.
+                    "idle_timeout": duration(config.envoy.worker_idle_timeout_secs),
+                },
+                explicit_http_config={"http_protocol_options": {}},
+            )
+        },
+    }
+    if matches := _transport_socket_matches(config, urls):
+        cluster["transport_socket_matches"] = matches
+    return cluster
+
+
+def extproc_cluster(config: Config) -> dict[str, Any]:
+    """This service over HTTP/2, probed so that a dead one is noticed within two seconds."""
+    server = config.server
+    if server.unix_socket is not None:
+        host = None
+        address: dict[str, Any] = {"pipe": {"path": server.unix_socket}}
+    else:
+        host = _extproc_host(config)
+        address = socket_address(host, server.port)
+    by_name = host is not None and not host_is_ip(host)
+    cluster: dict[str, Any] = {
+        "name": EXTPROC_CLUSTER,
+        "type": "STRICT_DNS" if by_name else "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {
+            "cluster_name": EXTPROC_CLUSTER,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
+        },
+        "circuit_breakers": _no_limits(),
+        # Without panic mode off, Envoy would go on asking a service it knows to be dead, and a
+        # request whose body is under way then fails instead of taking the fallback route.
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "health_checks": [_grpc_health_check()],
+        "typed_extension_protocol_options": {
+            _HTTP_OPTIONS: typed(
+                "extensions.upstreams.http.v3.HttpProtocolOptions",
+                explicit_http_config={
+                    "http2_protocol_options": {
+                        # Room for replies that carry a rewritten body of full size.
+                        "initial_stream_window_size": 16 * _MEBIBYTE,
+                        "initial_connection_window_size": 64 * _MEBIBYTE,
+                        "connection_keepalive": {"interval": "30s", "timeout": "5s"},
+                    }
+                },
+            )
+        },
+    }
+    if by_name:
+        cluster["dns_lookup_family"] = "V4_PREFERRED"
+        cluster["dns_refresh_rate"] = "5s"
+    if host is not None and server.tls is not None:
+        cluster["transport_socket"] = _tls_to_us(config, host)
+    return cluster
+
+
+def _extproc_host(config: Config) -> str:
+    host = config.envoy.extproc.host or config.server.host
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 (compared only)
+
+
+def _resolution(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
+    if all(url.is_ip for url in urls):
+        return {"type": "STATIC"}
+    section = config.discovery.static_urls
+    assert not isinstance(section, UnsetType)  # noqa: S101 (there is a URL)
+    return {
+        "type": "STRICT_DNS",
+        "dns_lookup_family": "V4_PREFERRED",
+        # The service resolves at the same pace: what it names must be known here. The
+        # record's own TTL is left out of it, it would make the two drift apart.
+        "dns_refresh_rate": duration(section.dns_ttl_secs),
+        "dns_failure_refresh_rate": {"base_interval": "1s", "max_interval": "10s"},
+        "respect_dns_ttl": False,
+    }
+
+
+def _lb_endpoint(url: WorkerUrl) -> dict[str, Any]:
+    entry: dict[str, Any] = {"endpoint": {"address": socket_address(url.host, url.port)}}
+    if not url.is_ip:
+        entry["endpoint"]["hostname"] = url.host
+    if url.tls:
+        entry["metadata"] = {
+            "filter_metadata": {"envoy.transport_socket_match": {"tls": _tls_key(url)}}
+        }
+    return entry
+
+
+def _destination_policy() -> dict[str, Any]:
+    least_request = typed("extensions.load_balancing_policies.least_request.v3.LeastRequest")
+    override_host = typed(
+        "extensions.load_balancing_policies.override_host.v3.OverrideHost",
+        override_host_sources=[
+            {"metadata": {"key": "envoy.lb", "path": [{"key": DESTINATION}]}},
+            {"header": DESTINATION},
+        ],
+        fallback_policy={
+            "policies": [
+                {
+                    "typed_extension_config": {
+                        "name": "envoy.load_balancing_policies.least_request",
+                        "typed_config": least_request,
+                    }
+                }
+            ]
+        },
+    )
+    return {
+        "typed_extension_config": {
+            "name": "envoy.load_balancing_policies.override_host",
+            "typed_config": override_host,
+        }
+    }
+
+
+def _no_limits() -> dict[str, Any]:
+    limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
+    return {"thresholds": [{"priority": "DEFAULT", **dict.fromkeys(limits, UNLIMITED)}]}
+
+
+def _tcp_keepalive() -> dict[str, int]:
+    # A worker that vanished without a FIN while it prefills a long prompt: noticed in a minute.
+    return {"keepalive_time": 30, "keepalive_interval": 10, "keepalive_probes": 3}
+
+
+def _grpc_health_check() -> dict[str, Any]:
+    return {
+        "timeout": "1s",
+        "interval": "1s",
+        # Envoy's defaults for clusters without traffic are 60 s: after a quiet minute a
+        # restarted service would be bypassed for as long.
+        "no_traffic_interval": "1s",
+        "no_traffic_healthy_interval": "1s",
+        "unhealthy_threshold": 2,
+        "healthy_threshold": 1,
+        "reuse_connection": True,
+        "grpc_health_check": {},
+    }
+
+
+def _tls_key(url: WorkerUrl) -> str:
+    return f"{_TLS_TO_NAMES}-{url.host}" if url.is_ip else _TLS_TO_NAMES
+
+
+def _transport_socket_matches(config: Config, urls: list[WorkerUrl]) -> list[dict[str, Any]]:
+    """TLS by endpoint: names share one context, each IP address has its own.
+
+    A name's certificate is held against the name (sent as SNI). An address has no SNI, so the
+    address itself is expected among the certificate's IP SANs.
+    """
+    ca_file = config.workers.ca_file or _SYSTEM_CA_FILE
+    contexts: dict[str, dict[str, Any]] = {}
+    for url in urls:
+        if not url.tls:
+            continue
+        contexts[_tls_key(url)] = (
+            _verified_tls(ca_file, url.host)
+            if url.is_ip
+            else _tls_context(
+                {"trusted_ca": {"filename": ca_file}},
+                auto_host_sni=True,
+                auto_sni_san_validation=True,
+            )
+        )
+    return [
+        {"name": name, "match": {"tls": name}, "transport_socket": context}
+        for name, context in sorted(contexts.items())
+    ]
+
+
+def _tls_to_us(config: Config, host: str) -> dict[str, Any]:
+    extproc = config.envoy.extproc
+    assert extproc.ca_file is not None  # noqa: S101 (a rule of config_loading)
+    client: dict[str, Any] = {"alpn_protocols": ["h2"]}
+    if extproc.cert_file is not None and extproc.key_file is not None:
+        client["tls_certificates"] = [
+            {
+                "certificate_chain": {"filename": extproc.cert_file},
+                "private_key": {"filename": extproc.key_file},
+            }
+        ]
+    return _verified_tls(extproc.ca_file, host, client)
+
+
+def _verified_tls(ca_file: str, host: str, common: dict[str, Any] | None = None) -> dict[str, Any]:
+    """TLS to one known host, whose name or address must be in the certificate."""
+    by_ip = host_is_ip(host)
+    validation = {
+        "trusted_ca": {"filename": ca_file},
+        "match_typed_subject_alt_names": [
+            {"san_type": "IP_ADDRESS" if by_ip else "DNS", "matcher": {"exact": host}}
+        ],
+    }
+    return _tls_context(validation, common, **({} if by_ip else {"sni": host}))
+
+
+def _tls_context(
+    validation: dict[str, Any], common: dict[str, Any] | None = None, **fields: Any
+) -> dict[str, Any]:
+    context = typed(
+        "extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        common_tls_context={**(common or {}), "validation_context": validation},
+        **fields,
+    )
+    return {"name": "envoy.transport_sockets.tls", "typed_config": context}

@@ -1,0 +1,128 @@
+"""The ingress listener: what a client meets before and after this service is asked."""
+
+from typing import Any, Final
+
+from extproc.config import Config
+from extproc.envoy_config.access_log import access_log
+from extproc.envoy_config.clusters import EXTPROC_CLUSTER
+from extproc.envoy_config.headers import WHICH_FILTER_KEY, removed_from
+from extproc.envoy_config.local_replies import local_replies
+from extproc.envoy_config.routes import route_config
+from extproc.envoy_config.wire_form import duration, socket_address, typed
+
+__all__ = ["EXTPROC_FILTER", "ext_proc_filter", "ingress_listener"]
+
+EXTPROC_FILTER: Final = "envoy.filters.http.ext_proc"
+
+_MEBIBYTE: Final = 1024 * 1024
+# Envoy lets through a little more than server.max_body_bytes: the exact limit is then told by
+# the service, with the number in the message, and a body it has rewritten still fits.
+_BODY_HEADROOM_BYTES: Final = 64 * 1024
+# Clients behind proxies collect headers; beyond these Envoy closes an HTTP/1.1 connection.
+_MAX_HEADERS: Final = 1000
+_MAX_HEADERS_KIBIBYTES: Final = 256
+# Longer than load balancers in front keep an idle connection, so that they close it first.
+_CLIENT_IDLE_SECONDS: Final = 600.0
+_REQUEST_HEADERS_SECONDS: Final = 30.0
+
+
+def ingress_listener(config: Config) -> dict[str, Any]:
+    address = socket_address(config.envoy.host, config.envoy.port)
+    if config.envoy.host == "::":
+        address["socket_address"]["ipv4_compat"] = True
+    manager = {
+        "name": "envoy.filters.network.http_connection_manager",
+        "typed_config": _connection_manager(config),
+    }
+    return {
+        "name": "ingress",
+        "address": address,
+        # How much of a body may wait for our decision, and for a second try. A virtual host's
+        # request_body_buffer_limit would not do: it is skipped while a direct_response is the
+        # route, which is what every request meets before we have named a cluster.
+        "per_connection_buffer_limit_bytes": config.server.max_body_bytes + _BODY_HEADROOM_BYTES,
+        "filter_chains": [{"filters": [manager]}],
+    }
+
+
+def ext_proc_filter(config: Config) -> dict[str, Any]:
+    """The filter that asks this service."""
+    external_processor = typed(
+        "extensions.filters.http.ext_proc.v3.ExternalProcessor",
+        grpc_service={
+            "envoy_grpc": {"cluster_name": EXTPROC_CLUSTER, "skip_envoy_headers": True},
+            "initial_metadata": [{"key": WHICH_FILTER_KEY, "value": "route"}],
+        },
+        # Always: the routes decide what happens to a request without a decision.
+        failure_mode_allow=True,
+        status_on_error={"code": 503},
+        message_timeout=duration(config.envoy.message_timeout_secs),
+        processing_mode={
+            "request_header_mode": "SEND",
+            "request_body_mode": "BUFFERED",
+            "request_trailer_mode": "SKIP",
+            "response_header_mode": "SEND",
+            "response_body_mode": "NONE",
+            # Keeps our stream open to the last byte: load is released exactly then.
+            "response_trailer_mode": "SEND",
+        },
+        response_attributes=["upstream.address", "response.code_details"],
+        # x-envoy-max-retries and the time-out of requests that are not streamed.
+        mutation_rules={"allow_envoy": True},
+        # Anything not listed is dropped without a word.
+        metadata_options={"receiving_namespaces": {"untyped": ["envoy.lb", "extproc"]}},
+    )
+    return {"name": EXTPROC_FILTER, "typed_config": external_processor}
+
+
+def _connection_manager(config: Config) -> dict[str, Any]:
+    idle = duration(config.envoy.stream_idle_timeout_secs)
+    return typed(
+        "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        stat_prefix="ingress",
+        codec_type="AUTO",
+        use_remote_address=True,
+        preserve_external_request_id=True,
+        always_set_request_id_in_response=True,
+        # What the service matches is what the worker gets. Escaped slashes stay: a model's
+        # name may hold one, and the service answers 404 to paths it does not know.
+        normalize_path=True,
+        merge_slashes=True,
+        path_with_escaped_slashes_action="KEEP_UNCHANGED",
+        max_request_headers_kb=_MAX_HEADERS_KIBIBYTES,
+        common_http_protocol_options={
+            "idle_timeout": duration(_CLIENT_IDLE_SECONDS),
+            "max_headers_count": _MAX_HEADERS,
+            "headers_with_underscores_action": "ALLOW",
+        },
+        http2_protocol_options={
+            "max_concurrent_streams": 1000,
+            "initial_stream_window_size": _MEBIBYTE,
+            "initial_connection_window_size": 16 * _MEBIBYTE,
+        },
+        stream_idle_timeout=idle,
+        request_headers_timeout=duration(_REQUEST_HEADERS_SECONDS),
+        # Until the body is here; what follows has no limit but silence.
+        request_timeout=duration(config.proxy.request_timeout_secs),
+        early_header_mutation_extensions=[
+            {
+                "name": "envoy.http.early_header_mutation.header_mutation",
+                "typed_config": typed(
+                    "extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+                    mutations=[{"remove": name} for name in removed_from(config)],
+                ),
+            }
+        ],
+        http_filters=[
+            ext_proc_filter(config),
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": typed(
+                    "extensions.filters.http.router.v3.Router", suppress_envoy_headers=True
+                ),
+            },
+        ],
+        route_config=route_config(config),
+        local_reply_config=local_replies(),
+        access_log=access_log(config.envoy.access_log),
+    )

@@ -1,0 +1,127 @@
+"""Envoy's own answers in our envelope, and nobody else's.
+
+An answer by this service (ImmediateResponse) passes the same mappers, so none of them looks
+at the status alone: failures towards a worker are told by response flags, which an answer of
+ours never has, the rest by the detail string Envoy gives its own replies. Responses of
+workers do not come here at all.
+
+What the codec refuses (a malformed request line, more headers than allowed) is closed without
+an answer: Envoy does not wait for our filter to look at such a reply.
+"""
+
+from typing import Any, Final, NamedTuple
+
+from extproc.envoy_config.wire_form import typed
+from extproc.errors import ERROR_CODE_HEADER, RETRY_AFTER_SECONDS
+
+__all__ = ["ROUTER_UNAVAILABLE", "LocalError", "envelope_format", "error_headers", "local_replies"]
+
+
+class LocalError(NamedTuple):
+    """One error Envoy answers by itself."""
+
+    status: int
+    code: str
+    message: str
+
+
+ROUTER_UNAVAILABLE: Final = LocalError(
+    503, "router_unavailable", "no routing decision available, try again"
+)
+_UNREACHABLE: Final = LocalError(503, "upstream_unreachable", "upstream unavailable")
+_TIMEOUT: Final = LocalError(504, "upstream_timeout", "upstream request timed out")
+_REQUEST_TIMEOUT: Final = LocalError(408, "request_timeout", "the request did not arrive in time")
+_TOO_LARGE: Final = LocalError(413, "payload_too_large", "the request body is over the limit")
+_OVERLOADED: Final = LocalError(503, "service_overloaded", "the gateway is overloaded, try again")
+# Whatever else Envoy refuses by itself keeps its status (400, 403, 426, 431).
+_BAD_REQUEST: Final = LocalError(400, "bad_request", "bad request: refused by the gateway")
+_INTERNAL: Final = LocalError(500, "internal_error", "internal error")
+
+# Response flags, https://www.envoyproxy.io/docs/envoy/latest/configuration/observability/access_log/usage
+_TIMEOUT_FLAGS: Final = ("UT", "SI")
+_UNREACHABLE_FLAGS: Final = ("UF", "UO", "URX", "UH", "UC", "UR", "UPE", "LR", "NC", "NR")
+_OVERLOAD_FLAGS: Final = ("OM",)
+# Our own answers carry the header of their code when the mappers look at them.
+_NOT_OURS: Final = f'!("{ERROR_CODE_HEADER}" in response.headers)'
+
+
+def local_replies() -> dict[str, Any]:
+    """The connection manager's `local_reply_config`; the first mapper that matches wins."""
+    mappers = [
+        _mapper(_expression('response.code_details == "request_payload_too_large"'), _TOO_LARGE),
+        _mapper(
+            _expression(
+                'response.code_details in ["request_header_timeout", "request_overall_timeout"]'
+            ),
+            _REQUEST_TIMEOUT,
+        ),
+        _mapper(
+            _expression('response.code_details.startsWith("ext_proc_error")'), ROUTER_UNAVAILABLE
+        ),
+        _mapper(_flags(_TIMEOUT_FLAGS), _TIMEOUT),
+        _mapper(_flags(_UNREACHABLE_FLAGS), _UNREACHABLE),
+        _mapper(_flags(_OVERLOAD_FLAGS), _OVERLOADED),
+        _mapper(
+            _expression(f"response.code >= 400 && response.code < 500 && {_NOT_OURS}"),
+            _BAD_REQUEST,
+            keep_status=True,
+        ),
+        _mapper(_expression(f"response.code >= 500 && {_NOT_OURS}"), _INTERNAL, keep_status=True),
+    ]
+    return {"mappers": mappers}
+
+
+def envelope_format(error: LocalError) -> dict[str, Any]:
+    """The body, with the request id filled in (and escaped) by Envoy."""
+    kind = "invalid_request_error" if 400 <= error.status < 500 else "server_error"
+    return {
+        "json_format": {
+            "error": {
+                "type": kind,
+                "code": error.code,
+                "message": error.message,
+                "request_id": "%REQ(X-REQUEST-ID)%",
+            }
+        },
+        "content_type": "application/json",
+    }
+
+
+def error_headers(error: LocalError) -> list[dict[str, Any]]:
+    headers = [(ERROR_CODE_HEADER, error.code)]
+    if error.status == 503:
+        headers.append(("retry-after", str(RETRY_AFTER_SECONDS)))
+    return [
+        {
+            "header": {"key": key, "value": value},
+            "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+        }
+        for key, value in headers
+    ]
+
+
+def _flags(flags: tuple[str, ...]) -> dict[str, Any]:
+    return {"response_flag_filter": {"flags": list(flags)}}
+
+
+def _expression(expression: str) -> dict[str, Any]:
+    """A filter in CEL, the only one that sees the details of a reply."""
+    return {
+        "extension_filter": {
+            "name": "envoy.access_loggers.extension_filters.cel",
+            "typed_config": typed(
+                "extensions.access_loggers.filters.cel.v3.ExpressionFilter", expression=expression
+            ),
+        }
+    }
+
+
+def _mapper(
+    when: dict[str, Any], error: LocalError, *, keep_status: bool = False
+) -> dict[str, Any]:
+    mapper: dict[str, Any] = {"filter": when}
+    if not keep_status:
+        mapper["status_code"] = error.status
+    mapper["headers_to_add"] = error_headers(error)
+    mapper["body_format_override"] = envelope_format(error)
+    return mapper

@@ -1,0 +1,125 @@
+"""Where a request goes once this service has decided, and where when it could not.
+
+Our filter always fails open: one that fails closed would cut every open response when the
+service dies. Whether requests without a decision are served is therefore decided here.
+"""
+
+import re
+from typing import Any, Final
+
+from extproc.config import Config
+from extproc.envoy_config.headers import told_to_nobody
+from extproc.envoy_config.local_replies import (
+    ROUTER_UNAVAILABLE,
+    envelope_format,
+    error_headers,
+)
+from extproc.envoy_config.wire_form import duration
+
+__all__ = ["FAIL_OPEN_PATHS", "route_config"]
+
+# What clients reach without us. An engine's port also takes cache flushes, weight updates and
+# aborts; those stay out of reach however long this service is gone.
+FAIL_OPEN_PATHS: Final = (
+    "/generate",
+    "/v1/chat/completions",
+    "/v1/classify",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/messages",
+    "/v1/models",
+    "/v1/rerank",
+    "/v1/responses",
+    "/v1/score",
+)
+
+# Only what never reached a worker is sent again: a generation that may have begun is not.
+_RETRY_ON: Final = "connect-failure,refused-stream,reset-before-request"
+
+
+def route_config(config: Config) -> dict[str, Any]:
+    routes = [_decided(config)]
+    if config.envoy.fail_open and len(config.models) == 1:
+        routes.append(_fail_open(config))
+    routes.append(_unavailable())
+    return {
+        "name": "llm",
+        "response_headers_to_remove": told_to_nobody(config),
+        "virtual_hosts": [
+            {
+                "name": "llm",
+                "domains": ["*"],
+                "routes": routes,
+            }
+        ],
+    }
+
+
+def _decided(config: Config) -> dict[str, Any]:
+    header = config.envoy.cluster_header
+    return {
+        "name": "decided",
+        "match": {"prefix": "/", "headers": [{"name": header, "present_match": True}]},
+        "route": {
+            "cluster_header": header,
+            **_limits(config),
+            # The service raises the number by x-envoy-max-retries to what its list of
+            # destinations holds; a list of one is never tried twice.
+            "retry_policy": _retry_policy(0),
+        },
+    }
+
+
+def _fail_open(config: Config) -> dict[str, Any]:
+    paths = "|".join(re.escape(path) for path in FAIL_OPEN_PATHS)
+    retry_policy = {
+        **_retry_policy(1),
+        "retry_host_predicate": [
+            {
+                "name": "envoy.retry_host_predicates.previous_hosts",
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.extensions.retry.host.previous_hosts"
+                    ".v3.PreviousHostsPredicate"
+                },
+            }
+        ],
+        "host_selection_retry_max_attempts": 5,
+    }
+    return {
+        "name": "fail_open",
+        "match": {"safe_regex": {"regex": paths}},
+        "route": {
+            "cluster": config.envoy.cluster,
+            **_limits(config),
+            "retry_policy": retry_policy,
+        },
+    }
+
+
+def _unavailable() -> dict[str, Any]:
+    return {
+        "name": "unavailable",
+        "match": {"prefix": "/"},
+        "direct_response": {
+            "status": ROUTER_UNAVAILABLE.status,
+            "body_format": envelope_format(ROUTER_UNAVAILABLE),
+        },
+        "response_headers_to_add": error_headers(ROUTER_UNAVAILABLE),
+    }
+
+
+def _limits(config: Config) -> dict[str, Any]:
+    """No limit for the length of a response, only for silence in it."""
+    return {
+        "timeout": "0s",
+        "idle_timeout": duration(config.envoy.stream_idle_timeout_secs),
+    }
+
+
+def _retry_policy(num_retries: int) -> dict[str, Any]:
+    return {
+        "retry_on": _RETRY_ON,
+        "num_retries": num_retries,
+        # The next try goes to another worker: nothing is gained by waiting.
+        "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
+    }

@@ -1,0 +1,20 @@
+"""The worker with the fewest requests in flight: exact, for one router before a pool."""
+
+from collections.abc import Sequence
+from random import Random
+
+from extproc.policies.base import CandidateT, Choice, Query, least_loaded
+
+__all__ = ["LeastLoad"]
+
+
+class LeastLoad:
+    """Reason: `least_load`; random among equals."""
+
+    name = "least_load"
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+
+    def choose(self, candidates: Sequence[CandidateT], query: Query) -> Choice[CandidateT]:
+        return Choice(least_loaded(candidates, self._random), "least_load")

@@ -1,0 +1,110 @@
+"""From a path and the bytes of a body to what routing needs to know.
+
+Only the needed fields are decoded; everything else in the body is skipped by the JSON
+parser without building objects, and goes to the engine untouched. A parser's own words
+never reach a client: they can quote the body.
+"""
+
+from typing import Any, Final
+
+import msgspec
+from msgspec import UNSET, Struct
+
+from extproc.errors import (
+    bad_request,
+    body_required,
+    method_not_allowed,
+    not_found,
+)
+
+__all__ = [
+    "MODELS_PATH",
+    "Endpoint",
+    "Request",
+    "find_endpoint",
+    "parse_body",
+]
+
+
+class Endpoint(Struct, frozen=True, kw_only=True):
+    """One API path. `path` is also its label in metrics."""
+
+    path: str
+    methods: tuple[str, ...] = ("POST",)
+    model_optional: bool = False
+
+
+class Request(Struct, frozen=True):
+    """A request that can be routed. `model` None: the only configured one is meant."""
+
+    endpoint: Endpoint
+    model: str | None
+    stream: bool
+
+
+class _Body(Struct):
+    """Any, not str and bool: the sentence of a 400 names the field, not the parser."""
+
+    model: Any = UNSET
+    stream: Any = None
+
+
+MODELS_PATH: Final = "/v1/models"
+
+_ENDPOINTS: Final = {
+    endpoint.path: endpoint
+    for endpoint in (
+        Endpoint(path="/v1/chat/completions"),
+        Endpoint(path="/v1/completions"),
+        Endpoint(path="/generate", model_optional=True),
+        Endpoint(path="/v1/embeddings"),
+        Endpoint(path="/v1/responses"),
+        Endpoint(path="/v1/messages"),
+        Endpoint(path="/v1/rerank"),
+        Endpoint(path="/v1/score"),
+        Endpoint(path="/v1/classify"),
+        Endpoint(path=MODELS_PATH, methods=("GET", "HEAD")),
+    )
+}
+_decoder: Final = msgspec.json.Decoder(_Body)
+
+
+def find_endpoint(method: str, path: str) -> Endpoint:
+    """The endpoint for a `:method` and a `:path` with or without a query.
+
+    Raises RouterError 404 for another path and 405, with `allow`, for another method.
+    """
+    endpoint = _ENDPOINTS.get(path) or _ENDPOINTS.get(path.partition("?")[0])
+    if endpoint is None:
+        raise not_found()
+    if method not in endpoint.methods:
+        raise method_not_allowed(", ".join((*endpoint.methods, "OPTIONS")))
+    return endpoint
+
+
+def parse_body(endpoint: Endpoint, body: bytes | bytearray) -> Request:
+    """Decode what is needed of a complete body; raises RouterError 400."""
+    if not body:
+        raise body_required()
+    try:
+        # Skipped strings are not validated by the parser; an engine would refuse them later,
+        # with one more hop and a worse message.
+        if not body.isascii():
+            body.decode()
+        fields = _decoder.decode(body)
+    except msgspec.ValidationError:
+        raise body_required() from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise bad_request("the body is not valid JSON") from None
+    model, stream = fields.model, fields.stream
+    if type(model) is not str:
+        if model is not UNSET and model is not None:
+            raise bad_request("`model` must be a string")
+        if not endpoint.model_optional:
+            raise bad_request("`model` is missing")
+        model = None
+    elif not model:
+        raise bad_request("`model` must not be empty")
+    if stream is not None and type(stream) is not bool:
+        raise bad_request("`stream` must be a boolean")
+    return Request(endpoint, model, stream is True)

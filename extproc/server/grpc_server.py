@@ -1,0 +1,316 @@
+"""The grpc.aio transport: thin, everything that decides is in session and routing.
+
+Messages are handed over as bytes both ways: replies are serialised once by replies, and a
+message that does not parse ends its stream with a clear status instead of an exception in
+the library.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from extproc._protos import llm_extproc_pb2 as pb
+from extproc.config import MEBIBYTE, ServerConfig, ServerTlsConfig
+from extproc.errors import ConfigError, RouterError, internal_error, routing_timeout
+from extproc.metrics import Metrics
+from extproc.routing.lease import Lease
+from extproc.routing.request import Request
+from extproc.server.session import Session, SessionContext
+
+__all__ = ["HEALTH_SERVICES_ALIVE", "HEALTH_SERVICES_READY", "ExtProcServer"]
+
+_log = structlog.get_logger()
+
+SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
+# Health names that answer for the process, and those that answer for the workers as well.
+HEALTH_SERVICES_ALIVE: Final = ("", "liveness")
+HEALTH_SERVICES_READY: Final = ("readiness", SERVICE)
+# Initial metadata of the filter that says which pass a stream belongs to.
+PASS_METADATA_KEY: Final = "x-extproc-pass"  # noqa: S105
+_ROUTE_PASS: Final = "route"  # noqa: S105
+
+# Headers and framing around a body in one message.
+_MESSAGE_OVERHEAD_BYTES: Final = 2 * MEBIBYTE
+_STOP_GRACE_SECONDS: Final = 2.0
+_DRAIN_POLL_SECONDS: Final = 0.1
+# With Envoy probing health every second, two seconds without a stream mean it has noticed.
+_DRAIN_QUIET_SECONDS: Final = 2.5
+
+
+class _Stream:
+    """One open stream: owns its session and the I/O around it."""
+
+    __slots__ = ("_context", "_server", "_task", "_timer", "ending", "session")
+
+    def __init__(self, server: "ExtProcServer", context: Any) -> None:
+        self._server = server
+        self._context = context
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        self.ending = False
+        self.session = Session(server.session_context)
+
+    async def serve(self) -> None:
+        """Read until Envoy is done; returns to end the stream with status OK."""
+        context, session = self._context, self.session
+        receive = session.receive
+        while True:
+            raw = await context.read()
+            if raw is grpc.aio.EOF:
+                return
+            try:
+                message = pb.ProcessingRequest.FromString(raw)
+            except DecodeError:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a ProcessingRequest")
+            del raw
+            for reply in receive(message):
+                await context.write(reply)
+            del message
+            if session.to_route is not None:
+                await self._route(session.to_route)
+            elif session.waits_for_body and self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(
+                    self._server.body_deadline_seconds, self._interrupt, session.body_timed_out
+                )
+            if self._server.draining and session.may_end_early:
+                return
+
+    async def _route(self, request: Request) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        session, server = self.session, self._server
+        # Not the loop's time: uvloop caches that for a whole turn.
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(server.step_deadline_seconds):
+                lease = await server.route(request)
+        except RouterError as error:
+            out = session.failed(error)
+        except TimeoutError:
+            out = session.failed(routing_timeout())
+        except Exception:
+            # Our own mistake must cost one request, and say so, but never the stream's answer.
+            _log.exception("routing_failed", request_id=session.request_id)
+            out = session.failed(internal_error())
+        else:
+            lease.ticket.on_stale = self._on_stale
+            out = session.routed(lease)
+            server.metrics.decision_seconds.observe(time.perf_counter() - started)
+            if server.log_decisions:
+                _log.debug(
+                    "routed",
+                    request_id=session.request_id,
+                    model=lease.decision.model,
+                    policy=lease.decision.policy,
+                    reason=lease.decision.reason,
+                    worker=lease.decision.worker_url,
+                )
+        for reply in out:
+            await self._context.write(reply)
+
+    def _on_stale(self) -> None:
+        self._interrupt(self.session.expired)
+
+    def _interrupt(self, step: Callable[[], Sequence[bytes]]) -> None:
+        """Send what a timer wants said while `serve` is waiting for Envoy."""
+        out = step()
+        if out:
+            self._server.spawn(self._write(out))
+
+    async def _write(self, out: Sequence[bytes]) -> None:
+        # The stream may have ended in the meantime; then there is nobody to tell.
+        with contextlib.suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):
+            for reply in out:
+                await self._context.write(reply)
+
+    def end(self) -> None:
+        """End the stream with status OK, from outside `serve`."""
+        self.ending = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.session.close()
+
+
+class ExtProcServer:
+    """The gRPC server with the ExternalProcessor and health services."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        session_context: SessionContext,
+        route: Callable[[Request], Awaitable[Lease]],
+        metrics: Metrics,
+        body_deadline_seconds: float,
+        log_decisions: bool,
+    ) -> None:
+        self._config = config
+        self.session_context = session_context
+        self.route = route
+        self.metrics = metrics
+        self.body_deadline_seconds = body_deadline_seconds
+        self.step_deadline_seconds = config.step_deadline_secs
+        self.log_decisions = log_decisions
+        self.draining = False
+        self._streams: set[_Stream] = set()
+        self._last_stream_at = 0.0
+        self._background: set[asyncio.Task[None]] = set()
+        self._health = health.aio.HealthServicer()
+        # Twice the limit is let in, so that a body over it is still answered with our 413.
+        receive_limit = 2 * config.max_body_bytes + _MESSAGE_OVERHEAD_BYTES
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", min(receive_limit, 2**31 - 1)),
+                ("grpc.max_send_message_length", -1),
+                # A second server on the port must fail, not silently share it.
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                # Proxies ping often; that is no attack here.
+                ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+                ("grpc.http2.max_ping_strikes", 0),
+            ]
+        )
+        self._server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(
+                    SERVICE,
+                    {"Process": grpc.stream_stream_rpc_method_handler(self._process)},
+                ),
+            )
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+
+    @property
+    def open_streams(self) -> int:
+        return len(self._streams)
+
+    async def start(self) -> None:
+        """Bind and serve; raises ConfigError naming the key of an address that is taken."""
+        self._bind()
+        await self.set_health(ready=False)
+        await self._server.start()
+
+    def _bind(self) -> None:
+        config = self._config
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        address = f"{host}:{config.port}"
+        try:
+            if config.tls is None:
+                self._server.add_insecure_port(address)
+            else:
+                self._server.add_secure_port(address, _credentials(config.tls))
+        except RuntimeError:
+            raise ConfigError(
+                [f"server.port: can not listen on {address} (is the port in use?)"]
+            ) from None
+        if config.unix_socket is None:
+            return
+        path = Path(config.unix_socket)
+        if path.is_socket():
+            path.unlink()  # left over from a process that was killed
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError:
+            raise ConfigError([f"server.unix_socket: can not listen on {path}"]) from None
+
+    def _unlink_socket(self) -> None:
+        if self._config.unix_socket is not None:
+            Path(self._config.unix_socket).unlink(missing_ok=True)
+
+    async def set_health(self, *, ready: bool) -> None:
+        """Publish readiness; while draining every name stays NOT_SERVING."""
+        if self.draining:
+            return
+        serving = health_pb2.HealthCheckResponse.SERVING
+        not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in HEALTH_SERVICES_ALIVE:
+            await self._health.set(name, serving)
+        for name in HEALTH_SERVICES_READY:
+            await self._health.set(name, serving if ready else not_serving)
+
+    async def drain(self, limit_seconds: float) -> None:
+        """Say NOT_SERVING, go on answering until Envoy has turned away, then end all streams.
+
+        Streams whose request is decided are ended at once with status OK: their responses go
+        on without us. Others are answered first.
+        """
+        await self._health.enter_graceful_shutdown()
+        self.draining = True
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        while loop.time() - begun < limit_seconds:
+            for stream in list(self._streams):
+                if stream.session.may_end_early:
+                    stream.end()
+            quiet = loop.time() - max(self._last_stream_at, begun) >= _DRAIN_QUIET_SECONDS
+            if not self._streams and (quiet or not self._last_stream_at):
+                break
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+
+    async def stop(self) -> None:
+        """Close what is left; every stream's books are settled afterwards."""
+        await self._server.stop(_STOP_GRACE_SECONDS)
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        self._unlink_socket()
+
+    def spawn(self, work: Any) -> None:
+        """Run a short coroutine beside a stream, and keep it referenced."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _process(self, _: Any, context: Any) -> None:
+        for key, value in context.invocation_metadata() or ():
+            if key == PASS_METADATA_KEY and value != _ROUTE_PASS:
+                await context.abort(
+                    grpc.StatusCode.UNIMPLEMENTED, f"{PASS_METADATA_KEY}: unknown pass"
+                )
+        stream = _Stream(self, context)
+        self._streams.add(stream)
+        self._last_stream_at = asyncio.get_running_loop().time()
+        self.metrics.streams_open.inc()
+        end = "ok"
+        try:
+            await stream.serve()
+        except asyncio.CancelledError:
+            if not stream.ending:
+                end = "cancelled"  # how Envoy ends most streams
+                raise
+            task = asyncio.current_task()
+            if task is not None:
+                task.uncancel()
+        except Exception:
+            end = "error"
+            raise
+        finally:
+            stream.close()
+            self._streams.discard(stream)
+            self.metrics.streams_open.dec()
+            self.metrics.streams(end).inc()
+
+
+def _credentials(tls: ServerTlsConfig) -> grpc.ServerCredentials:
+    client_ca = Path(tls.client_ca_file).read_bytes() if tls.client_ca_file else None
+    return grpc.ssl_server_credentials(
+        [(Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes())],
+        root_certificates=client_ca,
+        require_client_auth=client_ca is not None,
+    )

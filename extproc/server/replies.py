@@ -1,0 +1,232 @@
+"""Builds replies to Envoy, serialised.
+
+Replies that never vary are made once. A routing reply depends only on the decision, and few
+decisions differ, so serialised ones are kept in a bounded table.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from google.protobuf.struct_pb2 import Struct, Value
+
+from extproc._protos import llm_extproc_pb2 as pb
+from extproc.config import EnvoyConfig
+from extproc.errors import ERROR_CODE_HEADER, RouterError, envelope
+from extproc.routing.decision import Decision
+from extproc.routing.lease import Lease
+
+__all__ = [
+    "DESTINATION_HEADER",
+    "METADATA_NAMESPACE",
+    "REQUEST_BODY_CONTINUE",
+    "REQUEST_HEADERS_CONTINUE",
+    "REQUEST_TRAILERS_CONTINUE",
+    "RESPONSE_BODY_CONTINUE",
+    "RESPONSE_HEADERS_CONTINUE",
+    "RESPONSE_TRAILERS_CONTINUE",
+    "ReplyBuilder",
+    "debug_response_headers",
+    "immediate_response",
+    "request_body_pieces",
+    "response_body_piece",
+]
+
+# The endpoint picker protocol of the Gateway API inference extension.
+DESTINATION_HEADER: Final = "x-gateway-destination-endpoint"
+_DESTINATION_NAMESPACE: Final = "envoy.lb"
+# Ours, for access logs.
+METADATA_NAMESPACE: Final = "extproc"
+
+# Some builds of Envoy refuse pieces of more than 64 KiB in full duplex.
+_PIECE_MAX_BYTES: Final = 62_000
+_TABLE_MAX_ENTRIES: Final = 4096
+_OVERWRITE: Final = pb.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+
+REQUEST_HEADERS_CONTINUE: Final = pb.ProcessingResponse(
+    request_headers=pb.HeadersResponse()
+).SerializeToString()
+REQUEST_BODY_CONTINUE: Final = pb.ProcessingResponse(
+    request_body=pb.BodyResponse()
+).SerializeToString()
+REQUEST_TRAILERS_CONTINUE: Final = pb.ProcessingResponse(
+    request_trailers=pb.TrailersResponse()
+).SerializeToString()
+RESPONSE_HEADERS_CONTINUE: Final = pb.ProcessingResponse(
+    response_headers=pb.HeadersResponse()
+).SerializeToString()
+RESPONSE_BODY_CONTINUE: Final = pb.ProcessingResponse(
+    response_body=pb.BodyResponse()
+).SerializeToString()
+RESPONSE_TRAILERS_CONTINUE: Final = pb.ProcessingResponse(
+    response_trailers=pb.TrailersResponse()
+).SerializeToString()
+
+
+def _set_headers(pairs: Iterable[tuple[str, str]]) -> pb.HeaderMutation:
+    return pb.HeaderMutation(
+        set_headers=[
+            pb.HeaderValueOption(
+                header=pb.HeaderValue(key=name, raw_value=value.encode()),
+                append_action=_OVERWRITE,
+            )
+            for name, value in pairs
+        ]
+    )
+
+
+class ReplyBuilder:
+    """Routing replies for one configuration.
+
+    `authorization` is set on every routed request where the configuration asks for it.
+    """
+
+    def __init__(self, envoy: EnvoyConfig, authorization: str | None) -> None:
+        self._envoy = envoy
+        self._authorization = authorization
+        self._table: dict[tuple[Decision, bool], bytes] = {}
+
+    def routed(self, decision: Decision, *, in_body: bool, request_id: str | None) -> bytes:
+        """The reply that carries a decision, to the body or to the headers message.
+
+        `request_id` is given when the request came without one and must get ours.
+        """
+        if request_id is not None:
+            return self._build(decision, in_body, request_id)
+        key = (decision, in_body)
+        reply = self._table.get(key)
+        if reply is None:
+            reply = self._build(decision, in_body, None)
+            if len(self._table) >= _TABLE_MAX_ENTRIES:
+                self._table.clear()
+            self._table[key] = reply
+        return reply
+
+    def _build(self, decision: Decision, in_body: bool, request_id: str | None) -> bytes:
+        destination = ",".join(decision.destinations)
+        pairs = [
+            (self._envoy.cluster_header, self._envoy.cluster),
+            (self._envoy.model_header, decision.model),
+            (DESTINATION_HEADER, destination),
+            # As many attempts as there are destinations: one more would leave the list.
+            ("x-envoy-max-retries", str(len(decision.destinations) - 1)),
+        ]
+        if decision.timeout_ms:
+            pairs.append(("x-envoy-upstream-rq-timeout-ms", str(decision.timeout_ms)))
+        if self._authorization is not None:
+            pairs.append(("authorization", self._authorization))
+        if request_id is not None:
+            pairs.append(("x-request-id", request_id))
+        common = pb.CommonResponse(header_mutation=_set_headers(pairs), clear_route_cache=True)
+        metadata = Struct()
+        metadata.fields[_DESTINATION_NAMESPACE].CopyFrom(
+            Value(struct_value=_text_struct(((DESTINATION_HEADER, destination),)))
+        )
+        metadata.fields[METADATA_NAMESPACE].CopyFrom(
+            Value(
+                struct_value=_text_struct(
+                    (
+                        ("model", decision.model),
+                        ("policy", decision.policy),
+                        ("reason", decision.reason),
+                        ("destination", destination),
+                    )
+                )
+            )
+        )
+        if in_body:
+            response = pb.ProcessingResponse(request_body=pb.BodyResponse(response=common))
+        else:
+            response = pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common))
+        response.dynamic_metadata.CopyFrom(metadata)
+        return response.SerializeToString()
+
+
+def _text_struct(pairs: Iterable[tuple[str, str]]) -> Struct:
+    struct = Struct()
+    for name, text in pairs:
+        struct.fields[name].string_value = text
+    return struct
+
+
+def request_body_pieces(body: bytes | bytearray, *, end_of_stream: bool) -> list[bytes]:
+    """A request body echoed in full duplex; at least one message, the end only on the last."""
+    view = memoryview(body)
+    starts = range(0, len(body), _PIECE_MAX_BYTES) or range(1)
+    last = starts[-1]
+    return [
+        pb.ProcessingResponse(
+            request_body=_streamed(
+                bytes(view[start : start + _PIECE_MAX_BYTES]), end_of_stream and start == last
+            )
+        ).SerializeToString()
+        for start in starts
+    ]
+
+
+def response_body_piece(body: bytes, *, end_of_stream: bool) -> Sequence[bytes]:
+    """One piece of a response echoed in full duplex, split where it is too large."""
+    starts = range(0, len(body), _PIECE_MAX_BYTES) or range(1)
+    last = starts[-1]
+    return [
+        pb.ProcessingResponse(
+            response_body=_streamed(
+                body[start : start + _PIECE_MAX_BYTES], end_of_stream and start == last
+            )
+        ).SerializeToString()
+        for start in starts
+    ]
+
+
+def _streamed(body: bytes, end_of_stream: bool) -> pb.BodyResponse:
+    piece = pb.StreamedBodyResponse(body=body, end_of_stream=end_of_stream)
+    return pb.BodyResponse(
+        response=pb.CommonResponse(body_mutation=pb.BodyMutation(streamed_response=piece))
+    )
+
+
+def immediate_response(
+    status: int,
+    body: bytes,
+    headers: Iterable[tuple[str, str]],
+    details: str,
+) -> bytes:
+    """An answer to the client from us; `details` shows up in Envoy's response code details."""
+    return pb.ProcessingResponse(
+        immediate_response=pb.ImmediateResponse(
+            status=pb.HttpStatus(code=status),
+            headers=_set_headers(headers),
+            body=body,
+            details=details,
+        )
+    ).SerializeToString()
+
+
+def error_response(error: RouterError, request_id: str) -> bytes:
+    """The error in its envelope."""
+    return immediate_response(
+        error.status,
+        envelope(error.code, error.status, error.message, request_id),
+        (
+            ("content-type", "application/json"),
+            (ERROR_CODE_HEADER, error.code),
+            *error.headers,
+        ),
+        f"extproc_{error.code}",
+    )
+
+
+def debug_response_headers(lease: Lease) -> bytes:
+    """A reply to the response headers that says who served and why."""
+    decision = lease.decision
+    served = lease.served.url if lease.served is not None else "unknown"
+    pairs = (
+        ("x-extproc-worker", served),
+        ("x-extproc-policy", decision.policy),
+        ("x-extproc-reason", decision.reason),
+        ("x-extproc-overlap", f"{decision.cached_tokens}/{decision.total_tokens}"),
+    )
+    return pb.ProcessingResponse(
+        response_headers=pb.HeadersResponse(
+            response=pb.CommonResponse(header_mutation=_set_headers(pairs))
+        )
+    ).SerializeToString()

@@ -1,0 +1,411 @@
+"""The state machine of one ext_proc stream: a message in, serialised replies out.
+
+It does no I/O and knows no sockets and no clock. When a message completes a request it
+leaves it in `to_route`; the adapter asks the router and comes back with `routed` or `failed`.
+Replies are exact: one per message outside full duplex, none to messages that Envoy repeats
+or that came after an answer of our own.
+
+In full duplex the reply to the headers waits for the decision and the body is echoed behind
+it; the stream is never ended early there, since that loses pieces of the response.
+"""
+
+import enum
+import uuid
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+from msgspec import Struct
+
+from extproc._protos import llm_extproc_pb2 as pb
+from extproc.errors import (
+    RouterError,
+    body_required,
+    payload_too_large,
+    request_timeout,
+    stale_request_expired,
+    unsupported_body_mode,
+)
+from extproc.metrics import Metrics
+from extproc.routing.lease import Lease
+from extproc.routing.request import MODELS_PATH, Endpoint, Request, find_endpoint, parse_body
+from extproc.server import replies
+from extproc.server.bodies import BodyTooLargeError, RequestBody, request_body_mode
+
+__all__ = ["DEBUG_HEADER", "Session", "SessionContext"]
+
+_log = structlog.get_logger()
+
+DEBUG_HEADER: Final = "x-extproc-debug"
+_ATTRIBUTES_KEY: Final = "envoy.filters.http.ext_proc"
+_REQUEST_ID_MAX_CHARS: Final = 128
+_NO_REPLIES: Final[Sequence[bytes]] = ()
+_UNMATCHED: Final = "unmatched"
+_WANTED_REQUEST_HEADERS: Final = frozenset(
+    (":method", ":path", "x-request-id", "content-length", DEBUG_HEADER)
+)
+
+_Mode = pb.ProcessingMode
+
+
+class _State(enum.IntEnum):
+    HEADERS = 0  # nothing seen yet
+    BODY = 1  # waiting for the rest of the body
+    ROUTING = 2  # the adapter is asking the router
+    ROUTED = 3  # the decision is out, waiting for the response
+    RESPONDING = 4  # response headers seen
+    ANSWERED = 5  # we answered the client ourselves
+
+
+class SessionContext(Struct, frozen=True):
+    """What all sessions of one service share."""
+
+    builder: replies.ReplyBuilder
+    metrics: Metrics
+    max_body_bytes: int
+    models_body: bytes
+    only_model: str | None
+    debug_headers: bool
+
+
+class Session:
+    """One stream, one HTTP request. `close` must be called however the stream ends."""
+
+    __slots__ = (
+        "_body",
+        "_context",
+        "_debug",
+        "_endpoint",
+        "_lease",
+        "_made_request_id",
+        "_response_full_duplex",
+        "_state",
+        "_trailers_waiting",
+        "request_id",
+        "to_route",
+    )
+
+    def __init__(self, context: SessionContext) -> None:
+        self._context = context
+        self._state = _State.HEADERS
+        self._body: RequestBody | None = None
+        self._endpoint: Endpoint | None = None
+        self._lease: Lease | None = None
+        self._response_full_duplex = False
+        self._trailers_waiting = False
+        self._debug = False
+        self._made_request_id = False
+        self.request_id = ""
+        # Set when the adapter must call the router, until `routed` or `failed`.
+        self.to_route: Request | None = None
+
+    @property
+    def waits_for_body(self) -> bool:
+        return self._state is _State.BODY
+
+    @property
+    def may_end_early(self) -> bool:
+        """True when the stream can be ended from our side without harm to the response."""
+        return (
+            self._state in (_State.ROUTED, _State.RESPONDING)
+            and not self._response_full_duplex
+            and not (self._body is not None and self._body.full_duplex)
+        )
+
+    def receive(self, message: pb.ProcessingRequest) -> Sequence[bytes]:
+        """The replies to one message, in order."""
+        if message.observability_mode:
+            return _NO_REPLIES
+        match message.WhichOneof("request"):
+            case "request_headers":
+                return self._request_headers(message)
+            case "request_body":
+                return self._request_body(message.request_body)
+            case "response_headers":
+                return self._response_headers(message)
+            case "response_body":
+                return self._response_body(message.response_body)
+            case "request_trailers":
+                return self._request_trailers()
+            case "response_trailers":
+                return self._response_trailers()
+            case _:
+                # A kind of message this version does not know: nothing it could reply.
+                return _NO_REPLIES
+
+    # -- request path
+
+    def _request_headers(self, message: pb.ProcessingRequest) -> Sequence[bytes]:
+        if self._state is not _State.HEADERS:
+            return _NO_REPLIES
+        config = message.protocol_config if message.HasField("protocol_config") else None
+        if config is not None:
+            self._response_full_duplex = config.response_body_mode == _Mode.FULL_DUPLEX_STREAMED
+        headers = message.request_headers
+        seen = _wanted_headers(headers.headers)
+        self._take_request_id(seen.get("x-request-id", ""))
+        context = self._context
+        self._debug = context.debug_headers and seen.get(DEBUG_HEADER) == "true"
+        path, method = seen.get(":path", ""), seen.get(":method", "")
+        try:
+            endpoint = self._endpoint = find_endpoint(method, path)
+            if endpoint.path == MODELS_PATH:
+                return self._answer_models()
+            if headers.end_of_stream:
+                raise body_required()
+            length = seen.get("content-length", "")
+            if length.isdecimal() and int(length[:20]) > context.max_body_bytes:
+                raise payload_too_large(context.max_body_bytes)
+            body = request_body_mode(config)
+            if not body.visible_before_decision:
+                return self._route_blindly(body, endpoint)
+        except RouterError as error:
+            if error.status == 405 and method == "OPTIONS":
+                return self._answer_options(dict(error.headers)["allow"])
+            return self.failed(error)
+        self._body = body
+        self._state = _State.BODY
+        if body.headers_carry_decision:
+            return _NO_REPLIES
+        return (replies.REQUEST_HEADERS_CONTINUE,)
+
+    def _route_blindly(self, body: RequestBody, endpoint: Endpoint) -> Sequence[bytes]:
+        """The gateway shows no body before it wants a decision: only one model can be meant."""
+        if self._context.only_model is None:
+            _log.error(
+                "body_not_visible",
+                request_id=self.request_id,
+                fix="set the filter's request_body_mode to BUFFERED or FULL_DUPLEX_STREAMED",
+            )
+            raise unsupported_body_mode()
+        self._body = body
+        self._state = _State.ROUTING
+        # Whether it streams is unknown; a stream must not be cut by the plain time-out.
+        self.to_route = Request(endpoint, self._context.only_model, stream=True)
+        return _NO_REPLIES
+
+    def _request_body(self, chunk: pb.HttpBody) -> Sequence[bytes]:
+        body = self._body
+        if self._state is not _State.BODY or body is None:
+            if body is not None and not body.visible_before_decision:
+                # Decided without the body: its pieces pass by, each with a reply.
+                return (replies.REQUEST_BODY_CONTINUE,)
+            return _NO_REPLIES
+        try:
+            body.append(chunk, self._context.max_body_bytes)
+            if body.complete:
+                self._parse(body, partial=not chunk.end_of_stream)
+        except BodyTooLargeError:
+            return self.failed(payload_too_large(self._context.max_body_bytes))
+        except RouterError as error:
+            return self.failed(error)
+        return _NO_REPLIES
+
+    def _parse(self, body: RequestBody, *, partial: bool) -> None:
+        """Fill `to_route` from the complete body; raises RouterError."""
+        assert self._endpoint is not None  # noqa: S101 (set before the state BODY)
+        # In full duplex the bytes are echoed behind the decision.
+        data = body.peek() if body.full_duplex else body.take()
+        self._context.metrics.request_body_bytes.observe(len(data))
+        try:
+            self.to_route = parse_body(self._endpoint, data)
+        except RouterError:
+            if partial:
+                # BUFFERED_PARTIAL: the gateway's buffer was smaller than the body.
+                raise RouterError(
+                    "payload_too_large", 413, "the request body does not fit the gateway's buffer"
+                ) from None
+            raise
+        self._state = _State.ROUTING
+
+    def _request_trailers(self) -> Sequence[bytes]:
+        body = self._body
+        if self._state is _State.BODY and body is not None and not body.whole_in_one_message:
+            # The trailers end the body; their own reply comes behind the decision.
+            self._trailers_waiting = True
+            body.complete = True
+            try:
+                self._parse(body, partial=False)
+            except RouterError as error:
+                return self.failed(error)
+            return _NO_REPLIES
+        if self._state in (_State.HEADERS, _State.ANSWERED):
+            return _NO_REPLIES
+        return (replies.REQUEST_TRAILERS_CONTINUE,)
+
+    def routed(self, lease: Lease) -> Sequence[bytes]:
+        """The router has decided; the session owns the lease from here on."""
+        self.to_route = None
+        if self._state is not _State.ROUTING:
+            # Expired while the router was thinking.
+            lease.close()
+            return _NO_REPLIES
+        self._lease = lease
+        self._state = _State.ROUTED
+        body = self._body
+        assert body is not None and self._endpoint is not None  # noqa: S101, PT018
+        self._context.metrics.requests(self._endpoint.path, "routed").inc()
+        decided = self._context.builder.routed(
+            lease.decision,
+            in_body=not body.headers_carry_decision,
+            request_id=self.request_id if self._made_request_id else None,
+        )
+        out = [decided]
+        if body.full_duplex:
+            out += replies.request_body_pieces(
+                body.take(), end_of_stream=not self._trailers_waiting
+            )
+        elif body.headers_carry_decision and body.visible_before_decision:
+            out += [replies.REQUEST_BODY_CONTINUE] * body.chunks
+        if self._trailers_waiting:
+            out.append(replies.REQUEST_TRAILERS_CONTINUE)
+        return out
+
+    def failed(self, error: RouterError) -> Sequence[bytes]:
+        """Answer the client ourselves with an error."""
+        self.to_route = None
+        if self._state is _State.ANSWERED:
+            return _NO_REPLIES
+        self._state = _State.ANSWERED
+        self._body = None
+        path = self._endpoint.path if self._endpoint is not None else _UNMATCHED
+        self._context.metrics.requests(path, error.code).inc()
+        log = _log.warning if error.status >= 500 else _log.info
+        log(
+            "request_refused",
+            request_id=self.request_id,
+            path=path,
+            status=error.status,
+            code=error.code,
+        )
+        return (replies.error_response(error, self.request_id),)
+
+    def body_timed_out(self) -> Sequence[bytes]:
+        """The rest of the body did not come within our deadline."""
+        return self.failed(request_timeout()) if self._state is _State.BODY else _NO_REPLIES
+
+    def expired(self) -> Sequence[bytes]:
+        """The request is too old: 504, or the stream cut once response headers are out."""
+        if self._state is _State.ANSWERED:
+            return _NO_REPLIES
+        if self._lease is not None:
+            self._lease.expired()
+        return self.failed(stale_request_expired())
+
+    def _answer_models(self) -> Sequence[bytes]:
+        self._state = _State.ANSWERED
+        self._context.metrics.requests(MODELS_PATH, "answered").inc()
+        return (
+            replies.immediate_response(
+                200,
+                self._context.models_body,
+                (("content-type", "application/json"),),
+                "extproc_models",
+            ),
+        )
+
+    def _answer_options(self, allow: str) -> Sequence[bytes]:
+        self._state = _State.ANSWERED
+        path = self._endpoint.path if self._endpoint is not None else _UNMATCHED
+        self._context.metrics.requests(path, "answered").inc()
+        return (replies.immediate_response(204, b"", (("allow", allow),), "extproc_options"),)
+
+    def _take_request_id(self, given: str) -> None:
+        if given and len(given) <= _REQUEST_ID_MAX_CHARS and given.isprintable():
+            self.request_id = given
+        else:
+            self.request_id = str(uuid.uuid4())
+            self._made_request_id = True
+
+    # -- response path
+
+    def _response_headers(self, message: pb.ProcessingRequest) -> Sequence[bytes]:
+        if self._state is _State.ANSWERED:
+            return _NO_REPLIES
+        lease = self._lease
+        if lease is None or self._state is not _State.ROUTED:
+            return (replies.RESPONSE_HEADERS_CONTINUE,)
+        self._state = _State.RESPONDING
+        status, streamed = _status_and_kind(message.response_headers.headers)
+        address, details = _served_by(message)
+        if not lease.responded(status, address, details, streamed):
+            _log.warning(
+                "destination_missed",
+                request_id=self.request_id,
+                worker=lease.decision.worker_url,
+                served=address,
+            )
+        if message.response_headers.end_of_stream:
+            lease.close()
+        if self._debug:
+            return (replies.debug_response_headers(lease),)
+        return (replies.RESPONSE_HEADERS_CONTINUE,)
+
+    def _response_body(self, chunk: pb.HttpBody) -> Sequence[bytes]:
+        if self._state is _State.ANSWERED:
+            return _NO_REPLIES
+        if chunk.end_of_stream and self._lease is not None:
+            self._lease.close()
+        if self._response_full_duplex:
+            return replies.response_body_piece(chunk.body, end_of_stream=chunk.end_of_stream)
+        return (replies.RESPONSE_BODY_CONTINUE,)
+
+    def _response_trailers(self) -> Sequence[bytes]:
+        if self._state is _State.ANSWERED:
+            return _NO_REPLIES
+        if self._lease is not None:
+            self._lease.close()
+        return (replies.RESPONSE_TRAILERS_CONTINUE,)
+
+    def close(self) -> None:
+        """The stream is over: whatever was held is released; idempotent."""
+        self._body = None
+        self.to_route = None
+        if self._lease is not None:
+            self._lease.close()
+
+
+def _wanted_headers(headers: pb.HeaderMap) -> dict[str, str]:
+    """The request headers we read; the first of repeated ones.
+
+    Envoy fills `raw_value`, other data planes may fill `value`.
+    """
+    found: dict[str, str] = {}
+    for header in headers.headers:
+        name = header.key
+        if name in _WANTED_REQUEST_HEADERS or name.lower() in _WANTED_REQUEST_HEADERS:
+            raw = header.raw_value
+            value = raw.decode("latin-1") if raw else header.value
+            found.setdefault(name.lower(), value)
+    return found
+
+
+def _status_and_kind(headers: pb.HeaderMap) -> tuple[int, bool]:
+    """`:status` as a number (0 when missing), and whether the body is an event stream."""
+    status, streamed = 0, False
+    for header in headers.headers:
+        if header.key == ":status":
+            raw = header.raw_value or header.value.encode()
+            status = int(raw) if raw.isdigit() else 0
+        elif header.key == "content-type":
+            streamed = (header.raw_value or header.value.encode()).startswith(b"text/event-stream")
+    return status, streamed
+
+
+def _served_by(message: pb.ProcessingRequest) -> tuple[str, str]:
+    """`upstream.address` and `response.code_details`, "" where the gateway does not send them.
+
+    Gateways of the endpoint picker protocol name the endpoint in metadata instead.
+    """
+    address = details = ""
+    if _ATTRIBUTES_KEY in message.attributes:
+        fields = message.attributes[_ATTRIBUTES_KEY].fields
+        if "upstream.address" in fields:
+            address = fields["upstream.address"].string_value
+        if "response.code_details" in fields:
+            details = fields["response.code_details"].string_value
+    if not address and "envoy.lb" in message.metadata_context.filter_metadata:
+        fields = message.metadata_context.filter_metadata["envoy.lb"].fields
+        if "x-gateway-destination-endpoint-served" in fields:
+            address = fields["x-gateway-destination-endpoint-served"].string_value
+    return address, details

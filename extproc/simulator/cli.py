@@ -1,0 +1,93 @@
+"""`extproc simulate`: one worker in a process of its own, until it is told to stop.
+
+Standard output carries one line, printed when the worker listens, so that scripts can wait
+for it and read the port; logs go to standard error.
+"""
+
+import argparse
+import asyncio
+import signal
+import sys
+from typing import get_args
+
+import structlog
+import uvloop
+
+from extproc.simulator.http import start
+from extproc.simulator.settings import DisaggregationMode, SimulatorSettings
+
+__all__ = ["DESCRIPTION", "add_arguments", "run"]
+
+DESCRIPTION = "An SGLang-like worker that needs no GPU, for tests and demonstrations."
+
+_DEFAULTS = SimulatorSettings()
+_HELP = {
+    "host": "address to listen on",
+    "port": "port to listen on; 0 picks a free one",
+    "model": "served model name",
+    "prefill_tokens_per_second": "prefill speed, one prompt at a time",
+    "decode_milliseconds_per_token": "time between two tokens of one request",
+    "max_running_requests": "requests decoded at once on each rank; more wait",
+    "default_max_tokens": "output length when the request names none",
+    "max_total_num_tokens": "reported size of the KV cache of each rank, in tokens",
+    "context_length": "reported context length",
+    "page_size": "tokens per KV page",
+    "dp_size": "data-parallel ranks",
+    "startup_delay_seconds": "answer 503 for so long after the start",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for every field of SimulatorSettings, with its default."""
+    for name, text in _HELP.items():
+        default = getattr(_DEFAULTS, name)
+        parser.add_argument(
+            _option(name), type=type(default), default=default, help=f"{text} (default %(default)s)"
+        )
+    parser.add_argument(
+        "--disaggregation-mode",
+        choices=get_args(DisaggregationMode),
+        default=_DEFAULTS.disaggregation_mode,
+        help="reported role (default %(default)s)",
+    )
+    parser.add_argument("--api-key", help="bearer token every path but health asks for")
+    parser.add_argument(
+        "--log-requests", action="store_true", help="one log line for every request"
+    )
+    parser.add_argument(
+        "--no-server-info", action="store_true", help="answer 404 to introspection, as vLLM does"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; 0 then, 2 for bad settings, 1 when it can not listen."""
+    names = SimulatorSettings.__struct_fields__
+    try:
+        settings = SimulatorSettings(**{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    if not structlog.is_configured():
+        structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings))
+    except OSError as error:
+        sys.stderr.write(f"port: can not listen on {settings.host}:{settings.port}: {error}\n")
+        return 1
+    return 0
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+async def _serve(settings: SimulatorSettings) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    async with await start(settings) as simulator:
+        sys.stdout.write(f"simulator ready url={simulator.url} model={settings.model}\n")
+        sys.stdout.flush()
+        await stopped.wait()

@@ -1,0 +1,201 @@
+"""The paths beside the work: health, introspection, load, aborts, and the test's own levers."""
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from extproc.simulator.bodies import AbortBody, decode
+from extproc.simulator.engine import RankLoad
+from extproc.simulator.errors import ApiError, error_body
+from extproc.simulator.faults import WorkerFaults
+from extproc.simulator.inference import Worker, hang, json_answer, listening_port
+
+__all__ = ["Control"]
+
+# The engine release whose answers these are modelled on.
+_ENGINE_VERSION: Final = "0.5.23"
+_BOOTSTRAP_PORT: Final = 8998  # the engine's default; only reported
+
+_abort_decoder = msgspec.json.Decoder(AbortBody)
+_faults_decoder = msgspec.json.Decoder(WorkerFaults)
+
+
+class Control:
+    """Handlers that read or steer the worker without asking its engine for tokens."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def routes(self) -> list[web.RouteDef]:
+        routes = [
+            web.get("/health", self.health),
+            web.get("/health_generate", self.health_generate),
+            web.get("/v1/models", self.models),
+            web.get("/flush_cache", self.flush_cache),
+            web.post("/flush_cache", self.flush_cache),
+            web.post("/abort_request", self.abort_request),
+            web.get("/simulator/stats", self.stats),
+            web.get("/simulator/faults", self.get_faults),
+            web.post("/simulator/faults", self.set_faults),
+            web.delete("/simulator/faults", self.clear_faults),
+        ]
+        if not self._worker.settings.no_server_info:
+            routes += [
+                web.get("/server_info", self.server_info),
+                web.get("/get_server_info", self.server_info),
+                web.get("/v1/loads", self.loads),
+            ]
+        return routes
+
+    async def health(self, request: web.Request) -> web.Response:
+        return await self._probe("health") or web.Response()
+
+    async def health_generate(self, request: web.Request) -> web.Response:
+        """Answers after one token's time, or at once when the engine is visibly at work."""
+        answer = await self._probe("health")
+        if answer is None and self._worker.engine.is_idle:
+            await asyncio.sleep(self._worker.engine.seconds_per_token)
+        return answer or web.Response()
+
+    async def server_info(self, request: web.Request) -> web.Response:
+        answer = await self._probe("server_info")
+        if answer is not None:
+            return answer
+        settings = self._worker.settings
+        return json_answer(
+            {
+                "model_path": settings.model,
+                "tokenizer_path": settings.model,
+                "served_model_name": settings.model,
+                "context_length": settings.context_length,
+                "host": settings.host,
+                "port": listening_port(request),
+                "page_size": settings.page_size,
+                "dp_size": settings.dp_size,
+                "max_running_requests": settings.max_running_requests,
+                "max_total_num_tokens": settings.max_total_num_tokens,
+                "disaggregation_mode": settings.disaggregation_mode,
+                "disaggregation_bootstrap_port": _BOOTSTRAP_PORT,
+                "speculative_algorithm": None,
+                "kv_events": None,
+                "version": _ENGINE_VERSION,
+                "startup_time": settings.startup_delay_seconds,
+                "internal_states": [
+                    {"max_running_requests": settings.max_running_requests}
+                    for _ in range(settings.dp_size)
+                ],
+            }
+        )
+
+    async def models(self, request: web.Request) -> web.Response:
+        answer = await self._probe("models", fails_while_starting=False)
+        if answer is not None:
+            return answer
+        settings = self._worker.settings
+        card = {
+            "id": settings.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "sglang",
+            "root": settings.model,
+            "parent": None,
+            "max_model_len": settings.context_length,
+        }
+        return json_answer({"object": "list", "data": [card]})
+
+    async def loads(self, request: web.Request) -> web.Response:
+        """The `core` section of the engine's load report; `dp_rank` picks one rank."""
+        ranks = [
+            self._rank_load(rank, load) for rank, load in enumerate(self._worker.engine.loads())
+        ]
+        wanted = request.query.get("dp_rank")
+        if wanted is not None:
+            ranks = [rank for rank in ranks if str(rank["dp_rank"]) == wanted]
+        running = sum(rank["num_running_reqs"] for rank in ranks)
+        waiting = sum(rank["num_waiting_reqs"] for rank in ranks)
+        return json_answer(
+            {
+                "timestamp": datetime.now(UTC).isoformat(),
+                "version": _ENGINE_VERSION,
+                "dp_rank_count": len(ranks),
+                "loads": ranks,
+                "aggregate": {
+                    "total_running_reqs": running,
+                    "total_waiting_reqs": waiting,
+                    "total_reqs": running + waiting,
+                    "total_used_tokens": sum(rank["num_used_tokens"] for rank in ranks),
+                    "total_tokens": sum(rank["num_total_tokens"] for rank in ranks),
+                },
+            }
+        )
+
+    async def flush_cache(self, request: web.Request) -> web.Response:
+        """There is no cache yet to flush; callers get the answer they expect."""
+        return web.Response(text="Cache flushed.\n")
+
+    async def abort_request(self, request: web.Request) -> web.Response:
+        body = decode(await request.read(), _abort_decoder)
+        if body.rid is None and not body.abort_all:
+            raise ApiError(400, "rid is needed unless abort_all is true")
+        self._worker.engine.abort(None if body.abort_all else body.rid)
+        return web.Response()
+
+    async def stats(self, request: web.Request) -> web.Response:
+        """What arrived and how it ended; `max_running` is the most that ever ran at once."""
+        engine, journal = self._worker.engine, self._worker.journal
+        loads = engine.loads()
+        return json_answer(
+            {
+                "received": journal.received,
+                "completed": journal.completed,
+                "aborted": journal.aborted,
+                "failed": journal.failed,
+                "running": sum(load.running for load in loads),
+                "waiting": sum(load.waiting for load in loads),
+                "max_running": engine.most_running,
+                "tokens_generated": engine.tokens_generated,
+                "requests": list(journal.recent),
+            }
+        )
+
+    async def get_faults(self, request: web.Request) -> web.Response:
+        return json_answer(self._worker.faults.faults)
+
+    async def set_faults(self, request: web.Request) -> web.Response:
+        self._worker.faults.set(decode(await request.read(), _faults_decoder))
+        return await self.get_faults(request)
+
+    async def clear_faults(self, request: web.Request) -> web.Response:
+        self._worker.faults.clear()
+        return await self.get_faults(request)
+
+    async def _probe(self, name: str, *, fails_while_starting: bool = True) -> web.Response | None:
+        """The answer a fault or a late start has for this path, None for the usual one."""
+        fault = self._worker.faults.faults.probe(name)
+        await hang(fault)
+        status = fault.status
+        if status is None and fails_while_starting and self._worker.is_starting:
+            return json_answer(error_body(503, "the worker is starting"), 503)
+        if status is None:
+            return None
+        return json_answer(error_body(status, f"simulated fault: status {status}"), status)
+
+    def _rank_load(self, rank: int, load: RankLoad) -> dict[str, Any]:
+        settings = self._worker.settings
+        return {
+            "dp_rank": rank,
+            "num_running_reqs": load.running,
+            "num_waiting_reqs": load.waiting,
+            "num_total_reqs": load.running + load.waiting,
+            "num_waiting_uncached_tokens": load.waiting_tokens,
+            "num_used_tokens": load.used_tokens,
+            "num_total_tokens": load.used_tokens + load.waiting_tokens,
+            "max_total_num_tokens": settings.max_total_num_tokens,
+            "max_running_requests": settings.max_running_requests,
+            "token_usage": load.used_tokens / settings.max_total_num_tokens,
+            "utilization": load.running / settings.max_running_requests,
+        }

@@ -1,0 +1,113 @@
+"""Trouble on demand: how a worker can be told to misbehave, for one request or for many.
+
+One request: the header `x-simulator-fault: die-after-tokens=3, reset`, comma-separated
+names with JSON scalars as values, a bare name meaning true. The whole worker: a JSON object
+with the same names (underscores) posted to `/simulator/faults`, which replaces whatever was
+set before. A request's own header wins over the worker's faults and is not counted there.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+
+__all__ = ["FAULT_HEADER", "NO_FAULT", "FaultBoard", "RequestFault", "WorkerFaults", "parse_header"]
+
+FAULT_HEADER = "x-simulator-fault"
+
+_Status = Annotated[int, msgspec.Meta(ge=200, le=599)]
+_Tokens = Annotated[int, msgspec.Meta(ge=0)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class RequestFault(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """What goes wrong with a request, in the order in which it is looked at.
+
+    * `hang`: true never answers; seconds wait before anything else happens.
+    * `die_before_headers`: the TCP connection is closed without an answer.
+    * `status`: this status with an error envelope; `retry_after` (seconds) adds the header
+      and means 503 when it comes alone.
+    * `slow_token`: seconds per token instead of the worker's pace.
+    * `die_after_tokens`, `error_after_tokens`, `stall_after_tokens`: after so many tokens
+      break the TCP connection, send an error event, or fall silent. Without streaming
+      nothing has been sent by then: no answer, a 500, no answer for ever.
+    * `reset`: connections die with a TCP reset, as behind a failed host, instead of a FIN.
+    """
+
+    hang: bool | _Seconds = False
+    die_before_headers: bool = False
+    status: _Status | None = None
+    retry_after: _Seconds | None = None
+    slow_token: _Seconds | None = None
+    die_after_tokens: _Tokens | None = None
+    error_after_tokens: _Tokens | None = None
+    stall_after_tokens: _Tokens | None = None
+    reset: bool = False
+
+    @property
+    def answer_status(self) -> int | None:
+        """The status to answer with instead of asking the engine, if any."""
+        if self.status is None and self.retry_after is not None:
+            return 503
+        return self.status
+
+
+NO_FAULT = RequestFault()
+
+
+class WorkerFaults(RequestFault, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A fault for every request, or the next `count`, and for the paths a router probes.
+
+    The probes' faults stay until they are cleared, whatever `count` says.
+    """
+
+    count: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    health_status: _Status | None = None
+    health_hang: bool | _Seconds = False
+    server_info_status: _Status | None = None
+    server_info_hang: bool | _Seconds = False
+    models_status: _Status | None = None
+    models_hang: bool | _Seconds = False
+
+    def probe(self, name: str) -> RequestFault:
+        """The fault of `health`, `server_info` or `models`."""
+        return RequestFault(
+            status=getattr(self, f"{name}_status"), hang=getattr(self, f"{name}_hang")
+        )
+
+
+def parse_header(value: str) -> RequestFault:
+    """The fault a request asks for; raises ValueError for names and values that are none."""
+    fields: dict[str, Any] = {}
+    for item in value.split(","):
+        name, equals, scalar = item.strip().partition("=")
+        fields[name.replace("-", "_")] = msgspec.json.decode(scalar) if equals else True
+    return msgspec.convert(fields, RequestFault)
+
+
+class FaultBoard:
+    """The worker's present faults and how many requests they still hit."""
+
+    def __init__(self) -> None:
+        self._faults = WorkerFaults()
+        self._left: int | None = None
+
+    @property
+    def faults(self) -> WorkerFaults:
+        return self._faults
+
+    def set(self, faults: WorkerFaults) -> None:
+        self._faults = faults
+        self._left = faults.count
+
+    def clear(self) -> None:
+        self.set(WorkerFaults())
+
+    def take(self) -> RequestFault:
+        """The fault for the request that just arrived, counted."""
+        if self._left == 0:
+            return NO_FAULT
+        if self._left is not None:
+            self._left -= 1
+        return self._faults

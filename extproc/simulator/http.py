@@ -1,0 +1,159 @@
+"""The aiohttp application of one worker, and a running instance of it for tests.
+
+aiohttp cancels a handler when its client leaves only with `handler_cancellation`, which is
+why a runner must be made here: an application alone cannot ask for it.
+"""
+
+import hmac
+import ipaddress
+from types import TracebackType
+from typing import Self
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from extproc.simulator.bodies import readers
+from extproc.simulator.control import Control
+from extproc.simulator.errors import ApiError, error_body
+from extproc.simulator.inference import Worker, json_answer, listening_port, serve
+from extproc.simulator.settings import SimulatorSettings
+
+__all__ = ["RunningSimulator", "create_app", "start"]
+
+_BODY_LIMIT_BYTES = 64 * 1024 * 1024
+_BACKLOG_CONNECTIONS = 4096
+_SHUTDOWN_SECONDS = 1.0  # for handlers that were cancelled already
+_OPEN_PATHS = frozenset({"/health", "/health_generate"})
+
+
+def create_app(settings: SimulatorSettings) -> web.Application:
+    """The worker as an application, for a runner with `handler_cancellation=True`."""
+    worker = Worker(settings)
+    app = web.Application(
+        middlewares=[_tracked(worker), _enveloped(), _authorized(settings)],
+        client_max_size=_BODY_LIMIT_BYTES,
+    )
+    app.add_routes(Control(worker).routes())
+
+    async def infer(request: web.Request) -> web.StreamResponse:
+        return await serve(worker, request)
+
+    app.add_routes([web.post(path, infer) for path in readers])
+
+    async def break_off(app: web.Application) -> None:
+        worker.break_off()
+
+    app.on_response_prepare.append(_sign)
+    app.on_shutdown.append(break_off)
+    return app
+
+
+class RunningSimulator:
+    """A worker that listens; as an async context manager it stops at the end.
+
+    `stop` breaks off running requests, so that to their clients the worker has died.
+    """
+
+    def __init__(self, settings: SimulatorSettings, runner: web.AppRunner) -> None:
+        self._host = _dialled(settings.host)
+        self._runner = runner
+        self.settings = settings
+        self.port: int = runner.addresses[0][1]
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine reach it, without a trailing slash."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self.port}"
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+
+async def start(settings: SimulatorSettings) -> RunningSimulator:
+    """Listen and serve; raises OSError when the address can not be used."""
+    runner = web.AppRunner(
+        create_app(settings),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(
+            runner, settings.host, settings.port, backlog=_BACKLOG_CONNECTIONS
+        ).start()
+    except BaseException:
+        await runner.cleanup()
+        raise
+    return RunningSimulator(settings, runner)
+
+
+def _dialled(host: str) -> str:
+    """The host a client on this machine uses for a worker that listens on `host`."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host or "127.0.0.1"
+    if not address.is_unspecified:
+        return host
+    return "127.0.0.1" if address.version == 4 else "::1"
+
+
+async def _sign(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-simulator-port"] = str(listening_port(request))
+
+
+def _tracked(worker: Worker) -> Middleware:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        with worker.handling():
+            return await handler(request)
+
+    return middleware
+
+
+def _enveloped() -> Middleware:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Every error leaves in the envelope clients expect, aiohttp's own included."""
+        try:
+            return await handler(request)
+        except ApiError as error:
+            response = json_answer(error_body(error.status, error.message), error.status)
+            response.headers.update(error.headers)
+            return response
+        except web.HTTPException as error:
+            response = json_answer(error_body(error.status, error.reason), error.status)
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
+            return response
+
+    return middleware
+
+
+def _authorized(settings: SimulatorSettings) -> Middleware:
+    expected = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if expected is not None and request.path not in _OPEN_PATHS:
+            given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+            if not hmac.compare_digest(given, expected):
+                raise ApiError(
+                    401, "a valid API key is needed", headers={"WWW-Authenticate": "Bearer"}
+                )
+        return await handler(request)
+
+    return middleware

@@ -1,0 +1,283 @@
+"""The paths that do work: from a body to an answer, with faults and aborts on the way.
+
+A streamed answer sends its headers together with its first token, after queue and prefill,
+as the real engine does; a router that waits for headers therefore waits for the prefill.
+"""
+
+import asyncio
+import socket
+import struct
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from extproc.simulator.answers import Answer, Ticket
+from extproc.simulator.bodies import InferenceRequest, readers
+from extproc.simulator.engine import Engine, FinishReason, Generation, Job
+from extproc.simulator.errors import ApiError, error_body
+from extproc.simulator.faults import (
+    FAULT_HEADER,
+    FaultBoard,
+    RequestFault,
+    parse_header,
+)
+from extproc.simulator.journal import Entry, Journal
+from extproc.simulator.other_answers import answers
+from extproc.simulator.settings import SimulatorSettings
+
+__all__ = ["Worker", "hang", "json_answer", "listening_port", "serve"]
+
+_FLUSH_POLL_SECONDS = 0.001
+# SO_LINGER on with zero seconds: closing sends a TCP reset instead of a FIN.
+_LINGER_RESET = struct.pack("ii", 1, 0)
+
+_log = structlog.get_logger("extproc.simulator")
+
+
+class Worker:
+    """The state of one simulated worker, shared by every handler."""
+
+    def __init__(self, settings: SimulatorSettings) -> None:
+        self.settings = settings
+        self.engine = Engine(settings)
+        self.faults = FaultBoard()
+        self.journal = Journal()
+        self.started_at = time.monotonic()
+        self._handlers: set[asyncio.Task[object]] = set()
+
+    @property
+    def is_starting(self) -> bool:
+        return time.monotonic() - self.started_at < self.settings.startup_delay_seconds
+
+    @contextmanager
+    def handling(self) -> Iterator[None]:
+        """The present task handles a request here, which `break_off` would have to end."""
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("requests are handled in tasks")
+        self._handlers.add(task)
+        try:
+            yield
+        finally:
+            self._handlers.discard(task)
+
+    def break_off(self) -> None:
+        """End all running requests at once, as a worker does that is killed."""
+        for task in self._handlers:
+            task.cancel()
+
+
+def json_answer(data: object, status: int = 200) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(data), status=status, content_type="application/json"
+    )
+
+
+def listening_port(request: web.Request) -> int:
+    """The local port of the request's connection; 0 when the client is gone already."""
+    name = request.transport.get_extra_info("sockname") if request.transport else None
+    return int(name[1]) if name else 0
+
+
+async def serve(worker: Worker, request: web.Request) -> web.StreamResponse:
+    """Handle one inference request and note in the journal how it ended."""
+    entry = worker.journal.open(request.path, request.headers)
+    try:
+        response = await _answer(worker, request, entry)
+        worker.journal.close(entry, "completed" if response.status < 400 else "failed")
+    except (asyncio.CancelledError, ConnectionError):
+        worker.journal.close(entry, "aborted")
+        raise
+    except Exception:
+        worker.journal.close(entry, "failed")
+        raise
+    finally:
+        if worker.settings.log_requests:
+            _log.info(
+                "request",
+                path=entry.path,
+                model=worker.settings.model,
+                request_id=entry.request_id,
+                rid=entry.rid,
+                stream=entry.stream,
+                prompt_tokens=entry.prompt_tokens,
+                completion_tokens=entry.completion_tokens,
+                outcome=entry.outcome,
+            )
+    return response
+
+
+async def hang(fault: RequestFault) -> None:
+    """Wait as long as the fault says; for ever ends when the client leaves."""
+    if fault.hang is True:
+        await _forever()
+    elif fault.hang:
+        await asyncio.sleep(fault.hang)
+
+
+async def _answer(worker: Worker, request: web.Request, entry: Entry) -> web.StreamResponse:
+    body = await request.read()
+    entry.body_bytes = len(body)
+    asked = readers[request.path](body)
+    ticket = _ticket(worker, request, asked)
+    entry.rid = ticket.id
+    entry.prompt_tokens = asked.prompt_tokens
+    answer = answers[request.path](ticket)
+    entry.stream = asked.stream and answer.streams
+    if worker.is_starting:
+        raise ApiError(503, "the worker is starting")
+    if asked.model not in (None, worker.settings.model):
+        raise ApiError(404, f"the model {asked.model!r} does not exist")
+    fault = _fault(worker, request)
+    await hang(fault)
+    if fault.die_before_headers:
+        await _die(worker, request, entry, fault)
+    if fault.answer_status is not None:
+        return _fault_answer(fault.answer_status, fault)
+    run = _Run(worker, request, entry, answer, fault)
+    with _submit(worker, asked, ticket.id, fault) as generation:
+        return await (run.stream(generation) if entry.stream else run.whole(generation))
+
+
+def _ticket(worker: Worker, request: web.Request, asked: InferenceRequest) -> Ticket:
+    return Ticket(
+        id=asked.rid or uuid.uuid4().hex,
+        created=int(time.time()),
+        model=worker.settings.model,
+        fingerprint=f"simulator-{listening_port(request)}",
+        prompt_tokens=asked.prompt_tokens,
+        sequences=asked.sequences,
+        is_batch=asked.is_batch,
+        include_usage=asked.include_usage,
+        wants_base64=asked.wants_base64,
+    )
+
+
+def _fault(worker: Worker, request: web.Request) -> RequestFault:
+    header = request.headers.get(FAULT_HEADER)
+    if header is None:
+        return worker.faults.take()
+    try:
+        return parse_header(header)
+    except ValueError as error:
+        raise ApiError(400, f"{FAULT_HEADER}: {error}") from error
+
+
+def _fault_answer(status: int, fault: RequestFault) -> web.Response:
+    response = json_answer(error_body(status, f"simulated fault: status {status}"), status)
+    if fault.retry_after is not None:
+        response.headers["Retry-After"] = f"{fault.retry_after:g}"
+    return response
+
+
+def _submit(worker: Worker, asked: InferenceRequest, rid: str, fault: RequestFault) -> Generation:
+    max_tokens = asked.max_tokens
+    job = Job(
+        rid=rid,
+        prompt_tokens=asked.prompt_tokens,
+        max_tokens=worker.settings.default_max_tokens if max_tokens is None else max_tokens,
+        natural_end=max_tokens is None,
+        sequences=asked.sequences,
+        seconds_per_token=fault.slow_token,
+        rank=asked.dp_rank,
+    )
+    try:
+        return worker.engine.submit(job)
+    except LookupError as error:
+        raise ApiError(400, f"routed_dp_rank: {error}") from error
+
+
+class _Run:
+    """One request's way through the engine and onto the wire."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        request: web.Request,
+        entry: Entry,
+        answer: Answer,
+        fault: RequestFault,
+    ) -> None:
+        self._worker = worker
+        self._request = request
+        self._entry = entry
+        self._answer = answer
+        self._fault = fault
+
+    async def whole(self, generation: Generation) -> web.Response:
+        await generation.prefill()
+        while True:
+            if await self._strike(generation.produced):
+                raise ApiError(500, "simulated fault: failed on the way")
+            if not await generation.next_token():
+                break
+            self._entry.completion_tokens = generation.produced * generation.job.sequences
+        return json_answer(self._answer.whole(generation.produced, self._finish(generation)))
+
+    async def stream(self, generation: Generation) -> web.StreamResponse:
+        await generation.prefill()
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+            }
+        )
+        await response.prepare(self._request)
+        await response.write(self._answer.opening())
+        while True:
+            if await self._strike(generation.produced):
+                self._worker.journal.close(self._entry, "failed")
+                error = error_body(500, "simulated fault: failed on the way")
+                await response.write(self._answer.failure(error))
+                break
+            if not await generation.next_token():
+                reason = self._finish(generation)
+                await response.write(self._answer.closing(generation.produced, reason))
+                break
+            self._entry.completion_tokens = generation.produced * generation.job.sequences
+            await response.write(self._answer.token(generation.produced - 1))
+        await response.write_eof()
+        return response
+
+    def _finish(self, generation: Generation) -> FinishReason:
+        reason = generation.finish_reason or "abort"
+        if reason == "abort":
+            self._worker.journal.close(self._entry, "aborted")
+        return reason
+
+    async def _strike(self, produced: int) -> bool:
+        """Do what the fault says at this token; True when the answer is to fail here."""
+        fault = self._fault
+        if produced == fault.die_after_tokens:
+            await _die(self._worker, self._request, self._entry, fault)
+        if produced == fault.stall_after_tokens:
+            await _forever()
+        return produced == fault.error_after_tokens
+
+
+async def _die(worker: Worker, request: web.Request, entry: Entry, fault: RequestFault) -> NoReturn:
+    """Break the connection, after what was written before has left, and end this handler."""
+    worker.journal.close(entry, "failed")
+    transport = request.transport
+    if transport is not None:
+        # A transport has no event for an empty buffer.
+        while transport.get_write_buffer_size():  # noqa: ASYNC110
+            await asyncio.sleep(_FLUSH_POLL_SECONDS)
+        if fault.reset:
+            transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET
+            )
+        transport.abort()
+    await _forever()
+
+
+async def _forever() -> NoReturn:
+    """Wait until this handler is cancelled, which the loss of its connection does."""
+    while True:
+        await asyncio.get_running_loop().create_future()

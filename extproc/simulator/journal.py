@@ -1,0 +1,60 @@
+"""What arrived and how it ended, so that tests can ask the worker instead of guessing."""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+__all__ = ["Entry", "Journal", "Outcome"]
+
+Outcome = Literal["completed", "aborted", "failed"]
+
+_KEPT_REQUESTS = 100
+
+
+class Entry(msgspec.Struct, kw_only=True):
+    """One inference request as the worker saw it; `outcome` is None while it runs."""
+
+    path: str
+    headers: dict[str, str]
+    request_id: str | None = None
+    rid: str | None = None
+    stream: bool = False
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    body_bytes: int = 0
+    outcome: Outcome | None = None
+
+
+class Journal:
+    """Counters over all inference requests and the last hundred of them."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.completed = 0
+        self.aborted = 0
+        self.failed = 0
+        self.recent: deque[Entry] = deque(maxlen=_KEPT_REQUESTS)
+
+    def open(self, path: str, headers: Mapping[str, str]) -> Entry:
+        """Note a request's arrival; repeated headers are joined by commas."""
+        self.received += 1
+        entry = Entry(path=path, headers=_joined(headers), request_id=headers.get("x-request-id"))
+        self.recent.append(entry)
+        return entry
+
+    def close(self, entry: Entry, outcome: Outcome) -> None:
+        """Note how it ended; the first word counts, whatever the clean-up meets later."""
+        if entry.outcome is not None:
+            return
+        entry.outcome = outcome
+        setattr(self, outcome, getattr(self, outcome) + 1)
+
+
+def _joined(headers: Mapping[str, str]) -> dict[str, str]:
+    joined: dict[str, str] = {}
+    for name, value in headers.items():
+        key = name.lower()
+        joined[key] = f"{joined[key]}, {value}" if key in joined else value
+    return joined

@@ -1,0 +1,60 @@
+"""What one simulated worker is told, checked once, read everywhere else without checks."""
+
+from typing import Literal
+
+import msgspec
+
+__all__ = ["DisaggregationMode", "SimulatorSettings"]
+
+DisaggregationMode = Literal["null", "prefill", "decode"]
+
+
+class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker: where it listens, what it serves and how fast it is.
+
+    `port` 0 picks a free one. `model` is the served name. `no_server_info` makes the worker
+    look like vLLM, which has neither `/server_info` nor `/v1/loads`. While
+    `startup_delay_seconds` have not passed, health, introspection and inference answer 503.
+
+    Raises ValueError, naming the setting, for a value no worker can have.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    model: str = "simulated-model"
+    prefill_tokens_per_second: float = 8000.0
+    decode_milliseconds_per_token: float = 20.0
+    max_running_requests: int = 32  # of each rank; more wait in its queue
+    default_max_tokens: int = 64
+    max_total_num_tokens: int = 524_288  # of each rank, reported only
+    context_length: int = 131_072  # reported only
+    page_size: int = 64
+    dp_size: int = 1
+    disaggregation_mode: DisaggregationMode = "null"
+    api_key: str | None = None
+    startup_delay_seconds: float = 0.0
+    log_requests: bool = False
+    no_server_info: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise ValueError(f"port: {self.port} is not between 0 and 65535")
+        if not self.model:
+            raise ValueError("model: a name is needed")
+        if self.prefill_tokens_per_second <= 0:
+            raise ValueError("prefill_tokens_per_second: must be above 0")
+        for name in ("decode_milliseconds_per_token", "startup_delay_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must not be negative")
+        for name in (
+            "max_running_requests",
+            "default_max_tokens",
+            "max_total_num_tokens",
+            "context_length",
+            "page_size",
+            "dp_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1")
+        if self.api_key is not None and not self.api_key:
+            raise ValueError("api_key: must not be empty; leave it out for an open worker")

@@ -1,0 +1,112 @@
+"""Requests in flight: a ticket for each, and the janitor that ends the ones that never end.
+
+A ticket is booked when a decision is made, so that the next decision already sees it, and
+released exactly once however the stream ends. The janitor does not take tickets away from
+live requests: it tells the request to end, and its end releases the ticket.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+from prometheus_client import Counter
+
+from extproc.clock import Clock
+from extproc.workers.worker import Worker
+
+__all__ = ["ActiveLoad", "Ticket"]
+
+_JANITOR_MIN_SECONDS = 1.0
+_JANITOR_MAX_SECONDS = 60.0
+
+
+class Ticket:
+    """One request counted on one worker. `on_stale` is called once when it is too old."""
+
+    __slots__ = ("_load", "_open", "booked_at", "estimated", "on_stale", "worker")
+
+    def __init__(self, load: "ActiveLoad", worker: Worker, booked_at: float) -> None:
+        self._load = load
+        self._open = True
+        self.worker = worker
+        self.booked_at = booked_at
+        # True once the end of the stream says nothing and release_after decides.
+        self.estimated = False
+        self.on_stale: Callable[[], None] | None = None
+
+    def release(self) -> None:
+        """Stop counting; later calls do nothing."""
+        if self._open:
+            self._open = False
+            self.worker.in_flight -= 1
+            self.on_stale = None
+            self._load.forget(self)
+
+    def release_after(self, seconds: float) -> None:
+        """Stop counting some time from now, for gateways that do not tell us the end."""
+        if self._open and not self.estimated:
+            self.estimated = True
+            self._load.release_after(self, seconds)
+
+    def move(self, worker: Worker) -> None:
+        """Another worker than the chosen one serves the request."""
+        if self._open and worker is not self.worker:
+            self.worker.in_flight -= 1
+            worker.in_flight += 1
+            self.worker = worker
+
+
+class ActiveLoad:
+    """The book of open tickets, oldest first."""
+
+    def __init__(self, clock: Clock, stale_seconds: float, stale_total: Counter) -> None:
+        self._clock = clock
+        self._stale_seconds = stale_seconds
+        self._stale_total = stale_total
+        # A dict keeps insertion order and forgets in O(1).
+        self._tickets: dict[Ticket, None] = {}
+        self._releases: deque[tuple[float, Ticket]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def book(self, worker: Worker) -> Ticket:
+        """Count one more request on the worker, from now on."""
+        ticket = Ticket(self, worker, self._clock.monotonic())
+        worker.in_flight += 1
+        self._tickets[ticket] = None
+        return ticket
+
+    def forget(self, ticket: Ticket) -> None:
+        """Only for Ticket.release."""
+        self._tickets.pop(ticket, None)
+
+    def release_after(self, ticket: Ticket, seconds: float) -> None:
+        """Only for Ticket.release_after; the delay is the same for all, so a queue is in order."""
+        self._releases.append((self._clock.monotonic() + seconds, ticket))
+
+    def sweep(self) -> int:
+        """Tell requests that are too old to end; returns how many were told."""
+        now = self._clock.monotonic()
+        while self._releases and self._releases[0][0] <= now:
+            self._releases.popleft()[1].release()
+        stale: list[Ticket] = []
+        for ticket in self._tickets:
+            if now - ticket.booked_at < self._stale_seconds:
+                break
+            if ticket.on_stale is not None:
+                stale.append(ticket)
+        for ticket in stale:
+            on_stale, ticket.on_stale = ticket.on_stale, None
+            if on_stale is not None:
+                self._stale_total.inc()
+                on_stale()
+        return len(stale)
+
+    async def run_janitor(self) -> None:
+        """Sweep for ever, ten times within the stale time-out but at least every minute."""
+        period = min(max(self._stale_seconds / 10, _JANITOR_MIN_SECONDS), _JANITOR_MAX_SECONDS)
+        if self._stale_seconds < _JANITOR_MIN_SECONDS:
+            period = self._stale_seconds
+        while True:
+            await self._clock.sleep(period if not self._releases else _JANITOR_MIN_SECONDS)
+            self.sweep()

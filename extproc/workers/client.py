@@ -1,0 +1,79 @@
+"""HTTP to the engines: one shared session, behind a seam that tests can fake."""
+
+import ssl
+from types import TracebackType
+from typing import Protocol, Self
+
+import aiohttp
+
+from extproc.worker_url import WorkerUrl
+
+__all__ = ["AiohttpEngineClient", "EngineAnswer", "EngineClient", "EngineUnreachableError"]
+
+_ANSWER_MAX_BYTES = 8 * 1024 * 1024
+
+
+class EngineUnreachableError(Exception):
+    """No complete HTTP answer: refused, timed out, broken off or far too large."""
+
+
+class EngineAnswer:
+    """Status and whole body of an engine's answer."""
+
+    __slots__ = ("body", "status")
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self.status = status
+        self.body = body
+
+
+class EngineClient(Protocol):
+    """What the rest of the package asks of a worker over HTTP."""
+
+    async def get(self, url: WorkerUrl, path: str, timeout_seconds: float) -> EngineAnswer:
+        """GET a path; raises EngineUnreachableError."""
+        ...
+
+
+class AiohttpEngineClient:
+    """The one aiohttp session; use it as an async context manager."""
+
+    def __init__(self, api_key: str | None, tls: ssl.SSLContext | None) -> None:
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._tls = tls
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(ssl=self._tls if self._tls is not None else True)
+        # Proxy settings of the environment are not for traffic inside the mesh.
+        self._session = aiohttp.ClientSession(
+            connector=connector, headers=self._headers, trust_env=False
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def get(self, url: WorkerUrl, path: str, timeout_seconds: float) -> EngineAnswer:
+        if self._session is None:
+            raise RuntimeError("the client is used outside its context")
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        try:
+            # A redirect would lead the API key to a host nobody configured.
+            async with self._session.get(
+                f"{url}{path}", timeout=timeout, allow_redirects=False
+            ) as response:
+                body = bytearray()
+                async for chunk in response.content.iter_chunked(64 * 1024):
+                    body += chunk
+                    if len(body) > _ANSWER_MAX_BYTES:
+                        raise EngineUnreachableError("the answer is too large")
+                return EngineAnswer(response.status, bytes(body))
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise EngineUnreachableError(str(error) or type(error).__name__) from error

@@ -1,0 +1,142 @@
+"""What a worker says of itself: its model, and which role it plays.
+
+`/server_info` is SGLang's; an engine without it (vLLM) is asked for `/v1/models` instead.
+The worker's own answer beats what discovery believed. Nothing here fails a registration: a
+worker that tells nothing is registered without a model and asked again later.
+"""
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt
+from tenacity.wait import wait_exponential
+
+from extproc.clock import Clock
+from extproc.worker_url import WorkerUrl
+from extproc.workers.client import EngineClient, EngineUnreachableError
+from extproc.workers.worker import Mode, WorkerSpec
+
+__all__ = ["Introspection", "apply_introspection", "introspect"]
+
+_TIMEOUT_SECONDS = 2.0
+_ATTEMPTS = 3
+_FIRST_WAIT_SECONDS = 0.1
+_NAME_MAX_CHARS = 512
+
+
+class _ServerInfo(Struct):
+    """The fields read; Any where a wrong type must not cost the others."""
+
+    served_model_name: Any = None
+    disaggregation_mode: Any = None
+    disaggregation_bootstrap_port: Any = None
+
+
+class _ModelCard(Struct):
+    id: str
+
+
+class _ModelList(Struct):
+    data: list[_ModelCard]
+
+
+class Introspection(Struct, frozen=True, kw_only=True):
+    """A worker's answer. `mode` None = it did not say; `problem` = why there is no answer."""
+
+    model_ids: tuple[str, ...] = ()
+    mode: Mode | None = None
+    bootstrap_port: int | None = None
+    warning: str = ""
+    problem: str = ""
+
+
+class _TryAgainError(Exception):
+    """A network error or 5xx: worth another attempt."""
+
+
+async def introspect(client: EngineClient, url: WorkerUrl, clock: Clock) -> Introspection:
+    """Ask the worker who it is: 3 attempts of 2 s on network errors and 5xx, else one."""
+    try:
+        status, body = await _get(client, url, "/server_info", clock)
+        if status in (404, 405):
+            return await _from_model_list(client, url, clock)
+    except RetryError as error:
+        return Introspection(problem=str(error.last_attempt.exception()))
+    if status != 200:
+        return Introspection(problem=f"/server_info answered {status}")
+    try:
+        info = msgspec.json.decode(body, type=_ServerInfo)
+    except (msgspec.DecodeError, RecursionError):
+        return Introspection(problem="/server_info is not a JSON object")
+    return _read(info)
+
+
+async def _get(client: EngineClient, url: WorkerUrl, path: str, clock: Clock) -> tuple[int, bytes]:
+    retrying = AsyncRetrying(
+        stop=stop_after_attempt(_ATTEMPTS),
+        wait=wait_exponential(multiplier=_FIRST_WAIT_SECONDS),
+        retry=retry_if_exception_type(_TryAgainError),
+        sleep=clock.sleep,
+    )
+    async for attempt in retrying:
+        with attempt:
+            try:
+                answer = await client.get(url, path, _TIMEOUT_SECONDS)
+            except EngineUnreachableError as error:
+                raise _TryAgainError(f"{path}: {error}") from None
+            if answer.status >= 500:
+                raise _TryAgainError(f"{path} answered {answer.status}")
+    return answer.status, answer.body
+
+
+async def _from_model_list(client: EngineClient, url: WorkerUrl, clock: Clock) -> Introspection:
+    status, body = await _get(client, url, "/v1/models", clock)
+    if status != 200:
+        return Introspection(problem=f"no /server_info, and /v1/models answered {status}")
+    try:
+        models = msgspec.json.decode(body, type=_ModelList)
+    except (msgspec.DecodeError, RecursionError):
+        return Introspection(problem="no /server_info, and /v1/models is not a list of models")
+    return Introspection(model_ids=tuple(card.id for card in models.data if _is_name(card.id)))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= _NAME_MAX_CHARS
+
+
+def _read(info: _ServerInfo) -> Introspection:
+    name = info.served_model_name
+    model_ids: tuple[str, ...] = (name,) if _is_name(name) else ()
+    port = info.disaggregation_bootstrap_port
+    has_port = isinstance(port, int) and not isinstance(port, bool) and 0 < port <= 65535
+    match info.disaggregation_mode:
+        case None:
+            return Introspection(model_ids=model_ids)
+        case "null":  # the engine's word for "not disaggregated", a string
+            return Introspection(model_ids=model_ids, mode="plain")
+        case "prefill" if has_port:
+            return Introspection(model_ids=model_ids, mode="prefill", bootstrap_port=port)
+        case "prefill":
+            return Introspection(
+                model_ids=model_ids, warning="a prefill worker without a bootstrap port"
+            )
+        case "decode":
+            return Introspection(model_ids=model_ids, mode="decode")
+        case _:
+            return Introspection(model_ids=model_ids, warning="an unknown disaggregation_mode")
+
+
+def apply_introspection(spec: WorkerSpec, told: Introspection) -> WorkerSpec:
+    """The spec with what the worker said; what it left open stays as discovery had it."""
+    if told.mode is None:
+        mode, bootstrap_port = spec.mode, spec.bootstrap_port
+    else:
+        mode, bootstrap_port = told.mode, told.bootstrap_port
+    return WorkerSpec(
+        id=spec.id,
+        url=spec.url,
+        mode=mode,
+        model_ids=told.model_ids or spec.model_ids,
+        bootstrap_port=bootstrap_port,
+    )

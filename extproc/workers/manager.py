@@ -1,0 +1,241 @@
+"""Turns discovery events into registered workers.
+
+Workers join in parallel, each in a task of its own, since asking a dead one takes seconds;
+events of one worker are kept in order by letting each wait for the one before it.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import structlog
+
+from extproc.clock import Clock
+from extproc.config import ModelConfig
+from extproc.metrics import Metrics
+from extproc.workers.circuit_breaker import CircuitBreaker
+from extproc.workers.client import EngineClient
+from extproc.workers.introspection import Introspection, apply_introspection, introspect
+from extproc.workers.registry import MixedModesError, WorkerRegistry
+from extproc.workers.resolver import Resolver
+from extproc.workers.source import Added, Listed, ModeChanged, Removed, WorkerEvent, WorkerSource
+from extproc.workers.worker import Worker, WorkerSpec
+
+__all__ = ["WorkerManager"]
+
+_log = structlog.get_logger()
+
+
+class WorkerManager:
+    """Owns the way from WorkerSource to WorkerRegistry, and what is asked again later.
+
+    `on_change` is called after each change of membership, models or addresses.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: WorkerSource,
+        registry: WorkerRegistry,
+        client: EngineClient,
+        resolver: Resolver,
+        clock: Clock,
+        models: Sequence[ModelConfig],
+        metrics: Metrics,
+        retry_seconds: float,
+        dns_ttl_seconds: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._source = source
+        self._registry = registry
+        self._client = client
+        self._resolver = resolver
+        self._clock = clock
+        self._models = {model.id: model for model in models}
+        self._metrics = metrics
+        self._retry_seconds = retry_seconds
+        self._dns_ttl_seconds = dns_ttl_seconds
+        self._on_change = on_change
+        self._next_order = 0
+        self._tails: dict[str, asyncio.Task[None]] = {}
+        self._warned: dict[str, str] = {}
+        self.first_round_done = False
+
+    async def run(self) -> None:
+        """Follow the source for ever; on cancellation every task of ours is awaited."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._retry_unknown())
+                group.create_task(self._refresh_addresses())
+                async for event in self._source.events():
+                    self._follow(event)
+        finally:
+            tasks = list(self._tails.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _follow(self, event: WorkerEvent) -> None:
+        match event:
+            case Added(spec):
+                self._enqueue(spec.id, self._add(spec))
+            case Removed(worker_id):
+                self._enqueue(worker_id, self._remove(worker_id))
+            case ModeChanged(worker_id, mode):
+                self._enqueue(worker_id, self._change_mode(worker_id, mode))
+            case Listed():
+                self._enqueue("", self._finish_first_round(list(self._tails.values())))
+
+    def _enqueue(self, worker_id: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run the work after what was enqueued before for the same worker."""
+        before = self._tails.get(worker_id)
+        task = asyncio.create_task(self._after(before, work))
+        self._tails[worker_id] = task
+
+        def forget(done: asyncio.Task[None]) -> None:
+            if self._tails.get(worker_id) is done:
+                del self._tails[worker_id]
+
+        task.add_done_callback(forget)
+
+    async def _after(
+        self, before: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]
+    ) -> None:
+        try:
+            if before is not None:
+                await asyncio.wait([before])
+            await work
+        except Exception:
+            # One worker's surprise must not stop the others from joining.
+            _log.exception("worker_event_failed")
+        finally:
+            work.close()
+
+    async def _finish_first_round(self, pending: list[asyncio.Task[None]]) -> None:
+        if pending:
+            await asyncio.wait(pending)
+        self.first_round_done = True
+        self._on_change()
+
+    async def _add(self, spec: WorkerSpec) -> None:
+        told, addresses = await asyncio.gather(
+            introspect(self._client, spec.url, self._clock), self._resolver.resolve(spec.url)
+        )
+        self._report(spec, told)
+        self._register(apply_introspection(spec, told), addresses)
+
+    def _register(self, spec: WorkerSpec, addresses: tuple[str, ...]) -> None:
+        known = self._registry.get(spec.id)
+        if known is None:
+            order = self._next_order
+            self._next_order += 1
+        else:
+            order = known.order
+        worker = Worker(
+            spec,
+            order=order,
+            breaker=self._breaker(spec.model_ids),
+            address=addresses[0] if addresses else None,
+        )
+        try:
+            self._registry.upsert(worker)
+        except MixedModesError as error:
+            self._metrics.workers_refused.inc()
+            _log.error("worker_refused", worker=worker.url, mode=worker.mode, reason=str(error))
+            return
+        if not addresses:
+            self._warn(spec, "the host name has no address")
+        elif len(addresses) > 1:
+            self._warn(spec, "the host name has several addresses, the first one is used")
+        _log.info(
+            "worker_registered",
+            worker=worker.url,
+            models=",".join(worker.model_ids),
+            mode=worker.mode,
+            address=worker.address,
+        )
+        self._on_change()
+
+    def _breaker(self, model_ids: tuple[str, ...]) -> CircuitBreaker:
+        """The settings of the first configured model the worker serves, else the defaults."""
+        for model_id in model_ids:
+            if model := self._models.get(model_id):
+                settings = model.circuit_breaker
+                return CircuitBreaker(settings.threshold, settings.cool_down_secs)
+        settings = ModelConfig(id="-").circuit_breaker
+        return CircuitBreaker(settings.threshold, settings.cool_down_secs)
+
+    async def _remove(self, worker_id: str) -> None:
+        worker = self._registry.remove(worker_id)
+        self._warned.pop(worker_id, None)
+        if worker is not None:
+            _log.info("worker_removed", worker=worker.url)
+            self._on_change()
+
+    async def _change_mode(self, worker_id: str, mode: Any) -> None:
+        worker = self._registry.get(worker_id)
+        if worker is not None and worker.mode != mode:
+            worker.mode = mode
+            self._registry.reindex()
+            _log.info("worker_mode_changed", worker=worker.url, mode=mode)
+            self._on_change()
+
+    async def _retry_unknown(self) -> None:
+        """Ask workers again that have told no model, or were not there, until they do."""
+        while True:
+            await self._clock.sleep(self._retry_seconds)
+            for worker in list(self._registry):
+                if not worker.model_ids and worker.id not in self._tails:
+                    self._enqueue(worker.id, self._ask_again(worker))
+
+    async def _ask_again(self, worker: Worker) -> None:
+        told = await introspect(self._client, worker.spec.url, self._clock)
+        if self._registry.get(worker.id) is not worker:
+            return
+        self._report(worker.spec, told)
+        if told.model_ids:
+            addresses = await self._resolver.resolve(worker.spec.url)
+            self._register(apply_introspection(worker.spec, told), addresses)
+
+    async def _refresh_addresses(self) -> None:
+        """Resolve host names again; a name that fails keeps its last address."""
+        while True:
+            await self._clock.sleep(self._dns_ttl_seconds)
+            named = [worker for worker in self._registry if not worker.spec.url.is_ip]
+            answers = await asyncio.gather(
+                *(self._resolver.resolve(worker.spec.url) for worker in named)
+            )
+            changed = False
+            for worker, addresses in zip(named, answers, strict=True):
+                if not addresses:
+                    self._warn(worker.spec, "the host name has no address")
+                elif worker.address not in addresses:
+                    _log.info("worker_address", worker=worker.url, address=addresses[0])
+                    worker.address = addresses[0]
+                    changed = True
+            if changed:
+                self._registry.reindex()
+                self._on_change()
+
+    def _report(self, spec: WorkerSpec, told: Introspection) -> None:
+        """Count the answer and warn about what the operator should look at."""
+        self._metrics.introspections("failed" if told.problem else "answered").inc()
+        if told.problem:
+            self._warn(spec, told.problem)
+        elif not told.model_ids and not spec.model_ids:
+            self._warn(spec, "the worker told no served_model_name")
+        elif not any(model in self._models for model in told.model_ids or spec.model_ids):
+            models = ",".join(told.model_ids or spec.model_ids)
+            self._warn(spec, f"none of its models is configured: {models}")
+        elif told.mode in ("prefill", "decode"):
+            self._warn(spec, f"a {told.mode} worker can not serve requests in this version")
+        elif told.warning:
+            self._warn(spec, told.warning)
+        else:
+            self._warned.pop(spec.id, None)
+
+    def _warn(self, spec: WorkerSpec, reason: str) -> None:
+        """Once for each new reason: a worker that stays dead must not fill the log."""
+        if self._warned.get(spec.id) != reason:
+            self._warned[spec.id] = reason
+            _log.warning("worker_not_usable", worker=str(spec.url), reason=reason)

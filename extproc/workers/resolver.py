@@ -1,0 +1,42 @@
+"""Host names to addresses: destinations are `ip:port`, since Envoy matches hosts by address."""
+
+import asyncio
+import socket
+from typing import Protocol
+
+from extproc.worker_url import WorkerUrl, format_endpoint
+
+__all__ = ["Resolver", "SystemResolver"]
+
+_TIMEOUT_SECONDS = 5.0
+
+
+class Resolver(Protocol):
+    async def resolve(self, url: WorkerUrl) -> tuple[str, ...]:
+        """The worker's `ip:port` addresses, preferred first; empty when there are none."""
+        ...
+
+
+class SystemResolver:
+    """The system's resolver, IPv4 first, as in the cluster that is rendered for Envoy."""
+
+    async def resolve(self, url: WorkerUrl) -> tuple[str, ...]:
+        if url.is_ip:
+            return (format_endpoint(url.host, url.port),)
+        try:
+            async with asyncio.timeout(_TIMEOUT_SECONDS):
+                found = await asyncio.get_running_loop().getaddrinfo(
+                    url.host, url.port, type=socket.SOCK_STREAM
+                )
+        except (OSError, TimeoutError, UnicodeError):
+            return ()
+        families = (socket.AF_INET, socket.AF_INET6)
+        addresses = [
+            format_endpoint(str(sockaddr[0]).partition("%")[0], url.port)
+            for family in families
+            for found_family, _, _, _, sockaddr in found
+            if found_family == family
+        ]
+        # The first of one family, in an order that does not change from answer to answer.
+        ipv4 = [address for address in addresses if not address.startswith("[")]
+        return tuple(sorted(set(ipv4 or addresses)))

@@ -1,0 +1,100 @@
+"""A client that leaves, an abort by id, and a worker that stops: who gets its place back."""
+
+import asyncio
+
+import aiohttp
+import pytest
+
+from .clients import CHAT, FOREVER_MILLISECONDS, Launch, chat, endless, events
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_disconnect_while_decoding(launch: Launch, stream: bool) -> None:
+    worker = await launch(endless())
+    task = asyncio.ensure_future(worker.post(CHAT, chat(stream=stream)))
+    await worker.until(running=1, tokens_generated=1)
+    task.cancel()
+    stats = await worker.until(aborted=1, running=0)
+    assert (stats["completed"], stats["failed"]) == (0, 0)
+    assert stats["requests"][0]["outcome"] == "aborted"
+
+
+async def test_disconnects_in_prefill_and_in_the_queue(launch: Launch) -> None:
+    worker = await launch(endless(prefill_tokens_per_second=0.001))
+    first = asyncio.ensure_future(worker.post(CHAT, chat()))
+    await worker.until(running=1)
+    second = asyncio.ensure_future(worker.post(CHAT, chat()))
+    await worker.until(waiting=1)
+    second.cancel()
+    await worker.until(aborted=1, waiting=0, running=1)
+    first.cancel()
+    await worker.until(aborted=2, running=0)
+
+
+async def test_a_place_given_back_goes_to_the_next(launch: Launch) -> None:
+    worker = await launch(endless(max_running_requests=1))
+    first = asyncio.ensure_future(worker.post(CHAT, chat()))
+    await worker.until(running=1)
+    second = asyncio.ensure_future(worker.post(CHAT, chat(max_tokens=1)))
+    await worker.until(waiting=1)
+    first.cancel()
+    assert (await second)[0] == 200
+    stats = await worker.until(aborted=1, completed=1, running=0)
+    assert stats["max_running"] == 1
+
+
+async def test_a_body_that_never_ends(launch: Launch) -> None:
+    worker = await launch()
+    _, writer = await asyncio.open_connection("127.0.0.1", worker.simulator.port)
+    writer.write(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+    await worker.until(received=1)
+    writer.close()
+    await writer.wait_closed()
+    await worker.until(aborted=1)
+
+
+async def test_an_abort_by_id_ends_the_stream_cleanly(launch: Launch) -> None:
+    worker = await launch(endless())
+
+    async def read() -> bytes:
+        async with worker.session.post(CHAT, json=chat(stream=True, rid="mine")) as response:
+            return await response.read()
+
+    task = asyncio.ensure_future(read())
+    await worker.until(running=1, tokens_generated=1)
+    assert (await worker.post("/abort_request", {"rid": "other"}))[0] == 200
+    assert (await worker.stats())["running"] == 1
+    assert (await worker.post("/abort_request", {"rid": "mine"}))[0] == 200
+    payloads = events(await task)
+    assert payloads[-1] == "[DONE]"
+    assert payloads[-2]["choices"][0]["finish_reason"] == "abort"
+    await worker.until(aborted=1, completed=0, running=0)
+
+
+async def test_an_abort_of_all(launch: Launch) -> None:
+    worker = await launch(endless(max_running_requests=1))
+    tasks = [asyncio.ensure_future(worker.post("/generate", {"text": "a"})) for _ in range(3)]
+    await worker.until(running=1, waiting=2)
+    await worker.post("/abort_request", {"abort_all": True})
+    answers = [await task for task in tasks]
+    assert {answer["meta_info"]["finish_reason"]["type"] for _, answer in answers} == {"abort"}
+    await worker.until(aborted=3)
+
+
+async def test_an_abort_needs_an_id(launch: Launch) -> None:
+    worker = await launch()
+    assert (await worker.post("/abort_request", {}))[0] == 400
+
+
+async def test_a_stop_breaks_off_what_runs(launch: Launch) -> None:
+    worker = await launch(endless(decode_milliseconds_per_token=FOREVER_MILLISECONDS))
+    async with worker.session.post(CHAT, json=chat(stream=True)) as response:
+        hanging = asyncio.ensure_future(worker.post(CHAT, chat(), fault="hang"))
+        await worker.until(received=2, running=1)
+        await worker.simulator.stop()
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+        with pytest.raises(aiohttp.ClientError):
+            await hanging
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await worker.get("/health")

@@ -1,0 +1,130 @@
+"""The command in a process of its own, as scripts use it."""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+import extproc
+from extproc.simulator import SimulatorSettings, cli, start
+
+from .clients import broken_off, events
+
+Spawn = Callable[..., Awaitable[asyncio.subprocess.Process]]
+
+_SOURCE = Path(extproc.__file__).parents[1]
+
+
+@pytest.fixture
+async def spawn() -> AsyncIterator[Spawn]:
+    """Starts the command with the given options; what still runs after the test is killed."""
+    processes: list[asyncio.subprocess.Process] = []
+
+    async def spawn(*options: str) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-W", "error", "-m", "extproc.simulator", *options),
+            cwd=_SOURCE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        processes.append(process)
+        return process
+
+    yield spawn
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_says_when_it_listens_and_stops_when_told(
+    spawn: Spawn, number: signal.Signals
+) -> None:
+    process = await spawn("--model", "m", "--log-requests")
+    assert process.stdout is not None
+    line = (await process.stdout.readline()).decode()
+    assert line.startswith("simulator ready url=http://127.0.0.1:")
+    assert line.endswith(" model=m\n")
+    url = line.split("url=")[1].split()[0]
+    body = {"prompt": "secret prompt", "stream": True, "max_tokens": 100_000}
+    async with aiohttp.ClientSession(url) as session:
+        await (await session.post("/v1/completions", json=body | {"max_tokens": 1})).read()
+        async with session.post("/v1/completions", json=body):
+            process.send_signal(number)
+            out, err = await process.communicate()
+    assert (process.returncode, out) == (0, b"")
+    assert b"outcome=completed" in err
+    assert b"secret" not in err
+    assert b"Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("fault", "tokens"),
+    [("die-before-headers, reset", 0), ("die-after-tokens=3, reset", 3), ("die-after-tokens=3", 3)],
+)
+async def test_connections_die_on_its_own_event_loop_too(
+    spawn: Spawn, fault: str, tokens: int
+) -> None:
+    process = await spawn("--decode-milliseconds-per-token", "0")
+    assert process.stdout is not None
+    url = (await process.stdout.readline()).decode().split("url=")[1].split()[0]
+    got = b""
+    async with aiohttp.ClientSession(url, headers={"x-simulator-fault": fault}) as session:
+        with contextlib.suppress(aiohttp.ClientOSError):
+            async with session.post("/v1/completions", json={"prompt": "a", "stream": True}) as r:
+                got, error = await broken_off(r)
+                assert isinstance(error, aiohttp.ClientError)
+        async with session.get("/simulator/stats") as response:
+            stats = await response.json()
+    assert len(events(got)) == tokens
+    assert (stats["failed"], stats["aborted"], stats["running"]) == (1, 0, 0)
+    process.terminate()
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+
+
+async def test_bad_settings_name_the_setting(spawn: Spawn) -> None:
+    process = await spawn("--page-size", "0")
+    out, err = await process.communicate()
+    assert (process.returncode, out) == (2, b"")
+    assert err.startswith(b"page_size:")
+
+
+async def test_a_taken_port_names_the_port(spawn: Spawn) -> None:
+    async with await start(SimulatorSettings()) as simulator:
+        process = await spawn("--port", str(simulator.port))
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert str(simulator.port).encode() in err
+
+
+def test_the_defaults_are_those_of_the_settings() -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    given = vars(parser.parse_args([]))
+    assert SimulatorSettings(**given) == SimulatorSettings()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"port": 70_000},
+        {"model": ""},
+        {"prefill_tokens_per_second": 0},
+        {"decode_milliseconds_per_token": -1},
+        {"dp_size": 0},
+        {"api_key": ""},
+    ],
+)
+def test_settings_no_worker_can_have(fields: dict[str, object]) -> None:
+    (name,) = fields
+    with pytest.raises(ValueError, match=name):
+        SimulatorSettings(**fields)  # type: ignore[arg-type]
