@@ -162,9 +162,7 @@ class StaticUrlsConfig(_Section, frozen=True, kw_only=True):
 
 
 class DiscoveryConfig(_Section, frozen=True, kw_only=True):
-    backend: Annotated[Literal["static_urls"], Meta(description="Where workers come from.")] = (
-        "static_urls"
-    )
+    backend: Annotated[Literal["static_urls"], Meta(description="Where workers come from.")]
     static_urls: Annotated[
         StaticUrlsConfig | UnsetType, Meta(description="Needed for backend `static_urls`.")
     ] = UNSET

@@ -166,9 +166,10 @@ class Stack:
         self._edit_bootstrap = edit_bootstrap
         self.config_file = folder / "extproc.yaml"
         self._bootstrap_file = folder / "envoy.yaml"
-        self.url = f"http://127.0.0.1:{envoy_port}"
-        self.admin_url = f"http://127.0.0.1:{admin_port}"
-        self.envoy_admin_url = f"http://127.0.0.1:{envoy_admin_port}"
+        server, envoy = self.config["server"], self.config["envoy"]
+        self.url = f"http://127.0.0.1:{envoy['port']}"
+        self.admin_url = f"http://127.0.0.1:{server['admin_port']}"
+        self.envoy_admin_url = f"http://127.0.0.1:{envoy['admin_port']}"
         self.service = ManagedProcess(
             "service",
             [sys.executable, "-m", "extproc", "serve", "--config", str(self.config_file)],

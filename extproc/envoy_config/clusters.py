@@ -21,6 +21,7 @@ EXTPROC_CLUSTER: Final = "extproc"
 
 _SYSTEM_CA_FILE: Final = "/etc/ssl/certs/ca-certificates.crt"
 _MEBIBYTE: Final = 1024 * 1024
+_EXTPROC_DNS_REFRESH_SECONDS: Final = 5.0
 _TLS_TO_NAMES: Final = "tls"
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
@@ -77,7 +78,7 @@ def extproc_cluster(config: Config) -> dict[str, Any]:
     by_name = host is not None and not host_is_ip(host)
     cluster: dict[str, Any] = {
         "name": EXTPROC_CLUSTER,
-        "type": "STRICT_DNS" if by_name else "STATIC",
+        **(_by_dns(_EXTPROC_DNS_REFRESH_SECONDS) if by_name else {"type": "STATIC"}),
         "connect_timeout": "1s",
         "load_assignment": {
             "cluster_name": EXTPROC_CLUSTER,
@@ -102,9 +103,6 @@ def extproc_cluster(config: Config) -> dict[str, Any]:
             )
         },
     }
-    if by_name:
-        cluster["dns_lookup_family"] = "V4_PREFERRED"
-        cluster["dns_refresh_rate"] = "5s"
     if host is not None and server.tls is not None:
         cluster["transport_socket"] = _tls_to_us(config, host)
     return cluster
@@ -116,19 +114,27 @@ def _extproc_host(config: Config) -> str:
 
 
 def _resolution(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
-    if all(url.is_ip for url in urls):
-        return {"type": "STATIC"}
     section = config.discovery.static_urls
-    assert not isinstance(section, UnsetType)  # noqa: S101 (there is a URL)
-    return {
-        "type": "STRICT_DNS",
-        "dns_lookup_family": "V4_PREFERRED",
-        # The service resolves at the same pace: what it names must be known here. The
-        # record's own TTL is left out of it, it would make the two drift apart.
-        "dns_refresh_rate": duration(section.dns_ttl_secs),
-        "dns_failure_refresh_rate": {"base_interval": "1s", "max_interval": "10s"},
-        "respect_dns_ttl": False,
-    }
+    if isinstance(section, UnsetType) or all(url.is_ip for url in urls):
+        return {"type": "STATIC"}
+    # The service resolves at the same pace: what it names must be known here.
+    return _by_dns(section.dns_ttl_secs)
+
+
+def _by_dns(refresh_seconds: float) -> dict[str, Any]:
+    """Strict DNS, every address an endpoint; in the form that replaces `type: STRICT_DNS`.
+
+    The record's own time to live is ignored: it would make us and Envoy drift apart.
+    """
+    dns_cluster = typed(
+        "extensions.clusters.dns.v3.DnsCluster",
+        dns_lookup_family="V4_PREFERRED",
+        dns_refresh_rate=duration(refresh_seconds),
+        dns_failure_refresh_rate={"base_interval": "1s", "max_interval": "10s"},
+        respect_dns_ttl=False,
+        all_addresses_in_single_endpoint=False,
+    )
+    return {"cluster_type": {"name": "envoy.clusters.dns", "typed_config": dns_cluster}}
 
 
 def _lb_endpoint(url: WorkerUrl) -> dict[str, Any]:

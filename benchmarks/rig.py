@@ -1,0 +1,285 @@
+"""One Envoy with three ways in, one fake upstream behind it, and the two responders.
+
+The listeners without a filter and with the bare responder are derived from the rendered one:
+whatever the rendering does (limits, header mutations, local replies), all three do it, and
+the filter is the only difference. The upstream is an Envoy that answers by itself, since it
+must cost little and always the same.
+"""
+
+import asyncio
+import contextlib
+import copy
+import enum
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import yaml
+from msgspec import Struct
+
+from extproc.demo.stack import ManagedProcess, Stack, find_envoy, free_ports
+from extproc.envoy_config.clusters import EXTPROC_CLUSTER
+from extproc.envoy_config.listener import EXTPROC_FILTER
+from extproc.envoy_config.wire_form import socket_address, typed
+
+__all__ = ["MODEL", "Arm", "Rig", "derive_listeners", "run_until_signal", "running_rig"]
+
+MODEL: Final = "benchmark-model"
+_WORKERS: Final = 3
+_BARE_CLUSTER: Final = "bare_responder"
+_BODY_LIMIT_BYTES: Final = 64 * 1024 * 1024
+_HEADER_MUTATION: Final = "OVERWRITE_IF_EXISTS_OR_ADD"
+_ANSWER: Final = {
+    "id": "chatcmpl-0",
+    "object": "chat.completion",
+    "model": MODEL,
+    "choices": [
+        {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": "A short answer."},
+        }
+    ],
+}
+
+
+class Arm(enum.StrEnum):
+    """What is compared."""
+
+    NONE = "no filter"
+    BARE = "bare"
+    OURS = "ours"
+
+
+class Rig(Struct, frozen=True, kw_only=True):
+    """Where each arm listens, and the processes to be measured."""
+
+    urls: dict[Arm, str]
+    envoy: int
+    upstream: int
+    servers: dict[Arm, int]
+
+
+@contextlib.asynccontextmanager
+async def running_rig(folder: Path) -> AsyncIterator[Rig]:
+    """Everything started and healthy; stopped again however the block ends."""
+    async with contextlib.AsyncExitStack() as stack:
+        *worker_ports, admin_port, bare_port, no_filter_port, with_bare_port = free_ports(
+            _WORKERS + 4
+        )
+        upstream = await _upstream(stack, folder, worker_ports, admin_port)
+        addresses = [f"127.0.0.1:{port}" for port in worker_ports]
+        bare = await _bare(stack, folder, bare_port, addresses)
+
+        def edit(bootstrap: dict[str, Any]) -> None:
+            derive_listeners(
+                bootstrap,
+                no_filter_port=no_filter_port,
+                with_bare_port=with_bare_port,
+                bare_port=bare_port,
+            )
+
+        service = await stack.enter_async_context(
+            Stack(
+                folder,
+                [f"http://{address}" for address in addresses],
+                {"models": [{"id": MODEL}], "envoy": {"access_log": None}},
+                edit_bootstrap=edit,
+            )
+        )
+        await service.envoy.wait_ready(
+            lambda: _answers(
+                f"{service.envoy_admin_url}/stats?filter={_BARE_CLUSTER}.membership_healthy",
+                "membership_healthy: 1",
+            )
+        )
+        yield Rig(
+            urls={
+                Arm.NONE: f"http://127.0.0.1:{no_filter_port}",
+                Arm.BARE: f"http://127.0.0.1:{with_bare_port}",
+                Arm.OURS: service.url,
+            },
+            envoy=service.envoy.pid,
+            upstream=upstream.pid,
+            servers={Arm.BARE: bare.pid, Arm.OURS: service.service.pid},
+        )
+
+
+def derive_listeners(
+    bootstrap: dict[str, Any], *, no_filter_port: int, with_bare_port: int, bare_port: int
+) -> None:
+    """Add the listeners of the other two arms, and the cluster of the bare responder."""
+    resources = bootstrap["static_resources"]
+    (ingress,) = resources["listeners"]
+    workers, *others = resources["clusters"]
+    (extproc,) = (cluster for cluster in others if cluster["name"] == EXTPROC_CLUSTER)
+
+    bare_cluster = _copied(extproc, _BARE_CLUSTER)
+    bare_cluster["load_assignment"] = _assignment(_BARE_CLUSTER, bare_port)
+    resources["clusters"].append(bare_cluster)
+
+    with_bare = _listener(ingress, "with_bare", with_bare_port)
+    filters = _manager(with_bare)["http_filters"]
+    (ext_proc,) = (each for each in filters if each["name"] == EXTPROC_FILTER)
+    ext_proc["typed_config"]["grpc_service"]["envoy_grpc"]["cluster_name"] = _BARE_CLUSTER
+
+    no_filter = _listener(ingress, "no_filter", no_filter_port)
+    manager = _manager(no_filter)
+    manager["http_filters"] = [
+        each for each in manager["http_filters"] if each["name"] != EXTPROC_FILTER
+    ]
+    (virtual_host,) = manager["route_config"]["virtual_hosts"]
+    (decided,) = (route for route in virtual_host["routes"] if route["name"] == "decided")
+    decided["match"] = {"prefix": "/"}
+    del decided["route"]["cluster_header"]
+    decided["route"]["cluster"] = workers["name"]
+    virtual_host["routes"] = [decided]
+
+    resources["listeners"] += [with_bare, no_filter]
+
+
+async def run_until_signal(work: Coroutine[Any, Any, int]) -> int:
+    """Run a benchmark; SIGTERM ends it as Ctrl-C does, with all processes stopped."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+async def _upstream(
+    stack: contextlib.AsyncExitStack, folder: Path, ports: list[int], admin_port: int
+) -> ManagedProcess:
+    config = folder / "upstream.yaml"
+    config.write_text(yaml.safe_dump(_upstream_bootstrap(ports, admin_port)))
+    process = ManagedProcess(
+        "upstream",
+        [
+            find_envoy(),
+            *("-c", str(config)),
+            *("--concurrency", "1", "--use-dynamic-base-id", "--log-level", "warning"),
+        ],
+        folder / "upstream.log",
+    )
+    await _start(stack, process)
+    await process.wait_ready(lambda: _answers(f"http://127.0.0.1:{ports[-1]}/server_info", MODEL))
+    return process
+
+
+async def _bare(
+    stack: contextlib.AsyncExitStack, folder: Path, port: int, addresses: list[str]
+) -> ManagedProcess:
+    workers = [part for address in addresses for part in ("--worker", address)]
+    process = ManagedProcess(
+        "bare responder",
+        [
+            *(sys.executable, "-m", "benchmarks.bare_responder"),
+            *("--port", str(port), "--model", MODEL, *workers),
+        ],
+        folder / "bare.log",
+    )
+    await _start(stack, process)
+    return process
+
+
+async def _start(stack: contextlib.AsyncExitStack, process: ManagedProcess) -> None:
+    # The clean-up first: a Ctrl-C while the process starts must not leave it behind.
+    stack.push_async_callback(process.stop)
+    await process.start()
+
+
+async def _answers(url: str, text: str) -> bool:
+    timeout = aiohttp.ClientTimeout(total=5)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
+            return response.status == 200 and text in await response.text()
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return False
+
+
+def _copied(part: dict[str, Any], name: str) -> dict[str, Any]:
+    copied = copy.deepcopy(part)
+    copied["name"] = name
+    return copied
+
+
+def _manager(listener: dict[str, Any]) -> dict[str, Any]:
+    manager: dict[str, Any] = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    return manager
+
+
+def _listener(ingress: dict[str, Any], name: str, port: int) -> dict[str, Any]:
+    listener = _copied(ingress, name)
+    listener["address"] = socket_address("127.0.0.1", port)
+    _manager(listener)["stat_prefix"] = name
+    return listener
+
+
+def _assignment(cluster: str, port: int) -> dict[str, Any]:
+    endpoint = {"endpoint": {"address": socket_address("127.0.0.1", port)}}
+    return {"cluster_name": cluster, "endpoints": [{"lb_endpoints": [endpoint]}]}
+
+
+def _upstream_bootstrap(ports: list[int], admin_port: int) -> dict[str, Any]:
+    server_info = {"served_model_name": MODEL, "disaggregation_mode": "null"}
+    routes = [
+        _direct_response({"path": "/server_info"}, server_info),
+        _direct_response({"prefix": "/"}, _ANSWER),
+    ]
+    manager = typed(
+        "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        stat_prefix="upstream",
+        route_config={"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
+        http_filters=[
+            {
+                # An answer before the end of the body would cost the connection.
+                "name": "envoy.filters.http.buffer",
+                "typed_config": typed(
+                    "extensions.filters.http.buffer.v3.Buffer",
+                    max_request_bytes=_BODY_LIMIT_BYTES,
+                ),
+            },
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": typed("extensions.filters.http.router.v3.Router"),
+            },
+        ],
+    )
+    return {
+        "admin": {"address": socket_address("127.0.0.1", admin_port)},
+        "static_resources": {
+            "listeners": [
+                {
+                    "name": f"worker_{port}",
+                    "address": socket_address("127.0.0.1", port),
+                    "per_connection_buffer_limit_bytes": _BODY_LIMIT_BYTES,
+                    "filter_chains": [
+                        {
+                            "filters": [
+                                {
+                                    "name": "envoy.filters.network.http_connection_manager",
+                                    "typed_config": manager,
+                                }
+                            ]
+                        }
+                    ],
+                }
+                for port in ports
+            ]
+        },
+    }
+
+
+def _direct_response(match: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+    content_type = {"key": "content-type", "value": "application/json"}
+    return {
+        "match": match,
+        "direct_response": {"status": 200, "body": {"inline_string": json.dumps(body)}},
+        "response_headers_to_add": [{"header": content_type, "append_action": _HEADER_MUTATION}],
+    }

@@ -1,0 +1,142 @@
+"""Writes docs/configuration.md from the configuration structs: `make docs`.
+
+The structs carry every key's type, default, bounds and meaning; a test compares the page with
+what this renders, so the two can not drift.
+"""
+
+import sys
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import NODEFAULT, Meta, Struct, UnsetType
+
+from extproc.config import Config
+from extproc.config_loading import section_type
+
+PAGE = Path(__file__).resolve().with_name("configuration.md")
+
+INTRODUCTION = """\
+# Configuration
+
+One file, YAML or TOML by its extension (`.yaml`, `.yml`, `.toml`), given with `--config`.
+`extproc check --config F` prints everything that is wrong with it, each line led by the key.
+Unknown keys and values are refused, and so are keys of sgl-router's file whose feature this
+version does not have (`models[].tokenizer_path`, `models[].cache_aware`, `discovery.k8s`, the
+policy `cache_aware_zmq`): a setting that silently does nothing is worse than an error at start.
+Times are seconds, fractions allowed; sizes are bytes.
+
+This page is generated from the code: `make docs`.
+
+The smallest useful file:
+
+```yaml
+models:
+  - id: meta-llama/Llama-3.1-8B-Instruct
+    policy: least_load
+discovery:
+  backend: static_urls
+  static_urls:
+    urls: ["http://10.0.0.1:30000", "http://10.0.0.2:30000"]
+```
+
+## Rules that span keys
+
+* At least one model; model ids are unique and printable ASCII (they travel in a header).
+* `discovery.static_urls` is needed for the backend `static_urls`. URLs are `http` or `https`,
+  without path, query or credentials; two spellings of one worker (a trailing slash, a default
+  port) count as a duplicate. An https worker named by IP address must be in its certificate.
+* `server.step_deadline_secs` is shorter than `envoy.message_timeout_secs`: it is us who answer
+  when a decision takes too long, never the proxy's time-out.
+* `envoy.stream_idle_timeout_secs` is longer than `proxy.request_timeout_secs`.
+* The four ports differ. Header names begin with `x-`, but not with `x-envoy-`.
+* `workers.api_key` and `workers.api_key_file` exclude each other; `workers.forward_api_key`
+  needs one of them.
+* With `server.tls` and no `server.unix_socket`, `envoy.extproc.ca_file` is needed, and with
+  `server.tls.client_ca_file` also `envoy.extproc.cert_file` and `key_file`.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    return "\n".join([INTRODUCTION, *_section(Config, "", "")]).rstrip() + "\n"
+
+
+def _section(section: type[Struct], path: str, meaning: str) -> list[str]:
+    hints = get_type_hints(section, include_extras=True)
+    rows: list[str] = []
+    nested: list[str] = []
+    for field in msgspec.structs.fields(section):
+        hint = hints[field.name]
+        key = f"{path}.{field.encode_name}" if path else field.encode_name
+        inner = section_type(hint)
+        if inner is None:
+            default = _default(field)
+            rows.append(f"| `{key}` | {_type(hint)} | {default} | {_meaning(hint)} |")
+            continue
+        if "list" in _type(hint):
+            key += "[]"
+        note = _meaning(hint)
+        if field.required:
+            note += " Required."
+        nested += ["", *_section(inner, key, note)]
+    heading = [f"## `{path}`", "", meaning, ""] if path else []
+    table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows] if rows else []
+    return [*heading, *table, *nested]
+
+
+def _default(field: Any) -> str:
+    if field.default_factory is not NODEFAULT:
+        return f"`{_literal(field.default_factory())}`"
+    if field.default is NODEFAULT:
+        return "required"
+    return f"`{_literal(field.default)}`"
+
+
+def _literal(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _metas(hint: Any) -> list[Meta]:
+    if get_origin(hint) is Annotated:
+        inner, *metas = get_args(hint)
+        return [*_metas(inner), *(meta for meta in metas if isinstance(meta, Meta))]
+    return []
+
+
+def _meaning(hint: Any) -> str:
+    return next((meta.description for meta in _metas(hint) if meta.description), "")
+
+
+def _type(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        bounds = ", ".join(
+            f"{sign} {limit:g}" if isinstance(limit, float) else f"{sign} {limit}"
+            for meta in _metas(hint)
+            for sign, limit in (("≥", meta.ge), ("≤", meta.le))
+            if limit is not None
+        )
+        name = _type(get_args(hint)[0])
+        return f"{name} {bounds}" if bounds else name
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(
+            "null" if member is NoneType else _type(member)
+            for member in get_args(hint)
+            if member is not UnsetType
+        )
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(hint))
+    if get_origin(hint) is list:
+        return f"list of {_type(get_args(hint)[0])}"
+    names = {str: "text", int: "integer", float: "number", bool: "boolean"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
+    sys.stdout.write(f"{PAGE.name} written\n")

@@ -1,0 +1,101 @@
+"""What clients see when the routing service dies, drains or comes back."""
+
+import asyncio
+import signal
+import time
+
+from extproc.demo.stack import wait_until
+from tests.e2e.conftest import Launch, Running
+
+
+async def read_stream(running: Running, tokens: int) -> int:
+    async with running.chat(stream=True, tokens=tokens, fault="slow-token=0.1") as response:
+        assert response.status == 200
+        return (await response.read()).count(b"data: ")
+
+
+async def bypassed(running: Running) -> bool:
+    return not await running.stack.envoy_sees_service()
+
+
+async def test_kill_9_in_mid_stream_then_the_pool_serves_then_routing_resumes(
+    launch: Launch,
+) -> None:
+    running = await launch(2)
+    streaming = asyncio.create_task(read_stream(running, 30))
+    waiting = asyncio.create_task(read_stream(running, 3))
+    await asyncio.sleep(1)
+    await running.stack.service.stop(signal.SIGKILL)
+    assert await streaming == 33
+    assert await waiting == 6
+    await wait_until(lambda: bypassed(running), "Envoy notices", 10)
+    for _ in range(4):
+        async with running.chat() as response:
+            assert response.status == 200
+    async with running.http.get(f"{running.url}/v1/models") as response:
+        assert response.status == 200
+    await running.stack.start_service()
+    started = time.monotonic()
+
+    async def routed() -> bool:
+        async with running.chat() as response:
+            assert response.status == 200
+        return await running.sample("extproc_requests_total") > 0
+
+    await wait_until(routed, "routing resumes", 10)
+    # Not a matter of this machine's speed: Envoy probes the service every second.
+    assert time.monotonic() - started < 3
+
+
+async def test_with_two_models_nothing_is_guessed(launch: Launch) -> None:
+    running = await launch(1, models=("a", "b"))
+    await running.stack.service.stop(signal.SIGKILL)
+    await wait_until(lambda: bypassed(running), "Envoy notices", 10)
+    async with running.chat("a") as response:
+        assert await running.error(response) == (503, "router_unavailable")
+    assert await running.fleet.requests() == []
+
+
+async def test_fail_open_can_be_switched_off(launch: Launch) -> None:
+    running = await launch(1, settings={"envoy": {"fail_open": False}})
+    await running.stack.service.stop(signal.SIGKILL)
+    async with running.chat() as response:
+        assert await running.error(response) == (503, "router_unavailable")
+
+
+async def test_sigterm_drains_without_losing_a_request(launch: Launch) -> None:
+    running = await launch(2, settings={"server": {"drain_secs": 20}})
+    streaming = asyncio.create_task(read_stream(running, 30))
+    await asyncio.sleep(0.5)
+    running.stack.service.send(signal.SIGTERM)
+    statuses = []
+    while running.stack.service.returncode is None:
+        async with running.chat() as response:
+            statuses.append(response.status)
+        await asyncio.sleep(0.02)
+    assert running.stack.service.returncode == 0
+    assert set(statuses) == {200}
+    assert await streaming == 33
+
+
+async def test_a_restart_in_between_is_not_noticed_by_clients(launch: Launch) -> None:
+    running = await launch(2)
+    stop = asyncio.Event()
+
+    async def steady() -> set[int]:
+        statuses = set()
+        while not stop.is_set():
+            async with running.chat() as response:
+                statuses.add(response.status)
+                await response.read()
+        return statuses
+
+    clients = [asyncio.create_task(steady()) for _ in range(4)]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        await asyncio.sleep(0.5)
+        await running.stack.service.stop(number)
+        await asyncio.sleep(0.5)
+        await running.stack.start_service()
+    stop.set()
+    # A request that was being asked about at the very moment may fail open, never hang.
+    assert set().union(*await asyncio.gather(*clients)) == {200}

@@ -1,0 +1,337 @@
+"""Builders that make a whole ext_proc exchange one readable line.
+
+The messages cross a real gRPC connection; only the workers behind the router are made up.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
+
+import grpc.aio
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
+from prometheus_client import CollectorRegistry
+
+from extproc._protos import llm_extproc_pb2 as pb
+from extproc.clock import Clock, SystemClock
+from extproc.config import EnvoyConfig, LoadConfig, PolicyName, ServerConfig
+from extproc.demo.stack import free_ports
+from extproc.metrics import Metrics
+from extproc.policies.factory import create_policy
+from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.request import Request
+from extproc.routing.router import Router
+from extproc.server.grpc_server import SERVICE, ExtProcServer
+from extproc.server.replies import ReplyBuilder
+from extproc.server.session import SessionContext
+from extproc.worker_url import parse_worker_url
+from extproc.workers.active_load import ActiveLoad
+from extproc.workers.circuit_breaker import CircuitBreaker
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.worker import Worker, WorkerSpec
+
+MODES = {
+    "BUFFERED": pb.ProcessingMode.BUFFERED,
+    "BUFFERED_PARTIAL": pb.ProcessingMode.BUFFERED_PARTIAL,
+    "STREAMED": pb.ProcessingMode.STREAMED,
+    "FULL_DUPLEX_STREAMED": pb.ProcessingMode.FULL_DUPLEX_STREAMED,
+    "NONE": pb.ProcessingMode.NONE,
+}
+REPLY_SECONDS = 10.0
+QUIET_SECONDS = 0.15
+ATTRIBUTES = "envoy.filters.http.ext_proc"
+
+
+class Service:
+    """One ExtProcServer over workers at 10.0.0.1:8000, 10.0.0.2:8000, …"""
+
+    def __init__(
+        self,
+        models: Sequence[str],
+        workers: int,
+        *,
+        policy: PolicyName = "round_robin",
+        server: Mapping[str, Any] | None = None,
+        envoy: EnvoyConfig | None = None,
+        load: LoadConfig | None = None,
+        stale_seconds: float = 600.0,
+        body_seconds: float = 300.0,
+        debug_headers: bool = False,
+        authorization: str | None = None,
+        clock: Clock | None = None,
+        route_seconds: float = 0.0,
+    ) -> None:
+        self.clock = clock or SystemClock()
+        self.metrics = Metrics(CollectorRegistry())
+        self.registry = WorkerRegistry()
+        self.active_load = ActiveLoad(self.clock, stale_seconds, self.metrics.stale_requests)
+        order = 0
+        self.workers: list[Worker] = []
+        for model in models:
+            for _ in range(workers):
+                url = parse_worker_url(f"http://10.0.0.{order + 1}:8000")
+                spec = WorkerSpec(id=str(url), url=url, model_ids=(model,))
+                worker = Worker(
+                    spec,
+                    order=order,
+                    breaker=CircuitBreaker(3, 30.0),
+                    address=f"{url.host}:{url.port}",
+                )
+                self.registry.upsert(worker)
+                self.workers.append(worker)
+                order += 1
+        random = Random(7)
+        self.router = Router(
+            policies={model: create_policy(policy, random) for model in models},
+            active_load=self.active_load,
+            books=LeaseBooks(self.clock, self.registry, self.metrics, load or LoadConfig()),
+            random=random,
+            request_timeout_seconds=300.0,
+            destinations_max=1,
+        )
+        self.route_seconds = route_seconds
+        self.config = ServerConfig(port=free_ports(1)[0], **(server or {}))
+        self.server = ExtProcServer(
+            self.config,
+            session_context=SessionContext(
+                builder=ReplyBuilder(envoy or EnvoyConfig(), authorization),
+                metrics=self.metrics,
+                max_body_bytes=self.config.max_body_bytes,
+                models_body=json.dumps({"data": list(models)}).encode(),
+                only_model=self.router.only_model,
+                debug_headers=debug_headers,
+            ),
+            route=self._route,
+            metrics=self.metrics,
+            body_deadline_seconds=body_seconds,
+            log_decisions=False,
+        )
+
+    async def _route(self, request: Request) -> Lease:
+        if self.route_seconds:
+            await asyncio.sleep(self.route_seconds)
+        return await self.router.route(request)
+
+    @property
+    def in_flight(self) -> int:
+        return sum(worker.in_flight for worker in self.workers)
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.config.port}"
+
+
+@asynccontextmanager
+async def serving(service: Service) -> AsyncIterator[Service]:
+    await service.server.start()
+    try:
+        yield service
+    finally:
+        await service.server.stop()
+
+
+class Envoy:
+    """The proxy's side of one stream."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._pending: asyncio.Future[Any] | None = None
+
+    async def send(self, *messages: pb.ProcessingRequest) -> None:
+        for message in messages:
+            await self._call.write(message)
+
+    async def _read(self) -> Any:
+        # A read that was given up on would lose the reply: it is kept and awaited next time.
+        if self._pending is None:
+            self._pending = asyncio.ensure_future(self._call.read())
+        return await asyncio.shield(self._pending)
+
+    async def reply(self) -> pb.ProcessingResponse:
+        async with asyncio.timeout(REPLY_SECONDS):
+            reply = await self._read()
+        self._pending = None
+        assert isinstance(reply, pb.ProcessingResponse), f"the stream ended: {reply}"
+        return reply
+
+    async def replies(self, count: int) -> list[pb.ProcessingResponse]:
+        return [await self.reply() for _ in range(count)]
+
+    async def no_reply(self) -> None:
+        """Nothing comes for a while."""
+        try:
+            async with asyncio.timeout(QUIET_SECONDS):
+                reply = await self._read()
+        except TimeoutError:
+            return
+        raise AssertionError(f"an unexpected reply: {reply}")
+
+    async def half_close(self) -> None:
+        await self._call.done_writing()
+
+    async def ended(self) -> grpc.StatusCode:
+        """Wait for the end of the stream and return its status."""
+        async with asyncio.timeout(REPLY_SECONDS):
+            return await self._call.code()  # type: ignore[no-any-return]
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    async def close(self) -> None:
+        """Reset the stream, as Envoy does when it is done with it."""
+        self._call.cancel()
+        if self._pending is not None:
+            await asyncio.gather(self._pending, return_exceptions=True)
+
+
+@asynccontextmanager
+async def stream(
+    service: Service, metadata: Sequence[tuple[str, str]] = (("x-extproc-pass", "route"),)
+) -> AsyncIterator[Envoy]:
+    # A body over the service's limits must be sendable.
+    options = [("grpc.max_send_message_length", -1)]
+    async with grpc.aio.insecure_channel(service.target, options=options) as channel:
+        method: Any = channel.stream_stream(
+            f"/{SERVICE}/Process",
+            request_serializer=pb.ProcessingRequest.SerializeToString,
+            response_deserializer=pb.ProcessingResponse.FromString,
+        )
+        envoy = Envoy(method(metadata=metadata))
+        try:
+            yield envoy
+        finally:
+            await envoy.close()
+
+
+def header_map(headers: Mapping[str, str]) -> pb.HeaderMap:
+    return pb.HeaderMap(
+        headers=[pb.HeaderValue(key=k, raw_value=v.encode()) for k, v in headers.items()]
+    )
+
+
+def request_headers(
+    path: str = "/v1/chat/completions",
+    *,
+    method: str = "POST",
+    mode: str = "BUFFERED",
+    response_mode: str = "NONE",
+    not_waiting: bool = False,
+    end: bool = False,
+    announce: bool = True,
+    **headers: str,
+) -> pb.ProcessingRequest:
+    """The first message of a stream; keywords are further headers, `_` for `-`."""
+    fields = {":method": method, ":path": path, ":authority": "api", "x-request-id": "req-1"}
+    fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+    message = pb.ProcessingRequest(
+        request_headers=pb.HttpHeaders(headers=header_map(fields), end_of_stream=end)
+    )
+    if announce:
+        message.protocol_config.request_body_mode = MODES[mode]
+        message.protocol_config.response_body_mode = MODES[response_mode]
+        message.protocol_config.send_body_without_waiting_for_header_response = not_waiting
+    return message
+
+
+def request_body(data: bytes | str, *, end: bool = True) -> pb.ProcessingRequest:
+    raw = data.encode() if isinstance(data, str) else data
+    return pb.ProcessingRequest(request_body=pb.HttpBody(body=raw, end_of_stream=end))
+
+
+def llm_body(model: str = "m", **fields: Any) -> bytes:
+    return json.dumps({"model": model, "messages": [], **fields}).encode()
+
+
+def request_trailers() -> pb.ProcessingRequest:
+    return pb.ProcessingRequest(request_trailers=pb.HttpTrailers())
+
+
+def response_headers(
+    status: int = 200,
+    *,
+    upstream: str = "",
+    details: str = "via_upstream",
+    content_type: str = "application/json",
+    served: str = "",
+    end: bool = False,
+) -> pb.ProcessingRequest:
+    """Envoy's message with its attributes; `served` is the endpoint picker protocol's name."""
+    message = pb.ProcessingRequest(
+        response_headers=pb.HttpHeaders(
+            headers=header_map({":status": str(status), "content-type": content_type}),
+            end_of_stream=end,
+        )
+    )
+    if upstream or details:
+        attributes = Struct()
+        attributes.update({"upstream.address": upstream, "response.code_details": details})
+        message.attributes[ATTRIBUTES].CopyFrom(attributes)
+    if served:
+        metadata = Struct()
+        metadata.update({"x-gateway-destination-endpoint-served": served})
+        message.metadata_context.filter_metadata["envoy.lb"].CopyFrom(metadata)
+    return message
+
+
+def response_body(data: bytes, *, end: bool = False) -> pb.ProcessingRequest:
+    return pb.ProcessingRequest(response_body=pb.HttpBody(body=data, end_of_stream=end))
+
+
+def response_trailers() -> pb.ProcessingRequest:
+    return pb.ProcessingRequest(response_trailers=pb.HttpTrailers())
+
+
+def kind(reply: pb.ProcessingResponse) -> str:
+    return str(reply.WhichOneof("response"))
+
+
+def set_headers(reply: pb.ProcessingResponse) -> dict[str, str]:
+    """The header mutation of a reply, whichever kind it is; every one must overwrite."""
+    which = kind(reply)
+    mutation = (
+        reply.immediate_response.headers
+        if which == "immediate_response"
+        else getattr(reply, which).response.header_mutation
+    )
+    overwrite = pb.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+    assert all(option.append_action == overwrite for option in mutation.set_headers)
+    return {option.header.key: option.header.raw_value.decode() for option in mutation.set_headers}
+
+
+def destination(reply: pb.ProcessingResponse) -> str:
+    """The chosen endpoints; header and metadata must say the same, and the route is cleared."""
+    header = set_headers(reply)["x-gateway-destination-endpoint"]
+    metadata = MessageToDict(reply.dynamic_metadata)
+    assert metadata["envoy.lb"]["x-gateway-destination-endpoint"] == header
+    assert getattr(reply, kind(reply)).response.clear_route_cache
+    return header
+
+
+def echoed(replies: Sequence[pb.ProcessingResponse]) -> tuple[bytes, list[bool]]:
+    """The body echoed in full duplex, and the end-of-stream flag of each piece."""
+    pieces = [
+        getattr(reply, kind(reply)).response.body_mutation.streamed_response for reply in replies
+    ]
+    return b"".join(piece.body for piece in pieces), [piece.end_of_stream for piece in pieces]
+
+
+def error(reply: pb.ProcessingResponse) -> tuple[int, str, dict[str, Any]]:
+    """Status, code and error object of an immediate response, checked against its headers."""
+    immediate = reply.immediate_response
+    body: dict[str, Any] = json.loads(immediate.body)["error"]
+    headers = set_headers(reply)
+    assert headers["content-type"] == "application/json"
+    assert headers["x-router-error-code"] == body["code"]
+    assert ("retry-after" in headers) == (immediate.status.code == 503)
+    assert MessageToDict(reply).get("immediateResponse") is not None
+    return immediate.status.code, body["code"], body
+
+
+async def eventually(check: Any, seconds: float = REPLY_SECONDS) -> None:
+    """Wait for check() to become true."""
+    async with asyncio.timeout(seconds):
+        while not check():
+            await asyncio.sleep(0.01)

@@ -1,0 +1,33 @@
+"""The list of the configuration as a source: everything at once, then silence."""
+
+import asyncio
+
+import pytest
+
+from extproc.discovery.static_urls import StaticUrls
+from extproc.workers.source import Added, Listed
+from tests.fakes import make_spec, settle
+
+
+async def test_every_url_is_added_in_order_and_then_the_list_is_complete() -> None:
+    events = StaticUrls(["http://b:1/", "https://a"]).events()
+    seen = [await anext(events) for _ in range(3)]
+    assert seen == [
+        Added(make_spec("http://b:1")),
+        Added(make_spec("https://a:443")),
+        Listed(),
+    ]
+    first = seen[0]
+    assert isinstance(first, Added)
+    assert (first.spec.id, first.spec.mode, first.spec.model_ids) == ("http://b:1", "plain", ())
+
+
+async def test_the_source_stays_open_until_it_is_cancelled() -> None:
+    events = StaticUrls([]).events()
+    assert await anext(events) == Listed()
+    waiting = asyncio.ensure_future(anext(events))
+    await settle()
+    assert not waiting.done()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting

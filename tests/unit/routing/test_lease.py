@@ -1,0 +1,363 @@
+"""What Envoy reports settles the books of the worker that served; each request counts once."""
+
+import pytest
+
+from extproc.config import LoadConfig
+from extproc.routing.lease import Lease
+from extproc.workers.circuit_breaker import BreakerState
+from extproc.workers.worker import Worker
+from tests.fakes import Routing, make_router, make_worker
+
+VIA = "via_upstream"
+REFUSED = (
+    "upstream_reset_before_response_started{remote_connection_failure|delayed_connect_error:_"
+    "Connection_refused}"
+)
+ADDRESSES = [f"10.0.0.{n}:8000" for n in (1, 2, 3)]
+URLS = [f"http://{address}" for address in ADDRESSES]
+UNKNOWN = "10.9.9.9:8000"
+CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+
+
+class Case:
+    """Three workers, of which the first is always chosen and the others are its fallbacks.
+
+    A threshold of 1 makes each failure visible in the breaker's state.
+    """
+
+    def __init__(self, *, threshold: int = 1, load: LoadConfig | None = None) -> None:
+        self.workers = [
+            make_worker(url, order=order, threshold=threshold, in_flight=10 * order)
+            for order, url in enumerate(URLS)
+        ]
+        self.routing = make_router(self.workers, policy="least_load", load=load)
+
+    @property
+    def chosen(self) -> Worker:
+        return self.workers[0]
+
+    async def lease(self) -> Lease:
+        lease = await self.routing.route()
+        assert lease.decision.destinations == tuple(ADDRESSES)
+        return lease
+
+    async def probe(self) -> Lease:
+        """A lease that holds the probe of the chosen worker."""
+        for _ in range(self.chosen.breaker.threshold):
+            self.chosen.breaker.failure(self.routing.clock.monotonic())
+        self.routing.clock.tick(30.0)
+        lease = await self.lease()
+        assert self.chosen.breaker.state is HALF_OPEN
+        assert not self.probe_is_free()
+        return lease
+
+    def probe_is_free(self) -> bool:
+        return self.chosen.breaker.would_allow(self.routing.clock.monotonic())
+
+    def states(self) -> list[BreakerState]:
+        return [worker.breaker.state for worker in self.workers]
+
+    def load(self) -> list[int]:
+        """In flight beyond what the workers began with."""
+        return [worker.in_flight - 10 * order for order, worker in enumerate(self.workers)]
+
+
+def counted(routing: Routing, metric: str) -> float:
+    return routing.metric(metric, model="m")
+
+
+FALLBACK_SERVED = "extproc_fallback_served_total"
+MISSED = "extproc_destination_missed_total"
+
+
+# -- who is judged
+
+
+@pytest.mark.parametrize("status", [200, 201, 204, 301, 400, 401, 404, 408, 413, 422, 429, 499])
+async def test_an_answer_below_500_is_a_success(status: int) -> None:
+    case = Case(threshold=2)
+    case.chosen.breaker.failure(0.0)
+    lease = await case.lease()
+    assert lease.responded(status, ADDRESSES[0], VIA, streamed=False)
+    case.chosen.breaker.failure(0.0)  # a success in between has reset the count
+    assert case.states() == [CLOSED, CLOSED, CLOSED]
+    assert case.routing.outcomes() == {URLS[0]: ["success"]}
+    assert lease.served is case.chosen
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 529, 599])
+async def test_a_5xx_is_a_failure_of_the_one_that_served(status: int) -> None:
+    case = Case()
+    lease = await case.lease()
+    assert lease.responded(status, ADDRESSES[0], VIA, streamed=False)
+    assert case.states() == [OPEN, CLOSED, CLOSED]
+    assert case.routing.outcomes() == {URLS[0]: ["error"]}
+
+
+@pytest.mark.parametrize(
+    ("position", "status", "states", "outcomes"),
+    [
+        (1, 200, [OPEN, CLOSED, CLOSED], {URLS[0]: ["error"], URLS[1]: ["success"]}),
+        (1, 500, [OPEN, OPEN, CLOSED], {URLS[0]: ["error"], URLS[1]: ["error"]}),
+        (
+            2,
+            200,
+            [OPEN, OPEN, CLOSED],
+            {URLS[0]: ["error"], URLS[1]: ["error"], URLS[2]: ["success"]},
+        ),
+    ],
+)
+async def test_those_before_the_fallback_that_served_have_failed(
+    position: int, status: int, states: list[BreakerState], outcomes: dict[str, list[str]]
+) -> None:
+    case = Case()
+    lease = await case.lease()
+    assert lease.responded(status, ADDRESSES[position], VIA, streamed=False)
+    assert case.states() == states
+    assert case.routing.outcomes() == outcomes
+    assert lease.served is case.workers[position]
+    assert case.load()[position] == 1
+    assert sum(case.load()) == 1
+    assert counted(case.routing, FALLBACK_SERVED) == 1
+    assert counted(case.routing, MISSED) == 0
+    lease.close()
+    assert case.load() == [0, 0, 0]
+
+
+async def test_a_worker_that_was_not_named_but_is_ours_is_judged_and_missed() -> None:
+    case = Case()
+    other = make_worker("http://10.0.0.4:8000", order=9, threshold=1)
+    lease = await case.lease()
+    case.routing.registry.upsert(other)
+    assert not lease.responded(500, "10.0.0.4:8000", VIA, streamed=False)
+    assert case.states() == [OPEN, CLOSED, CLOSED]
+    assert other.breaker.state is OPEN
+    assert lease.served is other
+    assert (case.load(), other.in_flight) == ([0, 0, 0], 1)
+    assert counted(case.routing, MISSED) == 1
+    assert counted(case.routing, FALLBACK_SERVED) == 0
+    lease.close()
+    assert other.in_flight == 0
+
+
+async def test_an_endpoint_nobody_knows_is_missed_and_the_chosen_one_has_failed() -> None:
+    case = Case()
+    lease = await case.lease()
+    assert not lease.responded(200, UNKNOWN, VIA, streamed=False)
+    assert case.states() == [OPEN, CLOSED, CLOSED]
+    assert case.routing.outcomes() == {URLS[0]: ["error"]}
+    assert lease.served is None
+    assert counted(case.routing, MISSED) == 1
+    lease.close()
+    assert case.load() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("status", [200, 503])
+@pytest.mark.parametrize("details", ["", VIA])
+async def test_a_gateway_without_attributes_is_believed_to_have_followed(
+    status: int, details: str
+) -> None:
+    case = Case()
+    lease = await case.lease()
+    assert lease.responded(status, "", details, streamed=False)
+    assert case.states() == [OPEN if status == 503 else CLOSED, CLOSED, CLOSED]
+    assert lease.served is case.chosen
+    assert counted(case.routing, MISSED) == 0
+
+
+# -- Envoy's own replies
+
+
+async def test_when_all_refuse_the_last_tried_has_failed_too_and_nobody_served() -> None:
+    case = Case()
+    lease = await case.lease()
+    assert lease.responded(503, ADDRESSES[2], REFUSED, streamed=False)
+    assert case.states() == [OPEN, OPEN, OPEN]
+    assert case.routing.outcomes() == {url: ["error"] for url in URLS}
+    assert counted(case.routing, FALLBACK_SERVED) == 0
+    lease.close()
+    assert case.load() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "details",
+    [REFUSED, "upstream_response_timeout", "response_timeout", "upstream_per_try_timeout"],
+)
+async def test_a_local_reply_of_envoy_for_the_chosen_one_is_its_failure(details: str) -> None:
+    case = Case()
+    lease = await case.lease()
+    assert lease.responded(504, ADDRESSES[0], details, streamed=False)
+    assert case.states() == [OPEN, CLOSED, CLOSED]
+    assert case.routing.outcomes() == {URLS[0]: ["error"]}
+
+
+async def test_a_refused_connection_is_a_failure_even_where_no_address_is_told() -> None:
+    case = Case()
+    lease = await case.lease()
+    assert lease.responded(503, "", REFUSED, streamed=False)
+    assert case.chosen.breaker.state is OPEN
+
+
+@pytest.mark.parametrize("details", ["no_healthy_upstream", "route_not_found", "cluster_not_found"])
+async def test_a_local_reply_that_reached_nobody_says_nothing_of_a_worker(details: str) -> None:
+    case = Case()
+    lease = await case.probe()
+    assert lease.responded(503, "", details, streamed=False)
+    assert case.chosen.breaker.state is HALF_OPEN
+    assert case.probe_is_free()
+    assert case.routing.outcomes() == {URLS[0]: ["cancelled"]}
+    lease.close()
+    assert case.load() == [0, 0, 0]
+    assert case.routing.outcomes() == {URLS[0]: ["cancelled"]}
+
+
+# -- the probe
+
+
+@pytest.mark.parametrize(
+    ("status", "address", "state"),
+    [
+        (200, ADDRESSES[0], CLOSED),
+        (429, ADDRESSES[0], CLOSED),
+        (500, ADDRESSES[0], OPEN),
+        (200, ADDRESSES[1], OPEN),
+        (200, UNKNOWN, OPEN),
+        (200, "", CLOSED),
+        (500, "", OPEN),
+    ],
+)
+async def test_an_outcome_resolves_the_probe(
+    status: int, address: str, state: BreakerState
+) -> None:
+    case = Case(threshold=3)
+    lease = await case.probe()
+    lease.responded(status, address, VIA, streamed=False)
+    assert case.chosen.breaker.state is state
+    lease.close()
+    assert case.chosen.breaker.state is state
+
+
+async def test_a_fallback_that_serves_closes_its_own_breaker() -> None:
+    case = Case()
+    case.workers[1].breaker.failure(case.routing.clock.monotonic())
+    case.routing.clock.tick(30.0)
+    lease = await case.lease()
+    lease.responded(200, ADDRESSES[1], VIA, streamed=False)
+    assert case.states() == [OPEN, CLOSED, CLOSED]
+
+
+async def test_a_client_that_leaves_is_neutral_and_gives_the_probe_back() -> None:
+    case = Case()
+    lease = await case.probe()
+    lease.close()
+    assert case.chosen.breaker.state is HALF_OPEN
+    assert case.probe_is_free()
+    assert case.routing.outcomes() == {URLS[0]: ["cancelled"]}
+    assert case.load() == [0, 0, 0]
+
+
+async def test_a_client_that_leaves_does_not_touch_a_closed_breaker() -> None:
+    case = Case(threshold=2)
+    case.chosen.breaker.failure(0.0)
+    (await case.lease()).close()
+    case.chosen.breaker.failure(0.0)
+    assert case.chosen.breaker.state is OPEN  # neither a success nor a failure in between
+
+
+async def test_a_late_close_does_not_free_the_probe_of_another_request() -> None:
+    case = Case()
+    first = await case.probe()
+    case.chosen.breaker.failure(case.routing.clock.monotonic())
+    case.routing.clock.tick(30.0)
+    await case.lease()
+    first.close()
+    assert not case.probe_is_free()
+
+
+# -- once
+
+
+async def test_a_second_report_changes_nothing() -> None:
+    case = Case()
+    lease = await case.lease()
+    assert lease.responded(200, ADDRESSES[0], VIA, streamed=False)
+    assert lease.responded(500, ADDRESSES[1], VIA, streamed=False)
+    assert case.states() == [CLOSED, CLOSED, CLOSED]
+    assert case.routing.outcomes() == {URLS[0]: ["success"]}
+    assert counted(case.routing, "extproc_response_headers_seconds_count") == 1
+
+
+async def test_close_is_idempotent() -> None:
+    case = Case()
+    first, second = await case.lease(), await case.routing.route()
+    for _ in range(3):
+        first.close()
+    assert sum(case.load()) == 1
+    assert case.routing.outcomes() == {URLS[0]: ["cancelled"]}
+    second.close()
+    assert case.load() == [0, 0, 0]
+
+
+async def test_the_load_stays_until_the_stream_ends() -> None:
+    case = Case()
+    lease = await case.lease()
+    lease.responded(200, ADDRESSES[0], VIA, streamed=True)
+    case.routing.clock.tick(500.0)
+    case.routing.active_load.sweep()
+    assert case.load() == [1, 0, 0]
+    lease.close()
+    assert case.load() == [0, 0, 0]
+    assert case.routing.outcomes() == {URLS[0]: ["success"]}
+
+
+async def test_the_time_to_the_headers_is_measured_from_the_decision() -> None:
+    case = Case()
+    lease = await case.lease()
+    case.routing.clock.tick(0.75)
+    lease.responded(200, ADDRESSES[0], VIA, streamed=True)
+    assert counted(case.routing, "extproc_response_headers_seconds_sum") == pytest.approx(0.75)
+
+
+async def test_a_worker_that_was_replaced_meanwhile_does_not_inherit_or_underflow() -> None:
+    case = Case()
+    lease = await case.lease()
+    new = make_worker(URLS[0], order=0, threshold=1)
+    case.routing.registry.upsert(new)
+    lease.responded(500, ADDRESSES[0], VIA, streamed=False)
+    lease.close()
+    assert (new.in_flight, new.breaker.state) == (0, CLOSED)
+    assert case.load() == [0, 0, 0]
+
+
+# -- stale
+
+
+async def test_stale_before_the_headers_is_a_failure_of_the_chosen_one() -> None:
+    case = Case()
+    lease = await case.probe()
+    lease.expired()
+    lease.close()
+    assert case.chosen.breaker.state is OPEN
+    assert case.routing.outcomes() == {URLS[0]: ["error"]}
+    assert case.load() == [0, 0, 0]
+
+
+async def test_stale_after_the_headers_says_nothing_more() -> None:
+    case = Case()
+    lease = await case.lease()
+    lease.responded(200, ADDRESSES[0], VIA, streamed=True)
+    lease.expired()
+    lease.close()
+    assert case.states() == [CLOSED, CLOSED, CLOSED]
+    assert case.routing.outcomes() == {URLS[0]: ["success"]}
+    assert case.load() == [0, 0, 0]
+
+
+async def test_headers_of_a_stale_request_are_not_judged_again() -> None:
+    case = Case()
+    lease = await case.lease()
+    lease.expired()
+    lease.expired()
+    assert lease.responded(200, ADDRESSES[1], VIA, streamed=False)
+    assert case.states() == [OPEN, CLOSED, CLOSED]
+    assert case.routing.outcomes() == {URLS[0]: ["error"]}

@@ -1,0 +1,266 @@
+"""Paths and bodies to what routing needs; whatever a client sends, the answer is our own."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extproc.errors import RouterError
+from extproc.routing.request import MODELS_PATH, Request, find_endpoint, parse_body
+
+POST_PATHS = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/generate",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/rerank",
+    "/v1/score",
+    "/v1/classify",
+]
+CHAT = find_endpoint("POST", "/v1/chat/completions")
+GENERATE = find_endpoint("POST", "/generate")
+DEEP = 100_000
+
+
+def parse(body: Any, endpoint: Any = CHAT) -> Request:
+    return parse_body(endpoint, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+def refused(body: Any, endpoint: Any = CHAT) -> str:
+    """The message of the 400."""
+    with pytest.raises(RouterError) as caught:
+        parse(body, endpoint)
+    assert (caught.value.code, caught.value.status) == ("bad_request", 400)
+    assert caught.value.__cause__ is None
+    return caught.value.message
+
+
+# -- paths
+
+
+@pytest.mark.parametrize("path", POST_PATHS)
+@pytest.mark.parametrize("suffix", ["", "?", "?a=b", "?a=/v1/models?x"])
+def test_a_known_path_is_found_with_and_without_a_query(path: str, suffix: str) -> None:
+    assert find_endpoint("POST", path + suffix).path == path
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_list_of_models_is_read(method: str) -> None:
+    assert find_endpoint(method, "/v1/models?limit=1").path == MODELS_PATH
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "/",
+        "?",
+        "*",
+        "/v1",
+        "/v1/chat",
+        "/v1/chat/completions/",
+        "//v1/chat/completions",
+        "/V1/chat/completions",
+        "/v1/chat/completions#x",
+        "/v1/chat/completions%3F",
+        "/v1/models/m",
+        "/server_info",
+        "/flush_cache",
+        "http://host/v1/models",
+    ],
+)
+def test_another_path_is_not_found(path: str) -> None:
+    with pytest.raises(RouterError) as caught:
+        find_endpoint("POST", path)
+    assert (caught.value.code, caught.value.status) == ("not_found", 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        *((method, "/generate", "POST") for method in ("GET", "PUT", "DELETE", "", "post")),
+        *((method, MODELS_PATH, "GET") for method in ("POST", "DELETE", "get")),
+    ],
+)
+def test_another_method_is_told_what_is_allowed(method: str, path: str, allowed: str) -> None:
+    with pytest.raises(RouterError) as caught:
+        find_endpoint(method, path)
+    assert (caught.value.code, caught.value.status) == ("method_not_allowed", 405)
+    assert allowed in dict(caught.value.headers)["allow"].split(", ")
+
+
+# -- model and stream
+
+
+@pytest.mark.parametrize("path", POST_PATHS)
+def test_model_and_stream_are_read_on_every_path(path: str) -> None:
+    endpoint = find_endpoint("POST", path)
+    body = {"messages": [{"role": "user", "content": "hi"}], "model": "m", "stream": True}
+    assert parse(body, endpoint) == Request(endpoint, "m", True)
+
+
+@pytest.mark.parametrize("path", POST_PATHS)
+@pytest.mark.parametrize("body", [{}, {"model": None}, {"prompt": "x"}])
+def test_the_model_may_be_left_out_only_where_engines_need_none(
+    path: str, body: dict[str, Any]
+) -> None:
+    endpoint = find_endpoint("POST", path)
+    if path == "/generate":
+        assert parse(body, endpoint).model is None
+    else:
+        assert "`model`" in refused(body, endpoint)
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, GENERATE], ids=["chat", "generate"])
+@pytest.mark.parametrize("model", ["", 5, 1.5, True, False, {}, {"id": "m"}, [], ["m"]])
+def test_a_model_that_is_no_name_is_refused(endpoint: Any, model: object) -> None:
+    assert "`model`" in refused({"model": model}, endpoint)
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"), [(True, True), (False, False), (None, False), ("absent", False)]
+)
+def test_stream(stream: object, expected: bool) -> None:
+    body = {"model": "m"} if stream == "absent" else {"model": "m", "stream": stream}
+    assert parse(body).stream is expected
+
+
+@pytest.mark.parametrize("stream", [0, 1, 1.0, "true", "", [], [True], {}])
+def test_a_stream_that_is_no_boolean_is_refused(stream: object) -> None:
+    assert "`stream`" in refused({"model": "m", "stream": stream})
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "模型", "a" * 10, "m:lora", " m ", "m\n"])
+def test_a_name_is_taken_as_it_is(model: str) -> None:
+    assert parse({"model": model}).model == model
+
+
+def test_the_last_of_duplicate_keys_counts_as_in_the_engine() -> None:
+    body = b'{"model": "a", "stream": true, "model": "b", "stream": false}'
+    assert parse(body) == Request(CHAT, "b", False)
+    assert json.loads(body)["model"] == "b"
+
+
+def test_only_keys_of_the_top_level_count() -> None:
+    assert "missing" in refused({"messages": [{"model": "m"}], "extra": {"model": "m"}})
+
+
+# -- bodies
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b"5", b'"m"', b"true", b'[{"model": "m"}]'])
+def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
+    assert "object" in refused(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b" ",
+        b"{",
+        b'{"model": "m"',
+        b'{"model": "m",}',
+        b'{"model": "m"} trailing',
+        b'{"model": "m"}{"model": "n"}',
+        b"{'model': 'm'}",
+        b'{"model": "m", "x": NaN}',
+        b'{"model": "m", "x": 01}',
+        b'{"model": "m", "x": "\x01"}',
+        b'\xef\xbb\xbf{"model": "m"}',
+        '{"model": "m"}'.encode("utf-16"),
+        b'{"model": "\xff"}',
+        b'{"model": "m", "x": "\xff"}',
+        b'{"model": "m", "\xc3": 1}',
+        b'{"model": "\\ud800"}',
+        b"model=m&stream=true",
+        b"\x00",
+    ],
+    ids=lambda body: repr(body)[:32],
+)
+def test_a_body_that_is_no_json_is_refused(body: bytes) -> None:
+    assert "JSON" in refused(body)
+
+
+@pytest.mark.parametrize("body", [b"", bytearray()])
+def test_an_empty_body_is_refused(body: bytes) -> None:
+    with pytest.raises(RouterError, match="bad_request"):
+        parse_body(CHAT, body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"x": ' + b"[" * DEEP + b"]" * DEEP + b', "model": "m"}',
+        b'{"x": ' + b'{"a":' * DEEP + b"1" + b"}" * DEEP + b', "model": "m"}',
+        b'{"model": ' + b"[" * DEEP + b"]" * DEEP + b"}",
+        b'{"model": ' + b"[" * DEEP,
+        b"[" * DEEP,
+    ],
+    ids=["skipped", "skipped-objects", "model", "model-open", "top"],
+)
+def test_deep_nesting_is_refused_and_nothing_worse(body: bytes) -> None:
+    refused(body)
+
+
+@pytest.mark.parametrize(
+    "number", [b"1e999", b"-1e999", b"9" * 5000, b"0." + b"1" * 5000], ids=lambda n: repr(n[:8])
+)
+def test_huge_numbers(number: bytes) -> None:
+    assert parse(b'{"seed": ' + number + b', "model": "m"}').model == "m"
+    assert "`model`" in refused(b'{"model": ' + number + b"}")
+    assert "`stream`" in refused(b'{"model": "m", "stream": ' + number + b"}")
+
+
+def test_a_model_of_a_megabyte_is_still_a_name() -> None:
+    name = "x" * 1_000_000
+    assert parse({"model": name}).model == name
+
+
+def test_a_bytearray_is_as_good_as_bytes() -> None:
+    body = bytearray('{"prompt": "größe", "model": "m"}'.encode())
+    assert parse_body(CHAT, body).model == "m"
+
+
+_SECRET = "s3cretprompt"
+_JSONISH = st.text(alphabet='{}[]":,\\truefalsn0123456789.eE-+ \n' + "\u00e9\ud800", max_size=60)
+
+
+@given(st.binary(max_size=80) | _JSONISH.map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_no_bytes_raise_anything_but_our_error(body: bytes) -> None:
+    for endpoint in (CHAT, GENERATE):
+        try:
+            request = parse_body(endpoint, body)
+        except RouterError as error:
+            assert error.status == 400
+        else:
+            assert request.model is None or request.model
+
+
+@given(
+    prefix=st.binary(max_size=12),
+    suffix=st.binary(max_size=12),
+    template=st.sampled_from(
+        [
+            b'{"model": %s}',
+            b'{"model": "m", "stream": %s}',
+            b'{"messages": %s}',
+            b"%s",
+            b'{"%s": 1}',
+        ]
+    ),
+    quoted=st.booleans(),
+)
+def test_an_error_says_nothing_of_the_body(
+    prefix: bytes, suffix: bytes, template: bytes, quoted: bool
+) -> None:
+    secret = _SECRET.encode()
+    inner = prefix + (b'{"a": "%s"}' % secret if quoted else secret) + suffix
+    try:
+        parse_body(CHAT, template % inner)
+    except RouterError as error:
+        texts = [error.message, str(error), repr(error.headers), repr(error.__cause__)]
+        assert not any(_SECRET in text for text in texts)

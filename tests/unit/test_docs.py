@@ -1,0 +1,66 @@
+"""The pages that describe the code say what the code says."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from extproc import errors
+from extproc.admin.collector import WorkerCollector
+from extproc.metrics import Metrics
+from extproc.workers.active_load import ActiveLoad
+from extproc.workers.registry import WorkerRegistry
+from tests.fakes import FakeClock
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+
+
+def test_the_configuration_page_is_what_the_structs_render_to() -> None:
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert (DOCS / "configuration.md").read_text() == generate.render(), "run `make docs`"
+
+
+def test_every_metric_is_documented_and_nothing_else() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    load = ActiveLoad(FakeClock(), 1.0, metrics.stale_requests)
+    registry.register(WorkerCollector(WorkerRegistry(), load))
+    names = {
+        metric.name + ("_total" if metric.type == "counter" else "")
+        for metric in registry.collect()
+    }
+    documented = set(re.findall(r"^\| `(extproc_\w+)`", (DOCS / "metrics.md").read_text(), re.M))
+    assert documented == names
+
+
+def test_every_error_code_of_the_service_is_documented() -> None:
+    page = (DOCS / "errors.md").read_text()
+    documented = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.M))
+    made = [
+        errors.bad_request("x"),
+        errors.body_required(),
+        errors.model_not_found("m"),
+        errors.not_found(),
+        errors.method_not_allowed("POST"),
+        errors.payload_too_large(1),
+        errors.request_timeout(),
+        errors.no_healthy_workers(),
+        errors.routing_timeout(),
+        errors.unsupported_body_mode(),
+        errors.stale_request_expired(),
+        errors.internal_error(),
+    ]
+    for error in made:
+        assert documented[error.code] == str(error.status)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *DOCS.glob("*.md"), *(ROOT / "envoy").rglob("*.md")):
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,103 @@
+"""Errors as a client sees them: the envelope, the codes, and what they do not tell."""
+
+import json
+
+import pytest
+
+from extproc import errors
+from extproc.errors import ConfigError, RouterError, envelope
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "status", "message"),
+    [
+        (errors.bad_request("x is y"), "bad_request", 400, "bad request: x is y"),
+        (errors.body_required(), "bad_request", 400, "bad request: "),
+        (errors.model_not_found("m"), "model_not_found", 404, "model not found: m"),
+        (errors.not_found(), "not_found", 404, ""),
+        (errors.method_not_allowed("POST"), "method_not_allowed", 405, ""),
+        (errors.request_timeout(), "request_timeout", 408, ""),
+        (errors.payload_too_large(1024), "payload_too_large", 413, "1024"),
+        (errors.internal_error(), "internal_error", 500, "internal error"),
+        (
+            errors.no_healthy_workers(),
+            "no_healthy_workers",
+            503,
+            "no healthy workers available for the requested model",
+        ),
+        (errors.routing_timeout(), "routing_timeout", 503, ""),
+        (errors.unsupported_body_mode(), "body_mode_unsupported", 503, ""),
+        (
+            errors.stale_request_expired(),
+            "stale_request_expired",
+            504,
+            "request expired before completion",
+        ),
+    ],
+    ids=lambda value: value.code if isinstance(value, RouterError) else "",
+)
+def test_codes_and_statuses_are_the_contract(
+    error: RouterError, code: str, status: int, message: str
+) -> None:
+    assert (error.code, error.status) == (code, status)
+    assert message in error.message
+    assert error.message
+    assert ("retry-after" in dict(error.headers)) is (status == 503)
+    assert isinstance(error, Exception)
+
+
+def test_a_503_says_when_to_come_back_in_whole_seconds() -> None:
+    assert int(dict(errors.no_healthy_workers().headers)["retry-after"]) >= 1
+
+
+def test_a_405_says_what_is_allowed() -> None:
+    assert dict(errors.method_not_allowed("POST, OPTIONS").headers) == {"allow": "POST, OPTIONS"}
+
+
+def test_further_headers_stay_beside_retry_after() -> None:
+    headers = RouterError("c", 503, "m", (("x-a", "b"),)).headers
+    assert dict(headers).keys() == {"retry-after", "x-a"}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (404, "invalid_request_error"),
+        (499, "invalid_request_error"),
+        (500, "server_error"),
+        (503, "server_error"),
+        (504, "server_error"),
+    ],
+)
+def test_the_envelope_is_that_of_the_openai_api(status: int, kind: str) -> None:
+    body = json.loads(envelope("some_code", status, 'a "message" – with é', "req-1"))
+    assert body.keys() == {"error"}
+    assert body["error"] == {
+        "type": kind,
+        "code": "some_code",
+        "message": 'a "message" – with é',
+        "request_id": "req-1",
+    }
+
+
+def test_a_long_model_name_is_cut() -> None:
+    error = errors.model_not_found("x" * 1_000_000)
+    assert len(error.message) < 300
+    assert error.message.startswith("model not found: xxx")
+    assert error.message.endswith("…")
+
+
+@pytest.mark.parametrize("length", [1, 199, 200])
+def test_a_usual_model_name_is_shown_whole(length: int) -> None:
+    assert errors.model_not_found("x" * length).message == "model not found: " + "x" * length
+
+
+def test_a_router_error_prints_its_code_and_not_its_message() -> None:
+    assert str(errors.model_not_found("secret")) == "model_not_found"
+
+
+def test_a_config_error_holds_and_prints_every_problem() -> None:
+    error = ConfigError(["a: x", "b: y"])
+    assert error.problems == ["a: x", "b: y"]
+    assert str(error) == "a: x\nb: y"

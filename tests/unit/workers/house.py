@@ -1,0 +1,110 @@
+"""A running WorkerManager in fake surroundings."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from prometheus_client import CollectorRegistry
+
+from extproc.config import CircuitBreakerConfig, ModelConfig
+from extproc.metrics import Metrics
+from extproc.workers.client import EngineAnswer
+from extproc.workers.manager import WorkerManager
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.source import WorkerEvent
+from extproc.workers.worker import Worker
+from tests.fakes import FakeClock, FakeEngineClient, FakeResolver, FakeWorkerSource
+
+A, B, C = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))
+NAMED = "http://name:8000"
+RETRY_SECONDS = 30.0
+DNS_TTL_SECONDS = 20.0
+MODELS = (
+    ModelConfig(id="m"),
+    ModelConfig(id="n", circuit_breaker=CircuitBreakerConfig(threshold=7, cool_down_secs=5)),
+)
+
+
+class House:
+    """The manager and everything a test sets or looks at."""
+
+    def __init__(self, models: Sequence[ModelConfig] = MODELS) -> None:
+        self.clock = FakeClock()
+        self.client = FakeEngineClient()
+        self.resolver = FakeResolver()
+        self.source = FakeWorkerSource()
+        self.registry = WorkerRegistry()
+        self.prometheus = CollectorRegistry()
+        self.metrics = Metrics(self.prometheus)
+        self.changes = 0
+        self.manager = WorkerManager(
+            source=self.source,
+            registry=self.registry,
+            client=self.client,
+            resolver=self.resolver,
+            clock=self.clock,
+            models=models,
+            metrics=self.metrics,
+            retry_seconds=RETRY_SECONDS,
+            dns_ttl_seconds=DNS_TTL_SECONDS,
+            on_change=self._changed,
+        )
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    async def happens(self, *events: WorkerEvent) -> None:
+        self.source.push(*events)
+        await self.clock.advance(0.0)
+
+    def worker(self, worker_id: str) -> Worker:
+        worker = self.registry.get(worker_id)
+        assert worker is not None
+        return worker
+
+    def pool(self, model: str = "m") -> list[str]:
+        return [worker.url for worker in self.registry.pool(model)]
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.prometheus.get_sample_value(name, labels) or 0.0
+
+
+class Gate:
+    """An engine that answers when the test opens it."""
+
+    def __init__(self, answer: EngineAnswer) -> None:
+        self._answer = answer
+        self._open = asyncio.Event()
+        self.entered = 0
+        self.cancelled = 0
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def __call__(self) -> EngineAnswer:
+        self.entered += 1
+        try:
+            await self._open.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return self._answer
+
+
+@asynccontextmanager
+async def running(house: House) -> AsyncIterator[House]:
+    """Run the manager; leaving cancels it, after which none of its tasks may be left."""
+    before = asyncio.all_tasks()
+    task = asyncio.create_task(house.manager.run())
+    try:
+        await house.clock.advance(0.0)
+        yield house
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        left = asyncio.all_tasks() - before - {task}
+        for leaked in left:
+            leaked.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+    assert task.cancelled()
+    assert not left, f"tasks left behind: {left}"

@@ -1,0 +1,264 @@
+"""What a worker's answer means, how often it is asked, and that nothing it says breaks us."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extproc.worker_url import parse_worker_url
+from extproc.workers.client import EngineAnswer, EngineUnreachableError
+from extproc.workers.introspection import Introspection, apply_introspection, introspect
+from extproc.workers.worker import Mode
+from tests.fakes import FakeClock, FakeEngineClient, make_spec
+
+URL = "http://10.0.0.1:8000"
+
+
+def answer(body: Any, status: int = 200) -> EngineAnswer:
+    return EngineAnswer(status, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+async def ask(client: FakeEngineClient, clock: FakeClock | None = None) -> Introspection:
+    """Introspect, letting the back-off pass without waiting."""
+    clock = clock or FakeClock()
+    task = asyncio.create_task(introspect(client, parse_worker_url(URL), clock))
+    await clock.advance(60.0)
+    assert task.done()
+    return await task
+
+
+async def ask_for(body: Any, status: int = 200) -> Introspection:
+    client = FakeEngineClient()
+    client.script(URL, "/server_info", answer(body, status))
+    return await ask(client)
+
+
+@pytest.mark.parametrize("believed", ["plain", "prefill", "decode"])
+@pytest.mark.parametrize(
+    ("fields", "mode", "port", "warned"),
+    [
+        ({}, None, 1234, False),
+        ({"disaggregation_bootstrap_port": 8998}, None, 1234, False),
+        ({"disaggregation_mode": "null"}, "plain", None, False),
+        ({"disaggregation_mode": "null", "disaggregation_bootstrap_port": 1}, "plain", None, False),
+        (
+            {"disaggregation_mode": "prefill", "disaggregation_bootstrap_port": 8998},
+            "prefill",
+            8998,
+            False,
+        ),
+        ({"disaggregation_mode": "prefill"}, None, 1234, True),
+        (
+            {"disaggregation_mode": "prefill", "disaggregation_bootstrap_port": None},
+            None,
+            1234,
+            True,
+        ),
+        ({"disaggregation_mode": "decode"}, "decode", None, False),
+        (
+            {"disaggregation_mode": "decode", "disaggregation_bootstrap_port": 8998},
+            "decode",
+            None,
+            False,
+        ),
+        ({"disaggregation_mode": "both"}, None, 1234, True),
+        ({"disaggregation_mode": ""}, None, 1234, True),
+        ({"disaggregation_mode": 7}, None, 1234, True),
+        ({"disaggregation_mode": ["prefill"]}, None, 1234, True),
+    ],
+)
+async def test_the_role_a_worker_tells(
+    believed: Mode, fields: dict[str, Any], mode: Mode | None, port: int | None, warned: bool
+) -> None:
+    told = await ask_for({"served_model_name": "m"} | fields)
+    assert told.mode == mode
+    assert bool(told.warning) is warned
+    spec = apply_introspection(make_spec(URL, mode=believed, bootstrap_port=1234), told)
+    assert spec.mode == (mode or believed)
+    assert spec.bootstrap_port == port
+    assert spec.model_ids == ("m",)
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 10**30, "8998", 8998.0, True, [8998], {}])
+async def test_a_bootstrap_port_that_is_none_is_warned_about(port: object) -> None:
+    told = await ask_for(
+        {
+            "served_model_name": "m",
+            "disaggregation_mode": "prefill",
+            "disaggregation_bootstrap_port": port,
+        }
+    )
+    assert told.mode is None
+    assert told.warning
+    assert told.model_ids == ("m",)
+
+
+@pytest.mark.parametrize("name", ["", None, 5, True, ["m"], {"a": 1}, "x" * 100_000])
+async def test_a_name_that_is_none_is_ignored(name: object) -> None:
+    told = await ask_for({"served_model_name": name, "disaggregation_mode": "decode"})
+    assert told.model_ids == ()
+    assert told.mode == "decode"
+    assert not told.problem
+
+
+async def test_only_the_known_fields_are_read() -> None:
+    told = await ask_for(
+        {
+            "model_path": "/models/other",
+            "models": ["other"],
+            "id": "other",
+            "kv_events": {"x": ["y"] * 1000},
+            "served_model_name": "m",
+        }
+    )
+    assert told == Introspection(model_ids=("m",))
+
+
+async def test_what_the_worker_leaves_open_stays_as_discovery_had_it() -> None:
+    spec = make_spec(URL, mode="decode", model_ids=("from-discovery",))
+    assert apply_introspection(spec, await ask_for({})) == spec
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"not json",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"5",
+        b'{"served_model_name": "m"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"served_model_name": ' + b"[" * 100_000,
+        b'{"served_model_name": "\xff"}',
+        b'{"served_model_name": "\\ud800"}',
+    ],
+    ids=lambda body: repr(body[:24]),
+)
+async def test_bad_json_is_a_problem_and_not_asked_twice(body: bytes) -> None:
+    client = FakeEngineClient()
+    client.script(URL, "/server_info", answer(body))
+    told = await ask(client)
+    assert told.problem
+    assert told.model_ids == ()
+    assert len(client.calls) == 1
+
+
+@pytest.mark.parametrize("number", [b"1e999", b"9" * 5000, b"-1e999"])
+async def test_a_number_without_bounds_costs_only_its_own_field(number: bytes) -> None:
+    told = await ask_for(
+        b'{"served_model_name": "m", "disaggregation_bootstrap_port": ' + number + b"}"
+    )
+    assert told.model_ids == ("m",)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 410, 429, 204, 301])
+async def test_an_answer_that_is_no_server_error_is_final(status: int) -> None:
+    client = FakeEngineClient()
+    client.script(URL, "/server_info", answer({}, status))
+    told = await ask(client)
+    assert str(status) in told.problem
+    assert [call[1] for call in client.calls] == ["/server_info"]
+
+
+@pytest.mark.parametrize(
+    "failing", [EngineUnreachableError("refused"), answer(b"", 500), answer(b"", 503)]
+)
+async def test_three_attempts_with_a_tenth_and_two_tenths_between(
+    failing: EngineAnswer | Exception,
+) -> None:
+    client, clock = FakeEngineClient(), FakeClock()
+    client.script(URL, "/server_info", failing)
+    told = await ask(client, clock)
+    assert told.problem
+    assert len(client.calls) == 3
+    assert clock.slept == pytest.approx([0.1, 0.2])
+    assert {timeout for _, _, timeout in client.calls} == {2.0}
+
+
+async def test_a_worker_that_comes_back_within_the_attempts_is_heard() -> None:
+    client, clock = FakeEngineClient(), FakeClock()
+    client.script(
+        URL,
+        "/server_info",
+        answer(b"", 503),
+        EngineUnreachableError("refused"),
+        client.info("m"),
+    )
+    told = await ask(client, clock)
+    assert told == Introspection(model_ids=("m",))
+    assert clock.slept == pytest.approx([0.1, 0.2])
+
+
+@pytest.mark.parametrize("status", [404, 405])
+async def test_an_engine_without_server_info_is_asked_for_its_models(status: int) -> None:
+    client = FakeEngineClient()
+    client.script(URL, "/server_info", answer(b"Not Found", status))
+    models = {"object": "list", "data": [{"id": "base", "x": 1}, {"id": ""}, {"id": "lora"}]}
+    client.script(URL, "/v1/models", answer(models))
+    told = await ask(client)
+    assert told.model_ids == ("base", "lora")
+    assert told.mode is None
+    assert not told.problem
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"{}", b'{"data": 5}', b'{"data": [{"id": 5}]}', b'{"data": [{"id": "\xff"}]}'],
+)
+async def test_a_model_list_that_is_none_is_a_problem(body: bytes) -> None:
+    client = FakeEngineClient()
+    client.script(URL, "/server_info", answer(b"", 404))
+    client.script(URL, "/v1/models", answer(body))
+    told = await ask(client)
+    assert told.model_ids == ()
+    assert told.problem
+
+
+@pytest.mark.parametrize("failing", [EngineUnreachableError("refused"), answer(b"", 500)])
+async def test_the_model_list_has_three_attempts_too(failing: EngineAnswer | Exception) -> None:
+    client = FakeEngineClient()
+    client.script(URL, "/server_info", answer(b"", 404))
+    client.script(URL, "/v1/models", failing)
+    told = await ask(client)
+    assert told.problem
+    assert client.asked(URL) == ["/server_info"] + ["/v1/models"] * 3
+
+
+_JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=8,
+)
+_FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "served_model_name": _JSON,
+        "disaggregation_mode": _JSON | st.sampled_from(["null", "prefill", "decode"]),
+        "disaggregation_bootstrap_port": _JSON,
+        "data": _JSON,
+    },
+)
+
+
+@given(st.binary(max_size=60) | _FIELDS.map(lambda fields: json.dumps(fields).encode()))
+def test_nothing_a_worker_says_raises(body: bytes) -> None:
+    async def both_paths() -> None:
+        for script in (
+            {"/server_info": answer(body)},
+            {"/server_info": answer(b"", 404), "/v1/models": answer(body)},
+        ):
+            client = FakeEngineClient()
+            for path, scripted in script.items():
+                client.script(URL, path, scripted)
+            told = await introspect(client, parse_worker_url(URL), FakeClock())
+            spec = apply_introspection(make_spec(URL), told)
+            assert all(spec.model_ids)
+
+    asyncio.run(both_paths())

@@ -1,0 +1,156 @@
+"""Who is there: by id, by model in a stable order, by the address Envoy uses."""
+
+import pytest
+
+from extproc.workers.registry import MixedModesError, WorkerRegistry
+from extproc.workers.worker import Mode, Worker
+from tests.fakes import make_worker
+
+A, B, C = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))
+
+
+def registry(*workers: Worker) -> WorkerRegistry:
+    made = WorkerRegistry()
+    for worker in workers:
+        made.upsert(worker)
+    return made
+
+
+def snapshot(workers: WorkerRegistry) -> tuple[list[str], dict[str, list[str]]]:
+    pools = {model: [worker.url for worker in workers.pool(model)] for model in ("m", "n")}
+    return [worker.url for worker in workers], pools
+
+
+def test_an_empty_registry_knows_nobody() -> None:
+    workers = WorkerRegistry()
+    assert len(workers) == 0
+    assert workers.pool("m") == ()
+    assert workers.get("x") is None
+    assert workers.at_address("10.0.0.1:8000") is None
+    assert workers.remove("x") is None
+
+
+def test_the_same_id_replaces_the_worker_and_its_memberships() -> None:
+    workers = registry(make_worker(A, id="pod", model_ids=("m",)))
+    new = make_worker(B, id="pod", model_ids=("n",))
+    workers.upsert(new)
+    assert len(workers) == 1
+    assert workers.pool("m") == ()
+    assert workers.pool("n") == (new,)
+    assert workers.at_address("10.0.0.1:8000") is None
+    assert workers.at_address("10.0.0.2:8000") is new
+
+
+def test_a_pool_is_in_order_of_registration_whatever_order_upserts_come_in() -> None:
+    a, b, c = (make_worker(url, order=n) for n, url in enumerate((A, B, C)))
+    workers = registry(c, a, b)
+    assert workers.pool("m") == (a, b, c)
+    again = make_worker(A, order=0)
+    workers.upsert(again)
+    assert workers.pool("m") == (again, b, c)
+
+
+def test_a_worker_of_several_models_is_in_each_pool() -> None:
+    worker = make_worker(A, model_ids=("m", "n"))
+    workers = registry(worker)
+    assert workers.pool("m") == workers.pool("n") == (worker,)
+    workers.remove(worker.id)
+    assert workers.pool("m") == workers.pool("n") == ()
+
+
+def test_a_worker_without_a_model_is_known_but_in_no_pool() -> None:
+    worker = make_worker(A, model_ids=())
+    workers = registry(worker)
+    assert workers.get(worker.id) is worker
+    assert workers.pool("") == ()
+    assert workers.at_address("10.0.0.1:8000") is worker
+
+
+def test_a_worker_without_an_address_waits_outside_the_pool() -> None:
+    worker = make_worker("http://name:8000", resolved=False)
+    workers = registry(worker)
+    assert workers.pool("m") == ()
+    worker.address = "10.0.0.9:8000"
+    workers.reindex()
+    assert workers.pool("m") == (worker,)
+    assert workers.at_address("10.0.0.9:8000") is worker
+
+
+def test_an_ipv6_worker_is_found_by_its_bracketed_address() -> None:
+    worker = make_worker("http://[2001:db8:0::1]:8000")
+    assert registry(worker).at_address("[2001:db8::1]:8000") is worker
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_workers_of_a_pd_pool_serve_no_plain_request(mode: Mode) -> None:
+    assert registry(make_worker(mode=mode)).pool("m") == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        ("plain", "plain", False),
+        ("plain", "prefill", True),
+        ("plain", "decode", True),
+        ("prefill", "plain", True),
+        ("decode", "plain", True),
+        ("prefill", "decode", False),
+        ("prefill", "prefill", False),
+    ],
+)
+def test_plain_and_pd_workers_of_a_model_do_not_mix(
+    first: Mode, second: Mode, refused: bool
+) -> None:
+    workers = registry(make_worker(A, mode=first))
+    before = snapshot(workers)
+    joining = make_worker(B, order=1, mode=second)
+    if not refused:
+        workers.upsert(joining)
+        assert len(workers) == 2
+        return
+    with pytest.raises(MixedModesError) as caught:
+        workers.upsert(joining)
+    assert caught.value.model == "m"
+    assert snapshot(workers) == before
+    assert workers.get(joining.id) is None
+    assert workers.at_address("10.0.0.2:8000") is None
+
+
+def test_a_refused_replacement_leaves_the_old_worker() -> None:
+    old = make_worker(A, id="pod", order=0, model_ids=("n",))
+    workers = registry(old, make_worker(B, order=1, model_ids=("m",)))
+    with pytest.raises(MixedModesError):
+        workers.upsert(make_worker(C, id="pod", mode="prefill", model_ids=("n", "m")))
+    assert workers.get("pod") is old
+    assert workers.pool("n") == (old,)
+
+
+def test_modes_of_different_models_do_not_matter_to_each_other() -> None:
+    workers = registry(
+        make_worker(A, model_ids=("m",)),
+        make_worker(B, order=1, mode="prefill", model_ids=("n",)),
+        make_worker(C, order=2, mode="decode", model_ids=()),
+    )
+    assert len(workers) == 3
+
+
+def test_the_only_worker_of_a_model_may_change_its_kind() -> None:
+    workers = registry(make_worker(A, mode="plain"))
+    workers.upsert(make_worker(A, mode="prefill"))
+    assert workers.pool("m") == ()
+
+
+def test_of_two_workers_at_one_address_the_first_is_found_until_it_leaves() -> None:
+    old, new = make_worker(A, id="pod-1", order=0), make_worker(A, id="pod-2", order=1)
+    workers = registry(new, old)
+    assert workers.at_address("10.0.0.1:8000") is old
+    workers.remove("pod-1")
+    assert workers.at_address("10.0.0.1:8000") is new
+
+
+def test_a_pool_that_was_read_does_not_change_under_the_reader() -> None:
+    a = make_worker(A)
+    workers = registry(a)
+    pool = workers.pool("m")
+    workers.remove(a.id)
+    assert pool == (a,)

@@ -1,0 +1,24 @@
+"""Names to addresses with the system's resolver; only names every machine knows."""
+
+import pytest
+
+from extproc.worker_url import parse_worker_url
+from extproc.workers.resolver import SystemResolver
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://10.0.0.1:8000", "10.0.0.1:8000"),
+        ("http://[2001:db8:0::1]:8000", "[2001:db8::1]:8000"),
+        ("https://10.0.0.1", "10.0.0.1:443"),
+        ("http://localhost:8000", "127.0.0.1:8000"),
+    ],
+)
+async def test_an_address_is_written_as_envoy_writes_it(url: str, address: str) -> None:
+    assert await SystemResolver().resolve(parse_worker_url(url)) == (address,)
+
+
+@pytest.mark.parametrize("host", ["nobody.invalid", "a..b", "x" * 64, "x" * 300])
+async def test_a_name_without_an_address_has_none(host: str) -> None:
+    assert await SystemResolver().resolve(parse_worker_url(f"http://{host}:1")) == ()
