@@ -141,6 +141,8 @@ class App:
                 self._publish_health(),
                 self._probe_lag(),
             ]
+            if self.config.load.release == "estimate":
+                background.append(self.active_load.run_estimates())
             stopping = asyncio.create_task(stop.wait())
             tasks = [asyncio.create_task(work) for work in background]
             done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)

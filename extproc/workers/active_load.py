@@ -17,6 +17,7 @@ __all__ = ["ActiveLoad", "Ticket"]
 
 _JANITOR_MIN_SECONDS = 1.0
 _JANITOR_MAX_SECONDS = 60.0
+_ESTIMATE_TICK_SECONDS = 1.0
 
 
 class Ticket:
@@ -87,8 +88,6 @@ class ActiveLoad:
     def sweep(self) -> int:
         """Tell requests that are too old to end; returns how many were told."""
         now = self._clock.monotonic()
-        while self._releases and self._releases[0][0] <= now:
-            self._releases.popleft()[1].release()
         stale: list[Ticket] = []
         for ticket in self._tickets:
             if now - ticket.booked_at < self._stale_seconds:
@@ -108,5 +107,17 @@ class ActiveLoad:
         if self._stale_seconds < _JANITOR_MIN_SECONDS:
             period = self._stale_seconds
         while True:
-            await self._clock.sleep(period if not self._releases else _JANITOR_MIN_SECONDS)
+            await self._clock.sleep(period)
             self.sweep()
+
+    def release_due(self) -> None:
+        """Release the tickets whose estimated time is over."""
+        now = self._clock.monotonic()
+        while self._releases and self._releases[0][0] <= now:
+            self._releases.popleft()[1].release()
+
+    async def run_estimates(self) -> None:
+        """Release what is due, every second, for ever; only needed where ends are estimated."""
+        while True:
+            await self._clock.sleep(_ESTIMATE_TICK_SECONDS)
+            self.release_due()

@@ -58,7 +58,11 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_routing_works_in_every_body_mode(launch: Launch, mode: str) -> None:
-    running = await launch(2, edit_bootstrap=with_modes(**MODES[mode]))
+    running = await launch(
+        2,
+        worker={"prefill_tokens_per_second": 1e9},
+        edit_bootstrap=with_modes(**MODES[mode]),
+    )
     pad = "x" * 300_000
     for index in range(6):
         fields = {"messages": [{"role": "user", "content": pad}]} if index % 2 else {}

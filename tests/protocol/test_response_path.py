@@ -294,7 +294,7 @@ async def test_an_estimated_release_outlives_a_stream_that_closes_at_the_headers
             await eventually(lambda: not service.server.open_streams)
             assert service.in_flight == still_counted
             await asyncio.sleep(0.06)
-            service.active_load.sweep()
+            service.active_load.release_due()
             assert service.in_flight == 0
 
 

@@ -1,0 +1,191 @@
+"""The admin server over a real socket."""
+
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import ClientSession
+from prometheus_client import CollectorRegistry, Counter
+
+from extproc.admin.http import AdminServer
+from extproc.config import ServerConfig
+from extproc.errors import ConfigError
+from extproc.workers.registry import WorkerRegistry
+from tests.fakes import make_worker
+
+
+class Admin:
+    """A running server, the state it shows, and a client for it."""
+
+    def __init__(self, session: ClientSession) -> None:
+        self.session = session
+        self.workers = WorkerRegistry()
+        self.metrics = CollectorRegistry()
+        self.ready = False
+
+    async def get(self, path: str) -> tuple[int, str, bytes]:
+        async with self.session.get(path) as response:
+            return response.status, response.headers.get("content-type", ""), await response.read()
+
+    async def listed(self) -> list[dict[str, Any]]:
+        async with self.session.get("/workers") as response:
+            body = await response.json()
+        assert body.keys() == {"workers"}
+        workers: list[dict[str, Any]] = body["workers"]
+        return workers
+
+
+@contextmanager
+def free_port() -> Iterator[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    yield port
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Admin]:
+    with free_port() as port:
+        async with ClientSession(f"http://127.0.0.1:{port}") as session:
+            admin = Admin(session)
+            server = AdminServer(
+                ServerConfig(admin_port=port),
+                metrics=admin.metrics,
+                workers=admin.workers,
+                is_ready=lambda: admin.ready,
+            )
+            await server.start()
+            try:
+                yield admin
+            finally:
+                await server.stop()
+
+
+async def test_alive_from_the_start() -> None:
+    async with running() as admin:
+        assert (await admin.get("/healthz"))[0::2] == (200, b"")
+
+
+async def test_readiness_is_asked_on_every_probe() -> None:
+    async with running() as admin:
+        seen = []
+        for ready in (False, True, False, True):
+            admin.ready = ready
+            status, _, body = await admin.get("/readyz")
+            assert body == b""
+            seen.append(status)
+        assert seen == [503, 200, 503, 200]
+
+
+async def test_metrics_are_those_of_the_registry_whether_ready_or_not() -> None:
+    async with running() as admin:
+        Counter("some_total", "Some.", registry=admin.metrics).inc(3)
+        status, kind, body = await admin.get("/metrics")
+        assert status == 200
+        assert kind.startswith("text/plain; version=")
+        assert b"\nsome_total 3.0\n" in body
+
+
+async def test_no_workers_is_an_empty_list() -> None:
+    async with running() as admin:
+        assert await admin.listed() == []
+        assert (await admin.get("/workers"))[1].startswith("application/json")
+
+
+async def test_workers_are_shown_as_they_are() -> None:
+    async with running() as admin:
+        worker = make_worker("http://10.0.0.1:8000", in_flight=4, threshold=1)
+        worker.breaker.failure(0.0)
+        admin.workers.upsert(worker)
+        admin.workers.upsert(
+            make_worker("https://[::1]", order=1, mode="prefill", model_ids=("n", "lora"))
+        )
+        first, second = await admin.listed()
+        contract = {"url", "model", "mode", "breaker", "in_flight", "ready", "kv"}
+        assert contract <= first.keys() == second.keys()
+        assert {key: first[key] for key in contract} == {
+            "url": "http://10.0.0.1:8000",
+            "model": "m",
+            "mode": "plain",
+            "breaker": "open",
+            "in_flight": 4,
+            "ready": True,
+            "kv": {},
+        }
+        assert (second["url"], second["mode"]) == ("https://[::1]:443", "prefill")
+        assert (second["model"], second["breaker"]) == ("n", "closed")
+
+
+@pytest.mark.parametrize(
+    ("model_ids", "resolved", "model", "ready"),
+    [
+        (("m",), True, "m", True),
+        ((), True, None, False),
+        (("m",), False, "m", False),
+        ((), False, None, False),
+    ],
+)
+async def test_a_worker_is_ready_with_a_model_and_an_address(
+    model_ids: tuple[str, ...], resolved: bool, model: str | None, ready: bool
+) -> None:
+    async with running() as admin:
+        admin.workers.upsert(make_worker(model_ids=model_ids, resolved=resolved))
+        (worker,) = await admin.listed()
+        assert (worker["model"], worker["ready"]) == (model, ready)
+
+
+async def test_the_breaker_of_a_probe_is_half_open() -> None:
+    async with running() as admin:
+        worker = make_worker(threshold=1, cool_down_seconds=0.0)
+        worker.breaker.failure(0.0)
+        worker.breaker.claim(0.0)
+        admin.workers.upsert(worker)
+        (shown,) = await admin.listed()
+        assert shown["breaker"] == "half_open"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/workers/", 404),
+        ("POST", "/workers", 405),
+        ("DELETE", "/healthz", 405),
+        ("HEAD", "/healthz", 200),
+    ],
+)
+async def test_nothing_else_is_served(method: str, path: str, status: int) -> None:
+    async with running() as admin, admin.session.request(method, path) as response:
+        assert response.status == status
+
+
+async def test_a_port_in_use_names_its_key() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = AdminServer(
+            ServerConfig(admin_port=port),
+            metrics=CollectorRegistry(),
+            workers=WorkerRegistry(),
+            is_ready=lambda: True,
+        )
+        try:
+            with pytest.raises(ConfigError) as caught:
+                await server.start()
+        finally:
+            await server.stop()
+    (problem,) = caught.value.problems
+    assert problem.startswith("server.admin_port: ")
+    assert str(port) in problem
+
+
+async def test_after_stop_nobody_listens() -> None:
+    async with running() as admin:
+        url = str(admin.session._base_url)
+    async with ClientSession(url) as session:
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await session.get("/healthz")

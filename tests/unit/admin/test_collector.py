@@ -1,0 +1,90 @@
+"""Gauges of the workers are what the registry says at the scrape, no more and no less."""
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from extproc.admin.collector import WorkerCollector
+from extproc.workers.active_load import ActiveLoad
+from extproc.workers.registry import WorkerRegistry
+from tests.fakes import Routing, make_router, make_worker
+
+A, B = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
+
+
+def watched(routing: Routing) -> Routing:
+    routing.prometheus.register(WorkerCollector(routing.registry, routing.active_load))
+    return routing
+
+
+def test_an_empty_registry_has_no_worker_series() -> None:
+    routing = watched(make_router())
+    assert b"extproc_worker_in_flight{" not in generate_latest(routing.prometheus)
+    assert routing.metric("extproc_tickets_open") == 0
+
+
+async def test_load_and_breaker_are_read_at_the_scrape() -> None:
+    worker = make_worker(A, threshold=1)
+    routing = watched(make_router([worker]))
+    leases = [await routing.route() for _ in range(3)]
+    assert routing.metric("extproc_worker_in_flight", worker=A) == 3
+    assert routing.metric("extproc_tickets_open") == 3
+    assert routing.metric("extproc_worker_breaker_state", worker=A) == 0
+    leases[0].close()
+    leases[1].responded(500, "10.0.0.1:8000", "via_upstream", streamed=False)
+    assert routing.metric("extproc_worker_in_flight", worker=A) == 2
+    assert routing.metric("extproc_worker_breaker_state", worker=A) == 1
+    worker.breaker.claim(routing.clock.monotonic() + 30.0)
+    assert routing.metric("extproc_worker_breaker_state", worker=A) == 2
+
+
+def test_a_worker_that_left_has_no_series() -> None:
+    routing = watched(make_router([make_worker(A), make_worker(B, order=1)]))
+    routing.registry.remove(A)
+    text = generate_latest(routing.prometheus).decode()
+    assert A not in text
+    assert B in text
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "count"),
+    [("m", "plain", 2), ("n", "plain", 1), ("pd", "decode", 1), ("", "plain", 1)],
+)
+def test_workers_are_counted_by_model_and_mode(model: str, mode: str, count: int) -> None:
+    routing = watched(
+        make_router(
+            [
+                make_worker("http://a:1", model_ids=("m",)),
+                make_worker("http://b:1", model_ids=("m", "n")),
+                make_worker("http://c:1", model_ids=("pd",), mode="decode"),
+                make_worker("http://d:1", model_ids=()),
+            ]
+        )
+    )
+    assert routing.metric("extproc_workers", model=model, mode=mode) == count
+
+
+def test_two_engines_at_one_url_do_not_make_a_series_twice() -> None:
+    routing = watched(
+        make_router([make_worker(A, id="old-pod"), make_worker(A, id="new-pod", order=1)])
+    )
+    lines = [
+        line.rpartition(" ")[0]
+        for line in generate_latest(routing.prometheus).decode().splitlines()
+        if not line.startswith("#")
+    ]
+    assert len(lines) == len(set(lines))
+
+
+def test_registering_the_collector_asks_nobody_yet() -> None:
+    routing = make_router()
+
+    class Exploding(WorkerRegistry):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            raise AssertionError("read at registration")
+
+    collector = WorkerCollector(Exploding(), ActiveLoad(routing.clock, 1.0, _stale(routing)))
+    CollectorRegistry(auto_describe=True).register(collector)
+
+
+def _stale(routing: Routing):  # type: ignore[no-untyped-def]
+    return routing.books.metrics.stale_requests

@@ -1,0 +1,58 @@
+"""The table of metrics: names, units, and series that do not outlive their worker."""
+
+from prometheus_client import CollectorRegistry
+
+from extproc import __version__
+from extproc.metrics import Metrics
+
+_UNITS = ("_seconds", "_bytes", "_total", "_info", "_open")
+
+
+def test_every_name_has_our_prefix_and_its_unit() -> None:
+    registry = CollectorRegistry()
+    Metrics(registry)
+    for family in registry.collect():
+        assert family.name.startswith("extproc_")
+        name = family.name + ("_total" if family.type == "counter" else "")
+        assert name.endswith(_UNITS), name
+        assert family.documentation.endswith(".")
+
+
+def test_the_version_is_shown() -> None:
+    registry = CollectorRegistry()
+    Metrics(registry)
+    assert registry.get_sample_value("extproc_build_info", {"version": __version__}) == 1
+
+
+def test_two_services_in_one_process_do_not_share_numbers() -> None:
+    registries = [CollectorRegistry(), CollectorRegistry()]
+    first, _ = (Metrics(registry) for registry in registries)
+    first.missed("m").inc()
+    values = [
+        registry.get_sample_value("extproc_destination_missed_total", {"model": "m"})
+        for registry in registries
+    ]
+    assert values == [1, None]
+
+
+def test_a_bound_child_is_the_same_for_the_same_labels() -> None:
+    metrics = Metrics(CollectorRegistry())
+    assert metrics.decisions("m", "p", "r") is metrics.decisions("m", "p", "r")
+    assert metrics.decisions("m", "p", "r") is not metrics.decisions("n", "p", "r")
+
+
+def test_a_forgotten_worker_has_no_series_and_others_stay() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    for worker in ("http://a:1", "http://b:1"):
+        for outcome in ("success", "error"):
+            metrics.worker_request(worker, "m", "plain", outcome)
+    metrics.forget_worker("http://a:1")
+    left = {
+        sample.labels["worker"]
+        for family in registry.collect()
+        if family.name == "extproc_worker_requests"
+        for sample in family.samples
+    }
+    assert left == {"http://b:1"}
+    metrics.forget_worker("http://never:1")
