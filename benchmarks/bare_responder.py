@@ -19,10 +19,10 @@ import grpc.aio
 import uvloop
 from grpc_health.v1 import health, health_pb2_grpc
 
-from extproc.config import MEBIBYTE, EnvoyConfig, ProxyConfig, ServerConfig
+from extproc.config import EnvoyConfig, ProxyConfig, ServerConfig
 from extproc.routing.decision import Decision
 from extproc.server import replies
-from extproc.server.grpc_server import SERVICE
+from extproc.server.grpc_server import SERVICE, grpc_options
 
 __all__ = ["BareResponder", "body_replies"]
 
@@ -32,18 +32,6 @@ _REQUEST_HEADERS: Final = 0x12
 _RESPONSE_HEADERS: Final = 0x1A
 _REQUEST_BODY: Final = 0x22
 _RESPONSE_TRAILERS: Final = 0x3A
-
-# As in extproc.server.grpc_server.
-_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", 2 * ServerConfig().max_body_bytes + 2 * MEBIBYTE),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ("grpc.http2.max_ping_strikes", 0),
-)
 
 
 def body_replies(model: str, addresses: list[str]) -> list[bytes]:
@@ -103,7 +91,7 @@ async def _serve(port: int, model: str, addresses: list[str]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = grpc.aio.server(options=_OPTIONS)
+    server = grpc.aio.server(options=grpc_options(ServerConfig().max_body_bytes))
     server.add_generic_rpc_handlers((BareResponder(model, addresses).handler(),))
     # Says SERVING for the whole process as soon as it is asked.
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from benchmarks.figures import Run, Setting, pair_order, ratios, summaries
-from benchmarks.procs import cpu_seconds
+from benchmarks.procs import cpu_seconds, machine_cpu_seconds
 from benchmarks.rig import MODEL, Arm, Rig, run_until_signal, running_rig
 from benchmarks.wrk import WrkError, chat_body, find_wrk, run_wrk, script
 from extproc.demo.stack import StackError
@@ -30,6 +30,7 @@ __all__ = ["Plan", "main", "report"]
 
 _PATH: Final = "/v1/chat/completions"
 _WARM_UP_SECONDS: Final = 1
+_QUIET_CORES: Final = 0.15
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -78,9 +79,10 @@ async def _run(
     await run_wrk(url, script_file, setting.connections, _WARM_UP_SECONDS)
     server = rig.servers.get(arm)
     pids = [rig.envoy, rig.upstream, *([server] if server is not None else [])]
-    before = [cpu_seconds(pid) for pid in pids]
+    machine, ours, before = machine_cpu_seconds(), _own_cpu_seconds(), _each(pids)
     result = await run_wrk(url, script_file, setting.connections, seconds)
-    used = [cpu_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
+    used = [now - start for now, start in zip(_each(pids), before, strict=True)]
+    strangers = machine_cpu_seconds() - machine - (_own_cpu_seconds() - ours) - sum(used)
     envoy, upstream, *rest = [cpu * 1e6 / max(1, result.requests) for cpu in used]
     return Run(
         pair=pair,
@@ -93,8 +95,19 @@ async def _run(
         server_cpu_us=rest[0] if rest else 0.0,
         envoy_cpu_us=envoy,
         upstream_cpu_us=upstream,
+        strangers_cores=max(0.0, strangers / result.seconds),
         errors=result.errors,
     )
+
+
+def _each(pids: Sequence[int]) -> list[float]:
+    return [cpu_seconds(pid) for pid in pids]
+
+
+def _own_cpu_seconds() -> float:
+    """Of this process and of the children that have ended: wrk."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _progress(run: Run) -> None:
@@ -109,14 +122,15 @@ def report(runs: Sequence[Run]) -> str:
     """The table and the ratios as text."""
     lines = [
         f"{'body':>7} {'c':>4} {'arm':<10}{'req/s':>8}{'p50 ms':>9}{'p99 ms':>9}"
-        f"{'CPU us/request: server':>24}{'Envoy':>8}{'upstream':>10}{'runs':>6}"
+        f"{'CPU us/request: server':>24}{'Envoy':>8}{'upstream':>10}{'strangers':>11}{'runs':>6}"
     ]
     for each in summaries(runs):
         server = f"{each.server_cpu_us:.0f}" if each.arm is not Arm.NONE else "-"
         lines.append(
             f"{each.setting.body_bytes:>7} {each.setting.connections:>4} {each.arm:<10}"
             f"{each.requests_per_second:>8.0f}{each.p50_ms:>9.2f}{each.p99_ms:>9.2f}"
-            f"{server:>24}{each.envoy_cpu_us:>8.0f}{each.upstream_cpu_us:>10.0f}{each.runs:>6}"
+            f"{server:>24}{each.envoy_cpu_us:>8.0f}{each.upstream_cpu_us:>10.0f}"
+            f"{each.strangers_cores:>11.2f}{each.runs:>6}"
         )
     lines += ["", f"{'body':>7} {'c':>4} {'ratio':<36}{'median':>8}{'min':>8}{'max':>8}"]
     for ratio in ratios(runs):
@@ -124,6 +138,12 @@ def report(runs: Sequence[Run]) -> str:
             f"{ratio.setting.body_bytes:>7} {ratio.setting.connections:>4} {ratio.name:<36}"
             f"{ratio.median:>8.2f}{min(ratio.values):>8.2f}{max(ratio.values):>8.2f}"
         )
+    if any(run.strangers_cores > _QUIET_CORES for run in runs):
+        lines += [
+            "",
+            f"Other processes took more than {_QUIET_CORES} cores during some runs (column "
+            "strangers): CPU per request rises and the ratios with it. Repeat on a quiet machine.",
+        ]
     invalid = [run for run in runs if not run.valid]
     if invalid:
         lines += ["", "Runs with errors, left out above:"]

@@ -23,7 +23,10 @@ class Setting(Struct, frozen=True, order=True):
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """One measured run of one arm. CPU is in microseconds per request; without a server 0."""
+    """One measured run of one arm. CPU is in microseconds per request; without a server 0.
+
+    `strangers_cores` is how many cores were busy with what is no part of the benchmark.
+    """
 
     pair: int
     arm: Arm
@@ -35,6 +38,7 @@ class Run(Struct, frozen=True, kw_only=True):
     server_cpu_us: float
     envoy_cpu_us: float
     upstream_cpu_us: float
+    strangers_cores: float
     errors: dict[str, int]
 
     @property
@@ -59,6 +63,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     server_cpu_us: float
     envoy_cpu_us: float
     upstream_cpu_us: float
+    strangers_cores: float
 
 
 class Ratio(Struct, frozen=True, kw_only=True):
@@ -121,6 +126,7 @@ def summaries(runs: Iterable[Run]) -> list[Summary]:
             server_cpu_us=median(run.server_cpu_us for run in cell),
             envoy_cpu_us=median(run.envoy_cpu_us for run in cell),
             upstream_cpu_us=median(run.upstream_cpu_us for run in cell),
+            strangers_cores=median(run.strangers_cores for run in cell),
         )
         for (setting, arm), cell in sorted(
             cells.items(), key=lambda item: (item[0][0], order.index(item[0][1]))

@@ -19,7 +19,7 @@ __all__ = ["MODEL", "Held", "held", "raise_file_limit", "running_stack", "settle
 MODEL: Final = "benchmark-model"
 _SETTLE_SECONDS: Final = 30.0
 # Not every build of the service exports it.
-_TASKS_METRIC: Final = "extproc_asyncio_tasks"
+_TASKS_METRIC: Final = "extproc_asyncio_tasks_open"
 
 
 class Held(Struct, frozen=True, kw_only=True):

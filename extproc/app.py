@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import ssl
@@ -19,6 +20,7 @@ from extproc.admin.collector import WorkerCollector
 from extproc.admin.http import AdminServer
 from extproc.clock import Clock, SystemClock
 from extproc.config import Config
+from extproc.config_loading import read_api_key
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
 from extproc.metrics import Metrics
@@ -27,6 +29,7 @@ from extproc.routing.lease import LeaseBooks
 from extproc.routing.router import Router
 from extproc.server.grpc_server import ExtProcServer
 from extproc.server.replies import ReplyBuilder
+from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
 from extproc.workers.active_load import ActiveLoad
 from extproc.workers.client import AiohttpEngineClient
@@ -39,6 +42,7 @@ __all__ = ["App", "run_app"]
 _log = structlog.get_logger()
 
 _LAG_PROBE_SECONDS = 0.5
+_GC_YOUNG_OBJECTS = 20_000
 
 
 class App:
@@ -93,6 +97,7 @@ class App:
             session_context=SessionContext(
                 builder=ReplyBuilder(config.envoy, forwarded),
                 metrics=self.metrics,
+                responses=ResponseTable(),
                 max_body_bytes=config.server.max_body_bytes,
                 models_body=_models_body(self.router.model_ids),
                 only_model=self.router.only_model,
@@ -174,6 +179,7 @@ class App:
             due = self._clock.monotonic() + _LAG_PROBE_SECONDS
             await self._clock.sleep(_LAG_PROBE_SECONDS)
             self.metrics.event_loop_lag_seconds.set(max(0.0, self._clock.monotonic() - due))
+            self.metrics.asyncio_tasks.set(len(asyncio.all_tasks()))
 
     def _log_start(self) -> None:
         config = self.config
@@ -194,6 +200,12 @@ def run_app(config: Config) -> None:
 
     # grpc forks nothing here, and its fork support costs time on every poll.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+    # What exists now lives as long as the process: the collector need not walk it again, and
+    # what requests leave behind is freed by reference counts.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GC_YOUNG_OBJECTS, 50, 100)
     uvloop.run(_until_signal(config))
 
 
@@ -214,7 +226,7 @@ def _models_body(model_ids: list[str]) -> bytes:
 
 def _api_key(config: Config) -> str | None:
     if config.workers.api_key_file is not None:
-        return Path(config.workers.api_key_file).read_text(encoding="utf-8").strip()
+        return read_api_key(Path(config.workers.api_key_file))
     return config.workers.api_key
 
 

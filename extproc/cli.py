@@ -107,7 +107,9 @@ def _envoy_config(options: argparse.Namespace) -> int:
 
 def _report(error: ConfigError, code: int) -> int:
     for problem in error.problems:
-        sys.stderr.write(f"{problem}\n")
+        # A file can hold text that no terminal can show.
+        shown = problem.encode(errors="backslashreplace").decode()
+        sys.stderr.write(f"{shown}\n")
     return code
 
 

@@ -6,6 +6,7 @@ key. So sections are walked here and msgspec converts one value at a time.
 
 import math
 import re
+import ssl
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 
 import msgspec
 import yaml
-from msgspec import NODEFAULT, Struct, UnsetType
+from msgspec import Struct, UnsetType
 
 from extproc.config import NOT_AVAILABLE_POLICIES, Config
 from extproc.errors import ConfigError
 from extproc.worker_url import parse_worker_url
 
-__all__ = ["file_problems", "load_config", "parse_config", "section_type"]
+__all__ = ["file_problems", "load_config", "parse_config", "read_api_key", "section_type"]
 
 # Keys of sgl-router's schema whose feature this version does not have. They are refused
 # rather than ignored: a setting that silently does nothing is worse than a start-up error.
@@ -32,6 +33,7 @@ _NOT_AVAILABLE_VALUES: Final = {
     "policy": NOT_AVAILABLE_POLICIES,
     "backend": ("k8s",),
 }
+_API_KEY: Final = re.compile(r"[\x21-\x7e]+")
 _HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
 _UNIX_SOCKET_MAX_BYTES: Final = 107
 _FILE_MAX_BYTES: Final = 4 * 1024 * 1024
@@ -45,6 +47,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
@@ -70,12 +74,14 @@ def load_config(path: Path) -> Config:
         case ".yaml" | ".yml":
             try:
                 raw = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-            except (yaml.YAMLError, RecursionError, ValueError) as error:
+            except ConfigError:
+                raise
+            except Exception as error:  # the library lets more out than its own errors
                 raise ConfigError([f"{path}: not valid YAML: {_first_line(error)}"]) from None
         case ".toml":
             try:
                 raw = tomllib.loads(text)
-            except (tomllib.TOMLDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError([f"{path}: not valid TOML: {_first_line(error)}"]) from None
         case _:
             raise ConfigError([f"{path}: the file name must end in .yaml, .yml or .toml"])
@@ -85,19 +91,31 @@ def load_config(path: Path) -> Config:
 def parse_config(raw: object) -> Config:
     """Check decoded YAML or TOML against the schema and the rules; raises ConfigError.
 
-    The rules also run over what is left when the broken keys are taken out, so that one pass
-    names everything.
+    The rules also run where parts are broken, on placeholders, so that one pass names
+    everything; what they would say of the placeholders is left out.
     """
-    problems: list[str] = []
-    values = _section(Config, raw, "", problems)
-    try:
-        config = msgspec.convert(values, Config)
-    except msgspec.ValidationError:  # a required key is missing or broken, and named already
-        raise ConfigError(problems) from None
-    problems += _rule_problems(config)
-    if problems:
-        raise ConfigError(problems)
+    found = _Findings()
+    values = _section(Config, raw, "", found)
+    config = msgspec.convert(values, Config)
+    for problem in _rule_problems(config):
+        key = problem.partition(":")[0]
+        if not any(key == path or key.startswith((f"{path}.", f"{path}[")) for path in found.paths):
+            found.problems.append(problem)
+    if found.problems:
+        raise ConfigError(found.problems)
     return config
+
+
+class _Findings:
+    """The problems so far, and the paths of the keys whose value is made up."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.paths: list[str] = []
+
+    def broken(self, path: str, problem: str) -> None:
+        self.problems.append(problem)
+        self.paths.append(path)
 
 
 def section_type(hint: Any) -> type[Struct] | None:
@@ -117,44 +135,58 @@ def _is_list(hint: Any) -> bool:
     return get_origin(hint) is list
 
 
-def _section(section: type[Struct], raw: object, path: str, problems: list[str]) -> Any:
-    """Check one mapping against its struct; appends to problems, returns the good part of it."""
+def _section(section: type[Struct], raw: object, path: str, found: _Findings) -> dict[str, Any]:
+    """Check one mapping against its struct; returns it with placeholders where it is broken."""
     if not isinstance(raw, dict):
-        problems.append(f"{path or 'the file'}: expected a mapping of keys, found {_kind(raw)}")
-        return _BROKEN
+        problem = f"{path or 'the file'}: expected a mapping of keys, found {_kind(raw)}"
+        if not path:
+            raise ConfigError([problem])
+        found.broken(path, problem)
+        return _section(section, {}, path, _Findings())
     hints = get_type_hints(section, include_extras=True)
     fields = {field.encode_name: field for field in msgspec.structs.fields(section)}
-    problems += [_unknown_key(path, key, list(fields)) for key in raw if key not in fields]
+    found.problems += [_unknown_key(path, key, list(fields)) for key in raw if key not in fields]
     good: dict[str, Any] = {}
     for name, info in fields.items():
         key_path = _join(path, name)
         if name in raw:
-            value = _field(hints[name], raw[name], name, key_path, problems)
+            value = _field(hints[name], raw[name], name, key_path, found)
             if value is not _BROKEN:
                 good[name] = value
-        elif info.default is NODEFAULT and info.default_factory is NODEFAULT:
-            problems.append(f"{key_path}: this key is required")
+        elif info.required:
+            found.broken(key_path, f"{key_path}: this key is required")
+        if info.required and name not in good:
+            good[name] = _placeholder(hints[name])
     return good
 
 
-def _field(hint: Any, raw: object, name: str, path: str, problems: list[str]) -> Any:
+def _placeholder(hint: Any) -> Any:
+    """A value that passes for a required key, so that the rest can be looked at."""
+    nested = section_type(hint)
+    if _is_list(hint):
+        return []
+    if nested is not None:
+        return _section(nested, {}, "-", _Findings())
+    choices = _choices(hint)
+    return choices[0] if choices else "-"
+
+
+def _field(hint: Any, raw: object, name: str, path: str, found: _Findings) -> Any:
     nested = section_type(hint)
     if nested is None or (raw is None and _allows_none(hint)):
-        return _scalar(hint, raw, name, path, problems)
+        if problem := _scalar_problem(hint, raw, name):
+            found.broken(path, f"{path}{problem}")
+            return _BROKEN
+        return raw
     if not _is_list(hint):
-        return _section(nested, raw, path, problems)
+        if isinstance(raw, dict):
+            return _section(nested, raw, path, found)
+        found.broken(path, f"{path}: expected a mapping of keys, found {_kind(raw)}")
+        return _BROKEN
     if not isinstance(raw, list):
-        problems.append(f"{path}: expected a list, found {_kind(raw)}")
+        found.broken(path, f"{path}: expected a list, found {_kind(raw)}")
         return _BROKEN
-    items = [_section(nested, item, f"{path}[{i}]", problems) for i, item in enumerate(raw)]
-    return _BROKEN if _BROKEN in items else items
-
-
-def _scalar(hint: Any, raw: object, name: str, path: str, problems: list[str]) -> Any:
-    if problem := _scalar_problem(hint, raw, name):
-        problems.append(f"{path}{problem}")
-        return _BROKEN
-    return raw
+    return [_section(nested, item, f"{path}[{i}]", found) for i, item in enumerate(raw)]
 
 
 def _scalar_problem(hint: Any, raw: object, name: str) -> str | None:
@@ -167,12 +199,24 @@ def _scalar_problem(hint: Any, raw: object, name: str) -> str | None:
         return f": unknown value {repr(raw) if isinstance(raw, str) else _kind(raw)}, {expected}"
     if isinstance(raw, float) and not math.isfinite(raw):
         return ": expected a finite number"
+    if not _is_unicode(raw):
+        return ": not valid Unicode text"
     try:
         msgspec.convert(raw, hint)
     except msgspec.ValidationError as error:
         sentence, _, where = str(error).partition(" - at `$")
         return f"{where.rstrip('`')}: {sentence[0].lower()}{sentence[1:]}"
     return None
+
+
+def _is_unicode(raw: object) -> bool:
+    """False for text with lone surrogates, which a file can spell but nothing can encode."""
+    if isinstance(raw, list):
+        return all(_is_unicode(item) for item in raw)
+    try:
+        return not isinstance(raw, str) or raw.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
@@ -303,7 +347,7 @@ def _credential_problems(config: Config) -> Iterator[str]:
     workers = config.workers
     if workers.api_key is not None and workers.api_key_file is not None:
         yield "workers.api_key_file: only one of api_key and api_key_file can be given"
-    if workers.api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", workers.api_key):
+    if workers.api_key is not None and not _API_KEY.fullmatch(workers.api_key):
         yield "workers.api_key: expected printable ASCII without blanks"
     if workers.forward_api_key and workers.api_key is None and workers.api_key_file is None:
         yield "workers.forward_api_key: needs workers.api_key or workers.api_key_file"
@@ -323,33 +367,63 @@ def file_problems(config: Config) -> list[str]:
 
     Apart from the rules, since rendering Envoy's configuration may happen elsewhere.
     """
-    tls = config.server.tls
-    wanted: list[tuple[str, str | None]] = [
-        ("workers.api_key_file", config.workers.api_key_file),
-        ("workers.ca_file", config.workers.ca_file),
+    workers, tls = config.workers, config.server.tls
+    problems = [
+        _file_problem("workers.api_key_file", workers.api_key_file, read_api_key),
+        _file_problem("workers.ca_file", workers.ca_file, _load_bundle),
     ]
     if tls is not None:
-        wanted += [
-            ("server.tls.cert_file", tls.cert_file),
-            ("server.tls.key_file", tls.key_file),
-            ("server.tls.client_ca_file", tls.client_ca_file),
+
+        def load_pair(path: Path) -> None:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, tls.key_file)
+
+        problems += [
+            _file_problem("server.tls.key_file", tls.key_file, Path.read_bytes),
+            _file_problem("server.tls.cert_file", tls.cert_file, load_pair),
+            _file_problem("server.tls.client_ca_file", tls.client_ca_file, _load_bundle),
         ]
-    problems = [
-        problem
-        for key, name in wanted
-        if name is not None and (problem := _unreadable(key, Path(name), Path.read_bytes))
-    ]
     if config.server.unix_socket is not None:
         folder = Path(config.server.unix_socket).parent
-        if not folder.is_dir():
-            problems.append(f"server.unix_socket: the folder {folder} does not exist")
-    return problems
+        problems.append(
+            None
+            if _is_folder(folder)
+            else f"server.unix_socket: the folder {folder} does not exist"
+        )
+    return [problem for problem in problems if problem is not None]
 
 
-def _unreadable(key: str, path: Path, read: Callable[[Path], bytes]) -> str | None:
+def read_api_key(path: Path) -> str:
+    """The token in a file, without blanks around it; raises ValueError or OSError."""
     try:
-        if not read(path).strip():
-            return f"{key}: {path} is empty"
+        key = path.read_text(encoding="ascii").strip()
+    except UnicodeDecodeError:
+        raise ValueError("expected printable ASCII") from None
+    if not _API_KEY.fullmatch(key):
+        raise ValueError("expected one token of printable ASCII without blanks")
+    return key
+
+
+def _load_bundle(path: Path) -> None:
+    ssl.create_default_context(cafile=path)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _file_problem(key: str, name: str | None, load: Callable[[Path], object]) -> str | None:
+    if name is None:
+        return None
+    try:
+        if not load(Path(name)) and not Path(name).read_bytes().strip():
+            return f"{key}: {name} is empty"
+    except ssl.SSLError:
+        return f"{key}: {name} holds no usable PEM certificate or key"
     except OSError as error:
-        return f"{key}: {path} can not be read: {error.strerror}"
+        return f"{key}: {name} can not be read: {error.strerror}"
+    except ValueError as error:
+        return f"{key}: {name} can not be used: {error}"
     return None

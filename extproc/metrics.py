@@ -1,17 +1,23 @@
 """Every metric in one table.
 
-The registry is passed in, never global. Children for the labels of the hot path are bound
-once and kept; `docs/metrics.md` says what each metric is for and which of sgl-router's it
-corresponds to.
+The registry is passed in, never global. Everything runs on one event loop, so what is counted
+per request are plain numbers without locks, turned into Prometheus samples when they are
+scraped; the client library's own counters would cost several times as much on the hot path.
+`docs/metrics.md` says what each metric is for and which of sgl-router's it corresponds to.
 """
 
-from functools import cache
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
+from typing import Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Gauge, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from extproc import __version__
 
-__all__ = ["Metrics"]
+__all__ = ["Counter", "Histogram", "Metrics"]
 
 # Seconds. Decisions take microseconds to milliseconds.
 _DECISION_BUCKETS = (
@@ -25,106 +31,206 @@ _RESPONSE_BUCKETS = (
 _BODY_BUCKETS = (1e3, 4e3, 16e3, 64e3, 256e3, 1e6, 4e6, 16e6, 64e6)
 
 
+class Counter:
+    """One time series that rises."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def inc(self) -> None:
+        self.value += 1
+
+
+class Histogram:
+    """One distribution; `bounds` are the upper bounds of the buckets, ascending."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    @property
+    def sum(self) -> float:
+        return self._sum
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative counts by upper bound, as Prometheus wants them."""
+        total = 0
+        found = []
+        for bound, count in zip((*self._bounds, inf), self._counts, strict=True):
+            total += count
+            found.append(("+Inf" if bound == inf else str(float(bound)), float(total)))
+        return found
+
+
+ChildT = TypeVar("ChildT")
+
+
+class _Family(Generic[ChildT]):
+    """One metric: a child for each combination of label values, made on first use."""
+
+    def __init__(
+        self, name: str, text: str, labels: Sequence[str], make: Callable[[], ChildT]
+    ) -> None:
+        self.name = name
+        self.text = text
+        self.labels = labels
+        self._make = make
+        self.children: dict[tuple[str, ...], ChildT] = {}
+        if not labels:
+            self(*())
+
+    def __call__(self, *values: str) -> ChildT:
+        child = self.children.get(values)
+        if child is None:
+            child = self.children[values] = self._make()
+        return child
+
+
+class _Exposition(Collector):
+    """Turns the families into samples at scrape time."""
+
+    def __init__(
+        self, counters: Iterable[_Family[Counter]], histograms: Iterable[_Family[Histogram]]
+    ) -> None:
+        self._counters = tuple(counters)
+        self._histograms = tuple(histograms)
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._counters:
+            metric = CounterMetricFamily(family.name, family.text, labels=family.labels)
+            for values, counter in family.children.items():
+                metric.add_metric(values, counter.value)
+            yield metric
+        for distribution in self._histograms:
+            shown = HistogramMetricFamily(
+                distribution.name, distribution.text, labels=distribution.labels
+            )
+            for values, histogram in distribution.children.items():
+                shown.add_metric(values, histogram.buckets(), histogram.sum)
+            yield shown
+
+
 class Metrics:
-    """The metrics of one service; methods with arguments return the bound child for labels."""
+    """The metrics of one service; those with labels are called with their values."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        Gauge(
+        build = Gauge(
             "extproc_build_info", "Version of the service.", ["version"], registry=registry
-        ).labels(__version__).set(1)
-        self._requests = Counter(
+        )
+        build.labels(__version__).set(1)
+        self.requests = _Family(
             "extproc_requests_total",
             "Requests by API path and how our part ended: routed, or an error code.",
             ["path", "code"],
-            registry=registry,
+            Counter,
         )
-        self._decisions = Counter(
+        self.decisions = _Family(
             "extproc_decisions_total",
             "Routing decisions by model, policy and reason.",
             ["model", "policy", "reason"],
-            registry=registry,
+            Counter,
         )
-        self.decision_seconds = Histogram(
-            "extproc_decision_seconds",
-            "Time from a complete request body to the decision.",
-            buckets=_DECISION_BUCKETS,
-            registry=registry,
-        )
-        self.request_body_bytes = Histogram(
-            "extproc_request_body_bytes",
-            "Size of request bodies.",
-            buckets=_BODY_BUCKETS,
-            registry=registry,
-        )
-        self._response_seconds = Histogram(
-            "extproc_response_headers_seconds",
-            "Time from the decision to the response headers (for streams: the first token).",
-            ["model"],
-            buckets=_RESPONSE_BUCKETS,
-            registry=registry,
-        )
-        self._worker_requests = Counter(
+        self.worker_requests = _Family(
             "extproc_worker_requests_total",
             "Outcomes by worker: success, error (5xx, refused, broken off) or cancelled.",
             ["worker", "model", "mode", "outcome"],
-            registry=registry,
+            Counter,
         )
-        self._missed = Counter(
+        self.missed = _Family(
             "extproc_destination_missed_total",
             "Requests that the proxy sent to an endpoint we had not named.",
             ["model"],
-            registry=registry,
+            Counter,
         )
-        self._fallbacks = Counter(
+        self.fallbacks = _Family(
             "extproc_fallback_served_total",
             "Requests served by a later entry of the destination list.",
             ["model"],
-            registry=registry,
+            Counter,
         )
-        self.stale_requests = Counter(
-            "extproc_stale_requests_total",
-            "Requests ended because they were too old.",
-            registry=registry,
-        )
-        self.streams_open = Gauge(
-            "extproc_streams_open", "Open ext_proc streams.", registry=registry
-        )
-        self._streams = Counter(
+        self.streams = _Family(
             "extproc_streams_total",
             "ext_proc streams by the way they ended: ok, cancelled, error.",
             ["end"],
-            registry=registry,
+            Counter,
         )
-        self._introspections = Counter(
+        self.introspections = _Family(
             "extproc_introspections_total",
             "Questions to workers who they are, by result: answered or failed.",
             ["result"],
-            registry=registry,
+            Counter,
         )
-        self.workers_refused = Counter(
+        stale_requests: _Family[Counter] = _Family(
+            "extproc_stale_requests_total", "Requests ended because they were too old.", [], Counter
+        )
+        workers_refused = _Family(
             "extproc_workers_refused_total",
             "Workers refused because plain and PD workers of one model do not mix.",
-            registry=registry,
+            [],
+            Counter,
+        )
+        decision_seconds = _Family(
+            "extproc_decision_seconds",
+            "Time from a complete request body to the decision.",
+            [],
+            lambda: Histogram(_DECISION_BUCKETS),
+        )
+        request_body_bytes = _Family(
+            "extproc_request_body_bytes",
+            "Size of request bodies.",
+            [],
+            lambda: Histogram(_BODY_BUCKETS),
+        )
+        self.response_seconds = _Family(
+            "extproc_response_headers_seconds",
+            "Time from the decision to the response headers (for streams: the first token).",
+            ["model"],
+            lambda: Histogram(_RESPONSE_BUCKETS),
+        )
+        self.stale_requests = stale_requests()
+        self.workers_refused = workers_refused()
+        self.decision_seconds = decision_seconds()
+        self.request_body_bytes = request_body_bytes()
+        self.streams_open = Gauge(
+            "extproc_streams_open", "Open ext_proc streams.", registry=registry
         )
         self.event_loop_lag_seconds = Gauge(
             "extproc_event_loop_lag_seconds",
             "How late the last periodic wake-up of the event loop was.",
             registry=registry,
         )
-        # Bound once per combination; labels() looks up and locks on every call.
-        self.requests = cache(self._requests.labels)
-        self.decisions = cache(self._decisions.labels)
-        self.response_seconds = cache(self._response_seconds.labels)
-        self.missed = cache(self._missed.labels)
-        self.fallbacks = cache(self._fallbacks.labels)
-        self.streams = cache(self._streams.labels)
-        self.introspections = cache(self._introspections.labels)
-
-    def worker_request(self, worker: str, model: str, mode: str, outcome: str) -> None:
-        """Count one outcome; not cached, since workers come and go."""
-        self._worker_requests.labels(worker, model, mode, outcome).inc()
+        self.asyncio_tasks = Gauge(
+            "extproc_asyncio_tasks_open", "Tasks of the event loop.", registry=registry
+        )
+        registry.register(
+            _Exposition(
+                [
+                    self.requests,
+                    self.decisions,
+                    self.worker_requests,
+                    self.missed,
+                    self.fallbacks,
+                    self.streams,
+                    self.introspections,
+                    stale_requests,
+                    workers_refused,
+                ],
+                [decision_seconds, request_body_bytes, self.response_seconds],
+            )
+        )
 
     def forget_worker(self, worker: str) -> None:
         """Drop the series of a worker that left."""
-        self._worker_requests.remove_by_labels({"worker": worker})
+        children = self.worker_requests.children
+        for values in [values for values in children if values[0] == worker]:
+            del children[values]

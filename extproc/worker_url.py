@@ -5,12 +5,18 @@ port must not make a second worker out of one.
 """
 
 import ipaddress
+import re
+import socket
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 __all__ = ["WorkerUrl", "format_endpoint", "parse_worker_url"]
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+# `host:port` as a whole: nothing before or behind the brackets of an IPv6 address.
+_NETLOC: Final = re.compile(r"(?:\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[A-Za-z0-9._-]+))(?::\d*)?")
+_NAME_MAX_CHARS: Final = 253
+_LABEL_MAX_CHARS: Final = 63
 
 
 class WorkerUrl(NamedTuple):
@@ -39,12 +45,14 @@ class WorkerUrl(NamedTuple):
 
 
 def format_endpoint(host: str, port: int) -> str:
-    """`ip:port` as Envoy writes it: IPv6 in its shortest form and in brackets."""
+    """`ip:port` as Envoy writes it: IPv6 as inet_ntop does and in brackets."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return f"{host}:{port}"
-    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+    if address.version == 4:
+        return f"{address}:{port}"
+    return f"[{socket.inet_ntop(socket.AF_INET6, address.packed)}]:{port}"
 
 
 def parse_worker_url(text: str) -> WorkerUrl:
@@ -61,10 +69,12 @@ def parse_worker_url(text: str) -> WorkerUrl:
         raise ValueError("not a valid URL with a port from 1 to 65535") from None
     if parts.scheme not in _DEFAULT_PORTS:
         raise ValueError("the scheme must be http or https")
-    if not parts.hostname:
-        raise ValueError("the host is missing")
     if parts.username is not None or parts.password is not None:
         raise ValueError("credentials do not belong here; use workers.api_key")
+    if not parts.hostname:
+        raise ValueError("the host is missing")
+    if not _is_host(parts.netloc):
+        raise ValueError("the host must be a name, an IPv4 address or an IPv6 one in brackets")
     if parts.path.strip("/") or parts.query or parts.fragment:
         raise ValueError(
             "a path, query or fragment is not supported: the client's path goes to the worker as is"
@@ -72,3 +82,18 @@ def parse_worker_url(text: str) -> WorkerUrl:
     if port == 0:
         raise ValueError("port 0 can not be dialled")
     return WorkerUrl(parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme])
+
+
+def _is_host(netloc: str) -> bool:
+    found = _NETLOC.fullmatch(netloc)
+    if found is None:
+        return False
+    if (ipv6 := found["ipv6"]) is not None:
+        try:
+            return ipaddress.IPv6Address(ipv6).scope_id is None
+        except ValueError:
+            return False
+    name = found["name"].removesuffix(".")
+    return len(name) <= _NAME_MAX_CHARS and all(
+        0 < len(label) <= _LABEL_MAX_CHARS for label in name.split(".")
+    )

@@ -1,4 +1,4 @@
-"""Fakes for the seams, and small builders: time, engines, names and discovery under test control."""
+"""Fakes for the seams, and small builders: time, engines, names and discovery in a test's hands."""
 
 import asyncio
 import heapq

@@ -36,11 +36,17 @@ class WorkerCollector(Collector):
             "extproc_workers", "Registered workers by model and mode.", labels=["model", "mode"]
         )
         counts: Counter[tuple[str, str]] = Counter()
+        loads: Counter[str] = Counter()
+        states: dict[str, int] = {}
         for worker in self._registry:
-            in_flight.add_metric([worker.url], worker.in_flight)
-            breaker.add_metric([worker.url], worker.breaker.state)
+            # Two ids can share a URL while a pod is replaced: one series for both.
+            loads[worker.url] += worker.in_flight
+            states[worker.url] = max(states.get(worker.url, 0), worker.breaker.state)
             for model in worker.model_ids or ("",):
                 counts[model, worker.mode] += 1
+        for url, load in loads.items():
+            in_flight.add_metric([url], load)
+            breaker.add_metric([url], states[url])
         for (model, mode), count in counts.items():
             workers.add_metric([model, mode], count)
         yield in_flight

@@ -43,14 +43,14 @@ class AdminServer:
                 web.get("/workers", self._get_workers),
             ]
         )
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
 
     async def start(self) -> None:
         """Listen; raises ConfigError naming the key when the port is taken."""
         await self._runner.setup()
         host, port = self._config.admin_host, self._config.admin_port
         try:
-            await web.TCPSite(self._runner, host, port, shutdown_timeout=1.0).start()
+            await web.TCPSite(self._runner, host, port).start()
         except OSError as error:
             raise ConfigError(
                 [f"server.admin_port: can not listen on {host}:{port}: {error.strerror}"]

@@ -19,7 +19,10 @@ _SERVED_BY_HEADER = "x-simulator-port"
 
 
 class Outcome(Struct, frozen=True):
-    """One finished request; status 0 = it broke off. `ttft_seconds` is the time to the first byte of the body."""
+    """One finished request; status 0 = it broke off.
+
+    `ttft_seconds` is the time to the first byte of the body.
+    """
 
     port: str
     status: int

@@ -15,6 +15,16 @@ __all__ = ["EXTPROC_FILTER", "ext_proc_filter", "ingress_listener"]
 EXTPROC_FILTER: Final = "envoy.filters.http.ext_proc"
 
 _MEBIBYTE: Final = 1024 * 1024
+
+# Request and response headers alike.
+FORWARDED_HEADERS: Final = (
+    ":method",
+    ":path",
+    ":status",
+    "content-type",
+    "x-extproc-debug",
+    "x-request-id",
+)
 # Envoy lets through a little more than server.max_body_bytes: the exact limit is then told by
 # the service, with the number in the message, and a body it has rewritten still fits.
 _BODY_HEADROOM_BYTES: Final = 64 * 1024
@@ -65,6 +75,11 @@ def ext_proc_filter(config: Config) -> dict[str, Any]:
             "response_body_mode": "NONE",
             # Keeps our stream open to the last byte: load is released exactly then.
             "response_trailer_mode": "SEND",
+        },
+        # Only what the service reads: credentials and cookies are none of its business, and
+        # parsing twenty headers would be a good part of its work.
+        forward_rules={
+            "allowed_headers": {"patterns": [{"exact": name} for name in FORWARDED_HEADERS]}
         },
         response_attributes=["upstream.address", "response.code_details"],
         # x-envoy-max-retries and the time-out of requests that are not streamed.

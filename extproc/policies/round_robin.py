@@ -7,7 +7,7 @@ for a moment. Remembering who came last and taking the next in the stable order 
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from extproc.policies.base import CandidateT, Choice, Query
+from extproc.policies.base import Candidate, CandidateT, Choice, Query
 
 __all__ = ["RoundRobin"]
 
@@ -19,9 +19,20 @@ class RoundRobin:
 
     def __init__(self) -> None:
         self._last_order = -1
+        self._last_index = -1
 
     def choose(self, candidates: Sequence[CandidateT], query: Query) -> Choice[CandidateT]:
-        index = bisect_right(candidates, self._last_order, key=lambda candidate: candidate.order)
-        chosen = candidates[index if index < len(candidates) else 0]
-        self._last_order = chosen.order
+        index = self._last_index
+        if index < len(candidates) and candidates[index].order == self._last_order:
+            index += 1  # the same candidates as last time, nearly always
+        else:
+            index = bisect_right(candidates, self._last_order, key=_order)
+        if index >= len(candidates):
+            index = 0
+        chosen = candidates[index]
+        self._last_order, self._last_index = chosen.order, index
         return Choice(chosen, "next")
+
+
+def _order(candidate: Candidate) -> int:
+    return candidate.order

@@ -20,6 +20,16 @@ __all__ = ["Lease", "LeaseBooks"]
 _SERVER_ERROR = 500
 # Envoy's word for "the upstream answered"; anything else is a local reply of Envoy's own.
 _VIA_UPSTREAM = "via_upstream"
+# Local replies of Envoy that a worker has caused: refused, broken off, silent for too long.
+_WORKER_FAILED = (
+    "upstream_reset",
+    "upstream_response_timeout",
+    "upstream_per_try",
+    "response_timeout",
+    "stream_idle_timeout",
+)
+# Envoy's own connection limit.
+_OVERFLOW = "overflow"
 
 
 class LeaseBooks:
@@ -85,28 +95,23 @@ class Lease:
         books.metrics.response_seconds(decision.model).observe(now - self._decided_at)
         if streamed and books.load.release == "estimate":
             self.ticket.release_after(books.load.estimated_stream_secs)
+        # A gateway that says nothing is trusted to have asked the worker.
+        answered = code_details in (_VIA_UPSTREAM, "")
         if not address:
-            if code_details in ("", _VIA_UPSTREAM):
-                # A gateway without response attributes: trust that it followed us.
-                self._outcome(chosen, status, now)
-                self.served = chosen
-            else:
-                # Envoy reached nobody (overflow, no route): it says nothing of a worker.
-                chosen.breaker.give_back(self._probe)
-                self._count(chosen, "cancelled")
+            self._settle(chosen, status, code_details, now)
+            self.served = chosen if answered else None
             return True
         destinations = decision.destinations
         position = destinations.index(address) if address in destinations else -1
         served = self._named[position] if position >= 0 else books.registry.at_address(address)
         # Those before the one that served were tried first and could not be reached.
         for failed in self._named[: position if position >= 0 else 1]:
-            failed.breaker.failure(now)
-            self._count(failed, "error")
+            self._fail(failed, now)
         if served is not None:
-            self._outcome(served, status, now)
+            self._settle(served, status, code_details, now)
             self.ticket.move(served)
-            self.served = served
-        if position > 0:
+            self.served = served if answered else None
+        if position > 0 and answered:
             books.metrics.fallbacks(decision.model).inc()
         if position < 0:
             books.metrics.missed(decision.model).inc()
@@ -116,9 +121,7 @@ class Lease:
         """The request is too old. A worker that never began to answer has failed."""
         if not self._settled:
             self._settled = True
-            chosen = self._named[0]
-            chosen.breaker.failure(self._books.clock.monotonic())
-            self._count(chosen, "error")
+            self._fail(self._named[0], self._books.clock.monotonic())
 
     def close(self) -> None:
         """The stream has ended, in whatever way; idempotent."""
@@ -130,16 +133,30 @@ class Lease:
             self._settled = True
             self._named[0].breaker.give_back(self._probe)
             self._count(self._named[0], "cancelled")
+        self.ticket.on_stale = None
         if not self.ticket.estimated:
             self.ticket.release()
 
-    def _outcome(self, worker: Worker, status: int, now: float) -> None:
-        if status >= _SERVER_ERROR:
-            worker.breaker.failure(now)
-            self._count(worker, "error")
+    def _settle(self, worker: Worker, status: int, code_details: str, now: float) -> None:
+        """Book what this response says of the worker."""
+        if code_details in (_VIA_UPSTREAM, ""):
+            if status < _SERVER_ERROR:
+                worker.breaker.success()
+                self._count(worker, "success")
+            else:
+                self._fail(worker, now)
+        elif code_details.startswith(_WORKER_FAILED) and _OVERFLOW not in code_details:
+            self._fail(worker, now)
         else:
-            worker.breaker.success()
-            self._count(worker, "success")
+            # Envoy's own reply, for a reason that says nothing of the worker.
+            worker.breaker.give_back(self._probe)
+            self._count(worker, "cancelled")
+
+    def _fail(self, worker: Worker, now: float) -> None:
+        worker.breaker.failure(now)
+        self._count(worker, "error")
 
     def _count(self, worker: Worker, outcome: str) -> None:
-        self._books.metrics.worker_request(worker.url, self.decision.model, worker.mode, outcome)
+        self._books.metrics.worker_requests(
+            worker.url, self.decision.model, worker.mode, outcome
+        ).inc()

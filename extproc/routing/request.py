@@ -93,6 +93,8 @@ def parse_body(endpoint: Endpoint, body: bytes | bytearray) -> Request:
             body.decode()
         fields = _decoder.decode(body)
     except msgspec.ValidationError:
+        if body.lstrip(b" \t\r\n").startswith(b"{"):
+            raise bad_request("`model` must be a string and `stream` a boolean") from None
         raise body_required() from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise bad_request("the body is not valid JSON") from None

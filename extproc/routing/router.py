@@ -1,6 +1,6 @@
 """The one path every request takes: from a parsed request to a decision and its lease."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from random import Random
 
 from extproc.clock import Clock
@@ -10,9 +10,12 @@ from extproc.routing.decision import Decision
 from extproc.routing.lease import Lease, LeaseBooks
 from extproc.routing.request import Request
 from extproc.workers.active_load import ActiveLoad
+from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker
 
 __all__ = ["Router"]
+
+_CLOSED = BreakerState.CLOSED
 
 
 class Router:
@@ -64,7 +67,9 @@ class Router:
         clock: Clock = self._books.clock
         now = clock.monotonic()
         candidates = [
-            worker for worker in self._books.registry.pool(model) if worker.breaker.would_allow(now)
+            worker
+            for worker in self._books.registry.pool(model)
+            if worker.breaker.state is _CLOSED or worker.breaker.would_allow(now)
         ]
         if not candidates:
             raise no_healthy_workers()
@@ -80,21 +85,25 @@ class Router:
         )
         self._books.metrics.decisions(model, policy.name, reason).inc()
         probe = chosen.breaker.claim(now)
-        return Lease(self._books, decision, named, self._active_load.book(chosen), probe, now)
+        return Lease(self._books, decision, named, self._active_load.book(chosen, now), probe, now)
 
-    def _fallbacks(self, chosen: Worker, candidates: Sequence[Worker]) -> list[Worker]:
+    def _fallbacks(self, chosen: Worker, candidates: list[Worker]) -> list[Worker]:
         """Whom to try when the chosen worker refuses the connection, less loaded first.
 
-        A few are drawn at random before the loads are compared: with a fixed order every
-        request of a dead worker would land on the same next one.
+        A few are taken from a random place on before the loads are compared: with a fixed
+        order every request of a dead worker would land on the same next one.
         """
-        count = min(self._destinations_max, len(candidates)) - 1
-        if count <= 0:
+        count = self._destinations_max - 1
+        if count <= 0 or len(candidates) == 1:
             return []
-        drawn = self._random.sample(candidates, min(2 * count + 1, len(candidates)))
-        others = [worker for worker in drawn if worker is not chosen]
-        others.sort(key=_in_flight)
-        return others[:count]
+        start = int(self._random.random() * len(candidates))
+        wanted = min(2 * count + 1, len(candidates))
+        looked_at = candidates[start : start + wanted]
+        looked_at += candidates[: wanted - len(looked_at)]
+        # By address: two names of one host must not make two attempts at it.
+        others = {worker.address: worker for worker in looked_at}
+        others.pop(chosen.address, None)
+        return sorted(others.values(), key=_in_flight)[:count]
 
 
 def _in_flight(worker: Worker) -> int:

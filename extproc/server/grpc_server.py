@@ -18,7 +18,6 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from extproc._protos import llm_extproc_pb2 as pb
 from extproc.config import MEBIBYTE, ServerConfig, ServerTlsConfig
 from extproc.errors import ConfigError, RouterError, internal_error, routing_timeout
 from extproc.metrics import Metrics
@@ -26,7 +25,13 @@ from extproc.routing.lease import Lease
 from extproc.routing.request import Request
 from extproc.server.session import Session, SessionContext
 
-__all__ = ["HEALTH_SERVICES_ALIVE", "HEALTH_SERVICES_READY", "ExtProcServer"]
+__all__ = [
+    "HEALTH_SERVICES_ALIVE",
+    "HEALTH_SERVICES_READY",
+    "SERVICE",
+    "ExtProcServer",
+    "grpc_options",
+]
 
 _log = structlog.get_logger()
 
@@ -42,61 +47,81 @@ _ROUTE_PASS: Final = "route"  # noqa: S105
 _MESSAGE_OVERHEAD_BYTES: Final = 2 * MEBIBYTE
 _STOP_GRACE_SECONDS: Final = 2.0
 _DRAIN_POLL_SECONDS: Final = 0.1
+_WATCH_SECONDS: Final = 0.05
+_CROWD_STREAMS: Final = 1
 # With Envoy probing health every second, two seconds without a stream mean it has noticed.
 _DRAIN_QUIET_SECONDS: Final = 2.5
+
+
+def grpc_options(max_body_bytes: int) -> list[tuple[str, int]]:
+    """Channel arguments of the server."""
+    # Twice the limit is let in, so that a body over it is still answered with our 413.
+    receive_limit = 2 * max_body_bytes + _MESSAGE_OVERHEAD_BYTES
+    return [
+        ("grpc.max_receive_message_length", min(receive_limit, 2**31 - 1)),
+        ("grpc.max_send_message_length", -1),
+        # A second server on the port must fail, not silently share it.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Proxies ping often; that is no attack here.
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
 
 
 class _Stream:
     """One open stream: owns its session and the I/O around it."""
 
-    __slots__ = ("_context", "_server", "_task", "_timer", "ending", "session")
+    __slots__ = ("_context", "_server", "_task", "deadline", "ending", "overdue", "session")
 
     def __init__(self, server: "ExtProcServer", context: Any) -> None:
         self._server = server
         self._context = context
         self._task = asyncio.current_task()
-        self._timer: asyncio.TimerHandle | None = None
+        # Set while a deadline of ours runs, in seconds of time.monotonic.
+        self.deadline: float | None = None
+        self.overdue = False
         self.ending = False
         self.session = Session(server.session_context)
 
     async def serve(self) -> None:
         """Read until Envoy is done; returns to end the stream with status OK."""
-        context, session = self._context, self.session
-        receive = session.receive
+        context, session, server = self._context, self.session, self._server
         while True:
             raw = await context.read()
             if raw is grpc.aio.EOF:
                 return
             try:
-                message = pb.ProcessingRequest.FromString(raw)
+                out = session.receive(raw)
             except DecodeError:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a ProcessingRequest")
+            if out:
+                if server.is_crowded:
+                    await asyncio.sleep(0)
+                for reply in out:
+                    await context.write(reply)
+            # A stream may stay open for minutes: it must not keep a body alive.
             del raw
-            for reply in receive(message):
-                await context.write(reply)
-            del message
             if session.to_route is not None:
                 await self._route(session.to_route)
-            elif session.waits_for_body and self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(
-                    self._server.body_deadline_seconds, self._interrupt, session.body_timed_out
-                )
-            if self._server.draining and session.may_end_early:
+            elif session.waits_for_body and self.deadline is None:
+                server.watch(self, server.body_deadline_seconds)
+            if server.draining and session.may_end_early:
                 return
 
     async def _route(self, request: Request) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         session, server = self.session, self._server
-        # Not the loop's time: uvloop caches that for a whole turn.
-        started = time.perf_counter()
+        started = server.watch(self, server.step_deadline_seconds)
         try:
-            async with asyncio.timeout(server.step_deadline_seconds):
-                lease = await server.route(request)
+            lease = await server.route(request)
         except RouterError as error:
             out = session.failed(error)
-        except TimeoutError:
+        except asyncio.CancelledError:
+            if not self.overdue:
+                raise
+            _uncancel()
             out = session.failed(routing_timeout())
         except Exception:
             # Our own mistake must cost one request, and say so, but never the stream's answer.
@@ -105,18 +130,24 @@ class _Stream:
         else:
             lease.ticket.on_stale = self._on_stale
             out = session.routed(lease)
-            server.metrics.decision_seconds.observe(time.perf_counter() - started)
+            server.metrics.decision_seconds.observe(time.monotonic() - started)
             if server.log_decisions:
-                _log.debug(
-                    "routed",
-                    request_id=session.request_id,
-                    model=lease.decision.model,
-                    policy=lease.decision.policy,
-                    reason=lease.decision.reason,
-                    worker=lease.decision.worker_url,
-                )
+                _log_decision(session.request_id, lease)
+        finally:
+            server.unwatch(self)
+        if server.is_crowded:
+            await asyncio.sleep(0)
         for reply in out:
             await self._context.write(reply)
+
+    def timed_out(self) -> None:
+        """A deadline of ours has passed; called by the server's watch."""
+        if self.session.to_route is None:
+            self._interrupt(self.session.body_timed_out)
+        elif self._task is not None:
+            # The router does not come back: `_route` answers.
+            self.overdue = True
+            self._task.cancel()
 
     def _on_stale(self) -> None:
         self._interrupt(self.session.expired)
@@ -140,9 +171,28 @@ class _Stream:
             self._task.cancel()
 
     def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        if self.deadline is not None:
+            self._server.unwatch(self)
         self.session.close()
+
+
+def _uncancel() -> None:
+    """A cancellation of our own has done its work."""
+    task = asyncio.current_task()
+    if task is not None:
+        task.uncancel()
+
+
+def _log_decision(request_id: str, lease: Lease) -> None:
+    decision = lease.decision
+    _log.debug(
+        "routed",
+        request_id=request_id,
+        model=decision.model,
+        policy=decision.policy,
+        reason=decision.reason,
+        worker=decision.worker_url,
+    )
 
 
 class ExtProcServer:
@@ -169,23 +219,12 @@ class ExtProcServer:
         self._streams: set[_Stream] = set()
         self._last_stream_at = 0.0
         self._background: set[asyncio.Task[None]] = set()
+        # Streams with a running deadline. One task looks at all of them: a timer per request
+        # would cost more than the decision.
+        self._watched: dict[_Stream, None] = {}
+        metrics.streams_open.set_function(lambda: float(len(self._streams)))
         self._health = health.aio.HealthServicer()
-        # Twice the limit is let in, so that a body over it is still answered with our 413.
-        receive_limit = 2 * config.max_body_bytes + _MESSAGE_OVERHEAD_BYTES
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", min(receive_limit, 2**31 - 1)),
-                ("grpc.max_send_message_length", -1),
-                # A second server on the port must fail, not silently share it.
-                ("grpc.so_reuseport", 0),
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                # Proxies ping often; that is no attack here.
-                ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-                ("grpc.http2.max_ping_strikes", 0),
-            ]
-        )
+        self._server = grpc.aio.server(options=grpc_options(config.max_body_bytes))
         self._server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(
@@ -197,6 +236,16 @@ class ExtProcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     @property
+    def is_crowded(self) -> bool:
+        """True when several requests are being decided at once.
+
+        A reply then waits until the other streams that are ready have made theirs. Written in
+        one turn of the loop, many replies leave in one system call and wake Envoy once; one by
+        one, each of them wakes it. With few requests the wait would only add latency.
+        """
+        return len(self._watched) > _CROWD_STREAMS
+
+    @property
     def open_streams(self) -> int:
         return len(self._streams)
 
@@ -205,6 +254,7 @@ class ExtProcServer:
         self._bind()
         await self.set_health(ready=False)
         await self._server.start()
+        self.spawn(self._watch_deadlines())
 
     def _bind(self) -> None:
         config = self._config
@@ -252,13 +302,12 @@ class ExtProcServer:
         """
         await self._health.enter_graceful_shutdown()
         self.draining = True
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        while loop.time() - begun < limit_seconds:
+        begun = time.monotonic()
+        while time.monotonic() - begun < limit_seconds:
             for stream in list(self._streams):
                 if stream.session.may_end_early:
                     stream.end()
-            quiet = loop.time() - max(self._last_stream_at, begun) >= _DRAIN_QUIET_SECONDS
+            quiet = time.monotonic() - max(self._last_stream_at, begun) >= _DRAIN_QUIET_SECONDS
             if not self._streams and (quiet or not self._last_stream_at):
                 break
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
@@ -270,6 +319,31 @@ class ExtProcServer:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         self._unlink_socket()
+
+    def watch(self, stream: _Stream, seconds: float) -> float:
+        """Start a deadline for the stream, replacing its last one; returns the time now."""
+        now = time.monotonic()
+        stream.deadline = now + seconds
+        self._watched[stream] = None
+        return now
+
+    def unwatch(self, stream: _Stream) -> None:
+        """The step is done in time."""
+        stream.deadline = None
+        self._watched.pop(stream, None)
+
+    async def _watch_deadlines(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            now = time.monotonic()
+            late = [
+                stream
+                for stream in self._watched
+                if stream.deadline is not None and stream.deadline <= now
+            ]
+            for stream in late:
+                self.unwatch(stream)
+                stream.timed_out()
 
     def spawn(self, work: Any) -> None:
         """Run a short coroutine beside a stream, and keep it referenced."""
@@ -285,8 +359,7 @@ class ExtProcServer:
                 )
         stream = _Stream(self, context)
         self._streams.add(stream)
-        self._last_stream_at = asyncio.get_running_loop().time()
-        self.metrics.streams_open.inc()
+        self._last_stream_at = time.monotonic()
         end = "ok"
         try:
             await stream.serve()
@@ -294,16 +367,13 @@ class ExtProcServer:
             if not stream.ending:
                 end = "cancelled"  # how Envoy ends most streams
                 raise
-            task = asyncio.current_task()
-            if task is not None:
-                task.uncancel()
+            _uncancel()
         except Exception:
             end = "error"
             raise
         finally:
             stream.close()
             self._streams.discard(stream)
-            self.metrics.streams_open.dec()
             self.metrics.streams(end).inc()
 
 

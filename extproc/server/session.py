@@ -31,15 +31,16 @@ from extproc.routing.lease import Lease
 from extproc.routing.request import MODELS_PATH, Endpoint, Request, find_endpoint, parse_body
 from extproc.server import replies
 from extproc.server.bodies import BodyTooLargeError, RequestBody, request_body_mode
+from extproc.server.responses import Response, ResponseTable
 
 __all__ = ["DEBUG_HEADER", "Session", "SessionContext"]
 
 _log = structlog.get_logger()
 
 DEBUG_HEADER: Final = "x-extproc-debug"
-_ATTRIBUTES_KEY: Final = "envoy.filters.http.ext_proc"
 _REQUEST_ID_MAX_CHARS: Final = 128
 _NO_REPLIES: Final[Sequence[bytes]] = ()
+_RESPONSE_HEADERS_CONTINUE: Final = (replies.RESPONSE_HEADERS_CONTINUE,)
 _UNMATCHED: Final = "unmatched"
 _WANTED_REQUEST_HEADERS: Final = frozenset(
     (":method", ":path", "x-request-id", "content-length", DEBUG_HEADER)
@@ -62,6 +63,7 @@ class SessionContext(Struct, frozen=True):
 
     builder: replies.ReplyBuilder
     metrics: Metrics
+    responses: ResponseTable
     max_body_bytes: int
     models_body: bytes
     only_model: str | None
@@ -112,8 +114,13 @@ class Session:
             and not (self._body is not None and self._body.full_duplex)
         )
 
-    def receive(self, message: pb.ProcessingRequest) -> Sequence[bytes]:
-        """The replies to one message, in order."""
+    def receive(self, raw: bytes) -> Sequence[bytes]:
+        """The replies to one serialised message, in order; raises protobuf's DecodeError."""
+        responses = self._context.responses
+        known = responses.get(raw)
+        if known is not None:
+            return self._response_headers(known)
+        message = pb.ProcessingRequest.FromString(raw)
         if message.observability_mode:
             return _NO_REPLIES
         match message.WhichOneof("request"):
@@ -122,7 +129,7 @@ class Session:
             case "request_body":
                 return self._request_body(message.request_body)
             case "response_headers":
-                return self._response_headers(message)
+                return self._response_headers(responses.learn(raw, message))
             case "response_body":
                 return self._response_body(message.response_body)
             case "request_trailers":
@@ -319,27 +326,27 @@ class Session:
 
     # -- response path
 
-    def _response_headers(self, message: pb.ProcessingRequest) -> Sequence[bytes]:
+    def _response_headers(self, response: Response) -> Sequence[bytes]:
         if self._state is _State.ANSWERED:
             return _NO_REPLIES
         lease = self._lease
         if lease is None or self._state is not _State.ROUTED:
-            return (replies.RESPONSE_HEADERS_CONTINUE,)
+            return _RESPONSE_HEADERS_CONTINUE
         self._state = _State.RESPONDING
-        status, streamed = _status_and_kind(message.response_headers.headers)
-        address, details = _served_by(message)
-        if not lease.responded(status, address, details, streamed):
+        if not lease.responded(
+            response.status, response.address, response.code_details, response.streamed
+        ):
             _log.warning(
                 "destination_missed",
                 request_id=self.request_id,
                 worker=lease.decision.worker_url,
-                served=address,
+                served=response.address,
             )
-        if message.response_headers.end_of_stream:
+        if response.end_of_stream:
             lease.close()
         if self._debug:
             return (replies.debug_response_headers(lease),)
-        return (replies.RESPONSE_HEADERS_CONTINUE,)
+        return _RESPONSE_HEADERS_CONTINUE
 
     def _response_body(self, chunk: pb.HttpBody) -> Sequence[bytes]:
         if self._state is _State.ANSWERED:
@@ -378,34 +385,3 @@ def _wanted_headers(headers: pb.HeaderMap) -> dict[str, str]:
             value = raw.decode("latin-1") if raw else header.value
             found.setdefault(name.lower(), value)
     return found
-
-
-def _status_and_kind(headers: pb.HeaderMap) -> tuple[int, bool]:
-    """`:status` as a number (0 when missing), and whether the body is an event stream."""
-    status, streamed = 0, False
-    for header in headers.headers:
-        if header.key == ":status":
-            raw = header.raw_value or header.value.encode()
-            status = int(raw) if raw.isdigit() else 0
-        elif header.key == "content-type":
-            streamed = (header.raw_value or header.value.encode()).startswith(b"text/event-stream")
-    return status, streamed
-
-
-def _served_by(message: pb.ProcessingRequest) -> tuple[str, str]:
-    """`upstream.address` and `response.code_details`, "" where the gateway does not send them.
-
-    Gateways of the endpoint picker protocol name the endpoint in metadata instead.
-    """
-    address = details = ""
-    if _ATTRIBUTES_KEY in message.attributes:
-        fields = message.attributes[_ATTRIBUTES_KEY].fields
-        if "upstream.address" in fields:
-            address = fields["upstream.address"].string_value
-        if "response.code_details" in fields:
-            details = fields["response.code_details"].string_value
-    if not address and "envoy.lb" in message.metadata_context.filter_metadata:
-        fields = message.metadata_context.filter_metadata["envoy.lb"].fields
-        if "x-gateway-destination-endpoint-served" in fields:
-            address = fields["x-gateway-destination-endpoint-served"].string_value
-    return address, details

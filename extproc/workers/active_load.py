@@ -8,9 +8,8 @@ live requests: it tells the request to end, and its end releases the ticket.
 from collections import deque
 from collections.abc import Callable
 
-from prometheus_client import Counter
-
 from extproc.clock import Clock
+from extproc.metrics import Counter
 from extproc.workers.worker import Worker
 
 __all__ = ["ActiveLoad", "Ticket"]
@@ -70,9 +69,9 @@ class ActiveLoad:
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def book(self, worker: Worker) -> Ticket:
-        """Count one more request on the worker, from now on."""
-        ticket = Ticket(self, worker, self._clock.monotonic())
+    def book(self, worker: Worker, now: float) -> Ticket:
+        """Count one more request on the worker; `now` is the clock's monotonic time."""
+        ticket = Ticket(self, worker, now)
         worker.in_flight += 1
         self._tickets[ticket] = None
         return ticket

@@ -27,6 +27,7 @@ class CircuitBreaker:
     """Closed until `threshold` consecutive failures, then open for `cool_down_seconds`.
 
     Times are seconds of the caller's monotonic clock; no I/O, no locks: one event loop.
+    `state` is for others to read.
     """
 
     __slots__ = (
@@ -34,29 +35,25 @@ class CircuitBreaker:
         "_generation",
         "_opened_at",
         "_probing",
-        "_state",
         "cool_down_seconds",
+        "state",
         "threshold",
     )
 
     def __init__(self, threshold: int, cool_down_seconds: float) -> None:
         self.threshold = threshold
         self.cool_down_seconds = cool_down_seconds
-        self._state = BreakerState.CLOSED
+        self.state = BreakerState.CLOSED
         self._failures = 0
         self._opened_at = 0.0
         self._probing = False
         self._generation = NO_PROBE
 
-    @property
-    def state(self) -> BreakerState:
-        return self._state
-
     def would_allow(self, now: float) -> bool:
         """True when a request could be claimed now; changes nothing."""
-        if self._state is BreakerState.CLOSED:
+        if self.state is BreakerState.CLOSED:
             return True
-        if self._state is BreakerState.HALF_OPEN:
+        if self.state is BreakerState.HALF_OPEN:
             return not self._probing
         return now - self._opened_at >= self.cool_down_seconds
 
@@ -65,12 +62,12 @@ class CircuitBreaker:
 
         The caller has asked `would_allow` in the same turn of the loop.
         """
-        if self._state is BreakerState.CLOSED:
+        if self.state is BreakerState.CLOSED:
             return NO_PROBE
-        if self._state is BreakerState.OPEN:
+        if self.state is BreakerState.OPEN:
             if now - self._opened_at < self.cool_down_seconds:
                 return NO_PROBE
-            self._state = BreakerState.HALF_OPEN
+            self.state = BreakerState.HALF_OPEN
         elif self._probing:
             return NO_PROBE
         self._probing = True
@@ -84,16 +81,16 @@ class CircuitBreaker:
 
     def success(self) -> None:
         """The worker answered: closed again, whatever was before."""
-        self._state = BreakerState.CLOSED
+        self.state = BreakerState.CLOSED
         self._failures = 0
         self._probing = False
 
     def failure(self, now: float) -> None:
         """The worker failed; ignored while open, so that the cool-down counts from the opening."""
-        if self._state is BreakerState.OPEN:
+        if self.state is BreakerState.OPEN:
             return
         self._failures += 1
         if self._failures >= self.threshold:
-            self._state = BreakerState.OPEN
+            self.state = BreakerState.OPEN
             self._opened_at = now
             self._probing = False

@@ -75,5 +75,5 @@ class AiohttpEngineClient:
                     if len(body) > _ANSWER_MAX_BYTES:
                         raise EngineUnreachableError("the answer is too large")
                 return EngineAnswer(response.status, bytes(body))
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise EngineUnreachableError(str(error) or type(error).__name__) from error

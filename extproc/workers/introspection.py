@@ -23,14 +23,17 @@ _TIMEOUT_SECONDS = 2.0
 _ATTEMPTS = 3
 _FIRST_WAIT_SECONDS = 0.1
 _NAME_MAX_CHARS = 512
+_NULL = msgspec.Raw(b"null")
+# What decoding an answer that is not as promised can raise.
+_NOT_DECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class _ServerInfo(Struct):
-    """The fields read; Any where a wrong type must not cost the others."""
+    """The fields read, undecoded: a wrong type or range in one must not cost the others."""
 
-    served_model_name: Any = None
-    disaggregation_mode: Any = None
-    disaggregation_bootstrap_port: Any = None
+    served_model_name: msgspec.Raw = _NULL
+    disaggregation_mode: msgspec.Raw = _NULL
+    disaggregation_bootstrap_port: msgspec.Raw = _NULL
 
 
 class _ModelCard(Struct):
@@ -66,8 +69,9 @@ async def introspect(client: EngineClient, url: WorkerUrl, clock: Clock) -> Intr
     if status != 200:
         return Introspection(problem=f"/server_info answered {status}")
     try:
+        body.decode()  # fields that are not read are not looked at by the parser
         info = msgspec.json.decode(body, type=_ServerInfo)
-    except (msgspec.DecodeError, RecursionError):
+    except _NOT_DECODABLE:
         return Introspection(problem="/server_info is not a JSON object")
     return _read(info)
 
@@ -96,7 +100,7 @@ async def _from_model_list(client: EngineClient, url: WorkerUrl, clock: Clock) -
         return Introspection(problem=f"no /server_info, and /v1/models answered {status}")
     try:
         models = msgspec.json.decode(body, type=_ModelList)
-    except (msgspec.DecodeError, RecursionError):
+    except _NOT_DECODABLE:
         return Introspection(problem="no /server_info, and /v1/models is not a list of models")
     return Introspection(model_ids=tuple(card.id for card in models.data if _is_name(card.id)))
 
@@ -105,12 +109,20 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= _NAME_MAX_CHARS
 
 
+def _value(raw: msgspec.Raw) -> Any:
+    """The value of a field; an object no field accepts where it can not be decoded."""
+    try:
+        return msgspec.json.decode(raw)
+    except _NOT_DECODABLE:
+        return _NULL
+
+
 def _read(info: _ServerInfo) -> Introspection:
-    name = info.served_model_name
+    name = _value(info.served_model_name)
     model_ids: tuple[str, ...] = (name,) if _is_name(name) else ()
-    port = info.disaggregation_bootstrap_port
+    port = _value(info.disaggregation_bootstrap_port)
     has_port = isinstance(port, int) and not isinstance(port, bool) and 0 < port <= 65535
-    match info.disaggregation_mode:
+    match _value(info.disaggregation_mode):
         case None:
             return Introspection(model_ids=model_ids)
         case "null":  # the engine's word for "not disaggregated", a string

@@ -19,7 +19,7 @@ from extproc.workers.introspection import Introspection, apply_introspection, in
 from extproc.workers.registry import MixedModesError, WorkerRegistry
 from extproc.workers.resolver import Resolver
 from extproc.workers.source import Added, Listed, ModeChanged, Removed, WorkerEvent, WorkerSource
-from extproc.workers.worker import Worker, WorkerSpec
+from extproc.workers.worker import Mode, Worker, WorkerSpec
 
 __all__ = ["WorkerManager"]
 
@@ -57,8 +57,13 @@ class WorkerManager:
         self._dns_ttl_seconds = dns_ttl_seconds
         self._on_change = on_change
         self._next_order = 0
+        # The last task of each worker, and all that have not ended.
         self._tails: dict[str, asyncio.Task[None]] = {}
-        self._warned: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Refused workers are tried again: those in their way may have left.
+        self._refused: dict[str, WorkerSpec] = {}
+        # What was last warned about, by worker and subject.
+        self._warned: dict[tuple[str, str], str] = {}
         self.first_round_done = False
 
     async def run(self) -> None:
@@ -70,7 +75,7 @@ class WorkerManager:
                 async for event in self._source.events():
                     self._follow(event)
         finally:
-            tasks = list(self._tails.values())
+            tasks = list(self._tasks)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -91,8 +96,10 @@ class WorkerManager:
         before = self._tails.get(worker_id)
         task = asyncio.create_task(self._after(before, work))
         self._tails[worker_id] = task
+        self._tasks.add(task)
 
         def forget(done: asyncio.Task[None]) -> None:
+            self._tasks.discard(done)
             if self._tails.get(worker_id) is done:
                 del self._tails[worker_id]
 
@@ -118,11 +125,24 @@ class WorkerManager:
         self._on_change()
 
     async def _add(self, spec: WorkerSpec) -> None:
-        told, addresses = await asyncio.gather(
-            introspect(self._client, spec.url, self._clock), self._resolver.resolve(spec.url)
-        )
+        told, addresses = await asyncio.gather(self._ask(spec), self._resolve(spec))
         self._report(spec, told)
         self._register(apply_introspection(spec, told), addresses)
+
+    async def _ask(self, spec: WorkerSpec) -> Introspection:
+        """The worker's answer; a surprise on the way is a problem like any other."""
+        try:
+            return await introspect(self._client, spec.url, self._clock)
+        except Exception as error:
+            _log.exception("introspection_failed", worker=str(spec.url))
+            return Introspection(problem=f"unexpected {type(error).__name__}")
+
+    async def _resolve(self, spec: WorkerSpec) -> tuple[str, ...]:
+        try:
+            return await self._resolver.resolve(spec.url)
+        except Exception:
+            _log.exception("resolution_failed", worker=str(spec.url))
+            return ()
 
     def _register(self, spec: WorkerSpec, addresses: tuple[str, ...]) -> None:
         known = self._registry.get(spec.id)
@@ -140,13 +160,11 @@ class WorkerManager:
         try:
             self._registry.upsert(worker)
         except MixedModesError as error:
-            self._metrics.workers_refused.inc()
-            _log.error("worker_refused", worker=worker.url, mode=worker.mode, reason=str(error))
+            self._refuse(spec, error)
             return
-        if not addresses:
-            self._warn(spec, "the host name has no address")
-        elif len(addresses) > 1:
-            self._warn(spec, "the host name has several addresses, the first one is used")
+        self._refused.pop(spec.id, None)
+        self._warned.pop((spec.id, "mode"), None)
+        self._report_addresses(spec, addresses)
         _log.info(
             "worker_registered",
             worker=worker.url,
@@ -155,6 +173,12 @@ class WorkerManager:
             address=worker.address,
         )
         self._on_change()
+
+    def _refuse(self, spec: WorkerSpec, error: MixedModesError) -> None:
+        self._refused[spec.id] = spec
+        if self._is_news(spec.id, "mode", str(error)):
+            self._metrics.workers_refused.inc()
+            _log.error("worker_refused", worker=str(spec.url), mode=spec.mode, reason=str(error))
 
     def _breaker(self, model_ids: tuple[str, ...]) -> CircuitBreaker:
         """The settings of the first configured model the worker serves, else the defaults."""
@@ -167,49 +191,59 @@ class WorkerManager:
 
     async def _remove(self, worker_id: str) -> None:
         worker = self._registry.remove(worker_id)
-        self._warned.pop(worker_id, None)
-        if worker is not None:
-            _log.info("worker_removed", worker=worker.url)
-            self._on_change()
+        self._refused.pop(worker_id, None)
+        for key in [key for key in self._warned if key[0] == worker_id]:
+            del self._warned[key]
+        if worker is None:
+            return
+        if all(other.url != worker.url for other in self._registry):
+            self._metrics.forget_worker(worker.url)
+        _log.info("worker_removed", worker=worker.url)
+        self._on_change()
 
-    async def _change_mode(self, worker_id: str, mode: Any) -> None:
+    async def _change_mode(self, worker_id: str, mode: Mode) -> None:
         worker = self._registry.get(worker_id)
-        if worker is not None and worker.mode != mode:
-            worker.mode = mode
-            self._registry.reindex()
-            _log.info("worker_mode_changed", worker=worker.url, mode=mode)
-            self._on_change()
+        if worker is None or worker.mode == mode:
+            return
+        try:
+            self._registry.set_mode(worker, mode)
+        except MixedModesError as error:
+            self._metrics.workers_refused.inc()
+            _log.error("mode_refused", worker=worker.url, mode=mode, reason=str(error))
+            return
+        _log.info("worker_mode_changed", worker=worker.url, mode=mode)
+        self._on_change()
 
     async def _retry_unknown(self) -> None:
-        """Ask workers again that have told no model, or were not there, until they do."""
+        """Ask workers again that have told no model, or were refused, until they fit."""
         while True:
             await self._clock.sleep(self._retry_seconds)
-            for worker in list(self._registry):
-                if not worker.model_ids and worker.id not in self._tails:
-                    self._enqueue(worker.id, self._ask_again(worker))
+            specs = {worker.id: worker.spec for worker in self._registry if not worker.model_ids}
+            for spec in (specs | self._refused).values():
+                if spec.id not in self._tails:
+                    self._enqueue(spec.id, self._ask_again(spec))
 
-    async def _ask_again(self, worker: Worker) -> None:
-        told = await introspect(self._client, worker.spec.url, self._clock)
-        if self._registry.get(worker.id) is not worker:
+    async def _ask_again(self, spec: WorkerSpec) -> None:
+        told, addresses = await asyncio.gather(self._ask(spec), self._resolve(spec))
+        worker = self._registry.get(spec.id)
+        if worker is not None:
+            spec = worker.spec  # its role may have changed in the meantime
+        elif spec.id not in self._refused:
             return
-        self._report(worker.spec, told)
-        if told.model_ids:
-            addresses = await self._resolver.resolve(worker.spec.url)
-            self._register(apply_introspection(worker.spec, told), addresses)
+        self._report(spec, told)
+        if told.model_ids or spec.model_ids:
+            self._register(apply_introspection(spec, told), addresses)
 
     async def _refresh_addresses(self) -> None:
         """Resolve host names again; a name that fails keeps its last address."""
         while True:
             await self._clock.sleep(self._dns_ttl_seconds)
             named = [worker for worker in self._registry if not worker.spec.url.is_ip]
-            answers = await asyncio.gather(
-                *(self._resolver.resolve(worker.spec.url) for worker in named)
-            )
+            answers = await asyncio.gather(*(self._resolve(worker.spec) for worker in named))
             changed = False
             for worker, addresses in zip(named, answers, strict=True):
-                if not addresses:
-                    self._warn(worker.spec, "the host name has no address")
-                elif worker.address not in addresses:
+                self._report_addresses(worker.spec, addresses)
+                if addresses and worker.address not in addresses:
                     _log.info("worker_address", worker=worker.url, address=addresses[0])
                     worker.address = addresses[0]
                     changed = True
@@ -217,25 +251,45 @@ class WorkerManager:
                 self._registry.reindex()
                 self._on_change()
 
+    def _report_addresses(self, spec: WorkerSpec, addresses: tuple[str, ...]) -> None:
+        if not addresses:
+            self._warn(spec, "address", "the host name has no address")
+        elif len(addresses) > 1:
+            self._warn(
+                spec, "address", "the host name has several addresses, the first one is used"
+            )
+        else:
+            self._warned.pop((spec.id, "address"), None)
+
     def _report(self, spec: WorkerSpec, told: Introspection) -> None:
         """Count the answer and warn about what the operator should look at."""
         self._metrics.introspections("failed" if told.problem else "answered").inc()
-        if told.problem:
-            self._warn(spec, told.problem)
-        elif not told.model_ids and not spec.model_ids:
-            self._warn(spec, "the worker told no served_model_name")
-        elif not any(model in self._models for model in told.model_ids or spec.model_ids):
-            models = ",".join(told.model_ids or spec.model_ids)
-            self._warn(spec, f"none of its models is configured: {models}")
-        elif told.mode in ("prefill", "decode"):
-            self._warn(spec, f"a {told.mode} worker can not serve requests in this version")
-        elif told.warning:
-            self._warn(spec, told.warning)
+        reason = self._complaint(spec, told)
+        if reason:
+            self._warn(spec, "answer", reason)
         else:
-            self._warned.pop(spec.id, None)
+            self._warned.pop((spec.id, "answer"), None)
 
-    def _warn(self, spec: WorkerSpec, reason: str) -> None:
-        """Once for each new reason: a worker that stays dead must not fill the log."""
-        if self._warned.get(spec.id) != reason:
-            self._warned[spec.id] = reason
+    def _complaint(self, spec: WorkerSpec, told: Introspection) -> str:
+        """Why the worker can not be used as it answered; empty when it can."""
+        models = told.model_ids or spec.model_ids
+        if told.problem:
+            return told.problem
+        if not models:
+            return "the worker told no served_model_name"
+        if not any(model in self._models for model in models):
+            return f"none of its models is configured: {','.join(models)}"
+        if told.mode in ("prefill", "decode"):
+            return f"a {told.mode} worker can not serve requests in this version"
+        return told.warning
+
+    def _warn(self, spec: WorkerSpec, subject: str, reason: str) -> None:
+        if self._is_news(spec.id, subject, reason):
             _log.warning("worker_not_usable", worker=str(spec.url), reason=reason)
+
+    def _is_news(self, worker_id: str, subject: str, reason: str) -> bool:
+        """Once for each new reason: a worker that stays dead must not fill the log."""
+        if self._warned.get((worker_id, subject)) == reason:
+            return False
+        self._warned[worker_id, subject] = reason
+        return True

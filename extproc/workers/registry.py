@@ -7,6 +7,8 @@ that plain and PD workers of one model never mix.
 
 from collections.abc import Iterator
 
+import msgspec
+
 from extproc.workers.worker import Mode, Worker
 
 __all__ = ["MixedModesError", "WorkerRegistry"]
@@ -50,16 +52,26 @@ class WorkerRegistry:
 
     def upsert(self, worker: Worker) -> None:
         """Insert or replace; raises MixedModesError and changes nothing when refused."""
+        self._check_modes(worker, worker.mode)
+        self._by_id[worker.id] = worker
+        self.reindex()
+
+    def set_mode(self, worker: Worker, mode: Mode) -> None:
+        """Change a registered worker's role; raises MixedModesError like upsert."""
+        self._check_modes(worker, mode)
+        worker.mode = mode
+        worker.spec = msgspec.structs.replace(worker.spec, mode=mode)
+        self.reindex()
+
+    def _check_modes(self, worker: Worker, mode: Mode) -> None:
         for model in worker.model_ids:
             for other in self._by_id.values():
                 if (
                     other.id != worker.id
                     and model in other.model_ids
-                    and (other.mode == "plain") != (worker.mode == "plain")
+                    and (other.mode == "plain") != (mode == "plain")
                 ):
-                    raise MixedModesError(model, worker.mode)
-        self._by_id[worker.id] = worker
-        self.reindex()
+                    raise MixedModesError(model, mode)
 
     def remove(self, worker_id: str) -> Worker | None:
         worker = self._by_id.pop(worker_id, None)

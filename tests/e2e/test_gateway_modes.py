@@ -41,7 +41,7 @@ async def no_load(running: Running) -> bool:
     return await running.stack.in_flight() == 0
 
 
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "partial": {"request_body_mode": "BUFFERED_PARTIAL"},
     "streamed": {"request_body_mode": "STREAMED", "not_waiting": True},
     "streamed-waiting": {"request_body_mode": "STREAMED"},
@@ -65,7 +65,9 @@ async def test_routing_works_in_every_body_mode(launch: Launch, mode: str) -> No
     )
     pad = "x" * 300_000
     for index in range(6):
-        fields = {"messages": [{"role": "user", "content": pad}]} if index % 2 else {}
+        fields: dict[str, Any] = (
+            {"messages": [{"role": "user", "content": pad}]} if index % 2 else {}
+        )
         async with running.chat(stream=index < 3, tokens=20, **fields) as response:
             assert response.status == 200, await response.text()
             body = await response.read()

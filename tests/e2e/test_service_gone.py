@@ -11,7 +11,7 @@ from tests.e2e.conftest import Launch, Running
 async def read_stream(running: Running, tokens: int) -> int:
     async with running.chat(stream=True, tokens=tokens, fault="slow-token=0.1") as response:
         assert response.status == 200
-        return (await response.read()).count(b"data: ")
+        return int((await response.read()).count(b"data: "))
 
 
 async def bypassed(running: Running) -> bool:

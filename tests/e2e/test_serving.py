@@ -104,7 +104,7 @@ async def test_two_hundred_concurrent_streams_are_spread_evenly(launch: Launch) 
     async def one() -> int:
         async with running.chat(tokens=40, stream=True) as response:
             assert response.status == 200
-            return (await response.read()).count(b"data: ")
+            return int((await response.read()).count(b"data: "))
 
     async def watch() -> None:
         nonlocal seen_in_flight

@@ -26,6 +26,7 @@ from extproc.routing.request import Request
 from extproc.routing.router import Router
 from extproc.server.grpc_server import SERVICE, ExtProcServer
 from extproc.server.replies import ReplyBuilder
+from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
 from extproc.worker_url import parse_worker_url
 from extproc.workers.active_load import ActiveLoad
@@ -99,6 +100,7 @@ class Service:
             session_context=SessionContext(
                 builder=ReplyBuilder(envoy or EnvoyConfig(), authorization),
                 metrics=self.metrics,
+                responses=ResponseTable(),
                 max_body_bytes=self.config.max_body_bytes,
                 models_body=json.dumps({"data": list(models)}).encode(),
                 only_model=self.router.only_model,
@@ -333,5 +335,5 @@ def error(reply: pb.ProcessingResponse) -> tuple[int, str, dict[str, Any]]:
 async def eventually(check: Any, seconds: float = REPLY_SECONDS) -> None:
     """Wait for check() to become true."""
     async with asyncio.timeout(seconds):
-        while not check():
+        while not check():  # noqa: ASYNC110 (any condition, not one event)
             await asyncio.sleep(0.01)

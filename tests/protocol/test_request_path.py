@@ -1,7 +1,9 @@
 """The request path in every body mode: who is chosen, and exactly which replies go out."""
 
 import json
+from typing import Any
 
+import grpc.aio
 import pytest
 from google.protobuf.json_format import MessageToDict
 
@@ -365,11 +367,11 @@ async def test_an_unknown_pass_is_refused() -> None:
 
 async def test_bytes_that_are_no_message_end_only_their_stream() -> None:
     async with serving(Service(["m"], 1)) as service:
-        import grpc.aio
-
         async with grpc.aio.insecure_channel(service.target) as channel:
-            method = channel.stream_stream("/envoy.service.ext_proc.v3.ExternalProcessor/Process")
-            call = method()  # type: ignore[operator, call-arg]
+            method: Any = channel.stream_stream(
+                "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
+            )
+            call = method()
             await call.write(b"\xff\xff\xff\xff")
             assert (await call.code()).name == "INVALID_ARGUMENT"
         async with stream(service) as envoy:

@@ -1,5 +1,7 @@
 """The command line as its users meet it: exit codes, and what goes to which stream."""
 
+import json
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import yaml
 from extproc import __version__
 from extproc.cli import main
 
-from .configs import raw_config
+from .configs import discovery, raw_config
 
 
 def written(folder: Path, raw: object) -> str:
@@ -156,3 +158,31 @@ def test_serve_with_a_port_in_use_is_1_and_names_the_key(tmp_path: Path, key: st
     assert done.returncode == 1
     assert f"server.{key}: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_serve_says_that_it_started_and_ends_well_by_sigterm(tmp_path: Path) -> None:
+    with socket.socket() as first, socket.socket() as second:
+        for each in (first, second):
+            each.bind(("127.0.0.1", 0))
+        server = {"port": first.getsockname()[1], "admin_port": second.getsockname()[1]}
+    # Nobody listens at the worker's port: starting does not depend on workers.
+    raw = raw_config(
+        server=server,
+        observability={"log_format": "json"},
+        discovery=discovery("http://127.0.0.1:1"),
+    )
+    command = [sys.executable, "-m", "extproc", "serve", "--config", written(tmp_path, raw)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        started = json.loads(process.stderr.readline())
+        process.send_signal(signal.SIGTERM)
+        out, rest = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out == ""
+    assert "Traceback" not in rest
+    assert started["event"] == "started"
+    assert started["version"] == __version__
+    assert "m" in started["models"]
+    assert str(server["port"]) in started["grpc"]

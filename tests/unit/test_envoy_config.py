@@ -360,9 +360,11 @@ class TestProblems:
 
     def test_all_problems_are_named_at_once(self) -> None:
         with pytest.raises(ConfigError) as caught:
-            render_yaml(config("http://[fe80::1%25eth0]:1", envoy={"host": "localhost"}))
+            render_yaml(
+                config("http://10.0.0.1:1", envoy={"host": "localhost", "cluster": "extproc"})
+            )
         keys = [problem.partition(": ")[0] for problem in caught.value.problems]
-        assert keys == ["envoy.host", "discovery.static_urls.urls[0]"]
+        assert keys == ["envoy.host", "envoy.cluster"]
 
 
 class TestYaml:

@@ -46,7 +46,7 @@ def test_a_forgotten_worker_has_no_series_and_others_stay() -> None:
     metrics = Metrics(registry)
     for worker in ("http://a:1", "http://b:1"):
         for outcome in ("success", "error"):
-            metrics.worker_request(worker, "m", "plain", outcome)
+            metrics.worker_requests(worker, "m", "plain", outcome).inc()
     metrics.forget_worker("http://a:1")
     left = {
         sample.labels["worker"]

@@ -175,6 +175,4 @@ def test_enum_values_agree_with_envoy_data_plane() -> None:
         (pb.ProcessingMode.BodySendMode, ext_proc.ProcessingModeBodySendMode),
         (pb.HeaderValueOption.HeaderAppendAction, core.HeaderValueOptionHeaderAppendAction),
     ):
-        assert {value: number for value, number in ours.items()} == {
-            value.name: value.value for value in original
-        }
+        assert dict(ours.items()) == {value.name: value.value for value in original}

@@ -32,6 +32,7 @@ def run(
         server_cpu_us=cpu_us,
         envoy_cpu_us=50.0,
         upstream_cpu_us=20.0,
+        strangers_cores=0.0,
         errors=errors or {},
     )
 

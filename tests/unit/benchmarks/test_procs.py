@@ -5,7 +5,14 @@ import time
 
 import pytest
 
-from benchmarks.procs import cpu_seconds, open_files, parse_cpu_ticks, parse_rss_bytes, rss_bytes
+from benchmarks.procs import (
+    cpu_seconds,
+    machine_cpu_seconds,
+    parse_cpu_ticks,
+    parse_machine_ticks,
+    parse_rss_bytes,
+    rss_bytes,
+)
 
 
 def test_cpu_ticks_are_user_and_system_time() -> None:
@@ -17,6 +24,11 @@ def test_cpu_ticks_are_user_and_system_time() -> None:
 def test_a_process_name_may_hold_blanks_and_parentheses() -> None:
     stat = "7 (a (b) c) R 1 7 7 0 -1 4194560 10 20 30 40 1 2 5 6 20 0 8 0 999"
     assert parse_cpu_ticks(stat) == 3
+
+
+def test_the_machine_is_busy_in_all_but_idle_and_waiting_time() -> None:
+    # user 1, nice 2, system 3, idle 1000, iowait 100, irq 4, softirq 5, steal 6.
+    assert parse_machine_ticks("cpu  1 2 3 1000 100 4 5 6 7 8\ncpu0 1 1 1 1") == 21
 
 
 def test_resident_memory_is_given_in_kilobytes_of_1024() -> None:
@@ -34,5 +46,5 @@ def test_readings_of_this_process() -> None:
     while time.process_time() < end:
         pass
     assert cpu_seconds(os.getpid()) > before
+    assert machine_cpu_seconds() > before
     assert rss_bytes(os.getpid()) > 1_000_000
-    assert open_files(os.getpid()) > 2

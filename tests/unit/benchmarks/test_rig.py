@@ -17,7 +17,10 @@ def bootstrap() -> dict[str, Any]:
     config = msgspec.convert(
         {
             "models": [{"id": "m"}],
-            "discovery": {"static_urls": {"urls": ["http://127.0.0.1:7001"]}},
+            "discovery": {
+                "backend": "static_urls",
+                "static_urls": {"urls": ["http://127.0.0.1:7001"]},
+            },
         },
         Config,
     )

@@ -23,6 +23,7 @@ def load(routing: Routing) -> list[int]:
 
 def later(routing: Routing, seconds: float) -> list[int]:
     routing.clock.tick(seconds)
+    routing.active_load.release_due()
     routing.active_load.sweep()
     return load(routing)
 

@@ -1,14 +1,15 @@
 """Tickets are counted once and released once; the janitor ends what never ends."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from extproc.metrics import Metrics
-from extproc.workers.active_load import ActiveLoad
+from extproc.workers.active_load import ActiveLoad, Ticket
+from extproc.workers.worker import Worker
 from tests.fakes import FakeClock, make_worker
 
 STALE_TOTAL = "extproc_stale_requests_total"
@@ -20,13 +21,16 @@ class Book:
         self.prometheus = CollectorRegistry()
         self.load = ActiveLoad(self.clock, stale_seconds, Metrics(self.prometheus).stale_requests)
 
+    def book(self, worker: Worker) -> Ticket:
+        return self.load.book(worker, self.clock.monotonic())
+
     def stale_total(self) -> float:
         return self.prometheus.get_sample_value(STALE_TOTAL) or 0.0
 
 
 @asynccontextmanager
-async def janitor(book: Book) -> AsyncIterator[None]:
-    task = asyncio.create_task(book.load.run_janitor())
+async def running(book: Book, work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
     try:
         await book.clock.advance(0.0)
         yield
@@ -37,7 +41,7 @@ async def janitor(book: Book) -> AsyncIterator[None]:
 
 def test_a_ticket_counts_until_it_is_released() -> None:
     book, worker = Book(), make_worker()
-    tickets = [book.load.book(worker) for _ in range(3)]
+    tickets = [book.book(worker) for _ in range(3)]
     assert (worker.in_flight, len(book.load)) == (3, 3)
     tickets[1].release()
     assert (worker.in_flight, len(book.load)) == (2, 2)
@@ -45,7 +49,7 @@ def test_a_ticket_counts_until_it_is_released() -> None:
 
 def test_a_ticket_is_released_once() -> None:
     book, worker = Book(), make_worker()
-    ticket, other = book.load.book(worker), book.load.book(worker)
+    ticket, other = book.book(worker), book.book(worker)
     for _ in range(3):
         ticket.release()
     assert (worker.in_flight, len(book.load)) == (1, 1)
@@ -55,7 +59,7 @@ def test_a_ticket_is_released_once() -> None:
 
 def test_a_moved_ticket_counts_where_it_was_moved() -> None:
     book, chosen, served = Book(), make_worker(), make_worker("http://10.0.0.2:8000")
-    ticket = book.load.book(chosen)
+    ticket = book.book(chosen)
     ticket.move(served)
     assert (chosen.in_flight, served.in_flight) == (0, 1)
     ticket.move(served)
@@ -66,7 +70,7 @@ def test_a_moved_ticket_counts_where_it_was_moved() -> None:
 
 def test_a_released_ticket_can_not_be_moved() -> None:
     book, chosen, served = Book(), make_worker(), make_worker("http://10.0.0.2:8000")
-    ticket = book.load.book(chosen)
+    ticket = book.book(chosen)
     ticket.release()
     ticket.move(served)
     assert (chosen.in_flight, served.in_flight) == (0, 0)
@@ -74,8 +78,8 @@ def test_a_released_ticket_can_not_be_moved() -> None:
 
 def test_a_worker_that_was_replaced_does_not_inherit_or_underflow() -> None:
     book, old, new = Book(), make_worker(), make_worker()
-    ticket = book.load.book(old)
-    other = book.load.book(new)
+    ticket = book.book(old)
+    other = book.book(new)
     ticket.release()
     assert (old.in_flight, new.in_flight) == (0, 1)
     other.release()
@@ -85,7 +89,7 @@ def test_a_worker_that_was_replaced_does_not_inherit_or_underflow() -> None:
 def test_stale_requests_are_told_once_and_oldest_first() -> None:
     book, told = Book(stale_seconds=10.0), list[int]()
     for index in range(3):
-        book.load.book(make_worker()).on_stale = lambda index=index: told.append(index)
+        book.book(make_worker()).on_stale = lambda index=index: told.append(index)
         book.clock.tick(1.0)
     book.clock.tick(7.0)  # ages 10, 9, 8
     assert book.load.sweep() == 1
@@ -99,7 +103,7 @@ def test_stale_requests_are_told_once_and_oldest_first() -> None:
 
 def test_telling_does_not_take_the_ticket_away() -> None:
     book, worker = Book(stale_seconds=10.0), make_worker()
-    ticket = book.load.book(worker)
+    ticket = book.book(worker)
     ticket.on_stale = lambda: None
     book.clock.tick(100.0)
     book.load.sweep()
@@ -110,7 +114,7 @@ def test_telling_does_not_take_the_ticket_away() -> None:
 
 def test_a_request_that_ends_by_being_told_is_released() -> None:
     book, worker = Book(stale_seconds=10.0), make_worker()
-    tickets = [book.load.book(worker) for _ in range(3)]
+    tickets = [book.book(worker) for _ in range(3)]
 
     def all_end() -> None:
         for ticket in tickets:
@@ -127,7 +131,7 @@ def test_a_request_that_ends_by_being_told_is_released() -> None:
 
 def test_released_in_time_is_never_stale() -> None:
     book, told = Book(stale_seconds=10.0), list[int]()
-    ticket = book.load.book(make_worker())
+    ticket = book.book(make_worker())
     ticket.on_stale = lambda: told.append(1)
     ticket.release()
     book.clock.tick(100.0)
@@ -137,8 +141,8 @@ def test_released_in_time_is_never_stale() -> None:
 
 def test_a_ticket_nobody_listens_to_does_not_hide_the_others() -> None:
     book, told = Book(stale_seconds=10.0), list[int]()
-    book.load.book(make_worker())
-    book.load.book(make_worker()).on_stale = lambda: told.append(1)
+    book.book(make_worker())
+    book.book(make_worker()).on_stale = lambda: told.append(1)
     book.clock.tick(10.0)
     assert book.load.sweep() == 1
     assert told == [1]
@@ -146,28 +150,28 @@ def test_a_ticket_nobody_listens_to_does_not_hide_the_others() -> None:
 
 def test_an_estimated_release_comes_at_its_time_and_once() -> None:
     book, worker = Book(), make_worker()
-    ticket = book.load.book(worker)
+    ticket = book.book(worker)
     ticket.release_after(15.0)
     book.clock.tick(5.0)
     ticket.release_after(15.0)
     book.clock.tick(9.9)
-    book.load.sweep()
+    book.load.release_due()
     assert worker.in_flight == 1
     book.clock.tick(0.1)
-    book.load.sweep()
+    book.load.release_due()
     assert (worker.in_flight, len(book.load)) == (0, 0)
     book.clock.tick(100.0)
-    book.load.sweep()
+    book.load.release_due()
     assert worker.in_flight == 0
 
 
 def test_a_release_before_the_estimate_is_not_repeated_by_it() -> None:
     book, worker = Book(), make_worker()
-    ticket, other = book.load.book(worker), book.load.book(worker)
+    ticket, other = book.book(worker), book.book(worker)
     ticket.release_after(15.0)
     ticket.release()
     book.clock.tick(20.0)
-    book.load.sweep()
+    book.load.release_due()
     assert worker.in_flight == 1
     other.release()
 
@@ -180,15 +184,15 @@ async def test_the_janitor_sweeps_ten_times_within_the_time_out_and_each_minute(
     stale_seconds: float, period: float
 ) -> None:
     book = Book(stale_seconds)
-    async with janitor(book):
+    async with running(book, book.load.run_janitor()):
         await book.clock.advance(3 * period)
         assert book.clock.slept == pytest.approx([period] * 4)
 
 
 async def test_the_janitor_tells_stale_requests() -> None:
     book, told = Book(stale_seconds=600.0), list[float]()
-    async with janitor(book):
-        ticket = book.load.book(make_worker())
+    async with running(book, book.load.run_janitor()):
+        ticket = book.book(make_worker())
         ticket.on_stale = lambda: told.append(book.clock.monotonic())
         await book.clock.advance(599.0)
         assert not told
@@ -196,15 +200,12 @@ async def test_the_janitor_tells_stale_requests() -> None:
         assert len(told) == 1
 
 
-@pytest.mark.parametrize("stale_seconds", [5.0, 600.0])
-async def test_the_janitor_is_in_time_for_an_estimate_made_while_it_sleeps(
-    stale_seconds: float,
-) -> None:
-    book, worker = Book(stale_seconds), make_worker()
-    async with janitor(book):
+async def test_estimates_are_released_within_a_second_of_their_time() -> None:
+    book, worker = Book(stale_seconds=600.0), make_worker()
+    async with running(book, book.load.run_estimates()):
         await book.clock.advance(0.5)
-        book.load.book(worker).release_after(15.0)
-        await book.clock.advance(14.0)
+        book.book(worker).release_after(15.0)
+        await book.clock.advance(14.9)
         assert worker.in_flight == 1
-        await book.clock.advance(3.0)
+        await book.clock.advance(1.1)
         assert worker.in_flight == 0

@@ -88,7 +88,7 @@ async def test_a_removed_worker_leaves_no_series_behind() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m")
         await house.happens(Added(make_spec(A)))
-        house.metrics.worker_request(A, "m", "plain", "success")
+        house.metrics.worker_requests(A, "m", "plain", "success").inc()
         await house.happens(Removed(A))
         labels = {"worker": A, "model": "m", "mode": "plain", "outcome": "success"}
         assert house.prometheus.get_sample_value("extproc_worker_requests_total", labels) is None
@@ -168,7 +168,7 @@ async def test_a_worker_whose_answer_explodes_does_not_stop_the_others() -> None
             await house.happens(Added(make_spec(A)), Added(make_spec(B)), Listed())
             assert house.pool() == [B]
             assert house.manager.first_round_done
-    assert any(line["event"] == "worker_event_failed" for line in logs)
+    assert any(line["event"] == "introspection_failed" for line in logs)
 
 
 async def test_a_worker_whose_answer_exploded_is_asked_again() -> None:

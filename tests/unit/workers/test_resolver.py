@@ -2,7 +2,7 @@
 
 import pytest
 
-from extproc.worker_url import parse_worker_url
+from extproc.worker_url import WorkerUrl, parse_worker_url
 from extproc.workers.resolver import SystemResolver
 
 
@@ -21,4 +21,4 @@ async def test_an_address_is_written_as_envoy_writes_it(url: str, address: str) 
 
 @pytest.mark.parametrize("host", ["nobody.invalid", "a..b", "x" * 64, "x" * 300])
 async def test_a_name_without_an_address_has_none(host: str) -> None:
-    assert await SystemResolver().resolve(parse_worker_url(f"http://{host}:1")) == ()
+    assert await SystemResolver().resolve(WorkerUrl("http", host, 1)) == ()

@@ -1,0 +1,141 @@
+"""CPU time of our own code for one request, without gRPC and Envoy.
+
+Everything between the bytes of Envoy's messages and the bytes of our replies: parsing,
+session, router, policy, lease, metrics. What is left of a request's cost is the transport's.
+
+Run: `python -m benchmarks.session_path [--requests 20000] [--profile]`.
+"""
+
+import argparse
+import asyncio
+import cProfile
+import gc
+import json
+import pstats
+import time
+from random import Random
+
+from prometheus_client import CollectorRegistry
+
+from extproc._protos import llm_extproc_pb2 as pb
+from extproc.clock import SystemClock
+from extproc.config import EnvoyConfig, LoadConfig
+from extproc.metrics import Metrics
+from extproc.policies.factory import create_policy
+from extproc.routing.lease import LeaseBooks
+from extproc.routing.router import Router
+from extproc.server.replies import ReplyBuilder
+from extproc.server.responses import ResponseTable
+from extproc.server.session import Session, SessionContext
+from extproc.worker_url import parse_worker_url
+from extproc.workers.active_load import ActiveLoad
+from extproc.workers.circuit_breaker import CircuitBreaker
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.worker import Worker, WorkerSpec
+
+_MODEL = "benchmark-model"
+_HEADERS = {
+    ":path": "/v1/chat/completions",
+    ":method": "POST",
+    "content-type": "application/json",
+    "x-request-id": "7b81811c-9cbc-4f3b-aa0a-52d02348ad88",
+}
+
+
+def messages(body_bytes: int) -> list[bytes]:
+    """What Envoy sends for one buffered request."""
+    first = pb.ProcessingRequest(
+        request_headers=pb.HttpHeaders(headers=_header_map(_HEADERS)),
+        protocol_config=pb.ProtocolConfiguration(request_body_mode=pb.ProcessingMode.BUFFERED),
+    )
+    body = {"model": _MODEL, "messages": [{"role": "user", "content": "x" * (body_bytes - 80)}]}
+    second = pb.ProcessingRequest(
+        request_body=pb.HttpBody(body=json.dumps(body).encode(), end_of_stream=True)
+    )
+    answer = {":status": "200", "content-type": "application/json"}
+    third = pb.ProcessingRequest(response_headers=pb.HttpHeaders(headers=_header_map(answer)))
+    third.attributes["envoy.filters.http.ext_proc"].update(
+        {"upstream.address": "10.0.0.1:8000", "response.code_details": "via_upstream"}
+    )
+    return [message.SerializeToString() for message in (first, second, third)]
+
+
+def _header_map(headers: dict[str, str]) -> pb.HeaderMap:
+    return pb.HeaderMap(
+        headers=[
+            pb.HeaderValue(key=key, raw_value=value.encode()) for key, value in headers.items()
+        ]
+    )
+
+
+def build(workers: int) -> tuple[SessionContext, Router]:
+    """A router over that many workers, and what sessions share."""
+    clock = SystemClock()
+    metrics = Metrics(CollectorRegistry())
+    registry = WorkerRegistry()
+    for order in range(workers):
+        url = parse_worker_url(f"http://10.0.0.{order + 1}:8000")
+        worker = Worker(
+            WorkerSpec(id=str(url), url=url, model_ids=(_MODEL,)),
+            order=order,
+            breaker=CircuitBreaker(3, 30.0),
+            address=f"{url.host}:{url.port}",
+        )
+        registry.upsert(worker)
+    random = Random(1)
+    router = Router(
+        policies={_MODEL: create_policy("round_robin", random)},
+        active_load=ActiveLoad(clock, 600.0, metrics.stale_requests),
+        books=LeaseBooks(clock, registry, metrics, LoadConfig()),
+        random=random,
+        request_timeout_seconds=300.0,
+        destinations_max=3,
+    )
+    context = SessionContext(
+        builder=ReplyBuilder(EnvoyConfig(), None),
+        metrics=metrics,
+        responses=ResponseTable(),
+        max_body_bytes=1 << 25,
+        models_body=b"{}",
+        only_model=_MODEL,
+        debug_headers=False,
+    )
+    return context, router
+
+
+async def run(context: SessionContext, router: Router, wire: list[bytes], count: int) -> None:
+    """The steps of one stream, as the transport takes them."""
+    for _ in range(count):
+        session = Session(context)
+        for raw in wire:
+            session.receive(raw)
+            if session.to_route is not None:
+                session.routed(await router.route(session.to_route))
+        session.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="print the 25 dearest functions")
+    options = parser.parse_args()
+    for body_bytes in (1200, 33_000):
+        context, router = build(options.workers)
+        wire = messages(body_bytes)
+        asyncio.run(run(context, router, wire, 500))
+        gc.collect()
+        best = float("inf")
+        for _ in range(5):
+            started = time.process_time()
+            asyncio.run(run(context, router, wire, options.requests // 5))
+            best = min(best, time.process_time() - started)
+        print(f"{body_bytes:6} B: {best / (options.requests // 5) * 1e6:6.1f} us per request")
+    if options.profile:
+        profile = cProfile.Profile()
+        profile.runcall(asyncio.run, run(context, router, wire, options.requests // 5))
+        pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+
+
+if __name__ == "__main__":
+    main()
