@@ -20,7 +20,7 @@ from extproc.admin.collector import WorkerCollector
 from extproc.admin.http import AdminServer
 from extproc.clock import Clock, SystemClock
 from extproc.config import Config
-from extproc.config_loading import read_api_key
+from extproc.config_files import read_api_key
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
 from extproc.metrics import Metrics
@@ -68,6 +68,7 @@ class App:
         static_urls = config.discovery.static_urls
         if isinstance(static_urls, UnsetType):
             raise ConfigError(["discovery.static_urls: this section is needed"])
+        self._configured_workers = len(static_urls.urls)
         self._manager = WorkerManager(
             source=StaticUrls(static_urls.urls),
             registry=self.workers,
@@ -192,6 +193,7 @@ class App:
             tls=config.server.tls is not None,
             models=",".join(f"{model.id}:{model.policy}" for model in config.models),
             discovery=config.discovery.backend,
+            workers=self._configured_workers,
         )
 
 

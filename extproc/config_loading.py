@@ -6,9 +6,8 @@ key. So sections are walked here and msgspec converts one value at a time.
 
 import math
 import re
-import ssl
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,7 +20,7 @@ from extproc.config import NOT_AVAILABLE_POLICIES, Config
 from extproc.errors import ConfigError
 from extproc.worker_url import parse_worker_url
 
-__all__ = ["file_problems", "load_config", "parse_config", "read_api_key", "section_type"]
+__all__ = ["API_KEY", "load_config", "parse_config", "section_type"]
 
 # Keys of sgl-router's schema whose feature this version does not have. They are refused
 # rather than ignored: a setting that silently does nothing is worse than a start-up error.
@@ -33,7 +32,7 @@ _NOT_AVAILABLE_VALUES: Final = {
     "policy": NOT_AVAILABLE_POLICIES,
     "backend": ("k8s",),
 }
-_API_KEY: Final = re.compile(r"[\x21-\x7e]+")
+API_KEY: Final = re.compile(r"[\x21-\x7e]+")
 _HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
 _UNIX_SOCKET_MAX_BYTES: Final = 107
 _FILE_MAX_BYTES: Final = 4 * 1024 * 1024
@@ -347,7 +346,7 @@ def _credential_problems(config: Config) -> Iterator[str]:
     workers = config.workers
     if workers.api_key is not None and workers.api_key_file is not None:
         yield "workers.api_key_file: only one of api_key and api_key_file can be given"
-    if workers.api_key is not None and not _API_KEY.fullmatch(workers.api_key):
+    if workers.api_key is not None and not API_KEY.fullmatch(workers.api_key):
         yield "workers.api_key: expected printable ASCII without blanks"
     if workers.forward_api_key and workers.api_key is None and workers.api_key_file is None:
         yield "workers.forward_api_key: needs workers.api_key or workers.api_key_file"
@@ -360,70 +359,3 @@ def _credential_problems(config: Config) -> Iterator[str]:
             yield "envoy.extproc.cert_file: needed with server.tls.client_ca_file"
     if (extproc.cert_file is None) != (extproc.key_file is None):
         yield "envoy.extproc.key_file: cert_file and key_file belong together"
-
-
-def file_problems(config: Config) -> list[str]:
-    """Files the service itself needs and can not use here; for `serve` and `check`.
-
-    Apart from the rules, since rendering Envoy's configuration may happen elsewhere.
-    """
-    workers, tls = config.workers, config.server.tls
-    problems = [
-        _file_problem("workers.api_key_file", workers.api_key_file, read_api_key),
-        _file_problem("workers.ca_file", workers.ca_file, _load_bundle),
-    ]
-    if tls is not None:
-
-        def load_pair(path: Path) -> None:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, tls.key_file)
-
-        problems += [
-            _file_problem("server.tls.key_file", tls.key_file, Path.read_bytes),
-            _file_problem("server.tls.cert_file", tls.cert_file, load_pair),
-            _file_problem("server.tls.client_ca_file", tls.client_ca_file, _load_bundle),
-        ]
-    if config.server.unix_socket is not None:
-        folder = Path(config.server.unix_socket).parent
-        problems.append(
-            None
-            if _is_folder(folder)
-            else f"server.unix_socket: the folder {folder} does not exist"
-        )
-    return [problem for problem in problems if problem is not None]
-
-
-def read_api_key(path: Path) -> str:
-    """The token in a file, without blanks around it; raises ValueError or OSError."""
-    try:
-        key = path.read_text(encoding="ascii").strip()
-    except UnicodeDecodeError:
-        raise ValueError("expected printable ASCII") from None
-    if not _API_KEY.fullmatch(key):
-        raise ValueError("expected one token of printable ASCII without blanks")
-    return key
-
-
-def _load_bundle(path: Path) -> None:
-    ssl.create_default_context(cafile=path)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
-def _file_problem(key: str, name: str | None, load: Callable[[Path], object]) -> str | None:
-    if name is None:
-        return None
-    try:
-        if not load(Path(name)) and not Path(name).read_bytes().strip():
-            return f"{key}: {name} is empty"
-    except ssl.SSLError:
-        return f"{key}: {name} holds no usable PEM certificate or key"
-    except OSError as error:
-        return f"{key}: {name} can not be read: {error.strerror}"
-    except ValueError as error:
-        return f"{key}: {name} can not be used: {error}"
-    return None

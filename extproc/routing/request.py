@@ -18,6 +18,7 @@ from extproc.errors import (
 )
 
 __all__ = [
+    "ENDPOINT_PATHS",
     "MODELS_PATH",
     "Endpoint",
     "Request",
@@ -66,6 +67,7 @@ _ENDPOINTS: Final = {
         Endpoint(path=MODELS_PATH, methods=("GET", "HEAD")),
     )
 }
+ENDPOINT_PATHS: Final = tuple(_ENDPOINTS)
 _decoder: Final = msgspec.json.Decoder(_Body)
 
 

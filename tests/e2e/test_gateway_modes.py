@@ -1,13 +1,16 @@
 """Other processing modes and transports on the real Envoy: what other gateways will use."""
 
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
+from aiohttp import web
 
 from extproc.demo.stack import wait_until
+from extproc.simulator import SimulatorSettings, create_app
 from tests.e2e.conftest import Launch, Running
 
 
@@ -120,6 +123,33 @@ async def test_over_a_unix_socket(launch: Launch, tmp_path: Path) -> None:
     async with running.chat() as response:
         assert response.status == 200
     assert await running.sample("extproc_requests_total") == 1
+
+
+async def test_an_https_worker_is_verified(launch: Launch, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(server_tls)
+    runner = web.AppRunner(create_app(SimulatorSettings(model="m")), handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server_tls).start()
+        port = runner.addresses[0][1]
+        # A plain worker beside it: both kinds in one cluster.
+        running = await launch(
+            1,
+            settings={"workers": {"ca_file": str(tmp_path / "ca.pem")}},
+            urls=lambda urls: [*urls, f"https://localhost:{port}"],
+        )
+        workers = set()
+        for _ in range(4):
+            async with running.chat() as response:
+                assert response.status == 200
+                workers.add(response.headers["x-simulator-port"])
+        assert workers == {str(port), str(running.fleet.workers[0].port)}
+        assert await running.sample("extproc_destination_missed_total") == 0
+    finally:
+        await runner.cleanup()
 
 
 async def test_over_mutual_tls(launch: Launch, tmp_path: Path) -> None:

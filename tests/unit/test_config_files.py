@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import trustme
 
-from extproc.config_loading import file_problems, load_config, parse_config
+from extproc.config_files import file_problems
+from extproc.config_loading import load_config, parse_config
 from extproc.errors import ConfigError
 
 from .configs import URL, at, raw_config

@@ -8,7 +8,9 @@ from prometheus_client import CollectorRegistry
 
 from extproc import errors
 from extproc.admin.collector import WorkerCollector
+from extproc.envoy_config.routes import FAIL_OPEN_PATHS
 from extproc.metrics import Metrics
+from extproc.routing.request import ENDPOINT_PATHS, MODELS_PATH, find_endpoint
 from extproc.workers.active_load import ActiveLoad
 from extproc.workers.registry import WorkerRegistry
 from tests.fakes import FakeClock
@@ -58,6 +60,14 @@ def test_every_error_code_of_the_service_is_documented() -> None:
     ]
     for error in made:
         assert documented[error.code] == str(error.status)
+
+
+def test_the_paths_that_fail_open_are_those_that_are_routed() -> None:
+    routed = set()
+    for path in FAIL_OPEN_PATHS:
+        method = "GET" if path == MODELS_PATH else "POST"
+        routed.add(find_endpoint(method, path).path)
+    assert routed == set(FAIL_OPEN_PATHS) == set(ENDPOINT_PATHS)
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -26,7 +26,7 @@ def envoy_binary() -> str:
     beside = Path(sys.executable).parent / "envoy"
     found = str(beside) if beside.exists() else shutil.which("envoy")
     if found is None:
-        pytest.skip("no envoy binary")
+        pytest.fail("no envoy binary: run `make venv`")
     return found
 
 
