@@ -49,6 +49,7 @@ class RequestBody:
         "complete",
         "full_duplex",
         "headers_carry_decision",
+        "may_be_cut",
         "visible_before_decision",
         "whole_in_one_message",
     )
@@ -63,6 +64,7 @@ class RequestBody:
             or (mode == _Mode.STREAMED and not_waiting)
         )
         self.headers_carry_decision = not self.whole_in_one_message
+        self.may_be_cut = mode == _Mode.BUFFERED_PARTIAL
         # Messages received so far: outside full duplex each needs a reply of its own.
         self.chunks = 0
         self.complete = False

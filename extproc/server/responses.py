@@ -11,13 +11,14 @@ from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
 
-__all__ = ["Response", "ResponseTable"]
+__all__ = ["KNOWN_MAX_BYTES", "Response", "ResponseTable"]
 
 _ATTRIBUTES_KEY: Final = "envoy.filters.http.ext_proc"
 _SERVED_NAMESPACE: Final = "envoy.lb"
 _SERVED_KEY: Final = "x-gateway-destination-endpoint-served"
-# Gateways that forward all headers send messages that never repeat: those are not kept.
-_MESSAGE_MAX_BYTES: Final = 512
+# Longer messages are not looked up: bodies, or gateways that forward all headers, which never
+# repeat.
+KNOWN_MAX_BYTES: Final = 512
 _TABLE_MAX_ENTRIES: Final = 1024
 
 
@@ -49,7 +50,7 @@ class ResponseTable:
         response = Response(
             status, streamed, address, code_details, message.response_headers.end_of_stream
         )
-        if len(raw) <= _MESSAGE_MAX_BYTES:
+        if len(raw) <= KNOWN_MAX_BYTES:
             if len(self._table) >= _TABLE_MAX_ENTRIES:
                 self._table.clear()
             self._table[raw] = response

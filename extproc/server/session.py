@@ -31,7 +31,7 @@ from extproc.routing.lease import Lease
 from extproc.routing.request import MODELS_PATH, Endpoint, Request, find_endpoint, parse_body
 from extproc.server import replies
 from extproc.server.bodies import BodyTooLargeError, RequestBody, request_body_mode
-from extproc.server.responses import Response, ResponseTable
+from extproc.server.responses import KNOWN_MAX_BYTES, Response, ResponseTable
 
 __all__ = ["DEBUG_HEADER", "Session", "SessionContext"]
 
@@ -117,8 +117,7 @@ class Session:
     def receive(self, raw: bytes) -> Sequence[bytes]:
         """The replies to one serialised message, in order; raises protobuf's DecodeError."""
         responses = self._context.responses
-        known = responses.get(raw)
-        if known is not None:
+        if len(raw) <= KNOWN_MAX_BYTES and (known := responses.get(raw)) is not None:
             return self._response_headers(known)
         message = pb.ProcessingRequest.FromString(raw)
         if message.observability_mode:
@@ -201,14 +200,14 @@ class Session:
         try:
             body.append(chunk, self._context.max_body_bytes)
             if body.complete:
-                self._parse(body, partial=not chunk.end_of_stream)
+                self._parse(body, cut=body.may_be_cut and not chunk.end_of_stream)
         except BodyTooLargeError:
             return self.failed(payload_too_large(self._context.max_body_bytes))
         except RouterError as error:
             return self.failed(error)
         return _NO_REPLIES
 
-    def _parse(self, body: RequestBody, *, partial: bool) -> None:
+    def _parse(self, body: RequestBody, *, cut: bool) -> None:
         """Fill `to_route` from the complete body; raises RouterError."""
         assert self._endpoint is not None  # noqa: S101 (set before the state BODY)
         # In full duplex the bytes are echoed behind the decision.
@@ -217,8 +216,8 @@ class Session:
         try:
             self.to_route = parse_body(self._endpoint, data)
         except RouterError:
-            if partial:
-                # BUFFERED_PARTIAL: the gateway's buffer was smaller than the body.
+            if cut:
+                # The gateway's buffer was smaller than the body.
                 raise RouterError(
                     "payload_too_large", 413, "the request body does not fit the gateway's buffer"
                 ) from None
@@ -232,7 +231,7 @@ class Session:
             self._trailers_waiting = True
             body.complete = True
             try:
-                self._parse(body, partial=False)
+                self._parse(body, cut=False)
             except RouterError as error:
                 return self.failed(error)
             return _NO_REPLIES
