@@ -1,4 +1,4 @@
-"""KV-aware LLM request routing behind Envoy.
+"""LLM request routing behind Envoy.
 
 Envoy terminates HTTP and streaming; for every request it asks this package's gRPC service
 (``ext_proc``) which worker should serve it. The rooms and their order are held by the

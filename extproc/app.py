@@ -81,6 +81,10 @@ class App:
             dns_ttl_seconds=static_urls.dns_ttl_secs,
             on_change=self._workers_changed,
         )
+        for model in config.models:
+            # Alerts on a rate need the series to be there before the first event.
+            self.metrics.missed(model.id)
+            self.metrics.fallbacks(model.id)
         random = Random()  # noqa: S311 (load spreading, not secrets)
         self.router = Router(
             policies={model.id: create_policy(model.policy, random) for model in config.models},
@@ -114,8 +118,10 @@ class App:
             metrics=self._prometheus,
             workers=self.workers,
             is_ready=self.is_ready,
+            models=self.router.model_ids,
         )
         self._changed = asyncio.Event()
+        self._may_serve = asyncio.Event()
 
     def is_ready(self) -> bool:
         """After the first round: every configured model has a worker that could serve it.
@@ -126,25 +132,30 @@ class App:
         return (
             self._manager.first_round_done
             and not self.server.draining
-            and all(self.workers.pool(model) for model in self.router.model_ids)
+            and self._all_models_served()
         )
+
+    def _all_models_served(self) -> bool:
+        return all(self.workers.pool(model) for model in self.router.model_ids)
 
     def _workers_changed(self) -> None:
         self._changed.set()
+        if self._manager.first_round_done or self._all_models_served():
+            self._may_serve.set()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain; raises ConfigError for addresses in use."""
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._client)
             stack.push_async_callback(self.server.stop)
-            await self.server.start()
+            self.server.bind()
             stack.push_async_callback(self._admin.stop)
             await self._admin.start()
             self._log_start()
             background = [
                 self._manager.run(),
                 self.active_load.run_janitor(),
-                self._publish_health(),
+                self._serve_when_workers_are_known(),
                 self._probe_lag(),
             ]
             if self.config.load.release == "estimate":
@@ -165,13 +176,23 @@ class App:
                     raise result
         _log.info("stopped")
 
-    async def _publish_health(self) -> None:
+    async def _serve_when_workers_are_known(self) -> None:
+        """Start to answer, and publish readiness from then on.
+
+        A service that answered before it has asked its workers who they are would refuse
+        requests that Envoy can place without it.
+        """
+        await self._may_serve.wait()
+        await self.server.start()
         ready: bool | None = None
         while True:
             if self.is_ready() is not ready:
                 ready = self.is_ready()
                 await self.server.set_health(ready=ready)
-                _log.info("ready" if ready else "not_ready", workers=len(self.workers))
+                usable = {
+                    worker for model in self.router.model_ids for worker in self.workers.pool(model)
+                }
+                _log.info("ready" if ready else "not_ready", usable_workers=len(usable))
             await self._changed.wait()
             self._changed.clear()
 

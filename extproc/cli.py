@@ -27,9 +27,7 @@ _EXIT_BAD_CONFIG = 2
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `extproc` command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="extproc", description="KV-aware LLM request router behind Envoy."
-    )
+    parser = argparse.ArgumentParser(prog="extproc", description="LLM request router behind Envoy.")
     parser.add_argument("--version", action="version", version=f"extproc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, text in (
@@ -76,12 +74,21 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     try:
-        config = load_config(options.config)
-        problems = file_problems(config)
+        problems: list[str] = []
+        try:
+            config = load_config(options.config)
+        except ConfigError as error:
+            if error.partial is None:
+                raise
+            config, problems = error.partial, error.problems
+        more = file_problems(config)
         try:
             render_yaml(config)
         except ConfigError as error:
-            problems += error.problems
+            more += error.problems
+        # What is wrong already needs no second sentence.
+        named = {problem.partition(":")[0] for problem in problems}
+        problems += [problem for problem in more if problem.partition(":")[0] not in named]
         if problems:
             raise ConfigError(problems)
     except ConfigError as error:

@@ -136,8 +136,9 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
     id: Annotated[
         _Text,
         Meta(
+            max_length=256,
             description="Name clients send as `model`; a worker belongs to it when it reports "
-            "this as its `served_model_name`."
+            "this as its `served_model_name`.",
         ),
     ]
     policy: Annotated[
@@ -310,7 +311,7 @@ class EnvoyConfig(_Section, frozen=True, kw_only=True):
         "x-extproc-model"
     )
     access_log: Annotated[
-        str | None,
+        _Text | None,
         Meta(description="File of the JSON access log; `null` for none."),
     ] = "/dev/stdout"
     extproc: Annotated[

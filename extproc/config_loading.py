@@ -4,6 +4,7 @@ msgspec stops at the first error; an operator wants all of them, each with the p
 key. So sections are walked here and msgspec converts one value at a time.
 """
 
+import ipaddress
 import math
 import re
 import tomllib
@@ -34,14 +35,36 @@ _NOT_AVAILABLE_VALUES: Final = {
 }
 API_KEY: Final = re.compile(r"[\x21-\x7e]+")
 _HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
+_LISTEN_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _UNIX_SOCKET_MAX_BYTES: Final = 107
-_FILE_MAX_BYTES: Final = 4 * 1024 * 1024
+_FILE_MAX_BYTES: Final = 1024 * 1024
+_ALIASES_MAX: Final = 100
 # Stands for a value that was refused, so that the rest can still be looked at.
 _BROKEN: Final = object()
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: the second would silently win."""
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, since the second would silently win, and
+    aliases of aliases, which let a small file grow without bound.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        before = self._aliases
+        if isinstance(event, yaml.AliasEvent):
+            self._aliases += 1
+            if self._aliases > _ALIASES_MAX:
+                raise ConfigError([f"more than {_ALIASES_MAX} YAML aliases"])
+        node = super().compose_node(parent, index)
+        anchor = getattr(event, "anchor", None)
+        if anchor and not isinstance(event, yaml.AliasEvent) and self._aliases > before:
+            line = event.start_mark.line + 1
+            raise ConfigError([f"line {line}: an anchor around an alias is not supported"])
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -72,7 +95,7 @@ def load_config(path: Path) -> Config:
     match path.suffix.lower():
         case ".yaml" | ".yml":
             try:
-                raw = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+                raw = yaml.load(text, _StrictLoader)  # noqa: S506 (a SafeLoader)
             except ConfigError:
                 raise
             except Exception as error:  # the library lets more out than its own errors
@@ -101,7 +124,7 @@ def parse_config(raw: object) -> Config:
         if not any(key == path or key.startswith((f"{path}.", f"{path}[")) for path in found.paths):
             found.problems.append(problem)
     if found.problems:
-        raise ConfigError(found.problems)
+        raise ConfigError(found.problems, config)
     return config
 
 
@@ -245,6 +268,8 @@ def _kind(raw: object) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
     lines = str(error).splitlines()
     return " ".join(line.strip() for line in lines[:2]) if lines else type(error).__name__
 
@@ -257,10 +282,15 @@ def _rule_problems(config: Config) -> Iterator[str]:
     yield from _header_problems(config)
     yield from _timeout_problems(config)
     yield from _credential_problems(config)
+    for key, host in (("host", config.server.host), ("admin_host", config.server.admin_host)):
+        if not _LISTEN_HOST.fullmatch(host):
+            yield f"server.{key}: expected an IP address (IPv6 without brackets) or a name"
     socket_path = config.server.unix_socket
     if socket_path is not None:
         if not socket_path.startswith("/"):
             yield "server.unix_socket: expected an absolute path"
+        if "\0" in socket_path:
+            yield "server.unix_socket: a NUL can not be part of a path"
         if len(socket_path.encode()) > _UNIX_SOCKET_MAX_BYTES:
             yield f"server.unix_socket: longer than {_UNIX_SOCKET_MAX_BYTES} bytes"
 
@@ -288,16 +318,42 @@ def _static_url_problems(config: Config) -> Iterator[str]:
     if not section.urls:
         yield "discovery.static_urls.urls: at least one worker URL is needed"
     seen: dict[str, int] = {}
+    own = dict(_own_addresses(config))
     for index, text in enumerate(section.urls):
         key = f"discovery.static_urls.urls[{index}]"
         try:
-            url = str(parse_worker_url(text))
+            parsed = parse_worker_url(text)
+            url = str(parsed)
         except ValueError as error:
             yield f"{key}: {error}"
             continue
+        host = "loopback" if _is_loopback(parsed.host) else parsed.host
+        if owner := own.get((host, parsed.port)):
+            yield f"{key}: this is {owner}, requests would go round in circles"
         if url in seen:
             yield f"{key}: the same worker as discovery.static_urls.urls[{seen[url]}]"
         seen.setdefault(url, index)
+
+
+def _own_addresses(config: Config) -> Iterator[tuple[tuple[str, int], str]]:
+    """Addresses that are no worker's, with the key of each; "loopback" for all of its forms."""
+    server, envoy = config.server, config.envoy
+    for key, host, port in (
+        ("envoy.port", envoy.host, envoy.port),
+        ("envoy.admin_port", "127.0.0.1", envoy.admin_port),
+        ("server.port", server.host, server.port),
+        ("server.admin_port", server.admin_host, server.admin_port),
+    ):
+        if _is_loopback(host) or host in ("0.0.0.0", "::"):  # noqa: S104 (a comparison)
+            yield ("loopback", port), key
+        yield (host, port), key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _port_problems(config: Config) -> Iterator[str]:

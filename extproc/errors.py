@@ -41,11 +41,16 @@ _MODEL_NAME_SHOWN_CHARS = 200
 
 
 class ConfigError(Exception):
-    """A configuration that can not be used; `problems` lists every `key: what is wrong`."""
+    """A configuration that can not be used; `problems` lists every `key: what is wrong`.
 
-    def __init__(self, problems: list[str]) -> None:
+    `partial` is what is left of it without the broken parts, for looking further; never for
+    running.
+    """
+
+    def __init__(self, problems: list[str], partial: Any = None) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+        self.partial = partial
 
 
 class ErrorBody(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ __all__ = ["WorkerUrl", "format_endpoint", "parse_worker_url"]
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 # `host:port` as a whole: nothing before or behind the brackets of an IPv6 address.
 _NETLOC: Final = re.compile(r"(?:\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[A-Za-z0-9._-]+))(?::\d*)?")
+_NUMERIC: Final = re.compile(r"\d+|0[xX][0-9A-Fa-f]*")
 _NAME_MAX_CHARS: Final = 253
 _LABEL_MAX_CHARS: Final = 63
 
@@ -94,6 +95,13 @@ def _is_host(netloc: str) -> bool:
         except ValueError:
             return False
     name = found["name"].removesuffix(".")
+    if _NUMERIC.fullmatch(name.rpartition(".")[2]):
+        # Looks like IPv4; octal, hexadecimal and short forms mean different things to different
+        # programs.
+        try:
+            ipaddress.IPv4Address(name)
+        except ValueError:
+            return False
     return len(name) <= _NAME_MAX_CHARS and all(
         0 < len(label) <= _LABEL_MAX_CHARS for label in name.split(".")
     )

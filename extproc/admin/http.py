@@ -4,7 +4,7 @@ For operators and probes inside the mesh; it names workers, so it listens on loo
 told otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from extproc.config import ServerConfig
 from extproc.errors import ConfigError
+from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker
 
@@ -20,7 +21,7 @@ __all__ = ["AdminServer"]
 
 
 class AdminServer:
-    """`is_ready` is asked on every probe."""
+    """`is_ready` is asked on every probe; `models` are the configured ids."""
 
     def __init__(
         self,
@@ -29,11 +30,13 @@ class AdminServer:
         metrics: CollectorRegistry,
         workers: WorkerRegistry,
         is_ready: Callable[[], bool],
+        models: Sequence[str],
     ) -> None:
         self._config = config
         self._metrics = metrics
         self._workers = workers
         self._is_ready = is_ready
+        self._models = models
         app = web.Application(client_max_size=64 * 1024)
         app.add_routes(
             [
@@ -71,18 +74,19 @@ class AdminServer:
         return web.Response(status=200 if self._is_ready() else 503)
 
     async def _get_workers(self, request: web.Request) -> web.Response:
-        body = {"workers": [_describe(worker) for worker in self._workers]}
+        usable = {worker for model in self._models for worker in self._workers.pool(model)}
+        body = {"workers": [_describe(worker, worker in usable) for worker in self._workers]}
         return web.Response(body=msgspec.json.encode(body), content_type="application/json")
 
 
-def _describe(worker: Worker) -> dict[str, Any]:
+def _describe(worker: Worker, usable: bool) -> dict[str, Any]:
     return {
         "url": worker.url,
         "model": worker.model_ids[0] if worker.model_ids else None,
         "mode": worker.mode,
         "breaker": worker.breaker.state.name.lower(),
         "in_flight": worker.in_flight,
-        "ready": bool(worker.model_ids) and worker.address is not None,
+        "ready": usable and worker.breaker.state is not BreakerState.OPEN,
         "address": worker.address,
         "kv": {},
     }

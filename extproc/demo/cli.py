@@ -27,17 +27,24 @@ _PREFERRED_ENVOY_PORT = 8080
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the demo; the defaults end within seconds."""
     parser.add_argument("--once", action="store_true", help="end after one round of traffic")
-    parser.add_argument("--workers", type=_count, default=3, metavar="N", help="default 3")
+    parser.add_argument("--workers", type=_workers, default=3, metavar="N", help="default 3")
     parser.add_argument("--requests", type=_count, default=120, metavar="N", help="default 120")
     parser.add_argument("--concurrency", type=_count, default=16, metavar="N", help="default 16")
     parser.add_argument("--policy", choices=_POLICIES, default="least_load")
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 100_000:
-        raise argparse.ArgumentTypeError("expected a number from 1 to 100000")
-    return number
+    return _number(text, 100_000)
+
+
+def _workers(text: str) -> int:
+    return _number(text, 32)
+
+
+def _number(text: str, highest: int) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= highest:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to {highest}")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -70,7 +70,8 @@ def ext_proc_filter(config: Config) -> dict[str, Any]:
         processing_mode={
             "request_header_mode": "SEND",
             "request_body_mode": "BUFFERED",
-            "request_trailer_mode": "SKIP",
+            # A request may have trailers and no body: without them we would never hear of it.
+            "request_trailer_mode": "SEND",
             "response_header_mode": "SEND",
             "response_body_mode": "NONE",
             # Keeps our stream open to the last byte: load is released exactly then.

@@ -7,15 +7,20 @@ and nothing is counted twice.
 
 from collections.abc import Sequence
 
+import structlog
+
 from extproc.clock import Clock
 from extproc.config import LoadConfig
 from extproc.metrics import Metrics
 from extproc.routing.decision import Decision
 from extproc.workers.active_load import Ticket
+from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker
 
 __all__ = ["Lease", "LeaseBooks"]
+
+_log = structlog.get_logger()
 
 _SERVER_ERROR = 500
 # Envoy's word for "the upstream answered"; anything else is a local reply of Envoy's own.
@@ -141,6 +146,8 @@ class Lease:
         """Book what this response says of the worker."""
         if code_details in (_VIA_UPSTREAM, ""):
             if status < _SERVER_ERROR:
+                if worker.breaker.state is not BreakerState.CLOSED:
+                    _log.info("breaker_closed", worker=worker.url, model=self.decision.model)
                 worker.breaker.success()
                 self._count(worker, "success")
             else:
@@ -149,11 +156,21 @@ class Lease:
             self._fail(worker, now)
         else:
             # Envoy's own reply, for a reason that says nothing of the worker.
-            worker.breaker.give_back(self._probe)
+            self._named[0].breaker.give_back(self._probe)
             self._count(worker, "cancelled")
 
     def _fail(self, worker: Worker, now: float) -> None:
-        worker.breaker.failure(now)
+        breaker = worker.breaker
+        before = breaker.state
+        breaker.failure(now)
+        if breaker.state is not before:
+            _log.warning(
+                "breaker_opened",
+                worker=worker.url,
+                model=self.decision.model,
+                failures=breaker.threshold,
+                cool_down_secs=breaker.cool_down_seconds,
+            )
         self._count(worker, "error")
 
     def _count(self, worker: Worker, outcome: str) -> None:

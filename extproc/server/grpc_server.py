@@ -7,6 +7,7 @@ the library.
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -74,7 +75,16 @@ def grpc_options(max_body_bytes: int) -> list[tuple[str, int]]:
 class _Stream:
     """One open stream: owns its session and the I/O around it."""
 
-    __slots__ = ("_context", "_server", "_task", "deadline", "ending", "overdue", "session")
+    __slots__ = (
+        "_context",
+        "_reading",
+        "_server",
+        "_task",
+        "deadline",
+        "ending",
+        "overdue",
+        "session",
+    )
 
     def __init__(self, server: "ExtProcServer", context: Any) -> None:
         self._server = server
@@ -84,13 +94,17 @@ class _Stream:
         self.deadline: float | None = None
         self.overdue = False
         self.ending = False
+        # Only then has everything that was decided been written.
+        self._reading = False
         self.session = Session(server.session_context)
 
     async def serve(self) -> None:
         """Read until Envoy is done; returns to end the stream with status OK."""
         context, session, server = self._context, self.session, self._server
         while True:
+            self._reading = True
             raw = await context.read()
+            self._reading = False
             if raw is grpc.aio.EOF:
                 return
             try:
@@ -164,10 +178,10 @@ class _Stream:
             for reply in out:
                 await self._context.write(reply)
 
-    def end(self) -> None:
-        """End the stream with status OK, from outside `serve`."""
-        self.ending = True
-        if self._task is not None:
+    def end_if_idle(self) -> None:
+        """End the stream with status OK, from outside `serve`, if nothing is lost by that."""
+        if self._reading and self.session.may_end_early and self._task is not None:
+            self.ending = True
             self._task.cancel()
 
     def close(self) -> None:
@@ -216,6 +230,7 @@ class ExtProcServer:
         self.step_deadline_seconds = config.step_deadline_secs
         self.log_decisions = log_decisions
         self.draining = False
+        self._socket_file: tuple[Path, tuple[int, int] | None] | None = None
         self._streams: set[_Stream] = set()
         self._last_stream_at = 0.0
         self._background: set[asyncio.Task[None]] = set()
@@ -250,13 +265,13 @@ class ExtProcServer:
         return len(self._streams)
 
     async def start(self) -> None:
-        """Bind and serve; raises ConfigError naming the key of an address that is taken."""
-        self._bind()
+        """Begin to answer on the addresses that `bind` has taken."""
         await self.set_health(ready=False)
         await self._server.start()
         self.spawn(self._watch_deadlines())
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
+        """Take the addresses; raises ConfigError naming the key of one that can not be had."""
         config = self._config
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"{host}:{config.port}"
@@ -267,21 +282,27 @@ class ExtProcServer:
                 self._server.add_secure_port(address, _credentials(config.tls))
         except RuntimeError:
             raise ConfigError(
-                [f"server.port: can not listen on {address} (is the port in use?)"]
+                [
+                    f"server.port: can not listen on {address}: the port is in use, "
+                    "or server.host is no address of this machine"
+                ]
             ) from None
         if config.unix_socket is None:
             return
         path = Path(config.unix_socket)
-        if path.is_socket():
-            path.unlink()  # left over from a process that was killed
+        _remove_left_over(path)
         try:
             self._server.add_insecure_port(f"unix:{path}")
         except RuntimeError:
             raise ConfigError([f"server.unix_socket: can not listen on {path}"]) from None
+        self._socket_file = (path, _identity(path))
 
     def _unlink_socket(self) -> None:
-        if self._config.unix_socket is not None:
-            Path(self._config.unix_socket).unlink(missing_ok=True)
+        """Remove our socket file, unless somebody else has put theirs in its place."""
+        if self._socket_file is not None:
+            path, identity = self._socket_file
+            if identity is not None and _identity(path) == identity:
+                path.unlink(missing_ok=True)
 
     async def set_health(self, *, ready: bool) -> None:
         """Publish readiness; while draining every name stays NOT_SERVING."""
@@ -305,8 +326,7 @@ class ExtProcServer:
         begun = time.monotonic()
         while time.monotonic() - begun < limit_seconds:
             for stream in list(self._streams):
-                if stream.session.may_end_early:
-                    stream.end()
+                stream.end_if_idle()
             quiet = time.monotonic() - max(self._last_stream_at, begun) >= _DRAIN_QUIET_SECONDS
             if not self._streams and (quiet or not self._last_stream_at):
                 break
@@ -375,6 +395,30 @@ class ExtProcServer:
             stream.close()
             self._streams.discard(stream)
             self.metrics.streams(end).inc()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a file; None when there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _remove_left_over(path: Path) -> None:
+    """Make way for our socket; raises ConfigError for anything but a dead one."""
+    if _identity(path) is None:
+        return
+    if not path.is_socket():
+        raise ConfigError([f"server.unix_socket: {path} exists and is no socket"])
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)  # left over from a process that was killed
+            return
+    raise ConfigError([f"server.unix_socket: another process listens on {path}"])
 
 
 def _credentials(tls: ServerTlsConfig) -> grpc.ServerCredentials:

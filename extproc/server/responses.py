@@ -62,7 +62,7 @@ def _status_and_kind(headers: pb.HeaderMap) -> tuple[int, bool]:
     for header in headers.headers:
         if header.key == ":status":
             raw = header.raw_value or header.value.encode()
-            status = int(raw) if raw.isdigit() else 0
+            status = int(raw) if len(raw) == 3 and raw.isdigit() else 0
         elif header.key == "content-type":
             streamed = (header.raw_value or header.value.encode()).startswith(b"text/event-stream")
     return status, streamed

@@ -226,7 +226,10 @@ class Session:
 
     def _request_trailers(self) -> Sequence[bytes]:
         body = self._body
-        if self._state is _State.BODY and body is not None and not body.whole_in_one_message:
+        if self._state is _State.BODY and body is not None:
+            if body.whole_in_one_message:
+                # Trailers right behind the headers: there is no body to wait for.
+                return self.failed(body_required())
             # The trailers end the body; their own reply comes behind the decision.
             self._trailers_waiting = True
             body.complete = True
@@ -267,8 +270,8 @@ class Session:
             out.append(replies.REQUEST_TRAILERS_CONTINUE)
         return out
 
-    def failed(self, error: RouterError) -> Sequence[bytes]:
-        """Answer the client ourselves with an error."""
+    def failed(self, error: RouterError, event: str = "request_refused") -> Sequence[bytes]:
+        """Answer the client ourselves with an error; `event` names it in the log."""
         self.to_route = None
         if self._state is _State.ANSWERED:
             return _NO_REPLIES
@@ -278,7 +281,7 @@ class Session:
         self._context.metrics.requests(path, error.code).inc()
         log = _log.warning if error.status >= 500 else _log.info
         log(
-            "request_refused",
+            event,
             request_id=self.request_id,
             path=path,
             status=error.status,
@@ -296,7 +299,7 @@ class Session:
             return _NO_REPLIES
         if self._lease is not None:
             self._lease.expired()
-        return self.failed(stale_request_expired())
+        return self.failed(stale_request_expired(), "request_expired")
 
     def _answer_models(self) -> Sequence[bytes]:
         self._state = _State.ANSWERED
@@ -317,7 +320,12 @@ class Session:
         return (replies.immediate_response(204, b"", (("allow", allow),), "extproc_options"),)
 
     def _take_request_id(self, given: str) -> None:
-        if given and len(given) <= _REQUEST_ID_MAX_CHARS and given.isprintable():
+        if (
+            given
+            and len(given) <= _REQUEST_ID_MAX_CHARS
+            and given.isascii()
+            and given.isprintable()
+        ):
             self.request_id = given
         else:
             self.request_id = str(uuid.uuid4())

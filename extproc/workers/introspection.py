@@ -22,7 +22,9 @@ __all__ = ["Introspection", "apply_introspection", "introspect"]
 _TIMEOUT_SECONDS = 2.0
 _ATTEMPTS = 3
 _FIRST_WAIT_SECONDS = 0.1
-_NAME_MAX_CHARS = 512
+_NAME_MAX_CHARS = 256
+# A base model and its adapters; each becomes a metric series.
+_MODELS_MAX = 32
 _NULL = msgspec.Raw(b"null")
 # What decoding an answer that is not as promised can raise.
 _NOT_DECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -102,7 +104,8 @@ async def _from_model_list(client: EngineClient, url: WorkerUrl, clock: Clock) -
         models = msgspec.json.decode(body, type=_ModelList)
     except _NOT_DECODABLE:
         return Introspection(problem="no /server_info, and /v1/models is not a list of models")
-    return Introspection(model_ids=tuple(card.id for card in models.data if _is_name(card.id)))
+    names = [card.id for card in models.data if _is_name(card.id)]
+    return Introspection(model_ids=tuple(names[:_MODELS_MAX]))
 
 
 def _is_name(value: Any) -> bool:

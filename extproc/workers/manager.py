@@ -25,6 +25,8 @@ __all__ = ["WorkerManager"]
 
 _log = structlog.get_logger()
 
+_SHOWN_CHARS = 200
+
 
 class WorkerManager:
     """Owns the way from WorkerSource to WorkerRegistry, and what is asked again later.
@@ -165,13 +167,14 @@ class WorkerManager:
         self._refused.pop(spec.id, None)
         self._warned.pop((spec.id, "mode"), None)
         self._report_addresses(spec, addresses)
-        _log.info(
-            "worker_registered",
-            worker=worker.url,
-            models=",".join(worker.model_ids),
-            mode=worker.mode,
-            address=worker.address,
-        )
+        if worker.model_ids:
+            _log.info(
+                "worker_registered",
+                worker=worker.url,
+                models=_shown(worker.model_ids),
+                mode=worker.mode,
+                address=worker.address,
+            )
         self._on_change()
 
     def _refuse(self, spec: WorkerSpec, error: MixedModesError) -> None:
@@ -278,7 +281,7 @@ class WorkerManager:
         if not models:
             return "the worker told no served_model_name"
         if not any(model in self._models for model in models):
-            return f"none of its models is configured: {','.join(models)}"
+            return f"none of its models is configured: {_shown(models)}"
         if told.mode in ("prefill", "decode"):
             return f"a {told.mode} worker can not serve requests in this version"
         return told.warning
@@ -293,3 +296,9 @@ class WorkerManager:
             return False
         self._warned[worker_id, subject] = reason
         return True
+
+
+def _shown(models: Sequence[str]) -> str:
+    """Names for the log, not longer than an operator reads."""
+    text = ",".join(models)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

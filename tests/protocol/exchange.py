@@ -128,6 +128,7 @@ class Service:
 
 @asynccontextmanager
 async def serving(service: Service) -> AsyncIterator[Service]:
+    service.server.bind()
     await service.server.start()
     try:
         yield service

@@ -71,7 +71,7 @@ async def test_a_port_in_use_names_its_key() -> None:
         second.config = service.config
         second.server._config = service.config
         with pytest.raises(ConfigError, match=r"server\.port"):
-            await second.server.start()
+            second.server.bind()
         await second.server.stop()
 
 
@@ -108,3 +108,25 @@ async def test_tls_and_mutual_tls(tmp_path: Path, mutual: bool) -> None:
         async with grpc.aio.insecure_channel(service.target) as channel:
             with pytest.raises(grpc.aio.AioRpcError):
                 await health(channel, "")
+
+
+async def test_files_of_others_at_the_socket_path_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "extproc.sock"
+    path.write_text("precious")
+    service = Service(["m"], 1, server={"unix_socket": str(path)})
+    with pytest.raises(ConfigError, match=r"server\.unix_socket: .* is no socket"):
+        service.server.bind()
+    await service.server.stop()
+    assert path.read_text() == "precious"
+
+
+async def test_a_socket_somebody_listens_on_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "extproc.sock"
+    first = Service(["m"], 1, server={"unix_socket": str(path)})
+    second = Service(["m"], 1, server={"unix_socket": str(path)})
+    async with serving(first):
+        with pytest.raises(ConfigError, match="another process listens"):
+            second.server.bind()
+        await second.server.stop()
+        async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+            assert await health(channel, "") == SERVING

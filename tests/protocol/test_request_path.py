@@ -186,6 +186,12 @@ async def test_request_trailers_behind_a_buffered_body_get_their_reply() -> None
         assert kinds == ["request_headers", "request_body", "request_trailers"]
 
 
+async def test_trailers_without_a_body_are_a_request_without_a_body() -> None:
+    async with serving(Service(["m"], 1)) as service, stream(service) as envoy:
+        await envoy.send(request_headers(), request_trailers())
+        assert error((await envoy.replies(2))[1])[:2] == (400, "bad_request")
+
+
 async def test_a_bad_buffered_body_before_trailers_is_no_matter_of_size() -> None:
     async with serving(Service(["m"], 1)) as service, stream(service) as envoy:
         await envoy.send(request_headers(), request_body(b"{", end=False))

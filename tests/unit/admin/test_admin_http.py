@@ -56,6 +56,7 @@ async def running() -> AsyncIterator[Admin]:
                 metrics=admin.metrics,
                 workers=admin.workers,
                 is_ready=lambda: admin.ready,
+                models=["m"],
             )
             await server.start()
             try:
@@ -112,7 +113,7 @@ async def test_workers_are_shown_as_they_are() -> None:
             "mode": "plain",
             "breaker": "open",
             "in_flight": 4,
-            "ready": True,
+            "ready": False,
             "kv": {},
         }
         assert (second["url"], second["mode"]) == ("https://[::1]:443", "prefill")
@@ -172,6 +173,7 @@ async def test_a_port_in_use_names_its_key() -> None:
             metrics=CollectorRegistry(),
             workers=WorkerRegistry(),
             is_ready=lambda: True,
+            models=["m"],
         )
         try:
             with pytest.raises(ConfigError) as caught:
