@@ -1,10 +1,17 @@
 """Logging: key-value events, as text or JSON, at the configured level.
 
-Set up once, before anything logs, so that format and level hold from the first line.
+Set up once, before anything logs, so that format and level hold from the first line. Lines are
+written by a thread: whoever reads our stderr may stop reading, and clients can cause lines, but
+neither may hold up the event loop.
 """
 
+import atexit
+import contextlib
 import logging
+import queue
 import sys
+import threading
+from typing import TextIO, cast
 
 import structlog
 
@@ -12,6 +19,8 @@ from extproc.config import ObservabilityConfig
 
 __all__ = ["configure_logging"]
 
+_BACKLOG_LINES = 10_000
+_CLOSE_SECONDS = 2.0
 _LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -21,8 +30,48 @@ _LEVELS = {
 }
 
 
+class _BackgroundStream:
+    """Stands for a text stream; lines beyond a bounded backlog are dropped and counted."""
+
+    def __init__(self, target: TextIO) -> None:
+        self._target = target
+        self._lines: queue.Queue[str | None] = queue.Queue(_BACKLOG_LINES)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def write(self, text: str) -> int:
+        try:
+            self._lines.put_nowait(text)
+        except queue.Full:
+            self._dropped += 1
+        return len(text)
+
+    def flush(self) -> None:
+        """The thread flushes when it has caught up."""
+
+    def close(self) -> None:
+        """Write what is left, within a bound."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=_CLOSE_SECONDS)
+            self._thread.join(_CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        while (text := self._lines.get()) is not None:
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                text += f"event='log_lines_dropped' count={dropped}\n"
+            # A closed stderr is no reason to stop serving.
+            with contextlib.suppress(OSError, ValueError):
+                self._target.write(text)
+                if self._lines.empty():
+                    self._target.flush()
+
+
 def configure_logging(config: ObservabilityConfig) -> None:
     """Send all events, ours and those of libraries, to stderr."""
+    stream = _BackgroundStream(sys.stderr)
     level = _LEVELS[config.log_level]
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
@@ -41,10 +90,10 @@ def configure_logging(config: ObservabilityConfig) -> None:
     structlog.configure(
         processors=[*shared, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, stream)),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(cast(TextIO, stream))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -1,0 +1,31 @@
+"""A stderr that nobody reads must not stop the service."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import sys
+import structlog
+from extproc.config import ObservabilityConfig
+from extproc.logs import configure_logging
+
+configure_logging(ObservabilityConfig())
+log = structlog.get_logger()
+for _ in range(30_000):
+    log.info("a_line_of_some_length", padding="x" * 100)
+sys.stdout.write("done")
+sys.stdout.flush()
+"""
+
+
+def test_lines_are_dropped_rather_than_waited_for() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    # Nobody reads stderr yet: 30 000 lines are far more than a pipe and the backlog hold.
+    assert process.stdout.read(4) == b"done"
+    _, lines = process.communicate(timeout=60)
+    assert b"log_lines_dropped" in lines
+    assert process.returncode == 0
