@@ -387,8 +387,11 @@ def _wanted_headers(headers: pb.HeaderMap) -> dict[str, str]:
     found: dict[str, str] = {}
     for header in headers.headers:
         name = header.key
-        if name in _WANTED_REQUEST_HEADERS or name.lower() in _WANTED_REQUEST_HEADERS:
+        if name not in _WANTED_REQUEST_HEADERS:
+            name = name.lower()
+            if name not in _WANTED_REQUEST_HEADERS:
+                continue
+        if name not in found:
             raw = header.raw_value
-            value = raw.decode("latin-1") if raw else header.value
-            found.setdefault(name.lower(), value)
+            found[name] = raw.decode("latin-1") if raw else header.value
     return found
