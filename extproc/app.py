@@ -189,10 +189,8 @@ class App:
             if self.is_ready() is not ready:
                 ready = self.is_ready()
                 await self.server.set_health(ready=ready)
-                usable = {
-                    worker for model in self.router.model_ids for worker in self.workers.pool(model)
-                }
-                _log.info("ready" if ready else "not_ready", usable_workers=len(usable))
+                usable = len(self.workers.usable(self.router.model_ids))
+                _log.info("ready" if ready else "not_ready", usable_workers=usable)
             await self._changed.wait()
             self._changed.clear()
 

@@ -13,7 +13,6 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 __all__ = [
     "KIBIBYTE",
     "MEBIBYTE",
-    "MINUTES",
     "NOT_AVAILABLE_POLICIES",
     "SECONDS",
     "ActiveLoadConfig",
@@ -34,7 +33,6 @@ __all__ = [
 ]
 
 SECONDS = 1.0
-MINUTES = 60.0
 KIBIBYTE = 1024
 MEBIBYTE = 1024 * 1024
 

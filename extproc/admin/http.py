@@ -74,7 +74,7 @@ class AdminServer:
         return web.Response(status=200 if self._is_ready() else 503)
 
     async def _get_workers(self, request: web.Request) -> web.Response:
-        usable = {worker for model in self._models for worker in self._workers.pool(model)}
+        usable = self._workers.usable(self._models)
         body = {"workers": [_describe(worker, worker in usable) for worker in self._workers]}
         return web.Response(body=msgspec.json.encode(body), content_type="application/json")
 

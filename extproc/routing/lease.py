@@ -103,7 +103,7 @@ class Lease:
         # A gateway that says nothing is trusted to have asked the worker.
         answered = code_details in (_VIA_UPSTREAM, "")
         if not address:
-            self._settle(chosen, status, code_details, now)
+            self._settle(chosen, status, code_details, answered, now)
             self.served = chosen if answered else None
             return True
         destinations = decision.destinations
@@ -113,7 +113,7 @@ class Lease:
         for failed in self._named[: position if position >= 0 else 1]:
             self._fail(failed, now)
         if served is not None:
-            self._settle(served, status, code_details, now)
+            self._settle(served, status, code_details, answered, now)
             self.ticket.move(served)
             self.served = served if answered else None
         if position > 0 and answered:
@@ -142,9 +142,11 @@ class Lease:
         if not self.ticket.estimated:
             self.ticket.release()
 
-    def _settle(self, worker: Worker, status: int, code_details: str, now: float) -> None:
+    def _settle(
+        self, worker: Worker, status: int, code_details: str, answered: bool, now: float
+    ) -> None:
         """Book what this response says of the worker."""
-        if code_details in (_VIA_UPSTREAM, ""):
+        if answered:
             if status < _SERVER_ERROR:
                 if worker.breaker.state is not BreakerState.CLOSED:
                     _log.info("breaker_closed", worker=worker.url, model=self.decision.model)

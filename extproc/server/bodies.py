@@ -94,6 +94,3 @@ class RequestBody:
     def peek(self) -> bytes | bytearray:
         """The collected bytes, kept for the echo."""
         return self._data
-
-    def __len__(self) -> int:
-        return len(self._data)

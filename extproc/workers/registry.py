@@ -5,7 +5,7 @@ and insertion happen in one step of the event loop, so two workers can not slip 
 that plain and PD workers of one model never mix.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -45,6 +45,10 @@ class WorkerRegistry:
     def pool(self, model: str) -> tuple[Worker, ...]:
         """The workers that can serve a plain request for the model, in registration order."""
         return self._pools.get(model, ())
+
+    def usable(self, models: Iterable[str]) -> set[Worker]:
+        """Every worker in the pool of at least one of the models."""
+        return {worker for model in models for worker in self.pool(model)}
 
     def at_address(self, address: str) -> Worker | None:
         """The worker Envoy knows as `ip:port`."""
