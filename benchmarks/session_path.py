@@ -26,6 +26,7 @@ from extproc.policies.factory import create_policy
 from extproc.routing.lease import LeaseBooks
 from extproc.routing.router import Router
 from extproc.server.replies import ReplyBuilder
+from extproc.server.request_heads import RequestHeadTable
 from extproc.server.responses import ResponseTable
 from extproc.server.session import Session, SessionContext
 from extproc.worker_url import parse_worker_url
@@ -95,6 +96,7 @@ def build(workers: int) -> tuple[SessionContext, Router]:
     context = SessionContext(
         builder=ReplyBuilder(EnvoyConfig(), None),
         metrics=metrics,
+        heads=RequestHeadTable(),
         responses=ResponseTable(),
         max_body_bytes=1 << 25,
         models_body=b"{}",

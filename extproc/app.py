@@ -29,6 +29,7 @@ from extproc.routing.lease import LeaseBooks
 from extproc.routing.router import Router
 from extproc.server.grpc_server import ExtProcServer
 from extproc.server.replies import ReplyBuilder
+from extproc.server.request_heads import RequestHeadTable
 from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
 from extproc.workers.active_load import ActiveLoad
@@ -102,6 +103,7 @@ class App:
             session_context=SessionContext(
                 builder=ReplyBuilder(config.envoy, forwarded),
                 metrics=self.metrics,
+                heads=RequestHeadTable(),
                 responses=ResponseTable(),
                 max_body_bytes=config.server.max_body_bytes,
                 models_body=_models_body(self.router.model_ids),

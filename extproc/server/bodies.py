@@ -16,9 +16,13 @@ STREAMED, NONE          never seen before the decision  the reply to the headers
 headers on to a worker before it shows the first piece of a streamed body.
 """
 
+from functools import lru_cache
+
+from msgspec import Struct
+
 from extproc._protos import llm_extproc_pb2 as pb
 
-__all__ = ["BodyTooLargeError", "RequestBody", "request_body_mode"]
+__all__ = ["BodyMode", "BodyTooLargeError", "RequestBody", "body_mode"]
 
 _Mode = pb.ProcessingMode
 
@@ -27,44 +31,47 @@ class BodyTooLargeError(Exception):
     """More bytes than the configured limit."""
 
 
-def request_body_mode(config: pb.ProtocolConfiguration | None) -> "RequestBody":
-    """The body as the first message of a stream announces it.
+class BodyMode(Struct, frozen=True):
+    """What follows from the way a gateway sends request bodies."""
+
+    full_duplex: bool
+    whole_in_one_message: bool
+    # Whether a decision can look at the body at all.
+    visible_before_decision: bool
+    headers_carry_decision: bool
+    may_be_cut: bool
+
+
+def body_mode(config: pb.ProtocolConfiguration | None) -> BodyMode:
+    """The mode that the first message of a stream announces.
 
     Envoy before 1.34 announces nothing; BUFFERED is what this service asks for.
     """
     if config is None:
-        return RequestBody(_Mode.BUFFERED, not_waiting=False)
-    return RequestBody(
-        config.request_body_mode,
-        not_waiting=config.send_body_without_waiting_for_header_response,
+        return _mode(_Mode.BUFFERED, False)
+    return _mode(config.request_body_mode, config.send_body_without_waiting_for_header_response)
+
+
+@lru_cache(maxsize=64)
+def _mode(mode: int, not_waiting: bool) -> BodyMode:
+    full_duplex = mode == _Mode.FULL_DUPLEX_STREAMED
+    whole = mode in (_Mode.BUFFERED, _Mode.BUFFERED_PARTIAL)
+    return BodyMode(
+        full_duplex=full_duplex,
+        whole_in_one_message=whole,
+        visible_before_decision=whole or full_duplex or (mode == _Mode.STREAMED and not_waiting),
+        headers_carry_decision=not whole,
+        may_be_cut=mode == _Mode.BUFFERED_PARTIAL,
     )
 
 
 class RequestBody:
     """Collects one request body."""
 
-    __slots__ = (
-        "_data",
-        "chunks",
-        "complete",
-        "full_duplex",
-        "headers_carry_decision",
-        "may_be_cut",
-        "visible_before_decision",
-        "whole_in_one_message",
-    )
+    __slots__ = ("_data", "chunks", "complete", "mode")
 
-    def __init__(self, mode: int, *, not_waiting: bool) -> None:
-        self.full_duplex = mode == _Mode.FULL_DUPLEX_STREAMED
-        self.whole_in_one_message = mode in (_Mode.BUFFERED, _Mode.BUFFERED_PARTIAL)
-        # Whether a decision can look at the body at all.
-        self.visible_before_decision = (
-            self.whole_in_one_message
-            or self.full_duplex
-            or (mode == _Mode.STREAMED and not_waiting)
-        )
-        self.headers_carry_decision = not self.whole_in_one_message
-        self.may_be_cut = mode == _Mode.BUFFERED_PARTIAL
+    def __init__(self, mode: BodyMode) -> None:
+        self.mode = mode
         # Messages received so far: outside full duplex each needs a reply of its own.
         self.chunks = 0
         self.complete = False
@@ -83,7 +90,7 @@ class RequestBody:
             if isinstance(self._data, bytes):
                 self._data = bytearray(self._data)
             self._data += data
-        if chunk.end_of_stream or self.whole_in_one_message:
+        if chunk.end_of_stream or self.mode.whole_in_one_message:
             self.complete = True
 
     def take(self) -> bytes | bytearray:

@@ -30,23 +30,18 @@ from extproc.metrics import Metrics
 from extproc.routing.lease import Lease
 from extproc.routing.request import MODELS_PATH, Endpoint, Request, find_endpoint, parse_body
 from extproc.server import replies
-from extproc.server.bodies import BodyTooLargeError, RequestBody, request_body_mode
+from extproc.server.bodies import BodyTooLargeError, RequestBody
+from extproc.server.request_heads import RequestHead, RequestHeadTable
 from extproc.server.responses import KNOWN_MAX_BYTES, Response, ResponseTable
 
-__all__ = ["DEBUG_HEADER", "Session", "SessionContext"]
+__all__ = ["Session", "SessionContext"]
 
 _log = structlog.get_logger()
 
-DEBUG_HEADER: Final = "x-extproc-debug"
 _REQUEST_ID_MAX_CHARS: Final = 128
 _NO_REPLIES: Final[Sequence[bytes]] = ()
 _RESPONSE_HEADERS_CONTINUE: Final = (replies.RESPONSE_HEADERS_CONTINUE,)
 _UNMATCHED: Final = "unmatched"
-_WANTED_REQUEST_HEADERS: Final = frozenset(
-    (":method", ":path", "x-request-id", "content-length", DEBUG_HEADER)
-)
-
-_Mode = pb.ProcessingMode
 
 
 class _State(enum.IntEnum):
@@ -63,6 +58,7 @@ class SessionContext(Struct, frozen=True):
 
     builder: replies.ReplyBuilder
     metrics: Metrics
+    heads: RequestHeadTable
     responses: ResponseTable
     max_body_bytes: int
     models_body: bytes
@@ -111,24 +107,31 @@ class Session:
         return (
             self._state in (_State.ROUTED, _State.RESPONDING)
             and not self._response_full_duplex
-            and not (self._body is not None and self._body.full_duplex)
+            and not (self._body is not None and self._body.mode.full_duplex)
         )
 
     def receive(self, raw: bytes) -> Sequence[bytes]:
         """The replies to one serialised message, in order; raises protobuf's DecodeError."""
-        responses = self._context.responses
-        if len(raw) <= KNOWN_MAX_BYTES and (known := responses.get(raw)) is not None:
-            return self._response_headers(known)
+        if self._state is _State.HEADERS:
+            seen = self._context.heads.find(raw)
+            if seen is not None:
+                return self._request_headers(*seen)
+        elif len(raw) <= KNOWN_MAX_BYTES:
+            known = self._context.responses.get(raw)
+            if known is not None:
+                return self._response_headers(known)
         message = pb.ProcessingRequest.FromString(raw)
         if message.observability_mode:
             return _NO_REPLIES
         match message.WhichOneof("request"):
             case "request_headers":
-                return self._request_headers(message)
+                if self._state is not _State.HEADERS:
+                    return _NO_REPLIES
+                return self._request_headers(*self._context.heads.read(raw, message))
             case "request_body":
                 return self._request_body(message.request_body)
             case "response_headers":
-                return self._response_headers(responses.learn(raw, message))
+                return self._response_headers(self._context.responses.learn(raw, message))
             case "response_body":
                 return self._response_body(message.response_body)
             case "request_trailers":
@@ -141,37 +144,29 @@ class Session:
 
     # -- request path
 
-    def _request_headers(self, message: pb.ProcessingRequest) -> Sequence[bytes]:
-        if self._state is not _State.HEADERS:
-            return _NO_REPLIES
-        config = message.protocol_config if message.HasField("protocol_config") else None
-        if config is not None:
-            self._response_full_duplex = config.response_body_mode == _Mode.FULL_DUPLEX_STREAMED
-        headers = message.request_headers
-        seen = _wanted_headers(headers.headers)
-        self._take_request_id(seen.get("x-request-id", ""))
+    def _request_headers(self, head: RequestHead, given_id: str, length: int) -> Sequence[bytes]:
+        self._response_full_duplex = head.response_full_duplex
+        self._take_request_id(given_id)
         context = self._context
-        self._debug = context.debug_headers and seen.get(DEBUG_HEADER) == "true"
-        path, method = seen.get(":path", ""), seen.get(":method", "")
+        self._debug = head.debug and context.debug_headers
         try:
-            endpoint = self._endpoint = find_endpoint(method, path)
+            endpoint = self._endpoint = find_endpoint(head.method, head.path)
             if endpoint.path == MODELS_PATH:
                 return self._answer_models()
-            if headers.end_of_stream:
+            if head.end_of_stream:
                 raise body_required()
-            length = seen.get("content-length", "")
-            if length.isdecimal() and int(length[:20]) > context.max_body_bytes:
+            if length > context.max_body_bytes:
                 raise payload_too_large(context.max_body_bytes)
-            body = request_body_mode(config)
-            if not body.visible_before_decision:
+            body = RequestBody(head.body_mode)
+            if not head.body_mode.visible_before_decision:
                 return self._route_blindly(body, endpoint)
         except RouterError as error:
-            if error.status == 405 and method == "OPTIONS":
+            if error.status == 405 and head.method == "OPTIONS":
                 return self._answer_options(dict(error.headers)["allow"])
             return self.failed(error)
         self._body = body
         self._state = _State.BODY
-        if body.headers_carry_decision:
+        if body.mode.headers_carry_decision:
             return _NO_REPLIES
         return (replies.REQUEST_HEADERS_CONTINUE,)
 
@@ -193,14 +188,14 @@ class Session:
     def _request_body(self, chunk: pb.HttpBody) -> Sequence[bytes]:
         body = self._body
         if self._state is not _State.BODY or body is None:
-            if body is not None and not body.visible_before_decision:
+            if body is not None and not body.mode.visible_before_decision:
                 # Decided without the body: its pieces pass by, each with a reply.
                 return (replies.REQUEST_BODY_CONTINUE,)
             return _NO_REPLIES
         try:
             body.append(chunk, self._context.max_body_bytes)
             if body.complete:
-                self._parse(body, cut=body.may_be_cut and not chunk.end_of_stream)
+                self._parse(body, cut=body.mode.may_be_cut and not chunk.end_of_stream)
         except BodyTooLargeError:
             return self.failed(payload_too_large(self._context.max_body_bytes))
         except RouterError as error:
@@ -211,7 +206,7 @@ class Session:
         """Fill `to_route` from the complete body; raises RouterError."""
         assert self._endpoint is not None  # noqa: S101 (set before the state BODY)
         # In full duplex the bytes are echoed behind the decision.
-        data = body.peek() if body.full_duplex else body.take()
+        data = body.peek() if body.mode.full_duplex else body.take()
         self._context.metrics.request_body_bytes.observe(len(data))
         try:
             self.to_route = parse_body(self._endpoint, data)
@@ -227,7 +222,7 @@ class Session:
     def _request_trailers(self) -> Sequence[bytes]:
         body = self._body
         if self._state is _State.BODY and body is not None:
-            if body.whole_in_one_message:
+            if body.mode.whole_in_one_message:
                 # Trailers right behind the headers: there is no body to wait for.
                 return self.failed(body_required())
             # The trailers end the body; their own reply comes behind the decision.
@@ -256,15 +251,15 @@ class Session:
         self._context.metrics.requests(self._endpoint.path, "routed").inc()
         decided = self._context.builder.routed(
             lease.decision,
-            in_body=not body.headers_carry_decision,
+            in_body=not body.mode.headers_carry_decision,
             request_id=self.request_id if self._made_request_id else None,
         )
         out = [decided]
-        if body.full_duplex:
+        if body.mode.full_duplex:
             out += replies.request_body_pieces(
                 body.take(), end_of_stream=not self._trailers_waiting
             )
-        elif body.headers_carry_decision and body.visible_before_decision:
+        elif body.mode.headers_carry_decision and body.mode.visible_before_decision:
             out += [replies.REQUEST_BODY_CONTINUE] * body.chunks
         if self._trailers_waiting:
             out.append(replies.REQUEST_TRAILERS_CONTINUE)
@@ -377,21 +372,3 @@ class Session:
         self.to_route = None
         if self._lease is not None:
             self._lease.close()
-
-
-def _wanted_headers(headers: pb.HeaderMap) -> dict[str, str]:
-    """The request headers we read; the first of repeated ones.
-
-    Envoy fills `raw_value`, other data planes may fill `value`.
-    """
-    found: dict[str, str] = {}
-    for header in headers.headers:
-        name = header.key
-        if name not in _WANTED_REQUEST_HEADERS:
-            name = name.lower()
-            if name not in _WANTED_REQUEST_HEADERS:
-                continue
-        if name not in found:
-            raw = header.raw_value
-            found[name] = raw.decode("latin-1") if raw else header.value
-    return found

@@ -26,6 +26,7 @@ from extproc.routing.request import Request
 from extproc.routing.router import Router
 from extproc.server.grpc_server import SERVICE, ExtProcServer
 from extproc.server.replies import ReplyBuilder
+from extproc.server.request_heads import RequestHeadTable
 from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
 from extproc.worker_url import parse_worker_url
@@ -100,6 +101,7 @@ class Service:
             session_context=SessionContext(
                 builder=ReplyBuilder(envoy or EnvoyConfig(), authorization),
                 metrics=self.metrics,
+                heads=RequestHeadTable(),
                 responses=ResponseTable(),
                 max_body_bytes=self.config.max_body_bytes,
                 models_body=json.dumps({"data": list(models)}).encode(),

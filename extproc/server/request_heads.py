@@ -1,0 +1,135 @@
+"""What the first message of a stream says, read once for each different message.
+
+With only the headers forwarded that are read here, these messages differ in two values: the
+request id, which never repeats, and the length of the body. Both are cut out of the bytes and
+the rest is looked up; that costs a fraction of parsing it. A message is kept only if what was
+cut is what the parser found.
+"""
+
+from typing import Final
+
+from msgspec import Struct
+
+from extproc._protos import llm_extproc_pb2 as pb
+from extproc.server.bodies import BodyMode, body_mode
+
+__all__ = ["DEBUG_HEADER", "RequestHead", "RequestHeadTable"]
+
+DEBUG_HEADER: Final = "x-extproc-debug"
+_ID_HEADER: Final = "x-request-id"
+_LENGTH_HEADER: Final = "content-length"
+_WANTED: Final = frozenset((":method", ":path", _ID_HEADER, _LENGTH_HEADER, DEBUG_HEADER))
+
+_TABLE_MAX_ENTRIES: Final = 1024
+# Longer messages are not looked up: gateways that forward all headers never repeat one.
+_KNOWN_MAX_BYTES: Final = 512
+# How the two headers stand in a message: key and raw_value with tags and lengths. No value of
+# another header can contain that, data planes refuse control characters.
+_ID_CHARS: Final = 36
+_ID_MARK: Final = b"\x0a\x0cx-request-id\x1a" + bytes((_ID_CHARS,))
+_LENGTH_MARK: Final = b"\x0a\x0econtent-length\x1a"
+_LENGTH_MAX_DIGITS: Final = 20
+
+_FULL_DUPLEX: Final = pb.ProcessingMode.FULL_DUPLEX_STREAMED
+
+
+class RequestHead(Struct, frozen=True, kw_only=True):
+    """A request headers message without what belongs to one request alone."""
+
+    method: str
+    path: str
+    debug: bool
+    end_of_stream: bool
+    body_mode: BodyMode
+    response_full_duplex: bool
+
+
+class RequestHeadTable:
+    """Request heads by the bytes of their message; bounded.
+
+    Both ways to read give head, request id ("" when there is none) and the announced length of
+    the body in bytes (-1 when there is none).
+    """
+
+    def __init__(self) -> None:
+        self._table: dict[bytes, RequestHead] = {}
+
+    def find(self, raw: bytes) -> tuple[RequestHead, str, int] | None:
+        """Read a message whose like was seen before."""
+        parts = _cut(raw)
+        if parts is None:
+            return None
+        rest, request_id, length = parts
+        head = self._table.get(rest)
+        return (head, request_id, length) if head is not None else None
+
+    def read(self, raw: bytes, message: pb.ProcessingRequest) -> tuple[RequestHead, str, int]:
+        """Read a parsed message, and keep it if its like may come again."""
+        config = message.protocol_config if message.HasField("protocol_config") else None
+        seen = _wanted_headers(message.request_headers.headers)
+        request_id = seen.get(_ID_HEADER, "")
+        digits = seen.get(_LENGTH_HEADER, "")
+        length = int(digits[:_LENGTH_MAX_DIGITS]) if digits.isdecimal() else -1
+        head = RequestHead(
+            method=seen.get(":method", ""),
+            path=seen.get(":path", ""),
+            debug=seen.get(DEBUG_HEADER) == "true",
+            end_of_stream=message.request_headers.end_of_stream,
+            body_mode=body_mode(config),
+            response_full_duplex=config is not None and config.response_body_mode == _FULL_DUPLEX,
+        )
+        parts = _cut(raw)
+        if (
+            parts is not None
+            and parts[1:] == (request_id, length)
+            and not message.observability_mode
+        ):
+            if len(self._table) >= _TABLE_MAX_ENTRIES:
+                self._table.clear()
+            self._table[parts[0]] = head
+        return head, request_id, length
+
+
+def _cut(raw: bytes) -> tuple[bytes, str, int] | None:
+    """The message without the values of request id and length, and the two of them."""
+    if len(raw) > _KNOWN_MAX_BYTES:
+        return None
+    at = raw.find(_ID_MARK)
+    if at < 0:
+        return None
+    start = at + len(_ID_MARK)
+    end = start + _ID_CHARS
+    request_id = raw[start:end].decode("latin-1")
+    at = raw.find(_LENGTH_MARK)
+    if at < 0:
+        return raw[:start] + raw[end:], request_id, -1
+    first = at + len(_LENGTH_MARK) + 1
+    if first > len(raw):
+        return None
+    last = first + raw[first - 1]
+    digits = raw[first:last]
+    if not digits.isdigit() or len(digits) > _LENGTH_MAX_DIGITS:
+        return None
+    if start < first:
+        rest = raw[:start] + raw[end:first] + raw[last:]
+    else:
+        rest = raw[:first] + raw[last:start] + raw[end:]
+    return rest, request_id, int(digits)
+
+
+def _wanted_headers(headers: pb.HeaderMap) -> dict[str, str]:
+    """The request headers we read; the first of repeated ones.
+
+    Envoy fills `raw_value`, other data planes may fill `value`.
+    """
+    found: dict[str, str] = {}
+    for header in headers.headers:
+        name = header.key
+        if name not in _WANTED:
+            name = name.lower()
+            if name not in _WANTED:
+                continue
+        if name not in found:
+            raw = header.raw_value
+            found[name] = raw.decode("latin-1") if raw else header.value
+    return found
