@@ -1,0 +1,64 @@
+"""Pages, and what a prefix cache tells of them, before it has a form on the wire."""
+
+from collections.abc import Hashable, Sequence
+from typing import Literal, TypeAlias
+
+import msgspec
+
+__all__ = [
+    "DEFAULT_NAMESPACE",
+    "CacheEvent",
+    "Cleared",
+    "Medium",
+    "Namespace",
+    "Page",
+    "Removed",
+    "Stored",
+    "pages_of",
+]
+
+Page: TypeAlias = Hashable
+Medium = Literal["GPU", "CPU_PINNED"]
+
+
+class Namespace(msgspec.Struct, frozen=True):
+    """Requests share pages only within one of these."""
+
+    cache_salt: str | None = None
+    lora_name: str | None = None
+
+
+DEFAULT_NAMESPACE = Namespace()
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A chain of pages is in `medium`, each the child of the one before; `hashes` are signed.
+
+    `parent` is the hash of the page before the chain, None at the root.
+    """
+
+    hashes: list[int]
+    parent: int | None
+    pages: list[Page]
+    medium: Medium
+    namespace: Namespace
+
+
+class Removed(msgspec.Struct, frozen=True):
+    """Pages have left `medium`, every page after those that continue it."""
+
+    hashes: list[int]
+    medium: Medium
+
+
+class Cleared(msgspec.Struct, frozen=True):
+    """Nothing is held any more, in no medium."""
+
+
+CacheEvent = Stored | Removed | Cleared
+
+
+def pages_of(tokens: Sequence[int], page_size: int) -> list[tuple[int, ...]]:
+    """The whole pages of a prompt; what is left over at its end is not cached."""
+    ends = range(page_size, len(tokens) + 1, page_size)
+    return [tuple(tokens[end - page_size : end]) for end in ends]

@@ -1,0 +1,401 @@
+"""A rank's prefix cache: which pages it holds, in which memory, and what it tells of them.
+
+Pure, and cheap enough for benchmarks that run millions of pages in simulated time: moments
+are passed in, and a page is any hashable, so a bench hands over one opaque id per page where
+the worker hands over the page's token ids (`pages_of`).
+
+The cache is a tree of single pages. Two facts keep the work per request small: only leaves
+are evicted, so pinning and touching the deepest page of a request holds and refreshes all
+pages before it; and a page that loses its last child takes over that child's time of use.
+
+A page is in device memory or, after a demotion, in host memory, never in both; an engine may
+keep a host copy of a device page, which to its consumers makes no difference. Pages on the
+device are closed under prefixes, and so are all pages together, after every single event.
+What finds no room because everything is pinned is not kept: capacities are never exceeded.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+
+import msgspec
+
+from extproc.simulator.cache_events import (
+    DEFAULT_NAMESPACE,
+    CacheEvent,
+    Cleared,
+    Medium,
+    Namespace,
+    Page,
+    Removed,
+    Stored,
+)
+
+__all__ = ["Lease", "Match", "RadixCache"]
+
+_SPARE_ENTRIES = 1024  # a queue of leaves is tidied only when it holds more that are void
+
+
+class Match(msgspec.Struct, frozen=True):
+    """How many leading tokens of a prompt are held, and where; `host` continues `gpu`."""
+
+    gpu: int
+    host: int
+
+    @property
+    def tokens(self) -> int:
+        return self.gpu + self.host
+
+
+class _Node:
+    __slots__ = (
+        *("children", "gpu_children", "hash", "on_gpu", "on_host"),
+        *("page", "parent", "pins", "used_at"),
+    )
+
+    def __init__(self, parent: "_Node | None", page: Page, hash_: int, used_at: float) -> None:
+        self.parent = parent
+        self.page = page
+        self.hash = hash_
+        self.used_at = used_at
+        self.on_gpu = True
+        self.on_host = False
+        self.pins = 0
+        self.gpu_children = 0
+        self.children: dict[Page, _Node] = {}
+
+
+class _Root(_Node):
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: Namespace) -> None:
+        digest = hashlib.sha256(msgspec.json.encode(namespace)).digest()
+        super().__init__(None, None, int.from_bytes(digest[:8], "big", signed=True), 0.0)
+        self.namespace = namespace
+
+
+class Lease:
+    """A request's hold on its pages, until it is released.
+
+    `cached` is what was there when it was taken; the host part of it is on the device now.
+    """
+
+    __slots__ = ("_depth", "_node", "_root", "cached")
+
+    def __init__(self, root: _Root) -> None:
+        self.cached = Match(0, 0)
+        self._root = root
+        self._node: _Node = root
+        self._depth = 0  # pages up to and with the node
+
+
+_HeapEntry = tuple[float, int, _Node]
+
+
+class RadixCache:
+    """The pages of one rank, evicted least recently used first, and only from the leaves.
+
+    Capacities are in tokens; `host_capacity_tokens` 0 means evicted pages are gone. Events
+    collect until `take_events`; with `record_events` False none are made. As an engine does,
+    it begins by saying that it is empty.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity_tokens: int,
+        page_size: int,
+        host_capacity_tokens: int = 0,
+        record_events: bool = True,
+    ) -> None:
+        self.page_size = page_size
+        self._capacity = capacity_tokens // page_size
+        self._host_capacity = host_capacity_tokens // page_size
+        self._records = record_events
+        self._events: list[CacheEvent] = []
+        self.flush()
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens in device memory, pinned ones included."""
+        return self._gpu_pages * self.page_size
+
+    @property
+    def host_used_tokens(self) -> int:
+        return self._host_pages * self.page_size
+
+    def take_events(self) -> list[CacheEvent]:
+        """What changed since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def flush(self) -> None:
+        """Forget everything; leases taken before hold nothing and may still be released."""
+        self._roots: dict[Namespace, _Root] = {}
+        self._gpu_pages = 0
+        self._host_pages = 0
+        self._gpu_leaves: list[_HeapEntry] = []
+        self._host_leaves: list[_HeapEntry] = []
+        self._entries = 0
+        if self._records:
+            self._events.append(Cleared())
+
+    def match(self, pages: Sequence[Page], namespace: Namespace = DEFAULT_NAMESPACE) -> Match:
+        """How much of it is held now; changes nothing."""
+        node: _Node | None = self._roots.get(namespace)
+        gpu = host = 0
+        for page in pages:
+            if node is None or (node := node.children.get(page)) is None:
+                break
+            if node.on_gpu:
+                gpu += 1
+            else:
+                host += 1
+        return Match(gpu * self.page_size, host * self.page_size)
+
+    def acquire(
+        self, pages: Sequence[Page], now: float, namespace: Namespace = DEFAULT_NAMESPACE
+    ) -> Lease:
+        """Hold what is there of these pages, bringing host pages back to the device.
+
+        `now` must not run backwards from call to call, in this and the other methods.
+        """
+        root = self._roots.get(namespace)
+        if root is None:
+            root = self._roots[namespace] = _Root(namespace)
+        lease = Lease(root)
+        root.pins += 1
+        gpu = self._descend(lease, pages)
+        lease._node.used_at = now
+        self._promote(lease, pages, now)
+        lease.cached = Match(gpu * self.page_size, (lease._depth - gpu) * self.page_size)
+        return lease
+
+    def insert(self, lease: Lease, pages: Sequence[Page], now: float) -> None:
+        """Keep, and hold, these pages too: they begin with those that the lease has."""
+        if not self._is_live(lease):
+            return
+        self._descend(lease, pages)
+        lease._node.used_at = now
+        self._promote(lease, pages, now)
+        new = pages[lease._depth :]
+        # A host page that found no room on the device ends what can be kept.
+        if new and new[0] not in lease._node.children:
+            self._append(lease, new[: self._make_room(len(new))], now)
+
+    def release(self, lease: Lease, now: float, pages: Sequence[Page] | None = None) -> None:
+        """Let go; `pages`, of prompt and output together, are kept as `insert` would."""
+        if not self._is_live(lease):
+            return
+        if pages is not None:
+            self.insert(lease, pages, now)
+        lease._node.used_at = now
+        self._unpin(lease._node)
+        self._forget_if_empty(lease._root)
+
+    def _is_live(self, lease: Lease) -> bool:
+        return self._roots.get(lease._root.namespace) is lease._root
+
+    def _descend(self, lease: Lease, pages: Sequence[Page]) -> int:
+        """Move the lease down to the last of the pages on the device; gives its depth."""
+        node = lease._node
+        depth = lease._depth
+        for page in pages[depth:]:
+            child = node.children.get(page)
+            if child is None or not child.on_gpu:
+                break
+            node = child
+            depth += 1
+        self._move(lease, node, depth)
+        return depth
+
+    def _move(self, lease: Lease, node: _Node, depth: int) -> None:
+        if node is lease._node:
+            return
+        node.pins += 1
+        left, lease._node, lease._depth = lease._node, node, depth
+        self._unpin(left)
+
+    def _promote(self, lease: Lease, pages: Sequence[Page], now: float) -> None:
+        """Bring the host pages that continue the lease to the device, as many as find room."""
+        wanted: list[_Node] = []
+        node = lease._node
+        for page in pages[lease._depth :]:
+            child = node.children.get(page)
+            if child is None:
+                break
+            wanted.append(child)
+            node = child
+        if not wanted:
+            return
+        wanted[-1].used_at = now
+        self._host_pages -= len(wanted)
+        for node in wanted:  # in neither memory, so that making room can not push them out
+            node.on_host = False
+        room = self._make_room(len(wanted))
+        self._take_back(wanted[room:])
+        if chain := wanted[:room]:
+            self._enter_gpu(chain)
+            self._record_stored(lease._root, chain, "GPU")
+            self._record_removed([node.hash for node in reversed(chain)], "CPU_PINNED")
+            self._move(lease, chain[-1], lease._depth + room)
+            chain[-1].used_at = now
+
+    def _take_back(self, chain: list[_Node]) -> None:
+        """Leave on the host what the device had no room for, if the host still has any."""
+        self._host_pages += len(chain)
+        for node in chain:
+            node.on_host = True
+        if chain and not chain[-1].children:
+            self._push(self._host_leaves, chain[-1])
+        self._drop_from_host(self._host_pages - self._host_capacity)
+
+    def _append(self, lease: Lease, pages: Sequence[Page], now: float) -> None:
+        """Add new pages below the lease, for which there is room."""
+        node = lease._node
+        chain = []
+        for page in pages:
+            child = _Node(node, page, hash((node.hash, page)), now)
+            node.children[page] = child
+            node.gpu_children += 1
+            chain.append(child)
+            node = child
+        self._gpu_pages += len(chain)
+        if chain:
+            self._record_stored(lease._root, chain, "GPU")
+            self._move(lease, node, lease._depth + len(chain))
+
+    def _make_room(self, pages: int) -> int:
+        """Evict until so many pages fit on the device; gives how many of them do."""
+        missing = pages - (self._capacity - self._gpu_pages)
+        if missing > 0:
+            self._evict(missing)
+        return min(pages, self._capacity - self._gpu_pages)
+
+    def _evict(self, count: int) -> None:
+        victims: list[_Node] = []
+        while len(victims) < count and (node := self._pop(self._gpu_leaves)):
+            self._leave_gpu(node)
+            victims.append(node)
+        if not victims:
+            return
+        # The deepest come first: those the host has no room for can go before their parents.
+        lost = max(0, len(victims) - self._host_capacity)
+        self._drop_from_host(len(victims) - lost + self._host_pages - self._host_capacity)
+        self._demote(victims[lost:])
+        self._record_removed([node.hash for node in victims], "GPU")
+        for node in victims[:lost]:
+            self._detach(node)
+
+    def _demote(self, nodes: list[_Node]) -> None:
+        """Put these pages, the deepest first, into host memory."""
+        self._host_pages += len(nodes)
+        chain: list[_Node] = []
+        for node in reversed(nodes):
+            node.on_host = True
+            if chain and node.parent is not chain[-1]:
+                self._record_stored(_root_of(chain[0]), chain, "CPU_PINNED")
+                chain = []
+            chain.append(node)
+            if not node.children:
+                self._push(self._host_leaves, node)
+        if chain:
+            self._record_stored(_root_of(chain[0]), chain, "CPU_PINNED")
+
+    def _drop_from_host(self, count: int) -> None:
+        dropped: list[int] = []
+        while len(dropped) < count and (node := self._pop(self._host_leaves)):
+            self._host_pages -= 1
+            dropped.append(node.hash)
+            self._detach(node)
+        self._record_removed(dropped, "CPU_PINNED")
+
+    def _enter_gpu(self, chain: list[_Node]) -> None:
+        self._gpu_pages += len(chain)
+        for node in chain:
+            node.on_gpu = True
+            assert node.parent is not None  # noqa: S101  # roots are never on the host
+            node.parent.gpu_children += 1
+
+    def _leave_gpu(self, node: _Node) -> None:
+        node.on_gpu = False
+        self._gpu_pages -= 1
+        parent = node.parent
+        assert parent is not None  # noqa: S101  # roots are never leaves
+        parent.gpu_children -= 1
+        parent.used_at = max(parent.used_at, node.used_at)
+        self._offer(parent)
+
+    def _detach(self, node: _Node) -> None:
+        """Forget a page that has no children."""
+        parent = node.parent
+        assert parent is not None  # noqa: S101  # roots are never leaves
+        node.parent = None
+        del parent.children[node.page]
+        if isinstance(parent, _Root):
+            self._forget_if_empty(parent)
+        elif parent.on_host and not parent.children:
+            parent.used_at = max(parent.used_at, node.used_at)
+            self._push(self._host_leaves, parent)
+
+    def _forget_if_empty(self, root: _Root) -> None:
+        if not root.children and not root.pins and self._roots.get(root.namespace) is root:
+            del self._roots[root.namespace]
+
+    def _unpin(self, node: _Node) -> None:
+        node.pins -= 1
+        self._offer(node)
+
+    def _offer(self, node: _Node) -> None:
+        """Line a page up for eviction if it is a free leaf on the device."""
+        if not node.pins and not node.gpu_children and node.parent is not None:
+            self._push(self._gpu_leaves, node)
+
+    def _push(self, heap: list[_HeapEntry], node: _Node) -> None:
+        self._entries += 1
+        heappush(heap, (node.used_at, self._entries, node))
+        if len(heap) > _SPARE_ENTRIES + 2 * (self._gpu_pages + self._host_pages):
+            heap[:] = {id(entry[2]): entry for entry in heap if self._is_due(heap, entry)}.values()
+            heapify(heap)
+
+    def _pop(self, heap: list[_HeapEntry]) -> _Node | None:
+        """The leaf used longest ago; entries that no longer hold are skipped for good."""
+        while heap:
+            entry = heappop(heap)
+            if self._is_due(heap, entry):
+                return entry[2]
+        return None
+
+    def _is_due(self, heap: list[_HeapEntry], entry: _HeapEntry) -> bool:
+        used_at, _, node = entry
+        if node.parent is None or node.used_at != used_at:
+            return False
+        if heap is self._host_leaves:
+            return node.on_host and not node.children
+        return node.on_gpu and not node.gpu_children and not node.pins
+
+    def _record_stored(self, root: _Root, chain: list[_Node], medium: Medium) -> None:
+        if not self._records:
+            return
+        parent = chain[0].parent
+        self._events.append(
+            Stored(
+                hashes=[node.hash for node in chain],
+                parent=None if parent is None or parent is root else parent.hash,
+                pages=[node.page for node in chain],
+                medium=medium,
+                namespace=root.namespace,
+            )
+        )
+
+    def _record_removed(self, hashes: list[int], medium: Medium) -> None:
+        if self._records and hashes:
+            self._events.append(Removed(hashes=hashes, medium=medium))
+
+
+def _root_of(node: _Node) -> _Root:
+    above = node.parent
+    while above is not None:
+        node, above = above, above.parent
+    assert isinstance(node, _Root)  # noqa: S101  # the chain of parents ends at a root
+    return node
