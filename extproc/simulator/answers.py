@@ -55,6 +55,7 @@ class Answer:
 
     def __init__(self, ticket: Ticket) -> None:
         self.ticket = ticket
+        self.cached_tokens = 0  # of the prompts; known after the prefill
 
     def whole(self, produced: int, reason: FinishReason) -> Any:
         """The JSON body after `produced` tokens of every sequence."""
@@ -82,7 +83,7 @@ class Answer:
             "prompt_tokens": self.ticket.prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": self.ticket.prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
     def per_sequence(self, make: Callable[[int], T]) -> list[T]:

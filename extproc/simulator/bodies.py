@@ -1,7 +1,7 @@
 """Request bodies: only the fields the simulator acts on, of every API it speaks.
 
-No tokenizer: a prompt counts a token for every four characters, at least one, unless the
-client sends token ids, which are counted.
+Prompts leave here as texts or, when the client sends them so, as token ids; what becomes of
+a chat is told in `tokens`.
 """
 
 from collections.abc import Callable
@@ -11,23 +11,28 @@ import msgspec
 
 from extproc.simulator.errors import ApiError
 
-__all__ = ["AbortBody", "InferenceRequest", "Reader", "decode", "readers"]
+__all__ = ["AbortBody", "InferenceRequest", "Prompt", "Reader", "decode", "readers"]
 
-_CHARACTERS_PER_TOKEN = 4
+_ANSWERING_ROLE = "assistant"
 _MOST_SEQUENCES = 128
 
 T = TypeVar("T")
+Prompt = str | list[int]
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What the worker does for a body, whichever API it came through.
 
-    `max_tokens` None means the worker's default. `sequences` is how many outputs (or
-    embeddings, scores, ranked documents) are asked for.
+    `special_tokens` are those that a tokenizer adds to a text on its own. `max_tokens` None
+    means the worker's default. `lora_name` is the adapter of `lora_path`. `sequences` is how
+    many outputs (or embeddings, scores, ranked documents) are asked for.
     """
 
-    prompt_tokens: int
+    prompts: list[Prompt]
+    special_tokens: bool = False
+    cache_salt: str | None = None
+    lora_name: str | None = None
     max_tokens: int | None = None
     model: str | None = None
     rid: str | None = None
@@ -68,6 +73,7 @@ _Text = str | list[_Part] | None
 
 
 class _Message(msgspec.Struct):
+    role: str = ""
     content: _Text = None
 
 
@@ -82,22 +88,28 @@ class _Body(msgspec.Struct, kw_only=True):
     rid: str | list[str] | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=_MOST_SEQUENCES)] | None = None
     routed_dp_rank: int | None = None
+    cache_salt: str | None = None
+    lora_path: str | list[str | None] | None = None
     encoding_format: str | None = None
 
     def request(
         self,
-        prompt_tokens: int,
+        prompts: list[Prompt],
         max_tokens: int | None,
         *,
-        prompts: int = 1,
+        special_tokens: bool = False,
         is_batch: bool = False,
     ) -> InferenceRequest:
-        sequences = prompts * (self.n or 1)
+        sequences = len(prompts) * (self.n or 1)
         if not 1 <= sequences <= _MOST_SEQUENCES:
             raise ApiError(400, f"between 1 and {_MOST_SEQUENCES} outputs can be asked for")
         rids = [self.rid] if isinstance(self.rid, str) else self.rid or []
+        paths = self.lora_path if isinstance(self.lora_path, list) else [self.lora_path]
         return InferenceRequest(
-            prompt_tokens=prompt_tokens,
+            prompts=prompts,
+            special_tokens=special_tokens,
+            cache_salt=self.cache_salt,
+            lora_name=paths[0] if paths else None,
             max_tokens=max_tokens,
             model=self.model,
             rid=rids[0] if rids else None,
@@ -159,97 +171,90 @@ class _ScoreBody(_Body, kw_only=True):
     items: str | list[str | int | list[int]]
 
 
-def _characters(content: _Text) -> int:
-    if content is None:
-        return 0
-    if isinstance(content, str):
-        return len(content)
-    return sum(len(part.text or "") for part in content)
+def _text(content: _Text) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text or "" for part in content)
 
 
-def _tokens(characters: int) -> int:
-    return max(1, characters // _CHARACTERS_PER_TOKEN)
+def _chat_text(messages: list[_Message]) -> str:
+    return "".join(item.role + _text(item.content) for item in messages) + _ANSWERING_ROLE
 
 
-def _prompts(value: str | list[Any]) -> tuple[int, int]:
-    """(prompts, tokens) of a prompt that is a text, token ids, or a list of either."""
+def _prompts(value: str | list[Any]) -> list[Prompt]:
+    """The prompts of a text, token ids, or a list of either."""
     if isinstance(value, str):
-        return 1, _tokens(len(value))
+        return [value]
     if value and isinstance(value[0], int):
-        return 1, len(value)
-    tokens = (_tokens(len(item)) if isinstance(item, str) else _size(item) for item in value)
-    return len(value), sum(tokens)
+        return [_ids(value)]
+    return [item if isinstance(item, str) else _ids(item) for item in value]
 
 
-def _size(ids: Any) -> int:
-    if not isinstance(ids, list):
+def _ids(value: Any) -> list[int]:
+    if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
         raise ApiError(400, "a prompt list must hold texts, token ids or lists of token ids")
-    return len(ids)
+    return value
 
 
 def _chat(body: _ChatBody) -> InferenceRequest:
-    if body.input_ids is None:
-        prompt_tokens = _tokens(sum(_characters(item.content) for item in body.messages))
-    else:
-        prompt_tokens = len(body.input_ids)
+    ids = body.input_ids
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return body.request(prompt_tokens, limit)
+    return body.request([_chat_text(body.messages) if ids is None else ids], limit)
 
 
 def _completion(body: _CompletionBody) -> InferenceRequest:
-    prompts, tokens = _prompts(body.prompt)
-    return body.request(tokens, body.max_tokens, prompts=prompts)
+    return body.request(_prompts(body.prompt), body.max_tokens, special_tokens=True)
 
 
 def _generate(body: _GenerateBody) -> InferenceRequest:
     given = body.text if body.input_ids is None else body.input_ids
     if given is None:
         raise ApiError(400, "either text or input_ids is needed")
-    prompts, tokens = _prompts(given)
+    prompts = _prompts(given)
     sampling = body.sampling_params
     first = (sampling[0] if sampling else None) if isinstance(sampling, list) else sampling
     if first is not None:
         body.n = first.n
+    is_nested = not isinstance(given, str) and bool(given) and not isinstance(given[0], int)
     return body.request(
-        tokens,
+        prompts,
         first.max_new_tokens if first is not None else None,
-        prompts=prompts,
-        is_batch=prompts * (body.n or 1) > 1 or (not isinstance(given, str) and _is_nested(given)),
+        special_tokens=True,
+        is_batch=is_nested or len(prompts) * (body.n or 1) > 1,
     )
 
 
-def _is_nested(given: list[Any]) -> bool:
-    return bool(given) and not isinstance(given[0], int)
-
-
 def _messages(body: _MessagesBody) -> InferenceRequest:
-    characters = sum(_characters(item.content) for item in body.messages)
-    return body.request(_tokens(characters + _characters(body.system)), body.max_tokens)
+    system = [] if body.system is None else [_Message("system", body.system)]
+    return body.request([_chat_text(system + body.messages)], body.max_tokens)
 
 
 def _responses(body: _ResponsesBody) -> InferenceRequest:
-    given = body.input
-    characters = len(body.instructions or "")
-    if isinstance(given, str):
-        characters += len(given)
-    else:
-        characters += sum(_characters(item.content) for item in given)
-    return body.request(_tokens(characters), body.max_output_tokens)
+    instructions = [] if body.instructions is None else [_Message("system", body.instructions)]
+    given = [_Message("user", body.input)] if isinstance(body.input, str) else body.input
+    return body.request([_chat_text(instructions + given)], body.max_output_tokens)
 
 
 def _input(body: _InputBody) -> InferenceRequest:
-    prompts, tokens = _prompts(body.input)
-    return body.request(tokens, 0, prompts=prompts)
+    return body.request(_prompts(body.input), 0, special_tokens=True)
 
 
 def _rerank(body: _RerankBody) -> InferenceRequest:
-    tokens = sum(_tokens(len(body.query) + len(item)) for item in body.documents)
-    return body.request(tokens, 0, prompts=len(body.documents))
+    prompts: list[Prompt] = [body.query + item for item in body.documents]
+    return body.request(prompts, 0, special_tokens=True)
 
 
 def _score(body: _ScoreBody) -> InferenceRequest:
-    prompts, tokens = _prompts(body.items)
-    return body.request(_prompts(body.query)[1] * prompts + tokens, 0, prompts=prompts)
+    prompts = [_scored(body.query, item) for item in _prompts(body.items)]
+    return body.request(prompts, 0)
+
+
+def _scored(query: Prompt, item: Prompt) -> Prompt:
+    if isinstance(query, str) and isinstance(item, str):
+        return query + item
+    if isinstance(query, list) and isinstance(item, list):
+        return query + item
+    raise ApiError(400, "query and items must both be texts or both be token ids")
 
 
 def _reader(kind: type[T], read: Callable[[T], InferenceRequest]) -> Reader:

@@ -14,7 +14,8 @@ import structlog
 import uvloop
 
 from extproc.simulator.http import start
-from extproc.simulator.settings import DisaggregationMode, SimulatorSettings
+from extproc.simulator.kv_publisher import KvPorts
+from extproc.simulator.settings import DisaggregationMode, SimulatorSettings, WireFormat
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -29,10 +30,13 @@ _HELP = {
     "decode_milliseconds_per_token": "time between two tokens of one request",
     "max_running_requests": "requests decoded at once on each rank; more wait",
     "default_max_tokens": "output length when the request names none",
-    "max_total_num_tokens": "reported size of the KV cache of each rank, in tokens",
+    "max_total_num_tokens": "size of the prefix cache of each rank, in tokens",
+    "host_cache_tokens": "host memory of each rank for what its cache evicts, in tokens",
     "context_length": "reported context length",
     "page_size": "tokens per KV page",
     "dp_size": "data-parallel ranks",
+    "kv_replay_port": "base port of KV event replay; 0 picks a free one",
+    "kv_load_port": "base port of published load; 0 picks a free one",
     "startup_delay_seconds": "answer 503 for so long after the start",
 }
 
@@ -49,6 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(DisaggregationMode),
         default=_DEFAULTS.disaggregation_mode,
         help="reported role (default %(default)s)",
+    )
+    parser.add_argument(
+        "--kv-events-port",
+        type=int,
+        help="publish KV events and load, from this base port on; 0 picks a free one",
+    )
+    parser.add_argument("--no-replay", action="store_true", help="publish KV events once only")
+    parser.add_argument(
+        "--wire-format",
+        choices=get_args(WireFormat),
+        default=_DEFAULTS.wire_format,
+        help="KV events as maps, or as the arrays of older engines (default %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer-path", help="a tokenizer.json; without one every byte is a token"
     )
     parser.add_argument("--api-key", help="bearer token every path but health asks for")
     parser.add_argument(
@@ -82,12 +101,18 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _ports(ports: KvPorts) -> str:
+    replay = "" if ports.replay is None else f" kv_replay_port={ports.replay}"
+    return f" kv_events_port={ports.events}{replay} kv_load_port={ports.load}"
+
+
 async def _serve(settings: SimulatorSettings) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     async with await start(settings) as simulator:
-        sys.stdout.write(f"simulator ready url={simulator.url} model={settings.model}\n")
+        ports = "" if simulator.kv_ports is None else _ports(simulator.kv_ports)
+        sys.stdout.write(f"simulator ready url={simulator.url} model={settings.model}{ports}\n")
         sys.stdout.flush()
         await stopped.wait()

@@ -38,6 +38,7 @@ class Control:
             web.get("/flush_cache", self.flush_cache),
             web.post("/flush_cache", self.flush_cache),
             web.post("/abort_request", self.abort_request),
+            web.post("/simulator/restart", self.restart),
             web.get("/simulator/stats", self.stats),
             web.get("/simulator/faults", self.get_faults),
             web.post("/simulator/faults", self.set_faults),
@@ -65,11 +66,11 @@ class Control:
         answer = await self._probe("server_info")
         if answer is not None:
             return answer
-        settings = self._worker.settings
+        settings, publisher = self._worker.settings, self._worker.publisher
         return json_answer(
             {
                 "model_path": settings.model,
-                "tokenizer_path": settings.model,
+                "tokenizer_path": settings.tokenizer_path or settings.model,
                 "served_model_name": settings.model,
                 "context_length": settings.context_length,
                 "host": settings.host,
@@ -81,9 +82,9 @@ class Control:
                 "disaggregation_mode": settings.disaggregation_mode,
                 "disaggregation_bootstrap_port": _BOOTSTRAP_PORT,
                 "speculative_algorithm": None,
-                "kv_events": None,
+                "kv_events": None if publisher is None else publisher.description(),
                 "version": _ENGINE_VERSION,
-                "startup_time": settings.startup_delay_seconds,
+                "startup_time": self._worker.startup_time,
                 "internal_states": [
                     {"max_running_requests": settings.max_running_requests}
                     for _ in range(settings.dp_size)
@@ -134,8 +135,14 @@ class Control:
         )
 
     async def flush_cache(self, request: web.Request) -> web.Response:
-        """There is no cache yet to flush; callers get the answer they expect."""
-        return web.Response(text="Cache flushed.\n")
+        """Refused while requests run, as by the engine."""
+        if self._worker.engine.flush_cache():
+            return web.Response(text="Cache flushed.\n")
+        return web.Response(text="Flush cache failed: requests are running.\n", status=400)
+
+    async def restart(self, request: web.Request) -> web.Response:
+        await self._worker.restart()
+        return web.Response()
 
     async def abort_request(self, request: web.Request) -> web.Response:
         body = decode(await request.read(), _abort_decoder)
@@ -166,11 +173,16 @@ class Control:
         return json_answer(self._worker.faults.faults)
 
     async def set_faults(self, request: web.Request) -> web.Response:
-        self._worker.faults.set(decode(await request.read(), _faults_decoder))
+        faults = decode(await request.read(), _faults_decoder)
+        self._worker.faults.set(faults)
+        if self._worker.publisher is not None:
+            self._worker.publisher.misbehave(faults)
         return await self.get_faults(request)
 
     async def clear_faults(self, request: web.Request) -> web.Response:
         self._worker.faults.clear()
+        if self._worker.publisher is not None:
+            self._worker.publisher.misbehave(self._worker.faults.faults)
         return await self.get_faults(request)
 
     async def _probe(self, name: str, *, fails_while_starting: bool = True) -> web.Response | None:
@@ -191,7 +203,7 @@ class Control:
             "num_running_reqs": load.running,
             "num_waiting_reqs": load.waiting,
             "num_total_reqs": load.running + load.waiting,
-            "num_waiting_uncached_tokens": load.waiting_tokens,
+            "num_waiting_uncached_tokens": load.waiting_uncached_tokens,
             "num_used_tokens": load.used_tokens,
             "num_total_tokens": load.used_tokens + load.waiting_tokens,
             "max_total_num_tokens": settings.max_total_num_tokens,

@@ -1,8 +1,8 @@
 """The engine's queue and time model, without sockets.
 
-A rank has a FIFO queue, prefills one prompt at a time and decodes up to
-`max_running_requests` sequences at once, each at its own steady pace. Real engines slow a
-little as the batch grows; that is left out, so that the arithmetic of a test stays easy.
+A rank has a FIFO queue and a prefix cache, prefills one prompt at a time, in the time that
+`TimeModel` gives for what the cache lacks, and decodes up to `max_running_requests` sequences
+at once. A full cache delays nobody: what finds no room is only not kept.
 
 Every moment is an absolute deadline on the event loop's clock: a prefill starts where the
 previous one ended, and token n is due at the first token's time plus n steps, so a busy
@@ -11,15 +11,19 @@ event loop delays tokens but never makes the worker slower than it was told to b
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 import msgspec
 
+from extproc.simulator.cache_events import DEFAULT_NAMESPACE, CacheEvent, Namespace
+from extproc.simulator.holdings import Holding
+from extproc.simulator.radix_cache import RadixCache
 from extproc.simulator.settings import SimulatorSettings
+from extproc.simulator.time_model import TimeModel
 
-__all__ = ["Engine", "FinishReason", "Generation", "Job", "RankLoad"]
+__all__ = ["Engine", "FinishReason", "Generation", "Job", "Observer", "RankLoad"]
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -27,17 +31,23 @@ FinishReason = Literal["stop", "length", "abort"]
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine has to know of a request.
 
-    `sequences` are decoded in step and count as one request; `seconds_per_token` replaces
-    the worker's own pace; `rank` is the data-parallel rank, None for the least loaded.
+    `prompts` are token ids; `sequences` are decoded in step and count as one request;
+    `seconds_per_token` replaces the worker's own pace; `rank` is the data-parallel rank, None
+    for the least loaded.
     """
 
     rid: str
-    prompt_tokens: int
+    prompts: Sequence[Sequence[int]]
     max_tokens: int
+    namespace: Namespace = DEFAULT_NAMESPACE
     natural_end: bool = False  # "stop" instead of "length" after max_tokens
     sequences: int = 1
     seconds_per_token: float | None = None
     rank: int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
 
 
 class RankLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +57,20 @@ class RankLoad(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     used_tokens: int  # prompts and output of what runs
     waiting_tokens: int  # prompts of what waits
+    waiting_uncached_tokens: int  # the part of them that was not cached when they came
+    prefilled_tokens: int  # ever, without what was cached
+    prefill_microseconds: int  # that this took
+
+
+class Observer(Protocol):
+    """Who is told, at once, what changes on a rank."""
+
+    def cache_changed(self, rank: int, events: list[CacheEvent]) -> None: ...
+
+    def load_changed(self, rank: int) -> None: ...
+
+
+OutputIds = Callable[[int], Sequence[int]]
 
 
 class Generation:
@@ -56,13 +80,15 @@ class Generation:
     that is all an abort on a client's disconnect needs.
     """
 
-    def __init__(self, rank: "_Rank", job: Job, seconds_per_token: float) -> None:
+    def __init__(self, rank: "_Rank", job: Job) -> None:
         self.job = job
+        self.holding = rank.holding(job)
+        self.prompt_tokens = job.prompt_tokens
+        self.uncached_tokens = self.prompt_tokens  # as far as is known
         self.produced = 0
         self.prefill_starts_at = 0.0
         self.arrived_at = 0.0
         self._rank = rank
-        self._seconds_per_token = seconds_per_token
         self._first_token_at: float | None = None
         self._aborted = False
         self._sleeper: asyncio.Future[None] | None = None
@@ -105,7 +131,7 @@ class Generation:
             await self._sleep(None)
         if self._aborted:
             return
-        prefilled_at = self.prefill_starts_at + self._rank.prefill_seconds(self.job)
+        prefilled_at = self._rank.times.first_token_at(self.prefill_starts_at, self.uncached_tokens)
         await self._sleep_until(prefilled_at)
         if not self._aborted:
             self._first_token_at = prefilled_at
@@ -116,7 +142,10 @@ class Generation:
         await self.prefill()
         if self.finish_reason is not None or self._first_token_at is None:
             return False
-        await self._sleep_until(self._first_token_at + self.produced * self._seconds_per_token)
+        pace = self.job.seconds_per_token
+        await self._sleep_until(
+            self._rank.times.token_at(self._first_token_at, self.produced, pace)
+        )
         if self._aborted:
             return False
         self.produced += 1
@@ -149,11 +178,31 @@ class Generation:
 class _Rank:
     """One scheduler: who waits, who is in prefill, who runs."""
 
-    def __init__(self, settings: SimulatorSettings) -> None:
+    def __init__(
+        self,
+        number: int,
+        settings: SimulatorSettings,
+        output_ids: OutputIds,
+        observer: Observer | None,
+    ) -> None:
         self.tokens_generated = 0
         self.most_running = 0
+        self.times = TimeModel(
+            prefill_tokens_per_second=settings.prefill_tokens_per_second,
+            seconds_per_token=settings.decode_milliseconds_per_token / 1000,
+        )
+        self._number = number
         self._limit = settings.max_running_requests
-        self._prefill_tokens_per_second = settings.prefill_tokens_per_second
+        self._output_ids = output_ids
+        self._observer = observer
+        self._cache = RadixCache(
+            capacity_tokens=settings.max_total_num_tokens,
+            page_size=settings.page_size,
+            host_capacity_tokens=settings.host_cache_tokens,
+            record_events=observer is not None,
+        )
+        self._prefilled_tokens = 0
+        self._prefill_seconds = 0.0
         self._waiting: deque[Generation] = deque()
         self._prefilling: Generation | None = None
         self._running: set[Generation] = set()  # the one in prefill included
@@ -170,35 +219,59 @@ class _Rank:
             running=len(self._running),
             waiting=len(self._waiting),
             used_tokens=sum(
-                item.job.prompt_tokens + item.produced * item.job.sequences
-                for item in self._running
+                item.prompt_tokens + item.produced * item.job.sequences for item in self._running
             ),
-            waiting_tokens=sum(item.job.prompt_tokens for item in self._waiting),
+            waiting_tokens=sum(item.prompt_tokens for item in self._waiting),
+            waiting_uncached_tokens=sum(item.uncached_tokens for item in self._waiting),
+            prefilled_tokens=self._prefilled_tokens,
+            prefill_microseconds=round(self._prefill_seconds * 1e6),
         )
 
-    def prefill_seconds(self, job: Job) -> float:
-        return job.prompt_tokens / self._prefill_tokens_per_second
+    def holding(self, job: Job) -> Holding:
+        return Holding(self._cache, job.prompts, job.namespace)
+
+    def flush_cache(self) -> None:
+        self._cache.flush()
+        self.report()
+
+    def report(self) -> None:
+        """Tell the observer what has changed; nothing of it is kept here."""
+        if self._observer is None:
+            return
+        if events := self._cache.take_events():
+            self._observer.cache_changed(self._number, events)
+        self._observer.load_changed(self._number)
 
     def is_prefilling(self, generation: Generation) -> bool:
         return self._prefilling is generation
 
     def enter(self, generation: Generation) -> None:
+        generation.uncached_tokens -= generation.holding.tokens_found()
         self._waiting.append(generation)
         self._admit(generation.arrived_at)
+        self.report()
 
     def prefilled(self, generation: Generation, at: float) -> None:
         if self._prefilling is generation:
             self._prefilling = None
+            self._prefilled_tokens += generation.uncached_tokens
+            self._prefill_seconds += self.times.prefill_seconds(generation.uncached_tokens)
+            generation.holding.insert(at)
             self._admit(at)
+            self.report()
 
     def leave(self, generation: Generation) -> None:
+        now = asyncio.get_running_loop().time()
+        output = self._output_ids(generation.produced) if generation.produced else None
+        generation.holding.release(now, output)
         if self._prefilling is generation:
             self._prefilling = None
         if generation in self._running:
             self._running.remove(generation)
         else:
             self._waiting.remove(generation)
-        self._admit(asyncio.get_running_loop().time())
+        self._admit(now)
+        self.report()
 
     def _admit(self, at: float) -> None:
         """Start the next prefill if the rank is free for it; `at` is when it became free."""
@@ -208,16 +281,28 @@ class _Rank:
         self._prefilling = generation
         self._running.add(generation)
         self.most_running = max(self.most_running, len(self._running))
-        generation.prefill_starts_at = max(at, generation.arrived_at)
+        started_at = self.times.prefill_starts_at(generation.arrived_at, at)
+        generation.prefill_starts_at = started_at
+        generation.holding.acquire(started_at)
+        generation.uncached_tokens = generation.prompt_tokens - generation.holding.cached_tokens
         generation.wake()
 
 
 class Engine:
     """The ranks of one worker and what they have done so far."""
 
-    def __init__(self, settings: SimulatorSettings) -> None:
+    def __init__(
+        self,
+        settings: SimulatorSettings,
+        *,
+        output_ids: OutputIds = range,
+        observer: Observer | None = None,
+    ) -> None:
+        """`output_ids` gives the token ids of an output of that length."""
         self._seconds_per_token = settings.decode_milliseconds_per_token / 1000
-        self._ranks = [_Rank(settings) for _ in range(settings.dp_size)]
+        self._ranks = [
+            _Rank(number, settings, output_ids, observer) for number in range(settings.dp_size)
+        ]
 
     def submit(self, job: Job) -> Generation:
         """A place for this request, taken when its context is entered.
@@ -230,8 +315,7 @@ class Engine:
             rank = self._ranks[job.rank]
         else:
             raise LookupError(f"rank {job.rank} is not below dp_size {len(self._ranks)}")
-        pace = self._seconds_per_token if job.seconds_per_token is None else job.seconds_per_token
-        return Generation(rank, job, pace)
+        return Generation(rank, job)
 
     def abort(self, rid: str | None) -> int:
         """End the requests of that id, or all for None; gives how many there were."""
@@ -239,6 +323,22 @@ class Engine:
         for generation in doomed:
             generation.abort()
         return len(doomed)
+
+    def flush_cache(self) -> bool:
+        """Empty the caches; refused, with False, while requests use them."""
+        if not self.is_idle:
+            return False
+        for rank in self._ranks:
+            rank.flush_cache()
+        return True
+
+    def announce(self) -> None:
+        """Tell the observer how every rank stands, empty caches included."""
+        for rank in self._ranks:
+            rank.report()
+
+    def load(self, rank: int) -> RankLoad:
+        return self._ranks[rank].load()
 
     def loads(self) -> list[RankLoad]:
         """The counters of every rank, in the order of the ranks."""

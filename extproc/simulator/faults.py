@@ -15,7 +15,7 @@ __all__ = ["FAULT_HEADER", "NO_FAULT", "FaultBoard", "RequestFault", "WorkerFaul
 FAULT_HEADER = "x-simulator-fault"
 
 _Status = Annotated[int, msgspec.Meta(ge=200, le=599)]
-_Tokens = Annotated[int, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -40,9 +40,9 @@ class RequestFault(
     status: _Status | None = None
     retry_after: _Seconds | None = None
     slow_token: _Seconds | None = None
-    die_after_tokens: _Tokens | None = None
-    error_after_tokens: _Tokens | None = None
-    stall_after_tokens: _Tokens | None = None
+    die_after_tokens: _Count | None = None
+    error_after_tokens: _Count | None = None
+    stall_after_tokens: _Count | None = None
     reset: bool = False
 
     @property
@@ -59,7 +59,13 @@ NO_FAULT = RequestFault()
 class WorkerFaults(RequestFault, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A fault for every request, or the next `count`, and for the paths a router probes.
 
-    The probes' faults stay until they are cleared, whatever `count` says.
+    The probes' faults stay until they are cleared, whatever `count` says. Those of the KV wire
+    hit every rank:
+
+    * `kv_drop_batches`: the next batches are not sent, a gap that replay can fill.
+    * `kv_wrong_token_counts`: the next stored events carry one token too few.
+    * `kv_garbage_frames`: so many messages no consumer can read, at once.
+    * `kv_unknown_removals`: a batch, at once, that removes so many hashes never stored.
     """
 
     count: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -69,6 +75,10 @@ class WorkerFaults(RequestFault, frozen=True, kw_only=True, forbid_unknown_field
     server_info_hang: bool | _Seconds = False
     models_status: _Status | None = None
     models_hang: bool | _Seconds = False
+    kv_drop_batches: _Count = 0
+    kv_wrong_token_counts: _Count = 0
+    kv_garbage_frames: _Count = 0
+    kv_unknown_removals: _Count = 0
 
     def probe(self, name: str) -> RequestFault:
         """The fault of `health`, `server_info` or `models`."""

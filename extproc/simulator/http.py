@@ -16,6 +16,7 @@ from extproc.simulator.bodies import readers
 from extproc.simulator.control import Control
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.inference import Worker, json_answer, listening_port, serve
+from extproc.simulator.kv_publisher import KvPorts
 from extproc.simulator.settings import SimulatorSettings
 
 __all__ = ["RunningSimulator", "create_app", "start"]
@@ -23,6 +24,7 @@ __all__ = ["RunningSimulator", "create_app", "start"]
 _BODY_LIMIT_BYTES = 64 * 1024 * 1024
 _BACKLOG_CONNECTIONS = 4096
 _SHUTDOWN_SECONDS = 1.0  # for handlers that were cancelled already
+_WORKER = web.AppKey("worker", Worker)
 _OPEN_PATHS = frozenset({"/health", "/health_generate"})
 
 
@@ -33,6 +35,7 @@ def create_app(settings: SimulatorSettings) -> web.Application:
         middlewares=[_tracked(worker), _enveloped(), _authorized(settings)],
         client_max_size=_BODY_LIMIT_BYTES,
     )
+    app[_WORKER] = worker
     app.add_routes(Control(worker).routes())
 
     async def infer(request: web.Request) -> web.StreamResponse:
@@ -43,8 +46,16 @@ def create_app(settings: SimulatorSettings) -> web.Application:
     async def break_off(app: web.Application) -> None:
         worker.break_off()
 
+    async def start_publishing(app: web.Application) -> None:
+        worker.start()
+
+    async def stop_publishing(app: web.Application) -> None:
+        worker.stop()
+
     app.on_response_prepare.append(_sign)
+    app.on_startup.append(start_publishing)
     app.on_shutdown.append(break_off)
+    app.on_cleanup.append(stop_publishing)
     return app
 
 
@@ -65,6 +76,13 @@ class RunningSimulator:
         """Where clients on this machine reach it, without a trailing slash."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self.port}"
+
+    @property
+    def kv_ports(self) -> KvPorts | None:
+        """Where rank 0 publishes; None when it does not."""
+        app = self._runner.app
+        publisher = None if app is None else app[_WORKER].publisher
+        return None if publisher is None else publisher.ports
 
     async def stop(self) -> None:
         await self._runner.cleanup()

@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -18,7 +18,8 @@ import structlog
 from aiohttp import web
 
 from extproc.simulator.answers import Answer, Ticket
-from extproc.simulator.bodies import InferenceRequest, readers
+from extproc.simulator.bodies import InferenceRequest, Prompt, readers
+from extproc.simulator.cache_events import Namespace
 from extproc.simulator.engine import Engine, FinishReason, Generation, Job
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.faults import (
@@ -28,8 +29,10 @@ from extproc.simulator.faults import (
     parse_header,
 )
 from extproc.simulator.journal import Entry, Journal
+from extproc.simulator.kv_publisher import KvPorts, KvPublisher
 from extproc.simulator.other_answers import answers
 from extproc.simulator.settings import SimulatorSettings
+from extproc.simulator.tokens import Tokenizer
 
 __all__ = ["Worker", "hang", "json_answer", "listening_port", "serve"]
 
@@ -45,11 +48,43 @@ class Worker:
 
     def __init__(self, settings: SimulatorSettings) -> None:
         self.settings = settings
-        self.engine = Engine(settings)
+        self.tokenizer = Tokenizer(settings.tokenizer_path)
         self.faults = FaultBoard()
         self.journal = Journal()
-        self.started_at = time.monotonic()
         self._handlers: set[asyncio.Task[object]] = set()
+        self._renew()
+
+    def _renew(self) -> None:
+        settings = self.settings
+        self.publisher = None if settings.kv_events_port is None else KvPublisher(settings)
+        self.engine = Engine(settings, output_ids=self.tokenizer.output, observer=self.publisher)
+        self.started_at = time.monotonic()
+        self.startup_time = time.time()
+
+    def start(self, ports: KvPorts | None = None) -> None:
+        """Begin to publish, if it is to; raises OSError when a port can not be used."""
+        if self.publisher is not None:
+            self.publisher.start(self.engine.load, ports)
+            self.engine.announce()
+
+    def stop(self) -> None:
+        if self.publisher is not None:
+            self.publisher.stop()
+
+    async def restart(self) -> None:
+        """Die and come back at the same ports with nothing remembered but the journal.
+
+        Clients of requests that run, health checks among them, see their connections break.
+        """
+        own = asyncio.current_task()
+        while others := self._handlers - {own}:
+            for task in others:
+                task.cancel()
+            await asyncio.wait(others)
+        ports = None if self.publisher is None else self.publisher.ports
+        self.stop()
+        self._renew()
+        self.start(ports)
 
     @property
     def is_starting(self) -> bool:
@@ -125,15 +160,15 @@ async def _answer(worker: Worker, request: web.Request, entry: Entry) -> web.Str
     body = await request.read()
     entry.body_bytes = len(body)
     asked = readers[request.path](body)
-    ticket = _ticket(worker, request, asked)
+    prompts = [_tokens(worker, prompt, asked) for prompt in asked.prompts]
+    ticket = _ticket(worker, request, asked, sum(len(prompt) for prompt in prompts))
     entry.rid = ticket.id
-    entry.prompt_tokens = asked.prompt_tokens
+    entry.prompt_tokens = ticket.prompt_tokens
     answer = answers[request.path](ticket)
     entry.stream = asked.stream and answer.streams
     if worker.is_starting:
         raise ApiError(503, "the worker is starting")
-    if asked.model not in (None, worker.settings.model):
-        raise ApiError(404, f"the model {asked.model!r} does not exist")
+    namespace = _namespace(worker, asked)
     fault = _fault(worker, request)
     await hang(fault)
     if fault.die_before_headers:
@@ -141,17 +176,35 @@ async def _answer(worker: Worker, request: web.Request, entry: Entry) -> web.Str
     if fault.answer_status is not None:
         return _fault_answer(fault.answer_status, fault)
     run = _Run(worker, request, entry, answer, fault)
-    with _submit(worker, asked, ticket.id, fault) as generation:
+    with _submit(worker, asked, prompts, namespace, ticket.id, fault) as generation:
         return await (run.stream(generation) if entry.stream else run.whole(generation))
 
 
-def _ticket(worker: Worker, request: web.Request, asked: InferenceRequest) -> Ticket:
+def _tokens(worker: Worker, prompt: Prompt, asked: InferenceRequest) -> Sequence[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    return worker.tokenizer.encode(prompt, special_tokens=asked.special_tokens)
+
+
+def _namespace(worker: Worker, asked: InferenceRequest) -> Namespace:
+    """Where the request may share pages; `model:adapter` names any adapter of the model."""
+    model, lora_name = worker.settings.model, asked.lora_name
+    if asked.model not in (None, model):
+        base, _, lora_name = asked.model.rpartition(":")
+        if base != model or not lora_name:
+            raise ApiError(404, f"the model {asked.model!r} does not exist")
+    return Namespace(asked.cache_salt, lora_name)
+
+
+def _ticket(
+    worker: Worker, request: web.Request, asked: InferenceRequest, prompt_tokens: int
+) -> Ticket:
     return Ticket(
         id=asked.rid or uuid.uuid4().hex,
         created=int(time.time()),
         model=worker.settings.model,
         fingerprint=f"simulator-{listening_port(request)}",
-        prompt_tokens=asked.prompt_tokens,
+        prompt_tokens=prompt_tokens,
         sequences=asked.sequences,
         is_batch=asked.is_batch,
         include_usage=asked.include_usage,
@@ -176,11 +229,19 @@ def _fault_answer(status: int, fault: RequestFault) -> web.Response:
     return response
 
 
-def _submit(worker: Worker, asked: InferenceRequest, rid: str, fault: RequestFault) -> Generation:
+def _submit(
+    worker: Worker,
+    asked: InferenceRequest,
+    prompts: Sequence[Sequence[int]],
+    namespace: Namespace,
+    rid: str,
+    fault: RequestFault,
+) -> Generation:
     max_tokens = asked.max_tokens
     job = Job(
         rid=rid,
-        prompt_tokens=asked.prompt_tokens,
+        prompts=prompts,
+        namespace=namespace,
         max_tokens=worker.settings.default_max_tokens if max_tokens is None else max_tokens,
         natural_end=max_tokens is None,
         sequences=asked.sequences,
@@ -211,7 +272,7 @@ class _Run:
         self._fault = fault
 
     async def whole(self, generation: Generation) -> web.Response:
-        await generation.prefill()
+        await self._prefill(generation)
         while True:
             if await self._strike(generation.produced):
                 raise ApiError(500, "simulated fault: failed on the way")
@@ -221,7 +282,7 @@ class _Run:
         return json_answer(self._answer.whole(generation.produced, self._finish(generation)))
 
     async def stream(self, generation: Generation) -> web.StreamResponse:
-        await generation.prefill()
+        await self._prefill(generation)
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -244,6 +305,10 @@ class _Run:
             await response.write(self._answer.token(generation.produced - 1))
         await response.write_eof()
         return response
+
+    async def _prefill(self, generation: Generation) -> None:
+        await generation.prefill()
+        self._answer.cached_tokens = self._entry.cached_tokens = generation.holding.cached_tokens
 
     def _finish(self, generation: Generation) -> FinishReason:
         reason = generation.finish_reason or "abort"

@@ -22,6 +22,7 @@ class Entry(msgspec.Struct, kw_only=True):
     rid: str | None = None
     stream: bool = False
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     body_bytes: int = 0
     outcome: Outcome | None = None

@@ -51,7 +51,7 @@ class _GenerateAnswer(Answer):
                 "finish_reason": finish,
                 "prompt_tokens": self.ticket.prompt_tokens,
                 "completion_tokens": produced,
-                "cached_tokens": 0,
+                "cached_tokens": self.cached_tokens,
                 "model": self.ticket.model,
                 "system_fingerprint": self.ticket.fingerprint,
             },
@@ -90,7 +90,10 @@ class _MessagesAnswer(Answer):
         return _named({"type": "error", **error})
 
     def _input_usage(self) -> dict[str, int]:
-        return {"input_tokens": self.ticket.prompt_tokens, "cache_read_input_tokens": 0}
+        return {
+            "input_tokens": self.ticket.prompt_tokens,
+            "cache_read_input_tokens": self.cached_tokens,
+        }
 
     def _message(self, content: list[Any], reason: str | None, usage: Any) -> dict[str, Any]:
         return {
@@ -117,7 +120,7 @@ class _ResponsesAnswer(Answer):
         item = self._item(text_of(produced), "completed")
         usage = {
             "input_tokens": self.ticket.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self.cached_tokens},
             "output_tokens": produced,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.ticket.prompt_tokens + produced,

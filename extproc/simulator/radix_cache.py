@@ -14,9 +14,7 @@ device are closed under prefixes, and so are all pages together, after every sin
 What finds no room because everything is pinned is not kept: capacities are never exceeded.
 """
 
-import hashlib
 from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
 
 import msgspec
 
@@ -30,10 +28,16 @@ from extproc.simulator.cache_events import (
     Removed,
     Stored,
 )
+from extproc.simulator.radix_nodes import (
+    LeafQueue,
+    Node,
+    Root,
+    is_gpu_leaf,
+    is_host_leaf,
+    root_of,
+)
 
 __all__ = ["Lease", "Match", "RadixCache"]
-
-_SPARE_ENTRIES = 1024  # a queue of leaves is tidied only when it holds more that are void
 
 
 class Match(msgspec.Struct, frozen=True):
@@ -47,33 +51,6 @@ class Match(msgspec.Struct, frozen=True):
         return self.gpu + self.host
 
 
-class _Node:
-    __slots__ = (
-        *("children", "gpu_children", "hash", "on_gpu", "on_host"),
-        *("page", "parent", "pins", "used_at"),
-    )
-
-    def __init__(self, parent: "_Node | None", page: Page, hash_: int, used_at: float) -> None:
-        self.parent = parent
-        self.page = page
-        self.hash = hash_
-        self.used_at = used_at
-        self.on_gpu = True
-        self.on_host = False
-        self.pins = 0
-        self.gpu_children = 0
-        self.children: dict[Page, _Node] = {}
-
-
-class _Root(_Node):
-    __slots__ = ("namespace",)
-
-    def __init__(self, namespace: Namespace) -> None:
-        digest = hashlib.sha256(msgspec.json.encode(namespace)).digest()
-        super().__init__(None, None, int.from_bytes(digest[:8], "big", signed=True), 0.0)
-        self.namespace = namespace
-
-
 class Lease:
     """A request's hold on its pages, until it is released.
 
@@ -82,14 +59,11 @@ class Lease:
 
     __slots__ = ("_depth", "_node", "_root", "cached")
 
-    def __init__(self, root: _Root) -> None:
+    def __init__(self, root: Root) -> None:
         self.cached = Match(0, 0)
         self._root = root
-        self._node: _Node = root
+        self._node: Node = root
         self._depth = 0  # pages up to and with the node
-
-
-_HeapEntry = tuple[float, int, _Node]
 
 
 class RadixCache:
@@ -131,18 +105,17 @@ class RadixCache:
 
     def flush(self) -> None:
         """Forget everything; leases taken before hold nothing and may still be released."""
-        self._roots: dict[Namespace, _Root] = {}
+        self._roots: dict[Namespace, Root] = {}
         self._gpu_pages = 0
         self._host_pages = 0
-        self._gpu_leaves: list[_HeapEntry] = []
-        self._host_leaves: list[_HeapEntry] = []
-        self._entries = 0
+        self._gpu_leaves = LeafQueue(is_gpu_leaf)
+        self._host_leaves = LeafQueue(is_host_leaf)
         if self._records:
             self._events.append(Cleared())
 
     def match(self, pages: Sequence[Page], namespace: Namespace = DEFAULT_NAMESPACE) -> Match:
         """How much of it is held now; changes nothing."""
-        node: _Node | None = self._roots.get(namespace)
+        node: Node | None = self._roots.get(namespace)
         gpu = host = 0
         for page in pages:
             if node is None or (node := node.children.get(page)) is None:
@@ -162,7 +135,7 @@ class RadixCache:
         """
         root = self._roots.get(namespace)
         if root is None:
-            root = self._roots[namespace] = _Root(namespace)
+            root = self._roots[namespace] = Root(namespace)
         lease = Lease(root)
         root.pins += 1
         gpu = self._descend(lease, pages)
@@ -209,7 +182,7 @@ class RadixCache:
         self._move(lease, node, depth)
         return depth
 
-    def _move(self, lease: Lease, node: _Node, depth: int) -> None:
+    def _move(self, lease: Lease, node: Node, depth: int) -> None:
         if node is lease._node:
             return
         node.pins += 1
@@ -218,7 +191,7 @@ class RadixCache:
 
     def _promote(self, lease: Lease, pages: Sequence[Page], now: float) -> None:
         """Bring the host pages that continue the lease to the device, as many as find room."""
-        wanted: list[_Node] = []
+        wanted: list[Node] = []
         node = lease._node
         for page in pages[lease._depth :]:
             child = node.children.get(page)
@@ -241,13 +214,13 @@ class RadixCache:
             self._move(lease, chain[-1], lease._depth + room)
             chain[-1].used_at = now
 
-    def _take_back(self, chain: list[_Node]) -> None:
+    def _take_back(self, chain: list[Node]) -> None:
         """Leave on the host what the device had no room for, if the host still has any."""
         self._host_pages += len(chain)
         for node in chain:
             node.on_host = True
         if chain and not chain[-1].children:
-            self._push(self._host_leaves, chain[-1])
+            self._host_leaves.push(chain[-1])
         self._drop_from_host(self._host_pages - self._host_capacity)
 
     def _append(self, lease: Lease, pages: Sequence[Page], now: float) -> None:
@@ -255,7 +228,7 @@ class RadixCache:
         node = lease._node
         chain = []
         for page in pages:
-            child = _Node(node, page, hash((node.hash, page)), now)
+            child = Node(node, page, hash((node.hash, page)), now)
             node.children[page] = child
             node.gpu_children += 1
             chain.append(child)
@@ -273,10 +246,16 @@ class RadixCache:
         return min(pages, self._capacity - self._gpu_pages)
 
     def _evict(self, count: int) -> None:
-        victims: list[_Node] = []
-        while len(victims) < count and (node := self._pop(self._gpu_leaves)):
-            self._leave_gpu(node)
+        victims: list[Node] = []
+        node = self._gpu_leaves.pop()
+        while node is not None:
             victims.append(node)
+            parent = self._leave_gpu(node)
+            if len(victims) == count:
+                self._offer(parent)
+                break
+            leaves = self._gpu_leaves
+            node = leaves.pop_or(parent) if is_gpu_leaf(parent) else leaves.pop()
         if not victims:
             return
         # The deepest come first: those the host has no room for can go before their parents.
@@ -287,94 +266,73 @@ class RadixCache:
         for node in victims[:lost]:
             self._detach(node)
 
-    def _demote(self, nodes: list[_Node]) -> None:
+    def _demote(self, nodes: list[Node]) -> None:
         """Put these pages, the deepest first, into host memory."""
         self._host_pages += len(nodes)
-        chain: list[_Node] = []
+        chain: list[Node] = []
         for node in reversed(nodes):
             node.on_host = True
             if chain and node.parent is not chain[-1]:
-                self._record_stored(_root_of(chain[0]), chain, "CPU_PINNED")
+                self._record_stored(root_of(chain[0]), chain, "CPU_PINNED")
                 chain = []
             chain.append(node)
             if not node.children:
-                self._push(self._host_leaves, node)
+                self._host_leaves.push(node)
         if chain:
-            self._record_stored(_root_of(chain[0]), chain, "CPU_PINNED")
+            self._record_stored(root_of(chain[0]), chain, "CPU_PINNED")
 
     def _drop_from_host(self, count: int) -> None:
         dropped: list[int] = []
-        while len(dropped) < count and (node := self._pop(self._host_leaves)):
+        while len(dropped) < count and (node := self._host_leaves.pop()):
             self._host_pages -= 1
             dropped.append(node.hash)
             self._detach(node)
         self._record_removed(dropped, "CPU_PINNED")
 
-    def _enter_gpu(self, chain: list[_Node]) -> None:
+    def _enter_gpu(self, chain: list[Node]) -> None:
         self._gpu_pages += len(chain)
         for node in chain:
             node.on_gpu = True
             assert node.parent is not None  # noqa: S101  # roots are never on the host
             node.parent.gpu_children += 1
 
-    def _leave_gpu(self, node: _Node) -> None:
+    def _leave_gpu(self, node: Node) -> Node:
+        """Gives its parent, which may be a leaf now."""
         node.on_gpu = False
         self._gpu_pages -= 1
         parent = node.parent
         assert parent is not None  # noqa: S101  # roots are never leaves
         parent.gpu_children -= 1
-        parent.used_at = max(parent.used_at, node.used_at)
-        self._offer(parent)
+        if node.used_at > parent.used_at:
+            parent.used_at = node.used_at
+        return parent
 
-    def _detach(self, node: _Node) -> None:
+    def _detach(self, node: Node) -> None:
         """Forget a page that has no children."""
         parent = node.parent
         assert parent is not None  # noqa: S101  # roots are never leaves
         node.parent = None
         del parent.children[node.page]
-        if isinstance(parent, _Root):
+        if isinstance(parent, Root):
             self._forget_if_empty(parent)
         elif parent.on_host and not parent.children:
             parent.used_at = max(parent.used_at, node.used_at)
-            self._push(self._host_leaves, parent)
+            self._host_leaves.push(parent)
 
-    def _forget_if_empty(self, root: _Root) -> None:
+    def _forget_if_empty(self, root: Root) -> None:
         if not root.children and not root.pins and self._roots.get(root.namespace) is root:
             del self._roots[root.namespace]
 
-    def _unpin(self, node: _Node) -> None:
+    def _unpin(self, node: Node) -> None:
         node.pins -= 1
         self._offer(node)
 
-    def _offer(self, node: _Node) -> None:
+    def _offer(self, node: Node) -> None:
         """Line a page up for eviction if it is a free leaf on the device."""
-        if not node.pins and not node.gpu_children and node.parent is not None:
-            self._push(self._gpu_leaves, node)
+        if is_gpu_leaf(node):
+            self._gpu_leaves.push(node)
 
-    def _push(self, heap: list[_HeapEntry], node: _Node) -> None:
-        self._entries += 1
-        heappush(heap, (node.used_at, self._entries, node))
-        if len(heap) > _SPARE_ENTRIES + 2 * (self._gpu_pages + self._host_pages):
-            heap[:] = {id(entry[2]): entry for entry in heap if self._is_due(heap, entry)}.values()
-            heapify(heap)
-
-    def _pop(self, heap: list[_HeapEntry]) -> _Node | None:
-        """The leaf used longest ago; entries that no longer hold are skipped for good."""
-        while heap:
-            entry = heappop(heap)
-            if self._is_due(heap, entry):
-                return entry[2]
-        return None
-
-    def _is_due(self, heap: list[_HeapEntry], entry: _HeapEntry) -> bool:
-        used_at, _, node = entry
-        if node.parent is None or node.used_at != used_at:
-            return False
-        if heap is self._host_leaves:
-            return node.on_host and not node.children
-        return node.on_gpu and not node.gpu_children and not node.pins
-
-    def _record_stored(self, root: _Root, chain: list[_Node], medium: Medium) -> None:
+    def _record_stored(self, root: Root, chain: list[Node], medium: Medium) -> None:
         if not self._records:
             return
         parent = chain[0].parent
@@ -391,11 +349,3 @@ class RadixCache:
     def _record_removed(self, hashes: list[int], medium: Medium) -> None:
         if self._records and hashes:
             self._events.append(Removed(hashes=hashes, medium=medium))
-
-
-def _root_of(node: _Node) -> _Root:
-    above = node.parent
-    while above is not None:
-        node, above = above, above.parent
-    assert isinstance(node, _Root)  # noqa: S101  # the chain of parents ends at a root
-    return node

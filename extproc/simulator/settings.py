@@ -4,9 +4,10 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["DisaggregationMode", "SimulatorSettings"]
+__all__ = ["DisaggregationMode", "SimulatorSettings", "WireFormat"]
 
 DisaggregationMode = Literal["null", "prefill", "decode"]
+WireFormat = Literal["map", "array"]
 
 
 class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,6 +16,9 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     `port` 0 picks a free one. `model` is the served name. `no_server_info` makes the worker
     look like vLLM, which has neither `/server_info` nor `/v1/loads`. While
     `startup_delay_seconds` have not passed, health, introspection and inference answer 503.
+
+    KV events and load are published when `kv_events_port` is given. Rank r uses each of the
+    three ports plus r; 0 picks free ones. `wire_format` "array" is that of older engines.
 
     Raises ValueError, naming the setting, for a value no worker can have.
     """
@@ -26,24 +30,37 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     decode_milliseconds_per_token: float = 20.0
     max_running_requests: int = 32  # of each rank; more wait in its queue
     default_max_tokens: int = 64
-    max_total_num_tokens: int = 524_288  # of each rank, reported only
+    max_total_num_tokens: int = 524_288  # the prefix cache of each rank
+    host_cache_tokens: int = 0  # of each rank, for what is evicted; 0 for none
     context_length: int = 131_072  # reported only
     page_size: int = 64
     dp_size: int = 1
     disaggregation_mode: DisaggregationMode = "null"
+    tokenizer_path: str | None = None  # a tokenizer.json; without, a token is a byte
+    kv_events_port: int | None = None
+    kv_replay_port: int = 0
+    kv_load_port: int = 0
+    no_replay: bool = False
+    wire_format: WireFormat = "map"
     api_key: str | None = None
     startup_delay_seconds: float = 0.0
     log_requests: bool = False
     no_server_info: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65_535:
-            raise ValueError(f"port: {self.port} is not between 0 and 65535")
+        for name in ("port", "kv_events_port", "kv_replay_port", "kv_load_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65_535:
+                raise ValueError(f"{name}: {port} is not between 0 and 65535")
         if not self.model:
             raise ValueError("model: a name is needed")
         if self.prefill_tokens_per_second <= 0:
             raise ValueError("prefill_tokens_per_second: must be above 0")
-        for name in ("decode_milliseconds_per_token", "startup_delay_seconds"):
+        for name in (
+            "decode_milliseconds_per_token",
+            "startup_delay_seconds",
+            "host_cache_tokens",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must not be negative")
         for name in (

@@ -86,7 +86,7 @@ async def test_stats_show_what_arrived(worker: SimulatedWorker) -> None:
     (request,) = stats["requests"]
     assert request["path"] == "/v1/completions"
     assert (request["rid"], request["request_id"]) == ("r-1", "q-1")
-    assert (request["prompt_tokens"], request["completion_tokens"]) == (4, 2)
+    assert (request["prompt_tokens"], request["completion_tokens"]) == (16, 2)
     assert request["body_bytes"] == len(body)
     assert request["stream"] is False
     assert request["headers"]["x-request-id"] == "q-1"

@@ -1,6 +1,7 @@
 """The queue and the time model alone: no sockets, and a loop whose clock is moved by hand."""
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from extproc.simulator.engine import Engine, Job
 from extproc.simulator.settings import SimulatorSettings
+
+_tokens = itertools.count(step=1_000_000)
 
 
 class FakeTimeLoop(asyncio.SelectorEventLoop):
@@ -43,7 +46,10 @@ def engine(**fields: Any) -> Engine:
 
 
 def job(rid: str = "r", prompt_tokens: int = 1000, max_tokens: int = 3, **fields: Any) -> Job:
-    return Job(rid=rid, prompt_tokens=prompt_tokens, max_tokens=max_tokens, **fields)
+    """A prompt that shares nothing with those of other jobs, unless `prompts` are given."""
+    first = next(_tokens)
+    defaults: dict[str, Any] = {"prompts": [range(first, first + prompt_tokens)]}
+    return Job(rid=rid, max_tokens=max_tokens, **(defaults | fields))
 
 
 async def token_times(engine: Engine, job: Job) -> list[float]:
@@ -202,3 +208,52 @@ def test_ranks_have_queues_of_their_own(runner: asyncio.Runner) -> None:
     assert pinned[1][0] - pinned[0][0] == pytest.approx(1.0)
     with pytest.raises(LookupError, match="rank 2"):
         both.submit(job(rank=2))
+
+
+def test_what_is_cached_is_not_prefilled(runner: asyncio.Runner) -> None:
+    busy = engine(page_size=100)
+    again = job(prompts=[range(1000)], max_tokens=1)
+    longer = job(prompts=[range(1500)], max_tokens=1)
+    times = [together(runner, busy, item)[0][0] for item in (again, again, longer)]
+    # 1 s; then only the last page, which has the prompt's last token: 0.1 s; then 500 tokens.
+    assert times == [1.0, 1.1, 1.6]
+    (load,) = busy.loads()
+    assert (load.prefilled_tokens, load.prefill_microseconds) == (1600, 1_600_000)
+
+
+def test_a_prompt_waiting_behind_its_own_prefix_profits_from_it(runner: asyncio.Runner) -> None:
+    busy = engine(page_size=100)
+    item = job(prompts=[range(1000)], max_tokens=1)
+    assert together(runner, busy, item, item) == [[1.0], [1.1]]
+
+
+def test_the_output_is_cached_for_the_next_turn(runner: asyncio.Runner) -> None:
+    busy = engine(page_size=10)
+    together(runner, busy, job(prompts=[range(1000, 1100)], max_tokens=20))
+    turn = [*range(1000, 1100), *range(20), *range(50, 60)]  # prompt, output, a new message
+    assert together(runner, busy, job(prompts=[turn], max_tokens=1))[0][0] == pytest.approx(0.3)
+
+
+def test_one_that_leaves_in_prefill_has_cached_nothing(runner: asyncio.Runner) -> None:
+    async def run() -> int:
+        busy = engine(page_size=100)
+        item = job(prompts=[range(1000)])
+        task = asyncio.ensure_future(token_times(busy, item))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        await asyncio.wait([task])
+        with busy.submit(item) as generation:
+            await generation.prefill()
+            return generation.holding.cached_tokens
+
+    assert runner.run(run()) == 0
+
+
+def test_a_cache_in_use_is_not_flushed(runner: asyncio.Runner) -> None:
+    async def run() -> tuple[bool, bool]:
+        busy = engine()
+        with busy.submit(job()):
+            refused = busy.flush_cache()
+        return refused, busy.flush_cache()
+
+    assert runner.run(run()) == (False, True)

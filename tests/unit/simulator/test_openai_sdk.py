@@ -26,7 +26,7 @@ async def test_chat(client: openai.AsyncOpenAI, worker: SimulatedWorker) -> None
     assert len((choice.message.content or "").split()) == 5
     assert answer.system_fingerprint == f"simulator-{worker.simulator.port}"
     assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (10, 5)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (53, 5)  # user, 40 x, assistant
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 0
 
@@ -45,12 +45,12 @@ async def test_chat_streamed(client: openai.AsyncOpenAI) -> None:
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
-    assert chunks[-1].usage.total_tokens == 10 + 64
+    assert chunks[-1].usage.total_tokens == 53 + 64
 
 
 @pytest.mark.parametrize(
     ("prompt", "prompt_tokens", "choices"),
-    [("x" * 40, 10, 1), ("", 1, 1), (["x" * 40, "y" * 8], 12, 2), ([5, 6, 7], 3, 1)],
+    [("x" * 40, 40, 1), ("", 1, 1), (["x" * 40, "y" * 8], 48, 2), ([5, 6, 7], 3, 1)],
 )
 async def test_completions(
     client: openai.AsyncOpenAI, prompt: str | list[str], prompt_tokens: int, choices: int

@@ -74,7 +74,7 @@ async def test_generate_streams_the_text_so_far(worker: SimulatedWorker) -> None
     payloads = await streamed(worker, "/generate", body)
     assert [item["text"] for item in payloads[:-1]] == ["a ", "a token ", "a token "]
     assert payloads[-2]["meta_info"]["finish_reason"]["type"] == "length"
-    assert payloads[-2]["meta_info"]["prompt_tokens"] == 2
+    assert payloads[-2]["meta_info"]["prompt_tokens"] == 8
     assert payloads[-1] == "[DONE]"
 
 
@@ -91,7 +91,7 @@ async def test_messages(worker: SimulatedWorker) -> None:
     _, answer = await worker.post("/v1/messages", body)
     assert answer["content"][0]["text"] == "a token from "
     assert answer["stop_reason"] == "max_tokens"
-    assert answer["usage"]["input_tokens"] == 12
+    assert answer["usage"]["input_tokens"] == 67  # system, 8 y, user, 40 x, assistant
     payloads = await streamed(worker, "/v1/messages", body)
     kinds = [item["type"] for item in payloads]
     assert kinds == [
@@ -176,7 +176,7 @@ async def test_unknown_paths_and_methods_are_answered_in_the_envelope(
 async def test_a_large_body_arrives_whole(worker: SimulatedWorker) -> None:
     status, answer = await worker.post(CHAT, chat("x" * 8_000_000, max_tokens=1))
     assert status == 200
-    assert answer["usage"]["prompt_tokens"] == 2_000_000
+    assert answer["usage"]["prompt_tokens"] == 8_000_013  # user and assistant too
     assert (await worker.stats())["requests"][0]["body_bytes"] > 8_000_000
 
 

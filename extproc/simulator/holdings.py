@@ -1,0 +1,65 @@
+"""A request's prompts in the cache of its rank, from the queue to the last token.
+
+A prompt's pages are held from the start of its prefill, and can be found by others when the
+prefill ends, as in the engine. A batch is prefilled as one, so its prompts share nothing
+with each other that was not there before.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+from extproc.simulator.cache_events import Namespace, pages_of
+from extproc.simulator.radix_cache import Lease, RadixCache
+from extproc.simulator.time_model import reusable_tokens
+
+__all__ = ["Holding"]
+
+
+class Holding:
+    """What one request holds; `cached_tokens` is known once it is acquired."""
+
+    def __init__(
+        self, cache: RadixCache, prompts: Sequence[Sequence[int]], namespace: Namespace
+    ) -> None:
+        self.cached_tokens = 0
+        self._cache = cache
+        self._prompts = prompts
+        self._namespace = namespace
+        self._pages = [pages_of(prompt, cache.page_size) for prompt in prompts]
+        self._leases: list[Lease] = []
+
+    def tokens_found(self) -> int:
+        """How many prompt tokens would be cached if the prefill began now."""
+        found = (self._cache.match(pages, self._namespace).tokens for pages in self._pages)
+        return self._reusable(found)
+
+    def acquire(self, now: float) -> None:
+        """Hold what is cached; the prefill begins."""
+        self._leases = [self._cache.acquire(pages, now, self._namespace) for pages in self._pages]
+        self.cached_tokens = self._reusable(lease.cached.tokens for lease in self._leases)
+
+    def insert(self, now: float) -> None:
+        """Hold all of the prompts; the prefill has ended."""
+        for lease, pages in zip(self._leases, self._pages, strict=True):
+            self._cache.insert(lease, pages, now)
+
+    def release(self, now: float, output: Sequence[int] | None) -> None:
+        """Let go, keeping prompts and output for later; None keeps only what is there."""
+        held = zip(self._leases, self._prompts, self._pages, strict=bool(self._leases))
+        for lease, prompt, pages in held:
+            grown = None if output is None else self._grown(prompt, pages, output)
+            self._cache.release(lease, now, grown)
+        self._leases = []
+
+    def _grown(
+        self, prompt: Sequence[int], pages: list[tuple[int, ...]], output: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        size = self._cache.page_size
+        return pages + pages_of([*chain(prompt[len(pages) * size :], output)], size)
+
+    def _reusable(self, found: Iterable[int]) -> int:
+        size = self._cache.page_size
+        return sum(
+            reusable_tokens(tokens, len(prompt), size)
+            for tokens, prompt in zip(found, self._prompts, strict=True)
+        )
