@@ -1,0 +1,151 @@
+"""The prefix index: hashing, matching, events and memory.
+
+    python -m benchmarks.kv_index [--pages 1000000]
+
+Times are the best of several rounds, in one process, without the decoding of events.
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from extproc.kv.index import PrefixIndex
+from extproc.kv.prefix_hash import PrefixHasher, TokenIds
+
+_ROUNDS: Final = 9
+_VOCABULARY: Final = 150_000
+_PAGE: Final = 64
+
+
+def _tokens(random: np.random.Generator, count: int) -> TokenIds:
+    return random.integers(0, _VOCABULARY, count).astype(np.uint64)
+
+
+def _ids(random: np.random.Generator, count: int) -> list[int]:
+    ids: list[int] = random.integers(0, 2**64 - 1, count, dtype=np.uint64).tolist()
+    return ids
+
+
+def _microseconds(work: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Best and median time of one call."""
+    times = []
+    for _ in range(_ROUNDS):
+        for _ in range(repeats):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+    times.sort()
+    return times[0] * 1e6, times[len(times) // 2] * 1e6
+
+
+def _show(name: str, value: str) -> None:
+    print(f"{name:58} {value}")
+
+
+def requests(random: np.random.Generator) -> None:
+    """What one request costs."""
+    hasher = PrefixHasher()
+    long = _tokens(random, 32_768)
+    for page in (1, 16, 64):
+        best, median = _microseconds(partial(hasher.page_sums, 0, 0, long, page), 20)
+        _show(f"hash 32768 tokens, page {page}", f"{best:7.1f} us best {median:7.1f} median")
+    chain = _tokens(random, 2500 * _PAGE)
+    everybody = (1 << 64) - 1
+    # A shared system prompt with conversations of a few holders, and the extremes around it.
+    depths = {
+        "all of it": [2500] * 64,
+        "300 pages, 8 of them more": [300] * 56 + random.integers(300, 2501, 8).tolist(),
+        "random depths": random.integers(1, 2501, 64).tolist(),
+    }
+    for spread, pages_of_each in depths.items():
+        index = PrefixIndex(hasher, 10_000_000)
+        for n, pages in enumerate(pages_of_each):
+            holder = index.add(str(n), _PAGE)
+            index.store(holder, _ids(random, pages), None, chain[: pages * _PAGE], _PAGE)
+        prefixes = index.prefixes(chain, _PAGE)
+        best, median = _microseconds(partial(_match, index, prefixes, everybody), 50)
+        _show(
+            f"match 2500 pages, 64 holders: {spread}", f"{best:7.1f} us best {median:7.1f} median"
+        )
+    index = PrefixIndex(hasher, 10_000_000)
+    holders = [index.add(str(n), 1) for n in range(8)]
+    short = _tokens(random, 4096)
+    for holder in holders:
+        index.store(holder, _ids(random, 4096), None, short, 1)
+    best, median = _microseconds(partial(index.match, short, holders), 20)
+    _show(
+        "hash and match 4096 tokens, page 1, 8 holders", f"{best:7.1f} us best {median:7.1f} median"
+    )
+
+
+def _match(index: PrefixIndex, prefixes: TokenIds, mask: int) -> None:
+    index.match_prefixes(prefixes, mask, {})
+
+
+def events(random: np.random.Generator) -> None:
+    """What engines' events cost, decoded."""
+    for pages, page, label in ((16, 64, "chains of 16 pages of 64"), (1, 16, "single pages of 16")):
+        count = 4000 if pages > 1 else 40_000
+        tokens = _tokens(random, count * pages * page)
+        names = _ids(random, count * pages)
+        best = 0.0
+        for _ in range(3):
+            index = PrefixIndex(PrefixHasher(), 10_000_000)
+            holder = index.add("w", page)
+            started = time.perf_counter()
+            for first in range(0, count * pages, pages):
+                index.store(
+                    holder,
+                    names[first : first + pages],
+                    None,
+                    tokens[first * page : (first + pages) * page],
+                    page,
+                )
+            best = max(best, count * pages / (time.perf_counter() - started))
+        _show(f"store {label}", f"{best:9.0f} pages/s")
+
+
+def memory(random: np.random.Generator, pages: int) -> None:
+    """Resident bytes a page, from the process before and after."""
+    index = PrefixIndex(PrefixHasher(), 2 * pages)
+    holder = index.add("w", 16)
+    gc.collect()
+    before = _resident_bytes()
+    for _ in range(pages // 16):
+        index.store(holder, _ids(random, 16), None, _tokens(random, 256), 16)
+    gc.collect()
+    _show(f"memory at {pages} pages", f"{(_resident_bytes() - before) / pages:7.1f} bytes/page")
+    started = time.perf_counter()
+    index.drop(holder)
+    _show("drop them", f"{(time.perf_counter() - started) * 1e6:7.1f} us")
+    slowest = 0.0
+    more = True
+    while more:
+        started = time.perf_counter()
+        more = index.scrub(2000)
+        slowest = max(slowest, time.perf_counter() - started)
+    _show("sweep them out, longest slice of 2000", f"{slowest * 1e6:7.1f} us")
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--pages", type=int, default=1_000_000, help="for the memory figure")
+    options = parser.parse_args()
+    random = np.random.default_rng(1)
+    memory(random, options.pages)
+    requests(random)
+    events(random)
+
+
+if __name__ == "__main__":
+    main()
