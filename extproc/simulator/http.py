@@ -16,7 +16,7 @@ from extproc.simulator.bodies import readers
 from extproc.simulator.control import Control
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.inference import Worker, json_answer, listening_port, serve
-from extproc.simulator.kv_publisher import KvPorts
+from extproc.simulator.kv_publisher import KvPorts, KvPublisher
 from extproc.simulator.settings import SimulatorSettings
 
 __all__ = ["RunningSimulator", "create_app", "start"]
@@ -78,11 +78,14 @@ class RunningSimulator:
         return f"http://{host}:{self.port}"
 
     @property
+    def publisher(self) -> KvPublisher | None:
+        """What publishes KV events now; None when nothing does."""
+        return None if self._runner.app is None else self._runner.app[_WORKER].publisher
+
+    @property
     def kv_ports(self) -> KvPorts | None:
         """Where rank 0 publishes; None when it does not."""
-        app = self._runner.app
-        publisher = None if app is None else app[_WORKER].publisher
-        return None if publisher is None else publisher.ports
+        return None if self.publisher is None else self.publisher.ports
 
     async def stop(self) -> None:
         await self._runner.cleanup()

@@ -47,6 +47,7 @@ class KvPublisher:
     def __init__(self, settings: SimulatorSettings) -> None:
         self._settings = settings
         self._ranks: list[_RankSockets] = []
+        self._sockets: list[zmq.Socket[bytes]] = []
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._load_timer: asyncio.TimerHandle | None = None
         self.ports: KvPorts | None = None
@@ -64,7 +65,7 @@ class KvPublisher:
         )
         self._context = zmq.Context()
         try:
-            self._bind(self._context, wanted, load_of)
+            self._bind(wanted, load_of)
         except zmq.ZMQError as error:
             self.stop()
             raise OSError(error.errno, f"KV sockets: {error.strerror}") from error
@@ -76,9 +77,11 @@ class KvPublisher:
             self._load_timer.cancel()
         for rank in self._ranks:
             rank.close()
-        self._ranks = []
+        for socket in self._sockets:
+            socket.close(linger=0)
+        self._ranks, self._sockets = [], []
         if self._context is not None:
-            self._context.destroy(linger=0)
+            self._context.term()  # returns when the ports are free again
             self._context = None
 
     def cache_changed(self, rank: int, events: list[CacheEvent]) -> None:
@@ -113,25 +116,27 @@ class KvPublisher:
             block["replay_endpoint_port_base"] = self.ports.replay
         return block
 
-    def _bind(
-        self,
-        context: "zmq.Context[zmq.Socket[bytes]]",
-        wanted: KvPorts,
-        load_of: Callable[[int], RankLoad],
-    ) -> None:
-        host, count = self._settings.host, self._settings.dp_size
-        events, events_port = bind_ranks(context, zmq.PUB, host, wanted.events, count)
-        loads, load_port = bind_ranks(context, zmq.PUB, host, wanted.load, count)
-        replays: list[zmq.Socket[bytes] | None] = [None] * count
+    def _bind(self, wanted: KvPorts, load_of: Callable[[int], RankLoad]) -> None:
+        events, events_port = self._bind_ranks(zmq.PUB, wanted.events)
+        loads, load_port = self._bind_ranks(zmq.PUB, wanted.load)
+        replays: list[zmq.Socket[bytes] | None] = [None] * len(events)
         replay_port = None
         if wanted.replay is not None:
-            routers, replay_port = bind_ranks(context, zmq.ROUTER, host, wanted.replay, count)
+            routers, replay_port = self._bind_ranks(zmq.ROUTER, wanted.replay)
             replays = [*routers]
         self.ports = KvPorts(events=events_port, replay=replay_port, load=load_port)
         self._ranks = [
-            _RankSockets(self._settings, rank, events[rank], replays[rank], loads[rank], load_of)
-            for rank in range(count)
+            _RankSockets(self._settings, rank, *sockets, load_of)
+            for rank, sockets in enumerate(zip(events, replays, loads, strict=True))
         ]
+
+    def _bind_ranks(self, kind: int, base: int) -> tuple[list["zmq.Socket[bytes]"], int]:
+        if self._context is None:
+            raise RuntimeError("sockets are bound by start")
+        settings = self._settings
+        sockets, base = bind_ranks(self._context, kind, settings.host, base, settings.dp_size)
+        self._sockets += sockets
+        return sockets, base
 
     def _report_loads(self) -> None:
         for rank in self._ranks:

@@ -26,7 +26,8 @@ async def test_chat(client: openai.AsyncOpenAI, worker: SimulatedWorker) -> None
     assert len((choice.message.content or "").split()) == 5
     assert answer.system_fingerprint == f"simulator-{worker.simulator.port}"
     assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (53, 5)  # user, 40 x, assistant
+    # user, 40 x, assistant
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (53, 5)
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 0
 

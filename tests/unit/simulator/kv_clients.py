@@ -1,0 +1,118 @@
+"""The consumer's side of the KV wire, as plain as it can be: real sockets, decoded msgpack."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from extproc.simulator import SimulatorSettings
+
+from .clients import SimulatedWorker
+
+END = b"\xff" * 8
+PATIENCE_SECONDS = 20
+
+
+def publishing(**fields: Any) -> SimulatorSettings:
+    """A worker of no delays that publishes; pages of four tokens."""
+    defaults: dict[str, Any] = {
+        "prefill_tokens_per_second": 1e9,
+        "decode_milliseconds_per_token": 0,
+        "kv_events_port": 0,
+        "page_size": 4,
+    }
+    return SimulatorSettings(**(defaults | fields))
+
+
+class Batch(msgspec.Struct, frozen=True):
+    seq: int
+    events: list[Any]
+    rank: int
+
+
+def batch(seq: bytes, payload: bytes) -> Batch:
+    _, events, rank = msgspec.msgpack.decode(payload)
+    return Batch(int.from_bytes(seq, "big"), events, rank)
+
+
+class KvClient:
+    """Subscribes and asks for replays at one worker; `close` it."""
+
+    def __init__(self, worker: SimulatedWorker) -> None:
+        ports = worker.simulator.kv_ports
+        assert ports is not None
+        self.ports = ports
+        self._worker = worker
+        self._context = zmq.asyncio.Context()
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+    def _connected(self, kind: int, port: int) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        if kind == zmq.SUB:
+            socket.subscribe(b"")
+        socket.connect(f"tcp://127.0.0.1:{port}")
+        return socket
+
+    async def subscribed(self) -> zmq.asyncio.Socket:
+        """A subscriber that is known to hear rank 0, and has read all there is to hear."""
+        socket = self._connected(zmq.SUB, self.ports.events)
+        await self.heard(socket)
+        return socket
+
+    async def heard(self, socket: zmq.asyncio.Socket) -> Batch:
+        """Flush the cache until the socket hears of it; the last batch that it got."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not await socket.poll(50):
+                async with self._worker.session.post("/flush_cache") as response:
+                    assert response.status == 200
+            last = await socket.recv_multipart()
+            while await socket.poll(100):
+                last = await socket.recv_multipart()
+        return batch(*last[1:])
+
+    async def loads(self, count: int, during: Callable[[], Awaitable[Any]]) -> list[list[Any]]:
+        """So many load reports of rank 0 that follow the first one heard."""
+        socket = self._connected(zmq.SUB, self.ports.load)
+        await received(socket)
+        await during()
+        return [msgspec.msgpack.decode((await received(socket))[2]) for _ in range(count)]
+
+    async def load(self, rank: int = 0) -> list[Any]:
+        """The next load report of a rank."""
+        socket = self._connected(zmq.SUB, self.ports.load + rank)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            topic, seq, payload = await socket.recv_multipart()
+        socket.close()
+        assert (topic, len(seq)) == (b"load", 8)
+        decoded: list[Any] = msgspec.msgpack.decode(payload)
+        return decoded
+
+    async def replay(self, start: int = 0, rank: int = 0) -> list[Batch]:
+        """What is replayed from there on."""
+        assert self.ports.replay is not None
+        socket = self._connected(zmq.DEALER, self.ports.replay + rank)
+        await socket.send_multipart([b"", start.to_bytes(8, "big")])
+        got = []
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while (frames := await socket.recv_multipart())[2] != END:
+                assert frames[:2] == [b"", b""]
+                got.append(batch(frames[2], frames[3]))
+        assert frames == [b"", b"", END, b""]
+        socket.close()
+        return got
+
+
+async def received(socket: zmq.asyncio.Socket) -> list[bytes]:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        frames: list[bytes] = await socket.recv_multipart()
+        return frames
+
+
+def generate(tokens: list[int], max_new_tokens: int = 0, **fields: Any) -> dict[str, Any]:
+    sampling = {"max_new_tokens": max_new_tokens}
+    return {"input_ids": tokens, "sampling_params": sampling, **fields}
