@@ -98,6 +98,34 @@ async def test_bad_settings_name_the_setting(spawn: Spawn) -> None:
     assert err.startswith(b"page_size:")
 
 
+async def test_a_file_that_is_no_tokenizer_names_the_setting(spawn: Spawn) -> None:
+    process = await spawn("--tokenizer-path", "/nowhere/tokenizer.json")
+    out, err = await process.communicate()
+    assert (process.returncode, out) == (2, b"")
+    assert err.startswith(b"tokenizer_path:")
+
+
+async def test_it_says_where_it_publishes(spawn: Spawn) -> None:
+    options = ("--kv-events-port", "0", "--wire-format", "array", "--host-cache-tokens", "640")
+    process = await spawn(*options)
+    assert process.stdout is not None
+    fields = dict(
+        item.split("=") for item in (await process.stdout.readline()).decode().split()[2:]
+    )
+    async with aiohttp.ClientSession(fields["url"]) as session:
+        await (await session.post("/v1/completions", json={"prompt": "x" * 200})).read()
+        async with session.post("/simulator/restart") as response:
+            assert response.status == 200
+        async with session.get("/server_info") as response:
+            info = (await response.json())["kv_events"]
+    assert fields["kv_events_port"] == str(info["endpoint_port_base"])
+    assert fields["kv_replay_port"] == str(info["replay_endpoint_port_base"])
+    assert fields["kv_load_port"] == str(info["load_endpoint_port_base"])
+    process.terminate()
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+
+
 async def test_a_taken_port_names_the_port(spawn: Spawn) -> None:
     async with await start(SimulatorSettings()) as simulator:
         process = await spawn("--port", str(simulator.port))
@@ -121,6 +149,8 @@ def test_the_defaults_are_those_of_the_settings() -> None:
         {"prefill_tokens_per_second": 0},
         {"decode_milliseconds_per_token": -1},
         {"dp_size": 0},
+        {"kv_events_port": 70_000},
+        {"host_cache_tokens": -1},
         {"api_key": ""},
     ],
 )
