@@ -7,6 +7,7 @@ import zmq
 __all__ = ["bind_ranks"]
 
 _ATTEMPTS = 50
+_HIGH_WATER_MARK_MESSAGES = 100_000  # the engine's; a whole replay fits ten times
 
 
 def bind_ranks(
@@ -14,8 +15,8 @@ def bind_ranks(
 ) -> tuple[list["zmq.Socket[bytes]"], int]:
     """One bound socket for every rank, rank r at `base` + r, and that base.
 
-    `base` 0 picks as many free ports in a row. Nothing is lost while memory lasts, and
-    nothing delays a close. Raises zmq.ZMQError when a port is taken.
+    `base` 0 picks as many free ports in a row. What waits to be sent does not delay a close.
+    Raises zmq.ZMQError when a port is taken.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         sockets: list[zmq.Socket[bytes]] = []
@@ -37,7 +38,7 @@ def bind_ranks(
 def _socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[bytes]":
     socket = context.socket(kind)
     socket.linger = 0
-    socket.set_hwm(0)
+    socket.set_hwm(_HIGH_WATER_MARK_MESSAGES)
     return socket
 
 

@@ -131,7 +131,7 @@ class RadixCache:
     ) -> Lease:
         """Hold what is there of these pages, bringing host pages back to the device.
 
-        `now` must not run backwards from call to call, in this and the other methods.
+        The order of eviction is as good as the `now` of this and the other methods.
         """
         root = self._roots.get(namespace)
         if root is None:

@@ -2,7 +2,8 @@
 
 A rank prefills one prompt after the other, at a fixed speed and only what its cache lacks.
 Decoding runs beside that, every request at its own steady pace. Real engines slow a little
-as the batch grows; that is left out, so that the arithmetic of a test stays easy.
+as the batch grows, and take a moment to bring pages back from the host; that is left out, so
+that the arithmetic of a test stays easy.
 """
 
 import msgspec
