@@ -1,0 +1,305 @@
+"""The sockets of a subscription, and the frames that cross them.
+
+libzmq tells of new messages by an edge on a file descriptor. A Channel answers every edge at
+once, which also lets libzmq send the subscription on a fresh connection, and leaves the reading
+to the owner's own time: what nobody reads fills the socket's queue, then the connection, then
+the publisher's queue. No task and no future per message is needed, so thousands of sockets
+cost nothing while they are silent.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+import zmq
+from msgspec import Struct
+from zmq.utils.monitor import parse_monitor_message
+
+from extproc.clock import Clock
+
+__all__ = [
+    "Batch",
+    "Channel",
+    "Context",
+    "EventEndpoint",
+    "Replay",
+    "ReplayEnd",
+    "parse_live",
+    "parse_reply",
+]
+
+Context: TypeAlias = zmq.Context[zmq.Socket[bytes]]
+
+RECONNECT_MIN_SECONDS: Final = 0.2
+RECONNECT_MAX_SECONDS: Final = 5.0
+# More than a batch with a million token ids.
+_MESSAGE_MAX_BYTES: Final = 32 << 20
+_FRAMES_MAX: Final = 5
+_SEQ_BYTES: Final = 8
+_END_SEQ: Final = b"\xff" * _SEQ_BYTES
+# A rank that counts further has sent random bytes.
+_SEQ_MAX: Final = 1 << 63
+_PORT_MAX: Final = 65_535
+# A dead peer is noticed after about twice this.
+_HEARTBEAT_SECONDS: Final = 10
+# The engine keeps 10 000 batches and its socket drops what finds no room on the way.
+_REPLAY_QUEUE_MESSAGES: Final = 16_384
+# An answer that trickles for this many time-outs is given up.
+_TIMEOUTS_MAX: Final = 12
+_MS: Final = 1000
+
+
+class Batch(Struct):
+    """One numbered payload."""
+
+    seq: int
+    payload: bytes
+
+
+class ReplayEnd(Struct):
+    """The marker after the last buffered batch."""
+
+
+class EventEndpoint(Struct, frozen=True):
+    """Where one rank publishes; ports are the rank's own, `host` without brackets.
+
+    Raises ValueError for a port that is none.
+    """
+
+    host: str
+    port: int
+    topic: str = ""
+    replay_port: int | None = None
+    load_port: int | None = None
+    load_topic: str = "load"
+
+    def __post_init__(self) -> None:
+        for port in (self.port, self.replay_port, self.load_port):
+            if port is not None and not 0 < port <= _PORT_MAX:
+                raise ValueError(f"not a TCP port: {port}")
+
+    def address(self, port: int) -> str:
+        """In the form libzmq connects to."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp://{host}:{port}"
+
+
+def parse_live(frames: list[bytes], topic: bytes) -> Batch | None:
+    """A published message; None for a topic that only begins with ours.
+
+    Raises ValueError when it is none.
+    """
+    if len(frames) != 3:
+        raise ValueError("not three frames")
+    if frames[0] != topic:
+        return None
+    return Batch(_parse_seq(frames[1]), frames[2])
+
+
+def parse_reply(frames: list[bytes], topic: bytes) -> Batch | ReplayEnd | None:
+    """An answer to a replay request, with the topic or, from older engines, without.
+
+    None for another topic; raises ValueError when it is no answer.
+    """
+    if len(frames) not in (3, 4) or frames[0]:
+        raise ValueError("not an empty frame and two or three more")
+    seq, payload = frames[-2:]
+    if seq == _END_SEQ:
+        return ReplayEnd()
+    if len(frames) == 4 and frames[1] != topic:
+        return None
+    return Batch(_parse_seq(seq), payload)
+
+
+def _parse_seq(frame: bytes) -> int:
+    seq = int.from_bytes(frame, "big")
+    if len(frame) != _SEQ_BYTES or seq >= _SEQ_MAX:
+        raise ValueError("not a sequence number")
+    return seq
+
+
+class Channel:
+    """One connecting socket; `on_ready` is called when it is worth looking at.
+
+    With `watched`, `connected` and `lost` tell of its first connection: `refresh` brings them
+    up to date. Raises zmq.ZMQError when the process is out of sockets.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        address: str,
+        on_ready: Callable[[], None],
+        *,
+        topic: bytes | None = None,
+        queue_messages: int,
+        watched: bool = True,
+    ) -> None:
+        self.connected = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.readable = False
+        self._loop = asyncio.get_running_loop()
+        self._on_ready = on_ready
+        self._discarding = False
+        self._descriptors: list[int] = []
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._socket = context.socket(zmq.DEALER if topic is None else zmq.SUB)
+        try:
+            _configure(self._socket, queue_messages)
+            if topic is not None:
+                self._socket.setsockopt(zmq.SUBSCRIBE, topic)
+            if watched:
+                self._monitor = self._socket.get_monitor_socket(
+                    zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+                )
+                self._monitor.setsockopt(zmq.LINGER, 0)
+                self._listen(self._monitor, self._on_monitor_edge)
+            self._listen(self._socket, self._on_edge)
+            self._socket.connect(address)
+        except BaseException:
+            self.close()
+            raise
+        self._on_edge()
+
+    def refresh(self) -> None:
+        """Learn whether the connection was made or lost."""
+        monitor = self._monitor
+        while monitor is not None and _has_message(monitor):
+            event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            if event == zmq.Event.DISCONNECTED:
+                # Before the handshake it is one more try of libzmq's own.
+                if self.connected.is_set():
+                    self.lost.set()
+            else:
+                self.connected.set()
+
+    def receive(self) -> list[bytes] | None:
+        """The next message's frames, not more than five; None when there is none now.
+
+        An empty list stands for a part of what was too long.
+        """
+        socket = self._socket
+        try:
+            frames = [socket.recv(zmq.NOBLOCK)]
+        except zmq.Again:
+            self.readable = False
+            return None
+        more = socket.getsockopt(zmq.RCVMORE)
+        if self._discarding:
+            self._discarding = bool(more)
+            return []
+        while more and len(frames) < _FRAMES_MAX:
+            frames.append(socket.recv(zmq.NOBLOCK))
+            more = socket.getsockopt(zmq.RCVMORE)
+        self._discarding = bool(more)
+        return frames
+
+    def send(self, frames: list[bytes]) -> None:
+        """Raises zmq.Again when there is no connection."""
+        self._socket.send_multipart(frames, zmq.NOBLOCK)
+        # Sending takes edges away from reading.
+        self._on_edge()
+
+    def close(self) -> None:
+        """Drop the connection and all that was not read."""
+        for descriptor in self._descriptors:
+            self._loop.remove_reader(descriptor)
+        self._descriptors = []
+        self.readable = False
+        if self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+        self._socket.close(linger=0)
+
+    def _listen(self, socket: zmq.Socket[bytes], callback: Callable[[], None]) -> None:
+        descriptor = socket.fileno()
+        self._loop.add_reader(descriptor, callback)
+        self._descriptors.append(descriptor)
+
+    def _on_edge(self) -> None:
+        # Asking for the events is what takes the edge back and lets libzmq work.
+        if _has_message(self._socket):
+            self.readable = True
+            self._on_ready()
+
+    def _on_monitor_edge(self) -> None:
+        self.refresh()
+        self._on_ready()
+
+
+class Replay:
+    """One request for buffered batches, over a connection of its own.
+
+    Answers to a request that was given up can not be taken for those to the next one.
+    """
+
+    def __init__(
+        self, context: Context, address: str, start: int, on_ready: Callable[[], None]
+    ) -> None:
+        self.channel = Channel(context, address, on_ready, queue_messages=_REPLAY_QUEUE_MESSAGES)
+        self.last_frame_at = 0.0
+        self._start = start
+
+    async def ask_until_failed(
+        self, clock: Clock, slots: asyncio.Semaphore, timeout_seconds: float
+    ) -> None:
+        """Ask, then return when nothing more is to be hoped for; a complete answer cancels it.
+
+        `slots` bounds how many answers, of thousands of batches each, come in at once. An
+        endpoint that nobody listens at takes none.
+        """
+        if not await _happens(self.channel.connected, clock, timeout_seconds):
+            return
+        async with slots:
+            until = clock.monotonic() + timeout_seconds * _TIMEOUTS_MAX
+            self.last_frame_at = clock.monotonic()
+            self.channel.send([b"", self._start.to_bytes(_SEQ_BYTES, "big")])
+            while True:
+                wait_until = min(self.last_frame_at + timeout_seconds, until)
+                if await _happens(self.channel.lost, clock, wait_until - clock.monotonic()):
+                    return
+                now = clock.monotonic()
+                if self.channel.readable and now < until:
+                    self.last_frame_at = now  # it is us who are late
+                elif now >= min(self.last_frame_at + timeout_seconds, until):
+                    return
+
+
+async def _happens(event: asyncio.Event, clock: Clock, timeout_seconds: float) -> bool:
+    waits = [
+        asyncio.ensure_future(event.wait()),
+        asyncio.ensure_future(clock.sleep(max(0.0, timeout_seconds))),
+    ]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+    return event.is_set()
+
+
+def _has_message(socket: zmq.Socket[bytes]) -> bool:
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+
+def _configure(socket: zmq.Socket[bytes], queue_messages: int) -> None:
+    options = {
+        zmq.LINGER: 0,
+        zmq.IPV6: 1,
+        zmq.RCVHWM: queue_messages,
+        zmq.MAXMSGSIZE: _MESSAGE_MAX_BYTES,
+        zmq.RECONNECT_IVL: int(RECONNECT_MIN_SECONDS * _MS),
+        zmq.RECONNECT_IVL_MAX: int(RECONNECT_MAX_SECONDS * _MS),
+        zmq.CONNECT_TIMEOUT: int(RECONNECT_MAX_SECONDS * _MS),
+        zmq.HANDSHAKE_IVL: _HEARTBEAT_SECONDS * _MS,
+        zmq.HEARTBEAT_IVL: _HEARTBEAT_SECONDS * _MS,
+        zmq.HEARTBEAT_TIMEOUT: _HEARTBEAT_SECONDS * _MS,
+        zmq.TCP_KEEPALIVE: 1,
+        zmq.TCP_KEEPALIVE_IDLE: _HEARTBEAT_SECONDS,
+        zmq.TCP_KEEPALIVE_INTVL: _HEARTBEAT_SECONDS,
+        zmq.TCP_KEEPALIVE_CNT: 3,
+    }
+    for option, value in options.items():
+        socket.setsockopt(option, value)

@@ -1,0 +1,382 @@
+"""What the numbers on a rank's KV events say: in order, lost, repeated, or a new engine.
+
+Events arrive twice over: live, and replayed from the engine's buffer. Whether a batch may be
+applied, and when all that was learnt has become worthless, is decided here without sockets or
+time, so that every interleaving can be tried. The caller feeds what happened and carries out
+the returned actions in order.
+
+The rule for what is held: it may be less than what the worker has ("partial": the beginning is
+out of the buffer's reach, or a gap could not be filled), but nothing may be in it that the
+worker has dropped. So a gap that no replay fills clears it, since a removal may have been in
+the gap, and so does every reconnect that can not be proved to lead to the same engine process.
+A rank is trusted while this holds and its events flow.
+
+Live events of two connections must not be mixed: `disconnected` and `connected` come between.
+"""
+
+import enum
+from typing import Final, NamedTuple, TypeAlias
+
+from msgspec import Struct
+
+__all__ = [
+    "Action",
+    "Apply",
+    "CancelReplay",
+    "Clear",
+    "HoldLimits",
+    "RankSequence",
+    "RequestReplay",
+    "Trust",
+]
+
+_BEFORE_FIRST: Final = -1
+# In place of a number: whichever comes next will do.
+_ANY: Final = -1
+
+
+class Apply(NamedTuple):
+    """The next batch, never given twice between two clears."""
+
+    payload: bytes
+
+
+class Clear(NamedTuple):
+    """What was applied until now is void."""
+
+    reason: str
+
+
+class RequestReplay(NamedTuple):
+    """Ask for the buffered batches from `start` on; an earlier request is void."""
+
+    start: int
+
+
+class CancelReplay(NamedTuple):
+    """The answer to the last request is of no use any more."""
+
+
+class Trust(NamedTuple):
+    """Whether what is held can be relied on; told on each change of either field."""
+
+    trusted: bool
+    reason: str
+
+
+Action: TypeAlias = Apply | Clear | RequestReplay | CancelReplay | Trust
+
+
+class HoldLimits(Struct):
+    """How much may wait for a replay to end: for one rank, and in bytes for all that share this.
+
+    `total_held_bytes` is the sum now.
+    """
+
+    rank_batches: int = 4096
+    rank_bytes: int = 16 << 20
+    total_bytes: int = 256 << 20
+    total_held_bytes: int = 0
+
+
+class _Phase(enum.Enum):
+    LOST = enum.auto()
+    FOLLOWING = enum.auto()
+    # A replay is to show the last applied batch again: is it still the same engine?
+    VERIFYING = enum.auto()
+    # A replay is to bring what is missing before the next live batch.
+    FILLING = enum.auto()
+
+
+class RankSequence:
+    """The events of one rank, through reconnects, gaps and restarts.
+
+    `partial` says that what is held does not go back to the engine's first batch. `degraded`
+    says that a replay went unanswered: gaps are not asked about until `retry` or a reconnect.
+    """
+
+    def __init__(self, *, has_replay: bool, limits: HoldLimits) -> None:
+        self.partial = False
+        self.degraded = False
+        self.gaps = 0
+        self.restarts = 0
+        # Batches that were let go while they waited for a replay.
+        self.dropped = 0
+        self._has_replay = has_replay
+        self._limits = limits
+        self._phase = _Phase.LOST
+        # The last batch applied since the last clear, by number and digest, and the first.
+        self._last: tuple[int, int] | None = None
+        self._first = 0
+        self._next = _ANY
+        self._last_live = _BEFORE_FIRST
+        self._held: list[tuple[int, bytes]] = []
+        self._held_bytes = 0
+        self._overflowed = False
+        # The replay under way has brought something new.
+        self._answered = False
+        # Asked for everything while live events still apply: an answer replaces what is held.
+        self._rebuild_asked = False
+        self._told: Trust | None = None
+        self._actions: list[Action] = []
+
+    def connected(self) -> list[Action]:
+        """A new connection delivers from now on; it may lead to a new engine process."""
+        if self._phase is not _Phase.LOST:
+            return []
+        self._last_live = _BEFORE_FIRST
+        self.degraded = False
+        if not self._has_replay:
+            # Nothing can show that it is the same process, however well the numbers fit.
+            self._forget("reconnected")
+            self._phase = _Phase.FOLLOWING
+            self.partial = True
+            self._tell_trusted()
+        elif self._last is None:
+            self._start_over()
+        else:
+            self._tell(False, "verifying")
+            self._phase = _Phase.VERIFYING
+            self._request(self._last[0])
+        return self._take()
+
+    def disconnected(self) -> list[Action]:
+        """What is held stays, untrusted: the next connection shows whether it still holds."""
+        if self._phase is not _Phase.LOST:
+            if self._phase is not _Phase.FOLLOWING or self._rebuild_asked:
+                self._actions.append(CancelReplay())
+            self._phase = _Phase.LOST
+            self._rebuild_asked = False
+            self._drop_held()
+        self._tell(False, "disconnected")
+        return self._take()
+
+    def live(self, seq: int, payload: bytes) -> list[Action]:
+        """A batch from the live stream."""
+        if self._phase is _Phase.LOST:
+            return []
+        if seq <= self._last_live:
+            # A publisher never repeats itself: another one speaks through the same connection.
+            self._drop_held()
+            self._restart()
+        self._last_live = seq
+        if self._phase is _Phase.FOLLOWING:
+            self._follow(seq, payload)
+        else:
+            self._hold(seq, payload)
+        return self._take()
+
+    def replayed(self, seq: int, payload: bytes) -> list[Action]:
+        """A batch from the answer to the last request."""
+        if self._rebuild_asked:
+            self._begin_rebuild(seq)
+        if self._phase is _Phase.VERIFYING:
+            self._verify(seq, payload)
+        elif self._phase is _Phase.FILLING:
+            self._fill(seq, payload)
+        return self._take()
+
+    def replay_ended(self) -> list[Action]:
+        """The answer to the last request is complete, as far as its sender knows."""
+        if self._rebuild_asked:
+            self._rebuild_asked = False
+            self.degraded = False
+        elif self._phase is _Phase.VERIFYING:
+            # The same process would still have had that batch, or later ones.
+            self._restart()
+        elif self._phase is _Phase.FILLING:
+            self._settle(refetch=self._answered or self._overflowed)
+        return self._take()
+
+    def replay_failed(self) -> list[Action]:
+        """No end of the answer came in time."""
+        if self._rebuild_asked:
+            self._rebuild_asked = False
+        elif self._phase is _Phase.FILLING and self._answered:
+            self._request(self._next)
+        elif self._phase in (_Phase.VERIFYING, _Phase.FILLING):
+            self.degraded = True
+            if self._phase is _Phase.VERIFYING:
+                self._forget("replay_failed")
+            if self._last is None:
+                self._next = _ANY
+                self.partial = True
+            self._settle(refetch=False)
+        return self._take()
+
+    def retry(self) -> list[Action]:
+        """Some time after a failed replay: try to get what is missing after all."""
+        if self.degraded and self._phase is _Phase.FOLLOWING and not self._rebuild_asked:
+            if self.partial:
+                self._rebuild_asked = True
+                self._request(0)
+            else:
+                self.degraded = False
+        return self._take()
+
+    def _follow(self, seq: int, payload: bytes) -> None:
+        if self._next == _ANY:
+            self._begin_at(seq)
+        if seq < self._next:
+            return  # a replay has brought it already
+        if seq > self._next:
+            self.gaps += 1
+            self._tell(False, "gap")
+            if self._has_replay and not self.degraded:
+                self._hold(seq, payload)
+                self._phase = _Phase.FILLING
+                self._rebuild_asked = False
+                self._request(self._next)
+                return
+            self._forget("gap")
+            self._begin_at(seq)
+        self._apply(seq, payload)
+        self._tell_trusted()
+
+    def _verify(self, seq: int, payload: bytes) -> None:
+        expected = self._next - 1
+        if seq < expected:
+            return
+        if seq == expected and (seq, hash(payload)) != self._last:
+            self._restart()
+            return
+        self._phase = _Phase.FILLING
+        if seq == expected:
+            self._answered = True
+        else:
+            self._begin_after_gap(seq)
+            self._fill(seq, payload)
+
+    def _fill(self, seq: int, payload: bytes) -> None:
+        if seq < self._next:
+            return
+        if seq > self._next:
+            if self._answered:
+                # The engine's socket dropped part of its own answer.
+                self._request(self._next)
+                return
+            self._begin_after_gap(seq)
+        self._answered = True
+        self._apply(seq, payload)
+
+    def _begin_after_gap(self, seq: int) -> None:
+        """The batches before are out of the buffer: asking from further back brings no more."""
+        if self._last is not None:
+            self.gaps += 1
+        self._forget("gap")
+        self._begin_at(seq)
+
+    def _settle(self, *, refetch: bool) -> None:
+        """No more comes from the replay: go on with the live batches that have waited."""
+        held = self._held
+        self._phase = _Phase.FOLLOWING
+        self._release_held()
+        for place, (seq, payload) in enumerate(held):
+            if self._next == _ANY:
+                self._begin_at(seq)
+            if seq < self._next:
+                continue
+            if seq > self._next:
+                if refetch:
+                    self._phase = _Phase.FILLING
+                    for kept in held[place:]:
+                        self._hold(*kept)
+                    self._request(self._next)
+                    return
+                self._tell(False, "gap")
+                self._forget("gap")
+                self._begin_at(seq)
+            self._apply(seq, payload)
+        self._tell_trusted()
+
+    def _begin_rebuild(self, seq: int) -> None:
+        self._rebuild_asked = False
+        self.degraded = False
+        if self._last is not None and seq >= self._first:
+            self._actions.append(CancelReplay())  # it goes back no further than what is held
+            return
+        self._forget("rebuilding")
+        self._start_over(request=False)
+
+    def _restart(self) -> None:
+        self.restarts += 1
+        self._tell(False, "restarted")
+        self._forget("restarted")
+        self._rebuild_asked = False
+        if self._has_replay:
+            self._start_over()
+        else:
+            self._phase = _Phase.FOLLOWING
+
+    def _start_over(self, *, request: bool = True) -> None:
+        """Everything is to come from a replay."""
+        self._tell(False, "replaying")
+        self._phase = _Phase.FILLING
+        self._next = 0
+        self.partial = False
+        if request:
+            self._request(0)
+
+    def _begin_at(self, seq: int) -> None:
+        self._next = seq
+        self.partial = seq > 0
+
+    def _apply(self, seq: int, payload: bytes) -> None:
+        if self._last is None:
+            self._first = seq
+        # Python's keyed hash serves as digest; the payload carries its time stamp.
+        self._last = (seq, hash(payload))
+        self._next = seq + 1
+        self._actions.append(Apply(payload))
+
+    def _forget(self, reason: str) -> None:
+        if self._last is not None:
+            self._actions.append(Clear(reason))
+        self._last = None
+        self._next = _ANY
+
+    def _request(self, start: int) -> None:
+        self._answered = False
+        self._overflowed = False
+        self._actions.append(RequestReplay(start))
+
+    def _hold(self, seq: int, payload: bytes) -> None:
+        """Keep a live batch; too many of them are given up, the replay is asked once more."""
+        limits = self._limits
+        size = len(payload)
+        if (
+            len(self._held) >= limits.rank_batches
+            or self._held_bytes + size > limits.rank_bytes
+            or limits.total_held_bytes + size > limits.total_bytes
+        ):
+            self._drop_held()
+            self._overflowed = True
+        if size > limits.rank_bytes or limits.total_held_bytes + size > limits.total_bytes:
+            self.dropped += 1
+            return
+        self._held.append((seq, payload))
+        self._held_bytes += size
+        limits.total_held_bytes += size
+
+    def _drop_held(self) -> None:
+        self.dropped += len(self._held)
+        self._release_held()
+
+    def _release_held(self) -> None:
+        self._limits.total_held_bytes -= self._held_bytes
+        self._held_bytes = 0
+        self._held = []
+
+    def _tell_trusted(self) -> None:
+        self._tell(True, "partial" if self.partial else "complete")
+
+    def _tell(self, trusted: bool, reason: str) -> None:
+        told = Trust(trusted, reason)
+        if told != self._told:
+            self._told = told
+            self._actions.append(told)
+
+    def _take(self) -> list[Action]:
+        actions = self._actions
+        self._actions = []
+        return actions

@@ -1,0 +1,491 @@
+"""Real publishers, real sockets: what reaches the sink, and when it is void."""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import zmq
+
+from extproc.clock import SystemClock
+from extproc.kv.subscriber import (
+    EventEndpoint,
+    KvSubscriber,
+    SubscriberSettings,
+    SubscriptionState,
+)
+from tests.unit.kv.publisher import Publisher
+
+_SOON = SubscriberSettings(replay_timeout_seconds=0.3, replay_cool_down_seconds=60)
+
+
+class RecordingSink:
+    """What holds now, and everything that was told."""
+
+    def __init__(self) -> None:
+        self.held: list[bytes] = []
+        self.clears: list[str] = []
+        self.trust: list[tuple[bool, str]] = []
+        self.loads: list[bytes] = []
+        self.calls = 0
+        self.fail = False
+
+    def apply(self, payload: bytes) -> None:
+        self.calls += 1
+        if self.fail:
+            raise ValueError(payload)
+        self.held.append(payload)
+
+    def clear(self, reason: str) -> None:
+        self.calls += 1
+        self.held.clear()
+        self.clears.append(reason)
+
+    def set_trusted(self, trusted: bool, reason: str) -> None:
+        self.calls += 1
+        self.trust.append((trusted, reason))
+
+    def on_load(self, payload: bytes) -> None:
+        self.calls += 1
+        self.loads.append(payload)
+
+
+@contextlib.asynccontextmanager
+async def subscriber(settings: SubscriberSettings | None = None) -> AsyncIterator[KvSubscriber]:
+    made = KvSubscriber(SystemClock(), settings)
+    try:
+        yield made
+    finally:
+        await asyncio.wait_for(made.close(), 10)
+
+
+def endpoint(publisher: Publisher, *, replay: bool = True, topic: str = "") -> EventEndpoint:
+    return EventEndpoint(
+        "127.0.0.1",
+        publisher.port,
+        topic=topic,
+        replay_port=publisher.replay_port if replay else None,
+    )
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not come true"
+        await asyncio.sleep(0.005)
+
+
+async def follow(
+    made: KvSubscriber, publisher: Publisher, *, replay: bool = True, topic: str = ""
+) -> tuple[RecordingSink, SubscriptionState]:
+    """Subscribed, and past the replay."""
+    sink = RecordingSink()
+    state = made.add("w/0", endpoint(publisher, replay=replay, topic=topic), sink)
+    await until(lambda: publisher.subscribed == 1 and state.trusted)
+    return sink, state
+
+
+@pytest.mark.parametrize("topic_in_replies", [True, False], ids=["with topic", "without"])
+async def test_a_late_joiner_gets_what_was_published_before(topic_in_replies: bool) -> None:
+    async with Publisher(topic_in_replies=topic_in_replies, topic=b"kv") as engine:
+        engine.publish(50)
+        async with subscriber() as made:
+            sink, state = await follow(made, engine, topic="kv")
+            engine.publish(5)
+            await until(lambda: len(sink.held) == 55)
+            assert sink.held == engine.payloads()
+            assert sink.clears == []
+            assert sink.trust[-1] == (True, "complete")
+            assert (state.batches, state.replays, state.gaps) == (55, 1, 0)
+            assert state.connected
+            assert not state.partial
+            assert state.bytes == sum(map(len, sink.held))
+            assert state.last_event_at is not None
+
+
+async def test_a_buffer_that_does_not_go_back_to_the_start_gives_a_part() -> None:
+    async with Publisher(buffered=10) as engine, subscriber() as made:
+        engine.publish(30)
+        sink, state = await follow(made, engine)
+        assert sink.held == engine.payloads(start=20)
+        assert state.partial
+        assert sink.trust[-1] == (True, "partial")
+        assert (state.replay_failures, state.gaps) == (0, 0)
+
+
+async def test_subscribed_before_the_engine_is_there() -> None:
+    async with Publisher() as gone:
+        place = gone
+    async with subscriber() as made:
+        sink = RecordingSink()
+        made.add("w/0", endpoint(place), sink)
+        await asyncio.sleep(0.3)
+        async with place.successor() as engine:
+            engine.publish(3)
+            await until(lambda: sink.held == engine.payloads())
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 5), (20, 1), (20, 100)])
+async def test_a_restarted_engine_is_learnt_anew(before: int, after: int) -> None:
+    async with subscriber() as made:
+        async with Publisher() as first:
+            sink, state = await follow(made, first)
+            first.publish(before)
+            await until(lambda: len(sink.held) == before)
+        async with first.successor() as second:
+            second.publish(after)
+            await until(lambda: sink.held == second.payloads())
+            await until(lambda: state.trusted)
+            assert sink.clears == ["restarted"]
+            assert state.restarts == 1
+            second.publish()
+            await until(lambda: sink.held == second.payloads())
+
+
+async def test_the_first_event_after_a_reconnect_is_not_lost() -> None:
+    """Nobody publishes until the subscription is there, then one batch and silence."""
+    async with subscriber() as made:
+        async with Publisher() as first:
+            sink, state = await follow(made, first, replay=False)
+        await until(lambda: not state.connected)
+        for _ in range(3):
+            async with Publisher(port=first.port) as engine:
+                await until(lambda: engine.subscribed == 1)
+                engine.publish()
+                await until(lambda: sink.held == engine.payloads())
+
+
+async def test_a_lost_connection_to_the_same_engine_costs_nothing_but_the_missed() -> None:
+    async with Publisher() as engine:
+        proxy = await TcpProxy.start(engine.port)
+        async with subscriber() as made:
+            sink = RecordingSink()
+            place = EventEndpoint("127.0.0.1", proxy.port, replay_port=engine.replay_port)
+            state = made.add("w/0", place, sink)
+            engine.publish(10)
+            await until(lambda: len(sink.held) == 10 and state.trusted)
+            proxy.cut()
+            await until(lambda: not state.connected)
+            assert sink.trust[-1] == (False, "disconnected")
+            engine.publish(5)
+            await until(lambda: sink.held == engine.payloads())
+            await until(lambda: state.trusted)
+            assert sink.clears == []
+            assert engine.requests[-1] == 9
+        await proxy.stop()
+
+
+async def test_a_gap_is_filled_from_the_replay() -> None:
+    async with Publisher() as engine, subscriber() as made:
+        sink, state = await follow(made, engine)
+        engine.publish(3)
+        engine.publish(4, lost=True)
+        engine.publish(1)
+        await until(lambda: sink.held == engine.payloads())
+        await until(lambda: state.trusted)
+        assert (state.gaps, state.replays, sink.clears) == (1, 2, [])
+        assert engine.requests == [0, 3]
+
+
+@pytest.mark.parametrize("replay", [True, False], ids=["out of the buffer", "no replay"])
+async def test_a_gap_that_can_not_be_filled_clears(replay: bool) -> None:
+    async with Publisher() as engine, subscriber() as made:
+        sink, state = await follow(made, engine, replay=replay)
+        engine.publish(3)
+        await until(lambda: len(sink.held) == 3)
+        engine.publish(4, lost=True, buffered=False)
+        engine.publish(2)
+        await until(lambda: sink.held == engine.payloads(start=7))
+        await until(lambda: state.trusted)
+        assert sink.clears == ["gap"]
+        assert (False, "gap") in sink.trust
+        assert state.partial
+        assert state.gaps > 0
+
+
+async def test_a_reconnect_without_replay_clears() -> None:
+    async with subscriber() as made:
+        async with Publisher() as first:
+            sink, _ = await follow(made, first, replay=False)
+            first.publish(3)
+            await until(lambda: len(sink.held) == 3)
+        async with first.successor() as second:
+            await until(lambda: second.subscribed == 1)
+            second.publish(3, lost=True)
+            second.publish(2)  # 3 would have been the next of the first engine too
+            await until(lambda: sink.held == second.payloads(start=3))
+            assert sink.clears == ["reconnected"]
+
+
+async def test_events_during_a_replay_are_applied_once_and_in_order() -> None:
+    async with Publisher() as engine, subscriber() as made:
+        engine.publish(5000)
+        sink = RecordingSink()
+        state = made.add("w/0", endpoint(engine), sink)
+        while not (state.trusted and len(sink.held) >= 5000):
+            engine.publish(3)
+            await asyncio.sleep(0.001)
+        await until(lambda: len(sink.held) == engine.seq)
+        assert sink.held == engine.payloads()
+        assert state.batches == engine.seq
+
+
+async def test_an_engine_whose_replay_socket_drops_is_asked_again() -> None:
+    async with Publisher(router_queue=50) as engine, subscriber(_SOON) as made:
+        engine.publish(10_000)
+        sink = RecordingSink()
+        state = made.add("w/0", endpoint(engine), sink)
+        await until(lambda: sink.held == engine.payloads())
+        assert sink.clears == []
+        assert state.replay_failures == len(engine.requests) - 1 or state.replays > 1
+
+
+async def test_a_replay_without_answer_ends_in_a_part() -> None:
+    async with Publisher(answers=False) as engine, subscriber(_SOON) as made:
+        engine.publish(5, lost=True)
+        sink = RecordingSink()
+        state = made.add("w/0", endpoint(engine), sink)
+        await until(lambda: engine.subscribed == 1)
+        engine.publish(2)
+        await until(lambda: sink.held == engine.payloads(start=5))
+        assert (state.replays, state.replay_failures, state.partial) == (1, 1, True)
+        # A gap is not asked about again so soon.
+        engine.publish(1, lost=True)
+        engine.publish(1)
+        await until(lambda: sink.held == engine.payloads(start=8))
+        assert state.replays == 1
+
+
+async def test_a_failed_replay_is_tried_again_later() -> None:
+    settings = SubscriberSettings(replay_timeout_seconds=0.2, replay_cool_down_seconds=0.2)
+    async with Publisher(answers=False) as engine, subscriber(settings) as made:
+        engine.publish(5, lost=True)
+        sink = RecordingSink()
+        state = made.add("w/0", endpoint(engine), sink)
+        await until(lambda: engine.subscribed == 1)
+        engine.publish(2)
+        await until(lambda: sink.held == engine.payloads(start=5))
+        engine.answers = True
+        await until(lambda: sink.held == engine.payloads())
+        await until(lambda: state.trusted)
+        assert sink.clears == ["rebuilding"]
+        assert not state.partial
+
+
+async def test_a_replay_port_where_nobody_listens() -> None:
+    async with Publisher() as gone:
+        closed_port = gone.replay_port
+    async with Publisher() as engine, subscriber(_SOON) as made:
+        sink = RecordingSink()
+        place = EventEndpoint("127.0.0.1", engine.port, replay_port=closed_port)
+        state = made.add("w/0", place, sink)
+        await until(lambda: engine.subscribed == 1)
+        engine.publish(2)
+        await until(lambda: sink.held == engine.payloads())
+        assert state.replay_failures == 1
+        assert state.trusted
+
+
+async def test_a_flood_does_not_hold_up_the_loop() -> None:
+    async with Publisher() as engine, subscriber() as made:
+        sink, _ = await follow(made, engine)
+        worst = 0.0
+
+        async def probe() -> None:
+            nonlocal worst
+            while True:
+                before = time.monotonic()
+                await asyncio.sleep(0.005)
+                worst = max(worst, time.monotonic() - before - 0.005)
+
+        probing = asyncio.create_task(probe())
+        for _ in range(400):
+            engine.publish(50)
+            await asyncio.sleep(0)
+        await until(lambda: len(sink.held) == 20_000, 10)
+        probing.cancel()
+        await asyncio.gather(probing, return_exceptions=True)
+        assert sink.held == engine.payloads()
+        # Slices are 2 ms; the bound is for a machine with other things to do.
+        assert worst < 0.5
+
+
+async def test_garbage_is_counted_and_skipped() -> None:
+    seq = (0).to_bytes(8, "big")
+    async with Publisher(topic=b"kv") as engine, subscriber() as made:
+        sink, state = await follow(made, engine, topic="kv")
+        for frames in (
+            [b"kv"],
+            [b"kv", seq],
+            [b"kv", b"\x01", b"short number"],
+            [b"kv", b"\xff" * 8, b"end marker"],
+            [b"kv", seq, b"four", b"frames"],
+            [b"kv" + os.urandom(100)],
+            [b"kv"] * 5000,
+        ):
+            engine.send(frames)
+        engine.send([b"kv2", seq, b"another topic"])
+        engine.publish(2)
+        await until(lambda: sink.held == engine.payloads())
+        assert state.malformed == 7
+        assert state.gaps == 0
+
+
+async def test_a_message_of_forbidden_size_is_not_taken_in() -> None:
+    async with Publisher() as engine, subscriber() as made:
+        sink, state = await follow(made, engine)
+        engine.publish(2)
+        await until(lambda: len(sink.held) == 2)
+        engine.send([b"", (2).to_bytes(8, "big"), bytes(40 << 20)])
+        await until(lambda: not state.connected)
+        engine.publish(2)
+        await until(lambda: sink.held == engine.payloads())
+        assert sink.clears == []
+
+
+async def test_a_number_from_nowhere_heals() -> None:
+    async with Publisher() as engine, subscriber() as made:
+        sink, _ = await follow(made, engine)
+        engine.publish(2)
+        engine.send([b"", (1 << 60).to_bytes(8, "big"), b"x"])
+        await until(lambda: b"x" in sink.held)
+        engine.publish(2)
+        await until(lambda: sink.held == engine.payloads())
+
+
+async def test_what_the_sink_raises_ends_nothing() -> None:
+    async with Publisher() as engine, subscriber() as made:
+        sink, state = await follow(made, engine)
+        sink.fail = True
+        engine.publish(3)
+        await until(lambda: state.sink_errors == 3)
+        sink.fail = False
+        engine.publish(2)
+        await until(lambda: sink.held == engine.payloads(start=3))
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["answering", "silent"])
+async def test_nothing_is_told_after_removal_during_a_replay(answers: bool) -> None:
+    async with Publisher(answers=answers) as engine, subscriber() as made:
+        engine.publish(10_000)
+        sink = RecordingSink()
+        made.add("w/0", endpoint(engine), sink)
+        await until(lambda: len(sink.held) > 0 if answers else len(engine.requests) > 0)
+        await made.remove("w/0")
+        calls = sink.calls
+        assert calls < 10_000
+        engine.publish(10)
+        await asyncio.sleep(0.1)
+        assert sink.calls == calls
+        assert made.states == {}
+        # The same holder may come back.
+        engine.answers = True
+        again = RecordingSink()
+        made.add("w/0", endpoint(engine), again)
+        await until(lambda: again.held == engine.payloads())
+
+
+async def test_only_the_newest_load_report_counts() -> None:
+    async with Publisher() as engine, Publisher(topic=b"load") as load, subscriber() as made:
+        sink = RecordingSink()
+        place = EventEndpoint("127.0.0.1", engine.port, load_port=load.port)
+        state = made.add("w/0", place, sink)
+        await until(lambda: load.subscribed == 1)
+        load.send([b"load", b"bad"])
+        load.publish(30)
+        await until(lambda: sink.loads[-1:] == load.payloads(start=29))
+        assert state.load_reports <= 30
+        assert state.malformed == 1
+        assert state.batches == 0
+
+
+async def test_three_hundred_ranks() -> None:
+    async with Publisher() as engine, subscriber() as made:
+        engine.publish(3)
+        sinks = [RecordingSink() for _ in range(300)]
+        for rank, sink in enumerate(sinks):
+            made.add(("w", rank), endpoint(engine), sink)
+        await until(lambda: all(state.trusted for state in made.states.values()), 10)
+        await until(lambda: engine.subscribed == 300)
+        engine.publish(3)
+        await until(lambda: all(sink.held == engine.payloads() for sink in sinks))
+        assert all(state.replay_failures == 0 for state in made.states.values())
+
+
+async def test_an_ipv6_host() -> None:
+    try:
+        engine = Publisher(host="[::1]")
+    except zmq.ZMQError:
+        pytest.skip("no IPv6 here")
+    async with engine, subscriber() as made:
+        sink = RecordingSink()
+        made.add("w/0", EventEndpoint("::1", engine.port, replay_port=engine.replay_port), sink)
+        engine.publish(3)
+        await until(lambda: sink.held == engine.payloads())
+
+
+async def test_closing_leaves_no_task_and_no_socket() -> None:
+    async with Publisher() as engine:
+        before = len(asyncio.all_tasks())
+        made = KvSubscriber(SystemClock())
+        await follow(made, engine)
+        await made.close()
+        await made.close()
+        assert len(asyncio.all_tasks()) == before
+        assert made.states == {}
+
+
+async def test_a_holder_has_one_subscription() -> None:
+    async with Publisher() as engine, subscriber() as made:
+        await follow(made, engine)
+        with pytest.raises(ValueError, match="already subscribed"):
+            made.add("w/0", endpoint(engine), RecordingSink())
+
+
+@pytest.mark.parametrize("port", [0, 65_536])
+def test_a_port_out_of_range_is_refused(port: int) -> None:
+    with pytest.raises(ValueError, match="not a TCP port"):
+        EventEndpoint("h", 5557, replay_port=port)
+
+
+class TcpProxy:
+    """Stands between to cut connections that both ends believe in."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+
+    @classmethod
+    async def start(cls, target_port: int) -> "TcpProxy":
+        proxy = cls()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, back = await asyncio.open_connection("127.0.0.1", target_port)
+            proxy._writers |= {writer, back}
+            await asyncio.gather(_pipe(reader, back), _pipe(there, writer))
+
+        proxy._server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        proxy.port = proxy._server.sockets[0].getsockname()[1]
+        return proxy
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        self._writers.clear()
+
+    async def stop(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.cut()
+        await asyncio.sleep(0.05)
+
+
+async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while chunk := await reader.read(65536):
+            writer.write(chunk)
+            await writer.drain()
+    writer.close()
