@@ -159,7 +159,9 @@ class Channel:
         except BaseException:
             self.close()
             raise
+        # Setting up may have used edges up.
         self._on_edge()
+        self._on_monitor_edge()
 
     def refresh(self) -> None:
         """Learn whether the connection was made or lost."""

@@ -137,7 +137,12 @@ class KvSubscriber:
     def add(
         self, holder_key: Hashable, endpoint: EventEndpoint, sink: EventSink
     ) -> SubscriptionState:
-        """Subscribe for ever; raises ValueError when the holder has a subscription."""
+        """Subscribe for ever; raises ValueError when the holder has a subscription.
+
+        And RuntimeError after `close`.
+        """
+        if self._context.closed:
+            raise RuntimeError("the subscriber is closed")
         if holder_key in self._streams:
             raise ValueError(f"already subscribed: {holder_key}")
         if self._reader is None:
@@ -220,6 +225,7 @@ class _Stream:
         self._live_ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sink_failing = False
+        self._replay_failing = False
         self._closed = False
 
     def start(self) -> None:
@@ -265,7 +271,8 @@ class _Stream:
                 self._open()
                 await self._live_ended.wait()
             except zmq.ZMQError as error:
-                _log.error("kv_socket_failed", worker=str(self.holder_key), error=str(error))
+                if delay == RECONNECT_MIN_SECONDS:
+                    _log.error("kv_socket_failed", worker=str(self.holder_key), error=str(error))
             if self._clock.monotonic() - opened_at > 2 * RECONNECT_MAX_SECONDS:
                 delay = RECONNECT_MIN_SECONDS
             await self._clock.sleep(delay)
@@ -340,6 +347,7 @@ class _Stream:
             self.state.malformed += 1
             return True
         if isinstance(reply, ReplayEnd):
+            self._replay_failing = False
             self._drop_replay()
             self._feed(self._sequence.replay_ended())
         elif reply is not None:
@@ -418,7 +426,7 @@ class _Stream:
                 self._clock, self._owner._slots, self._settings.replay_timeout_seconds
             )
         except zmq.ZMQError as error:
-            _log.error("kv_socket_failed", worker=str(self.holder_key), error=str(error))
+            self._warn_of_replay(start, str(error))
         finally:
             if replay is not None:
                 replay.channel.close()
@@ -427,10 +435,18 @@ class _Stream:
         self._feed(self._sequence.replay_failed())
         self._wake()
         if self._sequence.degraded:
-            _log.warning("kv_replay_failed", worker=str(self.holder_key), start=start)
+            self._warn_of_replay(start, "no answer in time")
             await self._clock.sleep(self._settings.replay_cool_down_seconds)
             self._feed(self._sequence.retry())
             self._wake()
+
+    def _warn_of_replay(self, start: int, reason: str) -> None:
+        """Once until a replay succeeds: it is tried again for ever."""
+        if not self._replay_failing:
+            self._replay_failing = True
+            _log.warning(
+                "kv_replay_failed", worker=str(self.holder_key), start=start, reason=reason
+            )
 
     def _drop_replay(self) -> None:
         if self._replay is not None:

@@ -39,6 +39,8 @@ class Publisher:
         self.subscribed = 0
         self.requests: list[int] = []
         self.answers = answers
+        # Frames that come before each answer.
+        self.junk: list[list[bytes]] = []
         self._topic = topic
         self._topic_in_replies = topic_in_replies
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffered)
@@ -112,6 +114,8 @@ class Publisher:
         self.requests.append(start)
         if not self.answers:
             return
+        for frames in self.junk:
+            self._router.send_multipart([client, *frames])
         for seq, payload in self._buffer:
             if seq >= start:
                 self._reply(client, self._topic, seq.to_bytes(8, "big"), payload)

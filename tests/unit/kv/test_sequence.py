@@ -1,0 +1,228 @@
+"""One decision after another, without sockets."""
+
+import pytest
+
+from extproc.kv.sequence import (
+    Action,
+    Apply,
+    CancelReplay,
+    Clear,
+    HoldLimits,
+    RankSequence,
+    RequestReplay,
+    Trust,
+)
+
+
+def sequence(*, has_replay: bool = True, limits: HoldLimits | None = None) -> RankSequence:
+    return RankSequence(has_replay=has_replay, limits=limits or HoldLimits())
+
+
+def following(count: int, *, has_replay: bool = True) -> RankSequence:
+    """Connected, with that many batches applied."""
+    made = sequence(has_replay=has_replay)
+    made.connected()
+    if has_replay:
+        made.replay_ended()
+    for seq in range(count):
+        assert Apply(payload(seq)) in made.live(seq, payload(seq))
+    return made
+
+
+def payload(seq: int, engine: str = "a") -> bytes:
+    return f"{engine}{seq}".encode()
+
+
+def seen(actions: list[Action]) -> list[Action]:
+    """Without what only tells of trust."""
+    return [action for action in actions if not isinstance(action, Trust)]
+
+
+def test_nothing_comes_before_a_connection() -> None:
+    made = sequence()
+    assert made.live(0, b"x") == []
+    assert made.replayed(0, b"x") == []
+    assert made.replay_ended() == []
+    assert made.replay_failed() == []
+    assert made.retry() == []
+
+
+def test_connecting_asks_for_all_and_holds_live_events_back() -> None:
+    made = sequence()
+    assert made.connected() == [Trust(False, "replaying"), RequestReplay(0)]
+    assert made.connected() == []
+    assert made.live(1, payload(1)) == []
+    assert made.replayed(0, payload(0)) == [Apply(payload(0))]
+    assert made.replayed(1, payload(1)) == [Apply(payload(1))]
+    assert made.live(2, payload(2)) == []
+    assert made.replay_ended() == [Apply(payload(2)), Trust(True, "complete")]
+    assert made.live(3, payload(3)) == [Apply(payload(3))]
+
+
+def test_a_reconnect_to_the_same_engine_asks_for_the_last_batch_again() -> None:
+    made = following(3)
+    assert made.disconnected() == [Trust(False, "disconnected")]
+    assert made.connected() == [Trust(False, "verifying"), RequestReplay(2)]
+    assert made.replayed(2, payload(2)) == []
+    assert made.replayed(3, payload(3)) == [Apply(payload(3))]
+    assert made.replay_ended() == [Trust(True, "complete")]
+    assert made.restarts == 0
+
+
+@pytest.mark.parametrize("published", [0, 1, 3, 5])
+def test_another_batch_or_none_at_the_number_is_a_restart(published: int) -> None:
+    made = following(3)
+    made.disconnected()
+    made.connected()
+    actions = made.replayed(2, payload(2, "b")) if published > 2 else made.replay_ended()
+    assert seen(actions) == [Clear("restarted"), RequestReplay(0)]
+    applied = [action for seq in range(published) for action in made.replayed(seq, b"b%d" % seq)]
+    assert applied == [Apply(b"b%d" % seq) for seq in range(published)]
+    assert made.replay_ended() == [Trust(True, "complete")]
+    assert made.restarts == 1
+
+
+def test_the_remembered_batch_is_out_of_the_buffer() -> None:
+    """The very next number is no proof either."""
+    made = following(3)
+    made.disconnected()
+    made.connected()
+    assert seen(made.replayed(3, payload(3))) == [Clear("gap"), Apply(payload(3))]
+    assert made.replay_ended() == [Trust(True, "partial")]
+
+
+def test_a_number_that_goes_back_on_one_connection_is_a_restart() -> None:
+    made = following(3)
+    assert seen(made.live(0, payload(0, "b"))) == [Clear("restarted"), RequestReplay(0)]
+    made = following(1)
+    assert seen(made.live(0, payload(0, "b"))) == [Clear("restarted"), RequestReplay(0)]
+    made = following(3, has_replay=False)
+    assert seen(made.live(0, b"b0")) == [Clear("restarted"), Apply(b"b0")]
+    assert not made.partial
+
+
+def test_a_live_batch_that_the_replay_brought_is_not_applied_again() -> None:
+    made = sequence()
+    made.connected()
+    made.replayed(0, payload(0))
+    made.replayed(1, payload(1))
+    made.replay_ended()
+    assert made.live(1, payload(1)) == []
+    assert made.live(2, payload(2)) == [Apply(payload(2))]
+
+
+def test_a_gap_is_asked_about_and_filled() -> None:
+    made = following(2)
+    assert made.live(4, payload(4)) == [Trust(False, "gap"), RequestReplay(2)]
+    for seq in (2, 3, 4):
+        assert made.replayed(seq, payload(seq)) == [Apply(payload(seq))]
+    assert made.replay_ended() == [Trust(True, "complete")]
+    assert made.gaps == 1
+
+
+def test_a_gap_without_replay_clears_only_what_was_applied() -> None:
+    made = following(2, has_replay=False)
+    assert made.live(4, payload(4)) == [
+        Trust(False, "gap"),
+        Clear("gap"),
+        Apply(payload(4)),
+        Trust(True, "partial"),
+    ]
+    fresh = sequence(has_replay=False)
+    fresh.connected()
+    assert seen(fresh.live(7, payload(7))) == [Apply(payload(7))]
+
+
+def test_a_hole_in_an_answer_is_asked_about_at_once() -> None:
+    made = sequence()
+    made.connected()
+    made.replayed(0, payload(0))
+    assert made.replayed(5, payload(5)) == [RequestReplay(1)]
+
+
+def test_a_failed_replay_with_progress_goes_on_from_there() -> None:
+    made = sequence()
+    made.connected()
+    made.replayed(0, payload(0))
+    assert made.replay_failed() == [RequestReplay(1)]
+    assert made.live(1, payload(1)) == []
+    assert seen(made.replay_failed()) == [Apply(payload(1))]
+    assert made.degraded
+    assert not made.partial
+
+
+def test_a_failed_check_clears() -> None:
+    made = following(3)
+    made.disconnected()
+    made.connected()
+    made.live(3, payload(3))
+    assert made.replay_failed() == [
+        Clear("replay_failed"),
+        Apply(payload(3)),
+        Trust(True, "partial"),
+    ]
+
+
+def test_a_rebuild_replaces_what_is_held_only_when_it_goes_back_further() -> None:
+    def degraded() -> RankSequence:
+        made = sequence()
+        made.connected()
+        made.live(5, payload(5))
+        made.replay_failed()
+        assert seen(made.retry()) == [RequestReplay(0)]
+        assert made.retry() == []
+        assert made.live(6, payload(6)) == [Apply(payload(6))]
+        return made
+
+    made = degraded()
+    assert made.replayed(3, payload(3)) == [
+        Clear("rebuilding"),
+        Trust(False, "replaying"),
+        Apply(payload(3)),
+    ]
+    assert made.partial
+    made = degraded()
+    assert made.replayed(5, payload(5)) == [CancelReplay()]
+    made = degraded()
+    assert made.replay_failed() == []
+    assert made.degraded
+    made = degraded()
+    assert made.replay_ended() == []
+    assert not made.degraded
+
+
+def test_a_disconnect_ends_the_replay() -> None:
+    made = sequence()
+    made.connected()
+    made.live(0, payload(0))
+    assert made.disconnected() == [CancelReplay(), Trust(False, "disconnected")]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [HoldLimits(rank_batches=3), HoldLimits(rank_bytes=6), HoldLimits(total_bytes=6)],
+    ids=["batches", "bytes", "total"],
+)
+def test_what_can_not_be_held_is_asked_for_again(limits: HoldLimits) -> None:
+    made = sequence(limits=limits)
+    made.connected()
+    for seq in range(5):
+        made.live(seq, payload(seq))
+    assert made.dropped == 3
+    assert limits.total_held_bytes == 4
+    made.replayed(0, payload(0))
+    assert made.replay_ended() == [RequestReplay(1)]
+    for seq in range(1, 5):
+        assert made.replayed(seq, payload(seq)) == [Apply(payload(seq))]
+    assert made.replay_ended() == [Trust(True, "complete")]
+    assert limits.total_held_bytes == 0
+
+
+def test_a_batch_larger_than_all_that_may_wait_is_dropped() -> None:
+    limits = HoldLimits(rank_bytes=6)
+    made = sequence(limits=limits)
+    made.connected()
+    made.live(0, b"1234567")
+    assert (made.dropped, limits.total_held_bytes) == (1, 0)
+    assert made.replay_ended() == [Trust(True, "complete")]
+    assert made.live(1, b"1") == [Trust(False, "gap"), RequestReplay(0)]

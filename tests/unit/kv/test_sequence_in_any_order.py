@@ -1,0 +1,181 @@
+"""Whatever a network and an engine do, what is held is a run of one engine's own batches."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from extproc.kv.sequence import (
+    Action,
+    Apply,
+    CancelReplay,
+    Clear,
+    HoldLimits,
+    RankSequence,
+    RequestReplay,
+    Trust,
+)
+
+_BUFFERED = 8
+_Batch = tuple[int, int]  # (engine process, number)
+
+
+def _payload(batch: _Batch) -> bytes:
+    return f"{batch[0]}:{batch[1]}".encode()
+
+
+class EngineAndNetwork(RuleBasedStateMachine):
+    """One rank behind a lossy network, and a sink that only remembers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The engine.
+        self.process = 0
+        self.published = 0
+        # In flight: live batches, and the frames of the running answer; None is its end.
+        self.live: list[_Batch] = []
+        self.answer: list[_Batch | None] | None = None
+        self.asked: int | None = None
+        self.connected = False
+        # The sink.
+        self.held: list[_Batch] = []
+        self.trusted = False
+        self.failed = False
+        self.clears = 0
+
+    @initialize(has_replay=st.booleans(), batches=st.sampled_from([2, 100]))
+    def begin(self, has_replay: bool, batches: int) -> None:
+        self.has_replay = has_replay
+        self.limits = HoldLimits(rank_batches=batches)
+        self.sequence = RankSequence(has_replay=has_replay, limits=self.limits)
+
+    def do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Apply(payload):
+                    process, seq = payload.decode().split(":")
+                    batch = (int(process), int(seq))
+                    # In order, at most once, and never two engines' batches side by side.
+                    assert not self.held or batch == (self.held[-1][0], self.held[-1][1] + 1)
+                    self.held.append(batch)
+                case Clear():
+                    assert self.held, "nothing to clear"
+                    self.held.clear()
+                    self.clears += 1
+                case Trust(trusted, _):
+                    self.trusted = trusted
+                case RequestReplay(start):
+                    assert self.has_replay
+                    self.asked, self.answer = start, None
+                case CancelReplay():
+                    self.asked = self.answer = None
+
+    @rule(count=st.integers(1, 4), arrives=st.booleans())
+    def publish(self, count: int, arrives: bool) -> None:
+        for _ in range(count):
+            if self.connected and arrives:
+                self.live.append((self.process, self.published))
+            self.published += 1
+
+    @precondition(lambda self: self.live)
+    @rule(count=st.integers(1, 5))
+    def deliver_live(self, count: int) -> None:
+        for batch in self.live[:count]:
+            self.do(self.sequence.live(batch[1], _payload(batch)))
+        del self.live[:count]
+
+    @precondition(lambda self: not self.connected)
+    @rule()
+    def connect(self) -> None:
+        self.connected = True
+        self.do(self.sequence.connected())
+
+    @precondition(lambda self: self.connected)
+    @rule(restarts=st.booleans())
+    def disconnect(self, restarts: bool) -> None:
+        self.connected = False
+        self.live.clear()
+        self.do(self.sequence.disconnected())
+        assert self.asked is None
+        assert not self.trusted
+        if restarts:
+            self.restart()
+
+    @precondition(lambda self: not self.connected)
+    @rule()
+    def restart(self) -> None:
+        self.process += 1
+        self.published = 0
+
+    @precondition(lambda self: self.asked is not None and self.answer is None)
+    @rule(dropped_from=st.none() | st.integers(0, _BUFFERED), dropped=st.integers(1, 3))
+    def serve_replay(self, dropped_from: int | None, dropped: int) -> None:
+        assert self.asked is not None
+        first = max(self.asked, self.published - _BUFFERED)
+        batches: list[_Batch | None] = [(self.process, seq) for seq in range(first, self.published)]
+        # A queue that is full loses from the middle, not from the start.
+        if dropped_from:
+            del batches[dropped_from : dropped_from + dropped]
+        self.answer = [*batches, None]
+
+    @precondition(lambda self: self.answer)
+    @rule(count=st.integers(1, 10))
+    def deliver_replay(self, count: int) -> None:
+        for _ in range(count):
+            if not self.answer:
+                break
+            frame = self.answer.pop(0)
+            if frame is None:
+                self.asked = self.answer = None
+                self.do(self.sequence.replay_ended())
+            else:
+                self.do(self.sequence.replayed(frame[1], _payload(frame)))
+
+    @precondition(lambda self: self.asked is not None)
+    @rule()
+    def time_out(self) -> None:
+        self.asked = self.answer = None
+        self.do(self.sequence.replay_failed())
+
+    @rule()
+    def retry(self) -> None:
+        self.do(self.sequence.retry())
+
+    @precondition(lambda self: self.connected)
+    @rule()
+    def calm(self) -> None:
+        """All arrives, then one batch more shows every gap there still was."""
+        self.deliver_all()
+        self.publish(1, arrives=True)
+        self.deliver_all()
+        assert self.trusted
+        assert self.held[-1] == (self.process, self.published - 1)
+        assert self.sequence.partial == (self.held[0][1] > 0)
+        assert self.limits.total_held_bytes == 0
+
+    def deliver_all(self) -> None:
+        for _ in range(50):
+            self.deliver_live(len(self.live))
+            if self.asked is None:
+                return
+            if self.answer is None:
+                self.serve_replay(None, 1)
+            self.deliver_replay(len(self.answer or ()))
+        raise AssertionError("asks for ever")
+
+    @invariant()
+    def a_trusted_rank_holds_batches_of_the_running_engine(self) -> None:
+        if self.trusted:
+            assert self.connected
+            assert all(process == self.process for process, _ in self.held)
+            if not self.sequence.partial and self.held:
+                assert self.held[0][1] == 0
+
+
+TestEngineAndNetwork = EngineAndNetwork.TestCase
+TestEngineAndNetwork.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
