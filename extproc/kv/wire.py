@@ -42,8 +42,9 @@ __all__ = [
     "decode_load",
 ]
 
-# The largest real batches are a few MB. Decoding takes up to eight times the payload.
-PAYLOAD_MAX_BYTES: Final = 1 << 25
+# What one step of a scheduler publishes is far below. While it is decoded, a payload takes up
+# eight times its size in token ids, and thirty times in pairs.
+PAYLOAD_MAX_BYTES: Final = 1 << 24
 # With pages of one token and without coalescing, a long prompt is 100 000 events.
 EVENTS_MAX_PER_BATCH: Final = 1 << 18
 TOKENS_MAX_PER_EVENT: Final = 1 << 20
