@@ -101,6 +101,23 @@ def test_a_number_that_goes_back_on_one_connection_is_a_restart() -> None:
     assert not made.partial
 
 
+def test_what_waited_before_the_numbers_went_back_is_void() -> None:
+    made = following(1)
+    made.live(4, payload(4))
+    made.live(0, b"b0")
+    assert seen(made.replay_ended()) == [Apply(b"b0")]
+
+
+def test_numbers_of_the_connection_before_do_not_count() -> None:
+    made = following(3)
+    made.disconnected()
+    made.connected()
+    assert made.live(0, b"b0") == []
+    assert seen(made.replay_ended()) == [Clear("restarted"), RequestReplay(0)]
+    assert made.replay_ended() == [Apply(b"b0"), Trust(True, "complete")]
+    assert made.restarts == 1
+
+
 def test_a_live_batch_that_the_replay_brought_is_not_applied_again() -> None:
     made = sequence()
     made.connected()
@@ -216,6 +233,14 @@ def test_what_can_not_be_held_is_asked_for_again(limits: HoldLimits) -> None:
         assert made.replayed(seq, payload(seq)) == [Apply(payload(seq))]
     assert made.replay_ended() == [Trust(True, "complete")]
     assert limits.total_held_bytes == 0
+
+
+def test_what_came_and_was_dropped_after_an_empty_answer_was_made_is_asked_for() -> None:
+    made = sequence(limits=HoldLimits(rank_batches=2))
+    made.connected()
+    for seq in range(3):
+        made.live(seq, payload(seq))
+    assert made.replay_ended() == [RequestReplay(0)]
 
 
 def test_a_batch_larger_than_all_that_may_wait_is_dropped() -> None:
