@@ -1,0 +1,274 @@
+"""Prompts to tokens, without holding up the event loop.
+
+What is short is done at once, since handing it to a thread costs more than the work. Rendering a
+large chat and encoding more than a few thousand characters that were never seen go to a small
+pool: the tokenizer lets the loop run meanwhile. How many may wait for it is bounded, because a
+request without tokens is routed by load, while one that waits is late for certain.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from extproc.clock import Clock, SystemClock
+from extproc.tokenization.chat_template import ChatTemplates
+from extproc.tokenization.errors import (
+    EncodeFailedError,
+    EncoderBusyError,
+    TextTooLongError,
+    TokenizerError,
+    UnknownTokenError,
+    UnmappableError,
+)
+from extproc.tokenization.pool import BoundedPool
+from extproc.tokenization.prompts import Prompt, read_prompt
+from extproc.tokenization.reasons import (
+    BUSY,
+    ENCODE_ERROR,
+    NO_TEXT,
+    REASONS,
+    TOO_LONG,
+    UNSUPPORTED,
+)
+from extproc.tokenization.text_encoder import TextEncoder
+from extproc.tokenization.tokenizer_files import read_tokenizer
+from extproc.tokenization.vocabulary import Vocabulary
+
+__all__ = ["Encoded", "EncoderSettings", "EncoderStats", "PromptEncoder"]
+
+_Result = TypeVar("_Result")
+
+# Ids that are turned into text on the loop.
+_DECODED_INLINE_MAX_TOKENS: Final = 4096
+
+
+class Encoded(NamedTuple):
+    """Token ids of a prompt (uint64), or None and the reason."""
+
+    ids: NDArray[np.uint64] | None
+    why: str
+
+
+class EncoderSettings(Struct, frozen=True, kw_only=True):
+    """How one model's prompts are encoded.
+
+    `template_name` picks one of several chat templates for all requests, as the engine's
+    `--hf-chat-template-name` does; `template_kwargs` are the engine's
+    `--default-chat-template-kwargs`. Texts and rendered chats beyond `max_chars` and chats of
+    more than `max_messages` get no tokens. Up to `inline_chars` characters that were not seen
+    before are encoded on the event loop, and bodies up to `inline_body_bytes` are rendered
+    there; whatever is larger waits for one of `threads`, with `max_waiting` others at most.
+    """
+
+    template_name: str | None = None
+    template_kwargs: dict[str, Any] = {}
+    cache_bytes: int = 64 * 1024 * 1024
+    max_chars: int = 4_000_000
+    max_messages: int = 10_000
+    inline_chars: int = 4096
+    inline_body_bytes: int = 256 * 1024
+    threads: int = 2
+    max_waiting: int = 64
+
+
+class EncoderStats:
+    """What happened since the start; plain numbers for a collector of metrics.
+
+    `failures` counts by reason, `seconds` is the time spent on rendering and encoding in all
+    threads together, waiting excluded.
+    """
+
+    def __init__(self, texts: TextEncoder) -> None:
+        self._texts = texts
+        self.inline = 0
+        self.off_loop = 0
+        self.seconds = 0.0
+        self.failures = dict.fromkeys(REASONS, 0)
+
+    @property
+    def segments(self) -> int:
+        """Pieces of text that were looked up."""
+        return self._texts.segments
+
+    @property
+    def segment_hits(self) -> int:
+        """Pieces of text whose tokens were known."""
+        return self._texts.segment_hits
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._texts.cache.bytes
+
+    @property
+    def cache_entries(self) -> int:
+        return len(self._texts.cache)
+
+    @property
+    def evictions(self) -> int:
+        return self._texts.cache.evictions
+
+    @property
+    def rejected_busy(self) -> int:
+        return self.failures[BUSY]
+
+    @property
+    def cached(self) -> bool:
+        """Whether pieces are remembered; if not, `uncached_because` says why.
+
+        It says nothing if that was what the settings asked for.
+        """
+        return self._texts.cached
+
+    @property
+    def uncached_because(self) -> str:
+        return self._texts.unsafe
+
+
+class PromptEncoder:
+    """The tokenizer and the chat templates of one model. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        texts: TextEncoder,
+        templates: ChatTemplates,
+        vocabulary: Vocabulary,
+        settings: EncoderSettings,
+        clock: Clock,
+    ) -> None:
+        self._texts = texts
+        self._templates = templates
+        self._vocabulary = vocabulary
+        self._settings = settings
+        self._clock = clock
+        self._pool = BoundedPool(settings.threads, settings.max_waiting)
+        self.stats = EncoderStats(texts)
+
+    @classmethod
+    def load(
+        cls, path: Path, settings: EncoderSettings, clock: Clock | None = None
+    ) -> "PromptEncoder":
+        """Read a folder, or a tokenizer.json with what lies beside it.
+
+        Raises TokenizerError, which names the file.
+        """
+        files = read_tokenizer(path)
+        templates = ChatTemplates(
+            files,
+            template_name=settings.template_name,
+            default_kwargs=settings.template_kwargs,
+        )
+        vocabulary = Vocabulary(files.tokenizer, files.special_tokens)
+        try:
+            texts = TextEncoder(files.tokenizer, settings.cache_bytes)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
+        return cls(texts, templates, vocabulary, settings, clock or SystemClock())
+
+    async def read(self, path: str, body: bytes | bytearray) -> Prompt:
+        """`read_prompt`, off the loop for a large body; says so in `why` when that is busy."""
+        if len(body) <= self._settings.inline_body_bytes:
+            return read_prompt(path, body)
+        try:
+            return await self._pool.run(lambda: read_prompt(path, body))
+        except EncoderBusyError:
+            return Prompt(why=BUSY, body_bytes=len(body))
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        """The tokens that the engine will compute for a prompt, or why they are not known."""
+        if prompt.ids is not None:
+            return Encoded(prompt.ids, "")
+        try:
+            if prompt.why:
+                raise UnmappableError(prompt.why)
+            return Encoded(await self._encode(prompt), "")
+        except UnmappableError as refused:
+            why = refused.why
+        except EncoderBusyError:
+            why = BUSY
+        except EncodeFailedError:
+            why = ENCODE_ERROR
+        self.stats.failures[why] += 1
+        return Encoded(None, why)
+
+    async def tokenize(self, text: str) -> list[int]:
+        """The ids of a text as it is, as for /v1/tokenize: nothing is added to it, special
+        tokens that are written in it become themselves.
+
+        Raises TextTooLongError, EncodeFailedError and EncoderBusyError.
+        """
+        if len(text) > self._settings.max_chars:
+            raise TextTooLongError(f"more than {self._settings.max_chars} characters")
+        ids: list[int] = (await self._encode_text(text, False)).tolist()
+        return ids
+
+    async def detokenize(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of token ids; raises UnknownTokenError and EncoderBusyError."""
+        for one in ids:
+            if one not in self._vocabulary:
+                raise UnknownTokenError(f"{one} is not a token id of this model")
+        if len(ids) <= _DECODED_INLINE_MAX_TOKENS:
+            return self._vocabulary.text(ids, skip_special_tokens)
+        return await self._pool.run(lambda: self._vocabulary.text(ids, skip_special_tokens))
+
+    def close(self) -> None:
+        """Give up what is waiting; what runs finishes by itself."""
+        self._pool.close()
+
+    async def _encode(self, prompt: Prompt) -> NDArray[np.uint64]:
+        chat, settings = prompt.chat, self._settings
+        if chat is None:
+            if prompt.text is None:
+                raise UnmappableError(NO_TEXT)
+            if len(prompt.text) > settings.max_chars:
+                raise UnmappableError(TOO_LONG)
+            return await self._encode_text(prompt.text, True)
+        if len(chat.messages) > settings.max_messages:
+            raise UnmappableError(TOO_LONG)
+        if chat.responses_api and self._vocabulary.harmony:
+            raise UnmappableError(UNSUPPORTED)
+        render = partial(self._templates.render, chat, settings.max_chars)
+        if prompt.body_bytes > settings.inline_body_bytes:
+            rendered = await self._off_loop(render)
+        else:
+            rendered = self._at_once(render)
+        ids = await self._encode_text(rendered.text, False)
+        if rendered.continued:
+            # The engine encodes what is to be continued by itself, with what the tokenizer adds,
+            # and takes only the first token of a text away.
+            more = await self._encode_text(rendered.continued, True)
+            if len(more) and more[0] == self._vocabulary.first_token:
+                more = more[1:]
+            ids = np.concatenate((ids, more))
+        return ids
+
+    async def _encode_text(self, text: str, with_special: bool) -> NDArray[np.uint64]:
+        texts = self._texts
+        if len(text) > self._settings.inline_body_bytes:
+            self.stats.off_loop += 1
+            return await self._off_loop(lambda: texts.encode(texts.look_up(text, with_special)))
+        looked_up = self._at_once(partial(texts.look_up, text, with_special))
+        if looked_up.missing_chars <= self._settings.inline_chars:
+            self.stats.inline += 1
+            return self._at_once(partial(texts.encode, looked_up))
+        self.stats.off_loop += 1
+        return await self._off_loop(partial(texts.encode, looked_up))
+
+    def _at_once(self, work: Callable[[], _Result]) -> _Result:
+        started = self._clock.monotonic()
+        result = work()
+        self.stats.seconds += self._clock.monotonic() - started
+        return result
+
+    async def _off_loop(self, work: Callable[[], _Result]) -> _Result:
+        def timed() -> tuple[_Result, float]:
+            started = self._clock.monotonic()
+            return work(), self._clock.monotonic() - started
+
+        result, seconds = await self._pool.run(timed)
+        self.stats.seconds += seconds
+        return result

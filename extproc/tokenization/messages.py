@@ -1,0 +1,186 @@
+"""Chat messages as the engine hands them to a chat template.
+
+SGLang (0.5.23) reads messages into typed models and hands on what these write out again. So
+fields it does not know are gone, optional ones are there only with a value, and a tool call has
+exactly the fields id, index, type and function, null or not. Templates print tool calls as JSON
+and ask whether a field is there, therefore every one of these details is part of the prompt.
+
+Two steps depend on the template and are made later: whether content stays a list of parts, and
+what becomes of a trailing assistant message (`for_template`).
+"""
+
+import re
+from typing import Any, Final
+
+import msgspec
+
+from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, UNSUPPORTED
+
+__all__ = ["Message", "chat_messages", "for_template"]
+
+Message = dict[str, Any]
+
+_ROLES: Final = frozenset(
+    {"system", "assistant", "tool", "function", "developer", "latest_reminder", "root"}
+)
+_PHASES: Final = frozenset({"commentary", "final_answer"})
+_MEDIA: Final = frozenset({"image_url", "video_url", "audio_url", "input_audio", "input_image"})
+_THOUGHTS: Final = frozenset({"thinking", "reasoning"})
+_STRINGS: Final = ("tool_call_id", "name", "phase", "reasoning_content")
+
+_arguments_decoder: Final = msgspec.json.Decoder(dict[str, Any])
+# The engine's parser of arguments makes floats of integers beyond 64 bits.
+_HUGE_INTEGER: Final = re.compile(r"\d{19}")
+
+
+def chat_messages(given: Any) -> tuple[list[Message], bool]:
+    """The messages of a chat body, and whether the content of any is a list of parts.
+
+    Raises UnmappableError for media, for what the engine refuses and for fields whose effect is
+    not known.
+    """
+    if type(given) is not list:
+        raise UnmappableError(MALFORMED)
+    messages = []
+    parts = False
+    for message in given:
+        if type(message) is not dict:
+            raise UnmappableError(MALFORMED)
+        role = message.get("role")
+        content = message.get("content")
+        if role == "user":
+            if type(content) is not str:
+                content = _parts(content, role)
+                parts = True
+            messages.append({"role": role, "content": content})
+        else:
+            normal = _generic_message(message, role, content)
+            parts = parts or type(normal["content"]) is list
+            messages.append(normal)
+    return messages, parts
+
+
+def for_template(
+    messages: list[Message], keep_parts: bool, continue_final: bool
+) -> tuple[list[Message], str]:
+    """What the template is given, and the text that follows its generation prompt.
+
+    `keep_parts` says that the template iterates over the parts of a content. A trailing
+    assistant message is cut off and continued, or else becomes a user's, since the engine
+    wants the last word to be a user's.
+    """
+    messages = [_flat(message, keep_parts) for message in messages]
+    last = messages[-1]
+    if last["role"] != "assistant" or type(last["content"]) is not str:
+        return messages, ""
+    if continue_final:
+        return messages[:-1], last["content"]
+    messages[-1] = {"role": "user", "content": last["content"]}
+    return messages, ""
+
+
+def _flat(message: Message, keep_parts: bool) -> Message:
+    content = message["content"]
+    if type(content) is not list:
+        return message
+    if not keep_parts:
+        return {**message, "content": _joined(content)}
+    if message["role"] == "tool" and all(part["type"] == "text" for part in content):
+        content = _joined(content)
+    # The engine puts it last here, and some templates print whole messages.
+    others = {field: value for field, value in message.items() if field != "content"}
+    return {**others, "content": content}
+
+
+def _joined(parts: list[Message]) -> str:
+    return " ".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def _generic_message(message: Message, role: Any, content: Any) -> Message:
+    if type(role) is not str or (role := role.lower()) not in _ROLES:
+        raise UnmappableError(MALFORMED)
+    if content is None:
+        content = ""
+    elif type(content) is not str:
+        content = _parts(content, role)
+    normal: Message = {"role": role, "content": content}
+    if len(message) == 2 and "content" in message:
+        return normal
+    # Tools of a message and prefix completion reach only some encoders of the engine.
+    if message.get("tools") is not None or message.get("prefix") is not None:
+        raise UnmappableError(UNSUPPORTED)
+    for field in _STRINGS:
+        value = message.get(field)
+        if value is not None:
+            if type(value) is not str:
+                raise UnmappableError(MALFORMED)
+            normal[field] = value
+    if normal.get("phase", "commentary") not in _PHASES:
+        raise UnmappableError(MALFORMED)
+    calls = message.get("tool_calls")
+    if calls is not None:
+        if type(calls) is not list:
+            raise UnmappableError(MALFORMED)
+        normal["tool_calls"] = [_tool_call(call, role == "assistant") for call in calls]
+    return normal
+
+
+def _parts(given: Any, role: str) -> list[Message]:
+    """Only text and references to tools; thoughts are not shown to templates."""
+    if type(given) is not list:
+        raise UnmappableError(MALFORMED)
+    parts = []
+    for part in given:
+        kind = part.get("type") if type(part) is dict else None
+        if type(kind) is not str:
+            raise UnmappableError(MALFORMED)
+        if kind == "text":
+            text = part.get("text")
+            if type(text) is not str:
+                raise UnmappableError(MALFORMED)
+            parts.append({"type": "text", "text": text})
+        elif kind in _MEDIA:
+            raise UnmappableError(MULTIMODAL)
+        elif kind == "tool_reference":
+            name = part.get("name")
+            if type(name) is not str:
+                raise UnmappableError(MALFORMED)
+            parts.append({"type": kind, "name": name})
+        elif kind not in _THOUGHTS or role != "assistant":
+            raise UnmappableError(MALFORMED)
+    return parts
+
+
+def _tool_call(given: Any, assistant: bool) -> Message:
+    function = given.get("function") if type(given) is dict else None
+    if type(function) is not dict or given.get("type", "function") != "function":
+        raise UnmappableError(MALFORMED)
+    arguments = function.get("arguments")
+    if type(arguments) is str:
+        if assistant:
+            arguments = _arguments(arguments)
+    elif arguments is not None and type(arguments) is not dict:
+        raise UnmappableError(MALFORMED)
+    identity, index, name = given.get("id"), given.get("index"), function.get("name")
+    if (
+        (identity is not None and type(identity) is not str)
+        or (index is not None and type(index) is not int)
+        or (name is not None and type(name) is not str)
+    ):
+        raise UnmappableError(MALFORMED)
+    return {
+        "id": identity,
+        "index": index,
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    if _HUGE_INTEGER.search(text):
+        raise UnmappableError(UNSUPPORTED)
+    try:
+        return _arguments_decoder.decode(text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raise UnmappableError(MALFORMED) from None

@@ -1,0 +1,201 @@
+"""Text to token ids: in pieces that are remembered where that gives the same ids, else whole.
+
+Every call goes to `encode_batch_fast`: it computes no offsets, and unlike `encode` it lets other
+threads run meanwhile (tokenizers 0.23). It runs in the calling thread: how many texts are encoded
+side by side is decided by whoever calls, so the library's own pool stays off.
+
+A look-up and the encoding of what was not found are two steps, because the second may have to
+wait for a thread and the first says whether.
+"""
+
+import os
+from array import array
+from collections.abc import Sequence
+from itertools import islice
+from threading import Lock
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import structlog
+from msgspec import Struct
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from extproc.tokenization.errors import EncodeFailedError, TokenizerError
+from extproc.tokenization.pieces import PieceSplitter, SplitPlan, split_plan
+from extproc.tokenization.samples import sample_texts
+from extproc.tokenization.segment_cache import SegmentCache
+
+__all__ = ["LookedUp", "TextEncoder"]
+
+_log = structlog.get_logger()
+
+# Below, an entry's overhead outweighs what it spares.
+_PIECE_MIN_CHARS: Final = 64
+_PIECE_STRIDE_CHARS: Final = 1024
+_PROOF_STRIDE_CHARS: Final = 8
+_PROOF_TOKENS: Final = 48
+_UINT32: Final = "I"
+
+
+class _Serialised(Struct):
+    """What of a tokenizer decides how it can be cut; the vocabulary is skipped."""
+
+    added_tokens: list[dict[str, Any]]
+    normalizer: dict[str, Any] | None
+    pre_tokenizer: dict[str, Any] | None
+    post_processor: dict[str, Any] | None
+    model: "_Model"
+    truncation: Any = None
+    padding: Any = None
+
+
+class _Model(Struct):
+    type: str
+    dropout: float | None = None
+
+
+class LookedUp(Struct):
+    """A text of which some pieces are known.
+
+    `known` has the tokens of every piece, uint32, or None where `missing` has the next text to
+    encode. `whole`: the text is one and its special tokens are up to the tokenizer.
+    """
+
+    known: list[bytes | None]
+    missing: list[str]
+    missing_chars: int
+    with_special: bool
+    whole: bool
+
+
+class TextEncoder:
+    """One tokenizer with the pieces it has seen; safe to use from several threads.
+
+    `cache_bytes` 0 turns the cache off. Raises TokenizerError for a tokenizer that does not
+    serialise or can not encode.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, cache_bytes: int) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._tokenizer = tokenizer
+        self._lock = Lock()
+        self.cache = SegmentCache(cache_bytes)
+        self.segments = 0
+        self.segment_hits = 0
+        plan = _plan(tokenizer)
+        self.unsafe = plan.unsafe or _difference(tokenizer, plan)
+        if self.unsafe:
+            _log.warning("tokens_not_cached", reason=self.unsafe)
+        self._before, self._after = (
+            (_packed(side) for side in plan.around) if plan.around else (b"", b"")
+        )
+        self._around_known = plan.around is not None
+        self._splitter: PieceSplitter | None = None
+        if not self.unsafe and cache_bytes:
+            self._splitter = PieceSplitter(
+                plan, min_chars=_PIECE_MIN_CHARS, stride_chars=_PIECE_STRIDE_CHARS
+            )
+
+    @property
+    def cached(self) -> bool:
+        """Whether pieces are remembered."""
+        return self._splitter is not None
+
+    def look_up(self, text: str, with_special: bool) -> LookedUp:
+        """Cut a text and find the tokens of its pieces.
+
+        `with_special`: it shall get what the post-processor adds.
+        """
+        if self._splitter is None or (with_special and not self._around_known):
+            return LookedUp([None], [text], len(text), with_special, True)
+        pieces = self._splitter.split(text)
+        get = self.cache.get
+        with self._lock:
+            known = [get(piece) for piece in pieces]
+            missing = [piece for piece, tokens in zip(pieces, known, strict=True) if tokens is None]
+            self.segments += len(pieces)
+            self.segment_hits += len(pieces) - len(missing)
+        return LookedUp(known, missing, sum(map(len, missing)), with_special, False)
+
+    def encode(self, looked_up: LookedUp) -> NDArray[np.uint64]:
+        """The ids of the whole text; encodes what was missing, and keeps it.
+
+        Raises EncodeFailedError.
+        """
+        if looked_up.whole:
+            (ids,) = self._encode(looked_up.missing, looked_up.with_special)
+            return _ids(ids)
+        found = looked_up.known
+        if looked_up.missing:
+            fresh = self._encode(looked_up.missing, False)
+            self._keep(looked_up.missing, fresh)
+            rest = iter(fresh)
+            found = [next(rest) if tokens is None else tokens for tokens in found]
+        joined = b"".join(found)  # type: ignore[arg-type]
+        if looked_up.with_special:
+            joined = self._before + joined + self._after
+        return _ids(joined)
+
+    def _encode(self, texts: Sequence[str], with_special: bool) -> list[bytes]:
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=with_special)
+        except BaseException as error:
+            # The library's panics are no Exceptions.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise EncodeFailedError("the tokenizer refused a text") from None
+            raise
+        return [array(_UINT32, encoding.ids).tobytes() for encoding in encodings]
+
+    def _keep(self, pieces: list[str], fresh: list[bytes]) -> None:
+        room = self.cache.share_bytes
+        with self._lock:
+            for piece, tokens in zip(pieces, fresh, strict=True):
+                room -= self.cache.put(piece, tokens)
+                if room <= 0:
+                    break
+
+
+def _ids(tokens: bytes) -> NDArray[np.uint64]:
+    return np.frombuffer(tokens, np.uint32).astype(np.uint64)
+
+
+def _packed(ids: Sequence[int]) -> bytes:
+    return array(_UINT32, ids).tobytes()
+
+
+def _plan(tokenizer: Tokenizer) -> SplitPlan:
+    try:
+        serialised = msgspec.json.decode(tokenizer.to_str(), type=_Serialised)
+    except Exception as error:
+        raise TokenizerError(f"the tokenizer does not serialise: {error}") from error
+    return split_plan(msgspec.to_builtins(serialised), tokenizer.encode_special_tokens)
+
+
+def _difference(tokenizer: Tokenizer, plan: SplitPlan) -> str:
+    """Where pieces and whole texts have not the same ids, which no plan should lead to."""
+    splitters = [
+        PieceSplitter(plan, min_chars=1, stride_chars=_PROOF_STRIDE_CHARS),
+        PieceSplitter(plan, min_chars=_PIECE_MIN_CHARS, stride_chars=_PIECE_STRIDE_CHARS),
+    ]
+    tokens = plan.raw_tokens + plan.normalized_tokens
+    step = max(1, len(tokens) // _PROOF_TOKENS)
+    texts = sample_texts(list(islice(tokens, 0, None, step)))
+    try:
+        plain = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        special = tokenizer.encode_batch_fast(texts, add_special_tokens=True)
+        for text, whole, around in zip(texts, plain, special, strict=True):
+            ids = whole.ids
+            for splitter in splitters:
+                pieces = splitter.split(text)
+                encoded = tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+                if [one for piece in encoded for one in piece.ids] != ids:
+                    return "pieces of a sample differ"
+            if plan.around is not None:
+                before, after = plan.around
+                if [*before, *ids, *after] != around.ids:
+                    return "special tokens around a sample differ"
+    except Exception as error:
+        raise TokenizerError(f"the tokenizer can not encode: {error}") from error
+    return ""

@@ -1,0 +1,196 @@
+"""A model's tokenizer as it lies on disk, read as transformers reads it.
+
+`tokenizer.json` is the tokenizer itself. Beside it lie the special tokens, in
+`tokenizer_config.json` or, for old models, in `special_tokens_map.json`, and the chat templates:
+files of their own (`chat_template.jinja`, `additional_chat_templates/*.jinja`) win over entries
+of the configuration. A tokenizer gets the tokens that only the configuration names, and loses
+truncation and padding: the engine asks for neither.
+"""
+
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+from tokenizers import AddedToken, Tokenizer
+
+from extproc.tokenization.errors import TokenizerError
+
+__all__ = ["TokenizerFiles", "read_tokenizer"]
+
+_TOKENIZER: Final = "tokenizer.json"
+_CONFIG: Final = "tokenizer_config.json"
+_SPECIAL_TOKENS: Final = "special_tokens_map.json"
+_TEMPLATE: Final = "chat_template.jinja"
+_MORE_TEMPLATES: Final = "additional_chat_templates"
+
+_NAMED_TOKENS: Final = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_EXTRA_TOKENS: Final = ("extra_special_tokens", "additional_special_tokens")
+_FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class TokenizerFiles(Struct, frozen=True):
+    """What was read.
+
+    `special_tokens` are the variables of a template, by name (`bos_token`, …). `templates` are
+    the sources by name, `template_files` says where each came from, for messages.
+    """
+
+    tokenizer: Tokenizer
+    special_tokens: dict[str, str]
+    templates: dict[str, str]
+    template_files: dict[str, Path]
+
+
+def read_tokenizer(path: Path) -> TokenizerFiles:
+    """Read a folder, or a tokenizer.json and what lies beside it.
+
+    Raises TokenizerError.
+    """
+    folder, file = (path, path / _TOKENIZER) if path.is_dir() else (path.parent, path)
+    if not file.is_file():
+        raise TokenizerError(f"{file}: no such file; a folder with {_TOKENIZER} is needed")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:
+        # The library raises bare exceptions.
+        raise TokenizerError(f"{file}: not a tokenizer: {error}") from error
+    config_file = folder / _CONFIG
+    config = _json_object(config_file)
+    special_file = config_file
+    if "added_tokens_decoder" not in config:
+        more = _json_object(folder / _SPECIAL_TOKENS)
+        if more:
+            config, special_file = {**config, **more}, folder / _SPECIAL_TOKENS
+    named, extra = _special_tokens(config, special_file)
+    _complete(tokenizer, config, config_file, [*named.values(), *extra])
+    templates, template_files = _templates(folder, config, config_file)
+    special_tokens = {name: token.content for name, token in named.items()}
+    return TokenizerFiles(tokenizer, special_tokens, templates, template_files)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """Empty if there is no such file."""
+    try:
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise TokenizerError(f"{file}: can not be read: {error.strerror}") from error
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise TokenizerError(f"{file}: not a JSON object: {error}") from error
+
+
+# -- special tokens
+
+
+def _special_tokens(
+    config: dict[str, Any], file: Path
+) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+    """Those with a name, which templates can ask for, and the others."""
+    named = {}
+    for name in (*_NAMED_TOKENS, *config):
+        value = config.get(name)
+        # Models name further tokens of their own, as strings.
+        if name in _NAMED_TOKENS or (name.endswith("_token") and type(value) is str):
+            token = _token(value, file, name)
+            if token is not None:
+                named[name] = token
+    extra = []
+    for key in _EXTRA_TOKENS:
+        value = config.get(key)
+        if type(value) is dict:
+            for name, content in value.items():
+                token = _token(content, file, f"{key}.{name}")
+                if token is not None:
+                    named[name] = token
+        elif type(value) is list:
+            extra += [token for one in value if (token := _token(one, file, key)) is not None]
+    return named, extra
+
+
+def _token(value: Any, file: Path, key: str) -> AddedToken | None:
+    """A token written as a string or as an object with its flags."""
+    if value is None:
+        return None
+    if type(value) is str:
+        return AddedToken(value, special=True, normalized=False)
+    content = value.get("content") if type(value) is dict else None
+    if type(content) is not str:
+        raise TokenizerError(f"{file}: `{key}` is neither a token nor null")
+    flags = {flag: value[flag] for flag in _FLAGS if type(value.get(flag)) is bool}
+    return AddedToken(content, **{"special": True, "normalized": False, **flags})
+
+
+def _complete(
+    tokenizer: Tokenizer, config: dict[str, Any], file: Path, special: list[AddedToken]
+) -> None:
+    """Add the tokens that only the configuration knows, in the order of their ids."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    listed = config.get("added_tokens_decoder") or {}
+    if type(listed) is not dict or not all(index.isdecimal() for index in listed):
+        raise TokenizerError(f"{file}: `added_tokens_decoder` does not map ids to tokens")
+    tokens = [
+        _token(listed[index], file, f"added_tokens_decoder.{index}")
+        for index in sorted(listed, key=int)
+    ]
+    for token in (*tokens, *special):
+        if token is not None and token.content and token.content not in known:
+            tokenizer.add_tokens([token])
+            known.add(token.content)
+    tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+
+# -- chat templates
+
+
+def _templates(
+    folder: Path, config: dict[str, Any], config_file: Path
+) -> tuple[dict[str, str], dict[str, Path]]:
+    files = {}
+    if (folder / _TEMPLATE).is_file():
+        files["default"] = folder / _TEMPLATE
+    for file in sorted((folder / _MORE_TEMPLATES).glob("*.jinja")):
+        files[file.stem] = file
+    if files:
+        return {name: _text(file) for name, file in files.items()}, files
+    given = config.get("chat_template")
+    if given is None:
+        templates: dict[str, str] = {}
+    elif type(given) is str:
+        templates = {"default": given}
+    else:
+        try:
+            templates = {one["name"]: one["template"] for one in given}
+            well_formed = all(
+                type(name) is str and type(text) is str for name, text in templates.items()
+            )
+        except (TypeError, KeyError):
+            well_formed = False
+        if not well_formed:
+            raise TokenizerError(
+                f"{config_file}: `chat_template` is neither a template nor a list of objects "
+                "with `name` and `template`"
+            )
+    return templates, dict.fromkeys(templates, config_file)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TokenizerError(f"{file}: can not be read: {error.strerror}") from error
+    except UnicodeError as error:
+        raise TokenizerError(f"{file}: not UTF-8") from error

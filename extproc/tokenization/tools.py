@@ -1,0 +1,145 @@
+"""Tool lists as the engine hands them to a chat template.
+
+SGLang (0.5.23) reads tools into typed models: fields it does not know are dropped, the known
+fields of a function stay in the client's order, missing ones follow as null except `strict` and
+`defer_loading`, and the tool around it has exactly type, function and defer_loading. Types of a
+JSON schema that databases use ("varchar") are rewritten, which is not done here.
+
+Agents send the same list with every request, tens of kilobytes of it. So the finished lists are
+kept by their bytes; nobody changes them, templates run in a sandbox that can not. Being the same
+objects every time, they can be recognised by whoever has done something with them before.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.reasons import MALFORMED, UNSUPPORTED
+
+__all__ = ["Tool", "chosen_tools", "finished_tool", "function_tools", "kept_by_bytes"]
+
+Tool = dict[str, Any]
+
+_ListReader: TypeAlias = Callable[[Any], list[Tool]]
+
+_LISTS_KEPT: Final = 32
+_LIST_KEPT_MAX_BYTES: Final = 1 << 17
+_SCHEMA_MAX_DEPTH: Final = 100
+
+_FUNCTION_FIELDS: Final = ("description", "name", "parameters", "strict", "defer_loading")
+_FIELDS_WITHOUT_NULL: Final = frozenset({"strict", "defer_loading"})
+_SCHEMA_TYPES: Final = frozenset(
+    {"string", "number", "integer", "boolean", "array", "object", "null"}
+)
+_CHOICES: Final = frozenset({"auto", "required", "none"})
+
+_decoder: Final = msgspec.json.Decoder()
+
+
+def kept_by_bytes(read: _ListReader) -> Callable[[bytes], list[Tool]]:
+    """Makes a function from JSON of one that reads a body's `tools`, and keeps what it gives.
+
+    Raises UnmappableError as `read` does, and for what is no JSON.
+    """
+
+    def from_json(raw: bytes) -> list[Tool]:
+        try:
+            given = _decoder.decode(raw)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            raise UnmappableError(MALFORMED) from None
+        return read(given)
+
+    kept = lru_cache(maxsize=_LISTS_KEPT)(from_json)
+
+    @wraps(read)
+    def read_or_kept(raw: bytes) -> list[Tool]:
+        return from_json(raw) if len(raw) > _LIST_KEPT_MAX_BYTES else kept(raw)
+
+    return read_or_kept
+
+
+def chosen_tools(tools: list[Tool], choice: Any) -> list[Tool] | None:
+    """What a template sees of `tools` under a body's `tool_choice`; None is no tools at all.
+
+    Raises UnmappableError for a choice that the engine refuses.
+    """
+    if type(choice) is dict:
+        function = choice.get("function")
+        name = function.get("name") if type(function) is dict else None
+        chosen = [tool for tool in tools if tool["function"]["name"] == name]
+        if not chosen:
+            raise UnmappableError(MALFORMED)
+        return chosen
+    if choice is not None and (type(choice) is not str or choice not in _CHOICES):
+        raise UnmappableError(MALFORMED)
+    if choice == "none" or not tools:
+        return None
+    return tools
+
+
+def finished_tool(function: dict[str, Any], kind: str = "function", defer: Any = None) -> Tool:
+    """One tool around a function of which only the type of its name is known to be right."""
+    inherited = {"defer_loading": defer} if defer is not None else {}
+    normal = {field: function[field] for field in function if field in _FUNCTION_FIELDS}
+    for field in _FUNCTION_FIELDS:
+        value = normal.setdefault(field, inherited.get(field))
+        if value is None and field in inherited:
+            value = normal[field] = inherited[field]
+        if value is None and field in _FIELDS_WITHOUT_NULL:
+            del normal[field]
+        elif value is not None and field != "parameters":
+            expected = bool if field in _FIELDS_WITHOUT_NULL else str
+            if type(value) is not expected:
+                raise UnmappableError(MALFORMED)
+    _check_schema(normal["parameters"], 0)
+    return {"type": kind, "function": normal, "defer_loading": defer}
+
+
+@kept_by_bytes
+def function_tools(given: Any) -> list[Tool]:
+    """The finished list for a chat body's `tools`; empty for null.
+
+    Raises UnmappableError for what the engine refuses or rewrites.
+    """
+    if given is None:
+        return []
+    if type(given) is not list:
+        raise UnmappableError(MALFORMED)
+    tools = []
+    for tool in given:
+        function = tool.get("function") if type(tool) is dict else None
+        if type(function) is not dict or type(function.get("name")) is not str:
+            raise UnmappableError(MALFORMED)
+        kind, defer = tool.get("type", "function"), tool.get("defer_loading")
+        if type(kind) is not str or (defer is not None and type(defer) is not bool):
+            raise UnmappableError(MALFORMED)
+        tools.append(finished_tool(function, kind, defer))
+    return tools
+
+
+def _check_schema(schema: Any, depth: int) -> None:
+    """Whether the engine leaves the types of a schema as they are.
+
+    Looks at every `type` that is a string or a list, also where it is the name of a property
+    and not a type at all: then nothing is lost but the tokens of a rare request.
+    """
+    if depth > _SCHEMA_MAX_DEPTH:
+        raise UnmappableError(UNSUPPORTED)
+    if type(schema) is list:
+        for item in schema:
+            _check_schema(item, depth + 1)
+    elif type(schema) is dict:
+        kind = schema.get("type")
+        if type(kind) is str:
+            if kind not in _SCHEMA_TYPES:
+                raise UnmappableError(UNSUPPORTED)
+        elif type(kind) is list and not all(
+            type(one) is str and one in _SCHEMA_TYPES for one in kind
+        ):
+            raise UnmappableError(UNSUPPORTED)
+        for value in schema.values():
+            if type(value) is dict or type(value) is list:
+                _check_schema(value, depth + 1)

@@ -1,0 +1,303 @@
+"""The encoder as the rest of the service sees it: limits, threads, counters, texts and ids."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
+from extproc.tokenization.errors import (
+    EncodeFailedError,
+    EncoderBusyError,
+    TextTooLongError,
+    TokenizerError,
+    UnknownTokenError,
+)
+from extproc.tokenization.pool import BoundedPool
+from extproc.tokenization.prompts import Prompt, read_prompt
+from extproc.tokenization.reasons import REASONS
+from tests.unit.tokenization.small_tokenizers import (
+    CHATML_TOKENS,
+    LLAMA_SPLIT,
+    byte_level_bpe,
+    family_folder,
+    model_folder,
+    o200k,
+    special,
+    template,
+)
+
+
+def _encoder(folder: Path, family: str = "qwen", **settings: Any) -> PromptEncoder:
+    return PromptEncoder.load(family_folder(family, folder), EncoderSettings(**settings))
+
+
+def _text(text: str) -> Prompt:
+    return Prompt(text=text)
+
+
+def _chat(*contents: str) -> Prompt:
+    messages = [{"role": "user", "content": content} for content in contents]
+    return read_prompt("/v1/chat/completions", json.dumps({"messages": messages}).encode())
+
+
+def _words(count: int, salt: str = "") -> str:
+    return " ".join(f"word{salt}{n}" for n in range(count))
+
+
+async def test_a_prompt_that_maps_to_nothing_keeps_its_reason(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path)
+    assert await encoder.encode(Prompt(why="batch")) == (None, "batch")
+    assert await encoder.encode(Prompt()) == (None, "no_text")
+    assert encoder.stats.failures == {**dict.fromkeys(REASONS, 0), "batch": 1, "no_text": 1}
+
+
+async def test_ids_are_passed_on(tmp_path: Path) -> None:
+    prompt = read_prompt("/generate", b'{"input_ids": [3, 1]}')
+    encoded = await _encoder(tmp_path).encode(prompt)
+    assert encoded.ids is prompt.ids
+    assert encoded.why == ""
+
+
+async def test_a_model_without_a_template_has_texts_only(tmp_path: Path) -> None:
+    encoder = PromptEncoder.load(model_folder(tmp_path, o200k()), EncoderSettings())
+    assert await encoder.encode(_chat("x")) == (None, "no_chat_template")
+    encoded = await encoder.encode(_text("x"))
+    assert encoded.ids is not None
+    assert encoded.ids.tolist() == o200k().encode("x").ids
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"chat_template": "{% if %}"}, "does not compile"),
+        ({"chat_template": 7}, "neither"),
+    ],
+)
+def test_models_that_can_not_be_loaded(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = model_folder(tmp_path, o200k(), config)
+    with pytest.raises(TokenizerError, match=message) as caught:
+        PromptEncoder.load(folder, EncoderSettings())
+    assert str(tmp_path) in str(caught.value)
+
+
+async def test_too_long(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path, max_chars=100, max_messages=3)
+    assert (await encoder.encode(_text("x" * 100))).why == ""
+    assert (await encoder.encode(_text("x" * 101))).why == "too_long"
+    assert (await encoder.encode(_chat("x" * 90))).why == "too_long"
+    assert (await encoder.encode(_chat("a", "b", "c"))).why in ("", "too_long")
+    assert (await encoder.encode(_chat("a", "b", "c", "d"))).why == "too_long"
+    assert encoder.stats.failures["too_long"] >= 3
+    with pytest.raises(TextTooLongError):
+        await encoder.tokenize("x" * 101)
+
+
+async def test_what_is_long_and_new_leaves_the_loop(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path, "llama", inline_chars=1000)
+    stats = encoder.stats
+    await encoder.encode(_text(_words(50)))
+    assert (stats.inline, stats.off_loop) == (1, 0)
+    text = _words(1000)
+    first = await encoder.encode(_text(text))
+    assert (stats.inline, stats.off_loop) == (1, 1)
+    again = await encoder.encode(_text(text))
+    assert (stats.inline, stats.off_loop) == (2, 1)
+    assert first.ids is not None
+    assert again.ids is not None
+    assert first.ids.tolist() == again.ids.tolist()
+    assert stats.segments > stats.segment_hits > 5
+    assert stats.cache_entries > 0
+    assert stats.cache_bytes > len(text)
+    assert stats.seconds > 0
+    assert (stats.evictions, stats.rejected_busy) == (0, 0)
+    assert (stats.cached, stats.uncached_because) == (True, "")
+
+
+async def test_the_loop_runs_while_a_thread_encodes(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path, "llama", cache_bytes=0)
+    task = asyncio.create_task(encoder.encode(_text(_words(100_000))))
+    turns = 0
+    while not task.done():
+        await asyncio.sleep(0)
+        turns += 1
+    encoded = task.result()
+    assert encoded.ids is not None
+    assert len(encoded.ids) > 100_000
+    assert turns > 100
+
+
+async def test_large_bodies_are_read_and_rendered_in_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = _encoder(tmp_path, inline_body_bytes=1000)
+    threads: list[str] = []
+    render = encoder._templates.render
+
+    def noting(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return render(*arguments)
+
+    monkeypatch.setattr(encoder._templates, "render", noting)
+    for content in ("short", _words(500)):
+        body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+        prompt = await encoder.read("/v1/chat/completions", body)
+        encoded = await encoder.encode(prompt)
+        assert encoded.ids is not None
+        direct = await encoder.encode(_chat(content))
+        assert direct.ids is not None
+        assert encoded.ids.tolist() == direct.ids.tolist()
+    assert [name.startswith("tokens") for name in threads] == [False, False, True, True]
+
+
+async def test_odd_large_bodies(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path, inline_body_bytes=1000)
+    assert (await encoder.read("/v1/completions", b"{" * 2000)).why == "malformed"
+
+
+# -- a pool that is full
+
+
+class _Gate:
+    """Work that goes on until it is let go."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.begun = 0
+
+    def __call__(self) -> str:
+        self.begun += 1
+        assert self.open.wait(30)
+        return "done"
+
+
+@pytest.fixture
+def gate() -> Any:
+    gate = _Gate()
+    yield gate
+    gate.open.set()
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def test_only_so_many_wait(gate: _Gate) -> None:
+    pool = BoundedPool(1, 2)
+    tasks = [asyncio.create_task(pool.run(gate)) for _ in range(3)]
+    await _until(lambda: gate.begun == 1)
+    with pytest.raises(EncoderBusyError):
+        await pool.run(gate)
+    tasks[1].cancel()
+    await asyncio.gather(tasks[1], return_exceptions=True)
+    tasks.append(asyncio.create_task(pool.run(gate)))
+    gate.open.set()
+    assert await asyncio.gather(tasks[0], *tasks[2:]) == ["done"] * 3
+    assert await pool.run(gate) == "done"
+    pool.close()
+
+
+async def test_work_of_those_who_left_counts_until_it_is_done(gate: _Gate) -> None:
+    pool = BoundedPool(1, 0)
+    task = asyncio.create_task(pool.run(gate))
+    await _until(lambda: gate.begun == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(EncoderBusyError):
+        await pool.run(gate)
+    gate.open.set()
+    await _until(lambda: pool._pending == 0)
+    assert await pool.run(gate) == "done"
+    pool.close()
+
+
+async def test_failures_come_back_to_who_asked() -> None:
+    def failing() -> None:
+        raise EncodeFailedError("x")
+
+    pool = BoundedPool(1, 0)
+    for _ in range(3):
+        with pytest.raises(EncodeFailedError):
+            await pool.run(failing)
+    pool.close()
+
+
+async def test_nothing_runs_after_the_end() -> None:
+    pool = BoundedPool(1, 0)
+    pool.close()
+    for _ in range(2):
+        with pytest.raises(EncoderBusyError, match="closed"):
+            await pool.run(lambda: None)
+
+
+async def test_a_busy_encoder_says_so(tmp_path: Path, gate: _Gate) -> None:
+    encoder = _encoder(tmp_path, threads=1, max_waiting=0, inline_chars=100, inline_body_bytes=5000)
+    occupied = asyncio.create_task(encoder._pool.run(gate))
+    await _until(lambda: gate.begun == 1)
+    long = _words(100)
+    assert await encoder.encode(_text(long)) == (None, "busy")
+    assert await encoder.encode(_chat(_words(1000))) == (None, "busy")
+    assert (await encoder.read("/v1/completions", b" " * 6000)).why == "busy"
+    assert encoder.stats.rejected_busy == 2
+    with pytest.raises(EncoderBusyError):
+        await encoder.tokenize(long)
+    # What is short needs no thread.
+    assert (await encoder.encode(_text("short"))).why == ""
+    gate.open.set()
+    await occupied
+    assert (await encoder.encode(_text(long))).why == ""
+    encoder.close()
+    assert (await encoder.encode(_text(_words(100, "new")))).why == "busy"
+
+
+async def test_a_text_that_the_tokenizer_refuses(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path)
+    assert await encoder.encode(_text("\ud800")) == (None, "encode_error")
+    with pytest.raises(EncodeFailedError):
+        await encoder.tokenize("\ud800")
+
+
+# -- texts and ids by themselves
+
+
+async def test_tokens_of_a_text_as_it_is(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path, "llama")
+    text = "Hello <|eot_id|> wörld"
+    ids = await encoder.tokenize(text)
+    assert all(type(one) is int for one in ids)
+    assert await encoder.detokenize(ids, skip_special_tokens=False) == text
+    assert await encoder.detokenize(ids, skip_special_tokens=True) == "Hello  wörld"
+    assert await encoder.tokenize("") == []
+    assert await encoder.detokenize([], skip_special_tokens=False) == ""
+
+
+async def test_many_ids_become_text_in_a_thread(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path, "llama")
+    text = _words(5000)
+    ids = await encoder.tokenize(text)
+    assert await encoder.detokenize(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("one", [-1, 10**6, 2**40, 2**70])
+async def test_ids_that_are_no_tokens(one: int, tmp_path: Path) -> None:
+    with pytest.raises(UnknownTokenError, match=str(one)):
+        await _encoder(tmp_path).detokenize([1, one], skip_special_tokens=False)
+
+
+async def test_models_with_a_response_format_of_their_own(tmp_path: Path) -> None:
+    tokens = special([*CHATML_TOKENS, "<|channel|>", "<|constrain|>", "<|call|>"])
+    tokenizer = byte_level_bpe(LLAMA_SPLIT, tokens)
+    folder = model_folder(tmp_path, tokenizer, {"chat_template": template("chatml")})
+    encoder = PromptEncoder.load(folder, EncoderSettings())
+    body = b'{"input": "x", "messages": [{"role": "user", "content": "x"}]}'
+    assert (await encoder.encode(read_prompt("/v1/responses", body))).why == "unsupported"
+    assert (await encoder.encode(read_prompt("/v1/chat/completions", body))).why == ""
