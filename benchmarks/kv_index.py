@@ -15,12 +15,14 @@ from typing import Final
 
 import numpy as np
 
+from extproc.kv.holder import Holder
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
 
 _ROUNDS: Final = 9
 _VOCABULARY: Final = 150_000
 _PAGE: Final = 64
+_SWEPT_PAGES: Final = 128
 
 
 def _tokens(random: np.random.Generator, count: int) -> TokenIds:
@@ -73,6 +75,27 @@ def requests(random: np.random.Generator) -> None:
         _show(
             f"match 2500 pages, 64 holders: {spread}", f"{best:7.1f} us best {median:7.1f} median"
         )
+    for name, special in (
+        ("host and disk below", "lower"),
+        ("out of order", "holed"),
+        ("both", "lower and holed"),
+    ):
+        index = PrefixIndex(hasher, 10_000_000)
+        for n, pages in enumerate(random.integers(300, 2501, 64).tolist()):
+            holder = index.add(str(n), _PAGE)
+            ids = _ids(random, pages)
+            index.store(holder, ids, None, chain[: pages * _PAGE], _PAGE)
+            if "lower" in special:
+                _demote(index, holder, ids, chain[: pages * _PAGE], pages // 2, 1)
+                _demote(index, holder, ids, chain[: pages * _PAGE], pages * 3 // 4, 2)
+            if "holed" in special:
+                index.remove(holder, ids[pages - 100 : pages - 99])
+        prefixes = index.prefixes(chain, _PAGE)
+        best, median = _microseconds(partial(_match, index, prefixes, everybody), 20)
+        _show(
+            f"match 300 to 2500 pages, 64 holders: {name}",
+            f"{best:7.1f} us best {median:7.1f} median",
+        )
     index = PrefixIndex(hasher, 10_000_000)
     holders = [index.add(str(n), 1) for n in range(8)]
     short = _tokens(random, 4096)
@@ -82,6 +105,15 @@ def requests(random: np.random.Generator) -> None:
     _show(
         "hash and match 4096 tokens, page 1, 8 holders", f"{best:7.1f} us best {median:7.1f} median"
     )
+
+
+def _demote(
+    index: PrefixIndex, holder: Holder, ids: list[int], tokens: TokenIds, first: int, tier: int
+) -> None:
+    """Pages from `first` on move one tier down, to `tier`."""
+    index.store(holder, ids[first:], ids[first - 1], tokens[first * _PAGE :], _PAGE, tier)
+    index.remove(holder, ids[:first:-1], tier - 1)
+    index.remove(holder, ids[first : first + 1], tier - 1)
 
 
 def _match(index: PrefixIndex, prefixes: TokenIds, mask: int) -> None:
@@ -117,20 +149,28 @@ def memory(random: np.random.Generator, pages: int) -> None:
     holder = index.add("w", 16)
     gc.collect()
     before = _resident_bytes()
+    slowest = 0.0
     for _ in range(pages // 16):
-        index.store(holder, _ids(random, 16), None, _tokens(random, 256), 16)
+        ids, tokens = _ids(random, 16), _tokens(random, 256)
+        started = time.perf_counter()
+        index.store(holder, ids, None, tokens, 16)
+        slowest = max(slowest, time.perf_counter() - started)
     gc.collect()
+    _show("store them, longest event of 16", f"{slowest * 1e6:7.1f} us")
     _show(f"memory at {pages} pages", f"{(_resident_bytes() - before) / pages:7.1f} bytes/page")
     started = time.perf_counter()
     index.drop(holder)
     _show("drop them", f"{(time.perf_counter() - started) * 1e6:7.1f} us")
     slowest = 0.0
     more = True
+    began = time.perf_counter()
     while more:
         started = time.perf_counter()
-        more = index.scrub(2000)
+        more = index.scrub(_SWEPT_PAGES)
         slowest = max(slowest, time.perf_counter() - started)
-    _show("sweep them out, longest slice of 2000", f"{slowest * 1e6:7.1f} us")
+    rate = pages / (time.perf_counter() - began)
+    _show(f"sweep them out, longest slice of {_SWEPT_PAGES}", f"{slowest * 1e6:7.1f} us")
+    _show("sweep them out", f"{rate:9.0f} pages/s")
 
 
 def _resident_bytes() -> int:

@@ -1,9 +1,14 @@
 """What one worker's rank holds, in columns: the index's book of a single holder."""
 
 from array import array
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
-__all__ = ["Holder", "Overlap"]
+__all__ = ["ID_SHARDS", "Holder", "Overlap"]
+
+# A dict that grows moves all of its entries at once, so the ids of a holder are spread.
+ID_SHARDS: Final = 64
+_SHARD: Final = ID_SHARDS - 1
 
 
 class Overlap(NamedTuple):
@@ -31,43 +36,62 @@ class Holder:
         "children",
         "copies",
         "ends",
+        "ever_lower",
         "free",
+        "marks",
         "name",
         "page_size",
         "pages",
         "pages_below",
         "parents",
         "slots",
-        "special",
         "sums",
         "tiers",
         "tombstones",
     )
 
-    def __init__(self, name: str, page_size: int, bigram: bool, bit: int) -> None:
+    def __init__(self, name: str, page_size: int, bigram: bool) -> None:
         self.name = name
         self.page_size = page_size
         self.bigram = bigram
-        self.reset(bit)
+        self.reset()
 
-    def reset(self, bit: int) -> None:
-        self.bit = bit
+    def reset(self) -> None:
+        # Of no use without one.
+        self.bit = 0
         # Pages held, and how many of them not on the device (1) and not on the host either (2).
         self.pages = 0
         self.pages_below = [0, 0, 0]
-        self.slots: dict[int, int] = {}
+        # Engine ids to slots; the id's lowest bits tell in which part.
+        self.slots: list[dict[int, int]] = [{} for _ in range(ID_SHARDS)]
         self.sums = array("Q")
         self.ends = array("I")  # tokens up to the end of the page
         self.parents = array("i")
         self.children = array("I")
         self.tiers = array("B")
-        self.free: list[int] = []
+        self.free = array("I")
         # Slots of pages that are gone while pages that follow them are not: slot -> engine id.
         self.tombstones: dict[int, int] = {}
         # Prefixes held under several ids: how many beyond the first.
         self.copies: dict[int, int] = {}
-        # Holes or pages below the device: a match has to look closer.
-        self.special = False
+        # A page was stored elsewhere than on the device, since the last reset.
+        self.ever_lower = False
+        # Whether there are holes, pages below the device, pages below the host.
+        self.marks = (False, False, False)
+
+    def find(self, key: int) -> int | None:
+        """The slot of an engine id, also of a page that is gone before others."""
+        return self.slots[key & _SHARD].get(key)
+
+    def name_all(self, keys: Sequence[int], slots: Sequence[int]) -> bool:
+        """Give ids to slots; False, and nothing done, if one of them is known or comes twice."""
+        shards = self.slots
+        for number, (key, slot) in enumerate(zip(keys, slots, strict=True)):
+            if shards[key & _SHARD].setdefault(key, slot) != slot:
+                for named in keys[:number]:
+                    del shards[named & _SHARD][named]
+                return False
+        return True
 
     @property
     def has_holes(self) -> bool:

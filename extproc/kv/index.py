@@ -7,26 +7,24 @@ holders at every probe. A holder that broke that order is walked page by page un
 whole again.
 
 Engines name pages by hashes of their own. These are opaque ids, kept per holder only to find
-a page again when a child or a removal names it. Dropping a holder is one step: its bit stops
-being asked for. Sweeping the bit out of the table is done in slices by `scrub`.
+a page again when a child or a removal names it.
 """
 
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
-from msgspec import Struct
 
-from extproc.kv.holder import Holder, Overlap
+from extproc.kv.counts import IndexCounts
+from extproc.kv.holder import ID_SHARDS, Holder, Overlap
 from extproc.kv.prefix_hash import POSITION_MAX_TOKENS, PrefixHasher, TokenIds
+from extproc.kv.tables import PREFIX_BITS, HolderTables
 
 __all__ = ["IndexCounts", "PrefixIndex", "Tier"]
 
-# Integers of 60 bits take two thirds of the memory of 64, and a million pages still miss each
-# other with a probability of 1 - 10^-6.
-_KEY: Final = (1 << 60) - 1
+_KEY: Final = PREFIX_BITS
 _KEY_ARRAY: Final = np.uint64(_KEY)
+_ID_SHARD: Final = ID_SHARDS - 1
 _SECOND_TOKEN_SHIFT: Final = np.uint64(32)
 _FIRST_TOKEN: Final = np.uint64((1 << 32) - 1)
 _NO_PARENT: Final = -1
@@ -37,42 +35,26 @@ _TIERS: Final = 3
 # The best tier of every combination of tiers as bits; index 0 is not held at all.
 _BEST_TIER: Final = (3, 0, 1, 0, 2, 0, 1, 0)
 _NOT_HELD: Final = 3
-_MEMBERS_MAX_ENTRIES: Final = 4096
-
-
-class IndexCounts(Struct):
-    """What the index was told and what it kept out, in pages, since the start."""
-
-    stored: int = 0
-    removed: int = 0
-    # Their parent was never stored, or is gone: their place is unknown.
-    orphans: int = 0
-    # Removed without having been stored.
-    unknown_removals: int = 0
-    # Number of tokens and number of pages do not fit.
-    mismatched: int = 0
-    # Beyond the configured number of pages, or beyond any context window.
-    over_limit: int = 0
+# Their bits make all masks longer.
+_RETIRED_HOLDERS: Final = 64
+_SCRUBBED_BY_A_CLEAR: Final = 512
 
 
 class PrefixIndex:
-    """The table of all holders."""
+    """The pages of all holders."""
 
     def __init__(self, hasher: PrefixHasher, max_pages: int) -> None:
-        """`max_pages` bounds the (page, holder) pairs kept; about 250 bytes each."""
+        """`max_pages` bounds the (page, holder) pairs kept; about 250 bytes each.
+
+        Pages of dropped holders count until they are swept out.
+        """
         self.hasher = hasher
         self.counts = IndexCounts()
         self.pages = 0
+        # Not held any more, and still the way to pages that are.
+        self.missing_pages = 0
         self._max_pages = max_pages
-        self._holders: dict[int, Holder] = {}  # by bit
-        self._special = 0  # bits of holders with `_special`
-        self._members: dict[int, tuple[Holder, ...]] = {}  # by mask, made when first met
-        self._masks: dict[int, int] = {}  # prefix -> holders
-        # prefix -> holders that have it on no better tier than this one; [0] is not used.
-        self._below: tuple[dict[int, int], ...] = ({}, {}, {})
-        self._free_bits: list[int] = []
-        self._next_bit = 1
-        self._retired: list[tuple[int, array[int], dict[int, int]]] = []
+        self._tables = HolderTables()
 
     # -- holders
 
@@ -80,57 +62,43 @@ class PrefixIndex:
         """A new, empty holder; `page_size` in tokens (bigram: in pairs of tokens)."""
         if page_size < 1:
             raise ValueError("a page has at least one token")
-        bit = self._take_bit()
-        holder = Holder(name, page_size, bigram, bit)
-        self._holders[bit] = holder
+        holder = Holder(name, page_size, bigram)
+        self._tables.enter(holder)
         return holder
 
     def drop(self, holder: Holder) -> None:
         """Forget the holder and all it holds, at once; idempotent."""
-        if self._holders.pop(holder.bit, None) is holder:
-            self._retire(holder)
+        if self._tables.has(holder):
+            self.pages -= holder.pages
+            self.missing_pages -= len(holder.tombstones)
+            self._tables.retire(holder)
 
     def clear(self, holder: Holder) -> None:
-        """Forget what the holder holds, at once."""
-        if self._holders.get(holder.bit) is not holder:
-            return
-        del self._holders[holder.bit]
-        self._retire(holder)
-        holder.reset(self._take_bit())
-        self._holders[holder.bit] = holder
+        """Forget what the holder holds, at once; nothing of a dropped one."""
+        if self._tables.has(holder) and (holder.pages or holder.tombstones):
+            self.drop(holder)
+            self._tables.enter(holder)
+            if self._tables.retired_holders > _RETIRED_HOLDERS:
+                # An engine that clears all the time pays for it itself.
+                self.scrub(_SCRUBBED_BY_A_CLEAR)
 
     def scrub(self, max_pages: int) -> bool:
         """Sweep up to that many pages of dropped holders out; True while there is more."""
-        while self._retired and max_pages > 0:
-            bit, sums, slots = self._retired[-1]
-            count = min(max_pages, len(sums))
-            for table in (self._masks, *self._below[1:]):
-                if table:
-                    _discard_all(table, bit, sums[len(sums) - count :])
-            del sums[len(sums) - count :]
-            # Freeing a million ids in one go would take longer than a decision may.
-            for _ in range(min(count, len(slots))):
-                slots.popitem()
-            max_pages -= count
-            if not sums:
-                self._retired.pop()
-                # Only now can no entry be left that a new holder would inherit.
-                self._free_bits.append(bit)
-        return bool(self._retired)
+        return self._tables.scrub(max_pages)
 
-    def _take_bit(self) -> int:
-        if self._free_bits:
-            return self._free_bits.pop()
-        bit = self._next_bit
-        self._next_bit <<= 1
-        return bit
+    def tidy(self) -> Iterator[None]:
+        """Give memory back that is not used any more; to be gone through bit by bit."""
+        return self._tables.tidy()
 
-    def _retire(self, holder: Holder) -> None:
-        self.pages -= holder.pages
-        self._retired.insert(0, (holder.bit, holder.sums, holder.slots))
-        self._special &= ~holder.bit
-        self._members.clear()
-        holder.reset(0)
+    @property
+    def retired_pages(self) -> int:
+        """Pages of dropped holders that are not swept out yet."""
+        return self._tables.retired_pages
+
+    def ends_within_page(self, holder: Holder, page: int | None) -> bool:
+        """Whether the holder has that page, and it ends where none of its size can end."""
+        slot = None if page is None else holder.find(page & _KEY)
+        return slot is not None and bool((holder.ends[slot] - holder.bigram) % holder.page_size)
 
     # -- what engines tell
 
@@ -156,7 +124,7 @@ class PrefixIndex:
         start, end, parent_slot = seed, 0, _NO_PARENT
         known = parent is None
         if parent is not None:
-            found = holder.slots.get(parent & _KEY)
+            found = holder.find(parent & _KEY)
             if found is not None:
                 known = True
                 start, end, parent_slot = holder.sums[found], holder.ends[found], found
@@ -168,78 +136,79 @@ class PrefixIndex:
             self.counts.over_limit += len(ids)
             return
         keys = [engine_id & _KEY for engine_id in ids]
-        if (
-            known
-            and len(keys) > 1
-            and self.pages + len(keys) <= self._max_pages
-            and holder.slots.keys().isdisjoint(keys)
-            and len(set(keys)) == len(keys)
-        ):
-            sums = self.hasher.page_sums(start, end, tokens, block_size)
-            self._append_chain(holder, keys, sums, end, parent_slot, block_size, tier)
-            if tier:
-                self._mark(holder)
-            return
+        room = self._max_pages - self.pages - self.missing_pages - self.retired_pages
+        if known and 1 < len(keys) <= room:
+            slots = self._free_slots(holder, len(keys))
+            if holder.name_all(keys, slots):
+                sums = self.hasher.page_sums(start, end, tokens, block_size)
+                self._append_chain(holder, slots, sums, end, parent_slot, block_size, tier)
+                if tier:
+                    self._tables.mark(holder)
+                return
         for number, key in enumerate(keys):
-            slot = holder.slots.get(key)
+            slot = holder.find(key)
             if slot is not None:
                 self._retier(holder, slot, holder.tiers[slot] | 1 << tier)
                 self.counts.stored += 1
             elif not known:
                 self.counts.orphans += 1
                 continue
-            elif self.pages >= self._max_pages:
+            elif room <= 0:
                 self.counts.over_limit += 1
                 known = False
                 continue
             else:
-                page = tokens[number * block_size : (number + 1) * block_size]
+                page = tokens
+                if len(keys) > 1:
+                    page = tokens[number * block_size : (number + 1) * block_size]
                 start = self.hasher.extend(start, end, page)
                 slot = self._append(holder, key, start, end + block_size, parent_slot, tier)
+                room -= 1
             known = True
             start, end, parent_slot = holder.sums[slot], holder.ends[slot], slot
-        self._mark(holder)
+        self._tables.mark(holder)
 
     def _append_chain(
         self,
         holder: Holder,
-        keys: list[int],
+        slots: Sequence[int],
         sums: TokenIds,
         end: int,
         parent_slot: int,
         block_size: int,
         tier: Tier,
     ) -> None:
-        """Pages none of which is known yet, each the parent of the next."""
-        count = len(keys)
-        first = len(holder.sums)
-        holder.slots.update(zip(keys, range(first, first + count), strict=True))
-        holder.sums.frombytes(sums.tobytes())
-        holder.ends.extend(range(end + block_size, end + count * block_size + 1, block_size))
-        holder.parents.append(parent_slot)
-        holder.parents.extend(range(first, first + count - 1))
-        holder.children.extend([1] * (count - 1))
-        holder.children.append(0)
+        """Pages none of which was known, each the parent of the next, in slots with names."""
+        count = len(slots)
+        ends = range(end + block_size, end + count * block_size + 1, block_size)
         if parent_slot >= 0:
             holder.children[parent_slot] += 1
-        holder.tiers.frombytes(bytes((1 << tier,)) * count)
-        bit, masks = holder.bit, self._masks
-        prefixes = (sums & _KEY_ARRAY).tolist()
-        for prefix in prefixes:
-            mask = masks.get(prefix)
-            if mask is None:
-                masks[prefix] = bit
-            elif mask & bit:
-                holder.copies[prefix] = holder.copies.get(prefix, 0) + 1
-            else:
-                masks[prefix] = mask | bit
-        for level in range(1, tier + 1):
-            holder.pages_below[level] += count
-            for prefix in prefixes:
-                _set(self._below[level], prefix, bit)
-        holder.pages += count
-        self.pages += count
-        self.counts.stored += count
+        if slots[0] == len(holder.sums):
+            holder.sums.frombytes(sums.tobytes())
+            holder.ends.extend(ends)
+            holder.parents.append(parent_slot)
+            holder.parents.extend(slots[:-1])
+            holder.children.extend([1] * (count - 1))
+            holder.children.append(0)
+            holder.tiers.frombytes(bytes((1 << tier,)) * count)
+        else:
+            del holder.free[len(holder.free) - count :]
+            for slot, total, page_end in zip(slots, sums.tolist(), ends, strict=True):
+                holder.sums[slot] = total
+                holder.ends[slot] = page_end
+                holder.parents[slot] = parent_slot
+                holder.children[slot] = 1
+                holder.tiers[slot] = 1 << tier
+                parent_slot = slot
+            holder.children[parent_slot] = 0
+        self._enter(holder, (sums & _KEY_ARRAY).tolist(), tier)
+
+    def _free_slots(self, holder: Holder, count: int) -> Sequence[int]:
+        """The last of the free ones, or else new ones in a row behind all others."""
+        free = holder.free
+        if len(free) < count:
+            return range(len(holder.sums), len(holder.sums) + count)
+        return free[len(free) - count :].tolist()
 
     def _append(
         self, holder: Holder, key: int, total: int, end: int, parent_slot: int, tier: Tier
@@ -249,25 +218,38 @@ class PrefixIndex:
             holder.sums[slot] = total
             holder.ends[slot] = end
             holder.parents[slot] = parent_slot
+            holder.tiers[slot] = 1 << tier
         else:
             slot = len(holder.sums)
             holder.sums.append(total)
             holder.ends.append(end)
             holder.parents.append(parent_slot)
             holder.children.append(0)
-            holder.tiers.append(0)
-        holder.slots[key] = slot
+            holder.tiers.append(1 << tier)
+        holder.slots[key & _ID_SHARD][key] = slot
         if parent_slot >= 0:
             holder.children[parent_slot] += 1
-        self._retier(holder, slot, 1 << tier)
-        self.counts.stored += 1
+        self._enter(holder, [total & _KEY], tier)
         return slot
+
+    def _enter(self, holder: Holder, prefixes: list[int], tier: Tier) -> None:
+        """Pages that have come to be held."""
+        for prefix in self._tables.held.add_all(prefixes, holder.bit):
+            holder.copies[prefix] = holder.copies.get(prefix, 0) + 1
+        count = len(prefixes)
+        for level in range(1, tier + 1):
+            holder.ever_lower = True
+            holder.pages_below[level] += count
+            self._tables.below[level].add_all(prefixes, holder.bit)
+        holder.pages += count
+        self.pages += count
+        self.counts.stored += count
 
     def remove(self, holder: Holder, ids: Iterable[int], tier: Tier | None = None) -> None:
         """Pages have left `tier`, or every tier."""
         for engine_id in ids:
             key = engine_id & _KEY
-            slot = holder.slots.get(key)
+            slot = holder.find(key)
             if slot is None or not holder.tiers[slot]:
                 self.counts.unknown_removals += 1
                 continue
@@ -279,20 +261,15 @@ class PrefixIndex:
             if holder.children[slot]:
                 # Pages that follow it are still there, and it may come back before them.
                 holder.tombstones[slot] = key
+                self.missing_pages += 1
             else:
                 self._forget(holder, key, slot)
-        self._mark(holder)
-
-    def _mark(self, holder: Holder) -> None:
-        special = bool(holder.tombstones) or holder.pages_below[1] > 0
-        if special != holder.special:
-            holder.special = special
-            self._special ^= holder.bit
+        self._tables.mark(holder)
 
     def _forget(self, holder: Holder, key: int, slot: int) -> None:
         """Free the slot of a page that is gone, and of missing pages only it still needed."""
         while True:
-            del holder.slots[key]
+            del holder.slots[key & _ID_SHARD][key]
             holder.free.append(slot)
             parent = holder.parents[slot]
             if parent < 0:
@@ -301,6 +278,7 @@ class PrefixIndex:
             if holder.children[parent] or parent not in holder.tombstones:
                 return
             key, slot = holder.tombstones.pop(parent), parent
+            self.missing_pages -= 1
 
     def _retier(self, holder: Holder, slot: int, tiers: int) -> None:
         """Set the tiers of a page, as bits, in the holder and in the tables."""
@@ -310,17 +288,16 @@ class PrefixIndex:
         holder.tiers[slot] = tiers
         prefix = holder.sums[slot] & _KEY
         if not before:
-            holder.tombstones.pop(slot, None)
-            if self._masks.get(prefix, 0) & holder.bit:
+            if holder.tombstones.pop(slot, None) is not None:
+                self.missing_pages -= 1
+            if not self._tables.held.add(prefix, holder.bit):
                 holder.copies[prefix] = holder.copies.get(prefix, 0) + 1
-            else:
-                _set(self._masks, prefix, holder.bit)
             holder.pages += 1
             self.pages += 1
         elif not tiers:
             copies = holder.copies.pop(prefix, 0)
             if not copies:
-                _unset(self._masks, prefix, holder.bit)
+                self._tables.held.discard(prefix, holder.bit)
             elif copies > 1:
                 holder.copies[prefix] = copies - 1
             holder.pages -= 1
@@ -330,10 +307,11 @@ class PrefixIndex:
             lay_below = level <= was < _NOT_HELD
             lies_below = level <= now < _NOT_HELD
             if lies_below and not lay_below:
-                _set(self._below[level], prefix, holder.bit)
+                holder.ever_lower = True
+                self._tables.below[level].add(prefix, holder.bit)
                 holder.pages_below[level] += 1
             elif lay_below and not lies_below:
-                _unset(self._below[level], prefix, holder.bit)
+                self._tables.below[level].discard(prefix, holder.bit)
                 holder.pages_below[level] -= 1
 
     # -- what requests ask
@@ -368,97 +346,4 @@ class PrefixIndex:
 
     def match_prefixes(self, prefixes: TokenIds, mask: int, found: dict[Holder, Overlap]) -> None:
         """Fill `found` for the holders whose bits are in `mask`; see `match`."""
-        count = len(prefixes)
-        if not count:
-            return
-        key, get = prefixes.item, self._masks.get
-        mask &= get(key(0), 0)
-        if not mask:
-            return
-        # Of these holders, all have the first `low` pages and none has more than `high`.
-        open_ranges = [(1, count, mask)]
-        while open_ranges:
-            low, high, mask = open_ranges.pop()
-            while low < high:
-                middle = (low + high + 1) >> 1
-                having = mask & get(key(middle - 1), 0)
-                if having == mask:
-                    low = middle
-                    continue
-                if having:
-                    open_ranges.append((middle, high, having))
-                    mask ^= having
-                high = middle - 1
-            members = self._members.get(mask)
-            if members is None:
-                members = self._members_of(mask)
-            if mask & self._special:
-                for holder in members:
-                    found[holder] = self._overlap(holder, prefixes, low)
-            elif len(members) == 1:
-                found[members[0]] = Overlap(low, low, low)
-            else:
-                found.update(dict.fromkeys(members, Overlap(low, low, low)))
-
-    def _members_of(self, mask: int) -> tuple[Holder, ...]:
-        if len(self._members) >= _MEMBERS_MAX_ENTRIES:
-            self._members.clear()
-        members = tuple([holder for bit, holder in self._holders.items() if bit & mask])
-        self._members[mask] = members
-        return members
-
-    def _overlap(self, holder: Holder, prefixes: TokenIds, pages: int) -> Overlap:
-        if holder.tombstones:
-            pages = self._contiguous(holder, prefixes)
-        if not holder.pages_below[1]:
-            return Overlap(pages, pages, pages)
-        device = self._leading(1, holder.bit, prefixes, pages)
-        if not holder.pages_below[2]:
-            return Overlap(pages, device, pages)
-        return Overlap(pages, device, self._leading(2, holder.bit, prefixes, pages))
-
-    def _contiguous(self, holder: Holder, prefixes: TokenIds) -> int:
-        """Pages up to the first that is missing, by looking at each."""
-        for number, prefix in enumerate(prefixes.tolist()):
-            if not self._masks.get(prefix, 0) & holder.bit:
-                return number
-        return len(prefixes)
-
-    def _leading(self, level: int, bit: int, prefixes: TokenIds, pages: int) -> int:
-        """How many of the first `pages` pages come before the first one on this tier or below.
-
-        Engines move leaves down first, so what lies on a better tier comes first.
-        """
-        below = self._below[level]
-        low, high = 0, pages
-        while low < high:
-            middle = (low + high) >> 1
-            if below.get(prefixes.item(middle), 0) & bit:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
-
-def _set(table: dict[int, int], prefix: int, bit: int) -> None:
-    mask = table.get(prefix)
-    table[prefix] = bit if mask is None else mask | bit
-
-
-def _unset(table: dict[int, int], prefix: int, bit: int) -> None:
-    left = table.get(prefix, 0) & ~bit
-    if left:
-        table[prefix] = left
-    else:
-        table.pop(prefix, None)
-
-
-def _discard_all(table: dict[int, int], bit: int, sums: "array[int]") -> None:
-    for total in sums:
-        prefix = total & _KEY
-        mask = table.get(prefix)
-        if mask is not None and mask & bit:
-            if mask == bit:
-                del table[prefix]
-            else:
-                table[prefix] = mask ^ bit
+        self._tables.match(prefixes, mask, found)

@@ -15,9 +15,10 @@ Live events of two connections must not be mixed: `disconnected` and `connected`
 """
 
 import enum
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final
 
-from msgspec import Struct
+from extproc.kv.actions import Action, Apply, CancelReplay, Clear, RequestReplay, Trust
+from extproc.kv.held import HeldBatches, HoldLimits
 
 __all__ = [
     "Action",
@@ -33,50 +34,7 @@ __all__ = [
 _BEFORE_FIRST: Final = -1
 # In place of a number: whichever comes next will do.
 _ANY: Final = -1
-
-
-class Apply(NamedTuple):
-    """The next batch, never given twice between two clears."""
-
-    payload: bytes
-
-
-class Clear(NamedTuple):
-    """What was applied until now is void."""
-
-    reason: str
-
-
-class RequestReplay(NamedTuple):
-    """Ask for the buffered batches from `start` on; an earlier request is void."""
-
-    start: int
-
-
-class CancelReplay(NamedTuple):
-    """The answer to the last request is of no use any more."""
-
-
-class Trust(NamedTuple):
-    """Whether what is held can be relied on; told on each change of either field."""
-
-    trusted: bool
-    reason: str
-
-
-Action: TypeAlias = Apply | Clear | RequestReplay | CancelReplay | Trust
-
-
-class HoldLimits(Struct):
-    """How much may wait for a replay to end: for one rank, and in bytes for all that share this.
-
-    `total_held_bytes` is the sum now.
-    """
-
-    rank_batches: int = 4096
-    rank_bytes: int = 16 << 20
-    total_bytes: int = 256 << 20
-    total_held_bytes: int = 0
+_DIGESTED_BYTES: Final = 512
 
 
 class _Phase(enum.Enum):
@@ -86,6 +44,14 @@ class _Phase(enum.Enum):
     VERIFYING = enum.auto()
     # A replay is to bring what is missing before the next live batch.
     FILLING = enum.auto()
+
+
+def _digest(payload: bytes) -> int:
+    """Tells batches apart, however large they are: the time stamp is at one end or the other.
+
+    Python's hash is keyed, by the process.
+    """
+    return hash((len(payload), payload[:_DIGESTED_BYTES], payload[-_DIGESTED_BYTES:]))
 
 
 class RankSequence:
@@ -100,25 +66,31 @@ class RankSequence:
         self.degraded = False
         self.gaps = 0
         self.restarts = 0
-        # Batches that were let go while they waited for a replay.
-        self.dropped = 0
         self._has_replay = has_replay
-        self._limits = limits
         self._phase = _Phase.LOST
         # The last batch applied since the last clear, by number and digest, and the first.
         self._last: tuple[int, int] | None = None
         self._first = 0
         self._next = _ANY
         self._last_live = _BEFORE_FIRST
-        self._held: list[tuple[int, bytes]] = []
-        self._held_bytes = 0
+        self._held = HeldBatches(limits)
         self._overflowed = False
         # The replay under way has brought something new.
         self._answered = False
         # Asked for everything while live events still apply: an answer replaces what is held.
         self._rebuild_asked = False
+        # The last batch was unreadable and has been asked for again: until it comes, what is
+        # held may be stale.
+        self._asked_again = False
+        # The request under way asks whether there is more than the live batches have brought.
+        self._checking = False
         self._told: Trust | None = None
         self._actions: list[Action] = []
+
+    @property
+    def dropped(self) -> int:
+        """Batches that were let go while they waited for a replay."""
+        return self._held.dropped
 
     def connected(self) -> list[Action]:
         """A new connection delivers from now on; it may lead to a new engine process."""
@@ -145,9 +117,11 @@ class RankSequence:
         if self._phase is not _Phase.LOST:
             if self._phase is not _Phase.FOLLOWING or self._rebuild_asked:
                 self._actions.append(CancelReplay())
+            if self._asked_again:
+                self._forget("unreadable")
             self._phase = _Phase.LOST
             self._rebuild_asked = False
-            self._drop_held()
+            self._held.drop()
         self._tell(False, "disconnected")
         return self._take()
 
@@ -157,13 +131,36 @@ class RankSequence:
             return []
         if seq <= self._last_live:
             # A publisher never repeats itself: another one speaks through the same connection.
-            self._drop_held()
+            self._held.drop()
             self._restart()
         self._last_live = seq
         if self._phase is _Phase.FOLLOWING:
             self._follow(seq, payload)
-        else:
-            self._hold(seq, payload)
+        elif not self._held.add(seq, payload):
+            self._overflowed = True
+        return self._take()
+
+    def unreadable(self, payload: bytes, *, ask: bool) -> list[Action]:
+        """A batch that was to be applied can not be: a removal may have been in it.
+
+        With `ask` the engine is asked for it once more, if it is the newest. Otherwise all before
+        it is void: a Clear comes first then, and is to be done before any action that waits.
+        """
+        newest = self._last is not None and self._last[1] == _digest(payload)
+        following = self._phase is _Phase.FOLLOWING
+        if newest and following and ask and self._has_replay and not self.degraded:
+            self._tell(False, "unreadable")
+            self._next -= 1
+            self._phase = _Phase.FILLING
+            self._asked_again = True
+            self._request(self._next)
+            return self._take()
+        self._actions.append(Clear("unreadable"))
+        self.partial = True
+        if newest:
+            self._first = self._next
+        if following:
+            self._tell_trusted()
         return self._take()
 
     def replayed(self, seq: int, payload: bytes) -> list[Action]:
@@ -201,7 +198,10 @@ class RankSequence:
             if self._last is None:
                 self._next = _ANY
                 self.partial = True
+            checked, known = self._checking, self._next
             self._settle(refetch=False)
+            if checked and self._next == known:
+                self._tell(False, "behind")
         return self._take()
 
     def retry(self) -> list[Action]:
@@ -214,6 +214,21 @@ class RankSequence:
                 self.degraded = False
         return self._take()
 
+    def caught_up(self) -> list[Action]:
+        """All live batches that had piled up are in: was one lost behind the last of them?
+
+        A publisher whose queue is full drops what it publishes, and only the next batch would
+        show it. Without a replay nothing can be believed until that comes.
+        """
+        if self._phase is _Phase.FOLLOWING and self._last is not None and not self.degraded:
+            if self._has_replay:
+                self._phase = _Phase.FILLING
+                self._request(self._next)
+                self._checking = True
+            else:
+                self._tell(False, "behind")
+        return self._take()
+
     def _follow(self, seq: int, payload: bytes) -> None:
         if self._next == _ANY:
             self._begin_at(seq)
@@ -223,7 +238,7 @@ class RankSequence:
             self.gaps += 1
             self._tell(False, "gap")
             if self._has_replay and not self.degraded:
-                self._hold(seq, payload)
+                self._held.add(seq, payload)
                 self._phase = _Phase.FILLING
                 self._rebuild_asked = False
                 self._request(self._next)
@@ -237,7 +252,7 @@ class RankSequence:
         expected = self._next - 1
         if seq < expected:
             return
-        if seq == expected and (seq, hash(payload)) != self._last:
+        if seq == expected and (seq, _digest(payload)) != self._last:
             self._restart()
             return
         self._phase = _Phase.FILLING
@@ -268,9 +283,11 @@ class RankSequence:
 
     def _settle(self, *, refetch: bool) -> None:
         """No more comes from the replay: go on with the live batches that have waited."""
-        held = self._held
+        held = self._held.take()
         self._phase = _Phase.FOLLOWING
-        self._release_held()
+        if self._asked_again:
+            self._forget("unreadable")
+            self.partial = True
         for place, (seq, payload) in enumerate(held):
             if self._next == _ANY:
                 self._begin_at(seq)
@@ -280,7 +297,7 @@ class RankSequence:
                 if refetch:
                     self._phase = _Phase.FILLING
                     for kept in held[place:]:
-                        self._hold(*kept)
+                        self._held.add(*kept)
                     self._request(self._next)
                     return
                 self._tell(False, "gap")
@@ -324,48 +341,23 @@ class RankSequence:
     def _apply(self, seq: int, payload: bytes) -> None:
         if self._last is None:
             self._first = seq
-        # Python's keyed hash serves as digest; the payload carries its time stamp.
-        self._last = (seq, hash(payload))
+        self._asked_again = False
+        self._last = (seq, _digest(payload))
         self._next = seq + 1
         self._actions.append(Apply(payload))
 
     def _forget(self, reason: str) -> None:
         if self._last is not None:
             self._actions.append(Clear(reason))
+        self._asked_again = False
         self._last = None
         self._next = _ANY
 
     def _request(self, start: int) -> None:
         self._answered = False
         self._overflowed = False
+        self._checking = False
         self._actions.append(RequestReplay(start))
-
-    def _hold(self, seq: int, payload: bytes) -> None:
-        """Keep a live batch; too many of them are given up, the replay is asked once more."""
-        limits = self._limits
-        size = len(payload)
-        if (
-            len(self._held) >= limits.rank_batches
-            or self._held_bytes + size > limits.rank_bytes
-            or limits.total_held_bytes + size > limits.total_bytes
-        ):
-            self._drop_held()
-            self._overflowed = True
-        if size > limits.rank_bytes or limits.total_held_bytes + size > limits.total_bytes:
-            self.dropped += 1
-            return
-        self._held.append((seq, payload))
-        self._held_bytes += size
-        limits.total_held_bytes += size
-
-    def _drop_held(self) -> None:
-        self.dropped += len(self._held)
-        self._release_held()
-
-    def _release_held(self) -> None:
-        self._limits.total_held_bytes -= self._held_bytes
-        self._held_bytes = 0
-        self._held = []
 
     def _tell_trusted(self) -> None:
         self._tell(True, "partial" if self.partial else "complete")

@@ -86,7 +86,7 @@ class _Model(RuleBasedStateMachine):
         self.holders[who] = self.index.add("again", _PAGE)
         self.held[who].clear()
 
-    @precondition(lambda self: self.index._retired)
+    @precondition(lambda self: self.index.retired_pages)
     @rule(pages=st.integers(1, 3))
     def scrub(self, pages: int) -> None:
         self.index.scrub(pages)
@@ -126,8 +126,9 @@ class _Model(RuleBasedStateMachine):
         while self.index.scrub(2):
             pass
         assert self.index.pages == 0
-        assert not self.index._masks
-        assert self.index._below == ({}, {}, {})
+        assert (self.index.missing_pages, self.index.retired_pages) == (0, 0)
+        tables = self.index._tables
+        assert [len(table) for table in (tables.held, *tables.below)] == [0, 0, 0, 0]
 
 
 _Model.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

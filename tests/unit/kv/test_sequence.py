@@ -251,3 +251,76 @@ def test_a_batch_larger_than_all_that_may_wait_is_dropped() -> None:
     assert (made.dropped, limits.total_held_bytes) == (1, 0)
     assert made.replay_ended() == [Trust(True, "complete")]
     assert made.live(1, b"1") == [Trust(False, "gap"), RequestReplay(0)]
+
+
+def test_an_unreadable_batch_is_asked_for_once_more() -> None:
+    made = following(3)
+    assert made.unreadable(payload(2), ask=True) == [Trust(False, "unreadable"), RequestReplay(2)]
+    assert made.live(3, payload(3)) == []
+    assert made.replayed(2, b"readable") == [Apply(b"readable")]
+    assert made.replay_ended() == [Apply(payload(3)), Trust(True, "complete")]
+
+
+@pytest.mark.parametrize("end", ["replay_ended", "replay_failed"])
+def test_an_unreadable_batch_that_nobody_repeats_voids_what_was_before(end: str) -> None:
+    made = following(3)
+    made.unreadable(payload(2), ask=True)
+    assert getattr(made, end)() == [Clear("unreadable"), Trust(True, "partial")]
+    assert seen(made.live(3, payload(3))) == [Apply(payload(3))]
+    made = following(3)
+    made.unreadable(payload(2), ask=True)
+    assert seen(made.disconnected()) == [CancelReplay(), Clear("unreadable")]
+
+
+def test_an_unreadable_batch_voids_what_was_before_when_it_is_not_to_be_asked_for() -> None:
+    made = following(3)
+    assert made.unreadable(payload(2), ask=False) == [Clear("unreadable"), Trust(True, "partial")]
+    made = following(3, has_replay=False)
+    assert seen(made.unreadable(payload(2), ask=True)) == [Clear("unreadable")]
+    # Later ones are on their way to the sink already.
+    made = following(3)
+    assert seen(made.unreadable(payload(1), ask=True)) == [Clear("unreadable")]
+    assert made.partial
+    # The engine still has to show the same batch after a reconnect.
+    made = following(3)
+    made.unreadable(payload(2), ask=False)
+    made.disconnected()
+    assert seen(made.connected()) == [RequestReplay(2)]
+    assert seen(made.replayed(2, payload(2))) == []
+
+
+def test_after_a_pile_of_batches_it_is_asked_whether_that_was_all() -> None:
+    made = following(3)
+    assert made.caught_up() == [RequestReplay(3)]
+    assert made.replay_ended() == []
+    made = following(3)
+    made.caught_up()
+    assert made.replayed(3, payload(3)) == [Apply(payload(3))]
+    assert made.replay_ended() == []
+
+
+def test_nobody_can_tell_whether_that_was_all() -> None:
+    made = following(3, has_replay=False)
+    assert made.caught_up() == [Trust(False, "behind")]
+    assert made.live(3, payload(3)) == [Apply(payload(3)), Trust(True, "complete")]
+    made = following(3)
+    made.caught_up()
+    assert made.replay_failed() == [Trust(False, "behind")]
+    assert made.live(3, payload(3)) == [Apply(payload(3)), Trust(True, "complete")]
+    fresh = sequence()
+    fresh.connected()
+    fresh.replay_ended()
+    assert fresh.caught_up() == []
+
+
+def test_large_batches_are_told_apart_by_both_ends() -> None:
+    for place in (0, 99_999):
+        batch = bytearray(100_000)
+        made = sequence()
+        made.connected()
+        made.replayed(0, bytes(batch))
+        made.replay_ended()
+        made.disconnected()
+        made.connected()
+        batch[place] = 1
+        assert seen(made.replayed(0, bytes(batch))) == [Clear("restarted"), RequestReplay(0)]

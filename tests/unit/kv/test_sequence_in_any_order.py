@@ -47,6 +47,11 @@ class EngineAndNetwork(RuleBasedStateMachine):
         self.trusted = False
         self.failed = False
         self.clears = 0
+        # The sink can not use the next batch; what was removed by it is unknown.
+        self.garbles = False
+        self.asks = False
+        self.unseen: _Batch | None = None
+        self.cleared_unseen = False
 
     @initialize(has_replay=st.booleans(), batches=st.sampled_from([2, 100]))
     def begin(self, has_replay: bool, batches: int) -> None:
@@ -55,25 +60,59 @@ class EngineAndNetwork(RuleBasedStateMachine):
         self.sequence = RankSequence(has_replay=has_replay, limits=self.limits)
 
     def do(self, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
+        """As the stream does it: all that waits comes after a Clear for an unreadable batch."""
+        waiting = [*actions]
+        while waiting:
+            match waiting.pop(0):
                 case Apply(payload):
                     process, seq = payload.decode().split(":")
                     batch = (int(process), int(seq))
                     # In order, at most once, and never two engines' batches side by side.
+                    assert self.unseen in (None, batch)
                     assert not self.held or batch == (self.held[-1][0], self.held[-1][1] + 1)
-                    self.held.append(batch)
+                    if self.garbles:
+                        self.garbles = False
+                        self.unseen = batch
+                        asked = self.sequence.unreadable(payload, ask=self.asks)
+                        if asked and isinstance(asked[0], Clear):
+                            self.clear()
+                            asked.pop(0)
+                        waiting += asked
+                    else:
+                        self.unseen = None
+                        self.held.append(batch)
                 case Clear():
-                    assert self.held, "nothing to clear"
-                    self.held.clear()
-                    self.clears += 1
-                case Trust(trusted, _):
+                    assert self.held or self.unseen or self.cleared_unseen, "nothing to clear"
+                    self.clear()
+                case Trust(trusted, reason):
                     self.trusted = trusted
+                    assert trusted == (reason in ("complete", "partial"))
                 case RequestReplay(start):
                     assert self.has_replay
                     self.asked, self.answer = start, None
                 case CancelReplay():
                     self.asked = self.answer = None
+
+    def clear(self) -> None:
+        self.cleared_unseen = self.unseen is not None
+        self.unseen = None
+        self.held.clear()
+        self.clears += 1
+
+    @rule(asks=st.booleans())
+    def garble(self, asks: bool) -> None:
+        self.garbles, self.asks = True, asks
+
+    @precondition(lambda self: self.trusted and not self.live)
+    @rule(asks=st.booleans())
+    def publish_garbled(self, asks: bool) -> None:
+        self.garble(asks=asks)
+        self.publish(1, arrives=True)
+        self.deliver_live(1)
+
+    @rule()
+    def caught_up(self) -> None:
+        self.do(self.sequence.caught_up())
 
     @rule(count=st.integers(1, 4), arrives=st.booleans())
     def publish(self, count: int, arrives: bool) -> None:
@@ -150,10 +189,12 @@ class EngineAndNetwork(RuleBasedStateMachine):
     @rule()
     def calm(self) -> None:
         """All arrives, then one batch more shows every gap there still was."""
+        self.garbles = False
         self.deliver_all()
         self.publish(1, arrives=True)
         self.deliver_all()
         assert self.trusted
+        assert self.unseen is None
         assert self.held[-1] == (self.process, self.published - 1)
         assert self.sequence.partial == (self.held[0][1] > 0)
         assert self.limits.total_held_bytes == 0
@@ -172,6 +213,7 @@ class EngineAndNetwork(RuleBasedStateMachine):
     def a_trusted_rank_holds_batches_of_the_running_engine(self) -> None:
         if self.trusted:
             assert self.connected
+            assert self.unseen is None
             assert all(process == self.process for process, _ in self.held)
             if not self.sequence.partial and self.held:
                 assert self.held[0][1] == 0

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import uvloop
@@ -32,13 +32,15 @@ class RecordingSink:
         self.trust: list[tuple[bool, str]] = []
         self.loads: list[bytes] = []
         self.calls = 0
-        self.fail = False
+        self.failures = 0  # to come
 
-    def apply(self, payload: bytes) -> None:
+    def apply(self, payload: bytes) -> Iterator[None] | None:
         self.calls += 1
-        if self.fail:
+        if self.failures:
+            self.failures -= 1
             raise ValueError(payload)
         self.held.append(payload)
+        return None
 
     def clear(self, reason: str) -> None:
         self.calls += 1
@@ -377,18 +379,88 @@ async def test_a_number_from_nowhere_heals() -> None:
 
 async def test_what_the_sink_raises_ends_nothing() -> None:
     async with Publisher() as engine, subscriber() as made:
-        sink, state = await follow(made, engine)
-        sink.fail = True
+        sink, state = await follow(made, engine, replay=False)
+        sink.failures = 3
         with capture_logs() as logs:
             engine.publish(3)
             await until(lambda: state.sink_errors == 3)
         # One line for all, without what the error quotes.
-        assert [(line["event"], line["error"]) for line in logs] == [
-            ("kv_sink_failed", "ValueError")
+        assert [(line["event"], line.get("error")) for line in logs] == [
+            ("kv_sink_failed", "ValueError"),
+            ("kv_cleared", None),
         ]
-        sink.fail = False
         engine.publish(2)
         await until(lambda: sink.held == engine.payloads(start=3))
+        # What came before them may have been removed by them.
+        assert sink.clears == ["unreadable"] * 3
+        assert state.partial
+        assert state.trusted
+
+
+async def test_a_batch_that_can_not_be_used_is_asked_for_once_more() -> None:
+    async with Publisher() as engine, subscriber() as made:
+        sink, state = await follow(made, engine)
+        engine.publish(3)
+        await until(lambda: len(sink.held) == 3)
+        sink.failures = 1
+        engine.publish()
+        await until(lambda: sink.held == engine.payloads() and state.trusted)
+        assert (sink.clears, engine.requests) == ([], [0, 3])
+        assert (False, "unreadable") in sink.trust
+        # Not again so soon.
+        sink.failures = 1
+        engine.publish()
+        await until(lambda: sink.clears == ["unreadable"])
+        assert (engine.requests, state.trusted, state.partial) == ([0, 3], True, True)
+
+
+async def test_a_batch_is_taken_in_step_by_step() -> None:
+    """Neither the next batch nor anything else comes between its steps."""
+    told: list[str] = []
+
+    class Stepping(RecordingSink):
+        def apply(self, payload: bytes) -> Iterator[None]:
+            for step in range(500):
+                told.append(f"{payload.decode()} {step}")
+                yield
+
+        def clear(self, reason: str) -> None:
+            told.append(reason)
+
+    async with Publisher() as engine, subscriber() as made:
+        state = made.add("w/0", endpoint(engine, replay=False), Stepping())
+        await until(lambda: engine.subscribed == 1 and state.trusted)
+        engine.publish()
+        engine.publish(lost=True)
+        engine.publish()
+        await until(lambda: len(told) == 1001)
+        first, third = engine.payload(0).decode(), engine.payload(2).decode()
+        assert told[:500] == [f"{first} {step}" for step in range(500)]
+        assert told[500] == "gap"
+        assert told[501:] == [f"{third} {step}" for step in range(500)]
+        engine.publish()
+        await until(lambda: len(told) > 1001)
+        await made.remove("w/0")
+        count = len(told)
+        await asyncio.sleep(0.02)
+        assert len(told) == count
+
+
+async def test_load_is_told_under_a_flood_of_events() -> None:
+    """A sink that has work for ever does not keep the engine's word on its load waiting."""
+
+    class Endless(RecordingSink):
+        def apply(self, payload: bytes) -> Iterator[None]:
+            while True:
+                yield
+
+    async with Publisher() as engine, Publisher(topic=b"load") as load, subscriber() as made:
+        sink = Endless()
+        made.add("w/0", EventEndpoint("127.0.0.1", engine.port, load_port=load.port), sink)
+        await until(lambda: engine.subscribed == 1 and load.subscribed == 1)
+        engine.publish()
+        load.publish()
+        await until(lambda: sink.loads == load.payloads())
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["answering", "silent"])

@@ -301,6 +301,28 @@ def test_odd_tokens_and_unknown_kinds_alone_are_counted() -> None:
     assert _decoded(_stored(token_ids="x"), _UNKNOWN, ["Unknown"]) == EventBatch(1.5, [], 0, 3)
 
 
+@pytest.mark.parametrize(
+    ("bad", "lost"),
+    [
+        (_UNKNOWN, False),
+        (["Unknown"], False),
+        (_stored(token_ids=[-1]), False),
+        (_stored(block_size=0), False),
+        (_removed(medium=1), True),
+        (_removed(block_hashes=[b"seven.."]), True),
+        (_removed(block_hashes=[None]), True),
+        (["BlockRemoved", [1], 5], True),
+        ({"type": "BlockRemoved"}, True),
+        ({"block_hashes": [1]}, True),
+        (None, True),
+    ],
+    ids=repr,
+)
+def test_what_may_have_been_a_removal_is_told_apart(bad: Any, lost: bool) -> None:
+    batch = _decoded(_CLEARED, bad)
+    assert (batch.skipped, batch.removals_lost) == (1, lost)
+
+
 @pytest.mark.parametrize("events", [[3], [{}], [_removed(block_hashes=["x"]), None]], ids=repr)
 def test_a_batch_of_which_nothing_can_be_read_is_none(events: list[Any]) -> None:
     with pytest.raises(WireError):
@@ -373,7 +395,7 @@ def test_tokens_and_blocks_have_limits() -> None:
     assert _decoded(_stored(token_ids=[*tokens, 1]), _CLEARED).skipped == 1
     blocks = [1] * (wire.BLOCKS_MAX_PER_EVENT + 1)
     batch = _decoded(_stored(block_hashes=blocks), _removed(block_hashes=blocks), _CLEARED)
-    assert batch == EventBatch(1.5, [AllBlocksCleared()], 0, 2)
+    assert batch == EventBatch(1.5, [AllBlocksCleared()], 0, 2, removals_lost=True)
 
 
 def test_events_have_a_limit() -> None:

@@ -1,0 +1,125 @@
+"""What engines publish, as values: KV-cache events and load reports, whatever their encoding."""
+
+from enum import IntEnum
+from typing import Annotated, Final, TypeAlias
+
+import numpy as np
+from msgspec import Meta, Struct
+from numpy.typing import NDArray
+
+__all__ = [
+    "BLOCKS_MAX_PER_EVENT",
+    "BLOCK_MAX_TOKENS",
+    "EVENTS_MAX_PER_BATCH",
+    "NAME_MAX_CHARS",
+    "PAYLOAD_MAX_BYTES",
+    "TOKENS_MAX_PER_EVENT",
+    "AllBlocksCleared",
+    "BlockRemoved",
+    "BlockStored",
+    "EventBatch",
+    "KvEvent",
+    "LoadStat",
+    "Medium",
+    "WireError",
+]
+
+# What one step of a scheduler publishes is far below. While it is decoded, a payload takes up
+# eight times its size in token ids, and thirty times in pairs.
+PAYLOAD_MAX_BYTES: Final = 1 << 24
+# With pages of one token and without coalescing, a long prompt is 100 000 events.
+EVENTS_MAX_PER_BATCH: Final = 1 << 18
+TOKENS_MAX_PER_EVENT: Final = 1 << 20
+# A page may be one token.
+BLOCKS_MAX_PER_EVENT: Final = TOKENS_MAX_PER_EVENT
+# Pages have some hundred tokens at most, those of hybrid models some thousand.
+BLOCK_MAX_TOKENS: Final = 1 << 16
+# Of cache_salt, lora_name, lora_id and medium.
+NAME_MAX_CHARS: Final = 1024
+
+_COUNT_MAX: Final = (1 << 63) - 1
+
+
+class WireError(ValueError):
+    """The payload can not be read at all; the text quotes nothing of it."""
+
+
+class Medium(IntEnum):
+    """Where a block lies, nearest first."""
+
+    GPU = 0
+    HOST = 1
+    DISK = 2
+    EXTERNAL = 3
+
+
+class BlockStored(Struct, frozen=True, gc=False, eq=False):
+    """A chain of blocks that follows `parent_block_hash`, or starts a prompt if that is None.
+
+    Hashes are unsigned 64-bit whatever the engine sends. `tokens` is a uint64 array of the units
+    of all blocks one after the other: token ids, or with `bigram` pairs of neighbours, where a
+    unit is t_j | t_{j+1} << 32. Its length may not fit blocks and `block_size` (tokens or pairs
+    per block); that is for the index to judge. `lora` is the adapter's name, or its id if only
+    that was sent.
+    """
+
+    block_hashes: list[int]
+    parent_block_hash: int | None
+    tokens: NDArray[np.uint64]
+    bigram: bool
+    block_size: int
+    medium: Medium
+    cache_salt: str | None
+    lora: str | int | None
+
+
+class BlockRemoved(Struct, frozen=True, gc=False):
+    """Blocks that are gone from one medium; others may still hold them."""
+
+    block_hashes: list[int]
+    medium: Medium
+
+
+class AllBlocksCleared(Struct, frozen=True, gc=False):
+    """Nothing is held any more, on no medium."""
+
+
+KvEvent: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+class EventBatch(Struct, frozen=True):
+    """One message of a rank, `events` in the order in which they happened.
+
+    `timestamp` is the engine's, in seconds since the epoch. `skipped` counts events of unknown
+    kind, malformed or beyond a limit; with `removals_lost` one of them may have told that blocks
+    are gone. Events of an attention group other than the first are left out without being
+    counted: hybrid models send them all the time, and a router follows one group.
+    """
+
+    timestamp: float
+    events: list[KvEvent]
+    dp_rank: int | None
+    skipped: int
+    removals_lost: bool = False
+
+
+_Count: TypeAlias = Annotated[int, Meta(ge=0, le=_COUNT_MAX)]
+
+
+class LoadStat(Struct, frozen=True, gc=False, array_like=True, tag="LoadStat"):
+    """The load of one rank; counts of requests and tokens, and microseconds.
+
+    Engines append fields over time (SGLang 0.5.23 has these): those after `attn_dp_rank` may be
+    missing, later ones are ignored.
+    """
+
+    num_running_reqs: _Count
+    num_waiting_reqs: _Count
+    num_tokens: _Count
+    max_total_num_tokens: _Count
+    attn_dp_rank: _Count
+    num_waiting_uncached_tokens: _Count | None = None
+    num_total_tokens: _Count | None = None
+    max_running_requests: _Count | None = None
+    total_prefill_uncached_tokens: _Count | None = None
+    total_prefill_busy_us: _Count | None = None

@@ -1,0 +1,171 @@
+"""An engine process in a test's hands, and a picture to compare with what it holds."""
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Self
+
+import numpy as np
+from msgspec import Struct
+
+from extproc.clock import SystemClock
+from extproc.kv.holder import Holder
+from extproc.kv.picture import KvPicture, RankSource, RankState
+from extproc.kv.subscriber import EventEndpoint, SubscriberSettings
+from extproc.kv.wire import LoadStat
+from tests.kv_survival.prompts import PAGE, PROMPT_PAGES, PROMPTS, page_tokens
+
+__all__ = ["EngineProcess", "Truth", "Watched", "until", "watching"]
+
+_TOKENS = [
+    np.array([t for n in range(PROMPT_PAGES) for t in page_tokens(prompt, n)], np.uint64)
+    for prompt in range(PROMPTS)
+]
+
+
+class Truth(Struct):
+    """What the engine holds: pages of each prompt, and in all."""
+
+    seq: int
+    pages: list[int]
+    held: int
+    subscribed: int
+    requests: int
+
+
+class EngineProcess:
+    """`tests.kv_survival.engine`, see there for the commands."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self.port = 0
+        self.replay_port = 0
+
+    @classmethod
+    async def start(cls, **options: Any) -> Self:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "tests.kv_survival.engine", json.dumps(options)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        engine = cls(process)
+        engine.port, engine.replay_port = await engine.do("ports")
+        return engine
+
+    async def successor(self, **options: Any) -> "EngineProcess":
+        """Another process at the same ports; this one must be dead."""
+        return await EngineProcess.start(port=self.port, replay_port=self.replay_port, **options)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.kill()
+
+    async def do(self, command: str, **arguments: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([command, arguments]).encode() + b"\n")
+        line = await asyncio.wait_for(self._process.stdout.readline(), 30)
+        return json.loads(line)
+
+    async def truth(self) -> Truth:
+        return Truth(**await self.do("truth"))
+
+    async def seen(self, what: str) -> None:
+        """Until it has `subscribed` or `requests`."""
+        for _ in range(1500):
+            if getattr(await self.truth(), what):
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"no {what} came")
+
+    async def kill(self) -> None:
+        """As `kill -9` does; returns when it is dead."""
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+        # Its pipes are closed on the next turn.
+        await asyncio.sleep(0)
+
+
+class Watched:
+    """A picture that follows one rank, and what it was told about it."""
+
+    def __init__(self, picture: KvPicture, key: str = "worker/0") -> None:
+        self.picture = picture
+        self.key = key
+        self.holder: Holder | None = None
+        self.loads: list[LoadStat] = []
+
+    def follow(self, engine: EngineProcess, *, replay: bool = True) -> None:
+        endpoint = EventEndpoint(
+            "127.0.0.1", engine.port, replay_port=engine.replay_port if replay else None
+        )
+        self.holder = self.picture.follow(
+            self.key, RankSource(endpoint=endpoint, page_size=PAGE), self.loads.append
+        )
+
+    @property
+    def state(self) -> RankState:
+        state = self.picture.state(self.key)
+        assert state is not None
+        return state
+
+    def pages(self) -> list[int]:
+        """What routing would be told, of each prompt; nothing of a rank that is not trusted."""
+        holder = self.picture.trusted_holder(self.key)
+        if holder is None:
+            return [0] * PROMPTS
+        found = [self.picture.index.match(tokens, [holder]).get(holder) for tokens in _TOKENS]
+        return [overlap.pages if overlap else 0 for overlap in found]
+
+    def is_right(self, truth: Truth) -> bool:
+        """Trusted, complete, and exactly what the engine holds."""
+        state = self.state
+        return (
+            state.trusted
+            and not state.partial
+            and state.pages == truth.held
+            and self.pages() == truth.pages
+        )
+
+    async def becomes_right(self, engine: EngineProcess, seconds: float = 15.0) -> Truth:
+        """Until all that the engine has published is in; it must be silent now."""
+        truth = await engine.truth()
+        await until(lambda: self.is_right(truth), seconds)
+        return truth
+
+    def claims_nothing_untrue(self, truth: Truth) -> bool:
+        return all(claimed <= held for claimed, held in zip(self.pages(), truth.pages, strict=True))
+
+
+@contextlib.asynccontextmanager
+async def watching(
+    engine: EngineProcess,
+    *,
+    replay: bool = True,
+    settings: SubscriberSettings | None = None,
+) -> AsyncIterator[Watched]:
+    picture = KvPicture(SystemClock(), max_pages=1_000_000, settings=settings)
+    sweeping = asyncio.create_task(picture.run())
+    watched = Watched(picture)
+    try:
+        watched.follow(engine, replay=replay)
+        yield watched
+    finally:
+        await asyncio.wait_for(picture.close(), 10)
+        sweeping.cancel()
+        await asyncio.gather(sweeping, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    """Generous, for machines with other things to do."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not come true"
+        await asyncio.sleep(0.01)
