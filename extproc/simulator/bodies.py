@@ -1,23 +1,23 @@
 """Request bodies: only the fields the simulator acts on, of every API it speaks.
 
-Prompts leave here as texts or, when the client sends them so, as token ids; what becomes of
-a chat is told in `tokens`.
+Prompts leave here as texts, as chats or, when the client sends them so, as token ids; what
+becomes of a chat is told in `tokens`.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from extproc.simulator.chats import Chat, chat
 from extproc.simulator.errors import ApiError
 
-__all__ = ["AbortBody", "InferenceRequest", "Prompt", "Reader", "decode", "readers"]
+__all__ = ["AbortBody", "InferenceRequest", "Prompt", "Reader", "RoleBody", "decode", "readers"]
 
-_ANSWERING_ROLE = "assistant"
 _MOST_SEQUENCES = 128
 
 T = TypeVar("T")
-Prompt = str | list[int]
+Prompt = str | list[int] | Chat
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -54,7 +54,7 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         return decoder.decode(body)
     except UnicodeDecodeError as error:
         raise ApiError(400, "the body is not valid UTF-8") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not the JSON expected here: {error}") from error
 
 
@@ -65,16 +65,10 @@ class AbortBody(msgspec.Struct):
     abort_all: bool = False
 
 
-class _Part(msgspec.Struct):
-    text: str | None = None
+class RoleBody(msgspec.Struct):
+    """`POST /pd_role_switch`."""
 
-
-_Text = str | list[_Part] | None
-
-
-class _Message(msgspec.Struct):
-    role: str = ""
-    content: _Text = None
+    new_role: Literal["prefill", "decode"]
 
 
 class _StreamOptions(msgspec.Struct):
@@ -88,6 +82,7 @@ class _Body(msgspec.Struct, kw_only=True):
     rid: str | list[str] | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=_MOST_SEQUENCES)] | None = None
     routed_dp_rank: int | None = None
+    data_parallel_rank: int | None = None  # the older name
     cache_salt: str | None = None
     lora_path: str | list[str | None] | None = None
     encoding_format: str | None = None
@@ -118,13 +113,29 @@ class _Body(msgspec.Struct, kw_only=True):
             sequences=sequences,
             is_batch=is_batch,
             wants_base64=self.encoding_format == "base64",
-            dp_rank=self.routed_dp_rank,
+            dp_rank=self.data_parallel_rank if self.routed_dp_rank is None else self.routed_dp_rank,
         )
 
 
+_Object = dict[str, Any]
+
+
+class _NamedFunction(msgspec.Struct):
+    name: str
+
+
+class _ToolChoice(msgspec.Struct):
+    function: _NamedFunction
+
+
 class _ChatBody(_Body, kw_only=True):
-    messages: list[_Message]
+    messages: list[_Object]
     input_ids: list[int] | None = None
+    tools: list[_Object] | None = None
+    tool_choice: str | _ToolChoice | None = None
+    chat_template_kwargs: _Object | None = None
+    reasoning_effort: str | float | None = None
+    continue_final_message: bool = False
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
 
@@ -146,13 +157,13 @@ class _GenerateBody(_Body, kw_only=True):
 
 
 class _MessagesBody(_Body, kw_only=True):
-    messages: list[_Message]
+    messages: list[_Object]
     max_tokens: _Count
-    system: _Text = None
+    system: str | list[_Object] | None = None
 
 
 class _ResponsesBody(_Body, kw_only=True):
-    input: str | list[_Message]
+    input: str | list[_Object]
     instructions: str | None = None
     max_output_tokens: _Count | None = None
 
@@ -169,16 +180,6 @@ class _RerankBody(_Body, kw_only=True):
 class _ScoreBody(_Body, kw_only=True):
     query: str | list[int]
     items: str | list[str | int | list[int]]
-
-
-def _text(content: _Text) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text or "" for part in content)
-
-
-def _chat_text(messages: list[_Message]) -> str:
-    return "".join(item.role + _text(item.content) for item in messages) + _ANSWERING_ROLE
 
 
 def _prompts(value: str | list[Any]) -> list[Prompt]:
@@ -199,7 +200,42 @@ def _ids(value: Any) -> list[int]:
 def _chat(body: _ChatBody) -> InferenceRequest:
     ids = body.input_ids
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return body.request([_chat_text(body.messages) if ids is None else ids], limit)
+    return body.request([_template_chat(body) if ids is None else ids], limit)
+
+
+def _template_chat(body: _ChatBody) -> Chat:
+    return chat(
+        body.messages,
+        tools=_offered_tools(body),
+        template_arguments=_template_arguments(body),
+        continues=body.continue_final_message,
+    )
+
+
+def _offered_tools(body: _ChatBody) -> list[_Object] | None:
+    """The tools a template is to show: none, all, or the one that is chosen."""
+    chosen = body.tool_choice
+    if chosen == "none" or not body.tools:
+        return None
+    if not isinstance(chosen, _ToolChoice):
+        return body.tools
+    name = chosen.function.name
+    return [tool for tool in body.tools if _function_name(tool) == name] or None
+
+
+def _function_name(tool: _Object) -> object:
+    function = tool.get("function")
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def _template_arguments(body: _ChatBody) -> _Object:
+    """What the client gives the template; an effort decides whether the model is to think."""
+    given = body.chat_template_kwargs or {}
+    effort = body.reasoning_effort
+    if effort is None:
+        return given
+    thinks = effort != "none"
+    return {"reasoning_effort": effort, "thinking": thinks, "enable_thinking": thinks} | given
 
 
 def _completion(body: _CompletionBody) -> InferenceRequest:
@@ -225,14 +261,18 @@ def _generate(body: _GenerateBody) -> InferenceRequest:
 
 
 def _messages(body: _MessagesBody) -> InferenceRequest:
-    system = [] if body.system is None else [_Message("system", body.system)]
-    return body.request([_chat_text(system + body.messages)], body.max_tokens)
+    system = [] if body.system is None else [_message("system", body.system)]
+    return body.request([chat(system + body.messages)], body.max_tokens)
 
 
 def _responses(body: _ResponsesBody) -> InferenceRequest:
-    instructions = [] if body.instructions is None else [_Message("system", body.instructions)]
-    given = [_Message("user", body.input)] if isinstance(body.input, str) else body.input
-    return body.request([_chat_text(instructions + given)], body.max_output_tokens)
+    instructions = [] if body.instructions is None else [_message("system", body.instructions)]
+    given = [_message("user", body.input)] if isinstance(body.input, str) else body.input
+    return body.request([chat(instructions + given)], body.max_output_tokens)
+
+
+def _message(role: str, content: str | list[_Object]) -> _Object:
+    return {"role": role, "content": content}
 
 
 def _input(body: _InputBody) -> InferenceRequest:
@@ -259,7 +299,15 @@ def _scored(query: Prompt, item: Prompt) -> Prompt:
 
 def _reader(kind: type[T], read: Callable[[T], InferenceRequest]) -> Reader:
     decoder = msgspec.json.Decoder(kind)
-    return lambda body: read(decode(body, decoder))
+
+    def reader(body: bytes) -> InferenceRequest:
+        decoded = decode(body, decoder)
+        try:
+            return read(decoded)
+        except msgspec.ValidationError as error:
+            raise ApiError(400, f"messages: {error}") from error
+
+    return reader
 
 
 readers: dict[str, Reader] = {

@@ -1,6 +1,7 @@
 """Pages, and what a prefix cache tells of them, before it has a form on the wire."""
 
 from collections.abc import Hashable, Sequence
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -58,7 +59,14 @@ class Cleared(msgspec.Struct, frozen=True):
 CacheEvent = Stored | Removed | Cleared
 
 
-def pages_of(tokens: Sequence[int], page_size: int) -> list[tuple[int, ...]]:
-    """The whole pages of a prompt; what is left over at its end is not cached."""
-    ends = range(page_size, len(tokens) + 1, page_size)
-    return [tuple(tokens[end - page_size : end]) for end in ends]
+def pages_of(
+    tokens: Sequence[int], page_size: int, *, bigram: bool = False
+) -> list[tuple[object, ...]]:
+    """The whole pages of a prompt; what is left over at its end is not cached.
+
+    Page sizes count tokens or, with `bigram`, pairs of neighbours: an engine that speculates
+    (EAGLE) keeps those, so that a page needs the token after it as well.
+    """
+    units = [*pairwise(tokens)] if bigram else tokens
+    ends = range(page_size, len(units) + 1, page_size)
+    return [tuple(units[end - page_size : end]) for end in ends]

@@ -1,25 +1,28 @@
-"""`extproc simulate`: one worker in a process of its own, until it is told to stop.
+"""`extproc simulate`: a worker, or several, in a process of its own until it is told to stop.
 
-Standard output carries one line, printed when the worker listens, so that scripts can wait
-for it and read the port; logs go to standard error.
+Standard output carries one line for every worker, printed when all of them listen, so that
+scripts can wait for it and read the ports; logs go to standard error.
 """
 
 import argparse
 import asyncio
+import contextlib
 import signal
 import sys
 from typing import get_args
 
+import msgspec
 import structlog
 import uvloop
 
-from extproc.simulator.http import start
-from extproc.simulator.kv_publisher import KvPorts
+from extproc.simulator.http import RunningSimulator, start
 from extproc.simulator.settings import DisaggregationMode, SimulatorSettings, WireFormat
 
-__all__ = ["DESCRIPTION", "add_arguments", "run"]
+__all__ = ["DESCRIPTION", "add_arguments", "in_a_row", "run"]
 
-DESCRIPTION = "An SGLang-like worker that needs no GPU, for tests and demonstrations."
+DESCRIPTION = "SGLang-like workers that need no GPU, for tests and demonstrations."
+
+_MOST_WORKERS = 256
 
 _DEFAULTS = SimulatorSettings()
 _HELP = {
@@ -33,6 +36,7 @@ _HELP = {
     "max_total_num_tokens": "size of the prefix cache of each rank, in tokens",
     "host_cache_tokens": "host memory of each rank for what its cache evicts, in tokens",
     "context_length": "reported context length",
+    "disaggregation_bootstrap_port": "reported port at which decode workers meet this one",
     "page_size": "tokens per KV page",
     "dp_size": "data-parallel ranks",
     "kv_replay_port": "base port of KV event replay; 0 picks a free one",
@@ -43,6 +47,13 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for every field of SimulatorSettings, with its default."""
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="so many in this process, on ports in a row from those given (default 1)",
+    )
     for name, text in _HELP.items():
         default = getattr(_DEFAULTS, name)
         parser.add_argument(
@@ -60,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="publish KV events and load, from this base port on; 0 picks a free one",
     )
     parser.add_argument("--no-replay", action="store_true", help="publish KV events once only")
+    parser.add_argument("--no-load-events", action="store_true", help="publish no load")
+    parser.add_argument(
+        "--speculative-algorithm",
+        metavar="NAME",
+        help="reported; EAGLE, EAGLE3 and FROZEN_KV_MTP make KV pages of pairs of tokens",
+    )
     parser.add_argument(
         "--wire-format",
         choices=get_args(WireFormat),
@@ -67,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="KV events as maps, or as the arrays of older engines (default %(default)s)",
     )
     parser.add_argument(
-        "--tokenizer-path", help="a tokenizer.json; without one every byte is a token"
+        "--tokenizer-path",
+        help="a tokenizer.json, or a model's folder with a chat template too; without one every "
+        "byte is a token",
     )
     parser.add_argument("--api-key", help="bearer token every path but health asks for")
     parser.add_argument(
@@ -83,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     names = SimulatorSettings.__struct_fields__
     try:
         settings = SimulatorSettings(**{name: getattr(args, name) for name in names})
+        fleet = [in_a_row(settings, number) for number in range(args.workers)]
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -90,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings))
+            runner.run(_serve(fleet))
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -104,18 +124,46 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _ports(ports: KvPorts) -> str:
-    replay = "" if ports.replay is None else f" kv_replay_port={ports.replay}"
-    return f" kv_events_port={ports.events}{replay} kv_load_port={ports.load}"
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to {_MOST_WORKERS}")
+    return int(text)
 
 
-async def _serve(settings: SimulatorSettings) -> None:
+def in_a_row(settings: SimulatorSettings, number: int) -> SimulatorSettings:
+    """The settings of one of several workers; what was to be a free port stays that."""
+    ranks = settings.dp_size
+    ports = {
+        name: port + number * ports_each
+        for name, ports_each in (
+            ("port", 1),
+            ("kv_events_port", ranks),
+            ("kv_replay_port", ranks),
+            ("kv_load_port", ranks),
+        )
+        if (port := getattr(settings, name))
+    }
+    return msgspec.structs.replace(settings, **ports)
+
+
+def _line(simulator: RunningSimulator) -> str:
+    """What scripts read: where a worker is, and where it publishes."""
+    line = f"simulator ready url={simulator.url} model={simulator.settings.model}"
+    if simulator.kv_ports is not None:
+        named = msgspec.structs.asdict(simulator.kv_ports)
+        for name in ("events", "replay", "load"):
+            if named[name] is not None:
+                line += f" kv_{name}_port={named[name]}"
+    return line + "\n"
+
+
+async def _serve(fleet: list[SimulatorSettings]) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    async with await start(settings) as simulator:
-        ports = "" if simulator.kv_ports is None else _ports(simulator.kv_ports)
-        sys.stdout.write(f"simulator ready url={simulator.url} model={settings.model}{ports}\n")
+    async with contextlib.AsyncExitStack() as exits:
+        running = [await exits.enter_async_context(await start(each)) for each in fleet]
+        sys.stdout.write("".join(map(_line, running)))
         sys.stdout.flush()
         await stopped.wait()

@@ -8,19 +8,20 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from extproc.simulator.bodies import AbortBody, decode
+from extproc.simulator.bodies import AbortBody, RoleBody, decode
 from extproc.simulator.engine import RankLoad
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.faults import WorkerFaults
-from extproc.simulator.inference import Worker, hang, json_answer, listening_port
+from extproc.simulator.inference import hang, json_answer, listening_port
+from extproc.simulator.worker import Worker
 
 __all__ = ["Control"]
 
 # The engine release whose answers these are modelled on.
 _ENGINE_VERSION: Final = "0.5.23"
-_BOOTSTRAP_PORT: Final = 8998  # the engine's default; only reported
 
 _abort_decoder = msgspec.json.Decoder(AbortBody)
+_role_decoder = msgspec.json.Decoder(RoleBody)
 _faults_decoder = msgspec.json.Decoder(WorkerFaults)
 
 
@@ -38,6 +39,7 @@ class Control:
             web.get("/flush_cache", self.flush_cache),
             web.post("/flush_cache", self.flush_cache),
             web.post("/abort_request", self.abort_request),
+            web.post("/pd_role_switch", self.switch_role),
             web.post("/simulator/restart", self.restart),
             web.get("/simulator/stats", self.stats),
             web.get("/simulator/faults", self.get_faults),
@@ -79,9 +81,9 @@ class Control:
                 "dp_size": settings.dp_size,
                 "max_running_requests": settings.max_running_requests,
                 "max_total_num_tokens": settings.max_total_num_tokens,
-                "disaggregation_mode": settings.disaggregation_mode,
-                "disaggregation_bootstrap_port": _BOOTSTRAP_PORT,
-                "speculative_algorithm": None,
+                "disaggregation_mode": self._worker.mode,
+                "disaggregation_bootstrap_port": settings.disaggregation_bootstrap_port,
+                "speculative_algorithm": settings.speculative_algorithm,
                 "kv_events": None if publisher is None else publisher.description(),
                 "version": _ENGINE_VERSION,
                 "startup_time": self._worker.startup_time,
@@ -141,7 +143,10 @@ class Control:
         return web.Response(text="Flush cache failed: requests are running.\n", status=400)
 
     async def restart(self, request: web.Request) -> web.Response:
-        await self._worker.restart()
+        try:
+            await self._worker.restart()
+        except OSError as error:
+            raise ApiError(500, str(error)) from error
         return web.Response()
 
     async def abort_request(self, request: web.Request) -> web.Response:
@@ -150,6 +155,16 @@ class Control:
             raise ApiError(400, "rid is needed unless abort_all is true")
         self._worker.engine.abort(None if body.abort_all else body.rid)
         return web.Response()
+
+    async def switch_role(self, request: web.Request) -> web.Response:
+        """From prefill to decode or back, while nothing runs."""
+        body = decode(await request.read(), _role_decoder)
+        if self._worker.mode == "null":
+            raise ApiError(400, "the worker is not disaggregated")
+        if not self._worker.engine.is_idle:
+            raise ApiError(400, "requests are running")
+        self._worker.mode = body.new_role
+        return json_answer({"success": True, "disaggregation_mode": self._worker.mode})
 
     async def stats(self, request: web.Request) -> web.Response:
         """What arrived and how it ended; `max_running` is the most that ever ran at once."""
@@ -165,6 +180,9 @@ class Control:
                 "waiting": sum(load.waiting for load in loads),
                 "max_running": engine.most_running,
                 "tokens_generated": engine.tokens_generated,
+                "caches": [
+                    {"gpu_tokens": gpu, "host_tokens": host} for gpu, host in engine.cached_tokens()
+                ],
                 "requests": list(journal.recent),
             }
         )

@@ -107,6 +107,11 @@ class Generation:
         self._rank.leave(self)
 
     @property
+    def rank(self) -> int:
+        """Number of the data-parallel rank it runs on."""
+        return self._rank.number
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """Why the output ended; None while it has not."""
         if self._aborted:
@@ -191,8 +196,9 @@ class _Rank:
             prefill_tokens_per_second=settings.prefill_tokens_per_second,
             seconds_per_token=settings.decode_milliseconds_per_token / 1000,
         )
-        self._number = number
+        self.number = number
         self._limit = settings.max_running_requests
+        self._bigram = settings.caches_bigrams
         self._output_ids = output_ids
         self._observer = observer
         self._cache = RadixCache(
@@ -227,8 +233,11 @@ class _Rank:
             prefill_microseconds=round(self._prefill_seconds * 1e6),
         )
 
+    def cached_tokens(self) -> tuple[int, int]:
+        return self._cache.used_tokens, self._cache.host_used_tokens
+
     def holding(self, job: Job) -> Holding:
-        return Holding(self._cache, job.prompts, job.namespace)
+        return Holding(self._cache, job.prompts, job.namespace, bigram=self._bigram)
 
     def flush_cache(self) -> None:
         self._cache.flush()
@@ -239,8 +248,8 @@ class _Rank:
         if self._observer is None:
             return
         if events := self._cache.take_events():
-            self._observer.cache_changed(self._number, events)
-        self._observer.load_changed(self._number)
+            self._observer.cache_changed(self.number, events)
+        self._observer.load_changed(self.number)
 
     def is_prefilling(self, generation: Generation) -> bool:
         return self._prefilling is generation
@@ -343,6 +352,10 @@ class Engine:
     def loads(self) -> list[RankLoad]:
         """The counters of every rank, in the order of the ranks."""
         return [rank.load() for rank in self._ranks]
+
+    def cached_tokens(self) -> list[tuple[int, int]]:
+        """What the cache of each rank holds on the device and on the host."""
+        return [rank.cached_tokens() for rank in self._ranks]
 
     @property
     def is_idle(self) -> bool:

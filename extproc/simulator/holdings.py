@@ -19,13 +19,19 @@ class Holding:
     """What one request holds; `cached_tokens` is known once it is acquired."""
 
     def __init__(
-        self, cache: RadixCache, prompts: Sequence[Sequence[int]], namespace: Namespace
+        self,
+        cache: RadixCache,
+        prompts: Sequence[Sequence[int]],
+        namespace: Namespace,
+        *,
+        bigram: bool = False,
     ) -> None:
         self.cached_tokens = 0
         self._cache = cache
         self._prompts = prompts
         self._namespace = namespace
-        self._pages = [pages_of(prompt, cache.page_size) for prompt in prompts]
+        self._bigram = bigram
+        self._pages = [pages_of(prompt, cache.page_size, bigram=bigram) for prompt in prompts]
         self._leases: list[Lease] = []
 
     def tokens_found(self) -> int:
@@ -52,10 +58,11 @@ class Holding:
         self._leases = []
 
     def _grown(
-        self, prompt: Sequence[int], pages: list[tuple[int, ...]], output: Sequence[int]
-    ) -> list[tuple[int, ...]]:
+        self, prompt: Sequence[int], pages: list[tuple[object, ...]], output: Sequence[int]
+    ) -> list[tuple[object, ...]]:
         size = self._cache.page_size
-        return pages + pages_of([*chain(prompt[len(pages) * size :], output)], size)
+        rest = [*chain(prompt[len(pages) * size :], output)]
+        return pages + pages_of(rest, size, bigram=self._bigram)
 
     def _reusable(self, found: Iterable[int]) -> int:
         size = self._cache.page_size

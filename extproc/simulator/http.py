@@ -12,12 +12,14 @@ from typing import Self
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from extproc.simulator.binding import with_patience
 from extproc.simulator.bodies import readers
 from extproc.simulator.control import Control
 from extproc.simulator.errors import ApiError, error_body
-from extproc.simulator.inference import Worker, json_answer, listening_port, serve
+from extproc.simulator.inference import json_answer, listening_port, serve
 from extproc.simulator.kv_publisher import KvPorts, KvPublisher
 from extproc.simulator.settings import SimulatorSettings
+from extproc.simulator.worker import Worker
 
 __all__ = ["RunningSimulator", "create_app", "start"]
 
@@ -47,7 +49,7 @@ def create_app(settings: SimulatorSettings) -> web.Application:
         worker.break_off()
 
     async def start_publishing(app: web.Application) -> None:
-        worker.start()
+        await worker.start()
 
     async def stop_publishing(app: web.Application) -> None:
         worker.stop()
@@ -87,6 +89,12 @@ class RunningSimulator:
         """Where rank 0 publishes; None when it does not."""
         return None if self.publisher is None else self.publisher.ports
 
+    async def restart(self) -> None:
+        """What `POST /simulator/restart` does: see `Worker.restart`."""
+        if self._runner.app is None:
+            raise RuntimeError("the worker has stopped")
+        await self._runner.app[_WORKER].restart()
+
     async def stop(self) -> None:
         await self._runner.cleanup()
 
@@ -110,11 +118,18 @@ async def start(settings: SimulatorSettings) -> RunningSimulator:
         access_log=None,
         shutdown_timeout=_SHUTDOWN_SECONDS,
     )
+
+    async def listen() -> None:
+        site = web.TCPSite(runner, settings.host, settings.port, backlog=_BACKLOG_CONNECTIONS)
+        try:
+            await site.start()
+        except OSError:
+            await site.stop()
+            raise
+
     await runner.setup()
     try:
-        await web.TCPSite(
-            runner, settings.host, settings.port, backlog=_BACKLOG_CONNECTIONS
-        ).start()
+        await with_patience(listen)
     except BaseException:
         await runner.cleanup()
         raise

@@ -5,12 +5,12 @@ as the real engine does; a router that waits for headers therefore waits for the
 """
 
 import asyncio
+import contextlib
 import socket
 import struct
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NoReturn
 
 import msgspec
@@ -20,92 +20,27 @@ from aiohttp import web
 from extproc.simulator.answers import Answer, Ticket
 from extproc.simulator.bodies import InferenceRequest, Prompt, readers
 from extproc.simulator.cache_events import Namespace
-from extproc.simulator.engine import Engine, FinishReason, Generation, Job
+from extproc.simulator.chat_template import ChatTemplateError
+from extproc.simulator.chats import Chat
+from extproc.simulator.engine import FinishReason, Generation, Job
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.faults import (
     FAULT_HEADER,
-    FaultBoard,
     RequestFault,
     parse_header,
 )
-from extproc.simulator.journal import Entry, Journal
-from extproc.simulator.kv_publisher import KvPorts, KvPublisher
+from extproc.simulator.journal import Entry
 from extproc.simulator.other_answers import answers
-from extproc.simulator.settings import SimulatorSettings
-from extproc.simulator.tokens import Tokenizer
+from extproc.simulator.worker import Worker
 
-__all__ = ["Worker", "hang", "json_answer", "listening_port", "serve"]
+__all__ = ["hang", "json_answer", "listening_port", "serve"]
 
+_RANK_HEADER = "x-data-parallel-rank"
 _FLUSH_POLL_SECONDS = 0.001
 # SO_LINGER on with zero seconds: closing sends a TCP reset instead of a FIN.
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
 _log = structlog.get_logger("extproc.simulator")
-
-
-class Worker:
-    """The state of one simulated worker, shared by every handler."""
-
-    def __init__(self, settings: SimulatorSettings) -> None:
-        self.settings = settings
-        self.tokenizer = Tokenizer(settings.tokenizer_path)
-        self.faults = FaultBoard()
-        self.journal = Journal()
-        self._handlers: set[asyncio.Task[object]] = set()
-        self._renew()
-
-    def _renew(self) -> None:
-        settings = self.settings
-        self.publisher = None if settings.kv_events_port is None else KvPublisher(settings)
-        self.engine = Engine(settings, output_ids=self.tokenizer.output, observer=self.publisher)
-        self.started_at = time.monotonic()
-        self.startup_time = time.time()
-
-    def start(self, ports: KvPorts | None = None) -> None:
-        """Begin to publish, if it is to; raises OSError when a port can not be used."""
-        if self.publisher is not None:
-            self.publisher.start(self.engine.load, ports)
-            self.engine.announce()
-
-    def stop(self) -> None:
-        if self.publisher is not None:
-            self.publisher.stop()
-
-    async def restart(self) -> None:
-        """Die and come back at the same ports with nothing remembered but the journal.
-
-        Clients of requests that run, health checks among them, see their connections break.
-        """
-        own = asyncio.current_task()
-        while others := self._handlers - {own}:
-            for task in others:
-                task.cancel()
-            await asyncio.wait(others)
-        ports = None if self.publisher is None else self.publisher.ports
-        self.stop()
-        self._renew()
-        self.start(ports)
-
-    @property
-    def is_starting(self) -> bool:
-        return time.monotonic() - self.started_at < self.settings.startup_delay_seconds
-
-    @contextmanager
-    def handling(self) -> Iterator[None]:
-        """The present task handles a request here, which `break_off` would have to end."""
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("requests are handled in tasks")
-        self._handlers.add(task)
-        try:
-            yield
-        finally:
-            self._handlers.discard(task)
-
-    def break_off(self) -> None:
-        """End all running requests at once, as a worker does that is killed."""
-        for task in self._handlers:
-            task.cancel()
 
 
 def json_answer(data: object, status: int = 200) -> web.Response:
@@ -126,9 +61,13 @@ async def serve(worker: Worker, request: web.Request) -> web.StreamResponse:
     try:
         response = await _answer(worker, request, entry)
         worker.journal.close(entry, "completed" if response.status < 400 else "failed")
-    except (asyncio.CancelledError, ConnectionError):
+    except asyncio.CancelledError:
         worker.journal.close(entry, "aborted")
         raise
+    except ConnectionError:
+        # The connection breaks under a write a moment before its loss cancels this handler.
+        worker.journal.close(entry, "aborted")
+        await _forever()
     except Exception:
         worker.journal.close(entry, "failed")
         raise
@@ -176,14 +115,20 @@ async def _answer(worker: Worker, request: web.Request, entry: Entry) -> web.Str
     if fault.answer_status is not None:
         return _fault_answer(fault.answer_status, fault)
     run = _Run(worker, request, entry, answer, fault)
-    with _submit(worker, asked, prompts, namespace, ticket.id, fault) as generation:
+    rank = _rank(request, asked)
+    with _submit(worker, asked, prompts, namespace, ticket.id, rank, fault) as generation:
         return await (run.stream(generation) if entry.stream else run.whole(generation))
 
 
 def _tokens(worker: Worker, prompt: Prompt, asked: InferenceRequest) -> Sequence[int]:
-    if not isinstance(prompt, str):
+    if isinstance(prompt, str):
+        return worker.tokenizer.encode(prompt, special_tokens=asked.special_tokens)
+    if not isinstance(prompt, Chat):
         return prompt
-    return worker.tokenizer.encode(prompt, special_tokens=asked.special_tokens)
+    try:
+        return worker.tokenizer.encode_chat(prompt)
+    except ChatTemplateError as error:
+        raise ApiError(400, str(error)) from error
 
 
 def _namespace(worker: Worker, asked: InferenceRequest) -> Namespace:
@@ -229,12 +174,24 @@ def _fault_answer(status: int, fault: RequestFault) -> web.Response:
     return response
 
 
+def _rank(request: web.Request, asked: InferenceRequest) -> int | None:
+    """The rank that is asked for; the header wins over the body."""
+    header = request.headers.get(_RANK_HEADER)
+    if header is None:
+        return asked.dp_rank
+    try:
+        return int(header)
+    except ValueError as error:
+        raise ApiError(400, f"{_RANK_HEADER}: {header!r} is not an integer") from error
+
+
 def _submit(
     worker: Worker,
     asked: InferenceRequest,
     prompts: Sequence[Sequence[int]],
     namespace: Namespace,
     rid: str,
+    rank: int | None,
     fault: RequestFault,
 ) -> Generation:
     max_tokens = asked.max_tokens
@@ -246,7 +203,7 @@ def _submit(
         natural_end=max_tokens is None,
         sequences=asked.sequences,
         seconds_per_token=fault.slow_token,
-        rank=asked.dp_rank,
+        rank=rank,
     )
     try:
         return worker.engine.submit(job)
@@ -309,6 +266,7 @@ class _Run:
     async def _prefill(self, generation: Generation) -> None:
         await generation.prefill()
         self._answer.cached_tokens = self._entry.cached_tokens = generation.holding.cached_tokens
+        self._entry.rank = generation.rank
 
     def _finish(self, generation: Generation) -> FinishReason:
         reason = generation.finish_reason or "abort"
@@ -335,11 +293,16 @@ async def _die(worker: Worker, request: web.Request, entry: Entry, fault: Reques
         while transport.get_write_buffer_size():  # noqa: ASYNC110
             await asyncio.sleep(_FLUSH_POLL_SECONDS)
         if fault.reset:
-            transport.get_extra_info("socket").setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET
-            )
+            _reset_on_close(transport)
         transport.abort()
     await _forever()
+
+
+def _reset_on_close(transport: asyncio.Transport) -> None:
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        with contextlib.suppress(OSError):  # the client was quicker
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
 
 
 async def _forever() -> NoReturn:

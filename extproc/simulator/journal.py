@@ -25,6 +25,7 @@ class Entry(msgspec.Struct, kw_only=True):
     cached_tokens: int = 0
     completion_tokens: int = 0
     body_bytes: int = 0
+    rank: int | None = None
     outcome: Outcome | None = None
 
 

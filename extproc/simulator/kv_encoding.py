@@ -16,13 +16,15 @@ from extproc.simulator.settings import WireFormat
 
 __all__ = ["EventEncoder", "WireEvent", "encode_batch", "encode_load"]
 
+_TokenIds: TypeAlias = list[int] | list[tuple[int, int]]  # bigram pages hold pairs
+
 _encoder = msgspec.msgpack.Encoder()
 
 
 class _StoredMap(msgspec.Struct, tag_field="type", tag="BlockStored", omit_defaults=True):
     block_hashes: list[int]
     parent_block_hash: int | None
-    token_ids: list[int]
+    token_ids: _TokenIds
     block_size: int
     lora_id: int | None
     medium: str | None = None
@@ -43,7 +45,7 @@ class _ClearedMap(msgspec.Struct, tag_field="type", tag="AllBlocksCleared"):
 class _StoredArray(msgspec.Struct, array_like=True, tag="BlockStored"):
     block_hashes: list[int]
     parent_block_hash: int | None
-    token_ids: list[int]
+    token_ids: _TokenIds
     block_size: int
     lora_id: int | None
     medium: str | None
@@ -66,7 +68,7 @@ WireEvent: TypeAlias = msgspec.Struct
 
 
 class EventEncoder:
-    """Events of a cache in the form their consumers read; pages must be tuples of token ids."""
+    """Events of a cache in the form their consumers read; pages must be those of `pages_of`."""
 
     def __init__(self, wire_format: WireFormat, block_size: int) -> None:
         self._is_array = wire_format == "array"
@@ -82,7 +84,7 @@ class EventEncoder:
             return kind(event.hashes, event.medium)
         return _ClearedArray() if self._is_array else _ClearedMap()
 
-    def _stored(self, event: Stored, token_ids: list[int]) -> WireEvent:
+    def _stored(self, event: Stored, token_ids: list[Any]) -> WireEvent:
         metadata = msgspec.structs.asdict(event.namespace)
         fields: dict[str, Any] = {
             "block_hashes": event.hashes,
@@ -124,8 +126,8 @@ def encode_load(
     )
 
 
-def _token_ids(pages: Iterable[Page]) -> list[int]:
-    ids: list[int] = []
+def _token_ids(pages: Iterable[Page]) -> list[Any]:
+    ids: list[Any] = []
     for page in pages:
         if not isinstance(page, tuple):
             raise TypeError("only pages of token ids can be published")

@@ -8,12 +8,13 @@ between two publishes and never in the middle of one; sending on these sockets n
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
 import zmq
 
+from extproc.simulator.binding import with_patience
 from extproc.simulator.cache_events import CacheEvent, Removed, Stored
 from extproc.simulator.engine import RankLoad
 from extproc.simulator.faults import WorkerFaults
@@ -31,11 +32,11 @@ _LOAD_INTERVAL_SECONDS: Final = 0.9  # a report a second is due, however late th
 
 
 class KvPorts(msgspec.Struct, frozen=True, kw_only=True):
-    """The ports of rank 0; `replay` is None when there is none."""
+    """The ports of rank 0; None for what is not published."""
 
     events: int
     replay: int | None
-    load: int
+    load: int | None
 
 
 class KvPublisher:
@@ -52,7 +53,7 @@ class KvPublisher:
         self._load_timer: asyncio.TimerHandle | None = None
         self.ports: KvPorts | None = None
 
-    def start(self, load_of: Callable[[int], RankLoad], ports: KvPorts | None = None) -> None:
+    async def start(self, load_of: Callable[[int], RankLoad], ports: KvPorts | None = None) -> None:
         """Bind, at `ports` rather than those of the settings; raises OSError if it can not.
 
         `load_of` gives the load of a rank whenever a report is due.
@@ -61,14 +62,18 @@ class KvPublisher:
         wanted = ports or KvPorts(
             events=settings.kv_events_port or 0,
             replay=None if settings.no_replay else settings.kv_replay_port,
-            load=settings.kv_load_port,
+            load=None if settings.no_load_events else settings.kv_load_port,
         )
-        self._context = zmq.Context()
-        try:
-            self._bind(wanted, load_of)
-        except zmq.ZMQError as error:
-            self.stop()
-            raise OSError(error.errno, f"KV sockets: {error.strerror}") from error
+
+        async def bind() -> None:
+            self._context = zmq.Context()
+            try:
+                self._bind(wanted, load_of)
+            except zmq.ZMQError as error:
+                self.stop()
+                raise OSError(error.errno, f"KV sockets: {error.strerror}") from error
+
+        await with_patience(bind)
         self._report_loads()
 
     def stop(self) -> None:
@@ -109,26 +114,30 @@ class KvPublisher:
             "topic": _TOPIC.decode(),
             "block_size": self._settings.page_size,
             "dp_size": self._settings.dp_size,
-            "load_endpoint_port_base": self.ports.load,
-            "load_topic": _LOAD_TOPIC.decode(),
         }
         if self.ports.replay is not None:
             block["replay_endpoint_port_base"] = self.ports.replay
+        if self.ports.load is not None:
+            block["load_endpoint_port_base"] = self.ports.load
+            block["load_topic"] = _LOAD_TOPIC.decode()
         return block
 
     def _bind(self, wanted: KvPorts, load_of: Callable[[int], RankLoad]) -> None:
         events, events_port = self._bind_ranks(zmq.PUB, wanted.events)
-        loads, load_port = self._bind_ranks(zmq.PUB, wanted.load)
-        replays: list[zmq.Socket[bytes] | None] = [None] * len(events)
-        replay_port = None
-        if wanted.replay is not None:
-            routers, replay_port = self._bind_ranks(zmq.ROUTER, wanted.replay)
-            replays = [*routers]
+        loads, load_port = self._bind_if_wanted(zmq.PUB, wanted.load)
+        replays, replay_port = self._bind_if_wanted(zmq.ROUTER, wanted.replay)
         self.ports = KvPorts(events=events_port, replay=replay_port, load=load_port)
         self._ranks = [
             _RankSockets(self._settings, rank, *sockets, load_of)
             for rank, sockets in enumerate(zip(events, replays, loads, strict=True))
         ]
+
+    def _bind_if_wanted(
+        self, kind: int, base: int | None
+    ) -> tuple[Sequence["zmq.Socket[bytes] | None"], int | None]:
+        if base is None:
+            return [None] * self._settings.dp_size, None
+        return self._bind_ranks(kind, base)
 
     def _bind_ranks(self, kind: int, base: int) -> tuple[list["zmq.Socket[bytes]"], int]:
         if self._context is None:
@@ -154,7 +163,7 @@ class _RankSockets:
         rank: int,
         events: "zmq.Socket[bytes]",
         replay: "zmq.Socket[bytes] | None",
-        load: "zmq.Socket[bytes]",
+        load: "zmq.Socket[bytes] | None",
         load_of: Callable[[int], RankLoad],
     ) -> None:
         self._settings = settings
@@ -196,13 +205,15 @@ class _RankSockets:
 
     def report_load_soon(self) -> None:
         """Report once for all changes of the present turn of the event loop."""
-        if self._load_call is None:
+        if self._load is not None and self._load_call is None:
             self._load_call = self._loop.call_soon(self.report_load)
 
     def report_load(self) -> None:
         if self._load_call is not None:
             self._load_call.cancel()
             self._load_call = None
+        if self._load is None:
+            return
         payload = encode_load(
             self._load_of(self._rank),
             rank=self._rank,
@@ -255,7 +266,9 @@ class _RankSockets:
                 self._answer_replay(self._replay, frames[0], frames[2])
 
     def _answer_replay(self, socket: "zmq.Socket[bytes]", client: bytes, start: bytes) -> None:
+        # Engines that publish arrays leave the topic out.
+        head = [client, b""] if self._settings.wire_format == "array" else [client, b"", _TOPIC]
         for seq, payload in self._sent:
             if seq >= start:  # big-endian bytes compare as the numbers do
-                socket.send_multipart([client, b"", _TOPIC, seq, payload], zmq.NOBLOCK)
-        socket.send_multipart([client, b"", b"", _END_SEQ, b""], zmq.NOBLOCK)
+                socket.send_multipart([*head, seq, payload], zmq.NOBLOCK)
+        socket.send_multipart([*head, _END_SEQ, b""], zmq.NOBLOCK)

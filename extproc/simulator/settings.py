@@ -9,6 +9,8 @@ __all__ = ["DisaggregationMode", "SimulatorSettings", "WireFormat"]
 DisaggregationMode = Literal["null", "prefill", "decode"]
 WireFormat = Literal["map", "array"]
 
+_BIGRAM_ALGORITHMS = ("EAGLE", "EAGLE3", "FROZEN_KV_MTP")
+
 
 class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """One worker: where it listens, what it serves and how fast it is.
@@ -18,7 +20,11 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     `startup_delay_seconds` have not passed, health, introspection and inference answer 503.
 
     KV events and load are published when `kv_events_port` is given. Rank r uses each of the
-    three ports plus r; 0 picks free ones. `wire_format` "array" is that of older engines.
+    three ports plus r; 0 picks free ones. `wire_format` "array" is that of older engines, whose
+    replays have no topic frame either.
+
+    `tokenizer_path` names a `tokenizer.json`, or a model's folder with one, whose chat template
+    is then applied to chats. Without it a token is a byte.
 
     Raises ValueError, naming the setting, for a value no worker can have.
     """
@@ -36,11 +42,14 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int = 64
     dp_size: int = 1
     disaggregation_mode: DisaggregationMode = "null"
-    tokenizer_path: str | None = None  # a tokenizer.json; without, a token is a byte
+    disaggregation_bootstrap_port: int = 8998  # reported only
+    speculative_algorithm: str | None = None  # of the EAGLE family: pages hold bigrams
+    tokenizer_path: str | None = None  # a tokenizer.json or a folder; None: bytes
     kv_events_port: int | None = None
     kv_replay_port: int = 0
     kv_load_port: int = 0
     no_replay: bool = False
+    no_load_events: bool = False
     wire_format: WireFormat = "map"
     api_key: str | None = None
     startup_delay_seconds: float = 0.0
@@ -48,7 +57,13 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     no_server_info: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("port", "kv_events_port", "kv_replay_port", "kv_load_port"):
+        for name in (
+            "port",
+            "kv_events_port",
+            "kv_replay_port",
+            "kv_load_port",
+            "disaggregation_bootstrap_port",
+        ):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65_535:
                 raise ValueError(f"{name}: {port} is not between 0 and 65535")
@@ -75,3 +90,9 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{name}: must be at least 1")
         if self.api_key is not None and not self.api_key:
             raise ValueError("api_key: must not be empty; leave it out for an open worker")
+
+    @property
+    def caches_bigrams(self) -> bool:
+        """Whether pages are made of pairs of tokens."""
+        name = self.speculative_algorithm
+        return name is not None and name.upper() in _BIGRAM_ALGORITHMS

@@ -1,41 +1,84 @@
 """From text to token ids: the tokenizer of a real model, or one that needs no file.
 
-Without a file a token is a byte of the text in UTF-8, so a test can count tokens by eye. The
-text of a chat is the same in both cases, and no template: role and content of one message
-after the other, then the role of the answer. A template would make the simulator a second
-engine; clients that care for it send `input_ids`.
+Without a file a token is a byte of the text in UTF-8, so a test can count tokens by eye. A chat
+is then, and with a file alone, no template's work: role and content of one message after the
+other, then the role of the answer. A model's folder brings its template along.
 
 An output of n tokens has the ids of the first n tokens of its text: what a next turn repeats
 of it is found in the cache, although its text makes more tokens than were produced.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import tokenizers
 
 from extproc.simulator.answers import text_of
+from extproc.simulator.chat_template import ChatTemplate
+from extproc.simulator.chats import Chat
 
 __all__ = ["Tokenizer"]
 
+_TOKENIZER_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+
 
 class Tokenizer:
-    """`path` names a `tokenizer.json`; raises ValueError when it is none."""
+    """`path` names a `tokenizer.json`, or a folder with one and a chat template.
+
+    Raises ValueError when it is neither.
+    """
 
     def __init__(self, path: str | None = None) -> None:
         self._model: tokenizers.Tokenizer | None = None
-        if path is not None:
-            try:
-                self._model = tokenizers.Tokenizer.from_file(path)
-            except Exception as error:  # the library raises nothing narrower
-                raise ValueError(f"tokenizer_path: {path}: {error}") from error
+        self._template: ChatTemplate | None = None
+        if path is None:
+            return
+        try:
+            self._load(Path(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"tokenizer_path: {path}: {error}") from error
 
     def encode(self, text: str, *, special_tokens: bool = False) -> Sequence[int]:
         """At least one token; `special_tokens` adds those that the model's file asks for."""
-        if self._model is None:
-            return text.encode() or b"\0"
-        ids: list[int] = self._model.encode(text, add_special_tokens=special_tokens).ids
+        return self._ids(text, special_tokens) or [0]
+
+    def encode_chat(self, chat: Chat) -> Sequence[int]:
+        """At least one token; raises ChatTemplateError when the template refuses the chat."""
+        if self._template is None:
+            return self.encode(chat.text)
+        text, begun = self._template.render(chat)
+        ids = [*self._ids(text, False)]
+        if begun:  # encoded on its own, as a text that begins with a BOS if the file says so
+            continued = self._ids(begun, True)
+            ids += continued[1:] if self._begins_with_bos(continued) else continued
         return ids or [0]
 
     def output(self, produced: int) -> Sequence[int]:
         """The ids of an output of so many tokens."""
         return self.encode(text_of(produced))[:produced]
+
+    def _load(self, path: Path) -> None:
+        is_folder = path.is_dir()
+        model = tokenizers.Tokenizer.from_file(str(path / _TOKENIZER_FILE if is_folder else path))
+        model.no_truncation()
+        model.no_padding()
+        self._model = model
+        if is_folder:
+            file = path / _CONFIG_FILE
+            raw = file.read_bytes() if file.exists() else b"{}"
+            config = msgspec.json.decode(raw, type=dict[str, Any])
+            self._template = ChatTemplate(path, config)
+
+    def _ids(self, text: str, special_tokens: bool) -> Sequence[int]:
+        if self._model is None:
+            return text.encode()
+        ids: list[int] = self._model.encode(text, add_special_tokens=special_tokens).ids
+        return ids
+
+    def _begins_with_bos(self, ids: Sequence[int]) -> bool:
+        if self._model is None or self._template is None or self._template.bos_token is None:
+            return False
+        return bool(ids) and ids[0] == self._model.token_to_id(self._template.bos_token)

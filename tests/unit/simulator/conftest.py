@@ -1,6 +1,6 @@
 """A started worker and a client for it: real TCP on free ports, stopped after each test."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 
 import aiohttp
@@ -9,6 +9,7 @@ import pytest
 from extproc.simulator import SimulatorSettings, start
 
 from .clients import Launch, SimulatedWorker
+from .kv_clients import Connect, KvClient
 
 
 @pytest.fixture
@@ -28,6 +29,19 @@ async def launch() -> AsyncIterator[Launch]:
 @pytest.fixture
 async def worker(launch: Launch) -> SimulatedWorker:
     return await launch()
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    clients: list[KvClient] = []
+
+    def connect(worker: SimulatedWorker) -> KvClient:
+        clients.append(KvClient(worker))
+        return clients[-1]
+
+    yield connect
+    for client in clients:
+        client.close()
 
 
 def instant() -> SimulatorSettings:

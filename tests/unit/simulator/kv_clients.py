@@ -10,10 +10,11 @@ import zmq.asyncio
 
 from extproc.simulator import SimulatorSettings
 
-from .clients import SimulatedWorker
+from .clients import SimulatedWorker, endless
 
 END = b"\xff" * 8
 PATIENCE_SECONDS = 20
+CLEARED = {"type": "AllBlocksCleared"}
 
 
 def publishing(**fields: Any) -> SimulatorSettings:
@@ -46,6 +47,7 @@ class KvClient:
         assert ports is not None
         self.ports = ports
         self._worker = worker
+        self._has_topic = worker.simulator.settings.wire_format == "map"
         self._context = zmq.asyncio.Context()
 
     def close(self) -> None:
@@ -77,6 +79,7 @@ class KvClient:
 
     async def loads(self, count: int, during: Callable[[], Awaitable[Any]]) -> list[list[Any]]:
         """So many load reports of rank 0 that follow the first one heard."""
+        assert self.ports.load is not None
         socket = self._connected(zmq.SUB, self.ports.load)
         await received(socket)
         await during()
@@ -84,6 +87,7 @@ class KvClient:
 
     async def load(self, rank: int = 0) -> list[Any]:
         """The next load report of a rank."""
+        assert self.ports.load is not None
         socket = self._connected(zmq.SUB, self.ports.load + rank)
         async with asyncio.timeout(PATIENCE_SECONDS):
             topic, seq, payload = await socket.recv_multipart()
@@ -93,16 +97,17 @@ class KvClient:
         return decoded
 
     async def replay(self, start: int = 0, rank: int = 0) -> list[Batch]:
-        """What is replayed from there on."""
+        """What is replayed from there on; engines that send arrays leave the topic out."""
         assert self.ports.replay is not None
         socket = self._connected(zmq.DEALER, self.ports.replay + rank)
         await socket.send_multipart([b"", start.to_bytes(8, "big")])
+        head = [b"", b""] if self._has_topic else [b""]
         got = []
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while (frames := await socket.recv_multipart())[2] != END:
-                assert frames[:2] == [b"", b""]
-                got.append(batch(frames[2], frames[3]))
-        assert frames == [b"", b"", END, b""]
+            while (frames := await socket.recv_multipart())[-2] != END:
+                assert frames[:-2] == head
+                got.append(batch(*frames[-2:]))
+        assert frames == [*head, END, b""]
         socket.close()
         return got
 
@@ -116,3 +121,12 @@ async def received(socket: zmq.asyncio.Socket) -> list[bytes]:
 def generate(tokens: list[int], max_new_tokens: int = 0, **fields: Any) -> dict[str, Any]:
     sampling = {"max_new_tokens": max_new_tokens}
     return {"input_ids": tokens, "sampling_params": sampling, **fields}
+
+
+def endless_fields() -> dict[str, Any]:
+    given = endless()
+    names = ("prefill_tokens_per_second", "decode_milliseconds_per_token")
+    return {name: getattr(given, name) for name in names}
+
+
+Connect = Callable[[SimulatedWorker], KvClient]

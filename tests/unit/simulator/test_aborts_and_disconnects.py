@@ -1,6 +1,9 @@
 """A client that leaves, an abort by id, and a worker that stops: who gets its place back."""
 
 import asyncio
+import socket
+import struct
+from random import Random
 
 import aiohttp
 import pytest
@@ -51,6 +54,34 @@ async def test_a_body_that_never_ends(launch: Launch) -> None:
     writer.close()
     await writer.wait_closed()
     await worker.until(aborted=1)
+
+
+@pytest.mark.parametrize(
+    "fault", ["", "die-before-headers, reset", "die-after-tokens=1, reset", "error-after-tokens=1"]
+)
+async def test_resets_at_any_moment_are_no_news(
+    launch: Launch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    worker = await launch(endless(decode_milliseconds_per_token=0))
+    random = Random(fault)
+
+    async def reset() -> None:
+        tokens, stream = random.choice((0, 1, 2, 50)), random.choice(("true", "false"))
+        body = f'{{"prompt": "a", "stream": {stream}, "max_tokens": {tokens}}}'.encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
+        named = f"x-simulator-fault: {fault}\r\n" if fault else ""
+        connection = socket.create_connection(("127.0.0.1", worker.simulator.port))
+        with connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(head.encode() + named.encode() + b"\r\n" + body)
+            await asyncio.sleep(random.random() * 0.01)
+
+    for _ in range(10):
+        await asyncio.gather(*(reset() for _ in range(40)))
+    await worker.until(running=0, waiting=0)
+    stats = await worker.stats()
+    assert stats["received"] == sum(stats[name] for name in ("completed", "aborted", "failed"))
+    assert not caplog.records
 
 
 async def test_an_abort_by_id_ends_the_stream_cleanly(launch: Launch) -> None:

@@ -29,6 +29,57 @@ async def test_server_info(launch: Launch) -> None:
     assert (await worker.get("/get_server_info"))[1] == info
 
 
+async def test_roles_are_switched_while_nothing_runs(launch: Launch) -> None:
+    settings = endless(disaggregation_mode="prefill", disaggregation_bootstrap_port=9000)
+    worker = await launch(settings)
+    _, info = await worker.get("/server_info")
+    assert (info["disaggregation_mode"], info["disaggregation_bootstrap_port"]) == ("prefill", 9000)
+    task = asyncio.ensure_future(worker.post(CHAT, chat()))
+    await worker.until(running=1)
+    assert (await worker.post("/pd_role_switch", {"new_role": "decode"}))[0] == 400
+    task.cancel()
+    await worker.until(running=0)
+    assert (await worker.post("/pd_role_switch", {"new_role": "decode"}))[0] == 200
+    assert (await worker.get("/server_info"))[1]["disaggregation_mode"] == "decode"
+    assert (await worker.post("/pd_role_switch", {"new_role": "null"}))[0] == 400
+    await worker.simulator.restart()
+    assert (await worker.get("/server_info"))[1]["disaggregation_mode"] == "prefill"
+
+
+async def test_a_plain_worker_has_no_role_to_switch(worker: SimulatedWorker) -> None:
+    assert (await worker.post("/pd_role_switch", {"new_role": "decode"}))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "rank"),
+    [
+        ({"routed_dp_rank": 2}, {}, 2),
+        ({"data_parallel_rank": 1}, {}, 1),
+        ({"routed_dp_rank": 0, "data_parallel_rank": 1}, {}, 0),
+        ({"routed_dp_rank": 0}, {"X-Data-Parallel-Rank": "2"}, 2),
+        ({"routed_dp_rank": 3}, {}, None),
+        ({"routed_dp_rank": -1}, {}, None),
+        ({}, {"X-Data-Parallel-Rank": "3"}, None),
+        ({}, {"X-Data-Parallel-Rank": "one"}, None),
+    ],
+)
+async def test_a_rank_is_asked_for(
+    launch: Launch, body: dict[str, int], headers: dict[str, str], rank: int | None
+) -> None:
+    worker = await launch(endless(dp_size=3))
+    task = asyncio.ensure_future(worker.post(CHAT, chat() | body, headers=headers))
+    if rank is None:
+        assert (await task)[0] == 400
+        return
+    await worker.until(running=1)
+    _, loads = await worker.get("/v1/loads")
+    assert [load["num_running_reqs"] for load in loads["loads"]] == [
+        int(number == rank) for number in range(3)
+    ]
+    task.cancel()
+    await worker.until(running=0)
+
+
 async def test_a_worker_without_server_info(launch: Launch) -> None:
     worker = await launch(SimulatorSettings(no_server_info=True))
     for path in ("/server_info", "/get_server_info", "/v1/loads"):

@@ -1,33 +1,24 @@
 """KV events, replay, load and their faults over real sockets."""
 
 import asyncio
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import aiohttp
 import msgspec
 import pytest
 
 from extproc.simulator import SimulatorSettings, start
 
-from .clients import CHAT, Launch, SimulatedWorker, chat, endless
-from .kv_clients import Batch, KvClient, batch, generate, publishing, received
-
-CLEARED = {"type": "AllBlocksCleared"}
-Connect = Callable[[SimulatedWorker], KvClient]
-
-
-@pytest.fixture
-def connect() -> Iterator[Connect]:
-    clients: list[KvClient] = []
-
-    def connect(worker: SimulatedWorker) -> KvClient:
-        clients.append(KvClient(worker))
-        return clients[-1]
-
-    yield connect
-    for client in clients:
-        client.close()
+from .clients import CHAT, Launch, SimulatedWorker, chat
+from .kv_clients import (
+    CLEARED,
+    Batch,
+    Connect,
+    batch,
+    endless_fields,
+    generate,
+    publishing,
+    received,
+)
 
 
 async def test_a_prompt_is_stored_as_one_chain(launch: Launch, connect: Connect) -> None:
@@ -134,6 +125,53 @@ async def test_server_info_names_the_ports(launch: Launch, connect: Connect) -> 
         "load_endpoint_port_base": ports.load,
         "load_topic": "load",
     }
+
+
+async def test_load_may_not_be_published(launch: Launch, connect: Connect) -> None:
+    worker = await launch(publishing(no_load_events=True))
+    _, info = await worker.get("/server_info")
+    assert not [name for name in info["kv_events"] if name.startswith("load")]
+    await worker.post("/generate", generate([1, 2, 3, 4]))
+    assert (await worker.post("/simulator/restart", {}))[0] == 200
+    assert connect(worker).ports.load is None
+    assert await connect(worker).replay() == [Batch(0, [CLEARED], 0)]
+
+
+@pytest.mark.parametrize("name", ["EAGLE", "eagle3", "FROZEN_KV_MTP"])
+async def test_an_engine_that_speculates_publishes_pairs(
+    launch: Launch, connect: Connect, name: str
+) -> None:
+    worker = await launch(publishing(speculative_algorithm=name, page_size=2))
+    _, info = await worker.get("/server_info")
+    assert info["speculative_algorithm"] == name
+    # Four pairs of prompt, and a fifth with the output: a page of two needs a token after it.
+    await worker.post("/generate", generate([1, 2, 3, 4]))
+    _, stored = await connect(worker).replay()
+    (event,) = stored.events
+    assert (event["token_ids"], event["block_size"]) == ([[1, 2], [2, 3]], 2)
+    _, answer = await worker.post("/generate", generate([1, 2, 3, 4, 5, 6]))
+    assert answer["meta_info"]["cached_tokens"] == 2
+    grown = (await connect(worker).replay())[-1].events[0]
+    assert grown["token_ids"] == [[3, 4], [4, 5]]
+    assert grown["parent_block_hash"] == event["block_hashes"][-1]
+
+
+async def test_pairs_go_on_into_the_output(launch: Launch, connect: Connect) -> None:
+    worker = await launch(publishing(speculative_algorithm="EAGLE", page_size=2))
+    await worker.post("/v1/completions", {"prompt": "ab", "max_tokens": 3})
+    _, output = await connect(worker).replay()
+    pairs = [bytes(pair) for pair in output.events[0]["token_ids"]]
+    assert pairs == [b"ab", b"ba", b"a ", b" t"]  # the prompt and three of "a token …"
+
+
+@pytest.mark.parametrize("name", ["NEXTN", "NGRAM", None])
+async def test_other_engines_publish_tokens(
+    launch: Launch, connect: Connect, name: str | None
+) -> None:
+    worker = await launch(publishing(speculative_algorithm=name))
+    await worker.post("/generate", generate([1, 2, 3, 4]))
+    _, stored = await connect(worker).replay()
+    assert stored.events[0]["token_ids"] == [1, 2, 3, 4]
 
 
 async def test_a_wildcard_host_is_published_as_one(launch: Launch) -> None:
@@ -264,12 +302,6 @@ async def test_load_is_reported_on_change_and_without(launch: Launch, connect: C
     assert (await client.load())[1:4] == [0, 0, 0]
 
 
-def endless_fields() -> dict[str, Any]:
-    given = endless()
-    names = ("prefill_tokens_per_second", "decode_milliseconds_per_token")
-    return {name: getattr(given, name) for name in names}
-
-
 async def test_load_changes_are_told_at_once(launch: Launch, connect: Connect) -> None:
     worker = await launch(publishing(**endless_fields()))
     tasks = []
@@ -281,42 +313,6 @@ async def test_load_changes_are_told_at_once(launch: Launch, connect: Connect) -
     assert 1 in [report[1] for report in reports]
     tasks[0].cancel()
     await worker.until(running=0)
-
-
-async def test_a_restart_forgets_everything(launch: Launch, connect: Connect) -> None:
-    worker = await launch(publishing(dp_size=2, **endless_fields()))
-    client = connect(worker)
-    _, before = await worker.get("/server_info")
-    await worker.post("/generate", generate([1, 2, 3, 4, 5], 0, routed_dp_rank=0))
-    assert len(await client.replay()) == 2
-    async with worker.session.post(CHAT, json=chat(stream=True)) as running:
-        await worker.until(running=1)
-        assert (await worker.post("/simulator/restart", {}))[0] == 200
-        with pytest.raises(aiohttp.ClientError):
-            await running.read()
-    _, after = await worker.get("/server_info")
-    assert after["kv_events"] == before["kv_events"]
-    assert after["startup_time"] > before["startup_time"]
-    stats = await worker.stats()
-    assert (stats["running"], stats["tokens_generated"], stats["aborted"]) == (0, 0, 1)
-    for rank in range(2):
-        assert await client.replay(0, rank) == [Batch(0, [CLEARED], rank)]
-    _, answer = await worker.post("/generate", generate([1, 2, 3, 4, 5]))
-    assert answer["meta_info"]["cached_tokens"] == 0
-
-
-async def test_a_worker_that_publishes_nothing_restarts_too(worker: SimulatedWorker) -> None:
-    await worker.post("/generate", generate([1, 2, 3]))
-    assert (await worker.post("/simulator/restart", {}))[0] == 200
-    assert (await worker.stats())["received"] == 1
-
-
-async def test_a_subscriber_finds_the_restarted_worker(launch: Launch, connect: Connect) -> None:
-    worker = await launch(publishing())
-    client = connect(worker)
-    socket = await client.subscribed()
-    await worker.post("/simulator/restart", {})
-    assert (await client.heard(socket)).events == [CLEARED]
 
 
 async def test_dropped_batches_leave_a_gap_that_replay_fills(

@@ -126,6 +126,68 @@ async def test_it_says_where_it_publishes(spawn: Spawn) -> None:
     assert (process.returncode, err) == (0, b"")
 
 
+async def test_several_workers_in_one_process(spawn: Spawn) -> None:
+    options = ("--workers", "3", "--kv-events-port", "0", "--no-replay", "--model", "m")
+    process = await spawn(*options, "--decode-milliseconds-per-token", "0")
+    assert process.stdout is not None
+    found = []
+    for _ in range(3):
+        line = (await process.stdout.readline()).decode()
+        assert line.startswith("simulator ready url=")
+        found.append(dict(item.split("=") for item in line.split()[2:]))
+    ports = [fields["kv_events_port"] for fields in found]
+    assert len({*ports, *(fields["kv_load_port"] for fields in found)}) == 6
+    for fields in found:
+        async with aiohttp.ClientSession(fields["url"]) as session:
+            for cached in (0, 64):
+                body = {"prompt": "x" * 70, "max_tokens": 1}
+                async with session.post("/v1/completions", json=body) as response:
+                    usage = (await response.json())["usage"]
+                assert usage["prompt_tokens_details"]["cached_tokens"] == cached
+    process.terminate()
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+
+
+def test_workers_in_a_row_have_ports_in_a_row() -> None:
+    settings = SimulatorSettings(port=100, dp_size=4, kv_events_port=200, kv_replay_port=300)
+    row = [cli.in_a_row(settings, number) for number in range(3)]
+    assert [each.port for each in row] == [100, 101, 102]
+    assert [each.kv_events_port for each in row] == [200, 204, 208]
+    assert [each.kv_replay_port for each in row] == [300, 304, 308]
+    assert [each.kv_load_port for each in row] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("options", [("--workers", "0"), ("--workers", "2", "--port", "65535")])
+async def test_workers_there_can_not_be(spawn: Spawn, options: tuple[str, ...]) -> None:
+    process = await spawn(*options)
+    out, err = await process.communicate()
+    assert (process.returncode, out) == (2, b"")
+    assert b"Traceback" not in err
+
+
+async def test_a_killed_worker_is_replaced_at_once(spawn: Spawn) -> None:
+    process = await spawn("--kv-events-port", "0")
+    assert process.stdout is not None
+    line = (await process.stdout.readline()).decode()
+    fields = dict(item.split("=") for item in line.split()[2:])
+    port = fields["url"].rpartition(":")[2]
+    kv_ports = [item for name, value in fields.items() if "port" in name for item in (name, value)]
+    options = [item.replace("_", "-") for item in kv_ports]
+    options = [f"--{item}" if item.startswith("kv") else item for item in options]
+    async with aiohttp.ClientSession(fields["url"]) as session:
+        body = {"prompt": "a", "stream": True, "max_tokens": 100_000}
+        async with session.post("/v1/completions", json=body) as response:
+            process.kill()
+            again = await spawn("--port", port, *options)
+            assert again.stdout is not None
+            assert (await again.stdout.readline()).decode() == line
+            _, error = await broken_off(response)
+            assert isinstance(error, aiohttp.ClientError)
+        async with session.get("/health") as healthy:
+            assert healthy.status == 200
+
+
 async def test_a_taken_port_names_the_port(spawn: Spawn) -> None:
     async with await start(SimulatorSettings()) as simulator:
         process = await spawn("--port", str(simulator.port))
@@ -138,6 +200,7 @@ def test_the_defaults_are_those_of_the_settings() -> None:
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     given = vars(parser.parse_args([]))
+    assert given.pop("workers") == 1
     assert SimulatorSettings(**given) == SimulatorSettings()
 
 
