@@ -23,8 +23,8 @@ INTRODUCTION = """\
 One file, YAML or TOML by its extension (`.yaml`, `.yml`, `.toml`), given with `--config`.
 `extproc check --config F` prints everything that is wrong with it, each line led by the key.
 Unknown keys and values are refused, and so are keys of sgl-router's file whose feature this
-version does not have (`models[].tokenizer_path`, `models[].cache_aware`, `discovery.k8s`, the
-policy `cache_aware_zmq`): a setting that silently does nothing is worse than an error at start.
+version does not have (`discovery.k8s`): a setting that silently does nothing is worse than an
+error at start.
 Times are seconds, fractions allowed; sizes are bytes.
 
 This page is generated from the code: `make docs`.
@@ -34,7 +34,8 @@ The smallest useful file:
 ```yaml
 models:
   - id: meta-llama/Llama-3.1-8B-Instruct
-    policy: least_load
+    policy: min_ttft
+    tokenizer_path: /models/llama-3.1-8b
 discovery:
   backend: static_urls
   static_urls:
@@ -44,6 +45,8 @@ discovery:
 ## Rules that span keys
 
 * At least one model; model ids are unique and printable ASCII (they travel in a header).
+* `models[].tokenizer_path` is needed by the policies `cache_aware_zmq` and `min_ttft`;
+  `models[].kv_events` has one entry for a worker at most, and one without `url` for all others.
 * `discovery.static_urls` is needed for the backend `static_urls`. URLs are `http` or `https`,
   without path, query or credentials; two spellings of one worker (a trailing slash, a default
   port) count as a duplicate. An https worker named by IP address must be in its certificate.
@@ -133,6 +136,8 @@ def _type(hint: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     if get_origin(hint) is list:
         return f"list of {_type(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "boolean"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
@@ -18,27 +19,35 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from extproc import __version__
 from extproc.admin.collector import WorkerCollector
 from extproc.admin.http import AdminServer
+from extproc.admin.kv_collector import EncoderCollector, KvCollector
 from extproc.clock import Clock, SystemClock
-from extproc.config import Config
+from extproc.config import TOKEN_POLICIES, Config
 from extproc.config_files import read_api_key
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
+from extproc.kv.subscriber import SubscriberSettings
 from extproc.metrics import Metrics
-from extproc.policies.factory import create_policy
+from extproc.policies.factory import create_kv_policy, create_policy
+from extproc.routing.kv_routing import KvRouting
 from extproc.routing.lease import LeaseBooks
+from extproc.routing.placement import Placement
+from extproc.routing.rank_book import RankBook
 from extproc.routing.router import Router
+from extproc.routing.token_endpoints import TokenEndpoints
 from extproc.server.grpc_server import ExtProcServer
 from extproc.server.replies import ReplyBuilder
 from extproc.server.request_heads import RequestHeadTable
 from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
+from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
+from extproc.tokenization.errors import TokenizerError
 from extproc.workers.active_load import ActiveLoad
 from extproc.workers.client import AiohttpEngineClient
 from extproc.workers.manager import WorkerManager
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.resolver import SystemResolver
 
-__all__ = ["App", "run_app"]
+__all__ = ["App", "load_encoders", "run_app"]
 
 _log = structlog.get_logger()
 
@@ -49,8 +58,15 @@ _GC_YOUNG_OBJECTS = 20_000
 class App:
     """One running service."""
 
-    def __init__(self, config: Config, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        encoders: Mapping[str, PromptEncoder],
+        clock: Clock | None = None,
+    ) -> None:
+        """`encoders` by model id, as load_encoders gives them; closed at the end of `run`."""
         self.config = config
+        self._encoders = encoders
         self._clock = clock or SystemClock()
         self._prometheus = CollectorRegistry()
         ProcessCollector(registry=self._prometheus)
@@ -70,6 +86,18 @@ class App:
         if isinstance(static_urls, UnsetType):
             raise ConfigError(["discovery.static_urls: this section is needed"])
         self._configured_workers = len(static_urls.urls)
+        random = Random()  # noqa: S311 (load spreading, not secrets)
+        self.ranks = RankBook(
+            self._clock,
+            max_pages=config.kv.max_pages,
+            settings=SubscriberSettings(
+                replay_timeout_seconds=config.kv.replay_timeout_secs,
+                replay_cool_down_seconds=config.kv.replay_retry_secs,
+            ),
+        )
+        placements = self._place_models(random)
+        self._prometheus.register(KvCollector(self.ranks, self._clock))
+        self._prometheus.register(EncoderCollector(encoders))
         self._manager = WorkerManager(
             source=StaticUrls(static_urls.urls),
             registry=self.workers,
@@ -81,14 +109,17 @@ class App:
             retry_seconds=config.discovery.introspection_retry_secs,
             dns_ttl_seconds=static_urls.dns_ttl_secs,
             on_change=self._workers_changed,
+            follower=self.ranks,
         )
         for model in config.models:
             # Alerts on a rate need the series to be there before the first event.
             self.metrics.missed(model.id)
             self.metrics.fallbacks(model.id)
-        random = Random()  # noqa: S311 (load spreading, not secrets)
         self.router = Router(
-            policies={model.id: create_policy(model.policy, random) for model in config.models},
+            policies={
+                model.id: None if model.id in placements else create_policy(model.policy, random)
+                for model in config.models
+            },
             active_load=self.active_load,
             books=LeaseBooks(self._clock, self.workers, self.metrics, config.load),
             random=random,
@@ -96,6 +127,8 @@ class App:
             destinations_max=(
                 1 if config.envoy.destination == "single" else 1 + config.proxy.fallback_workers
             ),
+            kv=KvRouting(placements, encoders, self.ranks, self.metrics, self._clock),
+            token_endpoints=TokenEndpoints(encoders),
         )
         forwarded = f"Bearer {api_key}" if config.workers.forward_api_key else None
         self.server = ExtProcServer(
@@ -111,6 +144,7 @@ class App:
                 debug_headers=config.observability.debug_headers,
             ),
             route=self.router.route,
+            answer=self.router.answer,
             metrics=self.metrics,
             body_deadline_seconds=config.proxy.request_timeout_secs,
             log_decisions=config.observability.log_level == "debug",
@@ -121,9 +155,26 @@ class App:
             workers=self.workers,
             is_ready=self.is_ready,
             models=self.router.model_ids,
+            ranks=self.ranks,
         )
         self._changed = asyncio.Event()
         self._may_serve = asyncio.Event()
+
+    def _place_models(self, random: Random) -> dict[str, Placement]:
+        """The routing cores of the models whose policy looks at tokens."""
+        placements = {}
+        for model in self.config.models:
+            if model.policy not in TOKEN_POLICIES:
+                continue
+            placements[model.id] = Placement(
+                create_kv_policy(model, random),
+                self.ranks.picture.index,
+                prefill_tokens_per_second=model.min_ttft.prefill_tokens_per_second,
+            )
+            self.ranks.serve(model.id, placements[model.id])
+            self.metrics.prompt_tokens(model.id)
+            self.metrics.cached_tokens(model.id)
+        return placements
 
     def is_ready(self) -> bool:
         """After the first round: every configured model has a worker that could serve it.
@@ -148,7 +199,10 @@ class App:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain; raises ConfigError for addresses in use."""
         async with contextlib.AsyncExitStack() as stack:
+            for encoder in self._encoders.values():
+                stack.callback(encoder.close)
             await stack.enter_async_context(self._client)
+            stack.push_async_callback(self.ranks.picture.close)
             stack.push_async_callback(self.server.stop)
             self.server.bind()
             stack.push_async_callback(self._admin.stop)
@@ -159,6 +213,7 @@ class App:
                 self.active_load.run_janitor(),
                 self._serve_when_workers_are_known(),
                 self._probe_lag(),
+                self.ranks.picture.run(),
             ]
             if self.config.load.release == "estimate":
                 background.append(self.active_load.run_estimates())
@@ -218,7 +273,43 @@ class App:
         )
 
 
-def run_app(config: Config) -> None:
+def load_encoders(config: Config) -> dict[str, PromptEncoder]:
+    """The tokenizers that the configuration names, by model id; raises ConfigError.
+
+    Models that agree in all of it share a tokenizer and its cache. Large vocabularies take
+    seconds.
+    """
+    settings = config.tokenization
+    loaded: dict[object, PromptEncoder] = {}
+    encoders: dict[str, PromptEncoder] = {}
+    problems = []
+    for index, model in enumerate(config.models):
+        path, template_kwargs = model.tokenizer_path, model.chat_template_kwargs
+        if path is None:
+            continue
+        key = (path, model.chat_template_name, repr(template_kwargs))
+        if key not in loaded:
+            try:
+                loaded[key] = PromptEncoder.load(
+                    Path(path),
+                    EncoderSettings(
+                        template_name=model.chat_template_name,
+                        template_kwargs=template_kwargs,
+                        cache_bytes=settings.cache_bytes,
+                        inline_chars=settings.inline_chars,
+                        threads=settings.threads,
+                    ),
+                )
+            except TokenizerError as error:
+                problems.append(f"models[{index}].tokenizer_path: {error}")
+                continue
+        encoders[model.id] = loaded[key]
+    if problems:
+        raise ConfigError(problems)
+    return encoders
+
+
+def run_app(config: Config, encoders: Mapping[str, PromptEncoder]) -> None:
     """Run until SIGTERM or SIGINT; returns after a drain, raises ConfigError at start."""
 
     # grpc forks nothing here, and its fork support costs time on every poll.
@@ -229,15 +320,15 @@ def run_app(config: Config) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GC_YOUNG_OBJECTS, 50, 100)
-    uvloop.run(_until_signal(config))
+    uvloop.run(_until_signal(config, encoders))
 
 
-async def _until_signal(config: Config) -> None:
+async def _until_signal(config: Config, encoders: Mapping[str, PromptEncoder]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await App(config).run(stop)
+    await App(config, encoders).run(stop)
 
 
 def _models_body(model_ids: list[str]) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from extproc import __version__
-from extproc.app import run_app
+from extproc.app import load_encoders, run_app
 from extproc.config_files import file_problems
 from extproc.config_loading import load_config
 from extproc.demo import cli as demo_cli
@@ -61,11 +61,12 @@ def _serve(options: argparse.Namespace) -> int:
         config = load_config(options.config)
         if problems := file_problems(config):
             raise ConfigError(problems)
+        configure_logging(config.observability)
+        encoders = load_encoders(config)
     except ConfigError as error:
         return _report(error, _EXIT_BAD_CONFIG)
-    configure_logging(config.observability)
     try:
-        run_app(config)
+        run_app(config, encoders)
     except ConfigError as error:
         # The configuration is sound, but this machine does not allow it: a port in use, say.
         return _report(error, _EXIT_FAILED)
@@ -82,10 +83,11 @@ def _check(options: argparse.Namespace) -> int:
                 raise
             config, problems = error.partial, error.problems
         more = file_problems(config)
-        try:
-            render_yaml(config)
-        except ConfigError as error:
-            more += error.problems
+        for look in (render_yaml, load_encoders):
+            try:
+                look(config)
+            except ConfigError as error:
+                more += error.problems
         # What is wrong already needs no second sentence.
         named = {problem.partition(":")[0] for problem in problems}
         problems += [problem for problem in more if problem.partition(":")[0] not in named]

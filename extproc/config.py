@@ -8,20 +8,37 @@ rules that span several keys are in config_loading.
 
 from typing import Annotated, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType, field
+from msgspec import UNSET, Meta, UnsetType, field
+
+from extproc.config_models import (
+    SECONDS,
+    TOKEN_POLICIES,
+    CacheAwareConfig,
+    CircuitBreakerConfig,
+    KvEventsConfig,
+    MinTtftConfig,
+    ModelConfig,
+    PolicyName,
+    Section,
+    Text,
+)
 
 __all__ = [
     "KIBIBYTE",
     "MEBIBYTE",
-    "NOT_AVAILABLE_POLICIES",
     "SECONDS",
+    "TOKEN_POLICIES",
     "ActiveLoadConfig",
+    "CacheAwareConfig",
     "CircuitBreakerConfig",
     "Config",
     "DiscoveryConfig",
     "EnvoyConfig",
     "ExtprocEndpointConfig",
+    "KvConfig",
+    "KvEventsConfig",
     "LoadConfig",
+    "MinTtftConfig",
     "ModelConfig",
     "ObservabilityConfig",
     "PolicyName",
@@ -29,38 +46,29 @@ __all__ = [
     "ServerConfig",
     "ServerTlsConfig",
     "StaticUrlsConfig",
+    "TokenizationConfig",
     "WorkersConfig",
 ]
 
-SECONDS = 1.0
 KIBIBYTE = 1024
 MEBIBYTE = 1024 * 1024
 
-PolicyName = Literal["round_robin", "random", "power_of_two", "least_load"]
-# Known names whose feature this version does not have: refused with a better sentence.
-NOT_AVAILABLE_POLICIES = ("cache_aware_zmq",)
-
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 _Seconds = Annotated[float, Meta(ge=0.001, le=604800)]
-_Text = Annotated[str, Meta(min_length=1)]
 
 
-class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of every section: immutable once loaded."""
-
-
-class ServerTlsConfig(_Section, frozen=True, kw_only=True):
-    cert_file: Annotated[_Text, Meta(description="PEM certificate chain of the gRPC server.")]
-    key_file: Annotated[_Text, Meta(description="PEM private key of the gRPC server.")]
+class ServerTlsConfig(Section, frozen=True, kw_only=True):
+    cert_file: Annotated[Text, Meta(description="PEM certificate chain of the gRPC server.")]
+    key_file: Annotated[Text, Meta(description="PEM private key of the gRPC server.")]
     client_ca_file: Annotated[
         str | None,
         Meta(description="PEM CA bundle; when set, clients must show a certificate (mTLS)."),
     ] = None
 
 
-class ServerConfig(_Section, frozen=True, kw_only=True):
+class ServerConfig(Section, frozen=True, kw_only=True):
     host: Annotated[
-        _Text, Meta(description="Address of the gRPC server; `0.0.0.0` or `::` for all.")
+        Text, Meta(description="Address of the gRPC server; `0.0.0.0` or `::` for all.")
     ] = "127.0.0.1"
     port: Annotated[_Port, Meta(description="Port of the gRPC server.")] = 9002
     unix_socket: Annotated[
@@ -71,7 +79,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
         ),
     ] = None
     admin_host: Annotated[
-        _Text, Meta(description="Address of the admin HTTP server (`/metrics`, `/workers`, …).")
+        Text, Meta(description="Address of the admin HTTP server (`/metrics`, `/workers`, …).")
     ] = "127.0.0.1"
     admin_port: Annotated[_Port, Meta(description="Port of the admin HTTP server.")] = 9090
     max_body_bytes: Annotated[
@@ -103,7 +111,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     ] = None
 
 
-class ObservabilityConfig(_Section, frozen=True, kw_only=True):
+class ObservabilityConfig(Section, frozen=True, kw_only=True):
     log_level: Annotated[
         Literal["debug", "info", "warn", "warning", "error"],
         Meta(description="Lowest level that is logged; `debug` has a line per decision."),
@@ -120,34 +128,7 @@ class ObservabilityConfig(_Section, frozen=True, kw_only=True):
     ] = False
 
 
-class CircuitBreakerConfig(_Section, frozen=True, kw_only=True):
-    threshold: Annotated[
-        int, Meta(ge=1, description="Consecutive failures after which a worker is left alone.")
-    ] = 3
-    cool_down_secs: Annotated[
-        float,
-        Meta(ge=0, le=86400, description="Time before one probe request may try the worker."),
-    ] = 30 * SECONDS
-
-
-class ModelConfig(_Section, frozen=True, kw_only=True):
-    id: Annotated[
-        _Text,
-        Meta(
-            max_length=256,
-            description="Name clients send as `model`; a worker belongs to it when it reports "
-            "this as its `served_model_name`.",
-        ),
-    ]
-    policy: Annotated[
-        PolicyName, Meta(description="How a worker is chosen among the healthy ones.")
-    ] = "round_robin"
-    circuit_breaker: Annotated[
-        CircuitBreakerConfig, Meta(description="When a failing worker is left alone.")
-    ] = field(default_factory=CircuitBreakerConfig)
-
-
-class StaticUrlsConfig(_Section, frozen=True, kw_only=True):
+class StaticUrlsConfig(Section, frozen=True, kw_only=True):
     urls: Annotated[
         list[str],
         Meta(
@@ -160,7 +141,7 @@ class StaticUrlsConfig(_Section, frozen=True, kw_only=True):
     ] = 30 * SECONDS
 
 
-class DiscoveryConfig(_Section, frozen=True, kw_only=True):
+class DiscoveryConfig(Section, frozen=True, kw_only=True):
     backend: Annotated[Literal["static_urls"], Meta(description="Where workers come from.")]
     static_urls: Annotated[
         StaticUrlsConfig | UnsetType, Meta(description="Needed for backend `static_urls`.")
@@ -171,7 +152,7 @@ class DiscoveryConfig(_Section, frozen=True, kw_only=True):
     ] = 30 * SECONDS
 
 
-class WorkersConfig(_Section, frozen=True, kw_only=True):
+class WorkersConfig(Section, frozen=True, kw_only=True):
     api_key: Annotated[
         str | None,
         Meta(description="Bearer token for our own requests to workers (`/server_info`)."),
@@ -192,7 +173,7 @@ class WorkersConfig(_Section, frozen=True, kw_only=True):
     ] = None
 
 
-class ProxyConfig(_Section, frozen=True, kw_only=True):
+class ProxyConfig(Section, frozen=True, kw_only=True):
     request_timeout_secs: Annotated[
         _Seconds,
         Meta(description="Limit for requests that are not streamed, and for a body to arrive."),
@@ -211,7 +192,7 @@ class ProxyConfig(_Section, frozen=True, kw_only=True):
     ] = 2
 
 
-class ActiveLoadConfig(_Section, frozen=True, kw_only=True):
+class ActiveLoadConfig(Section, frozen=True, kw_only=True):
     stale_request_timeout_secs: Annotated[
         _Seconds,
         Meta(
@@ -221,7 +202,7 @@ class ActiveLoadConfig(_Section, frozen=True, kw_only=True):
     ] = 600 * SECONDS
 
 
-class LoadConfig(_Section, frozen=True, kw_only=True):
+class LoadConfig(Section, frozen=True, kw_only=True):
     release: Annotated[
         Literal["stream_end", "estimate"],
         Meta(
@@ -239,7 +220,46 @@ class LoadConfig(_Section, frozen=True, kw_only=True):
     ] = 15 * SECONDS
 
 
-class ExtprocEndpointConfig(_Section, frozen=True, kw_only=True):
+class KvConfig(Section, frozen=True, kw_only=True):
+    max_pages: Annotated[
+        int,
+        Meta(
+            ge=1000,
+            le=1_000_000_000,
+            description="Most pages kept in mind, summed over all ranks of all workers; about "
+            "250 bytes each. More are left out and counted.",
+        ),
+    ] = 8_000_000
+    replay_timeout_secs: Annotated[
+        _Seconds, Meta(description="A replay without a frame for this long has failed.")
+    ] = 5 * SECONDS
+    replay_retry_secs: Annotated[
+        _Seconds, Meta(description="Time before a failed replay is asked for again.")
+    ] = 30 * SECONDS
+
+
+class TokenizationConfig(Section, frozen=True, kw_only=True):
+    cache_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1024 * 1024 * MEBIBYTE,
+            description="Memory for the tokens of pieces of text seen before, per model; 0 = none.",
+        ),
+    ] = 128 * MEBIBYTE
+    inline_chars: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=MEBIBYTE,
+            description="Longest new text that is encoded at once; a longer one goes to a thread, "
+            "so that others need not wait for it.",
+        ),
+    ] = 4096
+    threads: Annotated[int, Meta(ge=1, le=64, description="Threads for that, per model.")] = 2
+
+
+class ExtprocEndpointConfig(Section, frozen=True, kw_only=True):
     host: Annotated[
         str | None,
         Meta(
@@ -259,8 +279,8 @@ class ExtprocEndpointConfig(_Section, frozen=True, kw_only=True):
     ] = None
 
 
-class EnvoyConfig(_Section, frozen=True, kw_only=True):
-    host: Annotated[_Text, Meta(description="Address of Envoy's listener.")] = "127.0.0.1"
+class EnvoyConfig(Section, frozen=True, kw_only=True):
+    host: Annotated[Text, Meta(description="Address of Envoy's listener.")] = "127.0.0.1"
     port: Annotated[_Port, Meta(description="Port of Envoy's listener.")] = 8080
     admin_port: Annotated[
         _Port, Meta(description="Port of Envoy's admin interface, on 127.0.0.1.")
@@ -300,16 +320,16 @@ class EnvoyConfig(_Section, frozen=True, kw_only=True):
         ),
     ] = "list"
     cluster: Annotated[
-        _Text, Meta(description="Name of the cluster with the workers, put into the header.")
+        Text, Meta(description="Name of the cluster with the workers, put into the header.")
     ] = "workers"
-    cluster_header: Annotated[_Text, Meta(description="Request header that names the cluster.")] = (
+    cluster_header: Annotated[Text, Meta(description="Request header that names the cluster.")] = (
         "x-extproc-cluster"
     )
-    model_header: Annotated[_Text, Meta(description="Request header that names the model.")] = (
+    model_header: Annotated[Text, Meta(description="Request header that names the model.")] = (
         "x-extproc-model"
     )
     access_log: Annotated[
-        _Text | None,
+        Text | None,
         Meta(description="File of the JSON access log; `null` for none."),
     ] = "/dev/stdout"
     extproc: Annotated[
@@ -317,7 +337,7 @@ class EnvoyConfig(_Section, frozen=True, kw_only=True):
     ] = field(default_factory=ExtprocEndpointConfig)
 
 
-class Config(_Section, frozen=True, kw_only=True):
+class Config(Section, frozen=True, kw_only=True):
     server: Annotated[ServerConfig, Meta(description="What this service listens on.")] = field(
         default_factory=ServerConfig
     )
@@ -339,6 +359,12 @@ class Config(_Section, frozen=True, kw_only=True):
     )
     load: Annotated[LoadConfig, Meta(description="How load is counted.")] = field(
         default_factory=LoadConfig
+    )
+    kv: Annotated[KvConfig, Meta(description="What is known of the workers' KV caches.")] = field(
+        default_factory=KvConfig
+    )
+    tokenization: Annotated[TokenizationConfig, Meta(description="How prompts become tokens.")] = (
+        field(default_factory=TokenizationConfig)
     )
     envoy: Annotated[EnvoyConfig, Meta(description="What `extproc envoy-config` renders.")] = field(
         default_factory=EnvoyConfig

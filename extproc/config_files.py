@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from extproc.config import Config
-from extproc.config_loading import API_KEY
+from extproc.config_rules import API_KEY
 
 __all__ = ["file_problems", "read_api_key"]
 

@@ -4,39 +4,29 @@ msgspec stops at the first error; an operator wants all of them, each with the p
 key. So sections are walked here and msgspec converts one value at a time.
 """
 
-import ipaddress
 import math
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
-from msgspec import Struct, UnsetType
+from msgspec import Struct
 
-from extproc.config import NOT_AVAILABLE_POLICIES, Config
+from extproc.config import Config
+from extproc.config_rules import rule_problems
 from extproc.errors import ConfigError
-from extproc.worker_url import parse_worker_url
 
-__all__ = ["API_KEY", "load_config", "parse_config", "section_type"]
+__all__ = ["load_config", "parse_config", "section_type"]
 
 # Keys of sgl-router's schema whose feature this version does not have. They are refused
 # rather than ignored: a setting that silently does nothing is worse than a start-up error.
-_NOT_AVAILABLE_KEYS: Final = (
-    re.compile(r"models\[\d+\]\.(tokenizer_path|cache_aware)"),
-    re.compile(r"discovery\.k8s"),
-)
+_NOT_AVAILABLE_KEYS: Final = (re.compile(r"discovery\.k8s"),)
 _NOT_AVAILABLE_VALUES: Final = {
-    "policy": NOT_AVAILABLE_POLICIES,
     "backend": ("k8s",),
 }
-API_KEY: Final = re.compile(r"[\x21-\x7e]+")
-_HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
-_LISTEN_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
-_UNIX_SOCKET_MAX_BYTES: Final = 107
 _FILE_MAX_BYTES: Final = 1024 * 1024
 _ALIASES_MAX: Final = 100
 # Stands for a value that was refused, so that the rest can still be looked at.
@@ -119,7 +109,7 @@ def parse_config(raw: object) -> Config:
     found = _Findings()
     values = _section(Config, raw, "", found)
     config = msgspec.convert(values, Config)
-    for problem in _rule_problems(config):
+    for problem in rule_problems(config):
         key = problem.partition(":")[0]
         if not any(key == path or key.startswith((f"{path}.", f"{path}[")) for path in found.paths):
             found.problems.append(problem)
@@ -272,146 +262,3 @@ def _first_line(error: Exception) -> str:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     lines = str(error).splitlines()
     return " ".join(line.strip() for line in lines[:2]) if lines else type(error).__name__
-
-
-def _rule_problems(config: Config) -> Iterator[str]:
-    """Rules that span keys or need more than a type; each yields `key: sentence`."""
-    yield from _model_problems(config)
-    yield from _static_url_problems(config)
-    yield from _port_problems(config)
-    yield from _header_problems(config)
-    yield from _timeout_problems(config)
-    yield from _credential_problems(config)
-    for key, host in (("host", config.server.host), ("admin_host", config.server.admin_host)):
-        if not _LISTEN_HOST.fullmatch(host):
-            yield f"server.{key}: expected an IP address (IPv6 without brackets) or a name"
-    socket_path = config.server.unix_socket
-    if socket_path is not None:
-        if not socket_path.startswith("/"):
-            yield "server.unix_socket: expected an absolute path"
-        if "\0" in socket_path:
-            yield "server.unix_socket: a NUL can not be part of a path"
-        if len(socket_path.encode()) > _UNIX_SOCKET_MAX_BYTES:
-            yield f"server.unix_socket: longer than {_UNIX_SOCKET_MAX_BYTES} bytes"
-
-
-def _model_problems(config: Config) -> Iterator[str]:
-    if not config.models:
-        yield "models: at least one model is needed, nothing could be routed"
-    seen: dict[str, int] = {}
-    for index, model in enumerate(config.models):
-        if not model.id.strip() or model.id != model.id.strip():
-            yield f"models[{index}].id: must not be blank or padded with blanks"
-        if any(ord(char) < 0x20 or ord(char) > 0x7E for char in model.id):
-            # It travels in a header.
-            yield f"models[{index}].id: only printable ASCII can be sent in a header"
-        if model.id in seen:
-            yield f"models[{index}].id: {model.id!r} is already models[{seen[model.id]}]"
-        seen.setdefault(model.id, index)
-
-
-def _static_url_problems(config: Config) -> Iterator[str]:
-    section = config.discovery.static_urls
-    if isinstance(section, UnsetType):
-        yield "discovery.static_urls: this section is needed for backend 'static_urls'"
-        return
-    if not section.urls:
-        yield "discovery.static_urls.urls: at least one worker URL is needed"
-    seen: dict[str, int] = {}
-    own = dict(_own_addresses(config))
-    for index, text in enumerate(section.urls):
-        key = f"discovery.static_urls.urls[{index}]"
-        try:
-            parsed = parse_worker_url(text)
-            url = str(parsed)
-        except ValueError as error:
-            yield f"{key}: {error}"
-            continue
-        host = "loopback" if _is_loopback(parsed.host) else parsed.host
-        if owner := own.get((host, parsed.port)):
-            yield f"{key}: this is {owner}, requests would go round in circles"
-        if url in seen:
-            yield f"{key}: the same worker as discovery.static_urls.urls[{seen[url]}]"
-        seen.setdefault(url, index)
-
-
-def _own_addresses(config: Config) -> Iterator[tuple[tuple[str, int], str]]:
-    """Addresses that are no worker's, with the key of each; "loopback" for all of its forms."""
-    server, envoy = config.server, config.envoy
-    for key, host, port in (
-        ("envoy.port", envoy.host, envoy.port),
-        ("envoy.admin_port", "127.0.0.1", envoy.admin_port),
-        ("server.port", server.host, server.port),
-        ("server.admin_port", server.admin_host, server.admin_port),
-    ):
-        if _is_loopback(host) or host in ("0.0.0.0", "::"):  # noqa: S104 (a comparison)
-            yield ("loopback", port), key
-        yield (host, port), key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _port_problems(config: Config) -> Iterator[str]:
-    owners: dict[int, str] = {}
-    for key, port in (
-        ("server.port", config.server.port),
-        ("server.admin_port", config.server.admin_port),
-        ("envoy.port", config.envoy.port),
-        ("envoy.admin_port", config.envoy.admin_port),
-    ):
-        if port in owners:
-            yield f"{key}: {port} is already the value of {owners[port]}"
-        owners.setdefault(port, key)
-
-
-def _header_problems(config: Config) -> Iterator[str]:
-    envoy = config.envoy
-    names = {"cluster_header": envoy.cluster_header, "model_header": envoy.model_header}
-    for key, name in names.items():
-        if not _HEADER_NAME.fullmatch(name) or name.startswith("x-envoy-"):
-            yield (
-                f"envoy.{key}: expected a lower-case name that begins with x- and not with x-envoy-"
-            )
-        if name in ("x-request-id", "x-gateway-destination-endpoint", "x-extproc-debug"):
-            yield f"envoy.{key}: {name} has another meaning"
-    if envoy.cluster_header == envoy.model_header:
-        yield "envoy.model_header: must differ from envoy.cluster_header"
-    if not re.fullmatch(r"[A-Za-z0-9_.|:-]{1,200}", envoy.cluster):
-        yield "envoy.cluster: expected letters, digits and any of _ . | : -"
-
-
-def _timeout_problems(config: Config) -> Iterator[str]:
-    if config.server.step_deadline_secs >= config.envoy.message_timeout_secs:
-        yield (
-            "server.step_deadline_secs: must be shorter than envoy.message_timeout_secs "
-            f"({config.envoy.message_timeout_secs:g})"
-        )
-    if config.envoy.stream_idle_timeout_secs <= config.proxy.request_timeout_secs:
-        yield (
-            "envoy.stream_idle_timeout_secs: must be longer than proxy.request_timeout_secs "
-            f"({config.proxy.request_timeout_secs:g})"
-        )
-
-
-def _credential_problems(config: Config) -> Iterator[str]:
-    workers = config.workers
-    if workers.api_key is not None and workers.api_key_file is not None:
-        yield "workers.api_key_file: only one of api_key and api_key_file can be given"
-    if workers.api_key is not None and not API_KEY.fullmatch(workers.api_key):
-        yield "workers.api_key: expected printable ASCII without blanks"
-    if workers.forward_api_key and workers.api_key is None and workers.api_key_file is None:
-        yield "workers.forward_api_key: needs workers.api_key or workers.api_key_file"
-    extproc = config.envoy.extproc
-    tls = config.server.tls
-    if config.server.unix_socket is None and tls is not None:
-        if extproc.ca_file is None:
-            yield "envoy.extproc.ca_file: needed with server.tls, or Envoy could not verify us"
-        if tls.client_ca_file is not None and extproc.cert_file is None:
-            yield "envoy.extproc.cert_file: needed with server.tls.client_ca_file"
-    if (extproc.cert_file is None) != (extproc.key_file is None):
-        yield "envoy.extproc.key_file: cert_file and key_file belong together"

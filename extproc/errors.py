@@ -28,6 +28,7 @@ __all__ = [
     "payload_too_large",
     "request_timeout",
     "routing_timeout",
+    "service_overloaded",
     "stale_request_expired",
     "unsupported_body_mode",
 ]
@@ -145,6 +146,11 @@ def no_healthy_workers() -> RouterError:
 def routing_timeout() -> RouterError:
     """503: no decision within our own deadline; the proxy must not be the one to find out."""
     return RouterError("routing_timeout", 503, "no routing decision in time")
+
+
+def service_overloaded() -> RouterError:
+    """503: too much is waiting already for the same kind of work."""
+    return RouterError("service_overloaded", 503, "the service is overloaded, try again later")
 
 
 def unsupported_body_mode() -> RouterError:

@@ -28,6 +28,7 @@ _RESPONSE_BUCKETS = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100,
     200, 400,
 )  # fmt: skip
+_OVERLAP_BUCKETS = (0, 64, 256, 1024, 4096, 16_384, 65_536, 262_144)
 _BODY_BUCKETS = (1e3, 4e3, 16e3, 64e3, 256e3, 1e6, 4e6, 16e6, 64e6)
 
 
@@ -170,6 +171,36 @@ class Metrics:
             ["result"],
             Counter,
         )
+        self.prompt_tokens = _Family(
+            "extproc_prompt_tokens_total",
+            "Tokens of the prompts whose tokens are known.",
+            ["model"],
+            Counter,
+        )
+        self.cached_tokens = _Family(
+            "extproc_cached_tokens_total",
+            "Tokens of these prompts that the chosen rank was known to hold.",
+            ["model"],
+            Counter,
+        )
+        self.overlap_tokens = _Family(
+            "extproc_overlap_tokens",
+            "Tokens of a prompt that the chosen rank was known to hold, by decision.",
+            ["model"],
+            lambda: Histogram(_OVERLAP_BUCKETS),
+        )
+        self.tokenization_seconds = _Family(
+            "extproc_tokenization_seconds",
+            "Time from a body to the tokens of its prompt, waiting for a thread included.",
+            ["model"],
+            lambda: Histogram(_DECISION_BUCKETS),
+        )
+        self.prompts_without_tokens = _Family(
+            "extproc_prompts_without_tokens_total",
+            "Requests whose tokens are not known, by reason.",
+            ["model", "why"],
+            Counter,
+        )
         stale_requests: _Family[Counter] = _Family(
             "extproc_stale_requests_total", "Requests ended because they were too old.", [], Counter
         )
@@ -222,10 +253,19 @@ class Metrics:
                     self.fallbacks,
                     self.streams,
                     self.introspections,
+                    self.prompt_tokens,
+                    self.cached_tokens,
+                    self.prompts_without_tokens,
                     stale_requests,
                     workers_refused,
                 ],
-                [decision_seconds, request_body_bytes, self.response_seconds],
+                [
+                    decision_seconds,
+                    request_body_bytes,
+                    self.response_seconds,
+                    self.overlap_tokens,
+                    self.tokenization_seconds,
+                ],
             )
         )
 

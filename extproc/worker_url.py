@@ -10,11 +10,16 @@ import socket
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-__all__ = ["WorkerUrl", "format_endpoint", "parse_worker_url"]
+__all__ = ["WorkerUrl", "format_endpoint", "parse_kv_endpoint", "parse_worker_url"]
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 # `host:port` as a whole: nothing before or behind the brackets of an IPv6 address.
 _NETLOC: Final = re.compile(r"(?:\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[A-Za-z0-9._-]+))(?::\d*)?")
+# libzmq writes IPv6 with and without brackets, and several forms of "all addresses".
+_KV_ENDPOINT: Final = re.compile(
+    r"tcp://(?P<host>\*|\[[0-9A-Fa-f:.]+\]|::|[A-Za-z0-9._-]+):(?P<port>\d{1,5})"
+)
+_WILDCARDS: Final = ("*", "0.0.0.0", "::")  # noqa: S104 (to be replaced, never listened on)
 _NUMERIC: Final = re.compile(r"\d+|0[xX][0-9A-Fa-f]*")
 _NAME_MAX_CHARS: Final = 253
 _LABEL_MAX_CHARS: Final = 63
@@ -105,3 +110,15 @@ def _is_host(netloc: str) -> bool:
     return len(name) <= _NAME_MAX_CHARS and all(
         0 < len(label) <= _LABEL_MAX_CHARS for label in name.split(".")
     )
+
+
+def parse_kv_endpoint(text: str) -> tuple[str | None, int]:
+    """Host without brackets, None where it stands for the worker's own, and port of `tcp://…`.
+
+    Raises ValueError with a sentence for the operator.
+    """
+    found = _KV_ENDPOINT.fullmatch(text)
+    if found is None or not 0 < int(found["port"]) <= 65_535:
+        raise ValueError("expected tcp://host:port with a port from 1 to 65535")
+    host = found["host"].strip("[]")
+    return None if host in _WILDCARDS else host, int(found["port"])

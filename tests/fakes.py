@@ -25,7 +25,7 @@ from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.client import EngineAnswer, EngineUnreachableError
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent
-from extproc.workers.worker import Mode, Worker, WorkerSpec
+from extproc.workers.worker import KvEvents, Mode, Worker, WorkerSpec
 
 __all__ = [
     "FakeClock",
@@ -182,6 +182,7 @@ def make_spec(
     mode: Mode = "plain",
     model_ids: Sequence[str] = (),
     bootstrap_port: int | None = None,
+    kv_events: KvEvents | None = None,
 ) -> WorkerSpec:
     """A spec as discovery gives it: no model unless said; the id is the URL."""
     parsed = parse_worker_url(url)
@@ -191,6 +192,7 @@ def make_spec(
         mode=mode,
         model_ids=tuple(model_ids),
         bootstrap_port=bootstrap_port,
+        kv_events=kv_events,
     )
 
 
@@ -205,9 +207,10 @@ def make_worker(
     cool_down_seconds: float = 30.0,
     in_flight: int = 0,
     resolved: bool = True,
+    kv_events: KvEvents | None = None,
 ) -> Worker:
     """A worker of model `m` whose address is its URL's host and port."""
-    spec = make_spec(url, id=id, mode=mode, model_ids=model_ids)
+    spec = make_spec(url, id=id, mode=mode, model_ids=model_ids, kv_events=kv_events)
     worker = Worker(
         spec,
         order=order,

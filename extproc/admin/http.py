@@ -13,6 +13,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from extproc.config import ServerConfig
 from extproc.errors import ConfigError
+from extproc.kv.picture import RankState
+from extproc.routing.rank_book import RankBook, RankKey
+from extproc.routing.target import Target
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker
@@ -31,12 +34,14 @@ class AdminServer:
         workers: WorkerRegistry,
         is_ready: Callable[[], bool],
         models: Sequence[str],
+        ranks: RankBook | None = None,
     ) -> None:
         self._config = config
         self._metrics = metrics
         self._workers = workers
         self._is_ready = is_ready
         self._models = models
+        self._ranks = ranks
         app = web.Application(client_max_size=64 * 1024)
         app.add_routes(
             [
@@ -75,8 +80,44 @@ class AdminServer:
 
     async def _get_workers(self, request: web.Request) -> web.Response:
         usable = self._workers.usable(self._models)
-        body = {"workers": [_describe(worker, worker in usable) for worker in self._workers]}
+        body = {
+            "workers": [
+                _describe(worker, worker in usable) | {"kv": self._describe_kv(worker)}
+                for worker in self._workers
+            ]
+        }
         return web.Response(body=msgspec.json.encode(body), content_type="application/json")
+
+    def _describe_kv(self, worker: Worker) -> dict[str, Any]:
+        """Empty for a worker whose KV cache nobody looks at."""
+        ranks = self._ranks
+        targets = ranks.targets(worker) if ranks is not None else ()
+        if ranks is None or not targets:
+            return {}
+        events = worker.spec.kv_events
+        return {
+            "page_size": None if events is None else events.block_size,
+            "ranks": [
+                _describe_rank(target, ranks.picture.state(RankKey.of(target)))
+                for target in targets
+            ],
+        }
+
+
+def _describe_rank(target: Target, state: RankState | None) -> dict[str, Any]:
+    shown: dict[str, Any] = {"rank": target.rank, "in_flight": target.load.in_flight}
+    if state is None:
+        return shown | {"trusted": False, "reason": "no_events"}
+    return shown | {
+        "trusted": state.trusted,
+        "reason": state.reason,
+        "connected": state.connected,
+        "pages": state.pages,
+        "pages_by_tier": dict(zip(("device", "host", "below"), state.pages_by_tier, strict=True)),
+        "last_event_age_seconds": state.last_event_age_seconds,
+        "gaps": state.stream.gaps,
+        "restarts": state.stream.restarts,
+    }
 
 
 def _describe(worker: Worker, usable: bool) -> dict[str, Any]:
@@ -88,5 +129,4 @@ def _describe(worker: Worker, usable: bool) -> dict[str, Any]:
         "in_flight": worker.in_flight,
         "ready": usable and worker.breaker.state is not BreakerState.OPEN,
         "address": worker.address,
-        "kv": {},
     }

@@ -10,7 +10,20 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from msgspec import Struct
 
-__all__ = ["Candidate", "CandidateT", "Choice", "Policy", "Query", "least_loaded"]
+__all__ = [
+    "Candidate",
+    "CandidateT",
+    "Choice",
+    "KvCandidate",
+    "KvCandidateT",
+    "KvPolicy",
+    "KvQuery",
+    "Policy",
+    "Query",
+    "RankPressure",
+    "TierWeights",
+    "least_loaded",
+]
 
 
 class Candidate(Protocol):
@@ -36,10 +49,13 @@ class Query(Struct, frozen=True):
     model: str
 
 
-class Choice(NamedTuple, Generic[CandidateT]):
+ChosenT = TypeVar("ChosenT")
+
+
+class Choice(NamedTuple, Generic[ChosenT]):
     """The chosen candidate, and why, as a short word of a closed set per policy."""
 
-    candidate: CandidateT
+    candidate: ChosenT
     reason: str
 
 
@@ -51,6 +67,128 @@ class Policy(Protocol):
     def choose(self, candidates: Sequence[CandidateT], query: Query) -> Choice[CandidateT]:
         """Pick one of at least one candidate, given in ascending `order`."""
         ...
+
+
+# -- policies that look at KV caches
+
+
+class RankPressure(Protocol):
+    """What a rank has to do; `now` in monotonic seconds."""
+
+    @property
+    def prefill_tokens_per_second(self) -> float: ...
+
+    def requests(self, now: float) -> int:
+        """Requests that wait or run there."""
+        ...
+
+    def running(self, now: float) -> int:
+        """Those of them that decode."""
+        ...
+
+    def prefill_tokens_ahead(self, now: float) -> float:
+        """Tokens to prefill before a request that comes now."""
+        ...
+
+    def slot_wait_seconds(self, prompt_tokens: int, now: float) -> float:
+        """How long a request would wait until others end and leave it their place; mostly 0."""
+        ...
+
+
+class KvCandidate(Protocol):
+    """A data-parallel rank of a worker, and what it holds of the prompt.
+
+    Tokens are those that spare prefill: the engine computes the last token of every prompt,
+    and with it the rest of its page. What is held on several tiers counts on the best.
+    """
+
+    @property
+    def order(self) -> int:
+        """Rank in the stable order of candidates; unique, never reused."""
+        ...
+
+    @property
+    def load(self) -> RankPressure: ...
+
+    @property
+    def has_events(self) -> bool:
+        """Whether it is known what it holds; if not, all that follows is 0."""
+        ...
+
+    @property
+    def prompt_pages(self) -> int:
+        """Whole pages of the prompt, in its own page size."""
+        ...
+
+    @property
+    def held_pages(self) -> int:
+        """Of these, how many it has on any tier, from the first on without a gap."""
+        ...
+
+    @property
+    def device_tokens(self) -> int: ...
+
+    @property
+    def host_tokens(self) -> int:
+        """Tokens that follow, in the host's memory."""
+        ...
+
+    @property
+    def disk_tokens(self) -> int:
+        """Tokens that follow, further down."""
+        ...
+
+    @property
+    def predicted_pages(self) -> int:
+        """Pages it is going to have from the first on, since they were just sent there."""
+        ...
+
+    @property
+    def predicted_tokens(self) -> int: ...
+
+
+KvCandidateT = TypeVar("KvCandidateT", bound=KvCandidate)
+
+
+class KvQuery(Query, frozen=True):
+    """`prompt_tokens` is 0 when the tokens are not known, else their exact number.
+
+    `expected_tokens` is then a guess, 0 for none.
+    """
+
+    now: float
+    prompt_tokens: int = 0
+    expected_tokens: int = 0
+
+
+class KvPolicy(Protocol):
+    """As Policy, for ranks."""
+
+    name: str
+
+    def choose(self, candidates: Sequence[KvCandidateT], query: KvQuery) -> Choice[KvCandidateT]:
+        """Pick one of at least one candidate, given in ascending `order`."""
+        ...
+
+
+class TierWeights(NamedTuple):
+    """What a held token is worth by where it lies, 1 = its whole prefill.
+
+    Bringing a page up is a copy: from pinned host memory at some hundred thousand tokens a
+    second, from a disk or over the network at some ten thousand, where prefill does ten
+    thousand, or fifty for a small model.
+    """
+
+    device: float = 1.0
+    host: float = 0.8
+    disk: float = 0.5
+
+    def tokens(self, candidate: KvCandidate) -> float:
+        """The tokens of prefill that the candidate's holdings spare."""
+        worth = candidate.device_tokens * self.device
+        if candidate.host_tokens or candidate.disk_tokens:
+            worth += candidate.host_tokens * self.host + candidate.disk_tokens * self.disk
+        return worth
 
 
 def least_loaded(candidates: Sequence[CandidateT], random: Random) -> CandidateT:

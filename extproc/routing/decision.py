@@ -10,7 +10,8 @@ class Decision(Struct, frozen=True, kw_only=True):
 
     `destinations` are `ip:port`, the chosen worker first, then those to try when it refuses
     the connection. `timeout_ms` bounds the whole response in milliseconds, 0 = no bound
-    (streams). `cached_tokens` and `total_tokens` are the confirmed overlap, where known.
+    (streams). `cached_tokens` and `total_tokens` are the confirmed overlap, where known, and
+    `body_members` JSON members, `"name":value`, that the body must get for the engine.
     """
 
     model: str
@@ -21,3 +22,4 @@ class Decision(Struct, frozen=True, kw_only=True):
     timeout_ms: int
     cached_tokens: int = 0
     total_tokens: int = 0
+    body_members: bytes = b""

@@ -5,7 +5,7 @@ that really served, which is not always the chosen one. Whatever happens, `close
 and nothing is counted twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -13,7 +13,7 @@ from extproc.clock import Clock
 from extproc.config import LoadConfig
 from extproc.metrics import Metrics
 from extproc.routing.decision import Decision
-from extproc.workers.active_load import Ticket
+from extproc.workers.active_load import RankBooking, Ticket
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker
@@ -22,6 +22,7 @@ __all__ = ["Lease", "LeaseBooks"]
 
 _log = structlog.get_logger()
 
+_CLIENT_ERROR = 400
 _SERVER_ERROR = 500
 # Envoy's word for "the upstream answered"; anything else is a local reply of Envoy's own.
 _VIA_UPSTREAM = "via_upstream"
@@ -62,6 +63,7 @@ class Lease:
         "_probe",
         "_settled",
         "decision",
+        "rebook",
         "served",
         "ticket",
     )
@@ -85,6 +87,8 @@ class Lease:
         self.decision = decision
         self.ticket = ticket
         self.served: Worker | None = None
+        # Books the request on a rank of another worker than the chosen one.
+        self.rebook: Callable[[Worker, float], RankBooking | None] | None = None
 
     def responded(self, status: int, address: str, code_details: str, streamed: bool) -> bool:
         """Envoy has response headers, its own or the worker's; returns False when missed.
@@ -105,6 +109,7 @@ class Lease:
         if not address:
             self._settle(chosen, status, code_details, answered, now)
             self.served = chosen if answered else None
+            self._start_booking(status, answered, now)
             return True
         destinations = decision.destinations
         position = destinations.index(address) if address in destinations else -1
@@ -114,13 +119,26 @@ class Lease:
             self._fail(failed, now)
         if served is not None:
             self._settle(served, status, code_details, answered, now)
-            self.ticket.move(served)
+            if self.ticket.move(served) and self.rebook is not None:
+                self._move_booking(self.rebook(served, now), now)
             self.served = served if answered else None
+            self._start_booking(status, answered, now)
         if position > 0 and answered:
             books.metrics.fallbacks(decision.model).inc()
         if position < 0:
             books.metrics.missed(decision.model).inc()
         return position >= 0
+
+    def _start_booking(self, status: int, answered: bool, now: float) -> None:
+        """A good answer has begun: its prompt is prefilled."""
+        booking = self.ticket.booking
+        if booking is not None and answered and status < _CLIENT_ERROR:
+            booking.started(now)
+
+    def _move_booking(self, booking: RankBooking | None, now: float) -> None:
+        if self.ticket.booking is not None:
+            self.ticket.booking.release(now)
+        self.ticket.booking = booking
 
     def expired(self) -> None:
         """The request is too old. A worker that never began to answer has failed."""

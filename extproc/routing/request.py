@@ -18,8 +18,10 @@ from extproc.errors import (
 )
 
 __all__ = [
+    "DETOKENIZE_PATH",
     "ENDPOINT_PATHS",
     "MODELS_PATH",
+    "TOKENIZE_PATH",
     "Endpoint",
     "Request",
     "find_endpoint",
@@ -28,19 +30,27 @@ __all__ = [
 
 
 class Endpoint(Struct, frozen=True, kw_only=True):
-    """One API path. `path` is also its label in metrics."""
+    """One API path. `path` is also its label in metrics.
+
+    `for_us`: answered by this service, whichever workers there are.
+    """
 
     path: str
     methods: tuple[str, ...] = ("POST",)
     model_optional: bool = False
+    for_us: bool = False
 
 
 class Request(Struct, frozen=True):
-    """A request that can be routed. `model` None: the only configured one is meant."""
+    """A request that can be routed. `model` None: the only configured one is meant.
+
+    `body` is empty where the gateway has not shown it.
+    """
 
     endpoint: Endpoint
     model: str | None
     stream: bool
+    body: bytes | bytearray = b""
 
 
 class _Body(Struct):
@@ -51,6 +61,8 @@ class _Body(Struct):
 
 
 MODELS_PATH: Final = "/v1/models"
+TOKENIZE_PATH: Final = "/v1/tokenize"
+DETOKENIZE_PATH: Final = "/v1/detokenize"
 
 _ENDPOINTS: Final = {
     endpoint.path: endpoint
@@ -64,7 +76,9 @@ _ENDPOINTS: Final = {
         Endpoint(path="/v1/rerank"),
         Endpoint(path="/v1/score"),
         Endpoint(path="/v1/classify"),
-        Endpoint(path=MODELS_PATH, methods=("GET", "HEAD")),
+        Endpoint(path=MODELS_PATH, methods=("GET", "HEAD"), for_us=True),
+        Endpoint(path=TOKENIZE_PATH, model_optional=True, for_us=True),
+        Endpoint(path=DETOKENIZE_PATH, model_optional=True, for_us=True),
     )
 }
 ENDPOINT_PATHS: Final = tuple(_ENDPOINTS)
@@ -111,4 +125,4 @@ def parse_body(endpoint: Endpoint, body: bytes | bytearray) -> Request:
         raise bad_request("`model` must not be empty")
     if stream is not None and type(stream) is not bool:
         raise bad_request("`stream` must be a boolean")
-    return Request(endpoint, model, stream is True)
+    return Request(endpoint, model, stream is True, body)

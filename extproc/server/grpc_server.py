@@ -24,6 +24,7 @@ from extproc.errors import ConfigError, RouterError, internal_error, routing_tim
 from extproc.metrics import Metrics
 from extproc.routing.lease import Lease
 from extproc.routing.request import Request
+from extproc.routing.token_endpoints import Answer
 from extproc.server.session import Session, SessionContext
 
 __all__ = [
@@ -129,7 +130,14 @@ class _Stream:
         session, server = self.session, self._server
         started = server.watch(self, server.step_deadline_seconds)
         try:
-            lease = await server.route(request)
+            if request.endpoint.for_us:
+                out = session.answered(await server.answer(request))
+            else:
+                lease = await server.route(request)
+                lease.ticket.on_stale = self._on_stale
+                out = session.routed(lease)
+                if server.log_decisions:
+                    _log_decision(session.request_id, lease)
         except RouterError as error:
             out = session.failed(error)
         except asyncio.CancelledError:
@@ -142,11 +150,7 @@ class _Stream:
             _log.exception("routing_failed", request_id=session.request_id)
             out = session.failed(internal_error())
         else:
-            lease.ticket.on_stale = self._on_stale
-            out = session.routed(lease)
             server.metrics.decision_seconds.observe(time.monotonic() - started)
-            if server.log_decisions:
-                _log_decision(session.request_id, lease)
         finally:
             server.unwatch(self)
         if server.is_crowded:
@@ -206,6 +210,8 @@ def _log_decision(request_id: str, lease: Lease) -> None:
         policy=decision.policy,
         reason=decision.reason,
         worker=decision.worker_url,
+        cached_tokens=decision.cached_tokens,
+        total_tokens=decision.total_tokens,
     )
 
 
@@ -218,6 +224,7 @@ class ExtProcServer:
         *,
         session_context: SessionContext,
         route: Callable[[Request], Awaitable[Lease]],
+        answer: Callable[[Request], Awaitable[Answer]],
         metrics: Metrics,
         body_deadline_seconds: float,
         log_decisions: bool,
@@ -225,6 +232,7 @@ class ExtProcServer:
         self._config = config
         self.session_context = session_context
         self.route = route
+        self.answer = answer
         self.metrics = metrics
         self.body_deadline_seconds = body_deadline_seconds
         self.step_deadline_seconds = config.step_deadline_secs

@@ -28,7 +28,9 @@ __all__ = [
     "debug_response_headers",
     "immediate_response",
     "request_body_pieces",
+    "request_body_replacements",
     "response_body_piece",
+    "with_request_body",
 ]
 
 # The endpoint picker protocol of the Gateway API inference extension.
@@ -83,7 +85,7 @@ class ReplyBuilder:
     def __init__(self, envoy: EnvoyConfig, authorization: str | None) -> None:
         self._envoy = envoy
         self._authorization = authorization
-        self._table: dict[tuple[Decision, bool], bytes] = {}
+        self._table: dict[tuple[object, ...], bytes] = {}
 
     def routed(self, decision: Decision, *, in_body: bool, request_id: str | None) -> bytes:
         """The reply that carries a decision, to the body or to the headers message.
@@ -92,7 +94,13 @@ class ReplyBuilder:
         """
         if request_id is not None:
             return self._build(decision, in_body, request_id)
-        key = (decision, in_body)
+        key = (
+            decision.model,
+            decision.reason,
+            decision.destinations,
+            decision.timeout_ms,
+            in_body,
+        )
         reply = self._table.get(key)
         if reply is None:
             reply = self._build(decision, in_body, None)
@@ -146,6 +154,30 @@ def _text_struct(pairs: Iterable[tuple[str, str]]) -> Struct:
     for name, text in pairs:
         struct.fields[name].string_value = text
     return struct
+
+
+def with_request_body(reply: bytes, body: bytes, *, set_length: bool) -> bytes:
+    """A reply to the request body that also replaces it.
+
+    Two serialised messages one after the other are one message with the fields of both. With
+    `set_length` the header says the new length: in BUFFERED mode Envoy insists on that, in
+    others it has taken the header away.
+    """
+    headers = _set_headers((("content-length", str(len(body))),)) if set_length else None
+    common = pb.CommonResponse(header_mutation=headers, body_mutation=pb.BodyMutation(body=body))
+    replacement = pb.ProcessingResponse(request_body=pb.BodyResponse(response=common))
+    return reply + replacement.SerializeToString()
+
+
+def request_body_replacements(body: bytes, chunks: int) -> list[bytes]:
+    """Replies to the pieces of a streamed body: all of the new one for the first, then nothing."""
+    mutations = [pb.BodyMutation(body=body), *[pb.BodyMutation(clear_body=True)] * (chunks - 1)]
+    return [
+        pb.ProcessingResponse(
+            request_body=pb.BodyResponse(response=pb.CommonResponse(body_mutation=mutation))
+        ).SerializeToString()
+        for mutation in mutations
+    ]
 
 
 def request_body_pieces(body: bytes | bytearray, *, end_of_stream: bool) -> list[bytes]:

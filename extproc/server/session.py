@@ -29,8 +29,9 @@ from extproc.errors import (
 from extproc.metrics import Metrics
 from extproc.routing.lease import Lease
 from extproc.routing.request import MODELS_PATH, Endpoint, Request, find_endpoint, parse_body
+from extproc.routing.token_endpoints import Answer
 from extproc.server import replies
-from extproc.server.bodies import BodyTooLargeError, RequestBody
+from extproc.server.bodies import BodyTooLargeError, RequestBody, with_members
 from extproc.server.request_heads import RequestHead, RequestHeadTable
 from extproc.server.responses import KNOWN_MAX_BYTES, Response, ResponseTable
 
@@ -172,7 +173,7 @@ class Session:
 
     def _route_blindly(self, body: RequestBody, endpoint: Endpoint) -> Sequence[bytes]:
         """The gateway shows no body before it wants a decision: only one model can be meant."""
-        if self._context.only_model is None:
+        if endpoint.for_us or self._context.only_model is None:
             _log.error(
                 "body_not_visible",
                 request_id=self.request_id,
@@ -205,8 +206,7 @@ class Session:
     def _parse(self, body: RequestBody, *, cut: bool) -> None:
         """Fill `to_route` from the complete body; raises RouterError."""
         assert self._endpoint is not None  # noqa: S101 (set before the state BODY)
-        # In full duplex the bytes are echoed behind the decision.
-        data = body.peek() if body.mode.full_duplex else body.take()
+        data = body.peek()
         self._context.metrics.request_body_bytes.observe(len(data))
         try:
             self.to_route = parse_body(self._endpoint, data)
@@ -249,21 +249,37 @@ class Session:
         body = self._body
         assert body is not None and self._endpoint is not None  # noqa: S101, PT018
         self._context.metrics.requests(self._endpoint.path, "routed").inc()
+        decision = lease.decision
         decided = self._context.builder.routed(
-            lease.decision,
+            decision,
             in_body=not body.mode.headers_carry_decision,
             request_id=self.request_id if self._made_request_id else None,
         )
+        data = body.take()
+        # A body that was not seen can not be changed.
+        members = decision.body_members if data else b""
+        if members:
+            data = with_members(data, members)
         out = [decided]
         if body.mode.full_duplex:
-            out += replies.request_body_pieces(
-                body.take(), end_of_stream=not self._trailers_waiting
-            )
+            out += replies.request_body_pieces(data, end_of_stream=not self._trailers_waiting)
+        elif members and body.mode.headers_carry_decision:
+            out += replies.request_body_replacements(bytes(data), body.chunks)
+        elif members:
+            set_length = not body.mode.may_be_cut
+            out = [replies.with_request_body(decided, bytes(data), set_length=set_length)]
         elif body.mode.headers_carry_decision and body.mode.visible_before_decision:
             out += [replies.REQUEST_BODY_CONTINUE] * body.chunks
         if self._trailers_waiting:
             out.append(replies.REQUEST_TRAILERS_CONTINUE)
         return out
+
+    def answered(self, answer: Answer) -> Sequence[bytes]:
+        """The router has answered the client itself."""
+        self.to_route = None
+        if self._state is not _State.ROUTING:
+            return _NO_REPLIES
+        return self._answer_with(200, answer.body, (("content-type", "application/json"),))
 
     def failed(self, error: RouterError, event: str = "request_refused") -> Sequence[bytes]:
         """Answer the client ourselves with an error; `event` names it in the log."""
@@ -297,22 +313,22 @@ class Session:
         return self.failed(stale_request_expired(), "request_expired")
 
     def _answer_models(self) -> Sequence[bytes]:
-        self._state = _State.ANSWERED
-        self._context.metrics.requests(MODELS_PATH, "answered").inc()
-        return (
-            replies.immediate_response(
-                200,
-                self._context.models_body,
-                (("content-type", "application/json"),),
-                "extproc_models",
-            ),
+        return self._answer_with(
+            200, self._context.models_body, (("content-type", "application/json"),)
         )
 
     def _answer_options(self, allow: str) -> Sequence[bytes]:
+        return self._answer_with(204, b"", (("allow", allow),))
+
+    def _answer_with(
+        self, status: int, body: bytes, headers: tuple[tuple[str, str], ...]
+    ) -> Sequence[bytes]:
+        """An answer of our own that is no error."""
         self._state = _State.ANSWERED
+        self._body = None
         path = self._endpoint.path if self._endpoint is not None else _UNMATCHED
         self._context.metrics.requests(path, "answered").inc()
-        return (replies.immediate_response(204, b"", (("allow", allow),), "extproc_options"),)
+        return (replies.immediate_response(status, body, headers, "extproc_answered"),)
 
     def _take_request_id(self, given: str) -> None:
         if (

@@ -7,22 +7,38 @@ live requests: it tells the request to end, and its end releases the ticket.
 
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from extproc.clock import Clock
 from extproc.metrics import Counter
 from extproc.workers.worker import Worker
 
-__all__ = ["ActiveLoad", "Ticket"]
+__all__ = ["ActiveLoad", "RankBooking", "Ticket"]
 
 _JANITOR_MIN_SECONDS = 1.0
 _JANITOR_MAX_SECONDS = 60.0
 _ESTIMATE_TICK_SECONDS = 1.0
 
 
-class Ticket:
-    """One request counted on one worker. `on_stale` is called once when it is too old."""
+class RankBooking(Protocol):
+    """The same request in the books of one rank; both calls are idempotent."""
 
-    __slots__ = ("_load", "_open", "booked_at", "estimated", "on_stale", "worker")
+    def started(self, now: float) -> None:
+        """Its response has begun."""
+        ...
+
+    def release(self, now: float) -> None:
+        """It has ended, in whatever way."""
+        ...
+
+
+class Ticket:
+    """One request counted on one worker. `on_stale` is called once when it is too old.
+
+    `booking`, where a policy chose a rank, ends with the ticket.
+    """
+
+    __slots__ = ("_load", "_open", "booked_at", "booking", "estimated", "on_stale", "worker")
 
     def __init__(self, load: "ActiveLoad", worker: Worker, booked_at: float) -> None:
         self._load = load
@@ -32,6 +48,7 @@ class Ticket:
         # True once the end of the stream says nothing and release_after decides.
         self.estimated = False
         self.on_stale: Callable[[], None] | None = None
+        self.booking: RankBooking | None = None
 
     def release(self) -> None:
         """Stop counting; later calls do nothing."""
@@ -40,6 +57,8 @@ class Ticket:
             self.worker.in_flight -= 1
             self.on_stale = None
             self._load.forget(self)
+            if self.booking is not None:
+                self.booking.release(self._load.now())
 
     def release_after(self, seconds: float) -> None:
         """Stop counting some time from now, for gateways that do not tell us the end."""
@@ -47,12 +66,14 @@ class Ticket:
             self.estimated = True
             self._load.release_after(self, seconds)
 
-    def move(self, worker: Worker) -> None:
-        """Another worker than the chosen one serves the request."""
-        if self._open and worker is not self.worker:
-            self.worker.in_flight -= 1
-            worker.in_flight += 1
-            self.worker = worker
+    def move(self, worker: Worker) -> bool:
+        """Another worker than the chosen one serves the request; False when it is the same."""
+        if not self._open or worker is self.worker:
+            return False
+        self.worker.in_flight -= 1
+        worker.in_flight += 1
+        self.worker = worker
+        return True
 
 
 class ActiveLoad:
@@ -75,6 +96,10 @@ class ActiveLoad:
         worker.in_flight += 1
         self._tickets[ticket] = None
         return ticket
+
+    def now(self) -> float:
+        """The clock that all tickets go by, in monotonic seconds."""
+        return self._clock.monotonic()
 
     def forget(self, ticket: Ticket) -> None:
         """Only for Ticket.release."""

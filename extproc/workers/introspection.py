@@ -15,7 +15,8 @@ from tenacity.wait import wait_exponential
 from extproc.clock import Clock
 from extproc.worker_url import WorkerUrl
 from extproc.workers.client import EngineClient, EngineUnreachableError
-from extproc.workers.worker import Mode, WorkerSpec
+from extproc.workers.kv_announcement import read_kv_events
+from extproc.workers.worker import KvEvents, Mode, WorkerSpec
 
 __all__ = ["Introspection", "apply_introspection", "introspect"]
 
@@ -36,6 +37,8 @@ class _ServerInfo(Struct):
     served_model_name: msgspec.Raw = _NULL
     disaggregation_mode: msgspec.Raw = _NULL
     disaggregation_bootstrap_port: msgspec.Raw = _NULL
+    kv_events: msgspec.Raw = _NULL
+    speculative_algorithm: msgspec.Raw = _NULL
 
 
 class _ModelCard(Struct):
@@ -47,11 +50,16 @@ class _ModelList(Struct):
 
 
 class Introspection(Struct, frozen=True, kw_only=True):
-    """A worker's answer. `mode` None = it did not say; `problem` = why there is no answer."""
+    """A worker's answer. `mode` None = it did not say; `problem` = why there is no answer.
+
+    `kv_problem` = why what it says of its KV events can not be used.
+    """
 
     model_ids: tuple[str, ...] = ()
     mode: Mode | None = None
     bootstrap_port: int | None = None
+    kv_events: KvEvents | None = None
+    kv_problem: str = ""
     warning: str = ""
     problem: str = ""
 
@@ -75,7 +83,7 @@ async def introspect(client: EngineClient, url: WorkerUrl, clock: Clock) -> Intr
         info = msgspec.json.decode(body, type=_ServerInfo)
     except _NOT_DECODABLE:
         return Introspection(problem="/server_info is not a JSON object")
-    return _read(info)
+    return _with_kv_events(_read(info), info, url)
 
 
 async def _get(client: EngineClient, url: WorkerUrl, path: str, clock: Clock) -> tuple[int, bytes]:
@@ -142,6 +150,14 @@ def _read(info: _ServerInfo) -> Introspection:
             return Introspection(model_ids=model_ids, warning="an unknown disaggregation_mode")
 
 
+def _with_kv_events(told: Introspection, info: _ServerInfo, url: WorkerUrl) -> Introspection:
+    try:
+        found = read_kv_events(_value(info.kv_events), _value(info.speculative_algorithm), url)
+    except ValueError as error:
+        return msgspec.structs.replace(told, kv_problem=str(error))
+    return msgspec.structs.replace(told, kv_events=found) if found else told
+
+
 def apply_introspection(spec: WorkerSpec, told: Introspection) -> WorkerSpec:
     """The spec with what the worker said; what it left open stays as discovery had it."""
     if told.mode is None:
@@ -154,4 +170,5 @@ def apply_introspection(spec: WorkerSpec, told: Introspection) -> WorkerSpec:
         mode=mode,
         model_ids=told.model_ids or spec.model_ids,
         bootstrap_port=bootstrap_port,
+        kv_events=told.kv_events or spec.kv_events,
     )

@@ -6,26 +6,40 @@ events of one worker are kept in order by letting each wait for the one before i
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import structlog
 
 from extproc.clock import Clock
-from extproc.config import ModelConfig
+from extproc.config import TOKEN_POLICIES, ModelConfig
 from extproc.metrics import Metrics
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.client import EngineClient
 from extproc.workers.introspection import Introspection, apply_introspection, introspect
+from extproc.workers.kv_announcement import configured_kv_events
 from extproc.workers.registry import MixedModesError, WorkerRegistry
 from extproc.workers.resolver import Resolver
 from extproc.workers.source import Added, Listed, ModeChanged, Removed, WorkerEvent, WorkerSource
 from extproc.workers.worker import Mode, Worker, WorkerSpec
 
-__all__ = ["WorkerManager"]
+__all__ = ["WorkerFollower", "WorkerManager"]
 
 _log = structlog.get_logger()
 
 _SHOWN_CHARS = 200
+
+
+class WorkerFollower(Protocol):
+    """Who follows what workers publish for as long as they are registered."""
+
+    def joined(self, worker: Worker) -> None:
+        """The worker can be routed to from now on."""
+        ...
+
+    async def left(self, worker: Worker) -> None:
+        """The worker can no longer be routed to; returns when nothing of it is left."""
+        ...
 
 
 class WorkerManager:
@@ -47,6 +61,7 @@ class WorkerManager:
         retry_seconds: float,
         dns_ttl_seconds: float,
         on_change: Callable[[], None],
+        follower: WorkerFollower | None = None,
     ) -> None:
         self._source = source
         self._registry = registry
@@ -58,6 +73,7 @@ class WorkerManager:
         self._retry_seconds = retry_seconds
         self._dns_ttl_seconds = dns_ttl_seconds
         self._on_change = on_change
+        self._follower = follower
         self._next_order = 0
         # The last task of each worker, and all that have not ended.
         self._tails: dict[str, asyncio.Task[None]] = {}
@@ -129,7 +145,7 @@ class WorkerManager:
     async def _add(self, spec: WorkerSpec) -> None:
         told, addresses = await asyncio.gather(self._ask(spec), self._resolve(spec))
         self._report(spec, told)
-        self._register(apply_introspection(spec, told), addresses)
+        await self._register(apply_introspection(spec, told), addresses)
 
     async def _ask(self, spec: WorkerSpec) -> Introspection:
         """The worker's answer; a surprise on the way is a problem like any other."""
@@ -146,8 +162,9 @@ class WorkerManager:
             _log.exception("resolution_failed", worker=str(spec.url))
             return ()
 
-    def _register(self, spec: WorkerSpec, addresses: tuple[str, ...]) -> None:
+    async def _register(self, spec: WorkerSpec, addresses: tuple[str, ...]) -> None:
         known = self._registry.get(spec.id)
+        spec = self._with_kv_events(spec)
         if known is None:
             order = self._next_order
             self._next_order += 1
@@ -167,6 +184,10 @@ class WorkerManager:
         self._refused.pop(spec.id, None)
         self._warned.pop((spec.id, "mode"), None)
         self._report_addresses(spec, addresses)
+        if self._follower is not None:
+            if known is not None:
+                await self._follower.left(known)
+            self._follower.joined(worker)
         if worker.model_ids:
             _log.info(
                 "worker_registered",
@@ -174,6 +195,7 @@ class WorkerManager:
                 models=_shown(worker.model_ids),
                 mode=worker.mode,
                 address=worker.address,
+                kv_events=spec.kv_events is not None,
             )
         self._on_change()
 
@@ -182,6 +204,20 @@ class WorkerManager:
         if self._is_news(spec.id, "mode", str(error)):
             self._metrics.workers_refused.inc()
             _log.error("worker_refused", worker=str(spec.url), mode=spec.mode, reason=str(error))
+
+    def _with_kv_events(self, spec: WorkerSpec) -> WorkerSpec:
+        """The spec with what the configuration says where the worker has said nothing."""
+        if spec.kv_events is not None:
+            return spec
+        for model_id in spec.model_ids:
+            model = self._models.get(model_id)
+            if model is None:
+                continue
+            if found := configured_kv_events(model.kv_events, spec.url):
+                return msgspec.structs.replace(spec, kv_events=found)
+            if model.policy in TOKEN_POLICIES and self._is_news(spec.id, "kv_events", "none"):
+                _log.warning("kv_events_missing", worker=str(spec.url), model=model.id)
+        return spec
 
     def _breaker(self, model_ids: tuple[str, ...]) -> CircuitBreaker:
         """The settings of the first configured model the worker serves, else the defaults."""
@@ -199,6 +235,8 @@ class WorkerManager:
             del self._warned[key]
         if worker is None:
             return
+        if self._follower is not None:
+            await self._follower.left(worker)
         if all(other.url != worker.url for other in self._registry):
             self._metrics.forget_worker(worker.url)
         _log.info("worker_removed", worker=worker.url)
@@ -235,7 +273,7 @@ class WorkerManager:
             return
         self._report(spec, told)
         if told.model_ids or spec.model_ids:
-            self._register(apply_introspection(spec, told), addresses)
+            await self._register(apply_introspection(spec, told), addresses)
 
     async def _refresh_addresses(self) -> None:
         """Resolve host names again; a name that fails keeps its last address."""
@@ -272,6 +310,8 @@ class WorkerManager:
             self._warn(spec, "answer", reason)
         else:
             self._warned.pop((spec.id, "answer"), None)
+        if told.kv_problem and self._is_news(spec.id, "kv_events", told.kv_problem):
+            _log.warning("kv_events_not_usable", worker=str(spec.url), reason=told.kv_problem)
 
     def _complaint(self, spec: WorkerSpec, told: Introspection) -> str:
         """Why the worker can not be used as it answered; empty when it can."""

@@ -7,9 +7,27 @@ from msgspec import Struct
 from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import CircuitBreaker
 
-__all__ = ["Mode", "Worker", "WorkerSpec"]
+__all__ = ["KvEvents", "Mode", "Worker", "WorkerSpec"]
 
 Mode = Literal["plain", "prefill", "decode"]
+
+
+class KvEvents(Struct, frozen=True, kw_only=True):
+    """Where a worker publishes what its KV cache holds, and in which pages.
+
+    Rank r of `dp_size` uses each port plus r. `block_size` is in tokens, with `bigram` in pairs
+    of neighbours. None for a port: the engine does not offer that.
+    """
+
+    host: str
+    port: int
+    block_size: int
+    topic: str = ""
+    dp_size: int = 1
+    replay_port: int | None = None
+    load_port: int | None = None
+    load_topic: str = "load"
+    bigram: bool = False
 
 
 class WorkerSpec(Struct, frozen=True, kw_only=True):
@@ -24,6 +42,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     mode: Mode = "plain"
     model_ids: tuple[str, ...] = ()
     bootstrap_port: int | None = None
+    kv_events: KvEvents | None = None
 
 
 class Worker:

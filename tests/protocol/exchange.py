@@ -109,6 +109,7 @@ class Service:
                 debug_headers=debug_headers,
             ),
             route=self._route,
+            answer=self.router.answer,
             metrics=self.metrics,
             body_deadline_seconds=body_seconds,
             log_decisions=False,

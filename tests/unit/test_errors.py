@@ -26,6 +26,7 @@ from extproc.errors import ConfigError, RouterError, envelope
             "no healthy workers available for the requested model",
         ),
         (errors.routing_timeout(), "routing_timeout", 503, ""),
+        (errors.service_overloaded(), "service_overloaded", 503, ""),
         (errors.unsupported_body_mode(), "body_mode_unsupported", 503, ""),
         (
             errors.stale_request_expired(),

@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry
 from extproc import __version__
 from extproc.metrics import Metrics
 
-_UNITS = ("_seconds", "_bytes", "_total", "_info", "_open")
+_UNITS = ("_seconds", "_bytes", "_total", "_info", "_open", "_tokens")
 
 
 def test_every_name_has_our_prefix_and_its_unit() -> None:

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.config import PolicyName
+from extproc.config import TOKEN_POLICIES, ModelConfig, PolicyName
 from extproc.policies.base import Policy, Query
-from extproc.policies.factory import create_policy
+from extproc.policies.factory import create_kv_policy, create_policy
 
 QUERY = Query("m")
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+PLAIN = tuple(name for name in POLICIES if name not in TOKEN_POLICIES)
 
 
 class Rank(NamedTuple):
@@ -33,10 +34,18 @@ def picks(policy: Policy, candidates: Sequence[Rank], count: int) -> list[int]:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_configurable_policy_exists_under_its_name(name: PolicyName) -> None:
-    assert create_policy(name, Random(0)).name == name
+    if name in TOKEN_POLICIES:
+        model = ModelConfig(id="m", policy=name, tokenizer_path="-")
+        assert create_kv_policy(model, Random(0)).name == name
+        with pytest.raises(ValueError, match=name):
+            create_policy(name, Random(0))
+    else:
+        assert create_policy(name, Random(0)).name == name
+        with pytest.raises(ValueError, match=name):
+            create_kv_policy(ModelConfig(id="m", policy=name), Random(0))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("load", [0, 1000])
 def test_one_candidate_is_always_the_choice(name: PolicyName, load: int) -> None:
     only = Rank(7, load)
@@ -45,7 +54,7 @@ def test_one_candidate_is_always_the_choice(name: PolicyName, load: int) -> None
     assert choice.reason
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", PLAIN)
 @given(
     loads=st.lists(st.integers(0, 5), min_size=1, max_size=8),
     start=st.integers(0, 100),

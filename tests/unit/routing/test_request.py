@@ -100,7 +100,9 @@ def test_another_method_is_told_what_is_allowed(method: str, path: str, allowed:
 def test_model_and_stream_are_read_on_every_path(path: str) -> None:
     endpoint = find_endpoint("POST", path)
     body = {"messages": [{"role": "user", "content": "hi"}], "model": "m", "stream": True}
-    assert parse(body, endpoint) == Request(endpoint, "m", True)
+    parsed = parse(body, endpoint)
+    assert parsed == Request(endpoint, "m", True, parsed.body)
+    assert json.loads(parsed.body) == body
 
 
 @pytest.mark.parametrize("path", POST_PATHS)
@@ -141,7 +143,7 @@ def test_a_name_is_taken_as_it_is(model: str) -> None:
 
 def test_the_last_of_duplicate_keys_counts_as_in_the_engine() -> None:
     body = b'{"model": "a", "stream": true, "model": "b", "stream": false}'
-    assert parse(body) == Request(CHAT, "b", False)
+    assert parse(body) == Request(CHAT, "b", False, body)
     assert json.loads(body)["model"] == "b"
 
 

@@ -110,7 +110,7 @@ async def test_only_the_known_fields_are_read() -> None:
             "model_path": "/models/other",
             "models": ["other"],
             "id": "other",
-            "kv_events": {"x": ["y"] * 1000},
+            "internal_states": {"x": ["y"] * 1000},
             "served_model_name": "m",
         }
     )

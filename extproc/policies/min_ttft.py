@@ -1,0 +1,99 @@
+"""Send a request where its first token is expected soonest.
+
+Cache and load are one currency here, seconds: what a rank has to prefill before, and what it
+lacks of this prompt, both by the speed it was seen to have. A long queue is worth waiting in
+only for a prefix that takes longer to compute, and no threshold says when.
+
+The prefill a request causes is not only its own wait. It delays whoever comes after, and what
+is computed twice pushes something else out of a cache. So work to be done counts more than
+time to wait.
+"""
+
+from collections.abc import Sequence
+from random import Random
+from typing import Final
+
+from extproc.policies.base import Choice, KvCandidateT, KvQuery, TierWeights
+
+__all__ = ["MinTtft"]
+
+# What a second of this request's own prefill costs those who come later, in seconds.
+_WORK_WEIGHT: Final = 0.0
+# How much a request that decodes slows down a prefill beside it.
+_RUNNING_SECONDS: Final = 0.0
+# Estimates this near to the best are equally good, and one of them is drawn.
+_NEAR_SECONDS: Final = 0.001
+_NEAR_RATIO: Final = 0.0
+
+
+class MinTtft:
+    """Reasons:
+
+    `hit`: of those that hold something, it holds most. `spread`: another holds more, but would
+    be slower. `miss`: nobody holds anything. `predicted`: it is about to hold more than it does,
+    since a request with the same prefix was just sent there.
+    `no_tokens`: the prompt's tokens are not known, so only load counts. `no_events`: no
+    candidate's holdings are. `short_prompt`: it has no whole page.
+    """
+
+    name = "min_ttft"
+
+    def __init__(
+        self,
+        random: Random,
+        *,
+        weights: TierWeights | None = None,
+        work_weight: float = _WORK_WEIGHT,
+    ) -> None:
+        self._random = random
+        self._weights = weights or TierWeights()
+        self._work = 1.0 + work_weight
+
+    def choose(self, candidates: Sequence[KvCandidateT], query: KvQuery) -> Choice[KvCandidateT]:
+        now = query.now
+        tokens = query.prompt_tokens or query.expected_tokens
+        costs: list[float] = []
+        worths: list[float] = []
+        for candidate in candidates:
+            load = candidate.load
+            worth = spared = self._weights.tokens(candidate)
+            worths.append(worth)
+            if candidate.predicted_tokens > spared:
+                spared = candidate.predicted_tokens
+            speed = load.prefill_tokens_per_second
+            wait = load.prefill_tokens_ahead(now) / speed
+            slot_wait = load.slot_wait_seconds(tokens, now)
+            if slot_wait > wait:
+                wait = slot_wait
+            costs.append(
+                wait
+                + max(1.0, tokens - spared) / speed * self._work
+                + load.running(now) * _RUNNING_SECONDS
+            )
+        lowest = min(costs)
+        near = lowest + max(_NEAR_SECONDS, lowest * _NEAR_RATIO)
+        equals = [index for index, cost in enumerate(costs) if cost <= near]
+        index = equals[0] if len(equals) == 1 else self._random.choice(equals)
+        chosen = candidates[index]
+        return Choice(chosen, _reason(candidates, chosen, worths[index], max(worths), query))
+
+
+def _reason(
+    candidates: Sequence[KvCandidateT],
+    chosen: KvCandidateT,
+    worth: float,
+    most: float,
+    query: KvQuery,
+) -> str:
+    if not query.prompt_tokens:
+        return "no_tokens"
+    if chosen.predicted_tokens > worth:
+        return "predicted"
+    if most > worth:
+        return "spread"
+    if most:
+        return "hit"
+    known = [candidate for candidate in candidates if candidate.has_events]
+    if not known:
+        return "no_events"
+    return "miss" if any(candidate.prompt_pages for candidate in known) else "short_prompt"

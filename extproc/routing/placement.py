@@ -1,0 +1,240 @@
+"""From tokens to a rank: what every rank holds of the prompt, weighed by a policy.
+
+The one place where index, predictions, load books and policy meet; all of it in memory and
+in a few dozen microseconds, since every request goes through here on the event loop.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from extproc.kv.holder import Holder, Overlap
+from extproc.kv.index import PrefixIndex
+from extproc.kv.prefix_hash import TokenIds
+from extproc.policies.base import KvPolicy, KvQuery
+from extproc.routing.predictions import Prediction, Predictions
+from extproc.routing.target import Target
+from extproc.workers.rank_load import (
+    SPEED_DEFAULT_TOKENS_PER_SECOND,
+    Booking,
+    PrefillSpeed,
+    RankLoad,
+)
+
+__all__ = ["Placed", "PlacedBooking", "Placement"]
+
+_Shape = tuple[int, bool]
+
+
+class _Candidate(Struct, gc=False):
+    """A target beside a prompt; see policies.base.KvCandidate."""
+
+    target: Target
+    order: int
+    load: RankLoad
+    has_events: bool = False
+    prompt_pages: int = 0
+    held_pages: int = 0
+    device_tokens: int = 0
+    host_tokens: int = 0
+    disk_tokens: int = 0
+    predicted_pages: int = 0
+    predicted_tokens: int = 0
+
+
+class _Prompt:
+    """A prompt cut into the pages of one shape, and who holds or will hold them."""
+
+    __slots__ = ("cap", "held", "pages", "predicted", "predictions", "prefixes")
+
+    def __init__(
+        self,
+        prefixes: TokenIds,
+        cap: int,
+        held: dict[Holder, Overlap],
+        predictions: Predictions[Target],
+        predicted: dict[Target, int],
+    ) -> None:
+        self.prefixes = prefixes
+        self.pages = len(prefixes)
+        self.cap = cap  # more tokens than these are never spared
+        self.held = held
+        self.predictions = predictions
+        self.predicted = predicted
+
+
+class PlacedBooking:
+    """A booked request: its place in the load book and, perhaps, what it is about to leave."""
+
+    __slots__ = ("_booking", "_prediction")
+
+    def __init__(self, booking: Booking, prediction: Prediction[Target] | None) -> None:
+        self._booking = booking
+        self._prediction = prediction
+
+    def started(self, now: float) -> None:
+        """A good response has begun; idempotent."""
+        self._booking.started(now)
+        if self._prediction is not None:
+            self._prediction.started(now)
+
+    def release(self, now: float) -> None:
+        """The request has ended, in whatever way; idempotent."""
+        self._booking.release(now)
+        if self._prediction is not None:
+            self._prediction.release()
+
+
+class Placed:
+    """Where a prompt goes.
+
+    `cached_tokens` are those of the prompt that the target was told to hold and that will spare
+    prefill, of `total_tokens`, which is 0 when they are not known. `prefill_tokens` is what it is
+    expected to compute, at least 1.
+    """
+
+    __slots__ = ("_prompt", "cached_tokens", "prefill_tokens", "reason", "target", "total_tokens")
+
+    def __init__(
+        self,
+        target: Target,
+        reason: str,
+        *,
+        cached_tokens: int,
+        total_tokens: int,
+        prefill_tokens: int,
+        prompt: _Prompt | None,
+    ) -> None:
+        self.target = target
+        self.reason = reason
+        self.cached_tokens = cached_tokens
+        self.total_tokens = total_tokens
+        self.prefill_tokens = prefill_tokens
+        self._prompt = prompt
+
+    def book(self, now: float, *, streamed: bool = True) -> PlacedBooking:
+        """Count the request on its target, and expect its pages there."""
+        load, prompt = self.target.load, self._prompt
+        ends_at = None
+        if prompt is not None and not streamed:
+            work = load.prefill_tokens_ahead(now) + self.prefill_tokens
+            seconds = work / load.prefill_tokens_per_second
+            ends_at = now + seconds + prompt.predictions.grace_seconds
+        booking = load.book(self.prefill_tokens, now, streamed=streamed)
+        if prompt is None:
+            return PlacedBooking(booking, None)
+        prediction = prompt.predictions.add(self.target, prompt.prefixes, ends_at)
+        return PlacedBooking(booking, prediction)
+
+
+class Placement:
+    """Places the requests of one model; all calls from one thread."""
+
+    def __init__(
+        self,
+        policy: KvPolicy,
+        index: PrefixIndex,
+        *,
+        model: str = "",
+        prefill_tokens_per_second: float = SPEED_DEFAULT_TOKENS_PER_SECOND,
+    ) -> None:
+        """`prefill_tokens_per_second` is assumed of its ranks until one was seen at work."""
+        self.policy = policy
+        # For the RankLoad of every rank of this model.
+        self.model_speed = PrefillSpeed(default_tokens_per_second=prefill_tokens_per_second)
+        self._index = index
+        self._model = model
+        self._predictions: dict[_Shape, Predictions[Target]] = {}
+
+    def place(
+        self,
+        targets: Sequence[Target],
+        tokens: TokenIds | None,
+        seed: int,
+        now: float,
+        *,
+        expected_tokens: int = 0,
+    ) -> Placed:
+        """Choose one of at least one target, given in ascending `order`; changes nothing.
+
+        `tokens` (uint64) are the prompt's, None if they are not known; `seed` is that of its
+        namespace. `expected_tokens` is a guess for want of tokens, 0 for none.
+        """
+        total = 0 if tokens is None else len(tokens)
+        prompts: dict[_Shape, _Prompt] = {}
+        candidates = [_Candidate(target, target.order, target.load) for target in targets]
+        if tokens is not None and total:
+            self._look_up(candidates, prompts, tokens, seed, now)
+        query = KvQuery(self._model, now, total, expected_tokens)
+        chosen, reason = self.policy.choose(candidates, query)
+        cached = chosen.device_tokens + chosen.host_tokens + chosen.disk_tokens
+        target, holder = chosen.target, chosen.target.holder
+        prompt = prompts.get((holder.page_size, holder.bigram)) if holder is not None else None
+        return Placed(
+            target,
+            reason,
+            cached_tokens=cached,
+            total_tokens=total,
+            prefill_tokens=max(
+                1, (total or expected_tokens) - max(cached, chosen.predicted_tokens)
+            ),
+            prompt=prompt if prompt is not None and chosen.held_pages < prompt.pages else None,
+        )
+
+    def forget(self, target: Target) -> None:
+        """Its cache was cleared, its engine was started anew, or it is gone."""
+        for predictions in self._predictions.values():
+            predictions.forget(target)
+
+    def _look_up(
+        self,
+        candidates: list[_Candidate],
+        prompts: dict[_Shape, _Prompt],
+        tokens: TokenIds,
+        seed: int,
+        now: float,
+    ) -> None:
+        """Fill in what each candidate holds."""
+        masks: dict[_Shape, int] = {}
+        for candidate in candidates:
+            holder = candidate.target.holder
+            if holder is not None:
+                shape = (holder.page_size, holder.bigram)
+                masks[shape] = masks.get(shape, 0) | holder.bit
+        for shape, mask in masks.items():
+            prompts[shape] = self._cut(shape, mask, tokens, seed, now)
+        for candidate in candidates:
+            target = candidate.target
+            holder = target.holder
+            if holder is None:
+                continue
+            page_size = holder.page_size
+            prompt = prompts[page_size, holder.bigram]
+            candidate.has_events = True
+            candidate.prompt_pages = prompt.pages
+            overlap = prompt.held.get(holder)
+            if overlap is not None:
+                cap = prompt.cap
+                pages, device, host = overlap
+                candidate.held_pages = pages
+                candidate.device_tokens = device = min(device * page_size, cap)
+                if pages * page_size > device:
+                    host = min(host * page_size, cap)
+                    candidate.host_tokens = host - device
+                    candidate.disk_tokens = min(pages * page_size, cap) - host
+            predicted = prompt.predicted.get(target)
+            if predicted is not None:
+                candidate.predicted_pages = predicted
+                candidate.predicted_tokens = min(predicted * page_size, prompt.cap)
+
+    def _cut(self, shape: _Shape, mask: int, tokens: TokenIds, seed: int, now: float) -> _Prompt:
+        page_size, bigram = shape
+        prefixes = self._index.prefixes(tokens, page_size, bigram=bigram, seed=seed)
+        held: dict[Holder, Overlap] = {}
+        self._index.match_prefixes(prefixes, mask, held)
+        predictions = self._predictions.get(shape)
+        if predictions is None:
+            predictions = self._predictions[shape] = Predictions()
+        # The engine computes the last token always, and reuses whole pages.
+        cap = (len(tokens) - 1) // page_size * page_size
+        return _Prompt(prefixes, cap, held, predictions, predictions.match(prefixes, now))

@@ -1,0 +1,194 @@
+"""What ranks will hold soon: the prompts just sent to them, until their events tell.
+
+Between a decision and the first event about it lie a queue, a prefill and the network. In
+that time a second request with the same new prefix would find nobody. A prediction fills the
+gap and is never reported as overlap: it is a hope. It lives until a little after its response
+has begun, and dies at once with a request that never began one.
+
+A prompt is remembered by its first 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, … pages and all of it: a
+common prefix is underestimated by a fifth at most, for 40 entries instead of 2 500.
+"""
+
+from bisect import bisect_right
+from collections.abc import Hashable
+from functools import lru_cache
+from heapq import heappop, heappush
+from typing import Final, Generic, TypeVar
+
+from extproc.kv.prefix_hash import TokenIds
+
+__all__ = ["Prediction", "Predictions"]
+
+HolderT = TypeVar("HolderT", bound=Hashable)
+
+# Until the events of a finished prefill have arrived.
+GRACE_SECONDS: Final = 2.0
+PREDICTIONS_MAX: Final = 4096
+_MARK_RATIO: Final = 1.25
+
+
+def _mark_counts() -> list[int]:
+    counts = [1]
+    while counts[-1] < 1 << 22:
+        counts.append(max(counts[-1] + 1, int(counts[-1] * _MARK_RATIO)))
+    return counts
+
+
+_MARKS: Final = _mark_counts()
+
+
+class _Seat(Generic[HolderT]):
+    """A holder with live predictions, and its bit."""
+
+    __slots__ = ("bit", "holder", "live")
+
+    def __init__(self, holder: HolderT, bit: int) -> None:
+        self.holder = holder
+        self.bit = bit
+        self.live = 0
+
+
+class Prediction(Generic[HolderT]):
+    """One prompt on its way into one holder's cache."""
+
+    __slots__ = ("_marks", "_predictions", "_seat", "_started")
+
+    def __init__(
+        self, predictions: "Predictions[HolderT]", seat: _Seat[HolderT], marks: list[int]
+    ) -> None:
+        self._predictions = predictions
+        self._seat = seat
+        self._marks = marks
+        self._started = False
+
+    @property
+    def holder(self) -> HolderT:
+        return self._seat.holder
+
+    def started(self, now: float) -> None:
+        """The response has begun: the prompt is prefilled, its events are on their way."""
+        if not self._started:
+            self._started = True
+            self._predictions._end_at(self, now + self._predictions.grace_seconds)
+
+    def release(self) -> None:
+        """The request has ended: before its response began, nothing will come of it."""
+        if not self._started:
+            self._predictions._end(self)
+
+
+class Predictions(Generic[HolderT]):
+    """All predictions for the holders of one page size; a holder is any hashable.
+
+    At most `max_predictions` live at a time, the oldest give way.
+    """
+
+    def __init__(
+        self, *, grace_seconds: float = GRACE_SECONDS, max_predictions: int = PREDICTIONS_MAX
+    ) -> None:
+        self.grace_seconds = grace_seconds
+        self._max = max_predictions
+        self._live: dict[Prediction[HolderT], None] = {}  # oldest first
+        self._ends: list[tuple[float, int, Prediction[HolderT]]] = []  # a heap
+        self._ends_pushed = 0
+        self._seats: dict[HolderT, _Seat[HolderT]] = {}
+        self._by_bit: dict[int, _Seat[HolderT]] = {}
+        self._free_bits: list[int] = []
+        self._masks: dict[int, int] = {}  # prefix -> bits of holders
+        self._more: dict[tuple[int, int], int] = {}  # (prefix, bit) -> predictions beyond one
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def add(
+        self, holder: HolderT, prefixes: TokenIds, ends_at: float | None = None
+    ) -> Prediction[HolderT]:
+        """The holder will have these pages; `prefixes` are PrefixIndex.prefixes of the prompt.
+
+        It ends at `ends_at` at the latest, for requests whose start will not tell.
+        """
+        key = prefixes.item
+        marks = [key(count - 1) for count in _marks_of(len(prefixes))]
+        seat = self._seats.get(holder) or self._take_seat(holder)
+        prediction = Prediction(self, seat, marks)
+        masks, bit = self._masks, seat.bit
+        for prefix in marks:
+            mask = masks.get(prefix, 0)
+            if mask & bit:
+                self._more[prefix, bit] = self._more.get((prefix, bit), 0) + 1
+            else:
+                masks[prefix] = mask | bit
+        seat.live += 1
+        self._live[prediction] = None
+        if len(self._live) > self._max:
+            self._end(next(iter(self._live)))
+        if ends_at is not None:
+            self._end_at(prediction, ends_at)
+        return prediction
+
+    def match(self, prefixes: TokenIds, now: float) -> dict[HolderT, int]:
+        """How many of these pages each holder is going to have; those with none are left out."""
+        if self._ends and self._ends[0][0] <= now:
+            self._expire(now)
+        found: dict[HolderT, int] = {}
+        if not self._masks:
+            return found
+        key, get = prefixes.item, self._masks.get
+        open_bits = -1
+        for count in reversed(_marks_of(len(prefixes))):
+            mask = get(key(count - 1), 0) & open_bits
+            if mask:
+                open_bits ^= mask
+                while mask:
+                    bit = mask & -mask
+                    found[self._by_bit[bit].holder] = count
+                    mask ^= bit
+        return found
+
+    def forget(self, holder: HolderT) -> None:
+        """Its cache was cleared, or it is gone."""
+        if holder in self._seats:
+            for prediction in [one for one in self._live if one.holder == holder]:
+                self._end(prediction)
+
+    def _take_seat(self, holder: HolderT) -> _Seat[HolderT]:
+        bit = self._free_bits.pop() if self._free_bits else 1 << len(self._seats)
+        seat = self._seats[holder] = self._by_bit[bit] = _Seat(holder, bit)
+        return seat
+
+    def _end_at(self, prediction: Prediction[HolderT], ends_at: float) -> None:
+        if prediction in self._live:
+            self._ends_pushed += 1
+            heappush(self._ends, (ends_at, self._ends_pushed, prediction))
+
+    def _expire(self, now: float) -> None:
+        while self._ends and self._ends[0][0] <= now:
+            self._end(heappop(self._ends)[2])
+
+    def _end(self, prediction: Prediction[HolderT]) -> None:
+        if prediction not in self._live:
+            return
+        del self._live[prediction]
+        seat = prediction._seat
+        bit, masks, more = seat.bit, self._masks, self._more
+        for prefix in prediction._marks:
+            if more and (others := more.pop((prefix, bit), 0)):
+                if others > 1:
+                    more[prefix, bit] = others - 1
+                continue
+            left = masks[prefix] ^ bit
+            if left:
+                masks[prefix] = left
+            else:
+                del masks[prefix]
+        seat.live -= 1
+        if not seat.live:
+            del self._seats[seat.holder], self._by_bit[bit]
+            self._free_bits.append(bit)
+
+
+@lru_cache(maxsize=1024)
+def _marks_of(pages: int) -> tuple[int, ...]:
+    """The page counts by which a prompt of that many pages is remembered, ascending."""
+    marks = tuple(_MARKS[: bisect_right(_MARKS, pages)])
+    return marks if not pages or marks[-1] == pages else (*marks, pages)

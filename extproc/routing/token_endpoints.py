@@ -1,0 +1,85 @@
+"""`/v1/tokenize` and `/v1/detokenize`: answered here, with the tokenizer that routing uses.
+
+What a client counts is then what its requests are routed by; no worker is bothered.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Final, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from extproc.errors import RouterError, bad_request, service_overloaded
+from extproc.routing.request import DETOKENIZE_PATH, Request
+from extproc.tokenization.encoder import PromptEncoder
+from extproc.tokenization.errors import EncoderBusyError, TextTooLongError, UnknownTokenError
+
+__all__ = ["Answer", "TokenEndpoints"]
+
+_TOKENS_MAX: Final = 1 << 20
+_ID_MAX: Final = (1 << 32) - 1
+
+
+class Answer(Struct, frozen=True):
+    """A response of our own: a JSON body with status 200."""
+
+    body: bytes
+
+
+class _Tokenize(Struct, forbid_unknown_fields=True):
+    prompt: str
+    model: str | None = None
+
+
+class _Detokenize(Struct, forbid_unknown_fields=True):
+    tokens: Annotated[list[Annotated[int, Meta(ge=0, le=_ID_MAX)]], Meta(max_length=_TOKENS_MAX)]
+    model: str | None = None
+    skip_special_tokens: bool = False
+
+
+_BodyT = TypeVar("_BodyT", _Tokenize, _Detokenize)
+_encoder: Final = msgspec.json.Encoder()
+
+
+class TokenEndpoints:
+    """`encoders` by model id; a model without a tokenizer has none."""
+
+    def __init__(self, encoders: Mapping[str, PromptEncoder]) -> None:
+        self._encoders = encoders
+
+    async def answer(self, request: Request, model: str) -> Answer:
+        """Raises RouterError: 400 for another body than documented, 404 without a tokenizer."""
+        encoder = self._encoders.get(model)
+        if encoder is None:
+            raise _no_tokenizer(model)
+        if request.endpoint.path == DETOKENIZE_PATH:
+            wanted = _decode(request.body, _Detokenize, "`tokens` (a list of token ids)")
+            try:
+                text = await encoder.detokenize(
+                    wanted.tokens, skip_special_tokens=wanted.skip_special_tokens
+                )
+            except UnknownTokenError:
+                raise bad_request("`tokens` has an id outside the vocabulary") from None
+            return Answer(_encoder.encode({"model": model, "text": text}))
+        prompt = _decode(request.body, _Tokenize, "`prompt` (a text)").prompt
+        try:
+            ids = await encoder.tokenize(prompt)
+        except TextTooLongError:
+            raise bad_request("`prompt` is too long") from None
+        except EncoderBusyError:
+            raise service_overloaded() from None
+        return Answer(_encoder.encode({"model": model, "tokens": ids, "count": len(ids)}))
+
+
+def _decode(body: bytes | bytearray, kind: type[_BodyT], needed: str) -> _BodyT:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        allowed = ", ".join(field.name for field in msgspec.structs.fields(kind))
+        raise bad_request(f"{needed} is needed, and no fields but {allowed}") from None
+
+
+def _no_tokenizer(model: str) -> RouterError:
+    return RouterError(
+        "tokenizer_not_configured", 404, f"no tokenizer is configured for the model {model}"
+    )

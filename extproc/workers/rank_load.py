@@ -1,0 +1,386 @@
+"""What one data-parallel rank has to do: this router's own bookings, and what its engine says.
+
+The own book is exact and at once there, but knows nothing of other routers; the engine's
+reports know everything, a moment late. So a question is answered by the larger of the two:
+reports can only add what others have sent. Whoever asks gives the time, in monotonic seconds.
+
+The model of the engine is a queue: prompts are prefilled one after the other in the order
+they came, and the start of a streamed response says that its prefill is over. A response that
+is not streamed starts when all is said, so its prefill is taken to end when it should.
+"""
+
+from collections import deque
+from typing import Final, Protocol
+
+__all__ = ["Booking", "LoadReport", "PrefillSpeed", "RankLoad"]
+
+SPEED_DEFAULT_TOKENS_PER_SECOND: Final = 8000.0
+_SPEED_MIN_TOKENS_PER_SECOND: Final = 50.0
+_SPEED_MAX_TOKENS_PER_SECOND: Final = 2_000_000.0
+# What a rank does in less is overhead, not speed.
+_SPEED_SAMPLE_MIN_TOKENS: Final = 256
+# One sample says no more than that, as a factor, above or below what was known.
+_SPEED_SAMPLE_MAX_SLOWER: Final = 4.0
+_SPEED_SAMPLE_MAX_FASTER: Final = 8.0
+# How much busy time is remembered, and how much of it a rank starts with.
+_SPEED_WINDOW_SECONDS: Final = 30.0
+_SPEED_PRIOR_SECONDS: Final = 0.25
+
+# Engines report at least every second.
+_REPORT_FRESH_SECONDS: Final = 3.0
+# While the engine tells its speed, what we measure from outside only blurs it.
+_ENGINE_SPEED_FRESH_SECONDS: Final = 60.0
+_ENGINE_SPEED_MIN_TOKENS: Final = 256
+# No rank has so many; a report beyond is a fault of its sender.
+_REQUESTS_MAX: Final = 100_000
+_TOKENS_MAX: Final = 1 << 40
+# How long a request decodes, until some have been seen to end, and how slowly that is forgotten.
+_DECODE_DEFAULT_SECONDS: Final = 5.0
+_DECODE_WEIGHT: Final = 1 / 32
+
+
+class LoadReport(Protocol):
+    """The fields of an engine's load report that are read here; counts since the start last."""
+
+    @property
+    def num_running_reqs(self) -> int: ...
+    @property
+    def num_waiting_reqs(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def max_total_num_tokens(self) -> int: ...
+    @property
+    def num_waiting_uncached_tokens(self) -> int | None: ...
+    @property
+    def max_running_requests(self) -> int | None: ...
+    @property
+    def total_prefill_uncached_tokens(self) -> int | None: ...
+    @property
+    def total_prefill_busy_us(self) -> int | None: ...
+
+
+class PrefillSpeed:
+    """How fast prompts are prefilled: tokens by the busy time they took, the older ones fading.
+
+    Sums, and not an average of speeds: an engine that prefills several prompts as one batch
+    answers them at once, which says nothing about each but all about their sum. A new rank
+    begins with the average of its model.
+    """
+
+    __slots__ = ("_default", "_known", "_prior", "_seconds", "_tokens")
+
+    def __init__(
+        self,
+        prior: "PrefillSpeed | None" = None,
+        *,
+        default_tokens_per_second: float = SPEED_DEFAULT_TOKENS_PER_SECOND,
+    ) -> None:
+        self._prior = prior
+        self._default = default_tokens_per_second
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._known: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        known = self._known
+        if known is not None:
+            return known
+        if self._prior is not None:
+            return self._prior.tokens_per_second
+        return self._default
+
+    def observe(self, tokens: int, seconds: float) -> bool:
+        """Learn from a prefill; returns False if it says nothing."""
+        if not (_SPEED_SAMPLE_MIN_TOKENS <= tokens <= _TOKENS_MAX and seconds > 0):
+            return False
+        speed = self.tokens_per_second
+        if not self._seconds:
+            self._seconds = _SPEED_PRIOR_SECONDS
+            self._tokens = _SPEED_PRIOR_SECONDS * speed
+        expected = tokens / speed
+        self._seconds += min(
+            max(seconds, expected / _SPEED_SAMPLE_MAX_FASTER), expected * _SPEED_SAMPLE_MAX_SLOWER
+        )
+        self._tokens += tokens
+        if self._seconds > _SPEED_WINDOW_SECONDS:
+            self._tokens *= _SPEED_WINDOW_SECONDS / self._seconds
+            self._seconds = _SPEED_WINDOW_SECONDS
+        self._known = min(
+            max(self._tokens / self._seconds, _SPEED_MIN_TOKENS_PER_SECOND),
+            _SPEED_MAX_TOKENS_PER_SECOND,
+        )
+        if self._prior is not None:
+            self._prior.observe(tokens, seconds)
+        return True
+
+
+class Booking:
+    """One request on the rank. `started` and `release` are idempotent, in any order."""
+
+    __slots__ = (
+        "_load",
+        "_open",
+        "_queued",
+        "_report",
+        "_started_at",
+        "prefill_tokens",
+        "streamed",
+    )
+
+    def __init__(self, load: "RankLoad", prefill_tokens: int, streamed: bool, report: int) -> None:
+        self._load = load
+        self._open = True
+        self._queued = True  # its prefill is not over yet, as far as is known
+        self._report = report  # number of the last report before it
+        self._started_at: float | None = None
+        self.prefill_tokens = prefill_tokens
+        self.streamed = streamed
+
+    def started(self, now: float) -> None:
+        """A good response has begun: if it is streamed, the prompt's prefill is just over."""
+        if self._open and self._started_at is None:
+            self._started_at = now
+            self._load._start(self, now)
+
+    def release(self, now: float) -> None:
+        """The request has ended, well or not, perhaps before its response began."""
+        if self._open:
+            self._open = False
+            self._load._release(self, now)
+
+
+class RankLoad:
+    """The load book of one (worker, data-parallel rank)."""
+
+    __slots__ = (
+        "_decode_seconds",
+        "_engine_speed_at",
+        "_head_exact",
+        "_head_since",
+        "_max_running",
+        "_net_booked",
+        "_open",
+        "_queue",
+        "_queued",
+        "_queued_tokens",
+        "_report_at",
+        "_report_number",
+        "_reported_requests",
+        "_reported_running",
+        "_reported_tokens",
+        "_reported_waiting_tokens",
+        "_speed",
+        "_speed_counters",
+        "_tokens_booked",
+    )
+
+    def __init__(self, model_speed: PrefillSpeed | None = None) -> None:
+        """`model_speed` is shared by the ranks of a model: where a new rank starts from."""
+        self._speed = PrefillSpeed(model_speed)
+        self._open = 0
+        # Those before their response, oldest first; some may be over already and are skipped.
+        self._queue: deque[Booking] = deque()
+        self._queued = 0
+        self._queued_tokens = 0
+        # When the prefill of the first of them began, and whether that was seen or reckoned.
+        self._head_since = 0.0
+        self._head_exact = True
+        self._decode_seconds = _DECODE_DEFAULT_SECONDS
+        self._report_at = float("-inf")
+        self._report_number = 0
+        self._reported_requests = 0
+        self._reported_running = 0
+        self._reported_waiting_tokens: int | None = None
+        self._reported_tokens: tuple[int, int] | None = None  # used and capacity
+        self._max_running: int | None = None
+        # Own bookings less own releases, and tokens booked, since the report.
+        self._net_booked = 0
+        self._tokens_booked = 0
+        self._speed_counters: tuple[int, int] | None = None
+        self._engine_speed_at = float("-inf")
+
+    # -- what is told
+
+    def book(self, prefill_tokens: int, now: float, *, streamed: bool = True) -> Booking:
+        """Count a request whose prompt has that many tokens to prefill; less than 1 is 1."""
+        tokens = max(1, prefill_tokens)
+        booking = Booking(self, tokens, streamed, self._report_number)
+        if self._queued:
+            self._settle_unseen(now, self._speed.tokens_per_second)
+        if not self._queued:
+            self._head_since, self._head_exact = now, True
+        self._queue.append(booking)
+        self._queued += 1
+        self._queued_tokens += tokens
+        self._open += 1
+        self._net_booked += 1
+        self._tokens_booked += tokens
+        return booking
+
+    def report(self, stat: LoadReport, now: float) -> None:
+        """The engine's own figures; absurd ones are ignored, one by one."""
+        running, waiting = stat.num_running_reqs, stat.num_waiting_reqs
+        if not (0 <= running <= _REQUESTS_MAX and 0 <= waiting <= _REQUESTS_MAX):
+            return
+        self._report_at = now
+        self._report_number += 1
+        self._net_booked = 0
+        self._tokens_booked = 0
+        self._reported_running = running
+        self._reported_requests = running + waiting
+        uncached = stat.num_waiting_uncached_tokens
+        sane = uncached is not None and 0 <= uncached <= _TOKENS_MAX
+        self._reported_waiting_tokens = uncached if sane else None
+        used, capacity = stat.num_tokens, stat.max_total_num_tokens
+        self._reported_tokens = (used, capacity) if 0 <= used <= capacity <= _TOKENS_MAX else None
+        limit = stat.max_running_requests
+        self._max_running = limit if limit is not None and 0 < limit <= _REQUESTS_MAX else None
+        self._learn_from_counters(
+            stat.total_prefill_uncached_tokens, stat.total_prefill_busy_us, now
+        )
+
+    # -- what is asked
+
+    @property
+    def in_flight(self) -> int:
+        """Own bookings that have not been released."""
+        return self._open
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self._speed.tokens_per_second
+
+    def requests(self, now: float) -> int:
+        """Requests on the rank, waiting or running, those of other routers included."""
+        if now - self._report_at > _REPORT_FRESH_SECONDS:
+            return self._open
+        return max(self._open, self._reported_requests + self._net_booked)
+
+    def running(self, now: float) -> int:
+        """Requests whose prefill is over: they decode."""
+        own = self._open - self._queued
+        if now - self._report_at > _REPORT_FRESH_SECONDS:
+            return own
+        return max(own, self._reported_running)
+
+    def prefill_tokens_ahead(self, now: float) -> float:
+        """Tokens the rank has to prefill before a request that is sent now."""
+        queue, speed = self._queue, self._speed.tokens_per_second
+        ahead: float = 0.0
+        if self._queued:
+            self._settle_unseen(now, speed)
+            ahead = self._queued_tokens
+            if queue:
+                ahead -= min(queue[0].prefill_tokens, max(0.0, now - self._head_since) * speed)
+        waiting = self._reported_waiting_tokens
+        if waiting is not None:
+            age = now - self._report_at
+            if age <= _REPORT_FRESH_SECONDS:
+                return max(ahead, waiting + self._tokens_booked - age * speed)
+        return ahead
+
+    def slot_wait_seconds(self, prompt_tokens: int, now: float) -> float:
+        """How long one more request would wait for others to end, for its place among them.
+
+        Zero while the engine says neither how many it runs at once nor how full its memory is,
+        and while there is room.
+        """
+        if now - self._report_at > _REPORT_FRESH_SECONDS:
+            return 0.0
+        requests = self.requests(now)
+        to_end = 0.0
+        if self._max_running is not None:
+            to_end = requests + 1 - self._max_running
+        if self._reported_tokens is not None and self._reported_running:
+            used, capacity = self._reported_tokens
+            if used and used + prompt_tokens > capacity:
+                each = used / self._reported_running
+                to_end = max(to_end, (used + prompt_tokens - capacity) / each)
+        if to_end <= 0:
+            return 0.0
+        at_once = max(1, min(requests, self._max_running or requests))
+        return to_end * self._decode_seconds / at_once
+
+    # -- bookings
+
+    def _start(self, booking: Booking, now: float) -> None:
+        if not booking._queued:
+            return
+        self._settle_unseen(now, self._speed.tokens_per_second)
+        if not booking._queued:
+            return
+        in_order = True
+        if self._queue[0] is booking:
+            if self._head_exact and booking.streamed:
+                self._learn(booking.prefill_tokens, now - self._head_since, now)
+        else:
+            for earlier in self._queue:
+                if earlier is booking:
+                    break
+                if not earlier._queued:
+                    continue
+                if earlier.streamed:
+                    in_order = False
+                else:  # the engine works in order, and its start is not seen
+                    self._unqueue(earlier)
+        self._unqueue(booking)
+        self._head_since, self._head_exact = now, in_order
+
+    def _release(self, booking: Booking, now: float) -> None:
+        self._open -= 1
+        self._net_booked -= 1
+        if booking._queued:
+            self._settle_unseen(now, self._speed.tokens_per_second)
+        if booking._queued:
+            was_head = self._queue[0] is booking
+            self._unqueue(booking)
+            if booking._report == self._report_number:
+                self._tokens_booked -= booking.prefill_tokens
+            if was_head:
+                self._head_since = max(self._head_since, now)
+        elif booking._started_at is not None and booking.streamed:
+            seconds = now - booking._started_at
+            self._decode_seconds += (seconds - self._decode_seconds) * _DECODE_WEIGHT
+
+    def _unqueue(self, booking: Booking) -> None:
+        booking._queued = False
+        self._queued -= 1
+        self._queued_tokens -= booking.prefill_tokens
+
+    def _settle_unseen(self, now: float, speed: float) -> None:
+        """Bring the queue up to date: leave a booking at its head whose prefill is under way."""
+        queue = self._queue
+        while queue:
+            head = queue[0]
+            if head._queued:
+                if head.streamed:
+                    return
+                ends_at = self._head_since + head.prefill_tokens / speed
+                if ends_at > now:
+                    return
+                self._unqueue(head)
+                self._head_since, self._head_exact = ends_at, False
+            queue.popleft()
+
+    # -- speed
+
+    def _learn(self, tokens: int, seconds: float, now: float) -> None:
+        if now - self._engine_speed_at > _ENGINE_SPEED_FRESH_SECONDS:
+            self._speed.observe(tokens, seconds)
+
+    def _learn_from_counters(self, tokens: int | None, busy_us: int | None, now: float) -> None:
+        if tokens is None or busy_us is None:
+            return
+        before, counters = self._speed_counters, (tokens, busy_us)
+        if before is None:
+            self._speed_counters = counters
+            return
+        more_tokens, more_us = tokens - before[0], busy_us - before[1]
+        if more_tokens < 0 or more_us < 0:  # the engine was started anew
+            self._speed_counters = counters
+        elif more_tokens >= _ENGINE_SPEED_MIN_TOKENS and more_us > 0:
+            self._speed_counters = counters
+            if self._speed.observe(more_tokens, more_us / 1e6):
+                self._engine_speed_at = now

@@ -1,0 +1,83 @@
+"""A decision that adds members to the body, in every mode that shows it."""
+
+import json
+
+import msgspec
+import pytest
+
+from extproc.routing.lease import Lease
+from extproc.routing.request import Request
+from tests.protocol.exchange import (
+    Service,
+    destination,
+    echoed,
+    kind,
+    llm_body,
+    request_body,
+    request_headers,
+    serving,
+    set_headers,
+    stream,
+)
+
+MEMBERS = b'"routed_dp_rank":2'
+BODY = llm_body(routed_dp_rank=0, big=2**60 + 1, pad="x" * 70_000)
+
+
+class Telling(Service):
+    """A service whose decisions tell the engine a rank."""
+
+    async def _route(self, request: Request) -> Lease:
+        lease = await super()._route(request)
+        lease.decision = msgspec.structs.replace(lease.decision, body_members=MEMBERS)
+        return lease
+
+
+def changed(body: bytes) -> bool:
+    return body == BODY[:-1] + b"," + MEMBERS + b"}" and json.loads(body)["routed_dp_rank"] == 2
+
+
+@pytest.mark.parametrize("mode", ["BUFFERED", "BUFFERED_PARTIAL"])
+async def test_one_message_is_replaced(mode: str) -> None:
+    async with serving(Telling(["m"], 1)) as service, stream(service) as envoy:
+        await envoy.send(request_headers(mode=mode), request_body(BODY))
+        _, reply = await envoy.replies(2)
+        assert kind(reply) == "request_body"
+        assert destination(reply) == "10.0.0.1:8000"
+        new = reply.request_body.response.body_mutation.body
+        assert changed(new)
+        # Envoy refuses a wrong length in the one mode, and has taken the header away in the other.
+        length = set_headers(reply).get("content-length")
+        assert length == (str(len(new)) if mode == "BUFFERED" else None)
+
+
+async def test_the_first_of_several_pieces_becomes_the_whole_body() -> None:
+    pieces = [BODY[:30_000], BODY[30_000:60_000], BODY[60_000:]]
+    async with serving(Telling(["m"], 1)) as service, stream(service) as envoy:
+        await envoy.send(request_headers(mode="STREAMED", not_waiting=True))
+        for piece in pieces:
+            await envoy.send(request_body(piece, end=piece is pieces[-1]))
+        head, first, *rest = await envoy.replies(4)
+        assert kind(head) == "request_headers"
+        assert destination(head) == "10.0.0.1:8000"
+        assert changed(first.request_body.response.body_mutation.body)
+        assert all(one.request_body.response.body_mutation.clear_body for one in rest)
+        await envoy.no_reply()
+
+
+async def test_the_echo_in_full_duplex_is_the_new_body() -> None:
+    async with serving(Telling(["m"], 1)) as service, stream(service) as envoy:
+        await envoy.send(request_headers(mode="FULL_DUPLEX_STREAMED"))
+        await envoy.send(request_body(BODY[:100], end=False), request_body(BODY[100:]))
+        head, *pieces = await envoy.replies(3)
+        assert destination(head) == "10.0.0.1:8000"
+        body, ends = echoed(pieces)
+        assert changed(body)
+        assert ends == [False, True]
+
+
+async def test_a_body_nobody_has_seen_is_left_alone() -> None:
+    async with serving(Telling(["m"], 1)) as service, stream(service) as envoy:
+        await envoy.send(request_headers(mode="NONE"))
+        assert destination(await envoy.reply()) == "10.0.0.1:8000"
+        await envoy.no_reply()

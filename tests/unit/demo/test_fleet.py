@@ -1,0 +1,30 @@
+"""The demo's workers: real processes, one for each model."""
+
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from extproc.demo.fleet import Fleet
+from extproc.demo.stack import StackError
+from extproc.demo.tiny_model import write_model_folder
+
+
+async def test_every_model_has_its_workers(tmp_path: Path) -> None:
+    tokenizer = write_model_folder(tmp_path / "model")
+    async with Fleet(tmp_path, ["one", "two"], 2, tokenizer) as fleet:
+        assert len(set(fleet.urls)) == 4
+        found = []
+        async with aiohttp.ClientSession() as session:
+            for url in fleet.urls:
+                async with session.get(f"{url}/server_info") as response:
+                    found.append(await response.json())
+    assert [info["served_model_name"] for info in found] == ["one", "one", "two", "two"]
+    assert all(info["kv_events"]["block_size"] == info["page_size"] for info in found)
+    assert len({info["kv_events"]["endpoint_port_base"] for info in found}) == 4
+
+
+async def test_workers_that_do_not_start_say_why(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="tokenizer_path"):
+        async with Fleet(tmp_path, ["one"], 1, tmp_path / "none"):
+            pass

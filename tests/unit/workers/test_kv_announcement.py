@@ -1,0 +1,119 @@
+"""Where a worker publishes: its own word, the configuration's, or nowhere."""
+
+from typing import Any
+
+import pytest
+
+from extproc.config import KvEventsConfig
+from extproc.worker_url import parse_worker_url
+from extproc.workers.kv_announcement import configured_kv_events, read_kv_events
+from extproc.workers.worker import KvEvents
+
+URL = parse_worker_url("http://10.0.0.7:30000")
+BLOCK: dict[str, Any] = {
+    "publisher": "zmq",
+    "endpoint_host": "*",
+    "endpoint_port_base": 5557,
+    "topic": "",
+    "block_size": 64,
+    "dp_size": 2,
+    "replay_endpoint_port_base": 5600,
+    "load_endpoint_port_base": 5700,
+    "load_topic": "load",
+}
+
+
+def test_the_block_of_an_engine_is_read() -> None:
+    assert read_kv_events(BLOCK, None, URL) == KvEvents(
+        host="10.0.0.7",
+        port=5557,
+        block_size=64,
+        dp_size=2,
+        replay_port=5600,
+        load_port=5700,
+    )
+
+
+@pytest.mark.parametrize("host", ["*", "0.0.0.0", "::", "169.254.169.254", "evil", 5])
+def test_the_host_is_always_that_of_the_url(host: object) -> None:
+    found = read_kv_events(BLOCK | {"endpoint_host": host}, None, URL)
+    assert found is not None
+    assert found.host == "10.0.0.7"
+
+
+def test_replay_and_load_are_optional() -> None:
+    block = {key: BLOCK[key] for key in ("endpoint_port_base", "block_size", "dp_size")}
+    found = read_kv_events(block | {"load_endpoint_port_base": None}, None, URL)
+    assert found == KvEvents(host="10.0.0.7", port=5557, block_size=64, dp_size=2)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "bigram"),
+    [
+        ("EAGLE", True),
+        ("eagle3", True),
+        ("FROZEN_KV_MTP", True),
+        ("NEXTN", False),
+        (None, False),
+        (5, False),
+    ],
+)
+def test_some_speculative_algorithms_publish_pairs(algorithm: object, bigram: bool) -> None:
+    found = read_kv_events(BLOCK, algorithm, URL)
+    assert found is not None
+    assert found.bigram is bigram
+
+
+def test_an_engine_that_publishes_nothing() -> None:
+    assert read_kv_events(None, "EAGLE", URL) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ([], "kv_events"),
+        ("on", "kv_events"),
+        ({"endpoint_port_base": None}, "endpoint_port_base"),
+        ({"endpoint_port_base": "5557"}, "endpoint_port_base"),
+        ({"endpoint_port_base": True}, "endpoint_port_base"),
+        ({"endpoint_port_base": 65_535}, "endpoint_port_base"),  # rank 1 has no port
+        ({"block_size": 0}, "block_size"),
+        ({"block_size": 1.5}, "block_size"),
+        ({"block_size": 1 << 40}, "block_size"),
+        ({"dp_size": 0}, "dp_size"),
+        ({"dp_size": 100_000}, "dp_size"),
+        ({"replay_endpoint_port_base": 0}, "replay_endpoint_port_base"),
+        ({"topic": 5}, "topic"),
+        ({"topic": "x" * 10_000}, "topic"),
+        ({"load_topic": None}, "load_topic"),
+    ],
+)
+def test_a_block_that_can_not_be_used_is_named(change: Any, named: str) -> None:
+    block = BLOCK | change if isinstance(change, dict) else change
+    with pytest.raises(ValueError, match=named):
+        read_kv_events(block, None, URL)
+
+
+def entry(**fields: Any) -> KvEventsConfig:
+    given: dict[str, Any] = {"endpoint": "tcp://*:5557", "block_size": 16} | fields
+    return KvEventsConfig(**given)
+
+
+def test_the_configuration_speaks_for_workers_that_say_nothing() -> None:
+    found = configured_kv_events(
+        [entry(replay_endpoint="tcp://*:5558", topic="kv@m", dp_size=2)], URL
+    )
+    assert found == KvEvents(
+        host="10.0.0.7", port=5557, block_size=16, topic="kv@m", dp_size=2, replay_port=5558
+    )
+
+
+def test_a_workers_own_entry_comes_first() -> None:
+    own = entry(url="http://10.0.0.7:30000/", endpoint="tcp://10.9.9.9:7000")
+    general = entry()
+    for entries in ([general, own], [own, general]):
+        found = configured_kv_events(entries, URL)
+        assert found is not None
+        assert (found.host, found.port) == ("10.9.9.9", 7000)
+    other = parse_worker_url("http://10.0.0.8:30000")
+    assert configured_kv_events([own], other) is None
