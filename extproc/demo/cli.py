@@ -1,4 +1,8 @@
-"""`extproc demo`: the whole path on one machine, and a table of who served what."""
+"""`extproc demo`: the same conversations under several policies at once, and what came of them.
+
+One service and one Envoy, as an operator starts them; every policy has a model of its own and
+as many simulated workers as the others. All of it ends with the command.
+"""
 
 import argparse
 import asyncio
@@ -7,38 +11,60 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, get_args
 
-from extproc.demo.stack import ManagedProcess, Stack, StackError, free_ports
-from extproc.demo.traffic import Outcome, percentile, send_traffic
+from extproc.config import PolicyName
+from extproc.demo.client import hold_conversations
+from extproc.demo.figures import Tally
+from extproc.demo.fleet import Fleet
+from extproc.demo.report import summary, table
+from extproc.demo.stack import Stack, StackError
+from extproc.demo.tiny_model import write_model_folder
+from extproc.demo.workload import conversations
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
 __all__ = ["add_arguments", "run"]
 
-_MODEL = "demo-model"
-_POLICIES = ("round_robin", "random", "power_of_two", "least_load")
-_PREFERRED_ENVOY_PORT = 8080
+_POLICIES: Final = ("round_robin", "cache_aware_zmq", "min_ttft")
+_PREFERRED_ENVOY_PORT: Final = 8080
+_REFRESH_SECONDS: Final = 0.25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the demo; the defaults end within seconds."""
-    parser.add_argument("--once", action="store_true", help="end after one round of traffic")
-    parser.add_argument("--workers", type=_workers, default=3, metavar="N", help="default 3")
-    parser.add_argument("--requests", type=_count, default=120, metavar="N", help="default 120")
-    parser.add_argument("--concurrency", type=_count, default=16, metavar="N", help="default 16")
-    parser.add_argument("--policy", choices=_POLICIES, default="least_load")
-
-
-def _count(text: str) -> int:
-    return _number(text, 100_000)
+    """Options of the demo; with the defaults a round takes less than a minute."""
+    parser.add_argument("--once", action="store_true", help="end after the round")
+    parser.add_argument(
+        "--policy",
+        action="append",
+        choices=get_args(PolicyName),
+        help=f"compare this one; may be repeated (default {', '.join(_POLICIES)})",
+    )
+    parser.add_argument(
+        "--workers",
+        type=_workers,
+        default=4,
+        metavar="N",
+        help="simulated workers of each policy; the load grows with them (default 4)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=24,
+        metavar="N",
+        help="how long requests are sent (default 24)",
+    )
 
 
 def _workers(text: str) -> int:
-    return _number(text, 32)
+    return _number(text, 16)
+
+
+def _seconds(text: str) -> int:
+    return _number(text, 3600)
 
 
 def _number(text: str, highest: int) -> int:
@@ -48,7 +74,7 @@ def _number(text: str, highest: int) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0 when every request was answered with 200, 1 otherwise."""
+    """0 when every request was answered, 1 otherwise."""
     try:
         import rich  # noqa: F401 (an optional dependency; better told now than after the start)
     except ImportError:
@@ -81,31 +107,44 @@ async def _demo(options: argparse.Namespace) -> int:
 
 
 async def _serve(options: argparse.Namespace, folder: Path, stop: asyncio.Event) -> int:
+    from rich.console import Console
+
+    console = Console()
+    policies = list(dict.fromkeys(options.policy or _POLICIES))
+    models = {policy: _model(policy) for policy in policies}
     async with contextlib.AsyncExitStack() as exits:
-        ports = free_ports(options.workers)
-        sys.stdout.write(f"starting {len(ports)} simulated workers, the service and Envoy ...\n")
-        for port in ports:
-            worker = _worker(port, folder)
-            exits.push_async_callback(worker.stop)
-            await worker.start()
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        console.print(
+            f"starting Envoy, the service and {len(policies)} x {options.workers} simulated "
+            "workers ..."
+        )
+        tokenizer = write_model_folder(folder / "model")
+        fleet = await exits.enter_async_context(
+            Fleet(folder, list(models.values()), options.workers, tokenizer)
+        )
         settings: dict[str, Any] = {
-            "models": [{"id": _MODEL, "policy": options.policy}],
-            "discovery": {"introspection_retry_secs": 0.5},
+            "models": [
+                {"id": model, "policy": policy, "tokenizer_path": str(tokenizer)}
+                for policy, model in models.items()
+            ],
+            "observability": {"debug_headers": True},
         }
         if envoy_port := _preferred_port():
             settings["envoy"] = {"port": envoy_port}
-        stack = await exits.enter_async_context(Stack(folder, urls, settings))
-        good = await _round(stack, options)
+        stack = await exits.enter_async_context(Stack(folder, fleet.urls, settings))
+        tallies = [Tally(policy, options.workers) for policy in policies]
+        await _round(console, stack, options, tallies)
         if not options.once:
-            _print_hints(stack)
+            _print_hints(stack, models[policies[-1]])
             await stop.wait()
-        return 0 if good else 1
+        return 1 if any(tally.failed for tally in tallies) else 0
+
+
+def _model(policy: str) -> str:
+    return "demo-" + policy.removesuffix("_zmq").replace("_", "-")
 
 
 def _preferred_port() -> int | None:
     """8080 when nobody has it, since it is easy to type."""
-
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -115,70 +154,59 @@ def _preferred_port() -> int | None:
     return _PREFERRED_ENVOY_PORT
 
 
-def _worker(port: int, folder: Path) -> ManagedProcess:
-    argv = [sys.executable, "-m", "extproc", "simulate", "--port", str(port), "--model", _MODEL]
-    return ManagedProcess(f"worker {port}", argv, folder / f"worker-{port}.log")
-
-
-async def _round(stack: Stack, options: argparse.Namespace) -> bool:
-    from rich.console import Console
-    from rich.live import Live
-
-    outcomes: list[Outcome] = []
-    console = Console()
-    with Live(_table([], options), console=console, refresh_per_second=8) as live:
-
-        def show(outcome: Outcome) -> None:
-            outcomes.append(outcome)
-            live.update(_table(outcomes, options))
-
-        await send_traffic(
-            stack.url,
-            _MODEL,
-            requests=options.requests,
-            concurrency=options.concurrency,
-            on_outcome=show,
-        )
-    failed = sum(outcome.status != 200 for outcome in outcomes)
+async def _round(
+    console: "Console", stack: Stack, options: argparse.Namespace, tallies: Sequence[Tally]
+) -> None:
+    """Hold the same conversations under every policy, at the same time; show what comes of it."""
+    planned = conversations(options.workers, options.seconds)
+    requests = sum(len(conversation.turns) for conversation in planned)
+    with _shown(console, tallies, requests):
+        async with asyncio.TaskGroup() as group:
+            for tally in tallies:
+                group.create_task(
+                    hold_conversations(stack.url, _model(tally.policy), planned, tally.add)
+                )
+    said = summary(tallies, requests, len(planned), options.workers)
+    console.print(said, style="bold", highlight=False)
     missed = sum(
         value
         for key, value in (await stack.metrics()).items()
         if key.startswith("extproc_destination_missed_total")
     )
-    console.print()
     console.print(
-        f"{len(outcomes)} requests through Envoy at {stack.url}, {failed} failed; "
-        f"{missed:g} went elsewhere than decided; load left over: {await stack.in_flight()}"
+        f"{missed:g} requests went elsewhere than decided; "
+        f"load left over: {await stack.in_flight()}",
+        highlight=False,
     )
-    return failed == 0
 
 
-def _table(outcomes: Sequence[Outcome], options: argparse.Namespace) -> "Table":
-    from rich.table import Table
+@contextlib.contextmanager
+def _shown(console: "Console", tallies: Sequence[Tally], requests: int) -> Iterator[None]:
+    """The table: live in a terminal, once at the end anywhere else."""
+    from rich.live import Live
 
-    table = Table(title=f"who served what ({options.policy})")
-    for heading in ("worker", "requests", "streamed", "share", "TTFT p50", "TTFT p95", "chunks"):
-        table.add_column(heading, justify="left" if heading == "worker" else "right")
-    for port in sorted({outcome.port for outcome in outcomes}):
-        served = [outcome for outcome in outcomes if outcome.port == port]
-        first = [outcome.ttft_seconds * 1000 for outcome in served if outcome.streamed]
-        table.add_row(
-            f"127.0.0.1:{port}",
-            str(len(served)),
-            str(sum(outcome.streamed for outcome in served)),
-            f"{len(served) / len(outcomes):.0%}",
-            f"{percentile(first, 50):.0f} ms" if first else "-",
-            f"{percentile(first, 95):.0f} ms" if first else "-",
-            str(sum(outcome.chunks for outcome in served)),
-        )
-    return table
+    if not console.is_terminal:
+        yield
+        console.print(table(tallies, requests))
+        return
+    with Live(
+        get_renderable=lambda: table(tallies, requests),
+        console=console,
+        refresh_per_second=1 / _REFRESH_SECONDS,
+    ):
+        yield
 
 
-def _print_hints(stack: Stack) -> None:
-    body = f'{{"model":"{_MODEL}","stream":true,"messages":[{{"role":"user","content":"hi"}}]}}'
+def _print_hints(stack: Stack, model: str) -> None:
+    said = "tell the story of the old lantern by the harbour in the winter night"
+    body = (
+        f'{{"model":"{model}","stream":true,"max_tokens":16,'
+        f'"messages":[{{"role":"user","content":"{said}"}}]}}'
+    )
     sys.stdout.write(
-        f"\nstill serving until Ctrl-C; try:\n"
-        f"  curl -N {stack.url}/v1/chat/completions -d '{body}'\n"
+        f"\nstill serving until Ctrl-C; try this twice, and look at x-extproc-overlap:\n"
+        f"  curl -i -N -H 'x-extproc-debug: true' {stack.url}/v1/chat/completions -d '{body}'\n"
+        f"and:\n"
         f"  curl {stack.url}/v1/models\n"
         f"  curl {stack.admin_url}/workers\n"
         f"  curl {stack.admin_url}/metrics\n"

@@ -87,6 +87,10 @@ class Running:
         return sum(value for key, value in metrics.items() if key.startswith(name))
 
 
+# Of the service, beside models and workers; some depend on the workers' ports.
+Settings = dict[str, Any] | Callable[[list[RunningSimulator]], dict[str, Any]] | None
+
+
 class Launch(Protocol):
     def __call__(
         self,
@@ -94,7 +98,7 @@ class Launch(Protocol):
         *,
         models: tuple[str, ...] = ("m",),
         worker: dict[str, Any] | None = None,
-        settings: dict[str, Any] | None = None,
+        settings: Settings = None,
         edit_bootstrap: Callable[[dict[str, Any]], None] | None = None,
         urls: Callable[[list[str]], list[str]] | None = None,
     ) -> Awaitable[Running]: ...
@@ -110,7 +114,7 @@ async def launch(tmp_path: Path) -> AsyncIterator[Launch]:
             *,
             models: tuple[str, ...] = ("m",),
             worker: dict[str, Any] | None = None,
-            settings: dict[str, Any] | None = None,
+            settings: Settings = None,
             edit_bootstrap: Callable[[dict[str, Any]], None] | None = None,
             urls: Callable[[list[str]], list[str]] | None = None,
         ) -> Running:
@@ -122,10 +126,11 @@ async def launch(tmp_path: Path) -> AsyncIterator[Launch]:
                     exits.push_async_callback(simulator.stop)
                     fleet.workers.append(simulator)
             found = [one.url for one in fleet.workers]
+            more = settings(fleet.workers) if callable(settings) else settings
             stack = Stack(
                 tmp_path,
                 urls(found) if urls else found,
-                {"models": [{"id": model} for model in models], **(settings or {})},
+                {"models": [{"id": model} for model in models], **(more or {})},
                 edit_bootstrap=edit_bootstrap,
             )
             await exits.enter_async_context(stack)
