@@ -26,7 +26,7 @@ from benchmarks.rig import MODEL, Arm, Rig, run_until_signal, running_rig
 from benchmarks.wrk import WrkError, chat_body, find_wrk, run_wrk, script
 from extproc.demo.stack import StackError
 
-__all__ = ["Plan", "main", "report"]
+__all__ = ["Plan", "main", "publish", "report", "run_once"]
 
 _PATH: Final = "/v1/chat/completions"
 _WARM_UP_SECONDS: Final = 1
@@ -56,7 +56,7 @@ class _Report(Struct, frozen=True, kw_only=True):
 
 
 async def measure(plan: Plan, folder: Path) -> list[Run]:
-    """All runs, pair by pair; each is announced on standard error as it ends."""
+    """All runs, pair by pair."""
     scripts = {size: folder / f"body-{size}.lua" for size in plan.body_bytes}
     for size, file in scripts.items():
         file.write_text(script(chat_body(MODEL, size)))
@@ -66,15 +66,15 @@ async def measure(plan: Plan, folder: Path) -> list[Run]:
             for setting in plan.settings:
                 for arm in pair_order(pair):
                     file = scripts[setting.body_bytes]
-                    run = await _run(rig, arm, setting, file, pair, plan.seconds)
+                    run = await run_once(rig, arm, setting, file, pair, plan.seconds)
                     runs.append(run)
-                    _progress(run)
     return runs
 
 
-async def _run(
+async def run_once(
     rig: Rig, arm: Arm, setting: Setting, script_file: Path, pair: int, seconds: int
 ) -> Run:
+    """One run of one arm, announced on standard error as it ends."""
     url = rig.urls[arm] + _PATH
     await run_wrk(url, script_file, setting.connections, _WARM_UP_SECONDS)
     server = rig.servers.get(arm)
@@ -84,7 +84,7 @@ async def _run(
     used = [now - start for now, start in zip(_each(pids), before, strict=True)]
     strangers = machine_cpu_seconds() - machine - (_own_cpu_seconds() - ours) - sum(used)
     envoy, upstream, *rest = [cpu * 1e6 / max(1, result.requests) for cpu in used]
-    return Run(
+    run = Run(
         pair=pair,
         arm=arm,
         setting=setting,
@@ -98,6 +98,8 @@ async def _run(
         strangers_cores=max(0.0, strangers / result.seconds),
         errors=result.errors,
     )
+    _progress(run)
+    return run
 
 
 def _each(pids: Sequence[int]) -> list[float]:
@@ -177,7 +179,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
 
 
-def _publish(plan: Plan, runs: Sequence[Run], json_file: Path | None) -> None:
+def publish(plan: Plan, runs: Sequence[Run], json_file: Path | None) -> None:
+    """Print the report; with `json_file` write every run there."""
     cores = os.cpu_count() or 0
     print(
         f"\nMedians of {plan.pairs} interleaved run(s) of {plan.seconds} s; {cores} cores, "
@@ -196,7 +199,7 @@ async def _main(plan: Plan, json_file: Path | None) -> int:
     except (WrkError, StackError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    _publish(plan, runs, json_file)
+    publish(plan, runs, json_file)
     return 0 if all(run.valid for run in runs) else 1
 
 

@@ -13,7 +13,7 @@ import enum
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,15 @@ from extproc.envoy_config.clusters import EXTPROC_CLUSTER
 from extproc.envoy_config.listener import EXTPROC_FILTER
 from extproc.envoy_config.wire_form import socket_address, typed
 
-__all__ = ["MODEL", "Arm", "Rig", "derive_listeners", "run_until_signal", "running_rig"]
+__all__ = [
+    "MODEL",
+    "Arm",
+    "KvBlock",
+    "Rig",
+    "derive_listeners",
+    "run_until_signal",
+    "running_rig",
+]
 
 MODEL: Final = "benchmark-model"
 _WORKERS: Final = 3
@@ -59,19 +67,33 @@ class Rig(Struct, frozen=True, kw_only=True):
     """Where each arm listens, and the processes to be measured."""
 
     urls: dict[Arm, str]
+    admin_url: str
     envoy: int
     upstream: int
     servers: dict[Arm, int]
 
 
+# What a worker says of its KV events.
+KvBlock = Mapping[str, Any]
+
+
 @contextlib.asynccontextmanager
-async def running_rig(folder: Path) -> AsyncIterator[Rig]:
-    """Everything started and healthy; stopped again however the block ends."""
+async def running_rig(
+    folder: Path,
+    *,
+    model: Mapping[str, Any] | None = None,
+    kv_blocks: Sequence[KvBlock | None] = (None,) * _WORKERS,
+) -> AsyncIterator[Rig]:
+    """Everything started and healthy; stopped again however the block ends.
+
+    `model` adds to the model's configuration; there is a worker for each of `kv_blocks`.
+    """
     async with contextlib.AsyncExitStack() as stack:
         *worker_ports, admin_port, bare_port, no_filter_port, with_bare_port = free_ports(
-            _WORKERS + 4
+            len(kv_blocks) + 4
         )
-        upstream = await _upstream(stack, folder, worker_ports, admin_port)
+        blocks = dict(zip(worker_ports, kv_blocks, strict=True))
+        upstream = await _upstream(stack, folder, blocks, admin_port)
         addresses = [f"127.0.0.1:{port}" for port in worker_ports]
         bare = await _bare(stack, folder, bare_port, addresses)
 
@@ -87,7 +109,7 @@ async def running_rig(folder: Path) -> AsyncIterator[Rig]:
             Stack(
                 folder,
                 [f"http://{address}" for address in addresses],
-                {"models": [{"id": MODEL}], "envoy": {"access_log": None}},
+                {"models": [{"id": MODEL, **(model or {})}], "envoy": {"access_log": None}},
                 edit_bootstrap=edit,
             )
         )
@@ -103,6 +125,7 @@ async def running_rig(folder: Path) -> AsyncIterator[Rig]:
                 Arm.BARE: f"http://127.0.0.1:{with_bare_port}",
                 Arm.OURS: service.url,
             },
+            admin_url=service.admin_url,
             envoy=service.envoy.pid,
             upstream=upstream.pid,
             servers={Arm.BARE: bare.pid, Arm.OURS: service.service.pid},
@@ -154,10 +177,14 @@ async def run_until_signal(work: Coroutine[Any, Any, int]) -> int:
 
 
 async def _upstream(
-    stack: contextlib.AsyncExitStack, folder: Path, ports: list[int], admin_port: int
+    stack: contextlib.AsyncExitStack,
+    folder: Path,
+    workers: Mapping[int, KvBlock | None],
+    admin_port: int,
 ) -> ManagedProcess:
     config = folder / "upstream.yaml"
-    config.write_text(yaml.safe_dump(_upstream_bootstrap(ports, admin_port)))
+    config.write_text(yaml.safe_dump(_upstream_bootstrap(workers, admin_port)))
+    last = list(workers)[-1]
     process = ManagedProcess(
         "upstream",
         [
@@ -168,7 +195,7 @@ async def _upstream(
         folder / "upstream.log",
     )
     await _start(stack, process)
-    await process.wait_ready(lambda: _answers(f"http://127.0.0.1:{ports[-1]}/server_info", MODEL))
+    await process.wait_ready(lambda: _answers(f"http://127.0.0.1:{last}/server_info", MODEL))
     return process
 
 
@@ -226,13 +253,17 @@ def _assignment(cluster: str, port: int) -> dict[str, Any]:
     return {"cluster_name": cluster, "endpoints": [{"lb_endpoints": [endpoint]}]}
 
 
-def _upstream_bootstrap(ports: list[int], admin_port: int) -> dict[str, Any]:
-    server_info = {"served_model_name": MODEL, "disaggregation_mode": "null"}
+def _manager_of_worker(kv_block: KvBlock | None) -> dict[str, Any]:
+    server_info = {
+        "served_model_name": MODEL,
+        "disaggregation_mode": "null",
+        "kv_events": None if kv_block is None else dict(kv_block),
+    }
     routes = [
         _direct_response({"path": "/server_info"}, server_info),
         _direct_response({"prefix": "/"}, _ANSWER),
     ]
-    manager = typed(
+    return typed(
         "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         stat_prefix="upstream",
         route_config={"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
@@ -251,6 +282,9 @@ def _upstream_bootstrap(ports: list[int], admin_port: int) -> dict[str, Any]:
             },
         ],
     )
+
+
+def _upstream_bootstrap(workers: Mapping[int, KvBlock | None], admin_port: int) -> dict[str, Any]:
     return {
         "admin": {"address": socket_address("127.0.0.1", admin_port)},
         "static_resources": {
@@ -264,13 +298,13 @@ def _upstream_bootstrap(ports: list[int], admin_port: int) -> dict[str, Any]:
                             "filters": [
                                 {
                                     "name": "envoy.filters.network.http_connection_manager",
-                                    "typed_config": manager,
+                                    "typed_config": _manager_of_worker(block),
                                 }
                             ]
                         }
                     ],
                 }
-                for port in ports
+                for port, block in workers.items()
             ]
         },
     }

@@ -9,12 +9,22 @@ import asyncio
 import contextlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from msgspec import Struct
 
-__all__ = ["WrkError", "WrkResult", "chat_body", "find_wrk", "parse_output", "run_wrk", "script"]
+__all__ = [
+    "WrkError",
+    "WrkResult",
+    "chat_body",
+    "conversation_script",
+    "find_wrk",
+    "parse_output",
+    "run_wrk",
+    "script",
+]
 
 _MARK: Final = "wrk-result "
 _STOP_GRACE_SECONDS: Final = 15.0
@@ -26,7 +36,7 @@ wrk.headers["Content-Type"] = "application/json"
 wrk.headers["Authorization"] = "Bearer not-a-secret"
 wrk.headers["User-Agent"] = "OpenAI/Python"
 wrk.headers["Accept"] = "application/json"
-wrk.body = [=[%s]=]
+%s
 
 function done(summary, latency, requests)
   local errors = summary.errors
@@ -37,6 +47,24 @@ function done(summary, latency, requests)
     errors.connect, errors.read, errors.write, errors.status, errors.timeout))
 end
 """
+
+# The next turn of one of the conversations: its history, and a question nobody has asked yet.
+_CONVERSATIONS: Final = """\
+local heads = {%s}
+local sentences = {%s}
+local tail = [=[%s]=]
+math.randomseed(os.time())
+
+request = function()
+  local parts = {}
+  local length = 0
+  while length < %d do
+    local sentence = sentences[math.random(#sentences)] .. math.random(1000000) .. " "
+    parts[#parts + 1] = sentence
+    length = length + #sentence
+  end
+  return wrk.format(nil, nil, nil, heads[math.random(#heads)] .. table.concat(parts) .. tail)
+end"""
 
 
 class WrkError(Exception):
@@ -81,7 +109,24 @@ def chat_body(model: str, size_bytes: int) -> str:
 
 def script(body: str) -> str:
     """The Lua script that posts the body and prints the result."""
-    return _SCRIPT % (body, _MARK)
+    return _SCRIPT % (f"wrk.body = [=[{body}]=]", _MARK)
+
+
+def conversation_script(
+    heads: Sequence[str], sentences: Sequence[str], tail: str, question_bytes: int
+) -> str:
+    """The Lua script that goes on with conversations, each time with a new question.
+
+    A body is one of `heads`, at least `question_bytes` of `sentences` in random order with
+    numbers between, and `tail`.
+    """
+    work = _CONVERSATIONS % (
+        ",".join(f"[=[{head}]=]" for head in heads),
+        ",".join(f"[=[{sentence}]=]" for sentence in sentences),
+        tail,
+        question_bytes,
+    )
+    return _SCRIPT % (work, _MARK)
 
 
 def parse_output(output: str) -> WrkResult:
