@@ -46,7 +46,7 @@ async def measure(options: argparse.Namespace, plan: Plan, folder: Path) -> list
     script_file.write_text(
         conversation_script(
             [_head(history) for history in histories],
-            [text.text(60) for _ in range(_SENTENCES)],
+            [json.dumps(text.text(60))[1:-1] for _ in range(_SENTENCES)],
             '"}],' + _TAIL,
             options.question_bytes,
         )

@@ -232,9 +232,10 @@ def replay(trace: Sequence[TraceRequest], settings: FleetSettings, observer: Obs
     workers = [
         FleetWorker(number, settings, schedule, observer, run) for number in range(settings.workers)
     ]
+    # A trace may count from any moment on.
+    next_beat = trace[0].arrived_at if trace else 0.0
     for worker in workers:
-        worker.report(0.0)  # as an engine does, it begins by saying that it is empty
-    next_beat = 0.0
+        worker.report(next_beat)  # as an engine does, it begins by saying that it is empty
     for request in trace:
         now = request.arrived_at
         while settings.load_stat and next_beat <= now:

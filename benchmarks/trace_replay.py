@@ -18,9 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+import msgspec
 import numpy as np
+from msgspec import Meta, Struct
 
 from benchmarks.trace_fleet import (
     BLOCK_TOKENS,
@@ -55,6 +57,8 @@ from extproc.workers.worker import Worker, WorkerSpec
 
 _MODEL: Final = "trace"
 _PAGES_MAX: Final = 1 << 40
+# Token ids are made of them, and so are pages of a token each.
+_BLOCK_MAX: Final = (1 << 48) - 1
 
 
 class PlainRouter:
@@ -195,24 +199,34 @@ def _line(row: dict[str, Any], ever: float) -> str:
     )
 
 
+class _Line(Struct, frozen=True):
+    """A line as it is written; `timestamp` in milliseconds."""
+
+    timestamp: Annotated[float, Meta(ge=0)]
+    input_length: Annotated[int, Meta(ge=1)]
+    output_length: Annotated[int, Meta(ge=0)]
+    hash_ids: tuple[Annotated[int, Meta(ge=0, le=_BLOCK_MAX)], ...]
+
+
 def load_trace(path: Path) -> list[TraceRequest]:
     """Requests in the order of their arrival; raises ValueError naming the line at fault."""
+    decoder = msgspec.json.Decoder(_Line)
     requests = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
+        if not text.strip():
             continue
         try:
-            raw = json.loads(line)
-            request = TraceRequest(
-                arrived_at=raw["timestamp"] / 1000,
-                input_tokens=raw["input_length"],
-                output_tokens=raw["output_length"],
-                blocks=tuple(raw["hash_ids"]),
-            )
-        except (ValueError, TypeError, LookupError) as error:
-            raise ValueError(f"{path}:{number}: {error!r}") from None
-        if request.input_tokens < 1 or len(request.blocks) * BLOCK_TOKENS < request.input_tokens:
+            line = decoder.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if len(line.hash_ids) * BLOCK_TOKENS < line.input_length:
             raise ValueError(f"{path}:{number}: hash_ids do not cover input_length")
+        request = TraceRequest(
+            arrived_at=line.timestamp / 1000,
+            input_tokens=line.input_length,
+            output_tokens=line.output_length,
+            blocks=line.hash_ids,
+        )
         requests.append(request)
     if not requests:
         raise ValueError(f"{path}: no requests")

@@ -59,7 +59,10 @@ request = function()
   local parts = {}
   local length = 0
   while length < %d do
-    local sentence = sentences[math.random(#sentences)] .. math.random(1000000) .. " "
+    local sentence = sentences[math.random(#sentences)] .. " "
+    if math.random(4) == 1 then
+      sentence = sentence .. math.random(1000000) .. " "
+    end
     parts[#parts + 1] = sentence
     length = length + #sentence
   end
@@ -118,7 +121,7 @@ def conversation_script(
     """The Lua script that goes on with conversations, each time with a new question.
 
     A body is one of `heads`, at least `question_bytes` of `sentences` in random order with
-    numbers between, and `tail`.
+    a number after every fourth, and `tail`; sentences are as they stand inside a JSON string.
     """
     work = _CONVERSATIONS % (
         ",".join(f"[=[{head}]=]" for head in heads),

@@ -5,7 +5,7 @@ that time a second request with the same new prefix would find nobody. A predict
 gap and is never reported as overlap: it is a hope. It lives until a little after its response
 has begun, and dies at once with a request that never began one.
 
-A prompt is remembered by its first 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, … pages and all of it: a
+A prompt is remembered by its first 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, … pages and all of it: a
 common prefix is underestimated by a fifth at most, for 40 entries instead of 2 500.
 """
 

@@ -102,7 +102,7 @@ class EncoderStats:
 
     @property
     def cache_bytes(self) -> int:
-        return self._texts.cache.bytes
+        return self._texts.cache.bytes + self._texts.words.size_bytes
 
     @property
     def cache_entries(self) -> int:

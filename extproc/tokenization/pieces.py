@@ -15,6 +15,8 @@ therefore changes no match before it, and nothing looks behind. GPT-2's expressi
 line breaks, too, and is cut before blanks only. Only ASCII counts, in which all expression
 engines agree, and which no canonical composition joins to a neighbour.
 
+At the same places a text can be cut into its words, each of which is a piece of its own.
+
 All is decided from the serialised tokenizer. A component that is not known is not safe.
 """
 
@@ -77,6 +79,15 @@ _GPT_4_FAMILY: Final = frozenset({_LLAMA_3, _QWEN_2, _O200K})
 _BEFORE_BLANK: Final = r"[!-~](?= [A-Za-z])"
 _CUT_GPT_4: Final = re.compile(rf"{_BEFORE_BLANK}|\n(?=[A-Za-z])")
 _CUT_GPT_2: Final = re.compile(_BEFORE_BLANK)
+# An added token with such a place in it, whatever follows the token.
+_CUT_INSIDE: Final = re.compile(r"[!-~] |\n.", re.DOTALL)
+# What lies between two such places, however many blanks and line breaks are none.
+_GOES_ON: Final = r"(?<![!-~]) | (?![A-Za-z])"
+_WORDS_GPT_4: Final = re.compile(
+    rf".[^ \n]*(?:(?:{_GOES_ON}|\n(?![A-Za-z]))[^ \n]*)*(?:\n(?=[A-Za-z]))?", re.DOTALL
+)
+_WORDS_GPT_2: Final = re.compile(rf".[^ ]*(?:(?:{_GOES_ON})[^ ]*)*", re.DOTALL)
+_WORDS: Final = {_CUT_GPT_4: _WORDS_GPT_4, _CUT_GPT_2: _WORDS_GPT_2}
 
 
 _Branch: TypeAlias = "dict[str, _Branch]"
@@ -88,7 +99,8 @@ class SplitPlan(Struct, frozen=True):
 
     `unsafe` says why not at all, else it is empty. `raw_tokens` and `normalized_tokens` are the
     added tokens after which a text may be cut, those of the tokenizer's first pass over the
-    text and those of its second. `inner` finds further places between them. `around`: the ids
+    text and those of its second. `inner` finds further places between them, and `words` finds
+    what lies between those places, in texts with added tokens, too. `around`: the ids
     that are added before and after a text where special tokens are wanted, None if that can
     only be left to the tokenizer.
     """
@@ -97,6 +109,7 @@ class SplitPlan(Struct, frozen=True):
     raw_tokens: tuple[str, ...] = ()
     normalized_tokens: tuple[str, ...] = ()
     inner: re.Pattern[str] | None = None
+    words: re.Pattern[str] | None = None
     around: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
@@ -117,10 +130,13 @@ def split_plan(tokenizer: dict[str, Any], split_special_tokens: bool) -> SplitPl
     # These are looked for in the normalised text, which the cutting does not see.
     normalized = tuple(token["content"] for token in added if token["normalized"])
     seen = normalized if not normalizers else ()
+    inner = _inner(tokenizer, normalizers) if len(seen) == len(normalized) else None
+    can_be_cut = any(_CUT_INSIDE.search(token) for token in (*raw, *seen))
     return SplitPlan(
         raw_tokens=raw,
         normalized_tokens=seen,
-        inner=_inner(tokenizer, normalizers) if len(seen) == len(normalized) else None,
+        inner=inner,
+        words=None if inner is None or can_be_cut else _WORDS[inner],
         around=_around(tokenizer.get("post_processor")),
     )
 

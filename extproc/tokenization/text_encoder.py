@@ -4,13 +4,15 @@ Every call goes to `encode_batch_fast`: it computes no offsets, and unlike `enco
 threads run meanwhile (tokenizers 0.23). It runs in the calling thread: how many texts are encoded
 side by side is decided by whoever calls, so the library's own pool stays off.
 
+What is not found as a piece is looked up once more by its words, where it can be cut into them.
+
 A look-up and the encoding of what was not found are two steps, because the second may have to
 wait for a thread and the first says whether.
 """
 
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from threading import Lock
 from typing import Any, Final
@@ -26,6 +28,7 @@ from extproc.tokenization.errors import EncodeFailedError, TokenizerError
 from extproc.tokenization.pieces import PieceSplitter, SplitPlan, split_plan
 from extproc.tokenization.samples import sample_texts
 from extproc.tokenization.segment_cache import SegmentCache
+from extproc.tokenization.word_cache import WordCache
 
 __all__ = ["LookedUp", "TextEncoder"]
 
@@ -37,6 +40,12 @@ _PIECE_STRIDE_CHARS: Final = 1024
 _PROOF_STRIDE_CHARS: Final = 8
 _PROOF_TOKENS: Final = 48
 _UINT32: Final = "I"
+# Share of the memory that words get.
+_WORDS_SHARE: Final = 8
+# With more unknown words than that a text is encoded as a whole, twice as fast, and this many of
+# them are learnt.
+_NEW_WORDS_MAX: Final = 256
+_NEW_WORDS_LEARNT: Final = 32
 
 
 class _Serialised(Struct):
@@ -81,7 +90,9 @@ class TextEncoder:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._tokenizer = tokenizer
         self._lock = Lock()
-        self.cache = SegmentCache(cache_bytes)
+        for_words = cache_bytes // _WORDS_SHARE
+        self.cache = SegmentCache(cache_bytes - for_words)
+        self.words = WordCache(for_words)
         self.segments = 0
         self.segment_hits = 0
         plan = _plan(tokenizer)
@@ -93,7 +104,10 @@ class TextEncoder:
         )
         self._around_known = plan.around is not None
         self._splitter: PieceSplitter | None = None
+        self._find_words: Callable[[str], list[str]] | None = None
         if not self.unsafe and cache_bytes:
+            if plan.words is not None:
+                self._find_words = plan.words.findall
             self._splitter = PieceSplitter(
                 plan, min_chars=_PIECE_MIN_CHARS, stride_chars=_PIECE_STRIDE_CHARS
             )
@@ -129,7 +143,7 @@ class TextEncoder:
             return _ids(ids)
         found = looked_up.known
         if looked_up.missing:
-            fresh = self._encode(looked_up.missing, False)
+            fresh = self._encode_new(looked_up.missing)
             self._keep(looked_up.missing, fresh)
             rest = iter(fresh)
             found = [next(rest) if tokens is None else tokens for tokens in found]
@@ -137,6 +151,35 @@ class TextEncoder:
         if looked_up.with_special:
             joined = self._before + joined + self._after
         return _ids(joined)
+
+    def _encode_new(self, pieces: Sequence[str]) -> list[bytes]:
+        """The tokens of pieces that are not known as such."""
+        if self._find_words is None:
+            return self._encode(pieces, False)
+        words = [self._find_words(piece) for piece in pieces]
+        found = [self.words.get(each) for each in words]
+        gaps = [
+            (tokens, place, each[place])
+            for each, tokens in zip(words, found, strict=True)
+            if None in tokens
+            for place, known in enumerate(tokens)
+            if known is None
+        ]
+        if gaps:
+            unknown = list(dict.fromkeys([word for _, _, word in gaps]))
+            if len(unknown) > _NEW_WORDS_MAX:
+                self._learn(unknown[:_NEW_WORDS_LEARNT])
+                return self._encode(pieces, False)
+            learnt = self._learn(unknown)
+            for tokens, place, word in gaps:
+                tokens[place] = learnt[word]
+        return [b"".join(tokens) for tokens in found]  # type: ignore[arg-type]
+
+    def _learn(self, words: list[str]) -> dict[str, bytes]:
+        learnt = dict(zip(words, self._encode(words, False), strict=True))
+        for word, tokens in learnt.items():
+            self.words.put(word, tokens)
+        return learnt
 
     def _encode(self, texts: Sequence[str], with_special: bool) -> list[bytes]:
         try:
@@ -192,6 +235,12 @@ def _difference(tokenizer: Tokenizer, plan: SplitPlan) -> str:
                 encoded = tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
                 if [one for piece in encoded for one in piece.ids] != ids:
                     return "pieces of a sample differ"
+            if plan.words is not None:
+                encoded = tokenizer.encode_batch_fast(
+                    plan.words.findall(text), add_special_tokens=False
+                )
+                if [one for word in encoded for one in word.ids] != ids:
+                    return "words of a sample differ"
             if plan.around is not None:
                 before, after = plan.around
                 if [*before, *ids, *after] != around.ids:

@@ -260,6 +260,8 @@ class RankLoad:
 
     def running(self, now: float) -> int:
         """Requests whose prefill is over: they decode."""
+        if self._queued:
+            self._settle_unseen(now, self._speed.tokens_per_second)
         own = self._open - self._queued
         if now - self._report_at > _REPORT_FRESH_SECONDS:
             return own

@@ -1,0 +1,522 @@
+"""Who is chosen for what it holds and what it has to do; plain values for ranks and loads."""
+
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import Struct
+from msgspec.structs import replace
+
+from extproc.policies.base import KvPolicy, KvQuery, TierWeights
+from extproc.policies.cache_aware_zmq import CacheAwareZmq
+from extproc.policies.min_ttft import MinTtft
+
+PAGE = 100
+NOW = 50.0
+# More draws than it takes to see each of three equals.
+SEEDS = range(60)
+
+
+class Load(Struct, frozen=True):
+    """What a rank has to do; the speed in tokens a second."""
+
+    waiting: int = 0
+    decoding: int = 0
+    ahead: float = 0.0
+    speed: float = 8000.0
+    slot_wait: float = 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.speed
+
+    def requests(self, now: float) -> int:
+        assert now == NOW
+        return self.waiting
+
+    def running(self, now: float) -> int:
+        assert now == NOW
+        return self.decoding
+
+    def prefill_tokens_ahead(self, now: float) -> float:
+        assert now == NOW
+        return self.ahead
+
+    def slot_wait_seconds(self, prompt_tokens: int, now: float) -> float:
+        assert now == NOW
+        return self.slot_wait
+
+
+class Rank(Struct, frozen=True):
+    """A candidate; `order` is given by `ranks`."""
+
+    load: Load = Load()
+    has_events: bool = True
+    prompt_pages: int = 10
+    held_pages: int = 0
+    device_tokens: int = 0
+    host_tokens: int = 0
+    disk_tokens: int = 0
+    predicted_pages: int = 0
+    predicted_tokens: int = 0
+    order: int = 0
+
+
+def rank(
+    requests: int = 0,
+    *,
+    held: int = 0,
+    predicted: int = 0,
+    of: int = 10,
+    host: int = 0,
+    disk: int = 0,
+    events: bool = True,
+) -> Rank:
+    """A rank with that many requests; `held` pages of a prompt of `of`, the last of them lower."""
+    return Rank(
+        Load(waiting=requests),
+        has_events=events,
+        prompt_pages=of if events else 0,
+        held_pages=held,
+        device_tokens=(held - host - disk) * PAGE,
+        host_tokens=host * PAGE,
+        disk_tokens=disk * PAGE,
+        predicted_pages=predicted,
+        predicted_tokens=predicted * PAGE,
+    )
+
+
+def numbered(candidates: Sequence[Rank]) -> list[Rank]:
+    return [replace(one, order=order) for order, one in enumerate(candidates)]
+
+
+def chosen(policy: KvPolicy, candidates: Sequence[Rank], query: KvQuery) -> tuple[int, str]:
+    choice = policy.choose(numbered(candidates), query)
+    return choice.candidate.order, choice.reason
+
+
+def query(tokens: int = 1000, expected: int = 0) -> KvQuery:
+    return KvQuery("m", NOW, tokens, expected)
+
+
+# -- cache_aware_zmq
+
+
+def zmq(candidates: Sequence[Rank], tokens: int = 1000) -> tuple[int, str]:
+    return chosen(CacheAwareZmq(Random(0)), candidates, query(tokens))
+
+
+def zmq_draws(candidates: Sequence[Rank], tokens: int = 1000) -> set[tuple[int, str]]:
+    return {chosen(CacheAwareZmq(Random(seed)), candidates, query(tokens)) for seed in SEEDS}
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "imbalanced"),
+    [
+        # Apart by more than 32, and above floor(1.1 * lowest); where lowest is below 321 the
+        # first test is the stricter one.
+        (0, 32, False),  # 32 - 0 = 32, not above 32
+        (0, 33, True),  # 33 > 32; 33 > floor(0) = 0
+        (100, 132, False),  # 32
+        (100, 133, True),  # 33; 133 > floor(110.0) = 110
+        # From here on the second test is the stricter one.
+        (400, 433, False),  # 33 > 32, but 433 <= floor(440.0) = 440
+        (400, 440, False),  # 440 is not above 440
+        (400, 441, True),
+        (405, 445, False),  # floor(445.5) = 445
+        (405, 446, True),  # 446 > 445: rounded down, not up
+        (1000, 1100, False),
+        (1000, 1101, True),
+    ],
+)
+def test_imbalance_takes_both_thresholds_strictly(
+    lowest: int, highest: int, imbalanced: bool
+) -> None:
+    # The holder is the busiest: only an imbalance keeps the request from it.
+    expected = (1, "imbalance") if imbalanced else (0, "hit")
+    assert zmq([rank(highest, held=10), rank(lowest)]) == expected
+
+
+def test_imbalance_comes_before_everything_else() -> None:
+    assert zmq([rank(33, held=10), rank(0)], tokens=0) == (1, "imbalance")
+    assert zmq([rank(33, events=False), rank(0, events=False)]) == (1, "imbalance")
+    assert zmq([rank(33, of=0), rank(0, of=0)]) == (1, "imbalance")
+    assert zmq([rank(33), rank(0, predicted=10)]) == (1, "imbalance")
+
+
+def test_imbalance_is_between_the_extremes_and_the_least_loaded_are_drawn() -> None:
+    assert zmq_draws([rank(40, held=10), rank(7), rank(20, held=10), rank(7)]) == {
+        (1, "imbalance"),
+        (3, "imbalance"),
+    }
+
+
+def test_the_thresholds_can_be_set() -> None:
+    candidates = [rank(3, held=3), rank(1)]
+    # 3 - 1 = 2 > 1; 3 > floor(1 * 2.0) = 2
+    policy = CacheAwareZmq(Random(0), balance_abs_threshold=1, balance_rel_threshold=2.0)
+    assert chosen(policy, candidates, query()) == (1, "imbalance")
+    # 3 > floor(1 * 3.5) = 3 does not hold; 3 / 10 is not above 0.5
+    policy = CacheAwareZmq(Random(0), balance_abs_threshold=1, balance_rel_threshold=3.5)
+    assert chosen(policy, candidates, query()) == (1, "below_threshold")
+    # 3 / 10 > 0.25
+    policy = CacheAwareZmq(Random(0), cache_threshold=0.25)
+    assert chosen(policy, candidates, query()) == (0, "hit")
+    # A threshold of 0 takes one page, but not none.
+    policy = CacheAwareZmq(Random(0), cache_threshold=0.0)
+    assert chosen(policy, [rank(3, held=1), rank(1)], query()) == (0, "hit")
+    assert chosen(policy, [rank(3), rank(1)], query()) == (1, "below_threshold")
+
+
+def test_without_tokens_load_decides_whatever_is_held() -> None:
+    assert zmq([rank(2), rank(1), rank(2)], tokens=0) == (1, "no_tokens")
+    # No tokens, hence nothing of them is known to be held, and no events is not the reason.
+    assert zmq([rank(2, events=False), rank(1, events=False)], tokens=0) == (1, "no_tokens")
+
+
+@pytest.mark.parametrize(
+    ("candidates", "reason"),
+    [
+        ([rank(2, events=False), rank(1, events=False)], "no_events"),
+        ([rank(2, of=0), rank(1, of=0)], "short_prompt"),
+        ([rank(2, of=0), rank(1, events=False)], "short_prompt"),
+        # With pages of another size it has a whole one.
+        ([rank(2, of=0), rank(1, of=1)], "below_threshold"),
+        ([rank(2, of=1), rank(1, events=False)], "below_threshold"),
+    ],
+)
+def test_nobody_is_preferred_without_events_or_whole_pages(
+    candidates: list[Rank], reason: str
+) -> None:
+    assert zmq(candidates) == (1, reason)
+
+
+@pytest.mark.parametrize(
+    ("held", "of", "is_hit"),
+    [
+        (5, 10, False),  # 5/10 = 0.5 is not above 0.5
+        (6, 10, True),
+        (1, 2, False),
+        (2, 3, True),  # 0.67
+        (1, 1, True),
+        (50, 101, False),  # 0.495
+        (51, 101, True),  # 0.505
+    ],
+)
+def test_a_hit_is_more_than_the_threshold_of_the_whole_pages(
+    held: int, of: int, is_hit: bool
+) -> None:
+    expected = (0, "hit") if is_hit else (1, "below_threshold")
+    # As many tokens as there are pages, and most of another page: of no account.
+    assert zmq([rank(9, held=held, of=of), rank(0, of=of)], of * PAGE + 99) == expected
+
+
+def test_a_trailing_partial_page_is_not_in_the_ratio() -> None:
+    # 199 tokens are one whole page and 99 tokens: 1/1 is held, where 1/2 would be too little.
+    assert zmq([rank(1, held=1, of=1), rank(0, of=1)], 199) == (0, "hit")
+
+
+def test_the_deepest_holder_is_preferred_to_the_least_loaded() -> None:
+    assert zmq([rank(0, held=7), rank(30, held=9), rank(0, held=8)]) == (1, "hit")
+
+
+def test_depth_is_taken_of_each_candidate_alone() -> None:
+    # The deepest is not a candidate any more, or below the threshold of its own page size.
+    assert zmq([rank(3, held=6), rank(0)]) == (0, "hit")
+    # 1 of 4 large pages is 400 tokens but no hit; 6 of 10 small ones are.
+    large = Rank(Load(waiting=0), prompt_pages=4, held_pages=1, device_tokens=700)
+    assert zmq([large, rank(5, held=6)]) == (1, "hit")
+
+
+def test_an_untrusted_rank_does_not_hide_a_holder() -> None:
+    assert zmq([rank(0, events=False), rank(5, held=6), rank(0, events=False)]) == (1, "hit")
+
+
+def test_of_the_deepest_the_least_loaded_is_taken() -> None:
+    assert zmq([rank(3, held=9), rank(2, held=9), rank(4, held=9), rank(0, held=6)]) == (1, "hit")
+
+
+def test_of_equals_one_is_drawn() -> None:
+    candidates = [rank(2, held=9), rank(2, held=9), rank(3, held=9), rank(2, held=9)]
+    assert zmq_draws(candidates) == {(0, "hit"), (1, "hit"), (3, "hit")}
+    # The first of them comes after one that is less loaded, or holds less.
+    candidates = [rank(5, held=9), rank(0, held=6), rank(2, held=9), rank(2, held=9)]
+    assert zmq_draws(candidates) == {(2, "hit"), (3, "hit")}
+    assert zmq_draws([rank(1), rank(0), rank(0)]) == {
+        (1, "below_threshold"),
+        (2, "below_threshold"),
+    }
+    assert zmq_draws([rank(), rank(), rank()], tokens=0) == {
+        (order, "no_tokens") for order in range(3)
+    }
+
+
+def test_the_last_page_of_a_prompt_held_in_full_gains_nothing() -> None:
+    # 10 whole pages, of which 9 spare prefill: who has 9 is as good as who has all.
+    full = Rank(Load(waiting=2), held_pages=10, device_tokens=900)
+    assert zmq([full, rank(1, held=9)]) == (1, "hit")
+
+
+def test_what_lies_lower_is_worth_less() -> None:
+    # 8 pages of which 4 on the host: 400 + 400 * 0.8 = 720 > 700 of 7 on the device.
+    assert zmq([rank(0, held=7), rank(9, held=8, host=4)]) == (1, "hit")
+    # 8 on the host: 640 < 700.
+    assert zmq([rank(9, held=7), rank(0, held=8, host=8)]) == (0, "hit")
+    # 10 of which 4 on disk: 600 + 200 = 800; 10 of which 5 on the host: 500 + 400 = 900.
+    assert zmq([rank(0, held=10, disk=4), rank(9, held=10, host=5)]) == (1, "hit")
+    # The ratio is that of pages: 6 of 10 are held, worth 300 tokens.
+    assert zmq([rank(9, held=6, disk=6), rank(0)]) == (0, "hit")
+    # 8 pages all on disk at the weight of 1 are more than 7 on the device.
+    policy = CacheAwareZmq(Random(0), weights=TierWeights(disk=1.0))
+    assert chosen(policy, [rank(0, held=7), rank(9, held=8, disk=8)], query()) == (1, "hit")
+
+
+def test_a_predicted_holder_is_taken_when_nobody_holds_enough() -> None:
+    assert zmq([rank(0, held=5), rank(2, predicted=6), rank(0)]) == (1, "predicted")
+    # 5 of 10 are not above the threshold here either.
+    assert zmq([rank(0), rank(2, predicted=5)]) == (0, "below_threshold")
+
+
+def test_a_holder_is_preferred_to_a_deeper_predicted_one() -> None:
+    assert zmq([rank(9, held=6), rank(0, predicted=10)]) == (0, "hit")
+
+
+@pytest.mark.parametrize(("more", "reason"), [(4, "predicted"), (5, "below_threshold")])
+def test_a_busy_predicted_holder_is_left_alone(more: int, reason: str) -> None:
+    expected = 1 if reason == "predicted" else 0
+    assert zmq([rank(3), rank(3 + more, predicted=10)]) == (expected, reason)
+
+
+def test_of_predicted_holders_the_deepest_then_the_least_loaded_then_any() -> None:
+    assert zmq([rank(), rank(2, predicted=9), rank(4, predicted=10)]) == (2, "predicted")
+    assert zmq([rank(), rank(2, predicted=9), rank(1, predicted=9)]) == (2, "predicted")
+    # The deepest of all is too busy.
+    assert zmq([rank(), rank(5, predicted=10), rank(1, predicted=8)]) == (2, "predicted")
+    equals = [rank(), rank(1, predicted=9), rank(1, predicted=9), rank(2, predicted=9)]
+    assert zmq_draws(equals) == {(1, "predicted"), (2, "predicted")}
+
+
+# -- min_ttft
+#
+# Costs in the comments: wait + work * (1 + min(0.5 + 2 * shortest wait of all, 20)), in seconds,
+# at 8000 tokens a second; what is within 5 % of the lowest, or 5 ms, is drawn from.
+
+
+def ttft(candidates: Sequence[Rank], tokens: int = 16_000, expected: int = 0) -> tuple[int, str]:
+    """The choice, which must not be a draw."""
+    (only,) = ttft_draws(candidates, tokens, expected)
+    return only
+
+
+def ttft_draws(
+    candidates: Sequence[Rank], tokens: int = 16_000, expected: int = 0
+) -> set[tuple[int, str]]:
+    return {chosen(MinTtft(Random(seed)), candidates, query(tokens, expected)) for seed in SEEDS}
+
+
+def queue(tokens: int, *, device: int = 0, predicted: int = 0, **load: float) -> Rank:
+    """A rank with so many tokens to prefill, that holds or will hold some of the prompt."""
+    return Rank(
+        Load(ahead=tokens, **load),  # type: ignore[arg-type]
+        prompt_pages=160,
+        held_pages=device // PAGE,
+        device_tokens=device,
+        predicted_pages=predicted // PAGE,
+        predicted_tokens=predicted,
+    )
+
+
+def test_a_queue_is_worth_waiting_in_only_for_a_prefix_that_takes_longer_to_compute() -> None:
+    idle = queue(0)  # all 16000 tokens: 0 + 2.0 * 1.5 = 3.0
+    # 2.0 + 0.5 * 1.5 = 2.75, and idle is more than 5 % above.
+    assert ttft([queue(16_000, device=12_000), idle]) == (0, "hit")
+    # 2.5 + 0.5 * 1.5 = 3.25, more than 5 % above 3.0.
+    assert ttft([queue(20_000, device=12_000), idle]) == (1, "spread")
+    # A prefix of 1600 tokens saves 0.2 * 1.5 = 0.3: a queue of 0.1 s is worth it, one of 0.5 s not.
+    # 0.1 + 1.8 * 1.5 = 2.8; 0.5 + 1.8 * 1.5 = 3.2
+    assert ttft([queue(800, device=1600), idle]) == (0, "hit")
+    assert ttft([queue(4000, device=1600), idle]) == (1, "spread")
+
+
+def test_hit_is_said_of_who_holds_most() -> None:
+    # (16000 - 12000) / 8000 * 1.5 = 0.75 and (16000 - 4000) / 8000 * 1.5 = 2.25
+    assert ttft([queue(0, device=4000), queue(0, device=12_000)]) == (1, "hit")
+    # 3.0 + 0.75 = 3.75 against 2.25, which holds something, but not most.
+    assert ttft([queue(0, device=4000), queue(24_000, device=12_000)]) == (0, "spread")
+
+
+def test_work_counts_more_the_longer_the_queue_that_nobody_can_avoid() -> None:
+    # The queue of 2.5 s more that was not worth it beside an idle rank. Here all wait 2 s:
+    # weight 1 + 0.5 + 2 * 2 = 5.5; 4.5 + 0.5 * 5.5 = 7.25 against 2.0 + 2.0 * 5.5 = 13.0.
+    assert ttft([queue(36_000, device=12_000), queue(16_000)]) == (0, "hit")
+
+
+def test_the_weight_of_work_has_a_limit() -> None:
+    # All wait 20 s: 0.5 + 2 * 20 = 40.5, but not more than 20, so that the weight is 21.
+    behind = queue(160_000)  # 20 + 2.0 * 21 = 62
+    # 40 + 0.5 * 21 = 50.5
+    assert ttft([queue(320_000, device=12_000), behind]) == (0, "hit")
+    # 60 + 0.5 * 21 = 70.5; with a weight of 41.5 it had been 80.75 against 103.
+    assert ttft([queue(480_000, device=12_000), behind]) == (1, "spread")
+
+
+def test_what_nobody_holds_goes_where_the_queue_is_shortest() -> None:
+    # 3.0 + 0.5 against 3.0
+    assert ttft([queue(4000), queue(0)]) == (1, "miss")
+
+
+def test_a_predicted_prefix_spares_work_like_a_held_one() -> None:
+    assert ttft([queue(0), queue(8000, predicted=12_000)]) == (1, "predicted")
+    # It is about to hold more than it does.
+    assert ttft([queue(0), queue(0, device=2000, predicted=12_000)]) == (1, "predicted")
+    # It holds as much already.
+    assert ttft([queue(0), queue(0, device=12_000, predicted=12_000)]) == (1, "hit")
+    # 2.5 + 0.5 * 1.5 = 3.25 against 3.0: too long a queue; nobody holds anything.
+    assert ttft([queue(0), queue(20_000, predicted=12_000)]) == (0, "miss")
+    # The holder is as good as the predicted one, save for a queue.
+    assert ttft([queue(0, device=12_000), queue(8000, predicted=12_000)]) == (0, "hit")
+
+
+def test_a_prompt_held_lower_is_worth_less() -> None:
+    # Spared: 8000 * 0.8 = 6400 on the host, 8000 * 0.5 = 4000 on disk, 5000 on the device.
+    # Left: (16000 - s) / 8000 * 1.5 = 1.8, 2.25, 2.0625
+    host = Rank(prompt_pages=160, held_pages=80, host_tokens=8000)
+    disk = Rank(prompt_pages=160, held_pages=80, disk_tokens=8000)
+    assert ttft([disk, host, queue(0, device=5000)]) == (1, "hit")
+    assert ttft([disk, queue(0, device=5000)]) == (1, "hit")
+    policy = MinTtft(Random(0), weights=TierWeights(disk=1.0))
+    assert chosen(policy, [disk, queue(0, device=5000)], query(16_000)) == (0, "hit")
+    # Predicted as it is below: 4000 of worth are fewer than the 8000 that are on their way.
+    both = Rank(prompt_pages=160, held_pages=80, disk_tokens=8000, predicted_tokens=8000)
+    assert ttft([queue(0, device=5000), both]) == (1, "predicted")
+
+
+@pytest.mark.parametrize(
+    ("candidates", "reason"),
+    [
+        ([Rank(Load(ahead=8000), has_events=False), Rank(has_events=False)], "no_events"),
+        ([Rank(Load(ahead=8000), prompt_pages=0), Rank(prompt_pages=0)], "short_prompt"),
+        ([Rank(Load(ahead=8000), prompt_pages=0), Rank(has_events=False)], "short_prompt"),
+        ([Rank(Load(ahead=8000), prompt_pages=1), Rank(has_events=False)], "miss"),
+        ([Rank(Load(ahead=8000), prompt_pages=0), Rank(prompt_pages=1)], "miss"),
+    ],
+)
+def test_why_nobody_holds_anything(candidates: list[Rank], reason: str) -> None:
+    # 1000 tokens take 0.125 s; a second of queue decides.
+    assert ttft(candidates, 1000) == (1, reason)
+
+
+def test_without_tokens_the_expected_number_is_worked_with() -> None:
+    slow, fast = queue(0, speed=1000.0), queue(4000)
+    # 8000 expected: 8.0 * 1.5 = 12.0 against 0.5 + 1.0 * 1.5 = 2.0
+    assert ttft([slow, fast], 0, 8000) == (1, "no_tokens")
+    # 100: 0.1 * 1.5 = 0.15 against 0.5 + 0.0125 * 1.5 = 0.519
+    assert ttft([slow, fast], 0, 100) == (0, "no_tokens")
+    # Not even a guess: a token, as if nothing were to do but wait.
+    assert ttft([slow, fast], 0) == (0, "no_tokens")
+
+
+def test_the_exact_number_is_preferred_to_the_guess() -> None:
+    slow, fast = queue(0, speed=1000.0), queue(4000)
+    assert ttft([slow, fast], 100, 8000) == (0, "miss")
+
+
+def test_a_slow_rank_is_taken_when_the_fast_one_has_more_to_do() -> None:
+    slow, fast = queue(0, speed=4000.0), 16_000.0
+    # slow: 4.0 * 1.5 = 6.0; fast: ahead / 16000 + 1.0 * 1.5
+    assert ttft([slow, queue(64_000, speed=fast)]) == (1, "miss")  # 4 + 1.5 = 5.5
+    assert ttft([slow, queue(96_000, speed=fast)]) == (0, "miss")  # 6 + 1.5 = 7.5
+    # Equal queues in tokens are not equal in time; weight 1.5 + 2 * 0.5 = 2.5:
+    # 2.0 + 4.0 * 2.5 = 12.0 against 0.5 + 1.0 * 2.5 = 3.0
+    assert ttft([queue(8000, speed=4000.0), queue(8000, speed=fast)]) == (1, "miss")
+
+
+def test_a_place_among_the_running_is_waited_for() -> None:
+    # Nothing to prefill, and 3 s until somebody ends: 3.0 + 0.75 against 3.0
+    assert ttft([queue(0, device=12_000, slot_wait=3.0), queue(0)]) == (1, "spread")
+    # While it waits, its queue is worked off: the longer of both counts, 2.0 + 0.75.
+    assert ttft([queue(16_000, device=12_000, slot_wait=1.5), queue(0)]) == (0, "hit")
+
+
+def test_requests_that_decode_slow_it_down_a_little() -> None:
+    # 80 tokens: 0.01 * 1.5 = 0.015; 20 that decode are 0.02 s more, and beyond 5 ms.
+    assert ttft([queue(0, decoding=20), queue(0)], 80) == (1, "miss")
+    # 4 that decode are 0.004 s, within 5 ms.
+    assert ttft_draws([queue(0, decoding=4), queue(0)], 80) == {(0, "miss"), (1, "miss")}
+
+
+def test_of_those_about_as_good_one_is_drawn() -> None:
+    # 3.0; 0.1 more is within 5 % (3.15), 0.2 is not.
+    assert ttft_draws([queue(0), queue(800), queue(1600)]) == {(0, "miss"), (1, "miss")}
+    # Of a short prompt 5 ms are more than 5 %: 80 tokens, 0.015, to 0.020.
+    # 32 tokens ahead are 0.004, 48 are 0.006.
+    assert ttft_draws([queue(0), queue(32), queue(48)], 80) == {(0, "miss"), (1, "miss")}
+    # Each draw says for itself what it was: 0.1 of queue and 800 tokens of prefix fewer to do.
+    # 0.1 + 1.9 * 1.5 = 2.95 against 3.0
+    assert ttft_draws([queue(0), queue(800, device=800)]) == {(0, "spread"), (1, "hit")}
+
+
+def test_at_least_a_token_is_computed() -> None:
+    # More is predicted than there is: never less than no work.
+    over = queue(0, predicted=1000)
+    assert ttft_draws([over, queue(0, device=500)], 500) == {(0, "predicted"), (1, "hit")}
+
+
+# -- both
+
+_RANKS = st.builds(
+    Rank,
+    st.builds(
+        Load,
+        st.integers(0, 60),
+        st.integers(0, 60),
+        st.floats(0, 1e6),
+        st.floats(50.0, 2e6),
+        st.floats(0, 1e3),
+    ),
+    st.booleans(),
+    st.just(10),
+    st.integers(0, 10),
+    st.integers(0, 1000),
+    st.integers(0, 1000),
+    st.integers(0, 1000),
+    st.integers(0, 10),
+    st.integers(0, 1000),
+)
+_REASONS = {
+    "cache_aware_zmq": {
+        "imbalance",
+        "no_tokens",
+        "no_events",
+        "short_prompt",
+        "hit",
+        "predicted",
+        "below_threshold",
+    },
+    "min_ttft": {
+        "hit",
+        "spread",
+        "miss",
+        "predicted",
+        "no_tokens",
+        "no_events",
+        "short_prompt",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", [CacheAwareZmq, MinTtft])
+@given(
+    candidates=st.lists(_RANKS, min_size=1, max_size=6),
+    tokens=st.integers(0, 2000),
+    seed=st.integers(0, 9),
+)
+def test_the_choice_is_a_candidate_its_reason_a_known_word_and_the_seed_decides(
+    kind: type[CacheAwareZmq | MinTtft], candidates: list[Rank], tokens: int, seed: int
+) -> None:
+    order, reason = chosen(kind(Random(seed)), candidates, query(tokens))
+    assert 0 <= order < len(candidates)
+    assert reason in _REASONS[kind.name]
+    assert chosen(kind(Random(seed)), candidates, query(tokens)) == (order, reason)

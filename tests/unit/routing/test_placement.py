@@ -1,0 +1,457 @@
+"""From tokens to a rank: what is counted as held, what is booked, and what is expected of it."""
+
+from collections.abc import Sequence
+from random import Random
+
+import numpy as np
+import pytest
+from msgspec import Struct
+
+from extproc.kv.index import PrefixIndex, Tier
+from extproc.kv.prefix_hash import PrefixHasher, TokenIds
+from extproc.policies.base import Choice, KvCandidate, KvCandidateT, KvPolicy, KvQuery
+from extproc.policies.cache_aware_zmq import CacheAwareZmq
+from extproc.policies.min_ttft import MinTtft
+from extproc.routing.placement import Placed, Placement
+from extproc.routing.predictions import GRACE_SECONDS
+from extproc.routing.target import Target
+from extproc.workers.rank_load import RankLoad
+from tests.fakes import make_worker
+
+PAGE = 16
+NOW = 100.0
+SPEED = 1000.0
+
+
+def some_tokens(count: int, start: int = 1) -> TokenIds:
+    return np.arange(start, start + count, dtype=np.uint64)
+
+
+class Noting:
+    """A policy that takes the candidate a test names, and notes what it was shown."""
+
+    name = "noting"
+
+    def __init__(self) -> None:
+        self.takes = 0
+        self.seen: Sequence[KvCandidate] = ()
+        self.query = KvQuery("", 0.0)
+
+    def choose(self, candidates: Sequence[KvCandidateT], query: KvQuery) -> Choice[KvCandidateT]:
+        self.seen, self.query = candidates, query
+        return Choice(candidates[self.takes], "noted")
+
+
+class Fleet(Struct, kw_only=True):
+    """Ranks of one model whose holdings a test writes."""
+
+    policy: Noting
+    index: PrefixIndex
+    placement: Placement
+    targets: list[Target]
+
+    def hold(
+        self, number: int, tokens: TokenIds, *, tier: Tier = 0, skip: int = 0, seed: int = 0
+    ) -> None:
+        """The rank has the whole pages of these tokens, from page `skip` on stored on `tier`."""
+        holder = self.targets[number].holder
+        assert holder is not None
+        size = holder.page_size
+        units = tokens
+        if holder.bigram:
+            units = tokens[:-1] | tokens[1:] << np.uint64(32)
+        pages = len(units) // size
+        ids = [hash((seed, tokens[0], page)) for page in range(pages)]
+        self.index.store(
+            holder,
+            ids[skip:],
+            ids[skip - 1] if skip else None,
+            units[skip * size : pages * size],
+            size,
+            tier,
+            seed,
+        )
+
+    def place(
+        self,
+        tokens: TokenIds | None,
+        *,
+        takes: int = 0,
+        now: float = NOW,
+        seed: int = 0,
+        expected_tokens: int = 0,
+    ) -> Placed:
+        self.policy.takes = takes
+        return self.placement.place(
+            self.targets, tokens, seed, now, expected_tokens=expected_tokens
+        )
+
+    def predicted(self, tokens: TokenIds, now: float = NOW, seed: int = 0) -> list[int]:
+        """Pages each rank is expected to have of it."""
+        self.place(tokens, now=now, seed=seed)
+        return [candidate.predicted_pages for candidate in self.policy.seen]
+
+
+def make_fleet(*pages: int | None, bigram: bool = False, policy: KvPolicy | None = None) -> Fleet:
+    """A rank for each page size; None = not trusted, hence without a holder."""
+    index, noting = PrefixIndex(PrefixHasher(secret=1), 100_000), Noting()
+    placement = Placement(policy or noting, index, model="m", prefill_tokens_per_second=SPEED)
+    targets = [
+        Target(
+            make_worker(f"http://10.0.0.{order + 1}:8000", order=order),
+            0,
+            order=order,
+            load=RankLoad(placement.model_speed),
+            holder=None if size is None else index.add(str(order), size, bigram=bigram),
+        )
+        for order, size in enumerate(pages)
+    ]
+    return Fleet(policy=noting, index=index, placement=placement, targets=targets)
+
+
+# -- what is held
+
+
+@pytest.mark.parametrize(
+    ("total", "held", "cached"),
+    [
+        # Pages of 16 tokens; the last token is always computed, and whole pages are reused.
+        (100, 0, 0),
+        (100, 15, 0),
+        (100, 16, 16),
+        (100, 100, 96),  # 6 whole pages
+        (97, 97, 96),  # the last token is beyond the sixth page
+        (96, 96, 80),  # it is the last of the sixth
+        (95, 95, 80),
+        (96, 500, 80),
+        (17, 17, 16),
+        (16, 16, 0),
+        (1, 500, 0),
+    ],
+)
+def test_cached_tokens_are_those_that_spare_prefill(total: int, held: int, cached: int) -> None:
+    fleet = make_fleet(PAGE)
+    if held:
+        fleet.hold(0, some_tokens(held))
+    placed = fleet.place(some_tokens(total))
+    assert placed.cached_tokens == cached
+    assert placed.total_tokens == total
+    assert placed.prefill_tokens == total - cached
+    assert placed.reason == "noted"
+    (seen,) = fleet.policy.seen
+    assert seen.has_events
+    assert seen.prompt_pages == total // PAGE
+    assert seen.held_pages == min(held, total) // PAGE
+    assert (seen.device_tokens, seen.host_tokens, seen.disk_tokens) == (cached, 0, 0)
+
+
+def test_the_chosen_rank_is_what_is_told() -> None:
+    fleet = make_fleet(PAGE, PAGE, None)
+    fleet.hold(1, some_tokens(100))
+    for takes, cached in ((0, 0), (1, 96), (2, 0)):
+        placed = fleet.place(some_tokens(100), takes=takes)
+        assert placed.target is fleet.targets[takes]
+        assert (placed.cached_tokens, placed.prefill_tokens) == (cached, 100 - cached)
+
+
+def test_only_a_common_prefix_counts() -> None:
+    fleet = make_fleet(PAGE)
+    fleet.hold(0, some_tokens(100))
+    tokens = some_tokens(100)
+    tokens[40] = 9999  # in the third page
+    assert fleet.place(tokens).cached_tokens == 32
+
+
+def test_page_sizes_side_by_side() -> None:
+    fleet = make_fleet(16, 64, 1, 128)
+    for number in range(4):
+        fleet.hold(number, some_tokens(150))
+    fleet.place(some_tokens(129))
+    # 8 pages of 16 up to 128; 2 of 64; 129 of 1, of which the last is computed; 1 of 128.
+    assert [(one.prompt_pages, one.held_pages) for one in fleet.policy.seen] == [
+        (8, 8),
+        (2, 2),
+        (129, 129),
+        (1, 1),
+    ]
+    assert [one.device_tokens for one in fleet.policy.seen] == [128, 128, 128, 128]
+    # A token less: the last one of all is in the last page of 16, 64 and 128.
+    fleet.place(some_tokens(128))
+    assert [one.device_tokens for one in fleet.policy.seen] == [112, 64, 127, 0]
+
+
+def test_pages_of_pairs_of_tokens() -> None:
+    fleet = make_fleet(4, bigram=True)
+    fleet.hold(0, some_tokens(30))
+    # 9 tokens are 8 pairs: 2 pages, and the last token is beyond them.
+    placed = fleet.place(some_tokens(9))
+    assert fleet.policy.seen[0].prompt_pages == 2
+    assert (placed.cached_tokens, placed.prefill_tokens) == (8, 1)
+    # 8 tokens are 7 pairs: one page.
+    placed = fleet.place(some_tokens(8))
+    assert fleet.policy.seen[0].prompt_pages == 1
+    assert (placed.cached_tokens, placed.prefill_tokens) == (4, 4)
+    # No pair at all.
+    placed = fleet.place(some_tokens(1))
+    assert fleet.policy.seen[0].prompt_pages == 0
+    assert (placed.cached_tokens, placed.prefill_tokens) == (0, 1)
+
+
+def test_tiers_add_up_to_what_is_held() -> None:
+    fleet = make_fleet(PAGE)
+    fleet.hold(0, some_tokens(100))
+    holder = fleet.targets[0].holder
+    assert holder is not None
+    ids = [hash((0, some_tokens(1)[0], page)) for page in range(6)]
+    # Pages 0 and 1 stay on the device, 2 and 3 are on the host, 4 and 5 further down.
+    fleet.hold(0, some_tokens(64), tier=1, skip=2)
+    fleet.hold(0, some_tokens(96), tier=2, skip=4)
+    fleet.index.remove(holder, ids[2:], 0)
+    placed = fleet.place(some_tokens(100))
+    (seen,) = fleet.policy.seen
+    assert (seen.device_tokens, seen.host_tokens, seen.disk_tokens) == (32, 32, 32)
+    assert (placed.cached_tokens, placed.prefill_tokens) == (96, 4)
+    # The last page spares nothing, wherever it lies: 80 of 96.
+    placed = fleet.place(some_tokens(96))
+    (seen,) = fleet.policy.seen
+    assert (seen.device_tokens, seen.host_tokens, seen.disk_tokens) == (32, 32, 16)
+    assert placed.cached_tokens == 80
+    placed = fleet.place(some_tokens(64))
+    (seen,) = fleet.policy.seen
+    assert (seen.device_tokens, seen.host_tokens, seen.disk_tokens) == (32, 16, 0)
+    assert placed.cached_tokens == 48
+    placed = fleet.place(some_tokens(32))
+    (seen,) = fleet.policy.seen
+    assert (seen.device_tokens, seen.host_tokens, seen.disk_tokens) == (16, 0, 0)
+    assert seen.held_pages == 2
+
+
+def test_namespaces_do_not_share_pages() -> None:
+    fleet = make_fleet(PAGE)
+    salted = fleet.index.hasher.seed("salt")
+    fleet.hold(0, some_tokens(100))
+    assert fleet.place(some_tokens(100), seed=salted).cached_tokens == 0
+    fleet.hold(0, some_tokens(50), seed=salted)
+    assert fleet.place(some_tokens(100), seed=salted).cached_tokens == 48
+    assert fleet.place(some_tokens(100)).cached_tokens == 96
+
+
+# -- what is not known
+
+
+def test_of_a_rank_that_is_not_trusted_nothing_is_known() -> None:
+    fleet = make_fleet(None, PAGE)
+    fleet.hold(1, some_tokens(100))
+    fleet.place(some_tokens(100)).book(NOW)
+    placed = fleet.place(some_tokens(100))
+    untrusted, trusted = fleet.policy.seen
+    assert not untrusted.has_events
+    assert (untrusted.prompt_pages, untrusted.held_pages, untrusted.predicted_pages) == (0, 0, 0)
+    assert trusted.held_pages == 6
+    assert (placed.cached_tokens, placed.prefill_tokens) == (0, 100)
+    assert placed.total_tokens == 100  # what the prompt has is known all the same
+
+
+def test_trust_may_come_and_go() -> None:
+    fleet = make_fleet(PAGE)
+    fleet.hold(0, some_tokens(100))
+    target = fleet.targets[0]
+    holder, target.holder = target.holder, None
+    assert fleet.place(some_tokens(100)).cached_tokens == 0
+    target.holder = holder
+    assert fleet.place(some_tokens(100)).cached_tokens == 96
+
+
+@pytest.mark.parametrize("tokens", [None, some_tokens(0)])
+def test_without_tokens_nothing_is_looked_up(tokens: TokenIds | None) -> None:
+    fleet = make_fleet(PAGE)
+    fleet.hold(0, some_tokens(100))
+    placed = fleet.place(tokens, expected_tokens=700)
+    assert (placed.cached_tokens, placed.total_tokens, placed.prefill_tokens) == (0, 0, 700)
+    assert (fleet.policy.query.prompt_tokens, fleet.policy.query.expected_tokens) == (0, 700)
+    assert not fleet.policy.seen[0].has_events
+    booking = placed.book(NOW)
+    assert fleet.targets[0].load.prefill_tokens_ahead(NOW) == 700
+    assert fleet.predicted(some_tokens(100)) == [0]
+    booking.release(NOW)
+    assert fleet.place(tokens).prefill_tokens == 1  # not even a guess
+
+
+def test_the_exact_number_of_tokens_is_preferred_to_a_guess() -> None:
+    fleet = make_fleet(PAGE)
+    assert fleet.place(some_tokens(100), expected_tokens=700).prefill_tokens == 100
+
+
+def test_the_policy_is_told_of_the_request() -> None:
+    fleet = make_fleet(PAGE)
+    fleet.place(some_tokens(100), now=7.0, expected_tokens=9)
+    assert fleet.policy.query == KvQuery("m", 7.0, 100, 9)
+    (seen,) = fleet.policy.seen
+    assert (seen.order, seen.load) == (0, fleet.targets[0].load)
+
+
+def test_ranks_begin_with_the_speed_that_is_assumed_of_their_model() -> None:
+    assert make_fleet(PAGE).targets[0].load.prefill_tokens_per_second == SPEED
+
+
+# -- what is booked and expected
+
+
+def test_to_place_changes_nothing() -> None:
+    fleet = make_fleet(PAGE)
+    fleet.place(some_tokens(100))
+    assert fleet.predicted(some_tokens(100)) == [0]
+    assert fleet.targets[0].load.in_flight == 0
+
+
+def test_what_is_expected_spares_prefill_but_is_not_held() -> None:
+    fleet = make_fleet(PAGE, PAGE)
+    fleet.place(some_tokens(100), takes=1).book(NOW)
+    placed = fleet.place(some_tokens(100), takes=1)
+    assert [one.predicted_pages for one in fleet.policy.seen] == [0, 6]
+    assert [one.predicted_tokens for one in fleet.policy.seen] == [0, 96]
+    assert (placed.cached_tokens, placed.prefill_tokens) == (0, 4)
+    # Of the other rank nothing is expected.
+    placed = fleet.place(some_tokens(100))
+    assert (placed.cached_tokens, placed.prefill_tokens) == (0, 100)
+    # What is expected of a prompt loses its last page as well: 80 of 96.
+    assert fleet.place(some_tokens(96), takes=1).prefill_tokens == 16
+
+
+def test_the_more_of_held_and_expected_is_spared() -> None:
+    fleet = make_fleet(PAGE)
+    fleet.place(some_tokens(64)).book(NOW)
+    fleet.hold(0, some_tokens(32))
+    placed = fleet.place(some_tokens(100))
+    assert (placed.cached_tokens, placed.prefill_tokens) == (32, 36)  # 100 - 64
+    fleet.hold(0, some_tokens(80), skip=2)
+    placed = fleet.place(some_tokens(100))
+    assert (placed.cached_tokens, placed.prefill_tokens) == (80, 20)
+
+
+def test_nothing_is_expected_of_a_prompt_that_is_held_already() -> None:
+    fleet = make_fleet(PAGE)
+    fleet.hold(0, some_tokens(100))
+    fleet.place(some_tokens(100)).book(NOW)
+    assert fleet.predicted(some_tokens(100)) == [0]
+    assert fleet.targets[0].load.prefill_tokens_ahead(NOW) == 4
+    # One page more is not held.
+    fleet.place(some_tokens(112)).book(NOW)
+    assert fleet.predicted(some_tokens(112)) == [7]
+
+
+def test_expectations_are_of_a_namespace() -> None:
+    fleet = make_fleet(PAGE)
+    salted = fleet.index.hasher.seed("salt")
+    fleet.place(some_tokens(100), seed=salted).book(NOW)
+    assert fleet.predicted(some_tokens(100)) == [0]
+    assert fleet.predicted(some_tokens(100), seed=salted) == [6]
+
+
+def test_expectations_of_each_page_size() -> None:
+    fleet = make_fleet(16, 32)
+    fleet.place(some_tokens(100), takes=1).book(NOW)
+    assert fleet.predicted(some_tokens(100)) == [0, 3]
+    fleet.place(some_tokens(50), takes=0).book(NOW)
+    assert fleet.predicted(some_tokens(100)) == [3, 3]
+
+
+def test_a_start_settles_load_and_expectation() -> None:
+    fleet = make_fleet(PAGE)
+    load = fleet.targets[0].load
+    booking = fleet.place(some_tokens(100)).book(NOW)
+    assert (load.in_flight, load.running(NOW), load.prefill_tokens_ahead(NOW)) == (1, 0, 100)
+    booking.started(NOW + 1)
+    booking.started(NOW + 9)  # counts once
+    assert (load.in_flight, load.running(NOW + 1), load.prefill_tokens_ahead(NOW + 1)) == (1, 1, 0)
+    end = NOW + 1 + GRACE_SECONDS
+    booking.release(NOW + 1.5)
+    booking.release(NOW + 1.5)
+    assert load.in_flight == 0
+    assert fleet.predicted(some_tokens(100), end - 0.01) == [6]
+    assert fleet.predicted(some_tokens(100), end) == [0]
+
+
+def test_a_release_before_the_start_takes_both_back() -> None:
+    fleet = make_fleet(PAGE)
+    load = fleet.targets[0].load
+    booking = fleet.place(some_tokens(100)).book(NOW)
+    booking.release(NOW)
+    assert (load.in_flight, load.prefill_tokens_ahead(NOW)) == (0, 0)
+    assert fleet.predicted(some_tokens(100)) == [0]
+    booking.started(NOW)
+    assert (load.in_flight, load.running(NOW)) == (0, 0)
+    assert fleet.predicted(some_tokens(100)) == [0]
+
+
+def test_an_expectation_ends_when_an_unseen_prefill_should_have() -> None:
+    fleet = make_fleet(PAGE)
+    other = fleet.place(some_tokens(200, 5000)).book(NOW)
+    # 200 tokens before, 100 of its own, at 1000 a second: 0.3 s.
+    fleet.place(some_tokens(100)).book(NOW, streamed=False)
+    end = NOW + 0.3 + GRACE_SECONDS
+    assert fleet.predicted(some_tokens(100), end - 0.001) == [6]
+    assert fleet.predicted(some_tokens(100), end + 0.001) == [0]
+    # One that is streamed waits for its start, however late.
+    assert fleet.predicted(some_tokens(200, 5000), NOW + 500) == [12]
+    other.release(NOW + 500)
+
+
+def test_an_answer_that_is_not_streamed_may_also_come_sooner() -> None:
+    fleet = make_fleet(PAGE)
+    booking = fleet.place(some_tokens(100)).book(NOW, streamed=False)
+    booking.started(NOW + 0.05)
+    booking.release(NOW + 0.05)
+    end = NOW + 0.05 + GRACE_SECONDS
+    assert fleet.predicted(some_tokens(100), end - 0.001) == [6]
+    assert fleet.predicted(some_tokens(100), end + 0.001) == [0]
+
+
+def test_a_rank_that_lost_its_cache_is_forgotten_in_every_namespace_and_no_other() -> None:
+    fleet = make_fleet(16, 32, 16)
+    salted = fleet.index.hasher.seed("salt")
+    for takes in range(3):
+        fleet.place(some_tokens(100), takes=takes).book(NOW)
+        fleet.place(some_tokens(100), takes=takes, seed=salted).book(NOW)
+    fleet.placement.forget(fleet.targets[0])
+    assert fleet.predicted(some_tokens(100)) == [0, 3, 6]
+    assert fleet.predicted(some_tokens(100), seed=salted) == [0, 3, 6]
+    fleet.placement.forget(fleet.targets[1])
+    fleet.placement.forget(fleet.targets[1])
+    assert fleet.predicted(some_tokens(100)) == [0, 0, 6]
+
+
+# -- with the policies that are to be had
+
+
+def placed_on(fleet: Fleet, count: int) -> tuple[int, str]:
+    placed = fleet.placement.place(fleet.targets, some_tokens(count), 0, NOW)
+    return placed.target.order, placed.reason
+
+
+@pytest.mark.parametrize("kind", [CacheAwareZmq, MinTtft])
+def test_a_second_request_follows_the_first_and_a_holder_is_found(
+    kind: type[CacheAwareZmq | MinTtft],
+) -> None:
+    fleet = make_fleet(PAGE, PAGE, PAGE, policy=kind(Random(0)))
+    first = fleet.placement.place(fleet.targets, some_tokens(2000), 0, NOW)
+    assert first.reason in ("below_threshold", "miss")
+    booking = first.book(NOW)
+    booking.started(NOW)  # at once, so that no queue keeps others away
+    assert placed_on(fleet, 2000) == (first.target.order, "predicted")
+    fleet.hold(first.target.order, some_tokens(2000))
+    assert placed_on(fleet, 2000) == (first.target.order, "hit")
+    fleet.placement.forget(first.target)
+    assert placed_on(fleet, 2000) == (first.target.order, "hit")
+
+
+@pytest.mark.parametrize("kind", [CacheAwareZmq, MinTtft])
+def test_a_fleet_that_nothing_is_known_of_says_so(
+    kind: type[CacheAwareZmq | MinTtft],
+) -> None:
+    fleet = make_fleet(None, None, policy=kind(Random(0)))
+    assert placed_on(fleet, 100)[1] == "no_events"
+    fleet = make_fleet(PAGE, None, policy=kind(Random(0)))
+    assert placed_on(fleet, PAGE - 1)[1] == "short_prompt"
+    placed = fleet.placement.place(fleet.targets, None, 0, NOW)
+    assert placed.reason == "no_tokens"
