@@ -217,7 +217,7 @@ def load_trace(path: Path) -> list[TraceRequest]:
             continue
         try:
             line = decoder.decode(text)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         if len(line.hash_ids) * BLOCK_TOKENS < line.input_length:
             raise ValueError(f"{path}:{number}: hash_ids do not cover input_length")
