@@ -158,13 +158,12 @@ class TextEncoder:
             return self._encode(pieces, False)
         words = [self._find_words(piece) for piece in pieces]
         found = [self.words.get(each) for each in words]
-        gaps = [
-            (tokens, place, each[place])
-            for each, tokens in zip(words, found, strict=True)
-            if None in tokens
-            for place, known in enumerate(tokens)
-            if known is None
-        ]
+        gaps: list[tuple[list[bytes | None], int, str]] = []
+        for each, tokens in zip(words, found, strict=True):
+            place = -1
+            for _ in range(tokens.count(None)):
+                place = tokens.index(None, place + 1)
+                gaps.append((tokens, place, each[place]))
         if gaps:
             unknown = list(dict.fromkeys([word for _, _, word in gaps]))
             if len(unknown) > _NEW_WORDS_MAX:

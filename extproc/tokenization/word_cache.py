@@ -35,11 +35,13 @@ class WordCache:
         """The tokens of each word, uint32, None where they are not known."""
         found = list(map(self._young.get, words))
         if None in found and self._old:
-            old = self._old
-            for place, tokens in enumerate(found):
-                if tokens is None and (again := old.get(words[place])) is not None:
+            place = -1
+            for _ in range(found.count(None)):
+                place = found.index(None, place + 1)
+                word = words[place]
+                if (again := self._old.get(word)) is not None:
                     found[place] = again
-                    self.put(words[place], again)
+                    self.put(word, again)
         return found
 
     def put(self, word: str, tokens: bytes) -> None:

@@ -10,9 +10,11 @@ is not streamed starts when all is said, so its prefill is taken to end when it 
 """
 
 from collections import deque
-from typing import Final, Protocol
+from typing import Final
 
-__all__ = ["Booking", "LoadReport", "PrefillSpeed", "RankLoad"]
+from extproc.workers.load_report import EngineState, LoadReport, RunningPrefill
+
+__all__ = ["Booking", "PrefillSpeed", "RankLoad"]
 
 SPEED_DEFAULT_TOKENS_PER_SECOND: Final = 8000.0
 _SPEED_MIN_TOKENS_PER_SECOND: Final = 50.0
@@ -28,6 +30,10 @@ _SPEED_PRIOR_SECONDS: Final = 0.25
 
 # Engines report at least every second.
 _REPORT_FRESH_SECONDS: Final = 3.0
+# An end that we have seen may be missing in reports that come within that time, and the most
+# ends that are remembered for it.
+_REPORT_DELAY_SECONDS: Final = 0.25
+_RELEASES_MAX: Final = 256
 # While the engine tells its speed, what we measure from outside only blurs it.
 _ENGINE_SPEED_FRESH_SECONDS: Final = 60.0
 _ENGINE_SPEED_MIN_TOKENS: Final = 256
@@ -37,27 +43,6 @@ _TOKENS_MAX: Final = 1 << 40
 # How long a request decodes, until some have been seen to end, and how slowly that is forgotten.
 _DECODE_DEFAULT_SECONDS: Final = 5.0
 _DECODE_WEIGHT: Final = 1 / 32
-
-
-class LoadReport(Protocol):
-    """The fields of an engine's load report that are read here; counts since the start last."""
-
-    @property
-    def num_running_reqs(self) -> int: ...
-    @property
-    def num_waiting_reqs(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def max_total_num_tokens(self) -> int: ...
-    @property
-    def num_waiting_uncached_tokens(self) -> int | None: ...
-    @property
-    def max_running_requests(self) -> int | None: ...
-    @property
-    def total_prefill_uncached_tokens(self) -> int | None: ...
-    @property
-    def total_prefill_busy_us(self) -> int | None: ...
 
 
 class PrefillSpeed:
@@ -165,14 +150,17 @@ class RankLoad:
         "_queue",
         "_queued",
         "_queued_tokens",
+        "_released_at",
         "_report_at",
         "_report_number",
         "_reported_requests",
         "_reported_running",
         "_reported_tokens",
         "_reported_waiting_tokens",
+        "_running_prefill",
         "_speed",
         "_speed_counters",
+        "_strangers",
         "_tokens_booked",
     )
 
@@ -195,6 +183,10 @@ class RankLoad:
         self._reported_waiting_tokens: int | None = None
         self._reported_tokens: tuple[int, int] | None = None  # used and capacity
         self._max_running: int | None = None
+        # What others have sent can only be inferred, and matters only if there are others.
+        self._running_prefill = RunningPrefill()
+        self._strangers = False
+        self._released_at: deque[float] = deque(maxlen=_RELEASES_MAX)
         # Own bookings less own releases, and tokens booked, since the report.
         self._net_booked = 0
         self._tokens_booked = 0
@@ -224,6 +216,8 @@ class RankLoad:
         running, waiting = stat.num_running_reqs, stat.num_waiting_reqs
         if not (0 <= running <= _REQUESTS_MAX and 0 <= waiting <= _REQUESTS_MAX):
             return
+        if now - self._report_at > _REPORT_FRESH_SECONDS:
+            self._running_prefill.forget()
         self._report_at = now
         self._report_number += 1
         self._net_booked = 0
@@ -235,6 +229,19 @@ class RankLoad:
         self._reported_waiting_tokens = uncached if sane else None
         used, capacity = stat.num_tokens, stat.max_total_num_tokens
         self._reported_tokens = (used, capacity) if 0 <= used <= capacity <= _TOKENS_MAX else None
+        self._running_prefill.read(
+            EngineState(
+                running,
+                waiting,
+                self._reported_waiting_tokens,
+                None if self._reported_tokens is None else used,
+                stat.total_prefill_uncached_tokens,
+            ),
+            now,
+        )
+        while self._released_at and self._released_at[0] < now - _REPORT_DELAY_SECONDS:
+            self._released_at.popleft()
+        self._strangers = running + waiting > self._open + len(self._released_at)
         limit = stat.max_running_requests
         self._max_running = limit if limit is not None and 0 < limit <= _REQUESTS_MAX else None
         self._learn_from_counters(
@@ -280,7 +287,10 @@ class RankLoad:
         if waiting is not None:
             age = now - self._report_at
             if age <= _REPORT_FRESH_SECONDS:
-                return max(ahead, waiting + self._tokens_booked - age * speed)
+                reported: float = waiting + self._tokens_booked
+                if self._strangers:
+                    reported += self._running_prefill.tokens_left(self._report_at, speed)
+                return max(ahead, reported - age * speed)
         return ahead
 
     def slot_wait_seconds(self, prompt_tokens: int, now: float) -> float:
@@ -333,6 +343,7 @@ class RankLoad:
     def _release(self, booking: Booking, now: float) -> None:
         self._open -= 1
         self._net_booked -= 1
+        self._released_at.append(now)
         if booking._queued:
             self._settle_unseen(now, self._speed.tokens_per_second)
         if booking._queued:

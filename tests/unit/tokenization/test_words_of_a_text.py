@@ -34,10 +34,15 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
 
-@settings(max_examples=300)
+@pytest.fixture(scope="module")
+def encoder(tokenizer: Any) -> TextEncoder:
+    return TextEncoder(tokenizer, 1 << 20)
+
+
+@settings(max_examples=200)
 @given(text=TEXTS)
-def test_words_have_the_tokens_of_the_text(tokenizer: Any, text: str) -> None:
-    encoder = TextEncoder(tokenizer, 1 << 20)
+def test_words_have_the_tokens_of_the_text(tokenizer: Any, encoder: TextEncoder, text: str) -> None:
+    encoder.words = WordCache(1 << 20)
     whole = tokenizer.encode(text, add_special_tokens=False).ids
     for _ in range(2):  # new, and known
         assert encoder._find_words is not None
