@@ -1,4 +1,4 @@
-"""Header names that steer Envoy or this service: what a client may not say, nor a worker tell.
+"""Header names that steer Envoy, this service or an engine: what a client may not say, nor a worker tell.
 
 A request header is an instruction once a filter or the router reads it. All of these are
 removed by name before any filter sees the request; the ones we use are set again by our own
@@ -28,6 +28,17 @@ _OURS: Final = (
     "x-extproc-worker",
 )
 _ENDPOINT_PICKER: Final = (DESTINATION, f"{DESTINATION}-served", f"{DESTINATION}-subset")
+# Headers by which SGLang takes a rank, a prefill partner or a priority in place of the body's.
+_ENGINE: Final = (
+    "x-data-parallel-rank",
+    "x-override-bootstrap-host",
+    "x-override-bootstrap-port",
+    "x-override-bootstrap-room",
+    "x-override-disagg-prefill-dp-rank",
+    "x-override-priority",
+    "x-override-rid",
+    "x-override-routed-dp-rank",
+)
 # Headers by which Envoy's router, retries, tracing or original-destination clusters take
 # orders. Envoy drops some of them itself from clients it calls external; which clients are
 # external is a setting of the deployment, so nothing is left to it.
@@ -64,7 +75,7 @@ def removed_from(config: Config) -> list[str]:
 
     `x-extproc-debug` stays only where the operator has switched debug headers on.
     """
-    names = {*_OURS, *_ENDPOINT_PICKER, *_ENVOY}
+    names = {*_OURS, *_ENDPOINT_PICKER, *_ENGINE, *_ENVOY}
     names |= {config.envoy.cluster_header, config.envoy.model_header}
     if not config.observability.debug_headers:
         names.add(DEBUG_HEADER)

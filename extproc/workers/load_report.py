@@ -44,13 +44,17 @@ class EngineState(NamedTuple):
 
 
 class RunningPrefill:
-    """The prompt at work on one rank."""
+    """The prompt at work on one rank.
 
-    __slots__ = ("_before", "_since", "_tokens")
+    An engine may count what it has prefilled when a prompt is done, or after every piece of it.
+    """
+
+    __slots__ = ("_before", "_exact", "_since", "_tokens")
 
     def __init__(self) -> None:
         self._before: EngineState | None = None
         self._tokens = 0
+        self._exact = False
         self._since = 0.0
 
     def forget(self) -> None:
@@ -61,28 +65,22 @@ class RunningPrefill:
     def read(self, state: EngineState, now: float) -> None:
         """The next report."""
         before, self._before = self._before, state
-        if before is not None:
-            began = _began(before, state)
-            if began is not None:
-                self._tokens, self._since = began, now
+        if before is None:
+            return
+        left_queue = _increase(state.waiting_tokens, before.waiting_tokens)
+        came_to_memory = _increase(before.used_tokens, state.used_tokens)
+        if state.waiting < before.waiting and left_queue:
+            self._tokens, self._exact, self._since = left_queue, True, now
+        elif state.running > before.running and came_to_memory:
+            self._tokens, self._exact, self._since = came_to_memory, False, now
+        elif state.prefilled_tokens != before.prefilled_tokens:
+            done = _increase(before.prefilled_tokens, state.prefilled_tokens)
+            self._tokens = max(0, self._tokens - done) if self._exact and done else 0
+            self._since = now
 
     def tokens_left(self, now: float, tokens_per_second: float) -> float:
         return max(0.0, self._tokens - max(0.0, now - self._since) * tokens_per_second)
 
 
-def _began(before: EngineState, state: EngineState) -> int | None:
-    """Tokens of the prompt that has come to work in between; None if it is still the same."""
-    if state.waiting < before.waiting and _less(state.waiting_tokens, before.waiting_tokens):
-        return _difference(before.waiting_tokens, state.waiting_tokens)
-    if state.running > before.running and _less(before.used_tokens, state.used_tokens):
-        return _difference(state.used_tokens, before.used_tokens)
-    # One is done, and none has followed.
-    return 0 if state.prefilled_tokens != before.prefilled_tokens else None
-
-
-def _less(one: int | None, other: int | None) -> bool:
-    return one is not None and other is not None and one < other
-
-
-def _difference(one: int | None, other: int | None) -> int:
-    return (one or 0) - (other or 0)
+def _increase(before: int | None, after: int | None) -> int:
+    return max(0, after - before) if before is not None and after is not None else 0

@@ -26,11 +26,17 @@ class Pool:
         self.urls = [worker.url for worker in running.fleet.workers]
 
     async def post(
-        self, path: str, body: dict[str, Any], url: str | None = None
+        self,
+        path: str,
+        body: dict[str, Any],
+        url: str | None = None,
+        headers: dict[str, str] | None = None,
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """The answer and the debug headers, from Envoy or from one worker."""
         async with self.running.http.post(
-            f"{url or self.running.url}{path}", json={"model": "m"} | body, headers=DEBUG
+            f"{url or self.running.url}{path}",
+            json={"model": "m"} | body,
+            headers=DEBUG | (headers or {}),
         ) as answer:
             assert answer.status == 200, await answer.text()
             names = ("worker", "reason", "overlap", "policy")
@@ -183,8 +189,15 @@ async def test_the_engine_is_told_which_rank_holds_the_prefix(pool: StartPool, m
         body, shown = await fleet.chat(LONG, **fields)
         assert shown["reason"] == "hit"
         assert body["usage"]["prompt_tokens_details"]["cached_tokens"] > 800
+    message = {"role": "user", "content": LONG}
+    body, _ = await fleet.post(
+        "/v1/chat/completions",
+        {"messages": [message], "max_tokens": 2},
+        headers={"x-data-parallel-rank": "1"},
+    )
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] > 800
     requests = await fleet.running.fleet.requests()
-    assert [request["rank"] for request in requests] == [2, 2, 2]
+    assert [request["rank"] for request in requests] == [2, 2, 2, 2]
     # A body of several pieces in the modes that stream them.
     pad = "x" * 300_000
     body, shown = await fleet.chat(pad)

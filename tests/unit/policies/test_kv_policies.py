@@ -351,6 +351,8 @@ def test_work_counts_more_the_longer_the_queue_that_nobody_can_avoid() -> None:
     # The queue of 2.5 s more that was not worth it beside an idle rank. Here all wait 2 s:
     # weight 1 + 0.5 + 2 * 2 = 5.5; 4.5 + 0.5 * 5.5 = 7.25 against 2.0 + 2.0 * 5.5 = 13.0.
     assert ttft([queue(36_000, device=12_000), queue(16_000)]) == (0, "hit")
+    # 11.5 + 0.5 * 5.5 = 14.25: not worth it here either.
+    assert ttft([queue(92_000, device=12_000), queue(16_000)]) == (1, "spread")
 
 
 def test_the_weight_of_work_has_a_limit() -> None:
@@ -358,8 +360,8 @@ def test_the_weight_of_work_has_a_limit() -> None:
     behind = queue(160_000)  # 20 + 2.0 * 21 = 62
     # 40 + 0.5 * 21 = 50.5
     assert ttft([queue(320_000, device=12_000), behind]) == (0, "hit")
-    # 60 + 0.5 * 21 = 70.5; with a weight of 41.5 it had been 80.75 against 103.
-    assert ttft([queue(480_000, device=12_000), behind]) == (1, "spread")
+    # 56 + 0.5 * 21 = 66.5; with a weight of 41.5 it had been 76.75 against 103.
+    assert ttft([queue(448_000, device=12_000), behind]) == (1, "spread")
 
 
 def test_what_nobody_holds_goes_where_the_queue_is_shortest() -> None:
