@@ -1,4 +1,6 @@
-"""Header names that steer Envoy, this service or an engine: what a client may not say, nor a worker tell.
+"""Header names that steer Envoy, this service or an engine.
+
+What a client may not say, and what of it a worker may not tell.
 
 A request header is an instruction once a filter or the router reads it. All of these are
 removed by name before any filter sees the request; the ones we use are set again by our own
