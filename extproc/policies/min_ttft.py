@@ -23,7 +23,7 @@ __all__ = ["MinTtft"]
 # more for each second of queue that nobody can avoid.
 _WORK_WEIGHT: Final = 0.5
 _WORK_WEIGHT_PER_QUEUED_SECOND: Final = 2.0
-_WORK_WEIGHT_MAX: Final = 20.0
+_WORK_WEIGHT_MAX: Final = 100.0
 # How much a request that decodes slows down a prefill beside it.
 _RUNNING_SECONDS: Final = 0.001
 # Estimates this near to the best are equally good, and one of them is drawn: speeds are not known
