@@ -358,10 +358,10 @@ def test_work_counts_more_the_longer_the_queue_that_nobody_can_avoid() -> None:
 def test_the_weight_of_work_has_a_limit() -> None:
     # All wait 60 s: 0.5 + 2 * 60 = 120.5, but not more than 100, so that the weight is 101.
     behind = queue(480_000)  # 60 + 2.0 * 101 = 262
-    # 200 + 0.5 * 101 = 250.5
-    assert ttft([queue(1_600_000, device=12_000), behind]) == (0, "hit")
-    # 220 + 0.5 * 101 = 270.5; with a weight of 121.5 it had been 280.75 against 303.
-    assert ttft([queue(1_760_000, device=12_000), behind]) == (1, "spread")
+    # 180 + 0.5 * 101 = 230.5
+    assert ttft([queue(1_440_000, device=12_000), behind]) == (0, "hit")
+    # 226 + 0.5 * 101 = 276.5; with a weight of 121.5 it had been 286.75 against 303.
+    assert ttft([queue(1_808_000, device=12_000), behind]) == (1, "spread")
 
 
 def test_what_nobody_holds_goes_where_the_queue_is_shortest() -> None:
