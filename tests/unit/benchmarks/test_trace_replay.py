@@ -17,12 +17,22 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from benchmarks.trace_fleet import BLOCK_TOKENS, TraceRequest, apply_events, pages_of, tokens_of
+from benchmarks.trace_fleet import (
+    BLOCK_TOKENS,
+    FleetSettings,
+    TraceRequest,
+    apply_events,
+    pages_of,
+    tokens_of,
+)
+from benchmarks.trace_fleet import replay as replay_trace
 from benchmarks.trace_replay import load_trace, main
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher
-from extproc.simulator.cache_events import Cleared, Removed
+from extproc.kv.wire import LoadStat
+from extproc.simulator.cache_events import CacheEvent, Cleared, Removed
 from extproc.simulator.radix_cache import RadixCache
+from extproc.simulator.time_model import TimeModel
 
 ROOT: Final = Path(__file__).parents[3]
 SMALL: Final = ROOT / "tests" / "fixtures" / "small-trace.jsonl"
@@ -240,6 +250,90 @@ def test_pages_smaller_than_blocks_find_no_less(replay: Replay) -> None:
     arguments = ("--workers", "1", "--policy", "min_ttft", "--capacity-tokens", ENDLESS)
     (large,), (small,) = replay(*arguments), replay(*arguments, "--page", "64")
     assert small["cached_ratio"] == small["bound_ratio"] >= large["cached_ratio"]
+
+
+# -- what gets out of a worker
+
+
+class Listener:
+    """A router that has one worker, and notes what it is told and when, to the millisecond."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.loads: list[tuple[float, LoadStat]] = []
+        self.starts: list[float] = []
+        self.ends: list[float] = []
+
+    def route(self, request: TraceRequest, now: float) -> tuple[int, "Listener"]:
+        return 0, self
+
+    def cache_changed(self, worker: int, events: Sequence[CacheEvent]) -> None:
+        self.events += [type(event).__name__ for event in events]
+
+    def load_changed(self, worker: int, stat: LoadStat, now: float) -> None:
+        self.loads.append((round(now, 3), stat))
+
+    def started(self, now: float) -> None:
+        self.starts.append(round(now, 3))
+
+    def release(self, now: float) -> None:
+        self.ends.append(round(now, 3))
+
+
+@pytest.mark.parametrize("load_stat", [False, True])
+def test_a_worker_tells_of_its_work_a_moment_late(load_stat: bool) -> None:
+    settings = FleetSettings(
+        workers=1,
+        capacity_tokens=8192,
+        page_tokens=512,
+        times=TimeModel(prefill_tokens_per_second=1024.0, seconds_per_token=0.1),
+        event_delay_seconds=0.05,
+        load_stat=load_stat,
+    )
+    trace = [
+        # Prefilled at 1.0, and 2 tokens after the first: over at 1.2.
+        TraceRequest(arrived_at=0.0, input_tokens=1024, output_tokens=3, blocks=(1, 2)),
+        # Begun at 1.0 and 512 tokens short of the whole: prefilled and over at 1.5.
+        TraceRequest(arrived_at=0.5, input_tokens=1024, output_tokens=1, blocks=(1, 2)),
+        # 5.5
+        TraceRequest(arrived_at=5.0, input_tokens=512, output_tokens=1, blocks=(3,)),
+    ]
+    listener = Listener()
+    run = replay_trace(trace, settings, listener)
+    assert listener.starts == [1.0, 1.5, 5.5]
+    assert listener.ends == [1.2, 1.5, 5.5]
+    assert listener.events == ["Cleared", "Stored", "Stored"]
+    assert run.ttft_seconds == pytest.approx([1.0, 1.0, 0.5])
+    assert (run.input_tokens, run.cached_tokens, run.prefill_tokens) == (2560, 512, [2048])
+    told = [
+        (
+            at,
+            stat.num_running_reqs,
+            stat.num_waiting_reqs,
+            stat.num_waiting_uncached_tokens,
+            stat.num_tokens,
+            stat.total_prefill_uncached_tokens,
+            stat.total_prefill_busy_us,
+        )
+        for at, stat in listener.loads
+    ]
+    assert all(stat.max_total_num_tokens == 8192 for _, stat in listener.loads)
+    # When it comes, running, waiting, tokens to prefill of these, in use, prefilled, and in µs.
+    expected = [
+        (0.05, 0, 0, 0, 0, 0, 0),
+        (0.05, 1, 0, 0, 1024, 0, 0),
+        (0.55, 1, 1, 1024, 1024, 0, 0),
+        (1.05, 2, 0, 0, 2048, 1024, 1_000_000),
+        (1.25, 1, 0, 0, 1024, 1024, 1_000_000),
+        (1.55, 1, 0, 0, 1024, 1536, 1_500_000),
+        (1.55, 0, 0, 0, 0, 1536, 1_500_000),
+        # A second after the last word.
+        *((at, 0, 0, 0, 0, 1536, 1_500_000) for at in (2.55, 3.55, 4.55)),
+        (5.05, 1, 0, 0, 512, 1536, 1_500_000),
+        (5.55, 1, 0, 0, 512, 2048, 2_000_000),
+        (5.55, 0, 0, 0, 0, 2048, 2_000_000),
+    ]
+    assert told == (expected if load_stat else [])
 
 
 # -- traces

@@ -300,7 +300,7 @@ def test_of_predicted_holders_the_deepest_then_the_least_loaded_then_any() -> No
 
 # -- min_ttft
 #
-# Costs in the comments: wait + work * (1 + min(0.5 + 2 * shortest wait of all, 20)), in seconds,
+# Costs in the comments: wait + work * (1 + min(0.5 + 2 * shortest wait of all, 100)), in seconds,
 # at 8000 tokens a second; what is within 5 % of the lowest, or 5 ms, is drawn from.
 
 

@@ -204,6 +204,34 @@ def test_an_unseen_prefill_that_failed_leaves_the_queue() -> None:
     assert ahead(load, 1.0, 1.5) == [100, 50]
 
 
+def test_a_queue_that_ran_empty_unseen_begins_with_the_next() -> None:
+    load = make_load()
+    load.book(100, 0.0, streamed=False)  # over at 1.0
+    load.book(100, 5.0)
+    assert ahead(load, 5.5) == [50]
+
+
+def test_a_head_released_behind_an_unseen_prefill_gives_its_turn_to_the_next() -> None:
+    load = make_load()
+    load.book(100, 0.0, streamed=False)  # over at 1.0
+    head = load.book(100, 0.0)
+    load.book(50, 0.0)
+    head.release(1.5)
+    assert ahead(load, 1.5, 1.75) == [50, 25]
+
+
+def test_a_start_says_nothing_of_who_came_later_or_has_left() -> None:
+    load = make_load()
+    load.book(200, 0.0, streamed=False)
+    load.book(200, 0.0, streamed=False).release(0.0)
+    load.book(200, 0.0).release(0.0)
+    seen = load.book(50, 0.0)
+    load.book(70, 0.0, streamed=False)
+    seen.started(1.0)
+    assert ahead(load, 1.0, 1.5) == [70, 20]
+    assert (load.in_flight, load.running(1.5)) == (3, 2)
+
+
 # -- speed
 #
 # What is learnt is a sum of tokens by a sum of seconds; it begins with 0.25 s of what was known.
@@ -310,7 +338,10 @@ def test_nothing_is_learnt_from_what_was_not_seen() -> None:
     second.started(1.0)
     first.started(2.0)
     assert load.prefill_tokens_per_second == SPEED
-    # What follows in order is seen again.
+    # What follows in order is seen again; before, an unseen one was passed over in order.
+    load = make_load()
+    load.book(1000, 0.0, streamed=False)
+    load.book(200, 0.0).started(2.0)
     load.book(1000, 2.0).started(7.0)
     assert load.prefill_tokens_per_second == pytest.approx((25 + 1000) / (0.25 + 5.0))
 
@@ -413,6 +444,26 @@ def test_absurd_waiting_tokens_are_as_if_not_told(tokens: int | None) -> None:
     assert ahead(load, 0.0) == [7]
 
 
+def test_a_report_may_be_as_large_as_an_engine_can_be() -> None:
+    load = make_load()
+    tokens = 1 << 40
+    load.report(
+        Report(
+            num_running_reqs=100_000,
+            num_waiting_reqs=100_000,
+            num_waiting_uncached_tokens=tokens,
+            max_running_requests=100_000,
+            num_tokens=tokens,
+            max_total_num_tokens=tokens,
+        ),
+        0.0,
+    )
+    assert (load.requests(0.0), load.running(0.0)) == (200_000, 100_000)
+    assert ahead(load, 0.0) == [tokens]
+    # 100 001 of 100 000 have to end, after 5 s.
+    assert load.slot_wait_seconds(1, 0.0) == pytest.approx(5.00005)
+
+
 # -- the counters of reports
 
 
@@ -480,7 +531,8 @@ def test_while_the_engine_tells_its_speed_it_is_not_measured() -> None:
     [
         # Nothing is known.
         (Report(num_running_reqs=50, num_waiting_reqs=50), 0, 1000, 0.0),
-        # A place is free: 7 + 1 <= 8.
+        # Places are free: 2 + 1 and 7 + 1 <= 8.
+        (Report(num_running_reqs=2, max_running_requests=8), 0, 1000, 0.0),
         (Report(num_running_reqs=7, max_running_requests=8), 0, 1000, 0.0),
         # One of 8 has to end, which takes 5 s each: 1 * 5 / 8.
         (Report(num_running_reqs=8, max_running_requests=8), 0, 1000, 0.625),
