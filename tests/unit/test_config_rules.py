@@ -7,7 +7,7 @@ import pytest
 from extproc.config import Config
 from extproc.config_loading import parse_config
 
-from .configs import at, config, discovery, problem_of, problems_of, raw_config
+from .configs import URL, at, config, discovery, problem_of, problems_of, raw_config
 
 SOCKET_PATH_MAX = 107
 
@@ -20,9 +20,31 @@ def models(*ids: str) -> dict[str, Any]:
     return raw_config(models=[{"id": each} for each in ids])
 
 
+def kv_model(*entries: dict[str, Any], policy: str = "min_ttft") -> dict[str, Any]:
+    """One model with these entries in `kv_events`, and one worker."""
+    given = [{"endpoint": "tcp://*:5557", "block_size": 16} | entry for entry in entries]
+    model = {"id": "m", "policy": policy, "tokenizer_path": "/models/m", "kv_events": given}
+    return raw_config(models=[model])
+
+
 @pytest.mark.parametrize(
     ("raw", "key"),
     [
+        (raw_config(models=[{"id": "m", "policy": "min_ttft"}]), "models[0].tokenizer_path"),
+        (raw_config(models=[{"id": "m", "policy": "cache_aware_zmq"}]), "models[0].tokenizer_path"),
+        (kv_model({}, policy="random"), "models[0].kv_events"),
+        (kv_model({}, {}), "models[0].kv_events[1].url"),
+        (kv_model({"url": URL}, {"url": f"{URL}/"}), "models[0].kv_events[1].url"),
+        (kv_model({"url": "http://10.9.9.9:1"}), "models[0].kv_events[0].url"),
+        (kv_model({"url": "not a url"}), "models[0].kv_events[0].url"),
+        (kv_model({"endpoint": "ipc:///tmp/a"}), "models[0].kv_events[0].endpoint"),
+        (kv_model({"endpoint": "tcp://*"}), "models[0].kv_events[0].endpoint"),
+        (kv_model({"endpoint": "tcp://*:0"}), "models[0].kv_events[0].endpoint"),
+        (kv_model({"endpoint": "tcp://*:65535", "dp_size": 2}), "models[0].kv_events[0].endpoint"),
+        (
+            kv_model({"replay_endpoint": "tcp://*:65535", "dp_size": 2}),
+            "models[0].kv_events[0].replay_endpoint",
+        ),
         (raw_config(models=[]), "models"),
         (models("m", "m"), "models[1].id"),
         (models("m", "n", "m"), "models[2].id"),
@@ -136,3 +158,10 @@ def test_a_loaded_configuration_can_not_be_changed() -> None:
     loaded: Any = config()
     with pytest.raises(AttributeError):
         loaded.server.port = 1
+
+
+def test_workers_can_differ_in_where_they_publish() -> None:
+    parsed = parse_config(
+        kv_model({}, {"url": URL, "endpoint": "tcp://10.0.0.9:7000", "topic": "kv"})
+    )
+    assert [entry.url for entry in parsed.models[0].kv_events] == [None, URL]

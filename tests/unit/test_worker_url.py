@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.worker_url import WorkerUrl, format_endpoint, parse_worker_url
+from extproc.worker_url import WorkerUrl, format_endpoint, parse_kv_endpoint, parse_worker_url
 
 
 @pytest.mark.parametrize(
@@ -139,3 +139,28 @@ def test_every_address_survives_a_round_trip(address: object, port: int) -> None
     url = WorkerUrl("http", str(address), port)
     assert str(parse_worker_url(str(url))) == str(url)
     assert parse_worker_url(str(url)).is_ip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tcp://*:5557", (None, 5557)),
+        ("tcp://0.0.0.0:5557", (None, 5557)),
+        ("tcp://:::5557", (None, 5557)),
+        ("tcp://[::]:5557", (None, 5557)),
+        ("tcp://10.0.0.1:1", ("10.0.0.1", 1)),
+        ("tcp://[2001:db8::1]:65535", ("2001:db8::1", 65535)),
+        ("tcp://engine-0.pods:5557", ("engine-0.pods", 5557)),
+    ],
+)
+def test_where_an_engine_publishes(text: str, expected: tuple[str | None, int]) -> None:
+    assert parse_kv_endpoint(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "tcp://", "tcp://*", "tcp://*:", "tcp://*:65536", "udp://*:1", "tcp://a b:1", "*:1"],
+)
+def test_what_is_no_such_place(text: str) -> None:
+    with pytest.raises(ValueError, match="tcp://host:port"):
+        parse_kv_endpoint(text)

@@ -1,0 +1,87 @@
+"""What is known of KV caches and tokens, as it is at the scrape."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from extproc.admin.kv_collector import EncoderCollector, KvCollector
+from extproc.config import ModelConfig
+from extproc.policies.factory import create_kv_policy
+from extproc.routing.placement import Placement
+from extproc.routing.rank_book import RankBook
+from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
+from extproc.tokenization.prompts import read_prompt
+from extproc.workers.worker import KvEvents
+from tests.fakes import FakeClock, make_worker
+from tests.unit.simulator.model_folders import model_folder
+
+URL = "http://10.0.0.1:8000"
+
+
+@pytest.fixture
+async def ranks() -> AsyncIterator[RankBook]:
+    """A book with one worker of two ranks; nobody listens at their ports."""
+    book = RankBook(FakeClock(), max_pages=10_000)
+    model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
+    book.serve("m", Placement(create_kv_policy(model, Random(0)), book.picture.index))
+    events = KvEvents(host="127.0.0.1", port=1, block_size=4, dp_size=2)
+    book.joined(make_worker(URL, kv_events=events))
+    yield book
+    await book.picture.close()
+
+
+async def test_ranks_are_shown_while_they_are_followed(ranks: RankBook) -> None:
+    registry = CollectorRegistry()
+    registry.register(KvCollector(ranks, FakeClock()))
+    (_, target), _ = list(ranks)
+    key = next(iter(ranks.picture.states()))
+    state = ranks.picture.state(key)
+    assert state is not None
+    tokens = np.arange(8, dtype=np.uint64)
+    ranks.picture.index.store(state.holder, [1, 2], None, tokens, 4)
+    ranks.picture.index.store(state.holder, [3], 7, tokens[:4], 4)  # of a parent nobody knows
+    target.load.book(500, 0.0)
+
+    def sample(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, labels)
+
+    labels = {"worker": URL, "rank": "0"}
+    assert sample("extproc_kv_rank_pages", **labels, tier="device") == 2
+    assert sample("extproc_kv_rank_trusted", **labels) == 0
+    assert sample("extproc_kv_last_event_age_seconds", **labels) is None
+    assert sample("extproc_rank_requests", **labels) == 1
+    assert sample("extproc_rank_requests", worker=URL, rank="1") == 0
+    assert sample("extproc_kv_pages") == 2
+    assert sample("extproc_kv_index_bytes") == 500
+    assert sample("extproc_kv_ranks") == sample("extproc_kv_ranks_untrusted") == 2
+    assert sample("extproc_kv_pages_kept_out_total", why="unknown_parent") == 1
+    await ranks.left(target.worker)
+    assert URL.encode() not in generate_latest(registry)
+    assert sample("extproc_kv_ranks") == 0
+
+
+async def test_tokenization_is_counted_by_model(tmp_path: Path) -> None:
+    encoder = PromptEncoder.load(Path(model_folder(tmp_path)), EncoderSettings())
+    registry = CollectorRegistry()
+    registry.register(EncoderCollector({"m": encoder}))
+    body = b'{"model": "m", "messages": [{"role": "user", "content": "hello hello hello"}]}'
+    for _ in range(2):
+        encoded = await encoder.encode(read_prompt("/v1/chat/completions", body))
+        assert encoded.ids is not None
+
+    def sample(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model": "m", **labels})
+
+    assert sample("extproc_tokenizations_total", place="loop") == 2
+    assert sample("extproc_tokenizations_total", place="thread") == 0
+    hits = sample("extproc_token_segments_total", result="hit")
+    misses = sample("extproc_token_segments_total", result="miss")
+    assert hits == misses
+    assert hits
+    assert (sample("extproc_token_cache_bytes") or 0) > 0
+    assert sample("extproc_token_cache_enabled") == 1
+    encoder.close()
