@@ -1,8 +1,8 @@
 """Text to token ids: in pieces that are remembered where that gives the same ids, else whole.
 
-Every call goes to `encode_batch_fast`: it computes no offsets, and unlike `encode` it lets other
-threads run meanwhile (tokenizers 0.23). It runs in the calling thread: how many texts are encoded
-side by side is decided by whoever calls, so the library's own pool stays off.
+All but a few words go to `encode_batch_fast`: it computes no offsets, and unlike `encode` it lets
+other threads run meanwhile (tokenizers 0.23). It runs in the calling thread: how many texts are
+encoded side by side is decided by whoever calls, so the library's own pool stays off.
 
 What is not found as a piece is looked up once more by its words, where it can be cut into them.
 
@@ -46,6 +46,7 @@ _WORDS_SHARE: Final = 8
 # them are learnt.
 _NEW_WORDS_MAX: Final = 256
 _NEW_WORDS_LEARNT: Final = 32
+_FEW_WORDS: Final = 16
 
 
 class _Serialised(Struct):
@@ -175,19 +176,31 @@ class TextEncoder:
         return [b"".join(tokens) for tokens in found]  # type: ignore[arg-type]
 
     def _learn(self, words: list[str]) -> dict[str, bytes]:
-        learnt = dict(zip(words, self._encode(words, False), strict=True))
+        few = len(words) <= _FEW_WORDS
+        encoded = self._encode_few(words) if few else self._encode(words, False)
+        learnt = dict(zip(words, encoded, strict=True))
         for word, tokens in learnt.items():
             self.words.put(word, tokens)
         return learnt
+
+    def _encode_few(self, words: Sequence[str]) -> list[bytes]:
+        """Some microseconds of work, in which other threads need not run.
+
+        Letting them run costs more than that while many requests are served.
+        """
+        encode = self._tokenizer.encode
+        try:
+            return [
+                array(_UINT32, encode(w, add_special_tokens=False).ids).tobytes() for w in words
+            ]
+        except BaseException as error:
+            raise _refused(error) from None
 
     def _encode(self, texts: Sequence[str], with_special: bool) -> list[bytes]:
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=with_special)
         except BaseException as error:
-            # The library's panics are no Exceptions.
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise EncodeFailedError("the tokenizer refused a text") from None
-            raise
+            raise _refused(error) from None
         return [array(_UINT32, encoding.ids).tobytes() for encoding in encodings]
 
     def _keep(self, pieces: list[str], fresh: list[bytes]) -> None:
@@ -197,6 +210,13 @@ class TextEncoder:
                 room -= self.cache.put(piece, tokens)
                 if room <= 0:
                     break
+
+
+def _refused(error: BaseException) -> BaseException:
+    """What to raise for what the library has raised; its panics are no Exceptions."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return EncodeFailedError("the tokenizer refused a text")
+    return error
 
 
 def _ids(tokens: bytes) -> NDArray[np.uint64]:
