@@ -180,7 +180,16 @@ def _placeholder(hint: Any) -> Any:
     if nested is not None:
         return _section(nested, {}, "-", _Findings())
     choices = _choices(hint)
-    return choices[0] if choices else "-"
+    return choices[0] if choices else _least_number(hint) or "-"
+
+
+def _least_number(hint: Any) -> int | None:
+    """The lowest that a number of this type may be; None for a type that is no number."""
+    if get_origin(hint) is not Annotated:
+        return None
+    kind, *notes = get_args(hint)
+    least = [note.ge for note in notes if isinstance(note, msgspec.Meta) and note.ge is not None]
+    return math.ceil(max(least, default=1)) if kind in (int, float) else None
 
 
 def _field(hint: Any, raw: object, name: str, path: str, found: _Findings) -> Any:

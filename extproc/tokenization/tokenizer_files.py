@@ -55,8 +55,12 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
 
     Raises TokenizerError.
     """
-    folder, file = (path, path / _TOKENIZER) if path.is_dir() else (path.parent, path)
-    if not file.is_file():
+    try:
+        folder, file = (path, path / _TOKENIZER) if path.is_dir() else (path.parent, path)
+        found = file.is_file()
+    except OSError as error:
+        raise TokenizerError(f"{path}: can not be read: {error.strerror}") from error
+    if not found:
         raise TokenizerError(f"{file}: no such file; a folder with {_TOKENIZER} is needed")
     try:
         tokenizer = Tokenizer.from_file(str(file))

@@ -165,3 +165,10 @@ def test_workers_can_differ_in_where_they_publish() -> None:
         kv_model({}, {"url": URL, "endpoint": "tcp://10.0.0.9:7000", "topic": "kv"})
     )
     assert [entry.url for entry in parsed.models[0].kv_events] == [None, URL]
+
+
+@pytest.mark.parametrize("missing", ["block_size", "endpoint"])
+def test_an_entry_without_a_needed_key_is_named(missing: str) -> None:
+    raw = kv_model({})
+    del raw["models"][0]["kv_events"][0][missing]
+    assert f"models[0].kv_events[0].{missing}: this key is required" in problems_of(raw)
