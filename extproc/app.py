@@ -52,6 +52,8 @@ __all__ = ["App", "load_encoders", "run_app"]
 _log = structlog.get_logger()
 
 _LAG_PROBE_SECONDS = 0.5
+# Of the time for a decision: a prompt without tokens by then is routed without them.
+_PATIENCE_SHARE = 0.5
 _GC_YOUNG_OBJECTS = 20_000
 
 
@@ -127,7 +129,14 @@ class App:
             destinations_max=(
                 1 if config.envoy.destination == "single" else 1 + config.proxy.fallback_workers
             ),
-            kv=KvRouting(placements, encoders, self.ranks, self.metrics, self._clock),
+            kv=KvRouting(
+                placements,
+                encoders,
+                self.ranks,
+                self.metrics,
+                self._clock,
+                patience_seconds=config.server.step_deadline_secs * _PATIENCE_SHARE,
+            ),
             token_endpoints=TokenEndpoints(encoders),
         )
         forwarded = f"Bearer {api_key}" if config.workers.forward_api_key else None

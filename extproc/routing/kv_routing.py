@@ -4,6 +4,7 @@ Everything here is for one request and one model; what outlives a request is in 
 encoders, the placements and the book of ranks.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from extproc.routing.request import Request
 from extproc.routing.target import Target
 from extproc.tokenization.encoder import Encoded
 from extproc.tokenization.prompts import Prompt
+from extproc.tokenization.reasons import BUSY
 from extproc.workers.active_load import RankBooking
 from extproc.workers.worker import Worker
 
@@ -24,6 +26,7 @@ __all__ = ["Encoder", "KvRouting", "PromptTokens"]
 # Of English text; JSON around it included.
 _BYTES_PER_TOKEN = 5
 _BODY_NOT_SEEN = "body_not_visible"
+_LATE = Encoded(None, BUSY)
 
 
 class Encoder(Protocol):
@@ -50,7 +53,11 @@ class PromptTokens(NamedTuple):
 
 
 class KvRouting:
-    """`placements` and `encoders` by model id, of exactly the models that are routed here."""
+    """`placements` and `encoders` by model id, of exactly the models that are routed here.
+
+    A prompt whose tokens are not known after `patience_seconds` is routed without them: a worse
+    place is better than no answer in time.
+    """
 
     def __init__(
         self,
@@ -59,12 +66,15 @@ class KvRouting:
         ranks: RankBook,
         metrics: Metrics,
         clock: Clock,
+        *,
+        patience_seconds: float,
     ) -> None:
         self._placements = placements
         self._encoders = encoders
         self._ranks = ranks
         self._metrics = metrics
         self._clock = clock
+        self._patience_seconds = patience_seconds
 
     def policy_name(self, model: str) -> str:
         return self._placements[model].policy.name
@@ -76,8 +86,13 @@ class KvRouting:
             return PromptTokens(None, 0)
         started = self._clock.monotonic()
         encoder = self._encoders[model]
-        prompt = await encoder.read(request.endpoint.path, request.body)
-        encoded = await encoder.encode(prompt)
+        prompt, encoded = Prompt(why=BUSY), _LATE
+        try:
+            async with asyncio.timeout(self._patience_seconds):
+                prompt = await encoder.read(request.endpoint.path, request.body)
+                encoded = await encoder.encode(prompt)
+        except TimeoutError:
+            pass
         elapsed = self._clock.monotonic() - started
         self._metrics.tokenization_seconds(model).observe(elapsed)
         if encoded.ids is None:

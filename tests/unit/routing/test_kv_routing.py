@@ -1,5 +1,6 @@
 """From a body to a rank and back: tokens, namespaces, ranks told to engines, books settled."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from random import Random
@@ -45,6 +46,14 @@ class ByteEncoder:
         if prompt.why or prompt.text is None:
             return Encoded(None, prompt.why or "no_text")
         return Encoded(tokens(prompt.text), "")
+
+
+class BusyEncoder(ByteEncoder):
+    """Its queue is so long that nothing comes back."""
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        await asyncio.sleep(60)
+        return await super().encode(prompt)
 
 
 def tokens(text: str) -> TokenIds:
@@ -93,6 +102,7 @@ async def make_fleet(
     policy: PolicyName = "cache_aware_zmq",
     dp_size: int = 1,
     destinations_max: int = 3,
+    encoder: ByteEncoder | None = None,
 ) -> Fleet:
     clock, random, prometheus = FakeClock(), Random(0), CollectorRegistry()
     metrics, registry = Metrics(prometheus), WorkerRegistry()
@@ -118,7 +128,14 @@ async def make_fleet(
         random=random,
         request_timeout_seconds=300.0,
         destinations_max=destinations_max,
-        kv=KvRouting({"m": placement}, {"m": ByteEncoder()}, ranks, metrics, clock),
+        kv=KvRouting(
+            {"m": placement},
+            {"m": encoder or ByteEncoder()},
+            ranks,
+            metrics,
+            clock,
+            patience_seconds=0.05,
+        ),
     )
     return Fleet(
         clock=clock,
@@ -200,6 +217,14 @@ async def test_an_adapter_needs_a_name(fleet: MakeFleet) -> None:
         with pytest.raises(RouterError) as caught:
             await pool.route(TEXT, model=name)
         assert caught.value.code == "model_not_found"
+
+
+async def test_tokens_that_do_not_come_in_time_are_done_without(fleet: MakeFleet) -> None:
+    pool = await fleet(encoder=BusyEncoder())
+    lease = await pool.route(TEXT, cache_salt="a")
+    assert lease.decision.reason == "no_tokens"
+    assert pool.metric("extproc_prompts_without_tokens_total", model="m", why="busy") == 1
+    lease.close()
 
 
 @pytest.mark.parametrize(
