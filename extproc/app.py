@@ -39,6 +39,7 @@ from extproc.server.replies import ReplyBuilder
 from extproc.server.request_heads import RequestHeadTable
 from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
+from extproc.tokenization.chat import NO_TEMPLATE_KWARGS
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
 from extproc.workers.active_load import ActiveLoad
@@ -295,6 +296,11 @@ def load_encoders(config: Config) -> dict[str, PromptEncoder]:
     for index, model in enumerate(config.models):
         path, template_kwargs = model.tokenizer_path, model.chat_template_kwargs
         if path is None:
+            continue
+        if taken := sorted(NO_TEMPLATE_KWARGS.intersection(template_kwargs)):
+            problems.append(
+                f"models[{index}].chat_template_kwargs: not for the template: {', '.join(taken)}"
+            )
             continue
         key = (path, model.chat_template_name, repr(template_kwargs))
         if key not in loaded:

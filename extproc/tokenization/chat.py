@@ -13,14 +13,22 @@ from extproc.tokenization.messages import Message, chat_messages
 from extproc.tokenization.reasons import MALFORMED, NO_TEXT, UNSUPPORTED
 from extproc.tokenization.tools import Tool, chosen_tools, function_tools
 
-__all__ = ["BodyFields", "ChatBody", "ChatPrompt", "chat_prompt", "openai_chat", "thinking_kwargs"]
+__all__ = [
+    "NO_TEMPLATE_KWARGS",
+    "BodyFields",
+    "ChatBody",
+    "ChatPrompt",
+    "chat_prompt",
+    "openai_chat",
+    "thinking_kwargs",
+]
 
 _EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"})
 _EFFORT_MAX: Final = 0.99
 _TRUE_WORDS: Final = frozenset({"1", "true", "yes", "y", "on"})
 # Parameters of the function that renders, not of the template: the engine fails on some and
 # does something else with the others.
-_NO_TEMPLATE_KWARGS: Final = frozenset(
+NO_TEMPLATE_KWARGS: Final = frozenset(
     {
         "add_generation_prompt",
         "chat_template",
@@ -133,7 +141,7 @@ def thinking_kwargs(kwargs: Any, thinking: bool | None) -> dict[str, Any]:
     given: dict[str, Any] = {} if kwargs is None else kwargs
     if type(given) is not dict:
         raise UnmappableError(MALFORMED)
-    if not _NO_TEMPLATE_KWARGS.isdisjoint(given):
+    if not NO_TEMPLATE_KWARGS.isdisjoint(given):
         raise UnmappableError(UNSUPPORTED)
     documents = given.get("documents")
     if documents is not None and (

@@ -13,6 +13,7 @@ import yaml
 
 from extproc import __version__
 from extproc.cli import main
+from tests.unit.simulator.model_folders import model_folder
 
 from .configs import discovery, raw_config
 
@@ -186,3 +187,16 @@ def test_serve_says_that_it_started_and_ends_well_by_sigterm(tmp_path: Path) -> 
     assert started["version"] == __version__
     assert "m" in started["models"]
     assert str(server["port"]) in started["grpc"]
+
+
+def test_what_a_template_can_not_be_given_is_no_default_for_it(tmp_path: Path) -> None:
+    model = {
+        "id": "m",
+        "tokenizer_path": model_folder(tmp_path),
+        "chat_template_kwargs": {"messages": [], "thinking": True, "add_generation_prompt": False},
+    }
+    done = run("check", "--config", written(tmp_path, raw_config(models=[model])))
+    assert done.returncode == 2
+    assert done.stderr == (
+        "models[0].chat_template_kwargs: not for the template: add_generation_prompt, messages\n"
+    )
