@@ -59,10 +59,11 @@ class EncoderSettings(Struct, frozen=True, kw_only=True):
 
     `template_name` picks one of several chat templates for all requests, as the engine's
     `--hf-chat-template-name` does; `template_kwargs` are the engine's
-    `--default-chat-template-kwargs`. Texts and rendered chats beyond `max_chars` and chats of
-    more than `max_messages` get no tokens. Up to `inline_chars` characters that were not seen
-    before are encoded on the event loop, and bodies up to `inline_body_bytes` are rendered
-    there; whatever is larger waits for one of `threads`, with `max_waiting` others at most.
+    `--default-chat-template-kwargs`. Texts and rendered chats beyond `max_chars`, as many token
+    ids, and chats of more than `max_messages` get no tokens. Up to `inline_chars` characters that
+    were not seen before are encoded on the event loop, and chats up to `inline_body_bytes` and
+    `inline_messages` are rendered there; whatever is larger waits for one of `threads`, with
+    `max_waiting` others at most.
     """
 
     template_name: str | None = None
@@ -72,6 +73,8 @@ class EncoderSettings(Struct, frozen=True, kw_only=True):
     max_messages: int = 10_000
     inline_chars: int = 4096
     inline_body_bytes: int = 256 * 1024
+    # A template may go through all messages for each of them.
+    inline_messages: int = 256
     threads: int = 2
     max_waiting: int = 64
 
@@ -180,11 +183,13 @@ class PromptEncoder:
 
     async def encode(self, prompt: Prompt) -> Encoded:
         """The tokens that the engine will compute for a prompt, or why they are not known."""
-        if prompt.ids is not None:
-            return Encoded(prompt.ids, "")
         try:
             if prompt.why:
                 raise UnmappableError(prompt.why)
+            if prompt.ids is not None:
+                if len(prompt.ids) > self._settings.max_chars:
+                    raise UnmappableError(TOO_LONG)
+                return Encoded(prompt.ids, "")
             return Encoded(await self._encode(prompt), "")
         except UnmappableError as refused:
             why = refused.why
@@ -232,7 +237,10 @@ class PromptEncoder:
         if chat.responses_api and self._vocabulary.harmony:
             raise UnmappableError(UNSUPPORTED)
         render = partial(self._templates.render, chat, settings.max_chars)
-        if prompt.body_bytes > settings.inline_body_bytes:
+        if (
+            prompt.body_bytes > settings.inline_body_bytes
+            or len(chat.messages) > settings.inline_messages
+        ):
             rendered = await self._off_loop(render)
         else:
             rendered = self._at_once(render)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
@@ -94,7 +95,10 @@ async def test_too_long(tmp_path: Path) -> None:
     assert (await encoder.encode(_chat("x" * 90))).why == "too_long"
     assert (await encoder.encode(_chat("a", "b", "c"))).why in ("", "too_long")
     assert (await encoder.encode(_chat("a", "b", "c", "d"))).why == "too_long"
-    assert encoder.stats.failures["too_long"] >= 3
+    ids = np.arange(101, dtype=np.uint64)
+    assert (await encoder.encode(Prompt(ids=ids))).why == "too_long"
+    assert (await encoder.encode(Prompt(ids=ids[:100]))).why == ""
+    assert encoder.stats.failures["too_long"] >= 4
     with pytest.raises(TextTooLongError):
         await encoder.tokenize("x" * 101)
 
@@ -136,7 +140,7 @@ async def test_the_loop_runs_while_a_thread_encodes(tmp_path: Path) -> None:
 async def test_large_bodies_are_read_and_rendered_in_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = _encoder(tmp_path, inline_body_bytes=1000)
+    encoder = _encoder(tmp_path, inline_body_bytes=1000, inline_messages=3)
     threads: list[str] = []
     render = encoder._templates.render
 
@@ -154,6 +158,10 @@ async def test_large_bodies_are_read_and_rendered_in_threads(
         assert direct.ids is not None
         assert encoded.ids.tolist() == direct.ids.tolist()
     assert [name.startswith("tokens") for name in threads] == [False, False, True, True]
+    threads.clear()
+    for count in (3, 4):
+        await encoder.encode(_chat(*["a"] * count))
+    assert [name.startswith("tokens") for name in threads] == [False, True]
 
 
 async def test_odd_large_bodies(tmp_path: Path) -> None:
