@@ -60,16 +60,18 @@ class EncoderSettings(Struct, frozen=True, kw_only=True):
     `template_name` picks one of several chat templates for all requests, as the engine's
     `--hf-chat-template-name` does; `template_kwargs` are the engine's
     `--default-chat-template-kwargs`. Texts and rendered chats beyond `max_chars`, as many token
-    ids, and chats of more than `max_messages` get no tokens. Up to `inline_chars` characters that
-    were not seen before are encoded on the event loop, and chats up to `inline_body_bytes` and
-    `inline_messages` are rendered there; whatever is larger waits for one of `threads`, with
-    `max_waiting` others at most.
+    ids, chats of more than `max_messages` and bodies beyond `max_body_bytes` get no tokens. Up to
+    `inline_chars` characters that were not seen before are encoded on the event loop, and chats
+    up to `inline_body_bytes` and `inline_messages` are rendered there; whatever is larger waits
+    for one of `threads`, with `max_waiting` others at most.
     """
 
     template_name: str | None = None
     template_kwargs: dict[str, Any] = {}
     cache_bytes: int = 64 * 1024 * 1024
     max_chars: int = 4_000_000
+    # Decoding JSON holds the interpreter, in a thread as well.
+    max_body_bytes: int = 8 * 1024 * 1024
     max_messages: int = 10_000
     inline_chars: int = 4096
     inline_body_bytes: int = 256 * 1024
@@ -176,6 +178,8 @@ class PromptEncoder:
         """`read_prompt`, off the loop for a large body; says so in `why` when that is busy."""
         if len(body) <= self._settings.inline_body_bytes:
             return read_prompt(path, body)
+        if len(body) > self._settings.max_body_bytes:
+            return Prompt(why=TOO_LONG, body_bytes=len(body))
         try:
             return await self._pool.run(lambda: read_prompt(path, body))
         except EncoderBusyError:

@@ -165,8 +165,9 @@ async def test_large_bodies_are_read_and_rendered_in_threads(
 
 
 async def test_odd_large_bodies(tmp_path: Path) -> None:
-    encoder = _encoder(tmp_path, inline_body_bytes=1000)
+    encoder = _encoder(tmp_path, inline_body_bytes=1000, max_body_bytes=2000)
     assert (await encoder.read("/v1/completions", b"{" * 2000)).why == "malformed"
+    assert (await encoder.read("/v1/completions", b"{" * 2001)).why == "too_long"
 
 
 # -- a pool that is full
