@@ -16,7 +16,7 @@ from extproc.tokenization.errors import EncoderBusyError, TextTooLongError, Unkn
 
 __all__ = ["Answer", "TokenEndpoints"]
 
-_TOKENS_MAX: Final = 1 << 20
+_TOKENS_MAX: Final = 1 << 18
 _ID_MAX: Final = (1 << 32) - 1
 
 
