@@ -122,10 +122,6 @@ class KvRouting:
             metrics.overlap_tokens(model).observe(placed.cached_tokens)
         return placed
 
-    def book(self, placed: Placed, streamed: bool, now: float) -> RankBooking:
-        """Count the request on the chosen rank."""
-        return placed.book(now, streamed=streamed)
-
     def book_served(
         self, worker: Worker, rank: int, prefill_tokens: int, streamed: bool, now: float
     ) -> RankBooking | None:

@@ -128,7 +128,7 @@ class Router:
             body_members=members,
         )
         lease = self._lease(decision, named, now)
-        lease.ticket.booking = kv.book(placed, request.stream, now)
+        lease.ticket.booking = placed.book(now, streamed=request.stream)
 
         def rebook(worker: Worker, at: float) -> RankBooking | None:
             return kv.book_served(worker, rank, placed.prefill_tokens, request.stream, at)
