@@ -107,7 +107,7 @@ class EncoderStats:
 
     @property
     def cache_bytes(self) -> int:
-        return self._texts.cache.bytes + self._texts.words.size_bytes
+        return self._texts.cache_bytes
 
     @property
     def cache_entries(self) -> int:

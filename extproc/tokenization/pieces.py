@@ -7,15 +7,19 @@ the first piece differently. What a post-processor adds belongs to the whole tex
 fixed ids before and after, they are put around the pieces.
 
 Long texts between added tokens are cut further for the split expressions of the GPT-4 family,
-before the blank of " letter" where something other than a blank precedes, and between a line
-break and a letter. A blank is matched first in its pre-token or among blanks only, so that no
-pre-token goes on into it. A run of blanks with a line break in it is taken up to its last line
-break by an alternative that comes before the one that looks ahead. Ending the text at such a place
-therefore changes no match before it, and nothing looks behind. GPT-2's expression looks ahead at
-line breaks, too, and is cut before blanks only. Only ASCII counts, in which all expression
-engines agree, and which no canonical composition joins to a neighbour.
+before a blank that something other than white space precedes, and after a line break that no other
+follows before the next word. A blank is matched first in its pre-token or among white space only,
+so that no pre-token goes on into it. White space with a line break in it is taken up to its last
+line break by an alternative that comes before the one that looks ahead. Ending the text at such a
+place therefore changes no match before it, and nothing looks behind. GPT-2's expression looks
+ahead at line breaks, too, and is cut before blanks only. Only ASCII counts, in which all
+expression engines agree, and which no canonical composition joins to a neighbour.
 
-At the same places a text can be cut into its words, each of which is a piece of its own.
+Before the same blanks a text can be cut into its words, each of which is a piece of its own. A
+word of the GPT-4 family can be cut further between a letter and a mark, with which no pre-token
+goes on but with an apostrophe, and before and after digits, which are pre-tokens of their own in
+groups of one or three, counted from the first of a run: what white space before them becomes
+depends on what follows, unless it is a single blank, so it stays with them.
 
 All is decided from the serialised tokenizer. A component that is not known is not safe.
 """
@@ -25,7 +29,7 @@ from typing import Any, Final, TypeAlias
 
 from msgspec import Struct
 
-__all__ = ["AROUND_NOTHING", "PieceSplitter", "SplitPlan", "split_plan"]
+__all__ = ["AROUND_NOTHING", "PieceSplitter", "SplitPlan", "WordPlan", "split_plan"]
 
 # Pre-tokenizers that see one piece at a time and do not ask where it lies.
 _SAFE_PRE_TOKENIZERS: Final = frozenset(
@@ -76,22 +80,36 @@ _O200K: Final = (
 _GPT_4_FAMILY: Final = frozenset({_LLAMA_3, _QWEN_2, _O200K})
 
 # The place to cut is the end of a match.
-_BEFORE_BLANK: Final = r"[!-~](?= [A-Za-z])"
-_CUT_GPT_4: Final = re.compile(rf"{_BEFORE_BLANK}|\n(?=[A-Za-z])")
+_BEFORE_BLANK: Final = r"[!-~](?= )"
+_AFTER_BREAK: Final = r"\n(?=[!-.0-~]| +[!-~])"
+_CUT_GPT_4: Final = re.compile(f"{_BEFORE_BLANK}|{_AFTER_BREAK}")
 _CUT_GPT_2: Final = re.compile(_BEFORE_BLANK)
 # An added token with such a place in it, whatever follows the token.
 _CUT_INSIDE: Final = re.compile(r"[!-~] |\n.", re.DOTALL)
-# What lies between two such places, however many blanks and line breaks are none.
-_GOES_ON: Final = r"(?<![!-~]) | (?![A-Za-z])"
-_WORDS_GPT_4: Final = re.compile(
-    rf".[^ \n]*(?:(?:{_GOES_ON}|\n(?![A-Za-z]))[^ \n]*)*(?:\n(?=[A-Za-z]))?", re.DOTALL
+# The parts of an ASCII word, which may begin with a blank: digits, and what ends before them,
+# between a letter and a mark, or after a line break.
+_PART_ENDS: Final = rf"[A-Za-z]++(?=[!-&(-/:-@\[-`{{-~])|{_AFTER_BREAK}"
+_PARTS: Final = (
+    r"[0-9]{1,%d}|^ (?=[0-9])|"
+    rf"(?:[^0-9A-Za-z\s]+|[A-Za-z]++(?![!-&(-/:-@\[-`{{-~])|(?!{_AFTER_BREAK})\s[0-9]*)+"
+    rf"(?:{_PART_ENDS})?|{_PART_ENDS}"
 )
-_WORDS_GPT_2: Final = re.compile(rf".[^ ]*(?:(?:{_GOES_ON})[^ ]*)*", re.DOTALL)
-_WORDS: Final = {_CUT_GPT_4: _WORDS_GPT_4, _CUT_GPT_2: _WORDS_GPT_2}
+_PARTS_BY_THREE: Final = re.compile(_PARTS % 3)
+_PARTS_BY_ONE: Final = re.compile(_PARTS % 1)
 
 
 _Branch: TypeAlias = "dict[str, _Branch]"
 _END: Final = ""
+
+
+class WordPlan(Struct, frozen=True):
+    """How texts may be cut before blanks, with added tokens in them, too.
+
+    `parts` finds all parts of an ASCII word without any `added_token`; None: it has none.
+    """
+
+    parts: re.Pattern[str] | None = None
+    added_token: re.Pattern[str] | None = None
 
 
 class SplitPlan(Struct, frozen=True):
@@ -99,17 +117,16 @@ class SplitPlan(Struct, frozen=True):
 
     `unsafe` says why not at all, else it is empty. `raw_tokens` and `normalized_tokens` are the
     added tokens after which a text may be cut, those of the tokenizer's first pass over the
-    text and those of its second. `inner` finds further places between them, and `words` finds
-    what lies between those places, in texts with added tokens, too. `around`: the ids
-    that are added before and after a text where special tokens are wanted, None if that can
-    only be left to the tokenizer.
+    text and those of its second. `inner` finds further places between them; `words`: how a text
+    may be cut into its words, None if not. `around`: the ids that are added before and after a
+    text where special tokens are wanted, None if that can only be left to the tokenizer.
     """
 
     unsafe: str = ""
     raw_tokens: tuple[str, ...] = ()
     normalized_tokens: tuple[str, ...] = ()
     inner: re.Pattern[str] | None = None
-    words: re.Pattern[str] | None = None
+    words: WordPlan | None = None
     around: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
@@ -131,12 +148,16 @@ def split_plan(tokenizer: dict[str, Any], split_special_tokens: bool) -> SplitPl
     normalized = tuple(token["content"] for token in added if token["normalized"])
     seen = normalized if not normalizers else ()
     inner = _inner(tokenizer, normalizers) if len(seen) == len(normalized) else None
-    can_be_cut = any(_CUT_INSIDE.search(token) for token in (*raw, *seen))
+    tokens = (*raw, *seen)
+    can_be_cut = any(_CUT_INSIDE.search(token) for token in tokens)
+    words = None
+    if inner is not None and not can_be_cut:
+        words = WordPlan(_parts_of_words(tokenizer), _alternatives(tokens))
     return SplitPlan(
         raw_tokens=raw,
         normalized_tokens=seen,
         inner=inner,
-        words=None if inner is None or can_be_cut else _WORDS[inner],
+        words=words,
         around=_around(tokenizer.get("post_processor")),
     )
 
@@ -200,6 +221,15 @@ def _inner(tokenizer: dict[str, Any], normalizers: list[dict[str, Any]]) -> re.P
     ):
         return _CUT_GPT_4
     return None
+
+
+def _parts_of_words(tokenizer: dict[str, Any]) -> re.Pattern[str] | None:
+    """For a tokenizer whose texts can be cut inside."""
+    split, *_ = _flat(tokenizer["pre_tokenizer"], "pretokenizers")
+    expression = (split.get("pattern") or {}).get("Regex")
+    if expression not in _GPT_4_FAMILY:
+        return None
+    return _PARTS_BY_ONE if expression == _QWEN_2 else _PARTS_BY_THREE
 
 
 def _around(post_processor: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

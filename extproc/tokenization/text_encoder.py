@@ -1,9 +1,5 @@
 """Text to token ids: in pieces that are remembered where that gives the same ids, else whole.
 
-All but a few words go to `encode_batch_fast`: it computes no offsets, and unlike `encode` it lets
-other threads run meanwhile (tokenizers 0.23). It runs in the calling thread: how many texts are
-encoded side by side is decided by whoever calls, so the library's own pool stays off.
-
 What is not found as a piece is looked up once more by its words, where it can be cut into them.
 
 A look-up and the encoding of what was not found are two steps, because the second may have to
@@ -11,8 +7,6 @@ wait for a thread and the first says whether.
 """
 
 import os
-from array import array
-from collections.abc import Callable, Sequence
 from itertools import islice
 from threading import Lock
 from typing import Any, Final
@@ -24,11 +18,12 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from extproc.tokenization.errors import EncodeFailedError, TokenizerError
+from extproc.tokenization.errors import TokenizerError
 from extproc.tokenization.pieces import PieceSplitter, SplitPlan, split_plan
+from extproc.tokenization.plain import PlainEncoder, packed
 from extproc.tokenization.samples import sample_texts
 from extproc.tokenization.segment_cache import SegmentCache
-from extproc.tokenization.word_cache import WordCache
+from extproc.tokenization.words import WordEncoder
 
 __all__ = ["LookedUp", "TextEncoder"]
 
@@ -39,14 +34,9 @@ _PIECE_MIN_CHARS: Final = 64
 _PIECE_STRIDE_CHARS: Final = 1024
 _PROOF_STRIDE_CHARS: Final = 8
 _PROOF_TOKENS: Final = 48
-_UINT32: Final = "I"
+_PROOF_WORDS_BYTES: Final = 1 << 20
 # Share of the memory that words get.
 _WORDS_SHARE: Final = 8
-# With more unknown words than that a text is encoded as a whole, twice as fast, and this many of
-# them are learnt.
-_NEW_WORDS_MAX: Final = 256
-_NEW_WORDS_LEARNT: Final = 32
-_FEW_WORDS: Final = 16
 
 
 class _Serialised(Struct):
@@ -91,9 +81,9 @@ class TextEncoder:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._tokenizer = tokenizer
         self._lock = Lock()
+        self._plain = PlainEncoder(tokenizer)
         for_words = cache_bytes // _WORDS_SHARE
         self.cache = SegmentCache(cache_bytes - for_words)
-        self.words = WordCache(for_words)
         self.segments = 0
         self.segment_hits = 0
         plan = _plan(tokenizer)
@@ -101,14 +91,14 @@ class TextEncoder:
         if self.unsafe:
             _log.warning("tokens_not_cached", reason=self.unsafe)
         self._before, self._after = (
-            (_packed(side) for side in plan.around) if plan.around else (b"", b"")
+            (packed(side) for side in plan.around) if plan.around else (b"", b"")
         )
         self._around_known = plan.around is not None
         self._splitter: PieceSplitter | None = None
-        self._find_words: Callable[[str], list[str]] | None = None
+        self._words: WordEncoder | None = None
         if not self.unsafe and cache_bytes:
             if plan.words is not None:
-                self._find_words = plan.words.findall
+                self._words = WordEncoder(self._plain, plan.words, for_words)
             self._splitter = PieceSplitter(
                 plan, min_chars=_PIECE_MIN_CHARS, stride_chars=_PIECE_STRIDE_CHARS
             )
@@ -117,6 +107,11 @@ class TextEncoder:
     def cached(self) -> bool:
         """Whether pieces are remembered."""
         return self._splitter is not None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory taken by pieces and words."""
+        return self.cache.bytes + (self._words.size_bytes if self._words is not None else 0)
 
     def look_up(self, text: str, with_special: bool) -> LookedUp:
         """Cut a text and find the tokens of its pieces.
@@ -140,11 +135,12 @@ class TextEncoder:
         Raises EncodeFailedError.
         """
         if looked_up.whole:
-            (ids,) = self._encode(looked_up.missing, looked_up.with_special)
+            (ids,) = self._plain.many(looked_up.missing, with_special=looked_up.with_special)
             return _ids(ids)
         found = looked_up.known
         if looked_up.missing:
-            fresh = self._encode_new(looked_up.missing)
+            encode = self._plain.many if self._words is None else self._words.encode
+            fresh = encode(looked_up.missing)
             self._keep(looked_up.missing, fresh)
             rest = iter(fresh)
             found = [next(rest) if tokens is None else tokens for tokens in found]
@@ -152,56 +148,6 @@ class TextEncoder:
         if looked_up.with_special:
             joined = self._before + joined + self._after
         return _ids(joined)
-
-    def _encode_new(self, pieces: Sequence[str]) -> list[bytes]:
-        """The tokens of pieces that are not known as such."""
-        if self._find_words is None:
-            return self._encode(pieces, False)
-        words = [self._find_words(piece) for piece in pieces]
-        found = [self.words.get(each) for each in words]
-        gaps: list[tuple[list[bytes | None], int, str]] = []
-        for each, tokens in zip(words, found, strict=True):
-            place = -1
-            for _ in range(tokens.count(None)):
-                place = tokens.index(None, place + 1)
-                gaps.append((tokens, place, each[place]))
-        if gaps:
-            unknown = list(dict.fromkeys([word for _, _, word in gaps]))
-            if len(unknown) > _NEW_WORDS_MAX:
-                self._learn(unknown[:_NEW_WORDS_LEARNT])
-                return self._encode(pieces, False)
-            learnt = self._learn(unknown)
-            for tokens, place, word in gaps:
-                tokens[place] = learnt[word]
-        return [b"".join(tokens) for tokens in found]  # type: ignore[arg-type]
-
-    def _learn(self, words: list[str]) -> dict[str, bytes]:
-        few = len(words) <= _FEW_WORDS
-        encoded = self._encode_few(words) if few else self._encode(words, False)
-        learnt = dict(zip(words, encoded, strict=True))
-        for word, tokens in learnt.items():
-            self.words.put(word, tokens)
-        return learnt
-
-    def _encode_few(self, words: Sequence[str]) -> list[bytes]:
-        """Some microseconds of work, in which other threads need not run.
-
-        Letting them run costs more than that while many requests are served.
-        """
-        encode = self._tokenizer.encode
-        try:
-            return [
-                array(_UINT32, encode(w, add_special_tokens=False).ids).tobytes() for w in words
-            ]
-        except BaseException as error:
-            raise _refused(error) from None
-
-    def _encode(self, texts: Sequence[str], with_special: bool) -> list[bytes]:
-        try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=with_special)
-        except BaseException as error:
-            raise _refused(error) from None
-        return [array(_UINT32, encoding.ids).tobytes() for encoding in encodings]
 
     def _keep(self, pieces: list[str], fresh: list[bytes]) -> None:
         room = self.cache.share_bytes
@@ -212,19 +158,8 @@ class TextEncoder:
                     break
 
 
-def _refused(error: BaseException) -> BaseException:
-    """What to raise for what the library has raised; its panics are no Exceptions."""
-    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-        return EncodeFailedError("the tokenizer refused a text")
-    return error
-
-
 def _ids(tokens: bytes) -> NDArray[np.uint64]:
     return np.frombuffer(tokens, np.uint32).astype(np.uint64)
-
-
-def _packed(ids: Sequence[int]) -> bytes:
-    return array(_UINT32, ids).tobytes()
 
 
 def _plan(tokenizer: Tokenizer) -> SplitPlan:
@@ -244,6 +179,9 @@ def _difference(tokenizer: Tokenizer, plan: SplitPlan) -> str:
     tokens = plan.raw_tokens + plan.normalized_tokens
     step = max(1, len(tokens) // _PROOF_TOKENS)
     texts = sample_texts(list(islice(tokens, 0, None, step)))
+    words = None
+    if plan.words is not None:
+        words = WordEncoder(PlainEncoder(tokenizer), plan.words, _PROOF_WORDS_BYTES)
     try:
         plain = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         special = tokenizer.encode_batch_fast(texts, add_special_tokens=True)
@@ -254,12 +192,8 @@ def _difference(tokenizer: Tokenizer, plan: SplitPlan) -> str:
                 encoded = tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
                 if [one for piece in encoded for one in piece.ids] != ids:
                     return "pieces of a sample differ"
-            if plan.words is not None:
-                encoded = tokenizer.encode_batch_fast(
-                    plan.words.findall(text), add_special_tokens=False
-                )
-                if [one for word in encoded for one in word.ids] != ids:
-                    return "words of a sample differ"
+            if words is not None and words.encode([text]) != [packed(ids)]:
+                return "words of a sample differ"
             if plan.around is not None:
                 before, after = plan.around
                 if [*before, *ids, *after] != around.ids:

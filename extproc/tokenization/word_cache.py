@@ -1,9 +1,7 @@
-"""Tokens of words that were encoded before, for text that is new as a whole.
+"""Tokens of words that were encoded before.
 
-The next turn of a chat is new text made of old words. Its words are looked up one by one, which
-takes a sixth of the time of encoding them, and only those that are new are encoded. Two
-generations stand for "least recently used": what is found in the old one moves to the young one,
-and when that is full it becomes the old one. That costs one look-up and no bookkeeping.
+Two generations stand for "least recently used": what is found in the old one moves to the young
+one, and when that is full it becomes the old one. That costs one look-up and no bookkeeping.
 """
 
 from collections.abc import Sequence

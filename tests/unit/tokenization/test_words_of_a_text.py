@@ -1,15 +1,18 @@
 """Texts encoded word by word have the tokens of the whole, and words are kept within bounds."""
 
-import re
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extproc.tokenization.pieces import _CUT_GPT_2, _CUT_GPT_4, _WORDS, split_plan
-from extproc.tokenization.text_encoder import _NEW_WORDS_MAX, TextEncoder
+from extproc.tokenization.pieces import split_plan
+from extproc.tokenization.plain import PlainEncoder, packed
+from extproc.tokenization.text_encoder import TextEncoder
 from extproc.tokenization.word_cache import WordCache
+from extproc.tokenization.words import _NEW_MAX, WordEncoder
 from tests.unit.tokenization.small_tokenizers import (
     LLAMA_SPLIT,
     byte_level_bpe,
@@ -29,51 +32,76 @@ TEXTS = st.text(alphabet=LETTERS, max_size=60) | st.lists(
 ).map("".join)  # fmt: skip
 
 
+def _words(tokenizer: Any, plain: PlainEncoder | None = None) -> WordEncoder:
+    plan = split_plan(json.loads(tokenizer.to_str()), False).words
+    assert plan is not None
+    return WordEncoder(plain or PlainEncoder(tokenizer), plan, 1 << 20)
+
+
 @pytest.fixture(scope="module", params=[llama, qwen, o200k, gpt2])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer: Any) -> TextEncoder:
-    return TextEncoder(tokenizer, 1 << 20)
+def words(tokenizer: Any) -> WordEncoder:
+    """One for all examples, so that each finds words of others."""
+    return _words(tokenizer)
 
 
-@settings(max_examples=200)
-@given(text=TEXTS)
-def test_words_have_the_tokens_of_the_text(tokenizer: Any, encoder: TextEncoder, text: str) -> None:
-    encoder.words = WordCache(1 << 20)
-    whole = tokenizer.encode(text, add_special_tokens=False).ids
+@settings(max_examples=300)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=3))
+def test_words_have_the_tokens_of_the_text(
+    tokenizer: Any, words: WordEncoder, texts: list[str]
+) -> None:
+    fresh = _words(tokenizer)
+    whole = [packed(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+    assert words.encode(texts) == whole
     for _ in range(2):  # new, and known
-        assert encoder._find_words is not None
-        assert b"".join(encoder._encode_new([text])) == b"".join(
-            number.to_bytes(4, "little") for number in whole
-        )
+        assert fresh.encode(texts) == whole
 
 
-@pytest.mark.parametrize("cut", [_CUT_GPT_4, _CUT_GPT_2])
-@given(text=TEXTS)
-def test_words_end_where_a_text_can_be_cut(cut: re.Pattern[str], text: str) -> None:
-    words = _WORDS[cut].findall(text)
-    assert "".join(words) == text
-    places = {match.end() for match in cut.finditer(text)}
-    ends = [len("".join(words[:count])) for count in range(1, len(words))]
-    assert set(ends) <= places
+@given(number=st.integers(0, 10**12), before=TEXTS, after=TEXTS)
+def test_new_numbers_have_the_tokens_of_the_text(number: int, before: str, after: str) -> None:
+    tokenizer = llama()
+    words = _words(tokenizer)
+    text = f"{before}x ({number}), {after}"
+    expected = [packed(tokenizer.encode(text, add_special_tokens=False).ids)]
+    assert words.encode([text]) == expected
+
+
+class _Counting(PlainEncoder):
+    texts: list[str]
+
+    def few(self, words: Sequence[str]) -> list[bytes]:
+        self.texts += words
+        return super().few(words)
+
+
+def test_numbers_are_known_by_their_groups_of_digits() -> None:
+    tokenizer = llama()
+    plain = _Counting(tokenizer)
+    plain.texts = []
+    words = _words(tokenizer, plain)
+    words.encode(["a 123 b (456), c 78 d"])
+    plain.texts.clear()
+    words.encode(["a 12345678 b (78456), d 456"])
+    assert plain.texts == ["784", "56"]
 
 
 @pytest.mark.parametrize("token", ["a b", "x\ny", "<s> ", "\n\n"])
 def test_tokens_that_could_be_cut_leave_texts_whole(token: str) -> None:
     tokenizer = byte_level_bpe(LLAMA_SPLIT, special([token]))
-    assert TextEncoder(tokenizer, 1 << 20)._find_words is None
+    assert TextEncoder(tokenizer, 1 << 20)._words is None
 
 
 def test_a_text_of_new_words_only_is_encoded_as_a_whole() -> None:
     tokenizer = llama()
     encoder = TextEncoder(tokenizer, 1 << 20)
-    text = " ".join(f"w{number:x}x" for number in range(2 * _NEW_WORDS_MAX))
+    text = " ".join(f"w{number:x}x" for number in range(2 * _NEW_MAX))
     expected = tokenizer.encode(text, add_special_tokens=False).ids
     assert encoder.encode(encoder.look_up(text, False)).tolist() == expected
-    assert 0 < encoder.words.size_bytes < 20_000
+    assert 0 < encoder.cache_bytes - encoder.cache.bytes < 20_000
 
 
 def test_the_words_used_last_stay() -> None:
