@@ -31,6 +31,7 @@ __all__ = [
     "Arm",
     "KvBlock",
     "Rig",
+    "ServerInfo",
     "derive_listeners",
     "run_until_signal",
     "running_rig",
@@ -75,6 +76,8 @@ class Rig(Struct, frozen=True, kw_only=True):
 
 # What a worker says of its KV events.
 KvBlock = Mapping[str, Any]
+# What a worker says of itself.
+ServerInfo = Mapping[str, Any]
 
 
 @contextlib.asynccontextmanager
@@ -83,17 +86,30 @@ async def running_rig(
     *,
     model: Mapping[str, Any] | None = None,
     kv_blocks: Sequence[KvBlock | None] = (None,) * _WORKERS,
+    others: Sequence[ServerInfo] = (),
 ) -> AsyncIterator[Rig]:
     """Everything started and healthy; stopped again however the block ends.
 
-    `model` adds to the model's configuration; there is a worker for each of `kv_blocks`.
+    `model` adds to the model's configuration; there is a worker for each of `kv_blocks`, and
+    one for each of `others`, of whatever model that says.
     """
+    infos: list[ServerInfo] = [
+        {
+            "served_model_name": MODEL,
+            "disaggregation_mode": "null",
+            "kv_events": None if block is None else dict(block),
+        }
+        for block in kv_blocks
+    ]
+    infos += others
+    models = dict.fromkeys(str(info["served_model_name"]) for info in infos)
     async with contextlib.AsyncExitStack() as stack:
         *worker_ports, admin_port, bare_port, no_filter_port, with_bare_port = free_ports(
-            len(kv_blocks) + 4
+            len(infos) + 4
         )
-        blocks = dict(zip(worker_ports, kv_blocks, strict=True))
-        upstream = await _upstream(stack, folder, blocks, admin_port)
+        upstream = await _upstream(
+            stack, folder, dict(zip(worker_ports, infos, strict=True)), admin_port
+        )
         addresses = [f"127.0.0.1:{port}" for port in worker_ports]
         bare = await _bare(stack, folder, bare_port, addresses)
 
@@ -109,7 +125,12 @@ async def running_rig(
             Stack(
                 folder,
                 [f"http://{address}" for address in addresses],
-                {"models": [{"id": MODEL, **(model or {})}], "envoy": {"access_log": None}},
+                {
+                    "models": [
+                        {"id": name, **((model or {}) if name == MODEL else {})} for name in models
+                    ],
+                    "envoy": {"access_log": None},
+                },
                 edit_bootstrap=edit,
             )
         )
@@ -137,7 +158,7 @@ def derive_listeners(
 ) -> None:
     """Add the listeners of the other two arms, and the cluster of the bare responder."""
     resources = bootstrap["static_resources"]
-    (ingress,) = resources["listeners"]
+    ingress = resources["listeners"][0]
     workers, *others = resources["clusters"]
     (extproc,) = (cluster for cluster in others if cluster["name"] == EXTPROC_CLUSTER)
 
@@ -179,7 +200,7 @@ async def run_until_signal(work: Coroutine[Any, Any, int]) -> int:
 async def _upstream(
     stack: contextlib.AsyncExitStack,
     folder: Path,
-    workers: Mapping[int, KvBlock | None],
+    workers: Mapping[int, ServerInfo],
     admin_port: int,
 ) -> ManagedProcess:
     config = folder / "upstream.yaml"
@@ -195,7 +216,8 @@ async def _upstream(
         folder / "upstream.log",
     )
     await _start(stack, process)
-    await process.wait_ready(lambda: _answers(f"http://127.0.0.1:{last}/server_info", MODEL))
+    name = str(workers[last]["served_model_name"])
+    await process.wait_ready(lambda: _answers(f"http://127.0.0.1:{last}/server_info", name))
     return process
 
 
@@ -253,14 +275,9 @@ def _assignment(cluster: str, port: int) -> dict[str, Any]:
     return {"cluster_name": cluster, "endpoints": [{"lb_endpoints": [endpoint]}]}
 
 
-def _manager_of_worker(kv_block: KvBlock | None) -> dict[str, Any]:
-    server_info = {
-        "served_model_name": MODEL,
-        "disaggregation_mode": "null",
-        "kv_events": None if kv_block is None else dict(kv_block),
-    }
+def _manager_of_worker(info: ServerInfo) -> dict[str, Any]:
     routes = [
-        _direct_response({"path": "/server_info"}, server_info),
+        _direct_response({"path": "/server_info"}, dict(info)),
         _direct_response({"prefix": "/"}, _ANSWER),
     ]
     return typed(
@@ -284,7 +301,7 @@ def _manager_of_worker(kv_block: KvBlock | None) -> dict[str, Any]:
     )
 
 
-def _upstream_bootstrap(workers: Mapping[int, KvBlock | None], admin_port: int) -> dict[str, Any]:
+def _upstream_bootstrap(workers: Mapping[int, ServerInfo], admin_port: int) -> dict[str, Any]:
     return {
         "admin": {"address": socket_address("127.0.0.1", admin_port)},
         "static_resources": {
@@ -298,13 +315,13 @@ def _upstream_bootstrap(workers: Mapping[int, KvBlock | None], admin_port: int) 
                             "filters": [
                                 {
                                     "name": "envoy.filters.network.http_connection_manager",
-                                    "typed_config": _manager_of_worker(block),
+                                    "typed_config": _manager_of_worker(info),
                                 }
                             ]
                         }
                     ],
                 }
-                for port, block in workers.items()
+                for port, info in workers.items()
             ]
         },
     }

@@ -12,7 +12,6 @@ from random import Random
 
 import msgspec
 import structlog
-import uvloop
 from msgspec import UnsetType
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
@@ -25,15 +24,18 @@ from extproc.config import TOKEN_POLICIES, Config
 from extproc.config_files import read_api_key
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
+from extproc.event_loop import EventLoop
 from extproc.kv.subscriber import SubscriberSettings
 from extproc.metrics import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
+from extproc.routing.disaggregation import Disaggregation, PdSettings
 from extproc.routing.kv_routing import KvRouting
 from extproc.routing.lease import LeaseBooks
 from extproc.routing.placement import Placement
 from extproc.routing.rank_book import RankBook
 from extproc.routing.router import Router
 from extproc.routing.token_endpoints import TokenEndpoints
+from extproc.routing.usable import UsableWorkers
 from extproc.server.grpc_server import ExtProcServer
 from extproc.server.replies import ReplyBuilder
 from extproc.server.request_heads import RequestHeadTable
@@ -43,10 +45,12 @@ from extproc.tokenization.chat import NO_TEMPLATE_KWARGS
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
 from extproc.workers.active_load import ActiveLoad
+from extproc.workers.calls import AiohttpCaller
 from extproc.workers.client import AiohttpEngineClient
 from extproc.workers.manager import WorkerManager
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.resolver import SystemResolver
+from extproc.workers.worker import Mode, Worker
 
 __all__ = ["App", "load_encoders", "run_app"]
 
@@ -56,6 +60,7 @@ _LAG_PROBE_SECONDS = 0.5
 # Of the time for a decision: a prompt without tokens by then is routed without them.
 _PATIENCE_SHARE = 0.5
 _GC_YOUNG_OBJECTS = 20_000
+_TELLING_SECONDS = 0.2
 
 
 class App:
@@ -102,7 +107,7 @@ class App:
         self._prometheus.register(KvCollector(self.ranks, self._clock))
         self._prometheus.register(EncoderCollector(encoders))
         self._manager = WorkerManager(
-            source=StaticUrls(static_urls.urls),
+            source=StaticUrls(static_urls),
             registry=self.workers,
             client=self._client,
             resolver=SystemResolver(),
@@ -113,18 +118,33 @@ class App:
             dns_ttl_seconds=static_urls.dns_ttl_secs,
             on_change=self._workers_changed,
             follower=self.ranks,
+            interval_seconds=config.discovery.introspection_interval_secs,
+            on_mode_change=self._on_mode_change,
         )
         for model in config.models:
             # Alerts on a rate need the series to be there before the first event.
             self.metrics.missed(model.id)
             self.metrics.fallbacks(model.id)
+        forwarded = f"Bearer {api_key}" if config.workers.forward_api_key else None
+        books = LeaseBooks(self._clock, self.workers, self.metrics, config.load)
+        self._caller = AiohttpCaller(_worker_tls(config))
+        self.pd = Disaggregation(
+            PdSettings.of(config, forwarded),
+            books,
+            self.active_load,
+            self._caller,
+            UsableWorkers(self.workers),
+            self.ranks,
+            random,
+            recheck=self._manager.recheck,
+        )
         self.router = Router(
             policies={
                 model.id: None if model.id in placements else create_policy(model.policy, random)
                 for model in config.models
             },
             active_load=self.active_load,
-            books=LeaseBooks(self._clock, self.workers, self.metrics, config.load),
+            books=books,
             random=random,
             request_timeout_seconds=config.proxy.request_timeout_secs,
             destinations_max=(
@@ -139,8 +159,8 @@ class App:
                 patience_seconds=config.server.step_deadline_secs * _PATIENCE_SHARE,
             ),
             token_endpoints=TokenEndpoints(encoders),
+            pd=self.pd,
         )
-        forwarded = f"Bearer {api_key}" if config.workers.forward_api_key else None
         self.server = ExtProcServer(
             config.server,
             session_context=SessionContext(
@@ -152,11 +172,14 @@ class App:
                 models_body=_models_body(self.router.model_ids),
                 only_model=self.router.only_model,
                 debug_headers=config.observability.debug_headers,
+                model_header=config.envoy.model_header,
+                pick_decode=self.pd.pick_decode,
             ),
             route=self.router.route,
             answer=self.router.answer,
             metrics=self.metrics,
             body_deadline_seconds=config.proxy.request_timeout_secs,
+            step_deadline_seconds=config.routing_deadline_secs,
             log_decisions=config.observability.log_level == "debug",
         )
         self._admin = AdminServer(
@@ -199,7 +222,10 @@ class App:
         )
 
     def _all_models_served(self) -> bool:
-        return all(self.workers.pool(model) for model in self.router.model_ids)
+        return all(self.workers.is_served(model) for model in self.router.model_ids)
+
+    def _on_mode_change(self, worker: Worker, old: Mode, new: Mode) -> None:
+        self.pd.role_changed(worker, old, new)
 
     def _workers_changed(self) -> None:
         self._changed.set()
@@ -212,6 +238,8 @@ class App:
             for encoder in self._encoders.values():
                 stack.callback(encoder.close)
             await stack.enter_async_context(self._client)
+            self._caller.open()
+            stack.push_async_callback(self._caller.close)
             stack.push_async_callback(self.ranks.picture.close)
             stack.push_async_callback(self.server.stop)
             self.server.bind()
@@ -233,6 +261,7 @@ class App:
             if stopping in done:
                 _log.info("draining", open_streams=self.server.open_streams)
                 await self.server.drain(self.config.server.drain_secs)
+                await self._give_up_prefills()
             stopping.cancel()
             for task in tasks:
                 task.cancel()
@@ -242,6 +271,14 @@ class App:
                 if isinstance(result, Exception):
                     raise result
         _log.info("stopped")
+
+    async def _give_up_prefills(self) -> None:
+        """Tell clients whose prefill still runs: with us its connection ends, and nothing else
+        would tell the decode worker.
+        """
+        if len(self.pd.pairs):
+            self.pd.pairs.abandon()
+            await asyncio.sleep(_TELLING_SECONDS)
 
     async def _serve_when_workers_are_known(self) -> None:
         """Start to answer, and publish readiness from then on.
@@ -335,7 +372,8 @@ def run_app(config: Config, encoders: Mapping[str, PromptEncoder]) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GC_YOUNG_OBJECTS, 50, 100)
-    uvloop.run(_until_signal(config, encoders))
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        runner.run(_until_signal(config, encoders))
 
 
 async def _until_signal(config: Config, encoders: Mapping[str, PromptEncoder]) -> None:

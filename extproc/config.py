@@ -18,6 +18,7 @@ from extproc.config_models import (
     KvEventsConfig,
     MinTtftConfig,
     ModelConfig,
+    PdModelConfig,
     PolicyName,
     Section,
     Text,
@@ -41,6 +42,8 @@ __all__ = [
     "MinTtftConfig",
     "ModelConfig",
     "ObservabilityConfig",
+    "PdConfig",
+    "PdModelConfig",
     "PolicyName",
     "ProxyConfig",
     "ServerConfig",
@@ -136,6 +139,16 @@ class StaticUrlsConfig(Section, frozen=True, kw_only=True):
             "from the workers."
         ),
     ]
+    prefill_urls: Annotated[
+        list[str],
+        Meta(
+            description="Those of `urls` that prefill only, where the engine does not say so "
+            "itself (vLLM)."
+        ),
+    ] = field(default_factory=list)
+    decode_urls: Annotated[
+        list[str], Meta(description="Those of `urls` that decode what others have prefilled.")
+    ] = field(default_factory=list)
     dns_ttl_secs: Annotated[
         _Seconds, Meta(description="How often host names are resolved again.")
     ] = 30 * SECONDS
@@ -150,6 +163,13 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
         _Seconds,
         Meta(description="How often a worker that has told no model yet is asked again."),
     ] = 30 * SECONDS
+    introspection_interval_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="How often a worker is asked again who it is, so that a changed role is "
+            "noticed."
+        ),
+    ] = 15 * SECONDS
 
 
 class WorkersConfig(Section, frozen=True, kw_only=True):
@@ -236,6 +256,39 @@ class KvConfig(Section, frozen=True, kw_only=True):
     replay_retry_secs: Annotated[
         _Seconds, Meta(description="Time before a failed replay is asked for again.")
     ] = 30 * SECONDS
+
+
+class PdConfig(Section, frozen=True, kw_only=True):
+    decode: Annotated[
+        Literal["two_pass", "inline"],
+        Meta(
+            description="When the decode worker is picked: `two_pass`, by a second filter behind "
+            "an internal listener, anew for every try; `inline`, together with the prefill "
+            "worker, for gateways without internal listeners."
+        ),
+    ] = "two_pass"
+    response_timeout_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="Longest silence of a decode worker, before its response and in it, but "
+            "never more than half of `envoy.stream_idle_timeout_secs`. It ends what nobody else "
+            "can: requests whose prefill was lost with a router."
+        ),
+    ] = 120 * SECONDS
+    prefill_timeout_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="Longest time for a prefill worker's answer. With the protocol `nixl`, "
+            "Envoy has to wait for one of our replies as long as this."
+        ),
+    ] = 120 * SECONDS
+    prefill_linger_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="How long a prefill worker may still take to answer when the decode "
+            "worker's response has ended well; its connection is then closed."
+        ),
+    ] = 5 * SECONDS
 
 
 class TokenizationConfig(Section, frozen=True, kw_only=True):
@@ -366,6 +419,27 @@ class Config(Section, frozen=True, kw_only=True):
     tokenization: Annotated[TokenizationConfig, Meta(description="How prompts become tokens.")] = (
         field(default_factory=TokenizationConfig)
     )
+    pd: Annotated[PdConfig, Meta(description="Models that prefill and decode apart.")] = field(
+        default_factory=PdConfig
+    )
     envoy: Annotated[EnvoyConfig, Meta(description="What `extproc envoy-config` renders.")] = field(
         default_factory=EnvoyConfig
     )
+
+    @property
+    def extra_wait_secs(self) -> float:
+        """How much longer than for a decision a client's request may have to wait for us: a
+        prefill whose answer has to be in the request that goes on.
+        """
+        waits = any(model.pd.protocol == "nixl" for model in self.models)
+        return self.pd.prefill_timeout_secs if waits else 0.0
+
+    @property
+    def decode_silence_secs(self) -> float:
+        """How long a decode worker may be silent."""
+        return min(self.pd.response_timeout_secs, self.envoy.stream_idle_timeout_secs / 2)
+
+    @property
+    def routing_deadline_secs(self) -> float:
+        """Our own limit for one reply, the prefill included where we wait for it."""
+        return self.server.step_deadline_secs + self.extra_wait_secs

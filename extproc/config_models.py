@@ -15,6 +15,7 @@ __all__ = [
     "KvEventsConfig",
     "MinTtftConfig",
     "ModelConfig",
+    "PdModelConfig",
     "PolicyName",
     "Section",
     "Text",
@@ -101,6 +102,25 @@ class KvEventsConfig(Section, frozen=True, kw_only=True):
     dp_size: Annotated[int, Meta(ge=1, le=1024, description="Data-parallel ranks of a worker.")] = 1
 
 
+class PdModelConfig(Section, frozen=True, kw_only=True):
+    protocol: Annotated[
+        Literal["sglang", "nixl"],
+        Meta(
+            description="How prefill and decode workers meet: `sglang`, by a bootstrap room, both "
+            "at once; `nixl` (vLLM), prefill first, then decode with what it returned."
+        ),
+    ] = "sglang"
+    min_prefill_tokens: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="A prompt of which a decode worker lacks fewer tokens than this goes to "
+            "that worker alone. Only where decode workers can prefill, hence with `nixl`; 0 = "
+            "never.",
+        ),
+    ] = 0
+
+
 class ModelConfig(Section, frozen=True, kw_only=True):
     id: Annotated[
         Text,
@@ -148,6 +168,10 @@ class ModelConfig(Section, frozen=True, kw_only=True):
             "(vLLM); what a worker says itself comes first."
         ),
     ] = field(default_factory=list)
+    pd: Annotated[
+        PdModelConfig,
+        Meta(description="For a model whose workers prefill and decode apart."),
+    ] = field(default_factory=PdModelConfig)
     circuit_breaker: Annotated[
         CircuitBreakerConfig, Meta(description="When a failing worker is left alone.")
     ] = field(default_factory=CircuitBreakerConfig)

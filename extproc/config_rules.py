@@ -56,6 +56,12 @@ def _model_problems(config: Config) -> Iterator[str]:
         seen.setdefault(model.id, index)
         if model.policy in TOKEN_POLICIES and model.tokenizer_path is None:
             yield f"models[{index}].tokenizer_path: needed by the policy {model.policy!r}"
+        if model.pd.min_prefill_tokens:
+            key = f"models[{index}].pd.min_prefill_tokens"
+            if model.pd.protocol == "sglang":
+                yield f"{key}: an SGLang decode worker can not prefill, hence only with 'nixl'"
+            if model.policy not in TOKEN_POLICIES:
+                yield f"{key}: the policy {model.policy!r} does not know a prompt's tokens"
         yield from _kv_event_problems(config, model, f"models[{index}].kv_events")
 
 
@@ -116,6 +122,17 @@ def _static_url_problems(config: Config) -> Iterator[str]:
         if url in seen:
             yield f"{key}: the same worker as discovery.static_urls.urls[{seen[url]}]"
         seen.setdefault(url, index)
+    roles: dict[str, str] = {}
+    by_role = {"prefill_urls": section.prefill_urls, "decode_urls": section.decode_urls}
+    for name, urls in by_role.items():
+        for index, text in enumerate(urls):
+            key = f"discovery.static_urls.{name}[{index}]"
+            found = next(iter(_normalised([text])), "")
+            if found not in seen:
+                yield f"{key}: not one of discovery.static_urls.urls"
+            if found in roles:
+                yield f"{key}: the same worker as {roles[found]}"
+            roles.setdefault(found, key)
 
 
 def _own_addresses(config: Config) -> Iterator[tuple[tuple[str, int], str]]:

@@ -23,9 +23,14 @@ __all__ = [
     "internal_error",
     "method_not_allowed",
     "model_not_found",
+    "no_decode_workers",
     "no_healthy_workers",
+    "no_prefill_workers",
+    "not_disaggregated",
     "not_found",
     "payload_too_large",
+    "prefill_failed",
+    "prefill_refused",
     "request_timeout",
     "routing_timeout",
     "service_overloaded",
@@ -72,7 +77,8 @@ class ErrorEnvelope(msgspec.Struct, frozen=True):
 class RouterError(Exception):
     """A request that ends here: `code` and `message` for the envelope, `status` for HTTP.
 
-    `headers` are added to the reply (`allow` on a 405, say).
+    `headers` are added to the reply (`allow` on a 405, say). `body` is an engine's own answer,
+    to be passed on instead of the envelope.
     """
 
     def __init__(
@@ -81,8 +87,10 @@ class RouterError(Exception):
         status: int,
         message: str,
         headers: tuple[tuple[str, str], ...] = (),
+        body: bytes | None = None,
     ) -> None:
         super().__init__(code)
+        self.body = body
         self.code = code
         self.status = status
         self.message = message
@@ -141,6 +149,38 @@ def no_healthy_workers() -> RouterError:
     return RouterError(
         "no_healthy_workers", 503, "no healthy workers available for the requested model"
     )
+
+
+def no_prefill_workers() -> RouterError:
+    """503: there are decode workers, but none that prefills."""
+    return RouterError(
+        "no_prefill_workers_available", 503, "no prefill workers available for the requested model"
+    )
+
+
+def no_decode_workers() -> RouterError:
+    """503: there are prefill workers, but none that decodes."""
+    return RouterError(
+        "no_decode_workers_available", 503, "no decode workers available for the requested model"
+    )
+
+
+def not_disaggregated() -> RouterError:
+    return RouterError(
+        "bad_request",
+        400,
+        "bad request: this path is not served by a model whose prefill and decode are apart",
+    )
+
+
+def prefill_failed() -> RouterError:
+    """502: the half of the request that the client does not see has failed."""
+    return RouterError("prefill_failed", 502, "the prefill of the request failed")
+
+
+def prefill_refused(status: int, body: bytes) -> RouterError:
+    """The engine's own 4xx, told by the prefill worker: the client's fault."""
+    return RouterError("prefill_refused", status, "the engine refused the request", body=body)
 
 
 def routing_timeout() -> RouterError:

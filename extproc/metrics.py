@@ -6,16 +6,11 @@ scraped; the client library's own counters would cost several times as much on t
 `docs/metrics.md` says what each metric is for and which of sgl-router's it corresponds to.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import inf
-from typing import Generic, TypeVar
-
-from prometheus_client import CollectorRegistry, Gauge, Metric
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Gauge
 
 from extproc import __version__
+from extproc.metric_types import Counter, Exposition, Family, Histogram
+from extproc.metrics_pd import PdMetrics
 
 __all__ = ["Counter", "Histogram", "Metrics"]
 
@@ -32,94 +27,6 @@ _OVERLAP_BUCKETS = (0, 64, 256, 1024, 4096, 16_384, 65_536, 262_144)
 _BODY_BUCKETS = (1e3, 4e3, 16e3, 64e3, 256e3, 1e6, 4e6, 16e6, 64e6)
 
 
-class Counter:
-    """One time series that rises."""
-
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def inc(self) -> None:
-        self.value += 1
-
-
-class Histogram:
-    """One distribution; `bounds` are the upper bounds of the buckets, ascending."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    @property
-    def sum(self) -> float:
-        return self._sum
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts by upper bound, as Prometheus wants them."""
-        total = 0
-        found = []
-        for bound, count in zip((*self._bounds, inf), self._counts, strict=True):
-            total += count
-            found.append(("+Inf" if bound == inf else str(float(bound)), float(total)))
-        return found
-
-
-ChildT = TypeVar("ChildT")
-
-
-class _Family(Generic[ChildT]):
-    """One metric: a child for each combination of label values, made on first use."""
-
-    def __init__(
-        self, name: str, text: str, labels: Sequence[str], make: Callable[[], ChildT]
-    ) -> None:
-        self.name = name
-        self.text = text
-        self.labels = labels
-        self._make = make
-        self.children: dict[tuple[str, ...], ChildT] = {}
-        if not labels:
-            self(*())
-
-    def __call__(self, *values: str) -> ChildT:
-        child = self.children.get(values)
-        if child is None:
-            child = self.children[values] = self._make()
-        return child
-
-
-class _Exposition(Collector):
-    """Turns the families into samples at scrape time."""
-
-    def __init__(
-        self, counters: Iterable[_Family[Counter]], histograms: Iterable[_Family[Histogram]]
-    ) -> None:
-        self._counters = tuple(counters)
-        self._histograms = tuple(histograms)
-
-    def collect(self) -> Iterator[Metric]:
-        for family in self._counters:
-            metric = CounterMetricFamily(family.name, family.text, labels=family.labels)
-            for values, counter in family.children.items():
-                metric.add_metric(values, counter.value)
-            yield metric
-        for distribution in self._histograms:
-            shown = HistogramMetricFamily(
-                distribution.name, distribution.text, labels=distribution.labels
-            )
-            for values, histogram in distribution.children.items():
-                shown.add_metric(values, histogram.buckets(), histogram.sum)
-            yield shown
-
-
 class Metrics:
     """The metrics of one service; those with labels are called with their values."""
 
@@ -129,105 +36,106 @@ class Metrics:
             "extproc_build_info", "Version of the service.", ["version"], registry=registry
         )
         build.labels(__version__).set(1)
-        self.requests = _Family(
+        self.requests = Family(
             "extproc_requests_total",
             "Requests by API path and how our part ended: routed, or an error code.",
             ["path", "code"],
             Counter,
         )
-        self.decisions = _Family(
+        self.decisions = Family(
             "extproc_decisions_total",
             "Routing decisions by model, policy and reason.",
             ["model", "policy", "reason"],
             Counter,
         )
-        self.worker_requests = _Family(
+        self.worker_requests = Family(
             "extproc_worker_requests_total",
             "Outcomes by worker: success, error (5xx, refused, broken off) or cancelled.",
             ["worker", "model", "mode", "outcome"],
             Counter,
         )
-        self.missed = _Family(
+        self.missed = Family(
             "extproc_destination_missed_total",
             "Requests that the proxy sent to an endpoint we had not named.",
             ["model"],
             Counter,
         )
-        self.fallbacks = _Family(
+        self.fallbacks = Family(
             "extproc_fallback_served_total",
             "Requests served by a later entry of the destination list.",
             ["model"],
             Counter,
         )
-        self.streams = _Family(
+        self.streams = Family(
             "extproc_streams_total",
             "ext_proc streams by the way they ended: ok, cancelled, error.",
             ["end"],
             Counter,
         )
-        self.introspections = _Family(
+        self.introspections = Family(
             "extproc_introspections_total",
             "Questions to workers who they are, by result: answered or failed.",
             ["result"],
             Counter,
         )
-        self.prompt_tokens = _Family(
+        self.prompt_tokens = Family(
             "extproc_prompt_tokens_total",
             "Tokens of the prompts whose tokens are known.",
             ["model"],
             Counter,
         )
-        self.cached_tokens = _Family(
+        self.cached_tokens = Family(
             "extproc_cached_tokens_total",
             "Tokens of these prompts that the chosen rank was known to hold.",
             ["model"],
             Counter,
         )
-        self.overlap_tokens = _Family(
+        self.overlap_tokens = Family(
             "extproc_overlap_tokens",
             "Tokens of a prompt that the chosen rank was known to hold, by decision.",
             ["model"],
             lambda: Histogram(_OVERLAP_BUCKETS),
         )
-        self.tokenization_seconds = _Family(
+        self.tokenization_seconds = Family(
             "extproc_tokenization_seconds",
             "Time from a body to the tokens of its prompt, waiting for a thread included.",
             ["model"],
             lambda: Histogram(_DECISION_BUCKETS),
         )
-        self.prompts_without_tokens = _Family(
+        self.prompts_without_tokens = Family(
             "extproc_prompts_without_tokens_total",
             "Requests whose tokens are not known, by reason.",
             ["model", "why"],
             Counter,
         )
-        stale_requests: _Family[Counter] = _Family(
+        stale_requests: Family[Counter] = Family(
             "extproc_stale_requests_total", "Requests ended because they were too old.", [], Counter
         )
-        workers_refused = _Family(
+        workers_refused = Family(
             "extproc_workers_refused_total",
             "Workers refused because plain and PD workers of one model do not mix.",
             [],
             Counter,
         )
-        decision_seconds = _Family(
+        decision_seconds = Family(
             "extproc_decision_seconds",
             "Time from a complete request body to the decision.",
             [],
             lambda: Histogram(_DECISION_BUCKETS),
         )
-        request_body_bytes = _Family(
+        request_body_bytes = Family(
             "extproc_request_body_bytes",
             "Size of request bodies.",
             [],
             lambda: Histogram(_BODY_BUCKETS),
         )
-        self.response_seconds = _Family(
+        self.response_seconds = Family(
             "extproc_response_headers_seconds",
             "Time from the decision to the response headers (for streams: the first token).",
             ["model"],
             lambda: Histogram(_RESPONSE_BUCKETS),
         )
+        self.pd = PdMetrics(registry)
         self.stale_requests = stale_requests()
         self.workers_refused = workers_refused()
         self.decision_seconds = decision_seconds()
@@ -244,7 +152,7 @@ class Metrics:
             "extproc_asyncio_tasks_open", "Tasks of the event loop.", registry=registry
         )
         registry.register(
-            _Exposition(
+            Exposition(
                 [
                     self.requests,
                     self.decisions,

@@ -233,7 +233,9 @@ class Routing(Struct, kw_only=True):
 
     async def route(self, model: str | None = "m", *, stream: bool = False) -> Lease:
         endpoint = find_endpoint("POST", "/generate")
-        return await self.router.route(Request(endpoint, model, stream))
+        lease = await self.router.route(Request(endpoint, model, stream))
+        assert isinstance(lease, Lease)
+        return lease
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of one sample, 0 when it was never counted."""

@@ -1,11 +1,12 @@
 """Workers from a list in the configuration: all there at the start, none ever leaves."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
+from extproc.config import StaticUrlsConfig
 from extproc.worker_url import parse_worker_url
 from extproc.workers.source import Added, Listed, WorkerEvent
-from extproc.workers.worker import WorkerSpec
+from extproc.workers.worker import Mode, WorkerSpec
 
 __all__ = ["StaticUrls"]
 
@@ -13,12 +14,18 @@ __all__ = ["StaticUrls"]
 class StaticUrls:
     """WorkerSource over URLs that the configuration has checked."""
 
-    def __init__(self, urls: Sequence[str]) -> None:
-        self._urls = [parse_worker_url(url) for url in urls]
+    def __init__(self, config: StaticUrlsConfig) -> None:
+        self._urls = [parse_worker_url(url) for url in config.urls]
+        self._modes: dict[str, Mode] = {}
+        for url in config.prefill_urls:
+            self._modes[str(parse_worker_url(url))] = "prefill"
+        for url in config.decode_urls:
+            self._modes[str(parse_worker_url(url))] = "decode"
 
     async def events(self) -> AsyncIterator[WorkerEvent]:
         for url in self._urls:
-            yield Added(WorkerSpec(id=str(url), url=url))
+            mode = self._modes.get(str(url), "plain")
+            yield Added(WorkerSpec(id=str(url), url=url, mode=mode))
         yield Listed()
         # Nothing more will come; ending would look like a broken source.
         await asyncio.Event().wait()

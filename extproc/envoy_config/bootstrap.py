@@ -12,9 +12,15 @@ from extproc.envoy_config.clusters import (
     worker_cluster,
     worker_urls,
 )
+from extproc.envoy_config.decode_pass import (
+    decode_pass_cluster,
+    decode_pass_listener,
+    internal_listener_extension,
+)
 from extproc.envoy_config.listener import ingress_listener
 from extproc.envoy_config.wire_form import host_is_ip, socket_address, typed
 from extproc.errors import ConfigError
+from extproc.routing.decode_order import DECODE_CLUSTER
 
 __all__ = ["render_bootstrap", "render_yaml"]
 
@@ -42,6 +48,7 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
     return {
         "node": {"id": _NODE, "cluster": _NODE},
         "admin": {"address": socket_address("127.0.0.1", config.envoy.admin_port)},
+        "bootstrap_extensions": [internal_listener_extension()],
         "overload_manager": {
             "resource_monitors": [
                 {
@@ -51,8 +58,12 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
             ]
         },
         "static_resources": {
-            "listeners": [ingress_listener(config)],
-            "clusters": [worker_cluster(config), extproc_cluster(config)],
+            "listeners": [ingress_listener(config), decode_pass_listener(config)],
+            "clusters": [
+                worker_cluster(config),
+                decode_pass_cluster(),
+                extproc_cluster(config),
+            ],
         },
     }
 
@@ -78,6 +89,8 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"envoy.message_timeout_secs: Envoy allows at most {_MAX_MESSAGE_TIMEOUT_SECONDS}"
     if envoy.cluster == EXTPROC_CLUSTER:
         yield f"envoy.cluster: {EXTPROC_CLUSTER!r} is the name of this service's own cluster"
+    if envoy.cluster == DECODE_CLUSTER:
+        yield f"envoy.cluster: {DECODE_CLUSTER!r} is the name of the second pass"
     for index, url in enumerate(worker_urls(config)):
         if "%" in url.host:
             yield (

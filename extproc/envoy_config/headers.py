@@ -10,6 +10,7 @@ reply. By name, because a prefix would hide a new header of ours from review.
 from typing import Final
 
 from extproc.config import Config
+from extproc.routing.decode_order import DECODE_ORDER_HEADER, RETRY_HEADER
 
 __all__ = ["DEBUG_HEADER", "DESTINATION", "WHICH_FILTER_KEY", "removed_from", "told_to_nobody"]
 
@@ -22,11 +23,13 @@ WHICH_FILTER_KEY: Final = "x-extproc-pass"
 
 _OURS: Final = (
     "x-extproc-cluster",
+    DECODE_ORDER_HEADER,
     "x-extproc-model",
     "x-extproc-overlap",
     WHICH_FILTER_KEY,
     "x-extproc-policy",
     "x-extproc-reason",
+    RETRY_HEADER,
     "x-extproc-worker",
 )
 _ENDPOINT_PICKER: Final = (DESTINATION, f"{DESTINATION}-served", f"{DESTINATION}-subset")

@@ -9,12 +9,22 @@ from extproc.envoy_config.headers import WHICH_FILTER_KEY, removed_from
 from extproc.envoy_config.local_replies import local_replies
 from extproc.envoy_config.routes import route_config
 from extproc.envoy_config.wire_form import duration, socket_address, typed
+from extproc.routing.decode_order import DECODE_ORDER_HEADER
 
-__all__ = ["EXTPROC_FILTER", "ext_proc_filter", "ingress_listener"]
+__all__ = [
+    "EXTPROC_FILTER",
+    "MAX_HEADERS",
+    "MAX_HEADERS_KIBIBYTES",
+    "decode_filter",
+    "ext_proc_filter",
+    "ingress_listener",
+    "router_filter",
+]
 
 EXTPROC_FILTER: Final = "envoy.filters.http.ext_proc"
 
 _MEBIBYTE: Final = 1024 * 1024
+_ATTEMPT_HEADER: Final = "x-envoy-attempt-count"
 
 # Request and response headers alike.
 FORWARDED_HEADERS: Final = (
@@ -25,12 +35,21 @@ FORWARDED_HEADERS: Final = (
     "x-extproc-debug",
     "x-request-id",
 )
+# What a prefill worker has to get, too.
+_FORWARDED_WITH_PREFILL: Final = (
+    {"exact": "authorization"},
+    {"exact": "traceparent"},
+    {"exact": "tracestate"},
+    {"exact": "x-correlation-id"},
+    {"prefix": "x-request-id-"},
+    {"prefix": "x-sgl-"},
+)
 # Envoy lets through a little more than server.max_body_bytes: the exact limit is then told by
 # the service, with the number in the message, and a body it has rewritten still fits.
 _BODY_HEADROOM_BYTES: Final = 64 * 1024
 # Clients behind proxies collect headers; beyond these Envoy closes an HTTP/1.1 connection.
-_MAX_HEADERS: Final = 1000
-_MAX_HEADERS_KIBIBYTES: Final = 256
+MAX_HEADERS: Final = 1000
+MAX_HEADERS_KIBIBYTES: Final = 256
 # Longer than load balancers in front keep an idle connection, so that they close it first.
 _CLIENT_IDLE_SECONDS: Final = 600.0
 _REQUEST_HEADERS_SECONDS: Final = 30.0
@@ -57,19 +76,50 @@ def ingress_listener(config: Config) -> dict[str, Any]:
 
 def ext_proc_filter(config: Config) -> dict[str, Any]:
     """The filter that asks this service."""
+    return _asking_filter(
+        config,
+        which="route",
+        message_timeout=config.envoy.message_timeout_secs + config.extra_wait_secs,
+        request_body_mode="BUFFERED",
+        # Only what the service reads: cookies are none of its business, and parsing twenty
+        # headers would be a good part of its work.
+        headers=[*({"exact": name} for name in FORWARDED_HEADERS), *_FORWARDED_WITH_PREFILL],
+    )
+
+
+def decode_filter(config: Config) -> dict[str, Any]:
+    """The filter that asks for the decode worker."""
+    names = (*FORWARDED_HEADERS, config.envoy.model_header, DECODE_ORDER_HEADER, _ATTEMPT_HEADER)
+    return _asking_filter(
+        config,
+        which="decode",
+        message_timeout=config.envoy.message_timeout_secs,
+        request_body_mode="NONE",
+        headers=[{"exact": name} for name in names],
+    )
+
+
+def _asking_filter(
+    config: Config,
+    *,
+    which: str,
+    message_timeout: float,
+    request_body_mode: str,
+    headers: list[dict[str, str]],
+) -> dict[str, Any]:
     external_processor = typed(
         "extensions.filters.http.ext_proc.v3.ExternalProcessor",
         grpc_service={
             "envoy_grpc": {"cluster_name": EXTPROC_CLUSTER, "skip_envoy_headers": True},
-            "initial_metadata": [{"key": WHICH_FILTER_KEY, "value": "route"}],
+            "initial_metadata": [{"key": WHICH_FILTER_KEY, "value": which}],
         },
         # Always: the routes decide what happens to a request without a decision.
         failure_mode_allow=True,
         status_on_error={"code": 503},
-        message_timeout=duration(config.envoy.message_timeout_secs),
+        message_timeout=duration(message_timeout),
         processing_mode={
             "request_header_mode": "SEND",
-            "request_body_mode": "BUFFERED",
+            "request_body_mode": request_body_mode,
             # A request may have trailers and no body: without them we would never hear of it.
             "request_trailer_mode": "SEND",
             "response_header_mode": "SEND",
@@ -77,11 +127,7 @@ def ext_proc_filter(config: Config) -> dict[str, Any]:
             # Keeps our stream open to the last byte: load is released exactly then.
             "response_trailer_mode": "SEND",
         },
-        # Only what the service reads: credentials and cookies are none of its business, and
-        # parsing twenty headers would be a good part of its work.
-        forward_rules={
-            "allowed_headers": {"patterns": [{"exact": name} for name in FORWARDED_HEADERS]}
-        },
+        forward_rules={"allowed_headers": {"patterns": headers}},
         response_attributes=["upstream.address", "response.code_details"],
         # x-envoy-max-retries and the time-out of requests that are not streamed.
         mutation_rules={"allow_envoy": True},
@@ -89,6 +135,15 @@ def ext_proc_filter(config: Config) -> dict[str, Any]:
         metadata_options={"receiving_namespaces": {"untyped": ["envoy.lb", "extproc"]}},
     )
     return {"name": EXTPROC_FILTER, "typed_config": external_processor}
+
+
+def router_filter() -> dict[str, Any]:
+    return {
+        "name": "envoy.filters.http.router",
+        "typed_config": typed(
+            "extensions.filters.http.router.v3.Router", suppress_envoy_headers=True
+        ),
+    }
 
 
 def _connection_manager(config: Config) -> dict[str, Any]:
@@ -105,10 +160,10 @@ def _connection_manager(config: Config) -> dict[str, Any]:
         normalize_path=True,
         merge_slashes=True,
         path_with_escaped_slashes_action="KEEP_UNCHANGED",
-        max_request_headers_kb=_MAX_HEADERS_KIBIBYTES,
+        max_request_headers_kb=MAX_HEADERS_KIBIBYTES,
         common_http_protocol_options={
             "idle_timeout": duration(_CLIENT_IDLE_SECONDS),
-            "max_headers_count": _MAX_HEADERS,
+            "max_headers_count": MAX_HEADERS,
             "headers_with_underscores_action": "ALLOW",
         },
         http2_protocol_options={
@@ -131,12 +186,7 @@ def _connection_manager(config: Config) -> dict[str, Any]:
         ],
         http_filters=[
             ext_proc_filter(config),
-            {
-                "name": "envoy.filters.http.router",
-                "typed_config": typed(
-                    "extensions.filters.http.router.v3.Router", suppress_envoy_headers=True
-                ),
-            },
+            router_filter(),
         ],
         route_config=route_config(config),
         local_reply_config=local_replies(),

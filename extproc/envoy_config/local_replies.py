@@ -39,15 +39,30 @@ _INTERNAL: Final = LocalError(500, "internal_error", "internal error")
 
 # Response flags, https://www.envoyproxy.io/docs/envoy/latest/configuration/observability/access_log/usage
 _TIMEOUT_FLAGS: Final = ("UT", "SI")
+# No connection to the worker, or no such worker: the request was not sent.
+_NOT_CONNECTED_FLAGS: Final = ("UF", "UH")
 _UNREACHABLE_FLAGS: Final = ("UF", "UO", "URX", "UH", "UC", "UR", "UPE", "LR", "NC", "NR")
 _OVERLOAD_FLAGS: Final = ("OM",)
 # Our own answers carry the header of their code when the mappers look at them.
 _NOT_OURS: Final = f'!("{ERROR_CODE_HEADER}" in response.headers)'
 
 
-def local_replies() -> dict[str, Any]:
-    """The connection manager's `local_reply_config`; the first mapper that matches wins."""
-    mappers = [
+def local_replies(*, retry_header: str | None = None) -> dict[str, Any]:
+    """The connection manager's `local_reply_config`; the first mapper that matches wins.
+
+    `retry_header` is set on answers for a worker that could not be connected to.
+    """
+    mappers = []
+    if retry_header is not None:
+        mapper = _mapper(_flags(_NOT_CONNECTED_FLAGS), _UNREACHABLE)
+        mapper["headers_to_add"].append(
+            {
+                "header": {"key": retry_header, "value": "1"},
+                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+            }
+        )
+        mappers.append(mapper)
+    mappers += [
         _mapper(_expression('response.code_details == "request_payload_too_large"'), _TOO_LARGE),
         _mapper(
             _expression(

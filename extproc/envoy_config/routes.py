@@ -15,6 +15,7 @@ from extproc.envoy_config.local_replies import (
     error_headers,
 )
 from extproc.envoy_config.wire_form import duration
+from extproc.routing.decode_order import DECODE_CLUSTER, RETRY_HEADER
 
 __all__ = ["FAIL_OPEN_PATHS", "route_config"]
 
@@ -38,7 +39,7 @@ _RETRY_ON: Final = "connect-failure,refused-stream,reset-before-request"
 
 
 def route_config(config: Config) -> dict[str, Any]:
-    routes = [_decided(config)]
+    routes = [_decode_pass(config), _decided(config)]
     if config.envoy.fail_open and len(config.models) == 1:
         routes.append(_fail_open(config))
     routes.append(_unavailable())
@@ -49,9 +50,37 @@ def route_config(config: Config) -> dict[str, Any]:
             {
                 "name": "llm",
                 "domains": ["*"],
+                "include_request_attempt_count": True,
                 "routes": routes,
             }
         ],
+    }
+
+
+def _decode_pass(config: Config) -> dict[str, Any]:
+    """On to the second pass, and there again while it says that nothing was lost."""
+    return {
+        "name": "decode_pass",
+        "match": {
+            "prefix": "/",
+            "headers": [
+                {"name": config.envoy.cluster_header, "string_match": {"exact": DECODE_CLUSTER}}
+            ],
+        },
+        "route": {
+            "cluster": DECODE_CLUSTER,
+            "timeout": "0s",
+            "idle_timeout": duration(config.decode_silence_secs),
+            "retry_policy": {
+                # An engine's own 5xx is none: its room is used up.
+                "retry_on": "retriable-headers",
+                "retriable_headers": [{"name": RETRY_HEADER, "present_match": True}],
+                "num_retries": 0,
+                # Until the response headers.
+                "per_try_timeout": duration(config.decode_silence_secs),
+                "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
+            },
+        },
     }
 
 

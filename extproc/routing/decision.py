@@ -12,6 +12,9 @@ class Decision(Struct, frozen=True, kw_only=True):
     the connection. `timeout_ms` bounds the whole response in milliseconds, 0 = no bound
     (streams). `cached_tokens` and `total_tokens` are the confirmed overlap, where known, and
     `body_members` JSON members, `"name":value`, that the body must get for the engine.
+
+    `decode_order` is set instead of destinations where a second pass picks the decode worker:
+    what that pass has to know, as a header's value, and `attempts` how often it may be made.
     """
 
     model: str
@@ -23,3 +26,5 @@ class Decision(Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     total_tokens: int = 0
     body_members: bytes = b""
+    decode_order: str = ""
+    attempts: int = 1

@@ -11,6 +11,7 @@ import structlog
 
 from extproc.clock import Clock
 from extproc.config import LoadConfig
+from extproc.errors import RouterError
 from extproc.metrics import Metrics
 from extproc.routing.decision import Decision
 from extproc.workers.active_load import RankBooking, Ticket
@@ -51,6 +52,36 @@ class LeaseBooks:
         self.metrics = metrics
         self.load = load
 
+    def succeeded(self, worker: Worker, model: str) -> None:
+        """The worker has answered, and no 5xx."""
+        if worker.breaker.state is not BreakerState.CLOSED:
+            _log.info("breaker_closed", worker=worker.url, model=model)
+        worker.breaker.success()
+        self.count(worker, model, "success")
+
+    def failed(self, worker: Worker, model: str, now: float) -> None:
+        """The worker has answered 5xx, or not at all."""
+        breaker = worker.breaker
+        before = breaker.state
+        breaker.failure(now)
+        if breaker.state is not before:
+            _log.warning(
+                "breaker_opened",
+                worker=worker.url,
+                model=model,
+                failures=breaker.threshold,
+                cool_down_secs=breaker.cool_down_seconds,
+            )
+        self.count(worker, model, "error")
+
+    def undecided(self, worker: Worker, model: str, probe: int) -> None:
+        """Nothing was learnt of the worker: its probe, if that was one, is free again."""
+        worker.breaker.give_back(probe)
+        self.count(worker, model, "cancelled")
+
+    def count(self, worker: Worker, model: str, outcome: str) -> None:
+        self.metrics.worker_requests(worker.url, model, worker.mode, outcome).inc()
+
 
 class Lease:
     """One routed request, from the decision to the end of its stream."""
@@ -63,6 +94,8 @@ class Lease:
         "_probe",
         "_settled",
         "decision",
+        "on_bad_answer",
+        "on_failure",
         "rebook",
         "served",
         "ticket",
@@ -87,6 +120,10 @@ class Lease:
         self.decision = decision
         self.ticket = ticket
         self.served: Worker | None = None
+        # Who wants to know that something else has gone wrong; of an ordinary request, nothing.
+        self.on_failure: Callable[[RouterError], None] | None = None
+        # Told of a worker that answered with an error: it may have another role by now.
+        self.on_bad_answer: Callable[[Worker], None] | None = None
         # Books the request on a rank of another worker than the chosen one.
         self.rebook: Callable[[Worker, float], RankBooking | None] | None = None
 
@@ -116,9 +153,11 @@ class Lease:
         served = self._named[position] if position >= 0 else books.registry.at_address(address)
         # Those before the one that served were tried first and could not be reached.
         for failed in self._named[: position if position >= 0 else 1]:
-            self._fail(failed, now)
+            books.failed(failed, decision.model, now)
         if served is not None:
             self._settle(served, status, code_details, answered, now)
+            if status >= _CLIENT_ERROR and self.on_bad_answer is not None:
+                self.on_bad_answer(served)
             if self.ticket.move(served) and self.rebook is not None:
                 self._move_booking(self.rebook(served, now), now)
             self.served = served if answered else None
@@ -128,6 +167,11 @@ class Lease:
         if position < 0:
             books.metrics.missed(decision.model).inc()
         return position >= 0
+
+    @property
+    def holds_stream(self) -> bool:
+        """Whether something of ours still depends on the stream once the decision is out."""
+        return False
 
     def _start_booking(self, status: int, answered: bool, now: float) -> None:
         """A good answer has begun: its prompt is prefilled."""
@@ -144,7 +188,8 @@ class Lease:
         """The request is too old. A worker that never began to answer has failed."""
         if not self._settled:
             self._settled = True
-            self._fail(self._named[0], self._books.clock.monotonic())
+            books = self._books
+            books.failed(self._named[0], self.decision.model, books.clock.monotonic())
 
     def close(self) -> None:
         """The stream has ended, in whatever way; idempotent."""
@@ -154,8 +199,7 @@ class Lease:
         if not self._settled:
             # The client left before an answer: neutral, but the probe is free again.
             self._settled = True
-            self._named[0].breaker.give_back(self._probe)
-            self._count(self._named[0], "cancelled")
+            self._books.undecided(self._named[0], self.decision.model, self._probe)
         self.ticket.on_stale = None
         if not self.ticket.estimated:
             self.ticket.release()
@@ -166,34 +210,12 @@ class Lease:
         """Book what this response says of the worker."""
         if answered:
             if status < _SERVER_ERROR:
-                if worker.breaker.state is not BreakerState.CLOSED:
-                    _log.info("breaker_closed", worker=worker.url, model=self.decision.model)
-                worker.breaker.success()
-                self._count(worker, "success")
+                self._books.succeeded(worker, self.decision.model)
             else:
-                self._fail(worker, now)
+                self._books.failed(worker, self.decision.model, now)
         elif code_details.startswith(_WORKER_FAILED) and _OVERFLOW not in code_details:
-            self._fail(worker, now)
+            self._books.failed(worker, self.decision.model, now)
         else:
             # Envoy's own reply, for a reason that says nothing of the worker.
             self._named[0].breaker.give_back(self._probe)
-            self._count(worker, "cancelled")
-
-    def _fail(self, worker: Worker, now: float) -> None:
-        breaker = worker.breaker
-        before = breaker.state
-        breaker.failure(now)
-        if breaker.state is not before:
-            _log.warning(
-                "breaker_opened",
-                worker=worker.url,
-                model=self.decision.model,
-                failures=breaker.threshold,
-                cool_down_secs=breaker.cool_down_seconds,
-            )
-        self._count(worker, "error")
-
-    def _count(self, worker: Worker, outcome: str) -> None:
-        self._books.metrics.worker_requests(
-            worker.url, self.decision.model, worker.mode, outcome
-        ).inc()
+            self._books.count(worker, self.decision.model, "cancelled")

@@ -5,7 +5,8 @@ parser without building objects, and goes to the engine untouched. A parser's ow
 never reach a client: they can quote the body.
 """
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Struct
@@ -23,6 +24,7 @@ __all__ = [
     "MODELS_PATH",
     "TOKENIZE_PATH",
     "Endpoint",
+    "Forwarded",
     "Request",
     "find_endpoint",
     "parse_body",
@@ -32,25 +34,40 @@ __all__ = [
 class Endpoint(Struct, frozen=True, kw_only=True):
     """One API path. `path` is also its label in metrics.
 
-    `for_us`: answered by this service, whichever workers there are.
+    `for_us`: answered by this service, whichever workers there are. `generates`: takes the
+    fields by which a prefill and a decode worker meet.
     """
 
     path: str
     methods: tuple[str, ...] = ("POST",)
     model_optional: bool = False
     for_us: bool = False
+    generates: bool = False
+
+
+class Forwarded(NamedTuple):
+    """What a request of our own for a client takes over: its `:path` and its headers."""
+
+    path: str
+    headers: tuple[tuple[str, str], ...]
+
+
+def _nothing_forwarded() -> Forwarded:
+    return Forwarded("", ())
 
 
 class Request(Struct, frozen=True):
     """A request that can be routed. `model` None: the only configured one is meant.
 
-    `body` is empty where the gateway has not shown it.
+    `body` is empty where the gateway has not shown it. `forwarded` is only called for who needs
+    it, since reading headers costs more than most decisions.
     """
 
     endpoint: Endpoint
     model: str | None
     stream: bool
     body: bytes | bytearray = b""
+    forwarded: Callable[[], Forwarded] = _nothing_forwarded
 
 
 class _Body(Struct):
@@ -67,9 +84,9 @@ DETOKENIZE_PATH: Final = "/v1/detokenize"
 _ENDPOINTS: Final = {
     endpoint.path: endpoint
     for endpoint in (
-        Endpoint(path="/v1/chat/completions"),
-        Endpoint(path="/v1/completions"),
-        Endpoint(path="/generate", model_optional=True),
+        Endpoint(path="/v1/chat/completions", generates=True),
+        Endpoint(path="/v1/completions", generates=True),
+        Endpoint(path="/generate", model_optional=True, generates=True),
         Endpoint(path="/v1/embeddings"),
         Endpoint(path="/v1/responses"),
         Endpoint(path="/v1/messages"),
@@ -98,7 +115,11 @@ def find_endpoint(method: str, path: str) -> Endpoint:
     return endpoint
 
 
-def parse_body(endpoint: Endpoint, body: bytes | bytearray) -> Request:
+def parse_body(
+    endpoint: Endpoint,
+    body: bytes | bytearray,
+    forwarded: Callable[[], Forwarded] = _nothing_forwarded,
+) -> Request:
     """Decode what is needed of a complete body; raises RouterError 400."""
     if not body:
         raise body_required()
@@ -125,4 +146,4 @@ def parse_body(endpoint: Endpoint, body: bytes | bytearray) -> Request:
         raise bad_request("`model` must not be empty")
     if stream is not None and type(stream) is not bool:
         raise bad_request("`stream` must be a boolean")
-    return Request(endpoint, model, stream is True, body)
+    return Request(endpoint, model, stream is True, body, forwarded)

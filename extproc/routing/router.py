@@ -6,17 +6,17 @@ from random import Random
 from extproc.errors import model_not_found, no_healthy_workers
 from extproc.policies.base import Policy, Query
 from extproc.routing.decision import Decision
-from extproc.routing.kv_routing import KvRouting
+from extproc.routing.disaggregation import Chosen, Disaggregation
+from extproc.routing.kv_routing import KvRouting, PromptTokens
 from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.pairs import Pair
 from extproc.routing.request import Request
 from extproc.routing.token_endpoints import Answer, TokenEndpoints
+from extproc.routing.usable import UsableWorkers
 from extproc.workers.active_load import ActiveLoad, RankBooking
-from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker
 
 __all__ = ["Router"]
-
-_CLOSED = BreakerState.CLOSED
 
 
 class Router:
@@ -33,6 +33,7 @@ class Router:
         destinations_max: int,
         kv: KvRouting | None = None,
         token_endpoints: TokenEndpoints | None = None,
+        pd: Disaggregation | None = None,
     ) -> None:
         """`policies` by model id, in the order of the configuration; None where `kv` chooses.
 
@@ -49,6 +50,8 @@ class Router:
         self._destinations_max = destinations_max
         self._kv = kv
         self._token_endpoints = token_endpoints or TokenEndpoints({})
+        self._pd = pd
+        self._usable = UsableWorkers(books.registry)
 
     @property
     def model_ids(self) -> list[str]:
@@ -63,29 +66,104 @@ class Router:
         """What the client of an endpoint `for_us` gets; raises RouterError."""
         return await self._token_endpoints.answer(request, self._resolve(request.model)[0])
 
-    async def route(self, request: Request) -> Lease:
+    async def route(self, request: Request) -> Lease | Pair:
         """Decide, book and claim; the caller closes the lease however the request ends.
 
         Raises RouterError: 404 for an unknown model (before anything is asked of workers),
         503 when none of its workers may be tried.
         """
         model, adapter = self._resolve(request.model)
-        policy = self._policies[model]
-        if policy is None:
-            return await self._route_by_tokens(request, model, adapter)
+        if self._pd is not None and self._books.registry.is_disaggregated(model):
+            return await self._route_apart(self._pd, request, model, adapter)
+        prompt = None
+        if self._policies[model] is None:
+            self._candidates(model, self._books.clock.monotonic())  # before any work for nobody
+            prompt = await self._read(request, model, adapter)
+        # Workers and their books may have changed while text became tokens in a thread.
         now = self._books.clock.monotonic()
         candidates = self._candidates(model, now)
-        chosen, reason = policy.choose(candidates, self._queries[model])
-        named = [chosen, *self._fallbacks(chosen, candidates)]
+        chosen = self._choose(model, candidates, prompt, now)
+        return self._placed(request, model, chosen, candidates, now)
+
+    async def _route_apart(
+        self, pd: Disaggregation, request: Request, model: str, adapter: str | None
+    ) -> Lease | Pair:
+        """A prefill worker and a decode worker; or a decode worker that needs no other."""
+        pd.check(request, model)
+        prompt = await self._read(request, model, adapter)
+        if prompt is not None and pd.has_rule(model):
+            now = self._books.clock.monotonic()
+            decodes = self._usable(model, "decode", now)
+            if decodes:
+                chosen = self._choose(model, decodes, prompt, now)
+                if chosen.placed is not None and pd.lacks_little(model, chosen.placed):
+                    self._books.metrics.pd.decode_alone(model).inc()
+                    return self._placed(request, model, chosen, decodes, now)
+
+        def choose(candidates: Sequence[Worker], now: float) -> Chosen:
+            return self._choose(model, candidates, prompt, now)
+
+        return await pd.route(request, model, choose)
+
+    async def _read(self, request: Request, model: str, adapter: str | None) -> PromptTokens | None:
+        """The prompt's tokens, for a policy that looks at them."""
+        if self._policies[model] is not None or self._kv is None:
+            return None
+        return await self._kv.read(model, request, adapter)
+
+    def _choose(
+        self, model: str, candidates: Sequence[Worker], prompt: PromptTokens | None, now: float
+    ) -> Chosen:
+        policy = self._policies[model]
+        if policy is not None:
+            worker, reason = policy.choose(candidates, self._queries[model])
+            return Chosen(worker, policy.name, reason)
+        kv = self._kv
+        assert kv is not None and prompt is not None  # noqa: S101, PT018 (see _read)
+        placed = kv.place(model, candidates, prompt, now)
+        target = placed.target
+        return Chosen(target.worker, kv.policy_name(model), placed.reason, target.rank, placed)
+
+    def _placed(
+        self,
+        request: Request,
+        model: str,
+        chosen: Chosen,
+        candidates: Sequence[Worker],
+        now: float,
+    ) -> Lease:
+        """The request goes to the chosen worker as it is, with others to fall back to."""
+        worker, policy, reason, rank, placed = chosen
+        members = b""
+        kv = self._kv
+        if placed is not None and kv is not None and kv.has_ranks(worker) and request.body:
+            members = b'"routed_dp_rank":%d' % rank
+            # The body goes as it is to whoever serves: all of them must have that rank.
+            candidates = [other for other in candidates if kv.has_rank(other, rank)]
+        named = [worker, *self._fallbacks(worker, candidates)]
         decision = Decision(
             model=model,
-            policy=policy.name,
+            policy=policy,
             reason=reason,
-            worker_url=chosen.url,
-            destinations=tuple([worker.address or "" for worker in named]),
+            worker_url=worker.url,
+            destinations=tuple([one.address or "" for one in named]),
             timeout_ms=0 if request.stream else self._timeout_ms,
+            cached_tokens=placed.cached_tokens if placed is not None else 0,
+            total_tokens=placed.total_tokens if placed is not None else 0,
+            body_members=members,
         )
-        return self._lease(decision, named, now)
+        self._books.metrics.decisions(model, policy, reason).inc()
+        probe, ticket = worker.breaker.claim(now), self._active_load.book(worker, now)
+        lease = Lease(self._books, decision, named, ticket, probe, now)
+        if placed is None or kv is None:
+            return lease
+        ticket.booking = placed.book(now, streamed=request.stream)
+
+        def rebook(other: Worker, at: float) -> RankBooking | None:
+            return kv.book_served(other, rank, placed.prefill_tokens, request.stream, at)
+
+        lease.rebook = rebook
+        return lease
 
     def _resolve(self, name: str | None) -> tuple[str, str | None]:
         """The configured model, and the adapter where a name is `model:adapter`."""
@@ -100,58 +178,12 @@ class Router:
             return base, adapter
         raise model_not_found(name)
 
-    async def _route_by_tokens(self, request: Request, model: str, adapter: str | None) -> Lease:
-        kv = self._kv
-        assert kv is not None  # noqa: S101 (it has every model without a policy of its own)
-        self._candidates(model, self._books.clock.monotonic())  # before any work for nobody
-        prompt = await kv.read(model, request, adapter)
-        # Workers and their books may have changed while text became tokens in a thread.
-        now = self._books.clock.monotonic()
-        candidates = self._candidates(model, now)
-        placed = kv.place(model, candidates, prompt, now)
-        chosen, rank, members = placed.target.worker, placed.target.rank, b""
-        others: Sequence[Worker] = candidates
-        if kv.has_ranks(chosen) and request.body:
-            members = b'"routed_dp_rank":%d' % rank
-            # The body goes as it is to whoever serves: all of them must have that rank.
-            others = [worker for worker in candidates if kv.has_rank(worker, rank)]
-        named = [chosen, *self._fallbacks(chosen, others)]
-        decision = Decision(
-            model=model,
-            policy=kv.policy_name(model),
-            reason=placed.reason,
-            worker_url=chosen.url,
-            destinations=tuple([worker.address or "" for worker in named]),
-            timeout_ms=0 if request.stream else self._timeout_ms,
-            cached_tokens=placed.cached_tokens,
-            total_tokens=placed.total_tokens,
-            body_members=members,
-        )
-        lease = self._lease(decision, named, now)
-        lease.ticket.booking = placed.book(now, streamed=request.stream)
-
-        def rebook(worker: Worker, at: float) -> RankBooking | None:
-            return kv.book_served(worker, rank, placed.prefill_tokens, request.stream, at)
-
-        lease.rebook = rebook
-        return lease
-
     def _candidates(self, model: str, now: float) -> list[Worker]:
         """The workers that may be tried; raises RouterError 503 when there are none."""
-        candidates = [
-            worker
-            for worker in self._books.registry.pool(model)
-            if worker.breaker.state is _CLOSED or worker.breaker.would_allow(now)
-        ]
+        candidates = self._usable(model, "plain", now)
         if not candidates:
             raise no_healthy_workers()
         return candidates
-
-    def _lease(self, decision: Decision, named: list[Worker], now: float) -> Lease:
-        self._books.metrics.decisions(decision.model, decision.policy, decision.reason).inc()
-        chosen = named[0]
-        probe = chosen.breaker.claim(now)
-        return Lease(self._books, decision, named, self._active_load.book(chosen, now), probe, now)
 
     def _fallbacks(self, chosen: Worker, candidates: Sequence[Worker]) -> list[Worker]:
         """Whom to try when the chosen worker refuses the connection, less loaded first.

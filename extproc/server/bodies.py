@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
 
-__all__ = ["BodyMode", "BodyTooLargeError", "RequestBody", "body_mode", "with_members"]
+__all__ = ["BodyMode", "BodyTooLargeError", "RequestBody", "body_mode"]
 
 _Mode = pb.ProcessingMode
 
@@ -101,15 +101,3 @@ class RequestBody:
     def peek(self) -> bytes | bytearray:
         """The collected bytes, kept for the echo."""
         return self._data
-
-
-def with_members(body: bytes | bytearray, members: bytes) -> bytes:
-    """A JSON object with members added behind its own; all other bytes stay as they are.
-
-    At the end, since of a name given twice every parser in use takes the last: what a client
-    has put there under the same name does not count. `body` must be known to be an object.
-    """
-    end = body.rindex(b"}")
-    head = bytes(body[:end]).rstrip(b" \t\r\n")
-    comma = b"" if head.endswith(b"{") else b","
-    return b"".join((head, comma, members, body[end:]))

@@ -23,8 +23,10 @@ from extproc.config import MEBIBYTE, ServerConfig, ServerTlsConfig
 from extproc.errors import ConfigError, RouterError, internal_error, routing_timeout
 from extproc.metrics import Metrics
 from extproc.routing.lease import Lease
+from extproc.routing.pairs import Pair
 from extproc.routing.request import Request
 from extproc.routing.token_endpoints import Answer
+from extproc.server.decode_session import DecodeSession
 from extproc.server.session import Session, SessionContext
 
 __all__ = [
@@ -44,6 +46,7 @@ HEALTH_SERVICES_READY: Final = ("readiness", SERVICE)
 # Initial metadata of the filter that says which pass a stream belongs to.
 PASS_METADATA_KEY: Final = "x-extproc-pass"  # noqa: S105
 _ROUTE_PASS: Final = "route"  # noqa: S105
+_DECODE_PASS: Final = "decode"  # noqa: S105
 
 # Headers and framing around a body in one message.
 _MESSAGE_OVERHEAD_BYTES: Final = 2 * MEBIBYTE
@@ -78,6 +81,7 @@ class _Stream:
 
     __slots__ = (
         "_context",
+        "_interrupted",
         "_reading",
         "_server",
         "_task",
@@ -87,7 +91,9 @@ class _Stream:
         "session",
     )
 
-    def __init__(self, server: "ExtProcServer", context: Any) -> None:
+    def __init__(
+        self, server: "ExtProcServer", context: Any, session: type[Session] = Session
+    ) -> None:
         self._server = server
         self._context = context
         self._task = asyncio.current_task()
@@ -97,7 +103,9 @@ class _Stream:
         self.ending = False
         # Only then has everything that was decided been written.
         self._reading = False
-        self.session = Session(server.session_context)
+        # What was to be said next has been overtaken by an answer.
+        self._interrupted = False
+        self.session = session(server.session_context)
 
     async def serve(self) -> None:
         """Read until Envoy is done; returns to end the stream with status OK."""
@@ -112,6 +120,9 @@ class _Stream:
                 out = session.receive(raw)
             except DecodeError:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a ProcessingRequest")
+            lease = session.lease
+            if lease is not None and lease.ticket.on_stale is None:
+                lease.ticket.on_stale = self._on_stale  # of the second pass
             if out:
                 if server.is_crowded:
                     await asyncio.sleep(0)
@@ -135,6 +146,7 @@ class _Stream:
             else:
                 lease = await server.route(request)
                 lease.ticket.on_stale = self._on_stale
+                lease.on_failure = self._on_partner_failed
                 out = session.routed(lease)
                 if server.log_decisions:
                     _log_decision(session.request_id, lease)
@@ -155,6 +167,8 @@ class _Stream:
             server.unwatch(self)
         if server.is_crowded:
             await asyncio.sleep(0)
+        if self._interrupted:
+            return
         for reply in out:
             await self._context.write(reply)
 
@@ -170,10 +184,17 @@ class _Stream:
     def _on_stale(self) -> None:
         self._interrupt(self.session.expired)
 
+    def _on_partner_failed(self, error: RouterError) -> None:
+        lease = self.session.lease
+        self._interrupt(lambda: self.session.partner_failed(error))
+        if isinstance(lease, Pair):
+            lease.told()
+
     def _interrupt(self, step: Callable[[], Sequence[bytes]]) -> None:
         """Send what a timer wants said while `serve` is waiting for Envoy."""
         out = step()
         if out:
+            self._interrupted = True
             self._server.spawn(self._write(out))
 
     async def _write(self, out: Sequence[bytes]) -> None:
@@ -201,7 +222,7 @@ def _uncancel() -> None:
         task.uncancel()
 
 
-def _log_decision(request_id: str, lease: Lease) -> None:
+def _log_decision(request_id: str, lease: Lease | Pair) -> None:
     decision = lease.decision
     _log.debug(
         "routed",
@@ -223,11 +244,12 @@ class ExtProcServer:
         config: ServerConfig,
         *,
         session_context: SessionContext,
-        route: Callable[[Request], Awaitable[Lease]],
+        route: Callable[[Request], Awaitable[Lease | Pair]],
         answer: Callable[[Request], Awaitable[Answer]],
         metrics: Metrics,
         body_deadline_seconds: float,
         log_decisions: bool,
+        step_deadline_seconds: float | None = None,
     ) -> None:
         self._config = config
         self.session_context = session_context
@@ -235,7 +257,7 @@ class ExtProcServer:
         self.answer = answer
         self.metrics = metrics
         self.body_deadline_seconds = body_deadline_seconds
-        self.step_deadline_seconds = config.step_deadline_secs
+        self.step_deadline_seconds = step_deadline_seconds or config.step_deadline_secs
         self.log_decisions = log_decisions
         self.draining = False
         self._socket_file: tuple[Path, tuple[int, int] | None] | None = None
@@ -380,12 +402,15 @@ class ExtProcServer:
         task.add_done_callback(self._background.discard)
 
     async def _process(self, _: Any, context: Any) -> None:
+        session = Session
         for key, value in context.invocation_metadata() or ():
-            if key == PASS_METADATA_KEY and value != _ROUTE_PASS:
+            if key == PASS_METADATA_KEY and value == _DECODE_PASS:
+                session = DecodeSession
+            elif key == PASS_METADATA_KEY and value != _ROUTE_PASS:
                 await context.abort(
                     grpc.StatusCode.UNIMPLEMENTED, f"{PASS_METADATA_KEY}: unknown pass"
                 )
-        stream = _Stream(self, context)
+        stream = _Stream(self, context, session)
         self._streams.add(stream)
         self._last_stream_at = time.monotonic()
         end = "ok"

@@ -13,7 +13,9 @@ from extproc._protos import llm_extproc_pb2 as pb
 from extproc.config import EnvoyConfig
 from extproc.errors import ERROR_CODE_HEADER, RouterError, envelope
 from extproc.routing.decision import Decision
+from extproc.routing.decode_order import DECODE_CLUSTER, DECODE_ORDER_HEADER
 from extproc.routing.lease import Lease
+from extproc.routing.pairs import Pair
 
 __all__ = [
     "DESTINATION_HEADER",
@@ -92,32 +94,48 @@ class ReplyBuilder:
 
         `request_id` is given when the request came without one and must get ours.
         """
-        if request_id is not None:
-            return self._build(decision, in_body, request_id)
         key = (
             decision.model,
             decision.reason,
+            decision.attempts,
             decision.destinations,
             decision.timeout_ms,
             in_body,
         )
-        reply = self._table.get(key)
-        if reply is None:
+        reply = self._table.get(key) if request_id is None else None
+        if request_id is not None:
+            reply = self._build(decision, in_body, request_id)
+        elif reply is None:
             reply = self._build(decision, in_body, None)
             if len(self._table) >= _TABLE_MAX_ENTRIES:
                 self._table.clear()
             self._table[key] = reply
+        if decision.decode_order:
+            # No two of them are alike. Two serialised messages one after the other are one
+            # message with the fields of both.
+            order = pb.CommonResponse(
+                header_mutation=_set_headers(((DECODE_ORDER_HEADER, decision.decode_order),))
+            )
+            if in_body:
+                more = pb.ProcessingResponse(request_body=pb.BodyResponse(response=order))
+            else:
+                more = pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=order))
+            reply += more.SerializeToString()
         return reply
 
     def _build(self, decision: Decision, in_body: bool, request_id: str | None) -> bytes:
         destination = ",".join(decision.destinations)
+        second_pass = bool(decision.decode_order)
         pairs = [
-            (self._envoy.cluster_header, self._envoy.cluster),
+            (self._envoy.cluster_header, DECODE_CLUSTER if second_pass else self._envoy.cluster),
             (self._envoy.model_header, decision.model),
-            (DESTINATION_HEADER, destination),
-            # As many attempts as there are destinations: one more would leave the list.
-            ("x-envoy-max-retries", str(len(decision.destinations) - 1)),
         ]
+        if second_pass:
+            pairs.append(("x-envoy-max-retries", str(decision.attempts - 1)))
+        else:
+            pairs.append((DESTINATION_HEADER, destination))
+            # As many attempts as there are destinations: one more would leave the list.
+            pairs.append(("x-envoy-max-retries", str(len(decision.destinations) - 1)))
         if decision.timeout_ms:
             pairs.append(("x-envoy-upstream-rq-timeout-ms", str(decision.timeout_ms)))
         if self._authorization is not None:
@@ -126,9 +144,10 @@ class ReplyBuilder:
             pairs.append(("x-request-id", request_id))
         common = pb.CommonResponse(header_mutation=_set_headers(pairs), clear_route_cache=True)
         metadata = Struct()
-        metadata.fields[_DESTINATION_NAMESPACE].CopyFrom(
-            Value(struct_value=_text_struct(((DESTINATION_HEADER, destination),)))
-        )
+        if not second_pass:
+            metadata.fields[_DESTINATION_NAMESPACE].CopyFrom(
+                Value(struct_value=_text_struct(((DESTINATION_HEADER, destination),)))
+            )
         metadata.fields[METADATA_NAMESPACE].CopyFrom(
             Value(
                 struct_value=_text_struct(
@@ -237,7 +256,9 @@ def error_response(error: RouterError, request_id: str) -> bytes:
     """The error in its envelope."""
     return immediate_response(
         error.status,
-        envelope(error.code, error.status, error.message, request_id),
+        envelope(error.code, error.status, error.message, request_id)
+        if error.body is None
+        else error.body,
         (
             ("content-type", "application/json"),
             (ERROR_CODE_HEADER, error.code),
@@ -247,7 +268,7 @@ def error_response(error: RouterError, request_id: str) -> bytes:
     )
 
 
-def debug_response_headers(lease: Lease) -> bytes:
+def debug_response_headers(lease: Lease | Pair) -> bytes:
     """A reply to the response headers that says who served and why."""
     decision = lease.decision
     served = lease.served.url if lease.served is not None else "unknown"

@@ -11,18 +11,23 @@ from typing import Final
 from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
+from extproc.routing.request import Forwarded
 from extproc.server.bodies import BodyMode, body_mode
 
-__all__ = ["DEBUG_HEADER", "RequestHead", "RequestHeadTable"]
+__all__ = ["DEBUG_HEADER", "RequestHead", "RequestHeadTable", "forwarded_of", "wanted_headers"]
 
 DEBUG_HEADER: Final = "x-extproc-debug"
 _ID_HEADER: Final = "x-request-id"
 _LENGTH_HEADER: Final = "content-length"
 _WANTED: Final = frozenset((":method", ":path", _ID_HEADER, _LENGTH_HEADER, DEBUG_HEADER))
 
+# Those of sgl-router; the request id is ours where the client has sent none.
+_FORWARDED: Final = frozenset(("authorization", "x-correlation-id", "traceparent", "tracestate"))
+_FORWARDED_PREFIXES: Final = ("x-request-id-", "x-sgl-")
+
 _TABLE_MAX_ENTRIES: Final = 1024
 # Longer messages are not looked up: gateways that forward all headers never repeat one.
-_KNOWN_MAX_BYTES: Final = 512
+_KNOWN_MAX_BYTES: Final = 1024
 # How the two headers stand in a message: key and raw_value with tags and lengths. No value of
 # another header can contain that, data planes refuse control characters.
 _ID_CHARS: Final = 36
@@ -66,7 +71,7 @@ class RequestHeadTable:
     def read(self, raw: bytes, message: pb.ProcessingRequest) -> tuple[RequestHead, str, int]:
         """Read a parsed message, and keep it if its like may come again."""
         config = message.protocol_config if message.HasField("protocol_config") else None
-        seen = _wanted_headers(message.request_headers.headers)
+        seen = wanted_headers(message.request_headers.headers)
         request_id = seen.get(_ID_HEADER, "")
         digits = seen.get(_LENGTH_HEADER, "")
         length = int(digits[:_LENGTH_MAX_DIGITS]) if digits.isdecimal() else -1
@@ -117,7 +122,24 @@ def _cut(raw: bytes) -> tuple[bytes, str, int] | None:
     return rest, request_id, int(digits)
 
 
-def _wanted_headers(headers: pb.HeaderMap) -> dict[str, str]:
+def forwarded_of(raw: bytes, request_id: str) -> Forwarded:
+    """What a request of our own takes over from a request headers message.
+
+    Credentials, what identifies the request and traces it, and what is addressed to the engine.
+    """
+    path = ""
+    taken = [(_ID_HEADER, request_id)]
+    for header in pb.ProcessingRequest.FromString(raw).request_headers.headers.headers:
+        name = header.key.lower()
+        value = header.raw_value.decode("latin-1") if header.raw_value else header.value
+        if name == ":path":
+            path = value
+        elif name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
+            taken.append((name, value))
+    return Forwarded(path, tuple(taken))
+
+
+def wanted_headers(headers: pb.HeaderMap, wanted: frozenset[str] = _WANTED) -> dict[str, str]:
     """The request headers we read; the first of repeated ones.
 
     Envoy fills `raw_value`, other data planes may fill `value`.
@@ -125,9 +147,9 @@ def _wanted_headers(headers: pb.HeaderMap) -> dict[str, str]:
     found: dict[str, str] = {}
     for header in headers.headers:
         name = header.key
-        if name not in _WANTED:
+        if name not in wanted:
             name = name.lower()
-            if name not in _WANTED:
+            if name not in wanted:
                 continue
         if name not in found:
             raw = header.raw_value

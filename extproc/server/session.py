@@ -11,7 +11,7 @@ it; the stream is never ended early there, since that loses pieces of the respon
 
 import enum
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
@@ -21,21 +21,32 @@ from extproc._protos import llm_extproc_pb2 as pb
 from extproc.errors import (
     RouterError,
     body_required,
+    no_decode_workers,
     payload_too_large,
     request_timeout,
     stale_request_expired,
     unsupported_body_mode,
 )
 from extproc.metrics import Metrics
+from extproc.routing.disaggregation import DecodeQuery
+from extproc.routing.json_members import with_members
 from extproc.routing.lease import Lease
-from extproc.routing.request import MODELS_PATH, Endpoint, Request, find_endpoint, parse_body
+from extproc.routing.pairs import Pair
+from extproc.routing.request import (
+    MODELS_PATH,
+    Endpoint,
+    Forwarded,
+    Request,
+    find_endpoint,
+    parse_body,
+)
 from extproc.routing.token_endpoints import Answer
 from extproc.server import replies
-from extproc.server.bodies import BodyTooLargeError, RequestBody, with_members
-from extproc.server.request_heads import RequestHead, RequestHeadTable
+from extproc.server.bodies import BodyTooLargeError, RequestBody
+from extproc.server.request_heads import RequestHead, RequestHeadTable, forwarded_of
 from extproc.server.responses import KNOWN_MAX_BYTES, Response, ResponseTable
 
-__all__ = ["Session", "SessionContext"]
+__all__ = ["Session", "SessionContext", "SessionState"]
 
 _log = structlog.get_logger()
 
@@ -45,13 +56,17 @@ _RESPONSE_HEADERS_CONTINUE: Final = (replies.RESPONSE_HEADERS_CONTINUE,)
 _UNMATCHED: Final = "unmatched"
 
 
-class _State(enum.IntEnum):
+class SessionState(enum.IntEnum):
     HEADERS = 0  # nothing seen yet
     BODY = 1  # waiting for the rest of the body
     ROUTING = 2  # the adapter is asking the router
     ROUTED = 3  # the decision is out, waiting for the response
     RESPONDING = 4  # response headers seen
     ANSWERED = 5  # we answered the client ourselves
+
+
+def _pick_nothing(_: DecodeQuery) -> Lease:
+    raise no_decode_workers()
 
 
 class SessionContext(Struct, frozen=True):
@@ -65,6 +80,8 @@ class SessionContext(Struct, frozen=True):
     models_body: bytes
     only_model: str | None
     debug_headers: bool
+    model_header: str = "x-extproc-model"
+    pick_decode: Callable[[DecodeQuery], Lease] = _pick_nothing
 
 
 class Session:
@@ -75,6 +92,7 @@ class Session:
         "_context",
         "_debug",
         "_endpoint",
+        "_first_message",
         "_lease",
         "_made_request_id",
         "_response_full_duplex",
@@ -86,10 +104,11 @@ class Session:
 
     def __init__(self, context: SessionContext) -> None:
         self._context = context
-        self._state = _State.HEADERS
+        self._state = SessionState.HEADERS
         self._body: RequestBody | None = None
         self._endpoint: Endpoint | None = None
-        self._lease: Lease | None = None
+        self._first_message = b""
+        self._lease: Lease | Pair | None = None
         self._response_full_duplex = False
         self._trailers_waiting = False
         self._debug = False
@@ -99,21 +118,28 @@ class Session:
         self.to_route: Request | None = None
 
     @property
+    def lease(self) -> Lease | Pair | None:
+        """What the router has booked for the request."""
+        return self._lease
+
+    @property
     def waits_for_body(self) -> bool:
-        return self._state is _State.BODY
+        return self._state is SessionState.BODY
 
     @property
     def may_end_early(self) -> bool:
         """True when the stream can be ended from our side without harm to the response."""
         return (
-            self._state in (_State.ROUTED, _State.RESPONDING)
+            self._state in (SessionState.ROUTED, SessionState.RESPONDING)
             and not self._response_full_duplex
             and not (self._body is not None and self._body.mode.full_duplex)
+            and not (self._lease is not None and self._lease.holds_stream)
         )
 
     def receive(self, raw: bytes) -> Sequence[bytes]:
         """The replies to one serialised message, in order; raises protobuf's DecodeError."""
-        if self._state is _State.HEADERS:
+        if self._state is SessionState.HEADERS:
+            self._first_message = raw
             seen = self._context.heads.find(raw)
             if seen is not None:
                 return self._request_headers(*seen)
@@ -126,7 +152,7 @@ class Session:
             return _NO_REPLIES
         match message.WhichOneof("request"):
             case "request_headers":
-                if self._state is not _State.HEADERS:
+                if self._state is not SessionState.HEADERS:
                     return _NO_REPLIES
                 return self._request_headers(*self._context.heads.read(raw, message))
             case "request_body":
@@ -166,7 +192,7 @@ class Session:
                 return self._answer_options(dict(error.headers)["allow"])
             return self.failed(error)
         self._body = body
-        self._state = _State.BODY
+        self._state = SessionState.BODY
         if body.mode.headers_carry_decision:
             return _NO_REPLIES
         return (replies.REQUEST_HEADERS_CONTINUE,)
@@ -181,14 +207,14 @@ class Session:
             )
             raise unsupported_body_mode()
         self._body = body
-        self._state = _State.ROUTING
+        self._state = SessionState.ROUTING
         # Whether it streams is unknown; a stream must not be cut by the plain time-out.
         self.to_route = Request(endpoint, self._context.only_model, stream=True)
         return _NO_REPLIES
 
     def _request_body(self, chunk: pb.HttpBody) -> Sequence[bytes]:
         body = self._body
-        if self._state is not _State.BODY or body is None:
+        if self._state is not SessionState.BODY or body is None:
             if body is not None and not body.mode.visible_before_decision:
                 # Decided without the body: its pieces pass by, each with a reply.
                 return (replies.REQUEST_BODY_CONTINUE,)
@@ -209,7 +235,7 @@ class Session:
         data = body.peek()
         self._context.metrics.request_body_bytes.observe(len(data))
         try:
-            self.to_route = parse_body(self._endpoint, data)
+            self.to_route = parse_body(self._endpoint, data, self._forwarded)
         except RouterError:
             if cut:
                 # The gateway's buffer was smaller than the body.
@@ -217,11 +243,14 @@ class Session:
                     "payload_too_large", 413, "the request body does not fit the gateway's buffer"
                 ) from None
             raise
-        self._state = _State.ROUTING
+        self._state = SessionState.ROUTING
+
+    def _forwarded(self) -> Forwarded:
+        return forwarded_of(self._first_message, self.request_id)
 
     def _request_trailers(self) -> Sequence[bytes]:
         body = self._body
-        if self._state is _State.BODY and body is not None:
+        if self._state is SessionState.BODY and body is not None:
             if body.mode.whole_in_one_message:
                 # Trailers right behind the headers: there is no body to wait for.
                 return self.failed(body_required())
@@ -233,19 +262,20 @@ class Session:
             except RouterError as error:
                 return self.failed(error)
             return _NO_REPLIES
-        if self._state in (_State.HEADERS, _State.ANSWERED):
+        if self._state in (SessionState.HEADERS, SessionState.ANSWERED):
             return _NO_REPLIES
         return (replies.REQUEST_TRAILERS_CONTINUE,)
 
-    def routed(self, lease: Lease) -> Sequence[bytes]:
+    def routed(self, lease: Lease | Pair) -> Sequence[bytes]:
         """The router has decided; the session owns the lease from here on."""
         self.to_route = None
-        if self._state is not _State.ROUTING:
+        self._first_message = b""
+        if self._state is not SessionState.ROUTING:
             # Expired while the router was thinking.
             lease.close()
             return _NO_REPLIES
         self._lease = lease
-        self._state = _State.ROUTED
+        self._state = SessionState.ROUTED
         body = self._body
         assert body is not None and self._endpoint is not None  # noqa: S101, PT018
         self._context.metrics.requests(self._endpoint.path, "routed").inc()
@@ -277,17 +307,18 @@ class Session:
     def answered(self, answer: Answer) -> Sequence[bytes]:
         """The router has answered the client itself."""
         self.to_route = None
-        if self._state is not _State.ROUTING:
+        if self._state is not SessionState.ROUTING:
             return _NO_REPLIES
         return self._answer_with(200, answer.body, (("content-type", "application/json"),))
 
     def failed(self, error: RouterError, event: str = "request_refused") -> Sequence[bytes]:
         """Answer the client ourselves with an error; `event` names it in the log."""
         self.to_route = None
-        if self._state is _State.ANSWERED:
+        if self._state is SessionState.ANSWERED:
             return _NO_REPLIES
-        self._state = _State.ANSWERED
+        self._state = SessionState.ANSWERED
         self._body = None
+        self._first_message = b""
         path = self._endpoint.path if self._endpoint is not None else _UNMATCHED
         self._context.metrics.requests(path, error.code).inc()
         log = _log.warning if error.status >= 500 else _log.info
@@ -300,13 +331,17 @@ class Session:
         )
         return (replies.error_response(error, self.request_id),)
 
+    def partner_failed(self, error: RouterError) -> Sequence[bytes]:
+        """The other worker of a pair has failed, so nothing will come of the response."""
+        return self.failed(error, "prefill_failed")
+
     def body_timed_out(self) -> Sequence[bytes]:
         """The rest of the body did not come within our deadline."""
-        return self.failed(request_timeout()) if self._state is _State.BODY else _NO_REPLIES
+        return self.failed(request_timeout()) if self._state is SessionState.BODY else _NO_REPLIES
 
     def expired(self) -> Sequence[bytes]:
         """The request is too old: 504, or the stream cut once response headers are out."""
-        if self._state is _State.ANSWERED:
+        if self._state is SessionState.ANSWERED:
             return _NO_REPLIES
         if self._lease is not None:
             self._lease.expired()
@@ -324,7 +359,7 @@ class Session:
         self, status: int, body: bytes, headers: tuple[tuple[str, str], ...]
     ) -> Sequence[bytes]:
         """An answer of our own that is no error."""
-        self._state = _State.ANSWERED
+        self._state = SessionState.ANSWERED
         self._body = None
         path = self._endpoint.path if self._endpoint is not None else _UNMATCHED
         self._context.metrics.requests(path, "answered").inc()
@@ -345,12 +380,12 @@ class Session:
     # -- response path
 
     def _response_headers(self, response: Response) -> Sequence[bytes]:
-        if self._state is _State.ANSWERED:
+        if self._state is SessionState.ANSWERED:
             return _NO_REPLIES
         lease = self._lease
-        if lease is None or self._state is not _State.ROUTED:
+        if lease is None or self._state is not SessionState.ROUTED:
             return _RESPONSE_HEADERS_CONTINUE
-        self._state = _State.RESPONDING
+        self._state = SessionState.RESPONDING
         if not lease.responded(
             response.status, response.address, response.code_details, response.streamed
         ):
@@ -367,7 +402,7 @@ class Session:
         return _RESPONSE_HEADERS_CONTINUE
 
     def _response_body(self, chunk: pb.HttpBody) -> Sequence[bytes]:
-        if self._state is _State.ANSWERED:
+        if self._state is SessionState.ANSWERED:
             return _NO_REPLIES
         if chunk.end_of_stream and self._lease is not None:
             self._lease.close()
@@ -376,7 +411,7 @@ class Session:
         return (replies.RESPONSE_BODY_CONTINUE,)
 
     def _response_trailers(self) -> Sequence[bytes]:
-        if self._state is _State.ANSWERED:
+        if self._state is SessionState.ANSWERED:
             return _NO_REPLIES
         if self._lease is not None:
             self._lease.close()

@@ -1,10 +1,11 @@
-"""Ports that are not free yet."""
+"""Addresses: ports that are not free yet, and hosts that nobody can dial."""
 
 import asyncio
 import errno
+import ipaddress
 from collections.abc import Awaitable, Callable
 
-__all__ = ["with_patience"]
+__all__ = ["dialled", "with_patience"]
 
 _PATIENCE_SECONDS = 1.0
 _POLL_SECONDS = 0.02
@@ -25,3 +26,14 @@ async def with_patience(bind: Callable[[], Awaitable[None]]) -> None:
             if error.errno != errno.EADDRINUSE or loop.time() >= deadline:
                 raise
         await asyncio.sleep(_POLL_SECONDS)
+
+
+def dialled(host: str) -> str:
+    """The host a client on this machine uses for a worker that listens on `host`."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host or "127.0.0.1"
+    if not address.is_unspecified:
+        return host
+    return "127.0.0.1" if address.version == 4 else "::1"

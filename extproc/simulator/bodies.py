@@ -26,7 +26,10 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `special_tokens` are those that a tokenizer adds to a text on its own. `max_tokens` None
     means the worker's default. `lora_name` is the adapter of `lora_path`. `sequences` is how
-    many outputs (or embeddings, scores, ranked documents) are asked for.
+    many outputs (or embeddings, scores, ranked documents) are asked for. `lists_prompts` says
+    that the prompts came as a list, be it of one.
+
+    The fields of disaggregation are as they came, since only a disaggregated worker reads them.
     """
 
     prompts: list[Prompt]
@@ -42,6 +45,12 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     is_batch: bool = False
     wants_base64: bool = False
     dp_rank: int | None = None
+    lists_prompts: bool = False
+    bootstrap_host: Any = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    disagg_prefill_dp_rank: Any = None
+    kv_transfer_params: Any = None
 
 
 Reader = Callable[[bytes], InferenceRequest]
@@ -86,6 +95,11 @@ class _Body(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     lora_path: str | list[str | None] | None = None
     encoding_format: str | None = None
+    bootstrap_host: Any = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    disagg_prefill_dp_rank: Any = None
+    kv_transfer_params: Any = None
 
     def request(
         self,
@@ -94,6 +108,7 @@ class _Body(msgspec.Struct, kw_only=True):
         *,
         special_tokens: bool = False,
         is_batch: bool = False,
+        lists_prompts: bool = False,
     ) -> InferenceRequest:
         sequences = len(prompts) * (self.n or 1)
         if not 1 <= sequences <= _MOST_SEQUENCES:
@@ -114,6 +129,12 @@ class _Body(msgspec.Struct, kw_only=True):
             is_batch=is_batch,
             wants_base64=self.encoding_format == "base64",
             dp_rank=self.data_parallel_rank if self.routed_dp_rank is None else self.routed_dp_rank,
+            lists_prompts=lists_prompts,
+            bootstrap_host=self.bootstrap_host,
+            bootstrap_port=self.bootstrap_port,
+            bootstrap_room=self.bootstrap_room,
+            disagg_prefill_dp_rank=self.disagg_prefill_dp_rank,
+            kv_transfer_params=self.kv_transfer_params,
         )
 
 
@@ -191,6 +212,10 @@ def _prompts(value: str | list[Any]) -> list[Prompt]:
     return [item if isinstance(item, str) else _ids(item) for item in value]
 
 
+def _is_list_of_prompts(value: str | list[Any]) -> bool:
+    return isinstance(value, list) and bool(value) and not isinstance(value[0], int)
+
+
 def _ids(value: Any) -> list[int]:
     if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
         raise ApiError(400, "a prompt list must hold texts, token ids or lists of token ids")
@@ -239,7 +264,12 @@ def _template_arguments(body: _ChatBody) -> _Object:
 
 
 def _completion(body: _CompletionBody) -> InferenceRequest:
-    return body.request(_prompts(body.prompt), body.max_tokens, special_tokens=True)
+    return body.request(
+        _prompts(body.prompt),
+        body.max_tokens,
+        special_tokens=True,
+        lists_prompts=_is_list_of_prompts(body.prompt),
+    )
 
 
 def _generate(body: _GenerateBody) -> InferenceRequest:
@@ -251,12 +281,13 @@ def _generate(body: _GenerateBody) -> InferenceRequest:
     first = (sampling[0] if sampling else None) if isinstance(sampling, list) else sampling
     if first is not None:
         body.n = first.n
-    is_nested = not isinstance(given, str) and bool(given) and not isinstance(given[0], int)
+    is_nested = _is_list_of_prompts(given)
     return body.request(
         prompts,
         first.max_new_tokens if first is not None else None,
         special_tokens=True,
         is_batch=is_nested or len(prompts) * (body.n or 1) > 1,
+        lists_prompts=is_nested,
     )
 
 

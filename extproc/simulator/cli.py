@@ -16,7 +16,7 @@ import structlog
 import uvloop
 
 from extproc.simulator.http import RunningSimulator, start
-from extproc.simulator.settings import DisaggregationMode, SimulatorSettings, WireFormat
+from extproc.simulator.settings import DisaggregationMode, PdProtocol, SimulatorSettings, WireFormat
 
 __all__ = ["DESCRIPTION", "add_arguments", "in_a_row", "run"]
 
@@ -36,7 +36,9 @@ _HELP = {
     "max_total_num_tokens": "size of the prefix cache of each rank, in tokens",
     "host_cache_tokens": "host memory of each rank for what its cache evicts, in tokens",
     "context_length": "reported context length",
-    "disaggregation_bootstrap_port": "reported port at which decode workers meet this one",
+    "disaggregation_bootstrap_port": "where decode legs meet prefill legs; 0 picks a free port",
+    "bootstrap_timeout_seconds": "how long the legs of a request wait for each other",
+    "nixl_side_channel_port": "where other workers fetch KV by NIXL; 0 picks a free port",
     "page_size": "tokens per KV page",
     "dp_size": "data-parallel ranks",
     "kv_replay_port": "base port of KV event replay; 0 picks a free one",
@@ -63,7 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--disaggregation-mode",
         choices=get_args(DisaggregationMode),
         default=_DEFAULTS.disaggregation_mode,
-        help="reported role (default %(default)s)",
+        help="role (default %(default)s)",
+    )
+    parser.add_argument(
+        "--pd-protocol",
+        choices=get_args(PdProtocol),
+        default=_DEFAULTS.pd_protocol,
+        help="how prefill and decode workers find each other (default %(default)s)",
     )
     parser.add_argument(
         "--kv-events-port",
@@ -140,6 +148,8 @@ def in_a_row(settings: SimulatorSettings, number: int) -> SimulatorSettings:
             ("kv_events_port", ranks),
             ("kv_replay_port", ranks),
             ("kv_load_port", ranks),
+            ("disaggregation_bootstrap_port", 1),
+            ("nixl_side_channel_port", 1),
         )
         if (port := getattr(settings, name))
     }
@@ -147,13 +157,17 @@ def in_a_row(settings: SimulatorSettings, number: int) -> SimulatorSettings:
 
 
 def _line(simulator: RunningSimulator) -> str:
-    """What scripts read: where a worker is, and where it publishes."""
+    """What scripts read: where a worker is, where it publishes and where it hands out KV."""
     line = f"simulator ready url={simulator.url} model={simulator.settings.model}"
     if simulator.kv_ports is not None:
         named = msgspec.structs.asdict(simulator.kv_ports)
         for name in ("events", "replay", "load"):
             if named[name] is not None:
                 line += f" kv_{name}_port={named[name]}"
+    if simulator.side_channel_port is not None:
+        line += f" nixl_side_channel_port={simulator.side_channel_port}"
+    elif simulator.settings.disaggregation_mode == "prefill":
+        line += f" disaggregation_bootstrap_port={simulator.bootstrap_port}"
     return line + "\n"
 
 

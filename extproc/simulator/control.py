@@ -82,7 +82,7 @@ class Control:
                 "max_running_requests": settings.max_running_requests,
                 "max_total_num_tokens": settings.max_total_num_tokens,
                 "disaggregation_mode": self._worker.mode,
-                "disaggregation_bootstrap_port": settings.disaggregation_bootstrap_port,
+                "disaggregation_bootstrap_port": self._worker.bootstrap_port,
                 "speculative_algorithm": settings.speculative_algorithm,
                 "kv_events": None if publisher is None else publisher.description(),
                 "version": _ENGINE_VERSION,
@@ -151,24 +151,31 @@ class Control:
 
     async def abort_request(self, request: web.Request) -> web.Response:
         body = decode(await request.read(), _abort_decoder)
-        if body.rid is None and not body.abort_all:
+        if not body.rid and not body.abort_all:
             raise ApiError(400, "rid is needed unless abort_all is true")
         self._worker.engine.abort(None if body.abort_all else body.rid)
         return web.Response()
 
     async def switch_role(self, request: web.Request) -> web.Response:
-        """From prefill to decode or back, while nothing runs."""
+        """From prefill to decode or back, while nothing runs or waits in a room."""
         body = decode(await request.read(), _role_decoder)
         if self._worker.mode == "null":
             raise ApiError(400, "the worker is not disaggregated")
         if not self._worker.engine.is_idle:
             raise ApiError(400, "requests are running")
-        self._worker.mode = body.new_role
+        try:
+            await self._worker.switch_role(body.new_role)
+        except OSError as error:
+            raise ApiError(500, str(error)) from error
         return json_answer({"success": True, "disaggregation_mode": self._worker.mode})
 
     async def stats(self, request: web.Request) -> web.Response:
-        """What arrived and how it ended; `max_running` is the most that ever ran at once."""
-        engine, journal = self._worker.engine, self._worker.journal
+        """What arrived and how it ended; `max_running` is the most that ever ran at once.
+
+        `rooms` are open now; `pd` says how those before ended. Both count prompts, of which a
+        batch has several.
+        """
+        engine, journal, pd = self._worker.engine, self._worker.journal, self._worker.pd
         loads = engine.loads()
         return json_answer(
             {
@@ -183,6 +190,13 @@ class Control:
                 "caches": [
                     {"gpu_tokens": gpu, "host_tokens": host} for gpu, host in engine.cached_tokens()
                 ],
+                "rooms": pd.transfers.rooms,
+                "pd": {
+                    "transferred": pd.transfers.transferred,
+                    "timed_out": pd.transfers.timed_out,
+                    "aborted": pd.transfers.aborted,
+                },
+                "held_blocks_requests": pd.held_requests,
                 "requests": list(journal.recent),
             }
         )

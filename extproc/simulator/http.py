@@ -5,14 +5,13 @@ why a runner must be made here: an application alone cannot ask for it.
 """
 
 import hmac
-import ipaddress
 from types import TracebackType
 from typing import Self
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from extproc.simulator.binding import with_patience
+from extproc.simulator.binding import dialled, with_patience
 from extproc.simulator.bodies import readers
 from extproc.simulator.control import Control
 from extproc.simulator.errors import ApiError, error_body
@@ -52,7 +51,7 @@ def create_app(settings: SimulatorSettings) -> web.Application:
         await worker.start()
 
     async def stop_publishing(app: web.Application) -> None:
-        worker.stop()
+        await worker.stop()
 
     app.on_response_prepare.append(_sign)
     app.on_startup.append(start_publishing)
@@ -67,9 +66,10 @@ class RunningSimulator:
     `stop` breaks off running requests, so that to their clients the worker has died.
     """
 
-    def __init__(self, settings: SimulatorSettings, runner: web.AppRunner) -> None:
-        self._host = _dialled(settings.host)
+    def __init__(self, settings: SimulatorSettings, runner: web.AppRunner, worker: Worker) -> None:
+        self._host = dialled(settings.host)
         self._runner = runner
+        self._worker = worker
         self.settings = settings
         self.port: int = runner.addresses[0][1]
 
@@ -89,11 +89,21 @@ class RunningSimulator:
         """Where rank 0 publishes; None when it does not."""
         return None if self.publisher is None else self.publisher.ports
 
+    @property
+    def side_channel_port(self) -> int | None:
+        """Where other workers fetch KV by NIXL; None without that protocol."""
+        return self._worker.side_channel_port
+
+    @property
+    def bootstrap_port(self) -> int:
+        """Where decode workers meet it: the real port of a prefill worker."""
+        return self._worker.bootstrap_port
+
     async def restart(self) -> None:
         """What `POST /simulator/restart` does: see `Worker.restart`."""
         if self._runner.app is None:
             raise RuntimeError("the worker has stopped")
-        await self._runner.app[_WORKER].restart()
+        await self._worker.restart()
 
     async def stop(self) -> None:
         await self._runner.cleanup()
@@ -112,8 +122,9 @@ class RunningSimulator:
 
 async def start(settings: SimulatorSettings) -> RunningSimulator:
     """Listen and serve; raises OSError when the address can not be used."""
+    app = create_app(settings)
     runner = web.AppRunner(
-        create_app(settings),
+        app,
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=_SHUTDOWN_SECONDS,
@@ -133,18 +144,7 @@ async def start(settings: SimulatorSettings) -> RunningSimulator:
     except BaseException:
         await runner.cleanup()
         raise
-    return RunningSimulator(settings, runner)
-
-
-def _dialled(host: str) -> str:
-    """The host a client on this machine uses for a worker that listens on `host`."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host or "127.0.0.1"
-    if not address.is_unspecified:
-        return host
-    return "127.0.0.1" if address.version == 4 else "::1"
+    return RunningSimulator(settings, runner, app[_WORKER])
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:

@@ -10,8 +10,8 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import msgspec
 import structlog
@@ -22,7 +22,7 @@ from extproc.simulator.bodies import InferenceRequest, Prompt, readers
 from extproc.simulator.cache_events import Namespace
 from extproc.simulator.chat_template import ChatTemplateError
 from extproc.simulator.chats import Chat
-from extproc.simulator.engine import FinishReason, Generation, Job
+from extproc.simulator.engine import FinishReason, Job
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.faults import (
     FAULT_HEADER,
@@ -30,7 +30,9 @@ from extproc.simulator.faults import (
     parse_header,
 )
 from extproc.simulator.journal import Entry
+from extproc.simulator.legs import Leg
 from extproc.simulator.other_answers import answers
+from extproc.simulator.split import Output, SplitGeneration
 from extproc.simulator.worker import Worker
 
 __all__ = ["hang", "json_answer", "listening_port", "serve"]
@@ -99,6 +101,7 @@ async def _answer(worker: Worker, request: web.Request, entry: Entry) -> web.Str
     body = await request.read()
     entry.body_bytes = len(body)
     asked = readers[request.path](body)
+    _note(worker, asked, entry)
     prompts = [_tokens(worker, prompt, asked) for prompt in asked.prompts]
     ticket = _ticket(worker, request, asked, sum(len(prompt) for prompt in prompts))
     entry.rid = ticket.id
@@ -114,10 +117,22 @@ async def _answer(worker: Worker, request: web.Request, entry: Entry) -> web.Str
         await _die(worker, request, entry, fault)
     if fault.answer_status is not None:
         return _fault_answer(fault.answer_status, fault)
-    run = _Run(worker, request, entry, answer, fault)
+    leg = worker.pd.leg(asked) if answer.streams else Leg()
+    run = _Run(worker, request, entry, answer, fault, leg)
     rank = _rank(request, asked)
-    with _submit(worker, asked, prompts, namespace, ticket.id, rank, fault) as generation:
+    job = _job(worker, asked, prompts, namespace, ticket.id, rank, fault)
+    with _submit(worker, leg, job) as generation:
         return await (run.stream(generation) if entry.stream else run.whole(generation))
+
+
+def _note(worker: Worker, asked: InferenceRequest, entry: Entry) -> None:
+    """What tests compare of the two legs of a request."""
+    entry.role = worker.mode
+    entry.bootstrap_host = asked.bootstrap_host
+    entry.bootstrap_port = asked.bootstrap_port
+    entry.bootstrap_room = asked.bootstrap_room
+    entry.disagg_prefill_dp_rank = asked.disagg_prefill_dp_rank
+    entry.kv_transfer_params = asked.kv_transfer_params
 
 
 def _tokens(worker: Worker, prompt: Prompt, asked: InferenceRequest) -> Sequence[int]:
@@ -185,7 +200,7 @@ def _rank(request: web.Request, asked: InferenceRequest) -> int | None:
         raise ApiError(400, f"{_RANK_HEADER}: {header!r} is not an integer") from error
 
 
-def _submit(
+def _job(
     worker: Worker,
     asked: InferenceRequest,
     prompts: Sequence[Sequence[int]],
@@ -193,9 +208,9 @@ def _submit(
     rid: str,
     rank: int | None,
     fault: RequestFault,
-) -> Generation:
+) -> Job:
     max_tokens = asked.max_tokens
-    job = Job(
+    return Job(
         rid=rid,
         prompts=prompts,
         namespace=namespace,
@@ -205,10 +220,19 @@ def _submit(
         seconds_per_token=fault.slow_token,
         rank=rank,
     )
+
+
+@contextlib.contextmanager
+def _submit(worker: Worker, leg: Leg, job: Job) -> Iterator[Output]:
+    """The request in the engine, as long as the context lasts."""
     try:
-        return worker.engine.submit(job)
+        parts = [worker.engine.submit(each) for each in leg.jobs(job)]
     except LookupError as error:
         raise ApiError(400, f"routed_dp_rank: {error}") from error
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part)
+        yield parts[0] if len(parts) == 1 else SplitGeneration(parts)
 
 
 class _Run:
@@ -221,24 +245,28 @@ class _Run:
         entry: Entry,
         answer: Answer,
         fault: RequestFault,
+        leg: Leg,
     ) -> None:
         self._worker = worker
         self._request = request
         self._entry = entry
         self._answer = answer
         self._fault = fault
+        self._leg = leg
 
-    async def whole(self, generation: Generation) -> web.Response:
+    async def whole(self, generation: Output) -> web.Response:
         await self._prefill(generation)
         while True:
             if await self._strike(generation.produced):
                 raise ApiError(500, "simulated fault: failed on the way")
             if not await generation.next_token():
                 break
-            self._entry.completion_tokens = generation.produced * generation.job.sequences
-        return json_answer(self._answer.whole(generation.produced, self._finish(generation)))
+            self._entry.completion_tokens = generation.produced * generation.sequences
+        reason, besides = self._finish(generation)
+        whole = self._answer.whole(generation.produced, reason)
+        return json_answer(whole | besides if isinstance(whole, dict) else whole)
 
-    async def stream(self, generation: Generation) -> web.StreamResponse:
+    async def stream(self, generation: Output) -> web.StreamResponse:
         await self._prefill(generation)
         response = web.StreamResponse(
             headers={
@@ -255,24 +283,25 @@ class _Run:
                 await response.write(self._answer.failure(error))
                 break
             if not await generation.next_token():
-                reason = self._finish(generation)
+                reason, _ = self._finish(generation)
                 await response.write(self._answer.closing(generation.produced, reason))
                 break
-            self._entry.completion_tokens = generation.produced * generation.job.sequences
+            self._entry.completion_tokens = generation.produced * generation.sequences
             await response.write(self._answer.token(generation.produced - 1))
         await response.write_eof()
         return response
 
-    async def _prefill(self, generation: Generation) -> None:
-        await generation.prefill()
-        self._answer.cached_tokens = self._entry.cached_tokens = generation.holding.cached_tokens
+    async def _prefill(self, generation: Output) -> None:
+        await self._leg.prefill(generation)
+        self._answer.cached_tokens = self._entry.cached_tokens = generation.cached_tokens
         self._entry.rank = generation.rank
 
-    def _finish(self, generation: Generation) -> FinishReason:
+    def _finish(self, generation: Output) -> tuple[FinishReason, dict[str, Any]]:
+        """Why the output ended, and what the answer has besides it."""
         reason = generation.finish_reason or "abort"
         if reason == "abort":
             self._worker.journal.close(self._entry, "aborted")
-        return reason
+        return reason, self._leg.finish(generation)
 
     async def _strike(self, produced: int) -> bool:
         """Do what the fault says at this token; True when the answer is to fail here."""

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -14,7 +14,11 @@ _KEPT_REQUESTS = 100
 
 
 class Entry(msgspec.Struct, kw_only=True):
-    """One inference request as the worker saw it; `outcome` is None while it runs."""
+    """One inference request as the worker saw it; `outcome` is None while it runs.
+
+    `role` is the worker's when it came; the fields of disaggregation are as they came, None
+    where there were none.
+    """
 
     path: str
     headers: dict[str, str]
@@ -26,6 +30,12 @@ class Entry(msgspec.Struct, kw_only=True):
     completion_tokens: int = 0
     body_bytes: int = 0
     rank: int | None = None
+    role: str = "null"
+    bootstrap_host: Any = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    disagg_prefill_dp_rank: Any = None
+    kv_transfer_params: Any = None
     outcome: Outcome | None = None
 
 

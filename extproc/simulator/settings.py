@@ -4,9 +4,10 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["DisaggregationMode", "SimulatorSettings", "WireFormat"]
+__all__ = ["DisaggregationMode", "PdProtocol", "SimulatorSettings", "WireFormat"]
 
 DisaggregationMode = Literal["null", "prefill", "decode"]
+PdProtocol = Literal["sglang", "nixl"]
 WireFormat = Literal["map", "array"]
 
 _BIGRAM_ALGORITHMS = ("EAGLE", "EAGLE3", "FROZEN_KV_MTP")
@@ -22,6 +23,11 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     KV events and load are published when `kv_events_port` is given. Rank r uses each of the
     three ports plus r; 0 picks free ones. `wire_format` "array" is that of older engines, whose
     replays have no topic frame either.
+
+    A "prefill" worker listens at `disaggregation_bootstrap_port`, which is also where a "decode"
+    worker looks for the other leg of a request that names no port. With `pd_protocol` "nixl", as
+    in vLLM, every worker listens at `nixl_side_channel_port` and plays both parts. 0 picks free
+    ports. The legs wait `bootstrap_timeout_seconds` for each other.
 
     `tokenizer_path` names a `tokenizer.json`, or a model's folder with one, whose chat template
     is then applied to chats. Without it a token is a byte.
@@ -42,7 +48,10 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int = 64
     dp_size: int = 1
     disaggregation_mode: DisaggregationMode = "null"
-    disaggregation_bootstrap_port: int = 8998  # reported only
+    disaggregation_bootstrap_port: int = 8998
+    pd_protocol: PdProtocol = "sglang"
+    bootstrap_timeout_seconds: float = 300.0
+    nixl_side_channel_port: int = 0
     speculative_algorithm: str | None = None  # of the EAGLE family: pages hold bigrams
     tokenizer_path: str | None = None  # a tokenizer.json or a folder; None: bytes
     kv_events_port: int | None = None
@@ -63,14 +72,16 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
             "kv_replay_port",
             "kv_load_port",
             "disaggregation_bootstrap_port",
+            "nixl_side_channel_port",
         ):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65_535:
                 raise ValueError(f"{name}: {port} is not between 0 and 65535")
         if not self.model:
             raise ValueError("model: a name is needed")
-        if self.prefill_tokens_per_second <= 0:
-            raise ValueError("prefill_tokens_per_second: must be above 0")
+        for name in ("prefill_tokens_per_second", "bootstrap_timeout_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: must be above 0")
         for name in (
             "decode_milliseconds_per_token",
             "startup_delay_seconds",

@@ -9,7 +9,10 @@ from extproc.simulator.engine import Engine
 from extproc.simulator.faults import FaultBoard
 from extproc.simulator.journal import Journal
 from extproc.simulator.kv_publisher import KvPorts, KvPublisher
+from extproc.simulator.legs import KvExchange
+from extproc.simulator.nixl_pd import NixlPd
 from extproc.simulator.settings import DisaggregationMode, SimulatorSettings
+from extproc.simulator.sglang_pd import SglangPd
 from extproc.simulator.tokens import Tokenizer
 
 __all__ = ["Worker"]
@@ -24,8 +27,10 @@ class Worker:
         self.faults = FaultBoard()
         self.journal = Journal()
         self._handlers: set[asyncio.Task[object]] = set()
-        self._start: asyncio.Task[None] | None = None
+        self._reviving = asyncio.Lock()
+        self._revivals: set[asyncio.Task[None]] = set()
         self._kv_ports: KvPorts | None = None  # those of the first start, for all that follow
+        self._pd_port: int | None = None  # likewise
         self._renew()
 
     def _renew(self) -> None:
@@ -33,40 +38,86 @@ class Worker:
         self.publisher = None if settings.kv_events_port is None else KvPublisher(settings)
         self.engine = Engine(settings, output_ids=self.tokenizer.output, observer=self.publisher)
         self.mode: DisaggregationMode = settings.disaggregation_mode
+        self.pd = self._new_pd()
         self.started_at = time.monotonic()
         self.startup_time = time.time()
         self._is_up = False
 
+    def _new_pd(self) -> KvExchange:
+        settings, port = self.settings, self._pd_port
+        if settings.pd_protocol == "nixl":
+            return NixlPd(settings, settings.nixl_side_channel_port if port is None else port)
+        return SglangPd(settings, settings.disaggregation_bootstrap_port if port is None else port)
+
     async def start(self) -> None:
-        """Begin to publish, if it is to; raises OSError when a port can not be used."""
+        """Begin to publish and to hand out KV, if it is to.
+
+        Raises OSError when a port can not be used; nothing is left running then.
+        """
+        try:
+            await self._listen()
+        except BaseException:
+            await self._close()
+            raise
+        self._is_up = True
+
+    async def _listen(self) -> None:
+        await self.pd.start()
+        self._pd_port = self.pd.port
         if self.publisher is not None:
             await self.publisher.start(self.engine.load, self._kv_ports)
             self._kv_ports = self.publisher.ports
             self.engine.announce()
-        self._is_up = True
 
-    def stop(self) -> None:
-        if self._start is not None:
-            self._start.cancel()
+    async def stop(self) -> None:
+        if self._revivals:
+            await asyncio.wait(self._revivals)
+        await self._close()
+
+    async def _close(self) -> None:
         if self.publisher is not None:
             self.publisher.stop()
+        await self.pd.stop()
+
+    async def switch_role(self, mode: DisaggregationMode) -> None:
+        """Play the other part from now on; raises OSError when the port for it is taken."""
+        await self.pd.switch(mode)
+        self.mode = mode
+        self._pd_port = self.pd.port
+
+    @property
+    def bootstrap_port(self) -> int:
+        """The real port once it has listened, else the setting."""
+        if self.settings.pd_protocol == "sglang":
+            return self.pd.port
+        return self.settings.disaggregation_bootstrap_port
+
+    @property
+    def side_channel_port(self) -> int | None:
+        return self.pd.port if self.settings.pd_protocol == "nixl" else None
 
     async def restart(self) -> None:
         """Die and come back at the same ports with nothing remembered but the journal.
 
         Clients of requests that run, health checks among them, see their connections break.
-        Raises OSError when somebody else has taken a port of the KV sockets.
+        Raises OSError when somebody else has taken a port of the worker's.
         """
-        own = asyncio.current_task()
-        while others := self._handlers - {own}:
-            for task in others:
-                task.cancel()
-            await asyncio.wait(others)
-        self.stop()
-        self._renew()
         # Whoever asked for it may leave before it is done.
-        self._start = asyncio.create_task(self.start())
-        await asyncio.shield(self._start)
+        revival = asyncio.create_task(self._revive(asyncio.current_task()))
+        self._revivals.add(revival)
+        revival.add_done_callback(self._revivals.discard)
+        await asyncio.shield(revival)
+
+    async def _revive(self, asker: asyncio.Task[object] | None) -> None:
+        async with self._reviving:
+            self._is_up = False
+            while others := self._handlers - {asker}:
+                for task in others:
+                    task.cancel()
+                await asyncio.wait(others)
+            await self._close()
+            self._renew()
+            await self.start()
 
     @property
     def is_starting(self) -> bool:

@@ -125,6 +125,13 @@ class ActiveLoad:
                 on_stale()
         return len(stale)
 
+    def expire(self, worker: Worker) -> None:
+        """Tell all requests on a worker to end: nothing will come of them."""
+        for ticket in [one for one in self._tickets if one.worker is worker]:
+            on_stale, ticket.on_stale = ticket.on_stale, None
+            if on_stale is not None:
+                on_stale()
+
     async def run_janitor(self) -> None:
         """Sweep for ever, ten times within the stale time-out but at least every minute."""
         period = min(max(self._stale_seconds / 10, _JANITOR_MIN_SECONDS), _JANITOR_MAX_SECONDS)

@@ -21,7 +21,6 @@ from extproc.workers.worker import KvEvents, Mode, WorkerSpec
 __all__ = ["Introspection", "apply_introspection", "introspect"]
 
 _TIMEOUT_SECONDS = 2.0
-_ATTEMPTS = 3
 _FIRST_WAIT_SECONDS = 0.1
 _NAME_MAX_CHARS = 256
 # A base model and its adapters; each becomes a metric series.
@@ -68,12 +67,14 @@ class _TryAgainError(Exception):
     """A network error or 5xx: worth another attempt."""
 
 
-async def introspect(client: EngineClient, url: WorkerUrl, clock: Clock) -> Introspection:
-    """Ask the worker who it is: 3 attempts of 2 s on network errors and 5xx, else one."""
+async def introspect(
+    client: EngineClient, url: WorkerUrl, clock: Clock, attempts: int = 3
+) -> Introspection:
+    """Ask the worker who it is: so many attempts of 2 s on network errors and 5xx, else one."""
     try:
-        status, body = await _get(client, url, "/server_info", clock)
+        status, body = await _get(client, url, "/server_info", clock, attempts)
         if status in (404, 405):
-            return await _from_model_list(client, url, clock)
+            return await _from_model_list(client, url, clock, attempts)
     except RetryError as error:
         return Introspection(problem=str(error.last_attempt.exception()))
     if status != 200:
@@ -86,9 +87,11 @@ async def introspect(client: EngineClient, url: WorkerUrl, clock: Clock) -> Intr
     return _with_kv_events(_read(info), info, url)
 
 
-async def _get(client: EngineClient, url: WorkerUrl, path: str, clock: Clock) -> tuple[int, bytes]:
+async def _get(
+    client: EngineClient, url: WorkerUrl, path: str, clock: Clock, attempts: int
+) -> tuple[int, bytes]:
     retrying = AsyncRetrying(
-        stop=stop_after_attempt(_ATTEMPTS),
+        stop=stop_after_attempt(attempts),
         wait=wait_exponential(multiplier=_FIRST_WAIT_SECONDS),
         retry=retry_if_exception_type(_TryAgainError),
         sleep=clock.sleep,
@@ -104,8 +107,10 @@ async def _get(client: EngineClient, url: WorkerUrl, path: str, clock: Clock) ->
     return answer.status, answer.body
 
 
-async def _from_model_list(client: EngineClient, url: WorkerUrl, clock: Clock) -> Introspection:
-    status, body = await _get(client, url, "/v1/models", clock)
+async def _from_model_list(
+    client: EngineClient, url: WorkerUrl, clock: Clock, attempts: int
+) -> Introspection:
+    status, body = await _get(client, url, "/v1/models", clock, attempts)
     if status != 200:
         return Introspection(problem=f"no /server_info, and /v1/models answered {status}")
     try:

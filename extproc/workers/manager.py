@@ -1,33 +1,43 @@
-"""Turns discovery events into registered workers.
+"""Turns discovery events into registered workers, and notices when these change.
 
 Workers join in parallel, each in a task of its own, since asking a dead one takes seconds;
-events of one worker are kept in order by letting each wait for the one before it.
+events of one worker are kept in order by letting each wait for the one before it. What a
+worker says of itself later is taken up in the same queue, so that an answer on its way can not
+bring back a worker that has left.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 import msgspec
 import structlog
 
 from extproc.clock import Clock
-from extproc.config import TOKEN_POLICIES, ModelConfig
+from extproc.config import TOKEN_POLICIES, CircuitBreakerConfig, ModelConfig
 from extproc.metrics import Metrics
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.client import EngineClient
+from extproc.workers.complaints import Complaints, shown_models
 from extproc.workers.introspection import Introspection, apply_introspection, introspect
 from extproc.workers.kv_announcement import configured_kv_events
+from extproc.workers.ordered_tasks import OrderedTasks
 from extproc.workers.registry import MixedModesError, WorkerRegistry
 from extproc.workers.resolver import Resolver
 from extproc.workers.source import Added, Listed, ModeChanged, Removed, WorkerEvent, WorkerSource
-from extproc.workers.worker import Mode, Worker, WorkerSpec
+from extproc.workers.worker import KvEvents, Mode, Worker, WorkerSpec
 
 __all__ = ["WorkerFollower", "WorkerManager"]
 
 _log = structlog.get_logger()
 
-_SHOWN_CHARS = 200
+_INTERVAL_SECONDS: Final = 15.0
+# Attempts at a worker that joins; one that is known gets its next chance soon enough.
+_FIRST_ATTEMPTS: Final = 3
+_LATER_ATTEMPTS: Final = 1
+# Parts of the interval, each with its share of the workers.
+_TURNS: Final = 16
+_RECHECK_MIN_SECONDS: Final = 1.0
 
 
 class WorkerFollower(Protocol):
@@ -38,14 +48,20 @@ class WorkerFollower(Protocol):
         ...
 
     async def left(self, worker: Worker) -> None:
-        """The worker can no longer be routed to; returns when nothing of it is left."""
+        """The worker can no longer be routed to; returns when nothing of it is left; idempotent.
+
+        It may join again, with other models or another place where it publishes.
+        """
         ...
 
 
 class WorkerManager:
     """Owns the way from WorkerSource to WorkerRegistry, and what is asked again later.
 
-    `on_change` is called after each change of membership, models or addresses.
+    Workers that have told no model, or were refused, are asked again every `retry_seconds`;
+    all others every `interval_seconds`. `on_change` is called after each change of membership,
+    models, roles or addresses; `on_mode_change` gets a worker that stays registered, the role
+    it had and the one it has now.
     """
 
     def __init__(
@@ -61,6 +77,8 @@ class WorkerManager:
         retry_seconds: float,
         dns_ttl_seconds: float,
         on_change: Callable[[], None],
+        interval_seconds: float = _INTERVAL_SECONDS,
+        on_mode_change: Callable[[Worker, Mode, Mode], None] | None = None,
         follower: WorkerFollower | None = None,
     ) -> None:
         self._source = source
@@ -72,16 +90,19 @@ class WorkerManager:
         self._metrics = metrics
         self._retry_seconds = retry_seconds
         self._dns_ttl_seconds = dns_ttl_seconds
+        self._interval_seconds = interval_seconds
         self._on_change = on_change
+        self._on_mode_change = on_mode_change
         self._follower = follower
         self._next_order = 0
-        # The last task of each worker, and all that have not ended.
-        self._tails: dict[str, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        # Refused workers are tried again: those in their way may have left.
+        self._tasks = OrderedTasks()
+        self._complaints = Complaints(self._models.keys())
+        # Refused workers are tried again: those in their way may have left. None of them is
+        # registered.
         self._refused: dict[str, WorkerSpec] = {}
-        # What was last warned about, by worker and subject.
-        self._warned: dict[tuple[str, str], str] = {}
+        # When a worker was last asked on demand, and which of these questions still wait.
+        self._rechecked_at: dict[str, float] = {}
+        self._rechecks_waiting: set[str] = set()
         self.first_round_done = False
 
     async def run(self) -> None:
@@ -89,52 +110,39 @@ class WorkerManager:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._retry_unknown())
+                group.create_task(self._ask_all_again())
                 group.create_task(self._refresh_addresses())
                 async for event in self._source.events():
                     self._follow(event)
         finally:
-            tasks = list(self._tasks)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._tasks.close()
+
+    def recheck(self, worker: Worker) -> None:
+        """Ask the worker again at once; at most once a second, more calls are dropped."""
+        worker_id, now = worker.id, self._clock.monotonic()
+        if self._registry.get(worker_id) is None or worker_id in self._rechecks_waiting:
+            return
+        last = self._rechecked_at.get(worker_id)
+        if last is not None and now - last < _RECHECK_MIN_SECONDS:
+            return
+        self._rechecked_at[worker_id] = now
+        self._rechecks_waiting.add(worker_id)
+        self._tasks.start(worker_id, self._recheck(worker_id))
+
+    async def _recheck(self, worker_id: str) -> None:
+        self._rechecks_waiting.discard(worker_id)
+        await self._ask_again(worker_id)
 
     def _follow(self, event: WorkerEvent) -> None:
         match event:
             case Added(spec):
-                self._enqueue(spec.id, self._add(spec))
+                self._tasks.start(spec.id, self._add(spec))
             case Removed(worker_id):
-                self._enqueue(worker_id, self._remove(worker_id))
+                self._tasks.start(worker_id, self._remove(worker_id))
             case ModeChanged(worker_id, mode):
-                self._enqueue(worker_id, self._change_mode(worker_id, mode))
+                self._tasks.start(worker_id, self._ask_again(worker_id, mode))
             case Listed():
-                self._enqueue("", self._finish_first_round(list(self._tails.values())))
-
-    def _enqueue(self, worker_id: str, work: Coroutine[Any, Any, None]) -> None:
-        """Run the work after what was enqueued before for the same worker."""
-        before = self._tails.get(worker_id)
-        task = asyncio.create_task(self._after(before, work))
-        self._tails[worker_id] = task
-        self._tasks.add(task)
-
-        def forget(done: asyncio.Task[None]) -> None:
-            self._tasks.discard(done)
-            if self._tails.get(worker_id) is done:
-                del self._tails[worker_id]
-
-        task.add_done_callback(forget)
-
-    async def _after(
-        self, before: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]
-    ) -> None:
-        try:
-            if before is not None:
-                await asyncio.wait([before])
-            await work
-        except Exception:
-            # One worker's surprise must not stop the others from joining.
-            _log.exception("worker_event_failed")
-        finally:
-            work.close()
+                self._tasks.start("", self._finish_first_round(self._tasks.tails()))
 
     async def _finish_first_round(self, pending: list[asyncio.Task[None]]) -> None:
         if pending:
@@ -143,17 +151,21 @@ class WorkerManager:
         self._on_change()
 
     async def _add(self, spec: WorkerSpec) -> None:
-        told, addresses = await asyncio.gather(self._ask(spec), self._resolve(spec))
-        self._report(spec, told)
-        await self._register(apply_introspection(spec, told), addresses)
+        told, addresses = await asyncio.gather(
+            self._ask(spec, _FIRST_ATTEMPTS), self._resolve(spec)
+        )
+        self._complaints.answer(spec, told)
+        await self._join(self._applied(spec, told), addresses)
 
-    async def _ask(self, spec: WorkerSpec) -> Introspection:
+    async def _ask(self, spec: WorkerSpec, attempts: int) -> Introspection:
         """The worker's answer; a surprise on the way is a problem like any other."""
         try:
-            return await introspect(self._client, spec.url, self._clock)
+            told = await introspect(self._client, spec.url, self._clock, attempts)
         except Exception as error:
             _log.exception("introspection_failed", worker=str(spec.url))
-            return Introspection(problem=f"unexpected {type(error).__name__}")
+            told = Introspection(problem=f"unexpected {type(error).__name__}")
+        self._metrics.introspections("failed" if told.problem else "answered").inc()
+        return told
 
     async def _resolve(self, spec: WorkerSpec) -> tuple[str, ...]:
         try:
@@ -162,79 +174,94 @@ class WorkerManager:
             _log.exception("resolution_failed", worker=str(spec.url))
             return ()
 
-    async def _register(self, spec: WorkerSpec, addresses: tuple[str, ...]) -> None:
+    def _applied(self, spec: WorkerSpec, told: Introspection) -> WorkerSpec:
+        """The spec with what the worker said, and the configuration where it has said nothing."""
+        if spec.kv_events is not None and spec.kv_events == self._configured_kv_events(spec):
+            # Of the models it had so far; those it has now may be configured otherwise.
+            spec = msgspec.structs.replace(spec, kv_events=None)
+        spec = apply_introspection(spec, told)
+        if spec.kv_events is not None:
+            return spec
+        found = self._configured_kv_events(spec)
+        if found is None:
+            for model in self._configured_models(spec):
+                if model.policy in TOKEN_POLICIES:
+                    self._complaints.no_kv_events(spec, model.id)
+                    break
+        return msgspec.structs.replace(spec, kv_events=found)
+
+    def _configured_kv_events(self, spec: WorkerSpec) -> KvEvents | None:
+        for model in self._configured_models(spec):
+            if found := configured_kv_events(model.kv_events, spec.url):
+                return found
+        return None
+
+    def _configured_models(self, spec: WorkerSpec) -> list[ModelConfig]:
+        return [self._models[model] for model in spec.model_ids if model in self._models]
+
+    def _breaker_settings(self, spec: WorkerSpec) -> CircuitBreakerConfig:
+        """Those of the first configured model the worker serves, else the defaults."""
+        models = self._configured_models(spec) or [ModelConfig(id="-")]
+        return models[0].circuit_breaker
+
+    async def _join(self, spec: WorkerSpec, addresses: tuple[str, ...]) -> None:
+        """Register what discovery has named, instead of what had its id so far."""
         known = self._registry.get(spec.id)
-        spec = self._with_kv_events(spec)
         if known is None:
             order = self._next_order
             self._next_order += 1
         else:
             order = known.order
+        settings = self._breaker_settings(spec)
         worker = Worker(
             spec,
             order=order,
-            breaker=self._breaker(spec.model_ids),
+            breaker=CircuitBreaker(settings.threshold, settings.cool_down_secs),
             address=addresses[0] if addresses else None,
         )
         try:
             self._registry.upsert(worker)
         except MixedModesError as error:
-            self._refuse(spec, error)
+            await self._refuse(spec, error)
             return
         self._refused.pop(spec.id, None)
-        self._warned.pop((spec.id, "mode"), None)
-        self._report_addresses(spec, addresses)
+        self._complaints.addresses(spec, addresses)
+        if known is not None and self._follower is not None:
+            await self._follower.left(known)
+        self._registered(worker)
+        self._on_change()
+
+    def _registered(self, worker: Worker) -> None:
+        self._complaints.joined(worker.id)
         if self._follower is not None:
-            if known is not None:
-                await self._follower.left(known)
             self._follower.joined(worker)
         if worker.model_ids:
             _log.info(
                 "worker_registered",
                 worker=worker.url,
-                models=_shown(worker.model_ids),
+                models=shown_models(worker.model_ids),
                 mode=worker.mode,
                 address=worker.address,
-                kv_events=spec.kv_events is not None,
+                kv_events=worker.spec.kv_events is not None,
             )
-        self._on_change()
 
-    def _refuse(self, spec: WorkerSpec, error: MixedModesError) -> None:
+    async def _refuse(self, spec: WorkerSpec, error: MixedModesError) -> None:
+        """Keep it for later tries; what it was until now, it can not be any more."""
         self._refused[spec.id] = spec
-        if self._is_news(spec.id, "mode", str(error)):
+        if self._complaints.refused(spec, str(error)):
             self._metrics.workers_refused.inc()
-            _log.error("worker_refused", worker=str(spec.url), mode=spec.mode, reason=str(error))
-
-    def _with_kv_events(self, spec: WorkerSpec) -> WorkerSpec:
-        """The spec with what the configuration says where the worker has said nothing."""
-        if spec.kv_events is not None:
-            return spec
-        for model_id in spec.model_ids:
-            model = self._models.get(model_id)
-            if model is None:
-                continue
-            if found := configured_kv_events(model.kv_events, spec.url):
-                return msgspec.structs.replace(spec, kv_events=found)
-            if model.policy in TOKEN_POLICIES and self._is_news(spec.id, "kv_events", "none"):
-                _log.warning("kv_events_missing", worker=str(spec.url), model=model.id)
-        return spec
-
-    def _breaker(self, model_ids: tuple[str, ...]) -> CircuitBreaker:
-        """The settings of the first configured model the worker serves, else the defaults."""
-        for model_id in model_ids:
-            if model := self._models.get(model_id):
-                settings = model.circuit_breaker
-                return CircuitBreaker(settings.threshold, settings.cool_down_secs)
-        settings = ModelConfig(id="-").circuit_breaker
-        return CircuitBreaker(settings.threshold, settings.cool_down_secs)
+        await self._take_out(spec.id)
 
     async def _remove(self, worker_id: str) -> None:
-        worker = self._registry.remove(worker_id)
+        self._complaints.forget(worker_id)
         self._refused.pop(worker_id, None)
-        for key in [key for key in self._warned if key[0] == worker_id]:
-            del self._warned[key]
+        await self._take_out(worker_id)
+
+    async def _take_out(self, worker_id: str) -> None:
+        worker = self._registry.remove(worker_id)
         if worker is None:
             return
+        self._rechecked_at.pop(worker_id, None)
         if self._follower is not None:
             await self._follower.left(worker)
         if all(other.url != worker.url for other in self._registry):
@@ -242,38 +269,87 @@ class WorkerManager:
         _log.info("worker_removed", worker=worker.url)
         self._on_change()
 
-    async def _change_mode(self, worker_id: str, mode: Mode) -> None:
-        worker = self._registry.get(worker_id)
-        if worker is None or worker.mode == mode:
-            return
-        try:
-            self._registry.set_mode(worker, mode)
-        except MixedModesError as error:
-            self._metrics.workers_refused.inc()
-            _log.error("mode_refused", worker=worker.url, mode=mode, reason=str(error))
-            return
-        _log.info("worker_mode_changed", worker=worker.url, mode=mode)
-        self._on_change()
-
     async def _retry_unknown(self) -> None:
         """Ask workers again that have told no model, or were refused, until they fit."""
         while True:
             await self._clock.sleep(self._retry_seconds)
-            specs = {worker.id: worker.spec for worker in self._registry if not worker.model_ids}
-            for spec in (specs | self._refused).values():
-                if spec.id not in self._tails:
-                    self._enqueue(spec.id, self._ask_again(spec))
+            unknown = [worker.id for worker in self._registry if not worker.model_ids]
+            for worker_id in (*unknown, *self._refused):
+                self._ask_unless_busy(worker_id)
 
-    async def _ask_again(self, spec: WorkerSpec) -> None:
-        told, addresses = await asyncio.gather(self._ask(spec), self._resolve(spec))
-        worker = self._registry.get(spec.id)
-        if worker is not None:
-            spec = worker.spec  # its role may have changed in the meantime
-        elif spec.id not in self._refused:
+    async def _ask_all_again(self) -> None:
+        """Ask each of the others once in an interval, and always in the same part of it."""
+        turn = 0
+        while True:
+            await self._clock.sleep(self._interval_seconds / _TURNS)
+            for worker in self._registry:
+                if worker.model_ids and worker.order % _TURNS == turn:
+                    self._ask_unless_busy(worker.id)
+            turn = (turn + 1) % _TURNS
+
+    def _ask_unless_busy(self, worker_id: str) -> None:
+        if not self._tasks.is_busy(worker_id):
+            self._tasks.start(worker_id, self._ask_again(worker_id))
+
+    async def _ask_again(self, worker_id: str, discovered: Mode | None = None) -> None:
+        """Take up what the worker says by now, and the role that discovery has just said.
+
+        Of the two, the worker's word counts. Without an answer nothing else changes.
+        """
+        worker = self._registry.get(worker_id)
+        spec = worker.spec if worker is not None else self._refused.get(worker_id)
+        if spec is None or spec.mode == discovered:
             return
-        self._report(spec, told)
-        if told.model_ids or spec.model_ids:
-            await self._register(apply_introspection(spec, told), addresses)
+        told = await self._ask(spec, _LATER_ATTEMPTS)
+        if worker is not None and worker.model_ids:
+            self._complaints.later_answer(spec, told)
+        else:
+            self._complaints.answer(spec, told)
+        if discovered is not None:
+            spec = msgspec.structs.replace(spec, mode=discovered)
+        elif told.problem:
+            return
+        spec = self._applied(spec, told)
+        if worker is None:
+            await self._join(spec, await self._resolve(spec))
+        else:
+            await self._change(worker, spec)
+
+    async def _change(self, worker: Worker, spec: WorkerSpec) -> None:
+        """A registered worker is by now what the spec says; its load and breaker stay."""
+        before = worker.spec
+        others = set(spec.model_ids) != set(before.model_ids) or spec.kv_events != before.kv_events
+        if not others and (spec.mode, spec.bootstrap_port) == (before.mode, before.bootstrap_port):
+            return
+        if others and self._follower is not None:
+            await self._follower.left(worker)
+        try:
+            if others:
+                self._registry.update(worker, spec)
+            else:
+                self._registry.set_mode(worker, spec.mode, spec.bootstrap_port)
+        except MixedModesError as error:
+            await self._refuse(spec, error)
+            return
+        if others:
+            settings = self._breaker_settings(spec)
+            worker.breaker.threshold = settings.threshold
+            worker.breaker.cool_down_seconds = settings.cool_down_secs
+            self._registered(worker)
+        self._tell_role(worker, before)
+        self._on_change()
+
+    def _tell_role(self, worker: Worker, before: WorkerSpec) -> None:
+        if not before.model_ids:
+            return  # It had none yet, only what was assumed.
+        old, new = before.mode, worker.mode
+        if old != new:
+            _log.info("worker_mode_changed", worker=worker.url, old=old, new=new)
+            if self._on_mode_change is not None:
+                self._on_mode_change(worker, old, new)
+        elif worker.spec.bootstrap_port != before.bootstrap_port:
+            port = worker.spec.bootstrap_port
+            _log.info("worker_bootstrap_port_changed", worker=worker.url, port=port)
 
     async def _refresh_addresses(self) -> None:
         """Resolve host names again; a name that fails keeps its last address."""
@@ -283,7 +359,7 @@ class WorkerManager:
             answers = await asyncio.gather(*(self._resolve(worker.spec) for worker in named))
             changed = False
             for worker, addresses in zip(named, answers, strict=True):
-                self._report_addresses(worker.spec, addresses)
+                self._complaints.addresses(worker.spec, addresses)
                 if addresses and worker.address not in addresses:
                     _log.info("worker_address", worker=worker.url, address=addresses[0])
                     worker.address = addresses[0]
@@ -291,54 +367,3 @@ class WorkerManager:
             if changed:
                 self._registry.reindex()
                 self._on_change()
-
-    def _report_addresses(self, spec: WorkerSpec, addresses: tuple[str, ...]) -> None:
-        if not addresses:
-            self._warn(spec, "address", "the host name has no address")
-        elif len(addresses) > 1:
-            self._warn(
-                spec, "address", "the host name has several addresses, the first one is used"
-            )
-        else:
-            self._warned.pop((spec.id, "address"), None)
-
-    def _report(self, spec: WorkerSpec, told: Introspection) -> None:
-        """Count the answer and warn about what the operator should look at."""
-        self._metrics.introspections("failed" if told.problem else "answered").inc()
-        reason = self._complaint(spec, told)
-        if reason:
-            self._warn(spec, "answer", reason)
-        else:
-            self._warned.pop((spec.id, "answer"), None)
-        if told.kv_problem and self._is_news(spec.id, "kv_events", told.kv_problem):
-            _log.warning("kv_events_not_usable", worker=str(spec.url), reason=told.kv_problem)
-
-    def _complaint(self, spec: WorkerSpec, told: Introspection) -> str:
-        """Why the worker can not be used as it answered; empty when it can."""
-        models = told.model_ids or spec.model_ids
-        if told.problem:
-            return told.problem
-        if not models:
-            return "the worker told no served_model_name"
-        if not any(model in self._models for model in models):
-            return f"none of its models is configured: {_shown(models)}"
-        if told.mode in ("prefill", "decode"):
-            return f"a {told.mode} worker can not serve requests in this version"
-        return told.warning
-
-    def _warn(self, spec: WorkerSpec, subject: str, reason: str) -> None:
-        if self._is_news(spec.id, subject, reason):
-            _log.warning("worker_not_usable", worker=str(spec.url), reason=reason)
-
-    def _is_news(self, worker_id: str, subject: str, reason: str) -> bool:
-        """Once for each new reason: a worker that stays dead must not fill the log."""
-        if self._warned.get((worker_id, subject)) == reason:
-            return False
-        self._warned[worker_id, subject] = reason
-        return True
-
-
-def _shown(models: Sequence[str]) -> str:
-    """Names for the log, not longer than an operator reads."""
-    text = ",".join(models)
-    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

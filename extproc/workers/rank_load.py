@@ -293,6 +293,13 @@ class RankLoad:
                 return max(ahead, reported - age * speed)
         return ahead
 
+    def kv_usage(self, now: float) -> float:
+        """How full the engine says its KV cache is, 0 to 1; 0 where it does not."""
+        if self._reported_tokens is None or now - self._report_at > _REPORT_FRESH_SECONDS:
+            return 0.0
+        used, capacity = self._reported_tokens
+        return used / capacity if capacity else 0.0
+
     def slot_wait_seconds(self, prompt_tokens: int, now: float) -> float:
         """How long one more request would wait for others to end, for its place among them.
 

@@ -1,17 +1,20 @@
-"""Who is there, by id, by model and by address.
+"""Who is there, by id, by model and role, and by address.
 
-Routing reads a ready tuple per model; all work is done when membership changes. Validation
+Routing reads a ready tuple per model and role; all work is done when membership changes. Validation
 and insertion happen in one step of the event loop, so two workers can not slip past the rule
 that plain and PD workers of one model never mix.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 import msgspec
 
-from extproc.workers.worker import Mode, Worker
+from extproc.workers.worker import Mode, Worker, WorkerSpec
 
 __all__ = ["MixedModesError", "WorkerRegistry"]
+
+_MODES: Final[tuple[Mode, ...]] = ("plain", "prefill", "decode")
 
 
 class MixedModesError(Exception):
@@ -30,7 +33,8 @@ class WorkerRegistry:
 
     def __init__(self) -> None:
         self._by_id: dict[str, Worker] = {}
-        self._pools: dict[str, tuple[Worker, ...]] = {}
+        self._pools: dict[Mode, dict[str, tuple[Worker, ...]]] = {mode: {} for mode in _MODES}
+        self._disaggregated: frozenset[str] = frozenset()
         self._by_address: dict[str, Worker] = {}
 
     def __iter__(self) -> Iterator[Worker]:
@@ -44,11 +48,32 @@ class WorkerRegistry:
 
     def pool(self, model: str) -> tuple[Worker, ...]:
         """The workers that can serve a plain request for the model, in registration order."""
-        return self._pools.get(model, ())
+        return self._pools["plain"].get(model, ())
+
+    def pool_of(self, model: str, mode: Mode) -> tuple[Worker, ...]:
+        """The model's workers in that role that have an address, in registration order."""
+        return self._pools[mode].get(model, ())
+
+    def is_disaggregated(self, model: str) -> bool:
+        """A worker of the model prefills or decodes only, whether or not it has an address."""
+        return model in self._disaggregated
+
+    def is_served(self, model: str) -> bool:
+        """There are workers for every part of a request for the model."""
+        pools = self._pools
+        return bool(
+            pools["plain"].get(model)
+            or (pools["prefill"].get(model) and pools["decode"].get(model))
+        )
 
     def usable(self, models: Iterable[str]) -> set[Worker]:
-        """Every worker in the pool of at least one of the models."""
-        return {worker for model in models for worker in self.pool(model)}
+        """Every worker, in whatever role, in a pool of at least one of the models."""
+        return {
+            worker
+            for model in models
+            for pools in self._pools.values()
+            for worker in pools.get(model, ())
+        }
 
     def at_address(self, address: str) -> Worker | None:
         """The worker Envoy knows as `ip:port`."""
@@ -56,26 +81,35 @@ class WorkerRegistry:
 
     def upsert(self, worker: Worker) -> None:
         """Insert or replace; raises MixedModesError and changes nothing when refused."""
-        self._check_modes(worker, worker.mode)
+        self._check_modes(worker.spec)
         self._by_id[worker.id] = worker
         self.reindex()
 
-    def set_mode(self, worker: Worker, mode: Mode) -> None:
-        """Change a registered worker's role; raises MixedModesError like upsert."""
-        self._check_modes(worker, mode)
-        worker.mode = mode
-        worker.spec = msgspec.structs.replace(worker.spec, mode=mode)
+    def update(self, worker: Worker, spec: WorkerSpec) -> None:
+        """A registered worker, which stays the same object, is by now what the spec says.
+
+        Its id and URL may not change; raises MixedModesError like upsert.
+        """
+        self._check_modes(spec)
+        worker.spec = spec
+        worker.mode = spec.mode
+        worker.model_ids = spec.model_ids
         self.reindex()
 
-    def _check_modes(self, worker: Worker, mode: Mode) -> None:
-        for model in worker.model_ids:
+    def set_mode(self, worker: Worker, mode: Mode, bootstrap_port: int | None) -> None:
+        """Change a registered worker's role; raises MixedModesError like upsert."""
+        spec = msgspec.structs.replace(worker.spec, mode=mode, bootstrap_port=bootstrap_port)
+        self.update(worker, spec)
+
+    def _check_modes(self, spec: WorkerSpec) -> None:
+        for model in spec.model_ids:
             for other in self._by_id.values():
                 if (
-                    other.id != worker.id
+                    other.id != spec.id
                     and model in other.model_ids
-                    and (other.mode == "plain") != (mode == "plain")
+                    and (other.mode == "plain") != (spec.mode == "plain")
                 ):
-                    raise MixedModesError(model, mode)
+                    raise MixedModesError(model, spec.mode)
 
     def remove(self, worker_id: str) -> Worker | None:
         worker = self._by_id.pop(worker_id, None)
@@ -85,14 +119,20 @@ class WorkerRegistry:
 
     def reindex(self) -> None:
         """Rebuild the look-ups after a worker's address, mode or models changed in place."""
-        pools: dict[str, list[Worker]] = {}
+        pools: dict[Mode, dict[str, list[Worker]]] = {mode: {} for mode in _MODES}
+        disaggregated: set[str] = set()
         by_address: dict[str, Worker] = {}
         for worker in sorted(self._by_id.values(), key=lambda worker: worker.order):
+            if worker.mode != "plain":
+                disaggregated.update(worker.model_ids)
             if worker.address is None:
                 continue
             by_address.setdefault(worker.address, worker)
-            if worker.mode == "plain":
-                for model in worker.model_ids:
-                    pools.setdefault(model, []).append(worker)
-        self._pools = {model: tuple(workers) for model, workers in pools.items()}
+            for model in worker.model_ids:
+                pools[worker.mode].setdefault(model, []).append(worker)
+        self._pools = {
+            mode: {model: tuple(workers) for model, workers in by_model.items()}
+            for mode, by_model in pools.items()
+        }
+        self._disaggregated = frozenset(disaggregated)
         self._by_address = by_address

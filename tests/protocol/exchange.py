@@ -22,6 +22,7 @@ from extproc.demo.stack import free_ports
 from extproc.metrics import Metrics
 from extproc.policies.factory import create_policy
 from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.pairs import Pair
 from extproc.routing.request import Request
 from extproc.routing.router import Router
 from extproc.server.grpc_server import SERVICE, ExtProcServer
@@ -115,7 +116,7 @@ class Service:
             log_decisions=False,
         )
 
-    async def _route(self, request: Request) -> Lease:
+    async def _route(self, request: Request) -> Lease | Pair:
         if self.route_seconds:
             await asyncio.sleep(self.route_seconds)
         return await self.router.route(request)

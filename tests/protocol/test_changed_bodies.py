@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from extproc.routing.lease import Lease
+from extproc.routing.pairs import Pair
 from extproc.routing.request import Request
 from tests.protocol.exchange import (
     Service,
@@ -27,7 +28,7 @@ BODY = llm_body(routed_dp_rank=0, big=2**60 + 1, pad="x" * 70_000)
 class Telling(Service):
     """A service whose decisions tell the engine a rank."""
 
-    async def _route(self, request: Request) -> Lease:
+    async def _route(self, request: Request) -> Lease | Pair:
         lease = await super()._route(request)
         lease.decision = msgspec.structs.replace(lease.decision, body_members=MEMBERS)
         return lease

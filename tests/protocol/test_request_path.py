@@ -372,7 +372,7 @@ async def test_names_of_headers_and_cluster_are_configurable() -> None:
 async def test_an_unknown_pass_is_refused() -> None:
     async with (
         serving(Service(["m"], 1)) as service,
-        stream(service, metadata=(("x-extproc-pass", "decode"),)) as envoy,
+        stream(service, metadata=(("x-extproc-pass", "prefill"),)) as envoy,
     ):
         assert (await envoy.ended()).name == "UNIMPLEMENTED"
 

@@ -33,7 +33,7 @@ def config(*urls: str, models: int = 1, **sections: dict[str, Any]) -> Config:
 
 
 def listener(rendered: dict[str, Any]) -> dict[str, Any]:
-    (found,) = rendered["static_resources"]["listeners"]
+    found, _ = rendered["static_resources"]["listeners"]
     assert isinstance(found, dict)
     return found
 
@@ -138,7 +138,7 @@ class TestStrippedHeaders:
 class TestFailingOpen:
     def test_one_model_fails_open_on_inference_paths_only(self) -> None:
         found = routes(render_bootstrap(config()))
-        assert list(found) == ["decided", "fail_open", "unavailable"]
+        assert list(found) == ["decode_pass", "decided", "fail_open", "unavailable"]
         assert found["fail_open"]["route"]["cluster"] == "workers"
         paths = re.compile(found["fail_open"]["match"]["safe_regex"]["regex"])
         assert paths.fullmatch("/v1/chat/completions")
@@ -152,7 +152,7 @@ class TestFailingOpen:
     ) -> None:
         rendered = render_bootstrap(config(models=models, envoy={"fail_open": fail_open}))
         found = routes(rendered)
-        assert list(found) == ["decided", "unavailable"]
+        assert list(found) == ["decode_pass", "decided", "unavailable"]
         last = found["unavailable"]
         assert last["direct_response"]["status"] == 503
         error = last["direct_response"]["body_format"]["json_format"]["error"]

@@ -256,7 +256,7 @@ def test_envoy_accepts_the_istio_patches(tmp_path: Path) -> None:
 def test_the_istio_patches_say_what_is_rendered() -> None:
     (config_map,) = in_file("istio/extproc.yaml", "ConfigMap")
     rendered = render_bootstrap(parse_config(yaml.safe_load(config_map["data"]["extproc.yaml"])))
-    (listener,) = rendered["static_resources"]["listeners"]
+    listener, _ = rendered["static_resources"]["listeners"]
     ours = listener["filter_chains"][0]["filters"][0]["typed_config"]
     patches: dict[str, Any] = {}
     for target, match, value in istio_patches("istio/envoyfilter.yaml"):
@@ -268,7 +268,7 @@ def test_the_istio_patches_say_what_is_rendered() -> None:
     grpc = expected["typed_config"]["grpc_service"]["envoy_grpc"]
     grpc["cluster_name"] = "outbound|9002||extproc.llm.svc.cluster.local"
     assert patches["HTTP_FILTER"] == expected
-    workers, service = rendered["static_resources"]["clusters"]
+    workers, _, service = rendered["static_resources"]["clusters"]
     assert patches[WORKERS]["load_balancing_policy"] == workers["load_balancing_policy"]
     assert patches[grpc["cluster_name"]]["health_checks"] == service["health_checks"]
     limit = listener["per_connection_buffer_limit_bytes"]
@@ -311,7 +311,7 @@ def test_envoy_accepts_the_filter_of_envoy_gateway_with_our_patch(tmp_path: Path
     clusters = [gateway_cluster(WORKERS), gateway_cluster("service")]
     assert_accepted(yaml.safe_dump(gateway_bootstrap({}, filters, {}, clusters)), tmp_path)
     rendered = render_bootstrap(parse_config(raw_config({}, {})))
-    (listener,) = rendered["static_resources"]["listeners"]
+    listener, _ = rendered["static_resources"]["listeners"]
     (ours, _) = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"]
     for key in ("mutation_rules", "metadata_options", "response_attributes"):
         assert external_processor[key] == ours["typed_config"][key]
@@ -330,6 +330,6 @@ def test_envoy_gateway_strips_what_routes(tmp_path: Path) -> None:
         "x-envoy-upstream-rq-timeout-ms",
     } <= set(removed)
     rendered = render_bootstrap(parse_config(raw_config({}, {})))
-    (listener,) = rendered["static_resources"]["listeners"]
+    listener, _ = rendered["static_resources"]["listeners"]
     limit = listener["per_connection_buffer_limit_bytes"]
     assert policy["spec"]["connection"]["bufferLimit"] == limit

@@ -4,13 +4,14 @@ import asyncio
 
 import pytest
 
+from extproc.config import StaticUrlsConfig
 from extproc.discovery.static_urls import StaticUrls
 from extproc.workers.source import Added, Listed
 from tests.fakes import make_spec, settle
 
 
 async def test_every_url_is_added_in_order_and_then_the_list_is_complete() -> None:
-    events = StaticUrls(["http://b:1/", "https://a"]).events()
+    events = StaticUrls(StaticUrlsConfig(urls=["http://b:1/", "https://a"])).events()
     seen = [await anext(events) for _ in range(3)]
     assert seen == [
         Added(make_spec("http://b:1")),
@@ -23,7 +24,7 @@ async def test_every_url_is_added_in_order_and_then_the_list_is_complete() -> No
 
 
 async def test_the_source_stays_open_until_it_is_cancelled() -> None:
-    events = StaticUrls([]).events()
+    events = StaticUrls(StaticUrlsConfig(urls=[])).events()
     assert await anext(events) == Listed()
     waiting = asyncio.ensure_future(anext(events))
     await settle()

@@ -90,7 +90,9 @@ class Fleet(Struct, kw_only=True):
 
     async def send(self, body: bytes, model: str = "m", stream: bool = False) -> Lease:
         endpoint = find_endpoint("POST", "/v1/completions")
-        return await self.router.route(Request(endpoint, model, stream, body))
+        lease = await self.router.route(Request(endpoint, model, stream, body))
+        assert isinstance(lease, Lease)
+        return lease
 
     def metric(self, name: str, **labels: str) -> float:
         return self.prometheus.get_sample_value(name, labels) or 0.0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.server.bodies import with_members
+from extproc.routing.json_members import with_members
 
 MEMBER = b'"routed_dp_rank":3'
 

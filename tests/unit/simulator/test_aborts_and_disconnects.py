@@ -94,8 +94,9 @@ async def test_an_abort_by_id_ends_the_stream_cleanly(launch: Launch) -> None:
     task = asyncio.ensure_future(read())
     await worker.until(running=1, tokens_generated=1)
     assert (await worker.post("/abort_request", {"rid": "other"}))[0] == 200
+    assert (await worker.post("/abort_request", {"rid": "mine-too"}))[0] == 200
     assert (await worker.stats())["running"] == 1
-    assert (await worker.post("/abort_request", {"rid": "mine"}))[0] == 200
+    assert (await worker.post("/abort_request", {"rid": "mi"}))[0] == 200  # a prefix is enough
     payloads = events(await task)
     assert payloads[-1] == "[DONE]"
     assert payloads[-2]["choices"][0]["finish_reason"] == "abort"
@@ -115,6 +116,7 @@ async def test_an_abort_of_all(launch: Launch) -> None:
 async def test_an_abort_needs_an_id(launch: Launch) -> None:
     worker = await launch()
     assert (await worker.post("/abort_request", {}))[0] == 400
+    assert (await worker.post("/abort_request", {"rid": ""}))[0] == 400
 
 
 async def test_a_stop_breaks_off_what_runs(launch: Launch) -> None:

@@ -30,12 +30,13 @@ async def test_server_info(launch: Launch) -> None:
 
 
 async def test_roles_are_switched_while_nothing_runs(launch: Launch) -> None:
-    settings = endless(disaggregation_mode="prefill", disaggregation_bootstrap_port=9000)
+    settings = endless(disaggregation_mode="prefill", disaggregation_bootstrap_port=0)
     worker = await launch(settings)
     _, info = await worker.get("/server_info")
-    assert (info["disaggregation_mode"], info["disaggregation_bootstrap_port"]) == ("prefill", 9000)
-    task = asyncio.ensure_future(worker.post(CHAT, chat()))
-    await worker.until(running=1)
+    assert info["disaggregation_mode"] == "prefill"
+    assert info["disaggregation_bootstrap_port"] == worker.simulator.bootstrap_port != 0
+    task = asyncio.ensure_future(worker.post(CHAT, chat(bootstrap_room=1)))
+    await worker.until(running=1, rooms=1)
     assert (await worker.post("/pd_role_switch", {"new_role": "decode"}))[0] == 400
     task.cancel()
     await worker.until(running=0)

@@ -156,6 +156,51 @@ def test_workers_in_a_row_have_ports_in_a_row() -> None:
     assert [each.kv_events_port for each in row] == [200, 204, 208]
     assert [each.kv_replay_port for each in row] == [300, 304, 308]
     assert [each.kv_load_port for each in row] == [0, 0, 0]
+    assert [each.disaggregation_bootstrap_port for each in row] == [8998, 8999, 9000]
+    assert [each.nixl_side_channel_port for each in row] == [0, 0, 0]
+    free = SimulatorSettings(disaggregation_bootstrap_port=0, nixl_side_channel_port=10)
+    assert cli.in_a_row(free, 1).disaggregation_bootstrap_port == 0
+    assert cli.in_a_row(free, 1).nixl_side_channel_port == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (
+            ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", "0"),
+            "disaggregation_bootstrap_port",
+        ),
+        (("--pd-protocol", "nixl"), "nixl_side_channel_port"),
+    ],
+)
+async def test_it_says_where_it_hands_out_kv(
+    spawn: Spawn, options: tuple[str, ...], name: str
+) -> None:
+    process = await spawn("--workers", "2", "--bootstrap-timeout-seconds", "1.5", *options)
+    assert process.stdout is not None
+    ports = set()
+    for _ in range(2):
+        line = (await process.stdout.readline()).decode()
+        ports.add(dict(item.split("=") for item in line.split()[2:])[name])
+    assert len(ports - {"0"}) == 2
+    for port in ports:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(port))
+        writer.close()
+        await writer.wait_closed()
+    process.terminate()
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+
+
+async def test_a_taken_bootstrap_port_is_named(spawn: Spawn) -> None:
+    settings = SimulatorSettings(disaggregation_mode="prefill", disaggregation_bootstrap_port=0)
+    async with await start(settings) as simulator:
+        port = str(simulator.bootstrap_port)
+        options = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", port)
+        process = await spawn(*options)
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert b"disaggregation_bootstrap_port: 127.0.0.1:" + port.encode() in err
 
 
 @pytest.mark.parametrize("options", [("--workers", "0"), ("--workers", "2", "--port", "65535")])
@@ -214,6 +259,9 @@ def test_the_defaults_are_those_of_the_settings() -> None:
         {"dp_size": 0},
         {"kv_events_port": 70_000},
         {"host_cache_tokens": -1},
+        {"disaggregation_bootstrap_port": -1},
+        {"nixl_side_channel_port": 70_000},
+        {"bootstrap_timeout_seconds": 0},
         {"api_key": ""},
     ],
 )

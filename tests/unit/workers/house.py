@@ -9,15 +9,18 @@ from prometheus_client import CollectorRegistry
 from extproc.config import CircuitBreakerConfig, ModelConfig
 from extproc.metrics import Metrics
 from extproc.workers.client import EngineAnswer
-from extproc.workers.manager import WorkerManager
+from extproc.workers.manager import WorkerFollower, WorkerManager
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent
-from extproc.workers.worker import Worker
+from extproc.workers.worker import Mode, Worker
 from tests.fakes import FakeClock, FakeEngineClient, FakeResolver, FakeWorkerSource
 
 A, B, C = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))
 NAMED = "http://name:8000"
 RETRY_SECONDS = 30.0
+INTERVAL_SECONDS = 15.0
+# For tests that count what else is asked.
+NEVER_SECONDS = 1e6
 DNS_TTL_SECONDS = 20.0
 MODELS = (
     ModelConfig(id="m"),
@@ -28,7 +31,13 @@ MODELS = (
 class House:
     """The manager and everything a test sets or looks at."""
 
-    def __init__(self, models: Sequence[ModelConfig] = MODELS) -> None:
+    def __init__(
+        self,
+        models: Sequence[ModelConfig] = MODELS,
+        *,
+        interval_seconds: float = NEVER_SECONDS,
+        follower: WorkerFollower | None = None,
+    ) -> None:
         self.clock = FakeClock()
         self.client = FakeEngineClient()
         self.resolver = FakeResolver()
@@ -37,6 +46,7 @@ class House:
         self.prometheus = CollectorRegistry()
         self.metrics = Metrics(self.prometheus)
         self.changes = 0
+        self.mode_changes: list[tuple[Worker, Mode, Mode]] = []
         self.manager = WorkerManager(
             source=self.source,
             registry=self.registry,
@@ -48,6 +58,9 @@ class House:
             retry_seconds=RETRY_SECONDS,
             dns_ttl_seconds=DNS_TTL_SECONDS,
             on_change=self._changed,
+            interval_seconds=interval_seconds,
+            on_mode_change=lambda *change: self.mode_changes.append(change),
+            follower=follower,
         )
 
     def _changed(self) -> None:
@@ -62,8 +75,8 @@ class House:
         assert worker is not None
         return worker
 
-    def pool(self, model: str = "m") -> list[str]:
-        return [worker.url for worker in self.registry.pool(model)]
+    def pool(self, model: str = "m", mode: Mode = "plain") -> list[str]:
+        return [worker.url for worker in self.registry.pool_of(model, mode)]
 
     def metric(self, name: str, **labels: str) -> float:
         return self.prometheus.get_sample_value(name, labels) or 0.0

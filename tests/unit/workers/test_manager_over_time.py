@@ -1,5 +1,6 @@
 """What is asked again: workers that told nothing, names whose address may change; and the log."""
 
+import pytest
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
@@ -182,18 +183,11 @@ async def test_a_model_nobody_configured_is_warned_about_with_its_name() -> None
     assert [("foreign" in reason) for reason in warnings(logs)] == [True]
 
 
-async def test_a_pd_worker_is_warned_about() -> None:
+@pytest.mark.parametrize("mode", ["null", "prefill", "decode"])
+async def test_a_usable_worker_is_not_warned_about(mode: str) -> None:
     with capture_logs() as logs:
         async with running(House()) as house:
-            house.client.tell(A, "m", disaggregation_mode="decode")
-            await house.happens(Added(make_spec(A)))
-    assert [("decode" in reason) for reason in warnings(logs)] == [True]
-
-
-async def test_a_usable_worker_is_not_warned_about() -> None:
-    with capture_logs() as logs:
-        async with running(House()) as house:
-            house.client.tell(A, "m")
+            house.client.tell(A, "m", disaggregation_mode=mode, disaggregation_bootstrap_port=8998)
             await house.happens(Added(make_spec(A)))
             await house.clock.advance(3 * RETRY_SECONDS)
     assert warnings(logs) == []

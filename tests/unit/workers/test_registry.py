@@ -4,8 +4,9 @@ import pytest
 
 from extproc.workers.registry import MixedModesError, WorkerRegistry
 from extproc.workers.worker import Mode, Worker
-from tests.fakes import make_worker
+from tests.fakes import make_spec, make_worker
 
+MODES_OF_A_PD_MODEL: tuple[Mode, ...] = ("decode", "prefill", "decode")
 A, B, C = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))
 
 
@@ -123,6 +124,77 @@ def test_a_refused_replacement_leaves_the_old_worker() -> None:
         workers.upsert(make_worker(C, id="pod", mode="prefill", model_ids=("n", "m")))
     assert workers.get("pod") is old
     assert workers.pool("n") == (old,)
+
+
+def test_each_role_has_its_pool_in_order_of_registration() -> None:
+    d1, p1, d2 = (
+        make_worker(url, order=n, mode=mode)
+        for n, (url, mode) in enumerate(zip((A, B, C), MODES_OF_A_PD_MODEL, strict=True))
+    )
+    workers = registry(d2, p1, d1)
+    assert workers.pool_of("m", "decode") == (d1, d2)
+    assert workers.pool_of("m", "prefill") == (p1,)
+    assert workers.pool_of("m", "plain") == workers.pool_of("n", "decode") == ()
+    assert workers.usable(["m"]) == {d1, p1, d2}
+    assert workers.usable(["n"]) == set()
+
+
+def test_a_changed_role_takes_its_bootstrap_port_along() -> None:
+    worker = make_worker(A, mode="decode")
+    workers = registry(worker)
+    workers.set_mode(worker, "prefill", 8998)
+    assert (worker.mode, worker.spec.mode, worker.spec.bootstrap_port) == (
+        "prefill",
+        "prefill",
+        8998,
+    )
+    assert workers.pool_of("m", "prefill") == (worker,)
+    assert workers.pool_of("m", "decode") == ()
+
+
+@pytest.mark.parametrize(
+    ("modes", "served"),
+    [
+        ((), False),
+        (("plain",), True),
+        (("prefill",), False),
+        (("decode", "decode"), False),
+        (("prefill", "decode"), True),
+    ],
+)
+def test_a_model_is_served_by_plain_workers_or_by_both_parts(
+    modes: tuple[Mode, ...], served: bool
+) -> None:
+    workers = registry(
+        *(
+            make_worker(url, order=n, mode=mode)
+            for n, (url, mode) in enumerate(zip((A, B, C), modes, strict=False))
+        )
+    )
+    assert workers.is_served("m") is served
+    assert workers.is_disaggregated("m") is ("plain" not in modes and bool(modes))
+    assert not workers.is_served("n")
+
+
+def test_a_part_without_an_address_does_not_serve_but_tells_the_kind_of_the_model() -> None:
+    worker = make_worker("http://name:8000", mode="prefill", resolved=False)
+    workers = registry(worker)
+    assert workers.is_disaggregated("m")
+    workers.upsert(make_worker(A, order=1, mode="decode"))
+    assert not workers.is_served("m")
+    worker.address = "10.0.0.9:8000"
+    workers.reindex()
+    assert workers.is_served("m")
+
+
+def test_an_update_that_is_refused_changes_nothing() -> None:
+    worker = make_worker(A, model_ids=("n",))
+    workers = registry(worker, make_worker(B, order=1, mode="decode", model_ids=("m",)))
+    before = snapshot(workers)
+    with pytest.raises(MixedModesError):
+        workers.update(worker, make_spec(A, model_ids=("m",)))
+    assert worker.model_ids == worker.spec.model_ids == ("n",)
+    assert snapshot(workers) == before
 
 
 def test_modes_of_different_models_do_not_matter_to_each_other() -> None:

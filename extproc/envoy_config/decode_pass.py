@@ -1,0 +1,137 @@
+"""The second pass: an internal listener whose filter asks for the decode worker.
+
+A request comes here from the ingress listener and again for each further attempt, so that every
+attempt gets a worker that is picked at that moment. What the first pass has to tell the second
+is in headers that the ingress listener takes away from clients.
+"""
+
+from typing import Any, Final
+
+from extproc.config import Config
+from extproc.envoy_config.headers import DESTINATION, told_to_nobody
+from extproc.envoy_config.listener import (
+    MAX_HEADERS,
+    MAX_HEADERS_KIBIBYTES,
+    decode_filter,
+    router_filter,
+)
+from extproc.envoy_config.local_replies import (
+    ROUTER_UNAVAILABLE,
+    envelope_format,
+    error_headers,
+    local_replies,
+)
+from extproc.envoy_config.wire_form import UNLIMITED, duration, typed
+from extproc.routing.decode_order import DECODE_CLUSTER, DECODE_ORDER_HEADER, RETRY_HEADER
+
+__all__ = ["decode_pass_cluster", "decode_pass_listener", "internal_listener_extension"]
+
+_HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+# The peer may close a connection that is not in use at any time; here it is ourselves.
+_IDLE_SECONDS: Final = 60.0
+
+
+def internal_listener_extension() -> dict[str, Any]:
+    return {
+        "name": "envoy.bootstrap.internal_listener",
+        "typed_config": typed("extensions.bootstrap.internal_listener.v3.InternalListener"),
+    }
+
+
+def decode_pass_cluster() -> dict[str, Any]:
+    """Leads to the listener, inside the same Envoy."""
+    endpoint = {
+        "address": {"envoy_internal_address": {"server_listener_name": DECODE_CLUSTER}},
+    }
+    limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
+    return {
+        "name": DECODE_CLUSTER,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {
+            "cluster_name": DECODE_CLUSTER,
+            "endpoints": [{"lb_endpoints": [{"endpoint": endpoint}]}],
+        },
+        "circuit_breakers": {"thresholds": [dict.fromkeys(limits, UNLIMITED)]},
+        "typed_extension_protocol_options": {
+            _HTTP_OPTIONS: typed(
+                "extensions.upstreams.http.v3.HttpProtocolOptions",
+                common_http_protocol_options={
+                    "idle_timeout": duration(_IDLE_SECONDS),
+                    "max_headers_count": MAX_HEADERS,
+                },
+                explicit_http_config={"http_protocol_options": {}},
+            )
+        },
+    }
+
+
+def decode_pass_listener(config: Config) -> dict[str, Any]:
+    manager = {
+        "name": "envoy.filters.network.http_connection_manager",
+        "typed_config": typed(
+            "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            stat_prefix=DECODE_CLUSTER,
+            codec_type="HTTP1",
+            # The ingress listener has done what is to be done for clients.
+            generate_request_id=False,
+            preserve_external_request_id=True,
+            always_set_request_id_in_response=True,
+            max_request_headers_kb=MAX_HEADERS_KIBIBYTES,
+            common_http_protocol_options={
+                "max_headers_count": MAX_HEADERS,
+                "headers_with_underscores_action": "ALLOW",
+            },
+            stream_idle_timeout=duration(config.envoy.stream_idle_timeout_secs),
+            http_filters=[decode_filter(config), router_filter()],
+            route_config=_route_config(config),
+            local_reply_config=local_replies(retry_header=RETRY_HEADER),
+        ),
+    }
+    return {
+        "name": DECODE_CLUSTER,
+        "internal_listener": {},
+        "per_connection_buffer_limit_bytes": config.server.max_body_bytes,
+        "filter_chains": [{"filters": [manager]}],
+    }
+
+
+def _route_config(config: Config) -> dict[str, Any]:
+    return {
+        "name": DECODE_CLUSTER,
+        # Before our own local replies get it: from an engine it means nothing.
+        "response_headers_to_remove": told_to_nobody(config),
+        "request_headers_to_remove": [DECODE_ORDER_HEADER],
+        "virtual_hosts": [
+            {
+                "name": DECODE_CLUSTER,
+                "domains": ["*"],
+                "routes": [_picked(config), _unavailable()],
+            }
+        ],
+    }
+
+
+def _picked(config: Config) -> dict[str, Any]:
+    return {
+        "name": "picked",
+        "match": {"prefix": "/", "headers": [{"name": DESTINATION, "present_match": True}]},
+        "route": {
+            "cluster": config.envoy.cluster,
+            # The ingress route has the limits, and makes the next attempt.
+            "timeout": "0s",
+            "idle_timeout": "0s",
+        },
+    }
+
+
+def _unavailable() -> dict[str, Any]:
+    return {
+        "name": "unavailable",
+        "match": {"prefix": "/"},
+        "direct_response": {
+            "status": ROUTER_UNAVAILABLE.status,
+            "body_format": envelope_format(ROUTER_UNAVAILABLE),
+        },
+        "response_headers_to_add": error_headers(ROUTER_UNAVAILABLE),
+    }

@@ -1,0 +1,24 @@
+"""The workers that may be tried: registered for the model in that role, breaker closed or due."""
+
+from extproc.workers.circuit_breaker import BreakerState
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.worker import Mode, Worker
+
+__all__ = ["UsableWorkers"]
+
+_CLOSED = BreakerState.CLOSED
+
+
+class UsableWorkers:
+    """Call it with a model, a role and the time."""
+
+    def __init__(self, registry: WorkerRegistry) -> None:
+        self.registry = registry
+
+    def __call__(self, model: str, mode: Mode, now: float) -> list[Worker]:
+        pool = self.registry.pool(model) if mode == "plain" else self.registry.pool_of(model, mode)
+        return [
+            worker
+            for worker in pool
+            if worker.breaker.state is _CLOSED or worker.breaker.would_allow(now)
+        ]

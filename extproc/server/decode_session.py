@@ -1,0 +1,72 @@
+"""The stream of the second pass: request headers in, the decode worker out.
+
+The pass sees no body; what it has to know was put into the headers by the first one, and the
+number of the attempt by Envoy. From the decision on it is a stream like any other.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+from extproc._protos import llm_extproc_pb2 as pb
+from extproc.errors import RouterError, internal_error
+from extproc.routing.decode_order import DECODE_ORDER_HEADER, RETRY_HEADER, DecodeOrder
+from extproc.routing.disaggregation import DecodeQuery
+from extproc.server import replies
+from extproc.server.request_heads import wanted_headers
+from extproc.server.session import Session, SessionState
+
+__all__ = ["DecodeSession"]
+
+_log = structlog.get_logger()
+
+_ATTEMPT_HEADER: Final = "x-envoy-attempt-count"
+_ID_HEADER: Final = "x-request-id"
+_NO_REPLIES: Final[Sequence[bytes]] = ()
+
+
+class DecodeSession(Session):
+    """One attempt at a decode worker."""
+
+    __slots__ = ()
+
+    def receive(self, raw: bytes) -> Sequence[bytes]:
+        if self._state is not SessionState.HEADERS:
+            return super().receive(raw)
+        message = pb.ProcessingRequest.FromString(raw)
+        if message.WhichOneof("request") != "request_headers" or message.observability_mode:
+            return _NO_REPLIES
+        return self._pick(message.request_headers)
+
+    def _pick(self, head: pb.HttpHeaders) -> Sequence[bytes]:
+        context = self._context
+        wanted = frozenset((context.model_header, DECODE_ORDER_HEADER, _ATTEMPT_HEADER, _ID_HEADER))
+        seen = wanted_headers(head.headers, wanted)
+        self._take_request_id(seen.get(_ID_HEADER, ""))
+        digits = seen.get(_ATTEMPT_HEADER, "1")
+        attempt = int(digits[:3]) if digits.isdecimal() else 1
+        try:
+            order = DecodeOrder.from_header(seen.get(DECODE_ORDER_HEADER, ""))
+        except ValueError:
+            # Nobody but the first pass sends requests here.
+            _log.error("decode_order_missing", request_id=self.request_id)
+            return self.failed(internal_error())
+        query = DecodeQuery(seen.get(context.model_header, ""), order, attempt)
+        try:
+            lease = context.pick_decode(query)
+        except RouterError as error:
+            if attempt < order.attempts:
+                error.headers = (*error.headers, (RETRY_HEADER, "1"))
+            return self.failed(error)
+        self._lease = lease
+        self._state = SessionState.ROUTED
+        return (context.builder.routed(lease.decision, in_body=False, request_id=None),)
+
+    def failed(self, error: RouterError, event: str = "request_refused") -> Sequence[bytes]:
+        """As in Session; the request was counted by the first pass."""
+        if self._state is SessionState.ANSWERED:
+            return _NO_REPLIES
+        self._state = SessionState.ANSWERED
+        _log.warning(event, request_id=self.request_id, status=error.status, code=error.code)
+        return (replies.error_response(error, self.request_id),)

@@ -1,0 +1,94 @@
+"""A port beside the worker's own, at which other workers fetch KV, and their client for it."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Final
+
+import aiohttp
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from extproc.simulator.binding import with_patience
+
+__all__ = ["UNREACHABLE", "SideServer", "patient_client"]
+
+# Failures of a connection, and of an address that is none.
+UNREACHABLE: Final = (aiohttp.ClientError, OSError, ValueError)
+_SHUTDOWN_SECONDS = 1.0  # for handlers that were cancelled already
+
+
+class SideServer:
+    """Serves these routes between `start` and `stop`; `port` is the real one after the start.
+
+    A client that leaves cancels its handler, and a stop breaks off those that run.
+    """
+
+    def __init__(self, setting: str, host: str, port: int, routes: Iterable[web.RouteDef]) -> None:
+        """`setting` is the port's name in errors; `port` 0 picks a free one, once for all."""
+        self.port = port
+        self._setting = setting
+        self._host = host
+        self._routes = list(routes)
+        self._runner: web.AppRunner | None = None
+        self._handlers: set[asyncio.Task[object]] = set()
+
+    async def start(self) -> None:
+        """Listen; raises OSError, which names the setting, when the port can not be had."""
+        app = web.Application(middlewares=[self._tracked])
+        app.add_routes(self._routes)
+        app.on_shutdown.append(self._break_off)
+        runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=_SHUTDOWN_SECONDS,
+        )
+
+        async def listen() -> None:
+            site = web.TCPSite(runner, self._host, self.port)
+            try:
+                await site.start()
+            except OSError:
+                await site.stop()
+                raise
+
+        await runner.setup()
+        try:
+            await with_patience(listen)
+        except OSError as error:
+            await runner.cleanup()
+            place = f"{self._host}:{self.port}"
+            raise OSError(error.errno, f"{self._setting}: {place}: {error.strerror}") from error
+        except BaseException:
+            await runner.cleanup()
+            raise
+        self._runner = runner
+        self.port = runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()
+
+    @web.middleware
+    async def _tracked(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("requests are handled in tasks")
+        self._handlers.add(task)
+        try:
+            return await handler(request)
+        finally:
+            self._handlers.discard(task)
+
+    async def _break_off(self, app: web.Application) -> None:
+        for task in self._handlers:
+            task.cancel()
+
+
+def patient_client() -> aiohttp.ClientSession:
+    """A client that waits for answers as long as it is let, each on a connection of its own."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None),
+    )

@@ -1,0 +1,272 @@
+"""Every way in which one half of a pair can fail: an answer at once, and nothing left over."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from extproc.simulator import RunningSimulator, start
+from tests.e2e.pd_fleet import PdRunning, pd_stack
+
+# The event itself takes this long in the simulated worker.
+EVENT_SECONDS = 0.3
+# Seconds a client may wait after it; 0.05 on a quiet machine, with room for a busy one.
+AT_ONCE = 0.25
+STREAMS = [False, True]
+MODES = ["two_pass", "inline"]
+
+
+async def timed(running: PdRunning, stream: bool) -> tuple[int, str, float]:
+    """Status, error code and seconds of one chat."""
+    started = time.monotonic()
+    async with running.chat(stream=stream) as response:
+        await response.read()
+        code = response.headers.get("x-router-error-code", "")
+        return response.status, code, time.monotonic() - started
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ({"hang": EVENT_SECONDS, "status": 500}, (502, "prefill_failed")),
+        ({"hang": EVENT_SECONDS, "status": 503}, (502, "prefill_failed")),
+        ({"hang": EVENT_SECONDS, "die_before_headers": True}, (502, "prefill_failed")),
+        (
+            {"hang": EVENT_SECONDS, "die_before_headers": True, "reset": True},
+            (502, "prefill_failed"),
+        ),
+        ({"hang": EVENT_SECONDS, "status": 422}, (422, "prefill_refused")),
+    ],
+)
+async def test_a_failed_prefill_is_told_at_once(
+    tmp_path: Path, fault: dict[str, Any], expected: tuple[int, str], mode: str, stream: bool
+) -> None:
+    async with pd_stack(tmp_path, settings={"pd": {"decode": mode}}) as running:
+        await running.fault(running.prefills[0], **fault)
+        # In a stream the decode worker's headers may be out; then all that is left is to cut it.
+        try:
+            status, code, seconds = await timed(running, stream)
+            assert (status, code) == expected
+        except aiohttp.ClientPayloadError:
+            assert stream
+            seconds = EVENT_SECONDS
+        assert seconds < EVENT_SECONDS + AT_ONCE
+        await running.at_rest()
+        outcome = "prefill_refused" if expected[0] < 500 else "prefill_failed"
+        name = f'extproc_pd_pairs_total{{model="m",outcome="{outcome}"}}'
+        assert await running.sample(name) == 1
+
+
+async def test_the_engines_own_words_about_a_bad_request_are_passed_on(tmp_path: Path) -> None:
+    async with pd_stack(tmp_path) as running:
+        await running.fault(running.prefills[0], status=422)
+        async with running.chat() as response:
+            assert response.status == 422
+            assert "simulated fault" in await response.text()
+            assert response.headers["content-type"] == "application/json"
+
+
+async def test_a_prefill_that_takes_too_long(tmp_path: Path) -> None:
+    async with pd_stack(tmp_path, settings={"pd": {"prefill_timeout_secs": 0.5}}) as running:
+        await running.fault(running.prefills[0], hang=True)
+        status, code, seconds = await timed(running, False)
+        assert (status, code) == (502, "prefill_failed")
+        assert 0.5 <= seconds < 0.5 + AT_ONCE
+        await running.fault(running.prefills[0])
+        await running.at_rest()
+
+
+async def test_refusing_prefill_workers_are_passed_over(tmp_path: Path) -> None:
+    async with pd_stack(tmp_path, prefills=3) as running:
+        await running.prefills[0].stop()
+        await running.prefills[1].stop()
+        running.fleet.workers.remove(running.prefills[0])
+        running.fleet.workers.remove(running.prefills[1])
+        for _ in range(6):
+            async with running.chat() as response:
+                assert response.status == 200, await response.text()
+        name = 'extproc_pd_prefill_failures_total{cause="connect",model="m"}'
+        assert 3 <= await running.sample(name) <= 6
+        await running.at_rest()
+
+
+async def test_all_prefill_workers_gone(tmp_path: Path) -> None:
+    async with pd_stack(tmp_path) as running:
+        await running.prefills[0].stop()
+        running.fleet.workers.remove(running.prefills[0])
+        async with running.chat() as response:
+            assert await running.error(response) == (503, "no_prefill_workers_available")
+        await running.at_rest()
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_refusing_decode_worker_is_passed_over(
+    tmp_path: Path, mode: str, stream: bool
+) -> None:
+    settings = {"pd": {"decode": mode}}
+    async with pd_stack(tmp_path, decodes=3, settings=settings) as running:
+        await running.decodes[0].stop()
+        running.fleet.workers.remove(running.decodes[0])
+        for _ in range(12):
+            async with running.chat(stream=stream) as response:
+                assert response.status == 200, await response.text()
+                assert "x-extproc-retry" not in response.headers
+        if mode == "two_pass":
+            assert await running.sample("extproc_pd_decode_retries_total") >= 1
+        await running.at_rest()
+
+
+async def test_all_decode_workers_refuse(tmp_path: Path) -> None:
+    async with pd_stack(tmp_path, decodes=2) as running:
+        for worker in running.decodes:
+            await worker.stop()
+            running.fleet.workers.remove(worker)
+        async with running.chat() as response:
+            assert await running.error(response) == (503, "upstream_unreachable")
+        await running.at_rest()
+        for _ in range(3):
+            async with running.chat() as response:
+                await response.read()
+        before = len(await running.legs(running.prefills))
+        async with running.chat() as response:
+            # Their breakers are open: nothing is sent to the prefill worker either.
+            assert await running.error(response) == (503, "no_decode_workers_available")
+        assert len(await running.legs(running.prefills)) == before
+        await running.at_rest()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fault", [{"status": 500}, {"die_before_headers": True}])
+async def test_a_decode_worker_that_fails_ends_the_prefill(
+    tmp_path: Path, fault: dict[str, Any], mode: str
+) -> None:
+    settings = {"pd": {"decode": mode}}
+    async with pd_stack(tmp_path, decodes=2, settings=settings) as running:
+        for worker in running.decodes:
+            await running.fault(worker, **fault)
+        status, code, seconds = await timed(running, False)
+        assert (status, code) == ((500, "") if "status" in fault else (503, "upstream_unreachable"))
+        assert seconds < 2
+        # One attempt: the room is used up. And the prefill does not wait for anybody.
+        assert sum([len(await running.legs([worker])) for worker in running.decodes]) == 1
+        await running.at_rest()
+        name = 'extproc_pd_pairs_total{model="m",outcome="decode_failed"}'
+        assert await running.sample(name) == 1
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_client_that_leaves_ends_both_legs(tmp_path: Path, mode: str, stream: bool) -> None:
+    settings = {"pd": {"decode": mode, "prefill_linger_secs": 0.2}}
+    async with pd_stack(tmp_path, settings=settings) as running:
+        await running.fault(running.prefills[0], hang=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                async with running.chat(stream=stream) as response:
+                    await response.read()
+        await running.at_rest()
+
+
+async def test_a_service_that_stops_tells_its_clients(tmp_path: Path) -> None:
+    async with pd_stack(tmp_path) as running:
+        await running.fault(running.prefills[0], hang=True)
+        chat = asyncio.create_task(timed(running, False))
+        await asyncio.sleep(0.5)
+        await running.stack.service.stop()
+        status, code, seconds = await chat
+        assert (status, code) == (502, "prefill_failed")
+        assert seconds < 5
+
+
+async def test_a_service_that_is_killed_leaves_no_client_hanging(tmp_path: Path) -> None:
+    settings = {"pd": {"response_timeout_secs": 1.5}}
+    async with pd_stack(tmp_path, settings=settings) as running:
+        await running.fault(running.prefills[0], hang=True)
+        chat = asyncio.create_task(timed(running, False))
+        await asyncio.sleep(0.5)
+        os.kill(running.stack.service.pid, signal.SIGKILL)
+        status, code, seconds = await chat
+        assert (status, code) == (504, "upstream_timeout")
+        assert seconds < 4
+
+
+async def test_chaos(tmp_path: Path) -> None:
+    """Workers die and come back while 500 requests are made, 50 at a time."""
+    worker = {"bootstrap_timeout_seconds": 3.0}
+    settings = {
+        "models": [{"id": "m", "circuit_breaker": {"threshold": 3, "cool_down_secs": 0.3}}],
+        "pd": {"response_timeout_secs": 8},
+        "discovery": {"introspection_interval_secs": 0.5},
+    }
+    async with pd_stack(
+        tmp_path, prefills=2, decodes=2, worker=worker, settings=settings
+    ) as running:
+        seen: Counter[tuple[int, str]] = Counter()
+        slowest = 0.0
+        places = asyncio.Semaphore(50)
+        done = asyncio.Event()
+
+        async def send(number: int) -> None:
+            nonlocal slowest
+            async with places:
+                started = time.monotonic()
+                try:
+                    status, code, _ = await timed(running, number % 2 == 0)
+                except aiohttp.ClientPayloadError:
+                    status, code = 0, "cut"
+                seen[status, code] += 1
+                slowest = max(slowest, time.monotonic() - started)
+                await asyncio.sleep(random.random() * 0.2)
+
+        async def restart(pool: list[RunningSimulator], number: int) -> None:
+            old = pool[number]
+            bootstrap_port = old.bootstrap_port or 0
+            await old.stop()
+            running.fleet.workers.remove(old)
+            await asyncio.sleep(random.random())
+            pool[number] = await start(
+                msgspec.structs.replace(
+                    old.settings, port=old.port, disaggregation_bootstrap_port=bootstrap_port
+                )
+            )
+            running.fleet.workers.append(pool[number])
+
+        async def disturb() -> None:
+            while not done.is_set():
+                await restart(random.choice([running.prefills, running.decodes]), 0)
+                await asyncio.sleep(0.3)
+
+        disturbing = asyncio.create_task(disturb())
+        await asyncio.gather(*(send(number) for number in range(500)))
+        done.set()
+        await disturbing
+        assert sum(seen.values()) == 500
+        allowed = {
+            (200, ""),
+            (502, "prefill_failed"),
+            (503, "no_prefill_workers_available"),
+            (503, "no_decode_workers_available"),
+            (503, "upstream_unreachable"),
+            (504, "upstream_timeout"),
+            (500, ""),  # the engine's own: its partner was gone
+            (0, "cut"),
+        }
+        assert set(seen) <= allowed, seen
+        assert seen[200, ""] > 200, seen
+        assert slowest < 12, slowest
+        await running.at_rest(15)
+        for one in [*running.prefills, *running.decodes]:
+            with contextlib.suppress(Exception):
+                await one.stop()

@@ -1,0 +1,487 @@
+"""Workers that change while they are registered: their role, their models, where they publish."""
+
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from extproc.config import KvEventsConfig, ModelConfig
+from extproc.workers.circuit_breaker import BreakerState
+from extproc.workers.client import EngineAnswer
+from extproc.workers.source import Added, ModeChanged, Removed
+from extproc.workers.worker import Mode, Worker
+from tests.fakes import FakeEngineClient, make_spec, settle
+
+from .house import INTERVAL_SECONDS, RETRY_SECONDS, A, B, C, Gate, House, running
+
+PREFILL: dict[str, Any] = {
+    "disaggregation_mode": "prefill",
+    "disaggregation_bootstrap_port": 8998,
+}
+DECODE: dict[str, Any] = {"disaggregation_mode": "decode"}
+PLAIN: dict[str, Any] = {"disaggregation_mode": "null"}
+KV: dict[str, Any] = {"endpoint_port_base": 5557, "block_size": 64}
+
+
+class Follower:
+    """Remembers who came and went."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, tuple[str, ...], int | None]] = []
+
+    def joined(self, worker: Worker) -> None:
+        self._note("joined", worker)
+
+    async def left(self, worker: Worker) -> None:
+        self._note("left", worker)
+
+    def _note(self, what: str, worker: Worker) -> None:
+        events = worker.spec.kv_events
+        self.seen.append((what, worker.url, worker.model_ids, events.port if events else None))
+
+
+def asking(follower: Follower | None = None, **settings: Any) -> House:
+    return House(interval_seconds=INTERVAL_SECONDS, follower=follower, **settings)
+
+
+async def test_a_changed_role_is_noticed_within_one_interval() -> None:
+    async with running(asking()) as house:
+        house.client.tell(A, "m", **PREFILL)
+        await house.happens(Added(make_spec(A)))
+        await house.clock.advance(1.7 * INTERVAL_SECONDS)
+        assert house.mode_changes == []
+        worker, changes = house.worker(A), house.changes
+        worker.in_flight = 5
+        for _ in range(3):
+            worker.breaker.failure(0.0)
+        house.client.tell(A, "m", **DECODE)
+        with capture_logs() as logs:
+            await house.clock.advance(INTERVAL_SECONDS)
+        assert house.worker(A) is worker
+        assert (worker.mode, worker.spec.mode, worker.spec.bootstrap_port) == (
+            "decode",
+            "decode",
+            None,
+        )
+        assert (worker.in_flight, worker.breaker.state) == (5, BreakerState.OPEN)
+        assert (house.pool(mode="prefill"), house.pool(mode="decode")) == ([], [A])
+        assert house.mode_changes == [(worker, "prefill", "decode")]
+        assert house.changes == changes + 1
+        assert [(line["event"], line["old"], line["new"]) for line in logs] == [
+            ("worker_mode_changed", "prefill", "decode")
+        ]
+
+
+async def test_a_role_may_change_and_change_back() -> None:
+    async with running(asking()) as house:
+        house.client.tell(A, "m", **PREFILL)
+        await house.happens(Added(make_spec(A)))
+        worker = house.worker(A)
+        for fields in (DECODE, PREFILL):
+            house.client.tell(A, "m", **fields)
+            await house.clock.advance(INTERVAL_SECONDS)
+        assert house.worker(A) is worker
+        assert worker.spec.bootstrap_port == 8998
+        assert house.pool(mode="prefill") == [A]
+        assert house.mode_changes == [
+            (worker, "prefill", "decode"),
+            (worker, "decode", "prefill"),
+        ]
+
+
+async def test_another_bootstrap_port_is_a_change_but_not_of_the_role() -> None:
+    async with running(asking()) as house:
+        house.client.tell(A, "m", **PREFILL)
+        await house.happens(Added(make_spec(A)))
+        changes = house.changes
+        house.client.tell(A, "m", **PREFILL | {"disaggregation_bootstrap_port": 9000})
+        await house.clock.advance(INTERVAL_SECONDS)
+        assert house.worker(A).spec.bootstrap_port == 9000
+        assert (house.mode_changes, house.changes) == ([], changes + 1)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"disaggregation_mode": "prefill"}, {"disaggregation_mode": "both"}]
+)
+async def test_an_answer_without_a_role_leaves_the_role(fields: dict[str, Any]) -> None:
+    async with running(asking()) as house:
+        house.client.tell(A, "m", **PREFILL)
+        await house.happens(Added(make_spec(A)))
+        spec, changes = house.worker(A).spec, house.changes
+        house.client.tell(A, "m", **fields)
+        await house.clock.advance(2 * INTERVAL_SECONDS)
+        assert (house.worker(A).spec, house.changes) == (spec, changes)
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+async def test_a_role_only_discovery_knows_is_kept(mode: Mode) -> None:
+    async with running(asking()) as house:
+        house.client.script(A, "/server_info", EngineAnswer(404, b""))
+        house.client.script(A, "/v1/models", EngineAnswer(200, b'{"data": [{"id": "m"}]}'))
+        await house.happens(Added(make_spec(A, mode=mode, bootstrap_port=8998)))
+        await house.clock.advance(3 * INTERVAL_SECONDS)
+        assert house.pool(mode=mode) == [A]
+        assert house.worker(A).spec.bootstrap_port == 8998
+
+
+async def test_a_worker_that_does_not_answer_stays_as_it_is_and_is_logged_once() -> None:
+    with capture_logs() as logs:
+        async with running(asking()) as house:
+            house.client.tell(A, "m", **DECODE)
+            await house.happens(Added(make_spec(A)))
+            worker, spec, changes = house.worker(A), house.worker(A).spec, house.changes
+            for status in (503, 401, 500, 503):
+                house.client.script(A, "/server_info", EngineAnswer(status, b""))
+                asked = len(house.client.asked(A))
+                await house.clock.advance(INTERVAL_SECONDS)
+                assert len(house.client.asked(A)) == asked + 1  # one attempt
+            assert house.worker(A) is worker
+            assert (worker.spec, house.changes) == (spec, changes)
+            house.client.tell(A, "m", **DECODE)
+            await house.clock.advance(INTERVAL_SECONDS)
+            house.client.script(A, "/server_info", EngineAnswer(503, b""))
+            await house.clock.advance(2 * INTERVAL_SECONDS)
+    silent = [line["log_level"] for line in logs if line["event"] == "worker_not_answering"]
+    assert silent == ["warning"] * 2  # the second after it has answered again
+    assert not any(line["event"] == "worker_not_usable" for line in logs)
+
+
+async def test_a_worker_with_unusable_kv_events_is_warned_about_once() -> None:
+    with capture_logs() as logs:
+        async with running(asking(models=[ModelConfig(id="m", policy="min_ttft")])) as house:
+            house.client.tell(A, "m", kv_events=7)
+            await house.happens(Added(make_spec(A)))
+            await house.clock.advance(4 * INTERVAL_SECONDS)
+    warned = [line["event"] for line in logs if line["log_level"] == "warning"]
+    assert sorted(warned) == ["kv_events_missing", "kv_events_not_usable"]
+
+
+async def test_many_workers_are_not_asked_at_once() -> None:
+    count = 500
+    async with running(asking()) as house:
+        urls = [f"http://10.1.{n // 250}.{n % 250}:8000" for n in range(count)]
+        for url in urls:
+            house.client.tell(url, "m")
+        await house.happens(*(Added(make_spec(url)) for url in urls))
+        gates = {url: Gate(FakeEngineClient.info("m")) for url in urls}
+        for url, gate in gates.items():
+            house.client.script(url, "/server_info", gate)
+        most = asked = 0
+        for _ in range(60):
+            await house.clock.advance(INTERVAL_SECONDS / 60)
+            now = sum(gate.entered for gate in gates.values())
+            most, asked = max(most, now - asked), now
+        assert asked == count
+        assert most <= count / 10
+        assert {gate.entered for gate in gates.values()} == {1}
+
+
+async def test_a_slow_answer_is_not_asked_for_twice() -> None:
+    async with running(asking()) as house:
+        gate = Gate(FakeEngineClient.info("m", **DECODE))
+        house.client.script(A, "/server_info", FakeEngineClient.info("m", **PREFILL), gate)
+        await house.happens(Added(make_spec(A)))
+        await house.clock.advance(5 * INTERVAL_SECONDS)
+        assert gate.entered == 1
+        gate.open()
+        await settle()
+        assert house.pool(mode="decode") == [A]
+
+
+async def test_other_models_make_the_worker_join_anew() -> None:
+    follower = Follower()
+    async with running(asking(follower)) as house:
+        house.client.tell(A, "m")
+        await house.happens(Added(make_spec(A)))
+        worker = house.worker(A)
+        worker.in_flight = 2
+        worker.breaker.failure(0.0)
+        house.client.tell(A, "n")
+        await house.clock.advance(INTERVAL_SECONDS)
+        assert house.worker(A) is worker
+        assert (house.pool("m"), house.pool("n")) == ([], [A])
+        assert worker.in_flight == 2
+        # That of model n; the failure is remembered.
+        assert (worker.breaker.threshold, worker.breaker.cool_down_seconds) == (7, 5.0)
+        for _ in range(6):
+            worker.breaker.failure(0.0)
+        assert worker.breaker.state is BreakerState.OPEN
+    assert follower.seen == [
+        ("joined", A, ("m",), None),
+        ("left", A, ("m",), None),
+        ("joined", A, ("n",), None),
+    ]
+
+
+async def test_the_same_models_in_another_order_are_no_change() -> None:
+    follower = Follower()
+    async with running(asking(follower)) as house:
+        house.client.script(A, "/server_info", EngineAnswer(404, b""))
+        house.client.script(
+            A,
+            "/v1/models",
+            EngineAnswer(200, b'{"data": [{"id": "m"}, {"id": "n"}]}'),
+            EngineAnswer(200, b'{"data": [{"id": "n"}, {"id": "m"}]}'),
+        )
+        await house.happens(Added(make_spec(A)))
+        await house.clock.advance(INTERVAL_SECONDS)
+        assert house.client.asked(A) == ["/server_info", "/v1/models"] * 2
+        assert house.pool("m") == house.pool("n") == [A]
+    assert len(follower.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"endpoint_port_base": 6000},
+        {"block_size": 32},
+        {"topic": "kv"},
+        {"dp_size": 2},
+        {"replay_endpoint_port_base": 5600},
+        {"load_endpoint_port_base": 5700},
+    ],
+)
+async def test_another_place_of_kv_events_makes_the_worker_join_anew(
+    change: dict[str, Any],
+) -> None:
+    follower = Follower()
+    async with running(asking(follower)) as house:
+        house.client.tell(A, "m", kv_events=KV, **PREFILL)
+        await house.happens(Added(make_spec(A)))
+        worker = house.worker(A)
+        house.client.tell(A, "m", kv_events=KV | change, **PREFILL)
+        await house.clock.advance(2 * INTERVAL_SECONDS)
+        assert house.worker(A) is worker
+        assert [what for what, *_ in follower.seen] == ["joined", "left", "joined"]
+        assert follower.seen[1][3] == 5557  # it leaves as what it was
+        assert house.mode_changes == []
+
+
+async def test_an_engine_restarted_in_another_role_may_publish_elsewhere() -> None:
+    follower = Follower()
+    async with running(asking(follower)) as house:
+        house.client.tell(A, "m", kv_events=KV, **PREFILL)
+        await house.happens(Added(make_spec(A)))
+        worker = house.worker(A)
+        house.client.tell(A, "m", kv_events=KV | {"endpoint_port_base": 6000}, **DECODE)
+        await house.clock.advance(INTERVAL_SECONDS)
+        assert [(what, port) for what, _, _, port in follower.seen] == [
+            ("joined", 5557),
+            ("left", 5557),
+            ("joined", 6000),
+        ]
+        assert house.mode_changes == [(worker, "prefill", "decode")]
+        assert house.pool(mode="decode") == [A]
+
+
+async def test_a_changed_role_alone_is_nothing_to_the_follower() -> None:
+    follower = Follower()
+    async with running(asking(follower)) as house:
+        house.client.tell(A, "m", kv_events=KV, **PREFILL)
+        await house.happens(Added(make_spec(A)))
+        house.client.tell(A, "m", kv_events=KV, **DECODE)
+        await house.clock.advance(INTERVAL_SECONDS)
+        assert len(follower.seen) == 1
+
+
+async def test_configured_kv_events_are_those_of_the_model_it_has_now() -> None:
+    models = [
+        ModelConfig(
+            id=name,
+            policy="min_ttft",
+            kv_events=[KvEventsConfig(endpoint=f"tcp://*:{port}", block_size=16)],
+        )
+        for name, port in (("m", 5001), ("n", 5002))
+    ]
+    follower = Follower()
+    async with running(asking(follower, models=models)) as house:
+        house.client.tell(A, "m")
+        await house.happens(Added(make_spec(A)))
+        await house.clock.advance(2 * INTERVAL_SECONDS)
+        house.client.tell(A, "n")
+        await house.clock.advance(INTERVAL_SECONDS)
+        house.client.tell(A, "n", kv_events=KV)
+        await house.clock.advance(INTERVAL_SECONDS)
+    assert [port for what, _, _, port in follower.seen if what == "joined"] == [5001, 5002, 5557]
+
+
+async def test_a_plain_worker_that_prefills_by_now_leaves_the_plain_ones() -> None:
+    follower = Follower()
+    with capture_logs() as logs:
+        async with running(asking(follower)) as house:
+            house.client.tell(A, "m", **PLAIN)
+            house.client.tell(B, "m", **PLAIN)
+            await house.happens(Added(make_spec(A)), Added(make_spec(B)))
+            house.client.tell(A, "m", **PREFILL)
+            await house.clock.advance(INTERVAL_SECONDS)
+            assert house.registry.get(A) is None
+            assert house.pool() == [B]
+            assert ("left", A, ("m",), None) in follower.seen
+            await house.clock.advance(3 * RETRY_SECONDS)
+            assert house.registry.get(A) is None
+            assert house.metric("extproc_workers_refused_total") == 1
+            house.client.tell(B, "m", **DECODE)  # the last one of its kind may change
+            await house.clock.advance(INTERVAL_SECONDS + RETRY_SECONDS)
+            assert (house.pool(mode="prefill"), house.pool(mode="decode")) == ([A], [B])
+            assert house.registry.is_served("m")
+    assert [line["worker"] for line in logs if line["event"] == "worker_refused"] == [A]
+
+
+async def test_a_refused_worker_that_returns_to_its_old_role_is_taken_back() -> None:
+    async with running(asking()) as house:
+        house.client.tell(A, "m", **PLAIN)
+        house.client.tell(B, "m", **PLAIN)
+        await house.happens(Added(make_spec(A)), Added(make_spec(B)))
+        house.client.tell(A, "m", **PREFILL)
+        await house.clock.advance(INTERVAL_SECONDS)
+        house.client.tell(A, "m", **PLAIN)
+        await house.clock.advance(RETRY_SECONDS)
+        assert sorted(house.pool()) == [A, B]
+
+
+async def test_a_refused_worker_that_is_silent_does_not_join_on_its_old_word() -> None:
+    async with running(asking()) as house:
+        house.client.tell(A, "m", **PLAIN)
+        house.client.tell(B, "m", **PREFILL)
+        await house.happens(Added(make_spec(A)))
+        await house.happens(Added(make_spec(B)))
+        house.client.script(B, "/server_info", EngineAnswer(503, b""))
+        await house.happens(Removed(A))
+        await house.clock.advance(2 * RETRY_SECONDS)
+        assert house.registry.get(B) is None
+        house.client.tell(B, "m", **PREFILL)
+        await house.clock.advance(RETRY_SECONDS)
+        assert house.pool(mode="prefill") == [B]
+
+
+async def test_a_worker_whose_new_model_is_of_the_other_kind_leaves() -> None:
+    async with running(asking()) as house:
+        house.client.tell(A, "m")
+        house.client.tell(B, "n", **DECODE)
+        await house.happens(Added(make_spec(A)), Added(make_spec(B)))
+        house.client.tell(A, "n")
+        await house.clock.advance(INTERVAL_SECONDS)
+        assert house.registry.get(A) is None
+        await house.happens(Removed(B))
+        await house.clock.advance(RETRY_SECONDS)
+        assert house.pool("n") == [A]
+
+
+async def test_a_refused_worker_that_is_removed_leaves_no_series_and_does_not_return() -> None:
+    async with running(asking()) as house:
+        house.client.tell(A, "m", **PLAIN)
+        house.client.tell(B, "m", **PLAIN)
+        await house.happens(Added(make_spec(A)), Added(make_spec(B)))
+        house.metrics.worker_requests(A, "m", "plain", "success").inc()
+        house.client.tell(A, "m", **PREFILL)
+        await house.clock.advance(INTERVAL_SECONDS)
+        await house.happens(Removed(A), Removed(B))
+        await house.clock.advance(2 * RETRY_SECONDS)
+        assert len(house.registry) == 0
+        labels = {"worker": A, "model": "m", "mode": "plain", "outcome": "success"}
+        assert house.prometheus.get_sample_value("extproc_worker_requests_total", labels) is None
+
+
+@pytest.mark.parametrize("model", ["m", "n"])
+async def test_a_worker_that_is_removed_while_it_is_asked_does_not_come_back(model: str) -> None:
+    async with running(asking()) as house:
+        gate = Gate(FakeEngineClient.info(model, **DECODE))
+        house.client.script(A, "/server_info", FakeEngineClient.info("m", **PREFILL), gate)
+        await house.happens(Added(make_spec(A)))
+        await house.clock.advance(INTERVAL_SECONDS)
+        assert gate.entered == 1
+        await house.happens(Removed(A))
+        gate.open()
+        await house.clock.advance(2 * RETRY_SECONDS)
+        assert len(house.registry) == 0
+        assert gate.entered == 1
+
+
+async def test_a_recheck_asks_at_once() -> None:
+    async with running(House()) as house:
+        house.client.tell(A, "m", **PREFILL)
+        await house.happens(Added(make_spec(A)))
+        house.client.tell(A, "m", **DECODE)
+        house.manager.recheck(house.worker(A))
+        await settle()
+        assert house.pool(mode="decode") == [A]
+
+
+async def test_rechecks_of_one_worker_are_at_least_a_second_apart() -> None:
+    async with running(House()) as house:
+        for url in (A, B):
+            house.client.tell(url, "m")
+        await house.happens(Added(make_spec(A)), Added(make_spec(B)))
+        for _ in range(5):
+            house.manager.recheck(house.worker(A))
+            await house.clock.advance(0.19)
+        assert len(house.client.asked(A)) == 2
+        house.manager.recheck(house.worker(B))  # the other one has its own count
+        await house.clock.advance(0.05)
+        house.manager.recheck(house.worker(A))
+        await settle()
+        assert (len(house.client.asked(A)), len(house.client.asked(B))) == (3, 2)
+
+
+async def test_rechecks_do_not_pile_up_behind_a_slow_answer() -> None:
+    async with running(House()) as house:
+        gate = Gate(FakeEngineClient.info("m"))
+        house.client.script(A, "/server_info", FakeEngineClient.info("m"), gate)
+        await house.happens(Added(make_spec(A)))
+        for _ in range(10):
+            house.manager.recheck(house.worker(A))
+            await house.clock.advance(1.0)
+        gate.open()
+        await settle()
+        assert gate.entered == 2  # the one on its way, and one after it
+
+
+async def test_a_recheck_of_a_worker_that_has_left_does_nothing() -> None:
+    house = House()
+    async with running(house):
+        house.client.tell(A, "m")
+        await house.happens(Added(make_spec(A)))
+        worker = house.worker(A)
+        house.manager.recheck(worker)
+        await house.happens(Removed(A))
+        asked = len(house.client.asked(A))
+        house.manager.recheck(worker)
+        await house.clock.advance(2.0)
+        assert len(house.client.asked(A)) == asked
+        await house.happens(Added(make_spec(A)))
+        worker = house.worker(A)
+    house.manager.recheck(worker)  # nor when the manager has stopped
+    await settle()
+    assert len(house.client.asked(A)) == asked + 1
+
+
+async def test_the_workers_word_counts_more_than_discoverys() -> None:
+    async with running(House()) as house:
+        house.client.tell(A, "m", **PREFILL)
+        await house.happens(Added(make_spec(A)), ModeChanged(A, "decode"))
+        assert house.pool(mode="prefill") == [A]
+        house.client.tell(A, "m", **DECODE)
+        await house.happens(ModeChanged(A, "decode"))
+        assert house.pool(mode="decode") == [A]
+
+
+async def test_discoverys_word_counts_while_the_worker_does_not_answer() -> None:
+    async with running(House()) as house:
+        house.client.tell(A, "m", **DECODE)
+        await house.happens(Added(make_spec(A)))
+        worker = house.worker(A)
+        house.client.script(A, "/server_info", EngineAnswer(503, b""))
+        await house.happens(ModeChanged(A, "prefill"))
+        assert house.pool(mode="prefill") == [A]
+        assert house.mode_changes == [(worker, "decode", "prefill")]
+
+
+async def test_discovery_may_change_a_role_that_does_not_fit_and_change_it_back() -> None:
+    async with running(House()) as house:
+        for url in (A, B, C):
+            house.client.tell(url, "m")
+        await house.happens(*(Added(make_spec(url)) for url in (A, B, C)))
+        await house.happens(ModeChanged(C, "decode"))
+        assert house.pool() == [A, B]
+        await house.happens(ModeChanged(C, "plain"))
+        assert sorted(house.pool()) == [A, B, C]

@@ -1,0 +1,123 @@
+"""Whatever joins, leaves or changes, the look-ups say what a search of all workers would."""
+
+from typing import get_args
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from extproc.workers.registry import MixedModesError, WorkerRegistry
+from extproc.workers.worker import Mode, Worker
+from tests.fakes import make_spec, make_worker
+
+_ALL_MODES: tuple[Mode, ...] = get_args(Mode)
+_ALL_MODELS = ("m", "n")
+_NUMBERS = st.integers(1, 6)
+_MODES = st.sampled_from(_ALL_MODES)
+_MODELS = st.lists(st.sampled_from(_ALL_MODELS), unique=True)
+
+
+def _url(number: int) -> str:
+    return f"http://10.0.0.{number}:8000"
+
+
+class Fleet(RuleBasedStateMachine):
+    """A registry, and a plain list of who should be in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry = WorkerRegistry()
+        self.workers: dict[str, Worker] = {}
+        self.next_order = 0
+
+    def fits(self, worker_id: str, models: tuple[str, ...], mode: Mode) -> bool:
+        return all(
+            worker.id == worker_id
+            or not set(models) & set(worker.model_ids)
+            or (worker.mode == "plain") == (mode == "plain")
+            for worker in self.workers.values()
+        )
+
+    @rule(number=_NUMBERS, mode=_MODES, models=_MODELS, resolved=st.booleans())
+    def join(self, number: int, mode: Mode, models: list[str], resolved: bool) -> None:
+        worker = make_worker(
+            _url(number), order=self.next_order, mode=mode, model_ids=models, resolved=resolved
+        )
+        self.next_order += 1
+        fits = self.fits(worker.id, worker.model_ids, mode)
+        try:
+            self.registry.upsert(worker)
+        except MixedModesError:
+            assert not fits
+        else:
+            assert fits
+            self.workers[worker.id] = worker
+
+    @rule(number=_NUMBERS)
+    def leave(self, number: int) -> None:
+        assert self.registry.remove(_url(number)) is self.workers.pop(_url(number), None)
+
+    @rule(number=_NUMBERS, mode=_MODES, port=st.none() | st.integers(1, 65535))
+    def flip(self, number: int, mode: Mode, port: int | None) -> None:
+        worker = self.workers.get(_url(number))
+        if worker is None:
+            return
+        before, fits = worker.spec, self.fits(worker.id, worker.model_ids, mode)
+        try:
+            self.registry.set_mode(worker, mode, port)
+        except MixedModesError:
+            assert not fits
+            assert (worker.mode, worker.spec) == (before.mode, before)
+        else:
+            assert fits
+            assert (worker.mode, worker.spec.mode, worker.spec.bootstrap_port) == (mode, mode, port)
+
+    @rule(number=_NUMBERS, mode=_MODES, models=_MODELS)
+    def update(self, number: int, mode: Mode, models: list[str]) -> None:
+        worker = self.workers.get(_url(number))
+        if worker is None:
+            return
+        fits = self.fits(worker.id, tuple(models), mode)
+        try:
+            self.registry.update(worker, make_spec(_url(number), mode=mode, model_ids=models))
+        except MixedModesError:
+            assert not fits
+        else:
+            assert fits
+            assert (worker.mode, worker.model_ids) == (mode, tuple(models))
+
+    @rule(number=_NUMBERS, has_address=st.booleans())
+    def resolve(self, number: int, has_address: bool) -> None:
+        if worker := self.workers.get(_url(number)):
+            worker.address = f"10.0.0.{number}:8000" if has_address else None
+            self.registry.reindex()
+
+    @invariant()
+    def look_ups_agree(self) -> None:
+        registry = self.registry
+        in_order = sorted(self.workers.values(), key=lambda worker: worker.order)
+        assert set(registry) == set(in_order)
+        usable: set[Worker] = set()
+        for model in _ALL_MODELS:
+            pools = {
+                mode: tuple(
+                    worker
+                    for worker in in_order
+                    if worker.mode == mode and model in worker.model_ids and worker.address
+                )
+                for mode in _ALL_MODES
+            }
+            for mode, pool in pools.items():
+                assert registry.pool_of(model, mode) == pool
+                usable.update(pool)
+            assert registry.pool(model) == pools["plain"]
+            assert not (pools["plain"] and (pools["prefill"] or pools["decode"]))
+            assert registry.is_served(model) is bool(
+                pools["plain"] or (pools["prefill"] and pools["decode"])
+            )
+            assert registry.is_disaggregated(model) is any(
+                model in worker.model_ids and worker.mode != "plain" for worker in in_order
+            )
+        assert registry.usable(_ALL_MODELS) == usable
+
+
+TestFleet = Fleet.TestCase
