@@ -288,7 +288,7 @@ class PdConfig(Section, frozen=True, kw_only=True):
             description="How long a prefill worker may still take to answer when the decode "
             "worker's response has ended well; its connection is then closed."
         ),
-    ] = 5 * SECONDS
+    ] = 1 * SECONDS
 
 
 class TokenizationConfig(Section, frozen=True, kw_only=True):

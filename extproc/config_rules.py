@@ -14,6 +14,14 @@ from extproc.worker_url import parse_kv_endpoint, parse_worker_url
 __all__ = ["API_KEY", "rule_problems"]
 
 API_KEY: Final = re.compile(r"[\x21-\x7e]+")
+_HEADERS_WITH_A_MEANING: Final = (
+    "x-extproc-debug",
+    "x-extproc-decode-order",
+    "x-extproc-pass",
+    "x-extproc-retry",
+    "x-gateway-destination-endpoint",
+    "x-request-id",
+)
 _HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
 _LISTEN_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _UNIX_SOCKET_MAX_BYTES: Final = 107
@@ -177,7 +185,7 @@ def _header_problems(config: Config) -> Iterator[str]:
             yield (
                 f"envoy.{key}: expected a lower-case name that begins with x- and not with x-envoy-"
             )
-        if name in ("x-request-id", "x-gateway-destination-endpoint", "x-extproc-debug"):
+        if name in _HEADERS_WITH_A_MEANING:
             yield f"envoy.{key}: {name} has another meaning"
     if envoy.cluster_header == envoy.model_header:
         yield "envoy.model_header: must differ from envoy.cluster_header"

@@ -2,6 +2,8 @@
 
 One service and one Envoy, as an operator starts them; every policy has a model of its own and
 as many simulated workers as the others. All of it ends with the command.
+
+With `--pd` the workers of a model prefill and decode apart.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -19,24 +21,31 @@ from extproc.config import PolicyName
 from extproc.demo.client import hold_conversations
 from extproc.demo.figures import Tally
 from extproc.demo.fleet import Fleet
+from extproc.demo.pairs import pairs_ended, pairs_line
+from extproc.demo.pools import PAIR_WORKERS_MIN, Pool, divided_pool, plain_pool
 from extproc.demo.report import summary, table
-from extproc.demo.stack import Stack, StackError
+from extproc.demo.stack import Stack, StackError, wait_until
 from extproc.demo.tiny_model import write_model_folder
 from extproc.demo.workload import conversations
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 __all__ = ["add_arguments", "run"]
 
 _POLICIES: Final = ("round_robin", "cache_aware_zmq", "min_ttft")
 _PREFERRED_ENVOY_PORT: Final = 8080
 _REFRESH_SECONDS: Final = 0.25
+_PAIRS_END_SECONDS: Final = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the demo; with the defaults a round takes less than a minute."""
     parser.add_argument("--once", action="store_true", help="end after the round")
+    parser.add_argument(
+        "--pd", action="store_true", help="let half of the workers prefill and the others decode"
+    )
     parser.add_argument(
         "--policy",
         action="append",
@@ -57,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how long requests are sent (default 24)",
     )
+    # What two options together make wrong is seen after both.
+    parser.set_defaults(refuse=parser.error)
 
 
 def _workers(text: str) -> int:
@@ -75,6 +86,11 @@ def _number(text: str, highest: int) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """0 when every request was answered, 1 otherwise."""
+    if options.pd and options.workers < PAIR_WORKERS_MIN:
+        options.refuse(
+            f"argument --workers: with --pd at least {PAIR_WORKERS_MIN}, "
+            "one to prefill and one to decode"
+        )
     try:
         import rich  # noqa: F401 (an optional dependency; better told now than after the start)
     except ImportError:
@@ -112,14 +128,15 @@ async def _serve(options: argparse.Namespace, folder: Path, stop: asyncio.Event)
     console = Console()
     policies = list(dict.fromkeys(options.policy or _POLICIES))
     models = {policy: _model(policy) for policy in policies}
+    pool = (divided_pool if options.pd else plain_pool)(options.workers)
     async with contextlib.AsyncExitStack() as exits:
         console.print(
             f"starting Envoy, the service and {len(policies)} x {options.workers} simulated "
-            "workers ..."
+            f"workers{f' ({pool.label} each)' if pool.apart else ''} ..."
         )
         tokenizer = write_model_folder(folder / "model")
         fleet = await exits.enter_async_context(
-            Fleet(folder, list(models.values()), options.workers, tokenizer)
+            Fleet(folder, list(models.values()), pool, tokenizer)
         )
         settings: dict[str, Any] = {
             "models": [
@@ -131,10 +148,10 @@ async def _serve(options: argparse.Namespace, folder: Path, stop: asyncio.Event)
         if envoy_port := _preferred_port():
             settings["envoy"] = {"port": envoy_port}
         stack = await exits.enter_async_context(Stack(folder, fleet.urls, settings))
-        tallies = [Tally(policy, options.workers) for policy in policies]
-        await _round(console, stack, options, tallies)
+        tallies = [Tally(policy, pool.prefilling) for policy in policies]
+        await _round(console, stack, options, pool, tallies)
         if not options.once:
-            _print_hints(stack, models[policies[-1]])
+            _print_hints(stack, models[policies[-1]], apart=pool.apart)
             await stop.wait()
         return 1 if any(tally.failed for tally in tallies) else 0
 
@@ -155,19 +172,31 @@ def _preferred_port() -> int | None:
 
 
 async def _round(
-    console: "Console", stack: Stack, options: argparse.Namespace, tallies: Sequence[Tally]
+    console: "Console",
+    stack: Stack,
+    options: argparse.Namespace,
+    pool: Pool,
+    tallies: Sequence[Tally],
 ) -> None:
     """Hold the same conversations under every policy, at the same time; show what comes of it."""
     planned = conversations(options.workers, options.seconds)
     requests = sum(len(conversation.turns) for conversation in planned)
-    with _shown(console, tallies, requests):
+
+    def shown() -> "Table":
+        return table(tallies, requests, apart=pool.apart)
+
+    with _shown(console, shown):
         async with asyncio.TaskGroup() as group:
             for tally in tallies:
                 group.create_task(
-                    hold_conversations(stack.url, _model(tally.policy), planned, tally.add)
+                    hold_conversations(
+                        stack.url, _model(tally.policy), planned, tally.add, apart=pool.apart
+                    )
                 )
-    said = summary(tallies, requests, len(planned), options.workers)
+    said = summary(tallies, requests, len(planned), pool.label)
     console.print(said, style="bold", highlight=False)
+    if pool.apart:
+        await _print_pairs(console, stack, sum(tally.good for tally in tallies))
     missed = sum(
         value
         for key, value in (await stack.metrics()).items()
@@ -180,31 +209,43 @@ async def _round(
     )
 
 
+async def _print_pairs(console: "Console", stack: Stack, answered: int) -> None:
+    """A line about them, when the service too has seen the end of all answers."""
+
+    async def all_ended() -> bool:
+        return pairs_ended(await stack.metrics()) >= answered
+
+    with contextlib.suppress(StackError):  # the line shows what is missing
+        await wait_until(all_ended, "pairs end", _PAIRS_END_SECONDS)
+    console.print(pairs_line(await stack.metrics()), highlight=False)
+
+
 @contextlib.contextmanager
-def _shown(console: "Console", tallies: Sequence[Tally], requests: int) -> Iterator[None]:
+def _shown(console: "Console", shown: Callable[[], "Table"]) -> Iterator[None]:
     """The table: live in a terminal, once at the end anywhere else."""
     from rich.live import Live
 
     if not console.is_terminal:
         yield
-        console.print(table(tallies, requests))
+        console.print(shown())
         return
     with Live(
-        get_renderable=lambda: table(tallies, requests),
+        get_renderable=shown,
         console=console,
         refresh_per_second=1 / _REFRESH_SECONDS,
     ):
         yield
 
 
-def _print_hints(stack: Stack, model: str) -> None:
+def _print_hints(stack: Stack, model: str, *, apart: bool) -> None:
     said = "tell the story of the old lantern by the harbour in the winter night"
     body = (
         f'{{"model":"{model}","stream":true,"max_tokens":16,'
         f'"messages":[{{"role":"user","content":"{said}"}}]}}'
     )
+    workers = " (x-extproc-worker prefills, x-simulator-port decodes)" if apart else ""
     sys.stdout.write(
-        f"\nstill serving until Ctrl-C; try this twice, and look at x-extproc-overlap:\n"
+        f"\nstill serving until Ctrl-C; try this twice, and look at x-extproc-overlap{workers}:\n"
         f"  curl -i -N -H 'x-extproc-debug: true' {stack.url}/v1/chat/completions -d '{body}'\n"
         f"and:\n"
         f"  curl {stack.url}/v1/models\n"

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from extproc.demo.figures import Outcome
+from extproc.demo.prefills import Prefilled, prefilled
 from extproc.demo.workload import Conversation, Turn
 
 __all__ = ["hold_conversations"]
@@ -18,6 +20,10 @@ __all__ = ["hold_conversations"]
 _TIMEOUT_SECONDS: Final = 60.0
 # Simulated workers sign their answers, so that a client can tell who served.
 _SERVED_BY_HEADER: Final = "x-simulator-port"
+# On request the router says whom it has chosen: of two workers, the one that prefills.
+_CHOSEN_HEADER: Final = "x-extproc-worker"
+_DEBUG_HEADER: Final = "x-extproc-debug"
+_REQUEST_ID_HEADER: Final = "x-request-id"
 _DATA: Final = b"data: "
 _DONE: Final = b"[DONE]"
 
@@ -52,8 +58,13 @@ async def hold_conversations(
     model: str,
     planned: Sequence[Conversation],
     note: Callable[[Outcome], None],
+    *,
+    apart: bool = False,
 ) -> None:
     """Hold all of them with one model; `note` is called as each answer ends.
+
+    `apart` is for models that one worker prefills and another decodes: what is noted of the
+    work is then that of the prefill worker.
 
     A turn is sent when it is due, or as soon as the turn before it has been answered if that is
     later. A conversation ends with the first turn that fails.
@@ -68,7 +79,7 @@ async def hold_conversations(
             for turn in conversation.turns:
                 await asyncio.sleep(max(0.0, start + turn.due_seconds - time.monotonic()))
                 messages.append({"role": "user", "content": turn.text})
-                outcome, said = await _ask(session, model, messages, turn)
+                outcome, said = await _ask(session, model, messages, turn, apart=apart)
                 note(outcome)
                 if not outcome.good:
                     return
@@ -80,7 +91,12 @@ async def hold_conversations(
 
 
 async def _ask(
-    session: aiohttp.ClientSession, model: str, messages: list[dict[str, str]], turn: Turn
+    session: aiohttp.ClientSession,
+    model: str,
+    messages: list[dict[str, str]],
+    turn: Turn,
+    *,
+    apart: bool,
 ) -> tuple[Outcome, str]:
     """What came of a request, and the text of the answer."""
     body: dict[str, Any] = {
@@ -90,14 +106,16 @@ async def _ask(
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    request_id = uuid.uuid4().hex
+    headers = {_DEBUG_HEADER: "true", _REQUEST_ID_HEADER: request_id} if apart else {}
     sent = time.monotonic()
     worker, status, said = "", 0, ""
     first: float | None = None
     usage: _Usage | None = None
     # A request that breaks off is an outcome, not the end of the demo.
     with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
-        async with session.post("/v1/chat/completions", json=body) as response:
-            worker = response.headers.get(_SERVED_BY_HEADER, "")
+        async with session.post("/v1/chat/completions", json=body, headers=headers) as response:
+            worker = response.headers.get(_CHOSEN_HEADER if apart else _SERVED_BY_HEADER, "")
             status = response.status
             async for line in response.content:
                 first = first or time.monotonic()
@@ -110,11 +128,19 @@ async def _ask(
                 usage = chunk.usage or usage
                 said += "".join(choice.delta.content for choice in chunk.choices)
     # Without its usage an answer did not come to its end.
+    ttft_seconds = (first or time.monotonic()) - sent
+    work = None
+    if usage is not None:
+        work = await prefilled(session, worker, request_id) if apart else _work(usage)
     outcome = Outcome(
         worker=worker,
         good=status == 200 and usage is not None,
-        ttft_seconds=(first or time.monotonic()) - sent,
-        prompt_tokens=usage.prompt_tokens if usage else 0,
-        cached_tokens=usage.prompt_tokens_details.cached_tokens if usage else 0,
+        ttft_seconds=ttft_seconds,
+        prompt_tokens=work.prompt_tokens if work else 0,
+        cached_tokens=work.cached_tokens if work else 0,
     )
     return outcome, said
+
+
+def _work(usage: _Usage) -> Prefilled:
+    return Prefilled(usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens)

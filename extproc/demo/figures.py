@@ -1,4 +1,4 @@
-"""What the demo counts for each policy, from nothing but what clients saw."""
+"""What the demo counts for each policy, from what clients and prefill workers saw."""
 
 from collections import defaultdict
 from statistics import quantiles
@@ -11,8 +11,9 @@ __all__ = ["Outcome", "Tally", "percentile"]
 class Outcome(Struct, frozen=True, kw_only=True):
     """One request that has ended.
 
-    `worker` names who served, as far as is known; `ttft_seconds` is the time from sending to
-    the first byte of the body; the tokens are those of the answer's usage.
+    `worker` names who computed the prompt, as far as is known; `ttft_seconds` is the time from
+    sending to the first byte of the body; the tokens are those of that worker, 0 where it could
+    not be asked.
     """
 
     worker: str
@@ -30,7 +31,7 @@ def percentile(values: list[float], percent: int) -> float:
 
 
 class Tally:
-    """The outcomes of one policy so far; `workers` is how many it could choose from."""
+    """The outcomes of one policy so far; `workers` is how many could compute its prompts."""
 
     def __init__(self, policy: str, workers: int) -> None:
         self.policy = policy

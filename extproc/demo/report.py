@@ -15,16 +15,29 @@ _LEGEND = (
     "cache hits: share of prompt tokens that were cached; TTFT: from sending to the first byte; "
     "spread: prompt tokens computed by the busiest worker, over the mean of all"
 )
+_LEGEND_APART = (
+    "cache hits: share of prompt tokens that the prefill workers had cached; TTFT: from sending "
+    "to the first byte; spread: prompt tokens computed by the busiest prefill worker, over the "
+    "mean of them"
+)
 _BASELINE = "round_robin"
 _UNKNOWN = "-"
 
 
-def table(tallies: Sequence[Tally], planned: int) -> "Table":
-    """The figures so far; `planned` requests are sent to each policy."""
+def table(tallies: Sequence[Tally], planned: int, *, apart: bool = False) -> "Table":
+    """The figures so far; `planned` requests are sent to each policy.
+
+    `apart` says that they are those of prefill workers.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=_LEGEND, caption_justify="left")
+    shown = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption=_LEGEND_APART if apart else _LEGEND,
+        caption_justify="left",
+    )
     shown.add_column("policy", no_wrap=True)
     for heading in _HEADINGS:
         shown.add_column(heading, justify="right", overflow="fold")
@@ -51,8 +64,11 @@ def _seconds(value: float | None) -> str:
     return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def summary(tallies: Sequence[Tally], planned: int, conversations: int, workers: int) -> str:
-    """What was seen, in a paragraph; policies are measured against round robin, if it is there."""
+def summary(tallies: Sequence[Tally], planned: int, conversations: int, workers: str) -> str:
+    """What was seen, in a paragraph; policies are measured against round robin, if it is there.
+
+    `workers` says how many each policy has, before the word "workers".
+    """
     answered = [tally for tally in tallies if tally.good]
     if not answered:
         return "No request was answered."

@@ -48,14 +48,17 @@ _answer_decoder: Final = msgspec.json.Decoder(_Answer)
 
 
 def prompts_of_a_batch(request: Request) -> int | None:
-    """How many prompts the body has if it is a batch; None if it is not."""
+    """How many prompts the body has if it is a batch; None if it is not, or no engine takes it."""
     path = request.endpoint.path
-    if path == _COMPLETIONS:
-        prompts = _prompts_decoder.decode(request.body).prompt
-    elif path == _GENERATE:
-        fields = _batch_decoder.decode(request.body)
-        prompts = fields.text if isinstance(fields.text, list) else fields.input_ids
-    else:
+    try:
+        if path == _COMPLETIONS:
+            prompts = _prompts_decoder.decode(request.body).prompt
+        elif path == _GENERATE:
+            fields = _batch_decoder.decode(request.body)
+            prompts = fields.text if isinstance(fields.text, list) else fields.input_ids
+        else:
+            return None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     # A list of numbers is one prompt.
     if not isinstance(prompts, list) or not prompts or type(prompts[0]) is int:

@@ -270,16 +270,18 @@ class Disaggregation:
     async def _kv_of(self, leg: PrefillLeg) -> bytes:
         """Wait for the prefill; gives what its answer has for the decode worker."""
         assert leg.call is not None  # noqa: S101 (just made)
+        members, cause = None, ""
         try:
             answer = await leg.call.answer()
         except EngineTimeoutError:
-            raise leg.failed("timeout") from None
+            cause = "timeout"
         except EngineUnreachableError:
-            raise leg.failed("broken") from None
-        members = kv_decode_members(answer.body)
-        if members is None and answer.status < _CLIENT_ERROR:
-            raise leg.failed("no_kv")
-        error = leg.answered(answer)
+            cause = "broken"
+        else:
+            members = kv_decode_members(answer.body)
+            if members is None and answer.status < _CLIENT_ERROR:
+                cause = "no_kv"
+        error = leg.failed(cause) if cause else leg.answered(answer)
         if error is not None:
             self._recheck(leg.worker)
             raise error
@@ -319,6 +321,7 @@ class Disaggregation:
         decode = reservation = None
         if settings.inline:
             decode = Lease(books, decision, ordered[:attempts], ticket, probe, now)
+            decode.on_bad_answer = self._recheck
             _, reason = self._affinity.choose(candidates, host)
             books.metrics.pd.decode_choices(model, reason).inc()
         else:

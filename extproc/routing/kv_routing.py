@@ -112,15 +112,17 @@ class KvRouting:
         of = self._ranks.targets
         for worker in workers:
             targets += of(worker)
-        placed = self._placements[model].place(
+        return self._placements[model].place(
             targets, prompt.ids, prompt.seed, now, expected_tokens=prompt.guess
         )
+
+    def decided(self, model: str, placed: Placed) -> None:
+        """Count the overlap of a decision; of several for one request, only the last."""
         if placed.total_tokens:
             metrics = self._metrics
             metrics.prompt_tokens(model).value += placed.total_tokens
             metrics.cached_tokens(model).value += placed.cached_tokens
             metrics.overlap_tokens(model).observe(placed.cached_tokens)
-        return placed
 
     def book_served(
         self, worker: Worker, rank: int, prefill_tokens: int, streamed: bool, now: float

@@ -23,6 +23,7 @@ __all__ = ["Pair", "Pairs", "PrefillLeg", "Reservation"]
 
 _log = structlog.get_logger()
 
+_REDIRECT: Final = 300
 _CLIENT_ERROR: Final = 400
 _SERVER_ERROR: Final = 500
 _PAIR_ID_BYTES: Final = 12
@@ -53,7 +54,7 @@ class PrefillLeg:
         """Settle the books; gives what the client is to be told, None if all is well."""
         now = self._books.clock.monotonic()
         status = answer.status
-        if status >= _SERVER_ERROR:
+        if status >= _SERVER_ERROR or _REDIRECT <= status < _CLIENT_ERROR:
             return self.failed("status_5xx")
         pd = self._books.metrics.pd
         if status >= _CLIENT_ERROR:
@@ -181,14 +182,18 @@ class Pair:
     async def _follow(self) -> None:
         leg = self.leg
         assert leg.call is not None  # noqa: S101 (made before)
+        answer, cause = None, ""
         try:
-            error = leg.answered(await leg.call.answer())
+            answer = await leg.call.answer()
         except EngineTimeoutError:
-            error = leg.failed("timeout")
+            cause = "timeout"
         except EngineUnreachableError:
-            error = leg.failed("broken")
+            cause = "broken"
         except asyncio.CancelledError:
             return  # by ourselves, and settled
+        if not leg.is_open:
+            return  # cancelled while the answer was on its way to us
+        error = leg.failed(cause) if answer is None else leg.answered(answer)
         self._pairs.leg_ended(self)
         if error is None:
             return

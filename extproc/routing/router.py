@@ -100,10 +100,17 @@ class Router:
                     self._books.metrics.pd.decode_alone(model).inc()
                     return self._placed(request, model, chosen, decodes, now)
 
-        def choose(candidates: Sequence[Worker], now: float) -> Chosen:
-            return self._choose(model, candidates, prompt, now)
+        last: Chosen | None = None
 
-        return await pd.route(request, model, choose)
+        def choose(candidates: Sequence[Worker], now: float) -> Chosen:
+            nonlocal last
+            last = self._choose(model, candidates, prompt, now)
+            return last
+
+        pair = await pd.route(request, model, choose)
+        if self._kv is not None and last is not None and last.placed is not None:
+            self._kv.decided(model, last.placed)
+        return pair
 
     async def _read(self, request: Request, model: str, adapter: str | None) -> PromptTokens | None:
         """The prompt's tokens, for a policy that looks at them."""
@@ -157,6 +164,7 @@ class Router:
         lease = Lease(self._books, decision, named, ticket, probe, now)
         if placed is None or kv is None:
             return lease
+        kv.decided(model, placed)
         ticket.booking = placed.book(now, streamed=request.stream)
 
         def rebook(other: Worker, at: float) -> RankBooking | None:

@@ -82,9 +82,11 @@ class _Stream:
     __slots__ = (
         "_context",
         "_interrupted",
+        "_overtaking",
         "_reading",
         "_server",
         "_task",
+        "_writing",
         "deadline",
         "ending",
         "overdue",
@@ -105,6 +107,9 @@ class _Stream:
         self._reading = False
         # What was to be said next has been overtaken by an answer.
         self._interrupted = False
+        # gRPC takes one message at a time, and refuses a second one.
+        self._writing = False
+        self._overtaking: Sequence[bytes] = ()
         self.session = session(server.session_context)
 
     async def serve(self) -> None:
@@ -126,8 +131,7 @@ class _Stream:
             if out:
                 if server.is_crowded:
                     await asyncio.sleep(0)
-                for reply in out:
-                    await context.write(reply)
+                await self._say(out)
             # A stream may stay open for minutes: it must not keep a body alive.
             del raw
             if session.to_route is not None:
@@ -167,10 +171,24 @@ class _Stream:
             server.unwatch(self)
         if server.is_crowded:
             await asyncio.sleep(0)
-        if self._interrupted:
+        if not self._interrupted:
+            await self._say(out)
+
+    async def _say(self, out: Sequence[bytes]) -> None:
+        """Write replies; what comes meanwhile takes the place of those that are left."""
+        if self._writing:
+            self._overtaking = out
             return
-        for reply in out:
-            await self._context.write(reply)
+        self._writing = True
+        try:
+            while out:
+                for reply in out:
+                    await self._context.write(reply)
+                    if self._overtaking:
+                        break
+                out, self._overtaking = self._overtaking, ()
+        finally:
+            self._writing = False
 
     def timed_out(self) -> None:
         """A deadline of ours has passed; called by the server's watch."""
@@ -200,8 +218,7 @@ class _Stream:
     async def _write(self, out: Sequence[bytes]) -> None:
         # The stream may have ended in the meantime; then there is nobody to tell.
         with contextlib.suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):
-            for reply in out:
-                await self._context.write(reply)
+            await self._say(out)
 
     def end_if_idle(self) -> None:
         """End the stream with status OK, from outside `serve`, if nothing is lost by that."""

@@ -21,6 +21,7 @@ def options(*arguments: str) -> argparse.Namespace:
 def test_the_defaults() -> None:
     given = options()
     assert (given.once, given.policy, given.workers, given.seconds) == (False, None, 4, 24)
+    assert not given.pd
 
 
 def test_policies_are_repeated() -> None:
@@ -48,6 +49,14 @@ def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[st
     assert "usage" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["--pd", "--workers", "1"], ["--workers", "1", "--pd"]])
+def test_pairs_need_two_workers(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", *arguments])
+    assert caught.value.code == 2
+    assert "--workers: with --pd at least 2" in capsys.readouterr().err
+
+
 def test_a_part_that_does_not_start_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,9 +68,9 @@ def test_a_part_that_does_not_start_is_1(
     assert capsys.readouterr().err == "envoy is not ready\n"
 
 
-async def demo(*arguments: str) -> asyncio.subprocess.Process:
+async def demo(*arguments: str, seconds: int = 2) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "extproc", "demo", "--seconds", "2", "--workers", "2"),
+        *(sys.executable, "-m", "extproc", "demo", "--seconds", str(seconds), "--workers", "2"),
         *arguments,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -81,6 +90,25 @@ async def test_a_round_and_out() -> None:
         assert done == planned
         assert row[2] == "0"
     assert "still serving" not in text
+
+
+async def test_a_round_of_pairs() -> None:
+    process = await demo("--pd", "--once", seconds=4)
+    out, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    text = out.decode()
+    rows = [line.split() for line in text.splitlines() if "/" in line and "%" in line]
+    assert [row[0] for row in rows] == ["round_robin", "cache_aware_zmq", "min_ttft"]
+    answered = 0
+    for row in rows:
+        done, _, planned = row[1].partition("/")
+        assert done == planned
+        answered += int(done)
+        # One prefill worker has all the prompts, and finds what was said before.
+        assert row[3] != "0.0%"
+        assert row[-1] == "1.00"
+    assert f"pairs of workers: {answered} ok; decode workers picked: {answered} same_host" in text
+    assert "0 requests went elsewhere than decided; load left over: 0" in text
 
 
 async def test_without_once_it_serves_until_it_is_told_to_stop() -> None:

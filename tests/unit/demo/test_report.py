@@ -54,7 +54,10 @@ def test_it_fits(width: int) -> None:
 
 def test_the_summary_measures_against_round_robin() -> None:
     text = summary(
-        [tally("min_ttft", 0.1, 0.1, cached=80), tally("round_robin", 1.0, 1.0, cached=20)], 2, 1, 4
+        [tally("min_ttft", 0.1, 0.1, cached=80), tally("round_robin", 1.0, 1.0, cached=20)],
+        2,
+        1,
+        "4",
     )
     assert "the same 2 requests of 1 conversations (100 prompt tokens on average)" in text
     assert "with 4 workers of its own" in text
@@ -66,20 +69,28 @@ def test_the_summary_measures_against_round_robin() -> None:
 
 
 def test_the_summary_measures_against_the_first_without_round_robin() -> None:
-    text = summary([tally("random", 0.5), tally("min_ttft", 1.0)], 1, 1, 2)
+    text = summary([tally("random", 0.5), tally("min_ttft", 1.0)], 1, 1, "2")
     assert "p95 0.5x as fast as random with 100% of its prefill work" in text
 
 
 def test_the_summary_of_fully_cached_answers() -> None:
-    text = summary([tally("round_robin", 0.5, cached=100), tally("random", 0.5)], 1, 1, 2)
+    text = summary([tally("round_robin", 0.5, cached=100), tally("random", 0.5)], 1, 1, "2")
     assert "nothing to measure against round_robin" in text
 
 
 def test_the_summary_owns_up_to_failures() -> None:
-    text = summary([tally("round_robin", 0.5, failed=1), tally("random", failed=2)], 3, 3, 2)
+    text = summary([tally("round_robin", 0.5, failed=1), tally("random", failed=2)], 3, 3, "2")
     assert text.endswith("3 requests failed, which ended their conversations.")
     assert "random" not in text
 
 
 def test_the_summary_of_nothing() -> None:
-    assert summary([tally("round_robin", failed=3)], 3, 1, 2) == "No request was answered."
+    assert summary([tally("round_robin", failed=3)], 3, 1, "2") == "No request was answered."
+
+
+def test_the_legend_says_whose_figures_they_are() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table([], 5, apart=True))
+    assert isinstance(console.file, io.StringIO)
+    assert "prefill worker" in console.file.getvalue()
+    assert "prefill worker" not in shown()
