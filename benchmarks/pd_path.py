@@ -45,7 +45,8 @@ async def measure(options: argparse.Namespace, folder: Path) -> None:
         files[model].write_text(script(chat_body(model, options.body_bytes)))
     workers = [_worker("prefill"), _worker("prefill"), _worker("decode"), _worker("decode")]
     figures: dict[tuple[int, str], list[tuple[float, float, float]]] = {}
-    async with running_rig(folder, others=workers) as rig:
+    settings = {"pd": {"decode": options.decode}}
+    async with running_rig(folder, others=workers, settings=settings) as rig:
         url, server = rig.urls[Arm.OURS] + _PATH, rig.servers[Arm.OURS]
         for number in range(options.pairs):
             for connections in options.concurrency:
@@ -93,6 +94,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=5, help="runs of each model")
     parser.add_argument("--seconds", type=int, default=5, help="length of a run")
     parser.add_argument("--body-bytes", type=int, default=1200)
+    parser.add_argument("--decode", default="two_pass", choices=("two_pass", "inline"))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32])
     return parser.parse_args(arguments)
 

@@ -87,11 +87,12 @@ async def running_rig(
     model: Mapping[str, Any] | None = None,
     kv_blocks: Sequence[KvBlock | None] = (None,) * _WORKERS,
     others: Sequence[ServerInfo] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Rig]:
     """Everything started and healthy; stopped again however the block ends.
 
     `model` adds to the model's configuration; there is a worker for each of `kv_blocks`, and
-    one for each of `others`, of whatever model that says.
+    one for each of `others`, of whatever model that says. `settings` add to the service's.
     """
     infos: list[ServerInfo] = [
         {
@@ -130,6 +131,7 @@ async def running_rig(
                         {"id": name, **((model or {}) if name == MODEL else {})} for name in models
                     ],
                     "envoy": {"access_log": None},
+                    **(settings or {}),
                 },
                 edit_bootstrap=edit,
             )

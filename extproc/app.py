@@ -190,6 +190,7 @@ class App:
             models=self.router.model_ids,
             ranks=self.ranks,
         )
+        self._warned_of_failing_open = False
         self._changed = asyncio.Event()
         self._may_serve = asyncio.Event()
 
@@ -224,11 +225,24 @@ class App:
     def _all_models_served(self) -> bool:
         return all(self.workers.is_served(model) for model in self.router.model_ids)
 
+    def _warn_of_failing_open(self) -> None:
+        """Nobody pairs workers when we are gone, and neither half can serve alone."""
+        config = self.config
+        if not config.envoy.fail_open or len(config.models) > 1 or config.is_disaggregated:
+            return
+        model = config.models[0].id
+        if self.workers.is_disaggregated(model) and not self._warned_of_failing_open:
+            self._warned_of_failing_open = True
+            _log.warning(
+                "disaggregated_model_fails_open", model=model, fix="envoy.fail_open: false"
+            )
+
     def _on_mode_change(self, worker: Worker, old: Mode, new: Mode) -> None:
         self.pd.role_changed(worker, old, new)
 
     def _workers_changed(self) -> None:
         self._changed.set()
+        self._warn_of_failing_open()
         if self._manager.first_round_done or self._all_models_served():
             self._may_serve.set()
 

@@ -427,6 +427,13 @@ class Config(Section, frozen=True, kw_only=True):
     )
 
     @property
+    def is_disaggregated(self) -> bool:
+        """Whether it says itself that workers prefill and decode apart; they may do so anyway."""
+        static = self.discovery.static_urls
+        roles = not isinstance(static, UnsetType) and (static.prefill_urls or static.decode_urls)
+        return bool(roles) or any(model.pd != PdModelConfig() for model in self.models)
+
+    @property
     def extra_wait_secs(self) -> float:
         """How much longer than for a decision a client's request may have to wait for us: a
         prefill whose answer has to be in the request that goes on.

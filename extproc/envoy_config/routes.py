@@ -40,7 +40,7 @@ _RETRY_ON: Final = "connect-failure,refused-stream,reset-before-request"
 
 def route_config(config: Config) -> dict[str, Any]:
     routes = [_decode_pass(config), _decided(config)]
-    if config.envoy.fail_open and len(config.models) == 1:
+    if config.envoy.fail_open and len(config.models) == 1 and not config.is_disaggregated:
         routes.append(_fail_open(config))
     routes.append(_unavailable())
     return {

@@ -376,7 +376,8 @@ class TestYaml:
         )
         assert "&id" not in text
 
-    def test_the_shipped_file_is_what_its_configuration_renders(self) -> None:
-        folder = ROOT / "envoy" / "standalone"
+    @pytest.mark.parametrize("name", ["standalone", "pd"])
+    def test_the_shipped_file_is_what_its_configuration_renders(self, name: str) -> None:
+        folder = ROOT / "envoy" / name
         rendered = render_yaml(load_config(folder / "extproc.yaml"))
         assert (folder / "envoy.yaml").read_text(encoding="utf-8") == rendered
