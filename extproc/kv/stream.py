@@ -6,6 +6,7 @@ before or after, and each new connection makes the rank prove that it is still t
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Hashable, Iterator
 from typing import Any, Final
@@ -51,6 +52,7 @@ _PILED_UP_MESSAGES: Final = _LIVE_QUEUE_MESSAGES // 2
 # After the last of them, before it is asked whether there were more.
 _CATCH_UP_SECONDS: Final = 0.3
 _CLEAR_LOG_SECONDS: Final = 10.0
+_SINK_LOG_SECONDS: Final = 30.0
 
 
 class Shared(Struct):
@@ -102,7 +104,7 @@ class Stream:
         self._live_ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._without_pause = 0
-        self._sink_failing = False
+        self._log_sink_at = -math.inf
         self._replay_failing = False
         self._closed = False
 
@@ -318,9 +320,7 @@ class Stream:
         except Exception as error:
             self._apply_failed(payload, error)
         else:
-            if steps is None:
-                self._sink_failing = False
-            else:
+            if steps is not None:
                 self._applying = payload, steps
 
     def _apply_step(self, payload: bytes, steps: Iterator[None]) -> None:
@@ -328,7 +328,6 @@ class Stream:
             next(steps)
         except StopIteration:
             self._applying = None
-            self._sink_failing = False
         except Exception as error:
             self._applying = None
             self._apply_failed(payload, error)
@@ -351,10 +350,11 @@ class Stream:
 
     def _count_sink_error(self, error: Exception) -> None:
         self.state.sink_errors += 1
-        if not self._sink_failing:
+        now = self._clock.monotonic()
+        if now >= self._log_sink_at:
+            self._log_sink_at = now + _SINK_LOG_SECONDS
             # The message of the error may quote a prompt.
             _log.warning("kv_sink_failed", worker=str(self.holder_key), error=type(error).__name__)
-        self._sink_failing = True
 
     async def _run_replay(self, start: int) -> None:
         """Ask; who reads the end of the answer cancels this."""

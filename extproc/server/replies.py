@@ -38,6 +38,8 @@ __all__ = [
 # The endpoint picker protocol of the Gateway API inference extension.
 DESTINATION_HEADER: Final = "x-gateway-destination-endpoint"
 _DESTINATION_NAMESPACE: Final = "envoy.lb"
+# By which SGLang takes a rank in place of the body's.
+_RANK_HEADER: Final = "x-data-parallel-rank"
 # Ours, for access logs.
 METADATA_NAMESPACE: Final = "extproc"
 
@@ -101,6 +103,7 @@ class ReplyBuilder:
             decision.destinations,
             decision.timeout_ms,
             in_body,
+            bool(decision.body_members),
         )
         reply = self._table.get(key) if request_id is None else None
         if request_id is not None:
@@ -143,6 +146,9 @@ class ReplyBuilder:
         if request_id is not None:
             pairs.append(("x-request-id", request_id))
         common = pb.CommonResponse(header_mutation=_set_headers(pairs), clear_route_cache=True)
+        if decision.body_members:
+            # A gateway that does not strip it would let a client contradict the body.
+            common.header_mutation.remove_headers.append(_RANK_HEADER)
         metadata = Struct()
         if not second_pass:
             metadata.fields[_DESTINATION_NAMESPACE].CopyFrom(
