@@ -15,7 +15,7 @@ from extproc.envoy_config.wire_form import (
 )
 from extproc.worker_url import WorkerUrl, parse_worker_url
 
-__all__ = ["EXTPROC_CLUSTER", "extproc_cluster", "worker_cluster", "worker_urls"]
+__all__ = ["EXTPROC_CLUSTER", "extproc_cluster", "no_limits", "worker_cluster", "worker_urls"]
 
 EXTPROC_CLUSTER: Final = "extproc"
 
@@ -47,7 +47,7 @@ def worker_cluster(config: Config) -> dict[str, Any]:
             "endpoints": [{"lb_endpoints": [_lb_endpoint(url) for url in urls]}],
         },
         "load_balancing_policy": {"policies": [_destination_policy()]},
-        "circuit_breakers": _no_limits(),
+        "circuit_breakers": no_limits(),
         "upstream_connection_options": {"tcp_keepalive": _tcp_keepalive()},
         "typed_extension_protocol_options": {
             _HTTP_OPTIONS: typed(
@@ -84,7 +84,7 @@ def extproc_cluster(config: Config) -> dict[str, Any]:
             "cluster_name": EXTPROC_CLUSTER,
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
         },
-        "circuit_breakers": _no_limits(),
+        "circuit_breakers": no_limits(),
         # Without panic mode off, Envoy would go on asking a service it knows to be dead, and a
         # request whose body is under way then fails instead of taking the fallback route.
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
@@ -175,7 +175,7 @@ def _destination_policy() -> dict[str, Any]:
     }
 
 
-def _no_limits() -> dict[str, Any]:
+def no_limits() -> dict[str, Any]:
     limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
     return {"thresholds": [{"priority": "DEFAULT", **dict.fromkeys(limits, UNLIMITED)}]}
 

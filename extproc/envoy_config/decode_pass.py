@@ -8,6 +8,7 @@ is in headers that the ingress listener takes away from clients.
 from typing import Any, Final
 
 from extproc.config import Config
+from extproc.envoy_config.clusters import no_limits
 from extproc.envoy_config.headers import DESTINATION, told_to_nobody
 from extproc.envoy_config.listener import (
     MAX_HEADERS,
@@ -15,13 +16,9 @@ from extproc.envoy_config.listener import (
     decode_filter,
     router_filter,
 )
-from extproc.envoy_config.local_replies import (
-    ROUTER_UNAVAILABLE,
-    envelope_format,
-    error_headers,
-    local_replies,
-)
-from extproc.envoy_config.wire_form import UNLIMITED, duration, typed
+from extproc.envoy_config.local_replies import local_replies
+from extproc.envoy_config.routes import unavailable
+from extproc.envoy_config.wire_form import duration, typed
 from extproc.routing.decode_order import DECODE_CLUSTER, DECODE_ORDER_HEADER, RETRY_HEADER
 
 __all__ = ["decode_pass_cluster", "decode_pass_listener", "internal_listener_extension"]
@@ -43,7 +40,6 @@ def decode_pass_cluster() -> dict[str, Any]:
     endpoint = {
         "address": {"envoy_internal_address": {"server_listener_name": DECODE_CLUSTER}},
     }
-    limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
     return {
         "name": DECODE_CLUSTER,
         "type": "STATIC",
@@ -52,7 +48,7 @@ def decode_pass_cluster() -> dict[str, Any]:
             "cluster_name": DECODE_CLUSTER,
             "endpoints": [{"lb_endpoints": [{"endpoint": endpoint}]}],
         },
-        "circuit_breakers": {"thresholds": [dict.fromkeys(limits, UNLIMITED)]},
+        "circuit_breakers": no_limits(),
         "typed_extension_protocol_options": {
             _HTTP_OPTIONS: typed(
                 "extensions.upstreams.http.v3.HttpProtocolOptions",
@@ -106,7 +102,7 @@ def _route_config(config: Config) -> dict[str, Any]:
             {
                 "name": DECODE_CLUSTER,
                 "domains": ["*"],
-                "routes": [_picked(config), _unavailable()],
+                "routes": [_picked(config), unavailable()],
             }
         ],
     }
@@ -122,16 +118,4 @@ def _picked(config: Config) -> dict[str, Any]:
             "timeout": "0s",
             "idle_timeout": "0s",
         },
-    }
-
-
-def _unavailable() -> dict[str, Any]:
-    return {
-        "name": "unavailable",
-        "match": {"prefix": "/"},
-        "direct_response": {
-            "status": ROUTER_UNAVAILABLE.status,
-            "body_format": envelope_format(ROUTER_UNAVAILABLE),
-        },
-        "response_headers_to_add": error_headers(ROUTER_UNAVAILABLE),
     }

@@ -17,7 +17,7 @@ from extproc.envoy_config.local_replies import (
 from extproc.envoy_config.wire_form import duration
 from extproc.routing.decode_order import DECODE_CLUSTER, RETRY_HEADER
 
-__all__ = ["FAIL_OPEN_PATHS", "route_config"]
+__all__ = ["FAIL_OPEN_PATHS", "route_config", "unavailable"]
 
 # What clients reach without us. An engine's port also takes cache flushes, weight updates and
 # aborts; those stay out of reach however long this service is gone.
@@ -42,7 +42,7 @@ def route_config(config: Config) -> dict[str, Any]:
     routes = [_decode_pass(config), _decided(config)]
     if config.envoy.fail_open and len(config.models) == 1 and not config.is_disaggregated:
         routes.append(_fail_open(config))
-    routes.append(_unavailable())
+    routes.append(unavailable())
     return {
         "name": "llm",
         "response_headers_to_remove": told_to_nobody(config),
@@ -125,7 +125,8 @@ def _fail_open(config: Config) -> dict[str, Any]:
     }
 
 
-def _unavailable() -> dict[str, Any]:
+def unavailable() -> dict[str, Any]:
+    """What a request without a decision meets, in the end."""
     return {
         "name": "unavailable",
         "match": {"prefix": "/"},
