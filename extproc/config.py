@@ -56,6 +56,7 @@ __all__ = [
 KIBIBYTE = 1024
 MEBIBYTE = 1024 * 1024
 
+_PREFILL_SHARE = 0.8
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 _Seconds = Annotated[float, Meta(ge=0.001, le=604800)]
 
@@ -278,10 +279,11 @@ class PdConfig(Section, frozen=True, kw_only=True):
     prefill_timeout_secs: Annotated[
         _Seconds,
         Meta(
-            description="Longest time for a prefill worker's answer. With the protocol `nixl`, "
-            "Envoy has to wait for one of our replies as long as this."
+            description="Longest time for a prefill worker's answer. With the protocol `sglang`, "
+            "never more than four fifths of the decode worker's time, so that it is known who was "
+            "silent; with `nixl`, Envoy has to wait for one of our replies as long as this."
         ),
-    ] = 120 * SECONDS
+    ] = 90 * SECONDS
     prefill_linger_secs: Annotated[
         _Seconds,
         Meta(
@@ -445,6 +447,11 @@ class Config(Section, frozen=True, kw_only=True):
     def decode_silence_secs(self) -> float:
         """How long a decode worker may be silent."""
         return min(self.pd.response_timeout_secs, self.envoy.stream_idle_timeout_secs / 2)
+
+    @property
+    def prefill_silence_secs(self) -> float:
+        """How long a prefill worker may be silent while the decode worker waits for it."""
+        return min(self.pd.prefill_timeout_secs, _PREFILL_SHARE * self.decode_silence_secs)
 
     @property
     def routing_deadline_secs(self) -> float:

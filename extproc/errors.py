@@ -178,9 +178,11 @@ def prefill_failed() -> RouterError:
     return RouterError("prefill_failed", 502, "the prefill of the request failed")
 
 
-def prefill_refused(status: int, body: bytes) -> RouterError:
+def prefill_refused(
+    status: int, body: bytes, headers: tuple[tuple[str, str], ...] = ()
+) -> RouterError:
     """The engine's own 4xx, told by the prefill worker: the client's fault."""
-    return RouterError("prefill_refused", status, "the engine refused the request", body=body)
+    return RouterError("prefill_refused", status, "the engine refused the request", headers, body)
 
 
 def routing_timeout() -> RouterError:

@@ -36,7 +36,8 @@ class PdMetrics:
         self.prefill_failures = Family(
             "extproc_pd_prefill_failures_total",
             "Prefill requests that failed: connect (another worker was tried), status_4xx, "
-            "status_5xx, broken, timeout or no_kv (an answer without a handle to its cache).",
+            "status_5xx (or any other that is no success), broken, timeout, silent (the decode "
+            "worker gave up first) or no_kv (an answer without a handle to its cache).",
             ["model", "cause"],
             Counter,
         )

@@ -11,6 +11,7 @@ from extproc.config import Config
 from extproc.envoy_config.clusters import no_limits
 from extproc.envoy_config.headers import DESTINATION, told_to_nobody
 from extproc.envoy_config.listener import (
+    BODY_HEADROOM_BYTES,
     MAX_HEADERS,
     MAX_HEADERS_KIBIBYTES,
     decode_filter,
@@ -87,7 +88,7 @@ def decode_pass_listener(config: Config) -> dict[str, Any]:
     return {
         "name": DECODE_CLUSTER,
         "internal_listener": {},
-        "per_connection_buffer_limit_bytes": config.server.max_body_bytes,
+        "per_connection_buffer_limit_bytes": config.server.max_body_bytes + BODY_HEADROOM_BYTES,
         "filter_chains": [{"filters": [manager]}],
     }
 

@@ -12,6 +12,7 @@ from extproc.envoy_config.wire_form import duration, socket_address, typed
 from extproc.routing.decode_order import DECODE_ORDER_HEADER
 
 __all__ = [
+    "BODY_HEADROOM_BYTES",
     "EXTPROC_FILTER",
     "MAX_HEADERS",
     "MAX_HEADERS_KIBIBYTES",
@@ -45,8 +46,9 @@ _FORWARDED_WITH_PREFILL: Final = (
     {"prefix": "x-sgl-"},
 )
 # Envoy lets through a little more than server.max_body_bytes: the exact limit is then told by
-# the service, with the number in the message, and a body it has rewritten still fits.
-_BODY_HEADROOM_BYTES: Final = 64 * 1024
+# the service, with the number in the message, and a body it has added to still fits: rooms for a
+# batch, or a prefill worker's handle to its cache.
+BODY_HEADROOM_BYTES: Final = 1280 * 1024
 # Clients behind proxies collect headers; beyond these Envoy closes an HTTP/1.1 connection.
 MAX_HEADERS: Final = 1000
 MAX_HEADERS_KIBIBYTES: Final = 256
@@ -69,7 +71,7 @@ def ingress_listener(config: Config) -> dict[str, Any]:
         # How much of a body may wait for our decision, and for a second try. A virtual host's
         # request_body_buffer_limit would not do: it is skipped while a direct_response is the
         # route, which is what every request meets before we have named a cluster.
-        "per_connection_buffer_limit_bytes": config.server.max_body_bytes + _BODY_HEADROOM_BYTES,
+        "per_connection_buffer_limit_bytes": config.server.max_body_bytes + BODY_HEADROOM_BYTES,
         "filter_chains": [{"filters": [manager]}],
     }
 

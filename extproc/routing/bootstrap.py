@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+from extproc.errors import bad_request
 from extproc.routing.request import Request
 
 __all__ = ["KV_PREFILL_MEMBERS", "bootstrap_members", "kv_decode_members", "prompts_of_a_batch"]
@@ -48,7 +49,10 @@ _answer_decoder: Final = msgspec.json.Decoder(_Answer)
 
 
 def prompts_of_a_batch(request: Request) -> int | None:
-    """How many prompts the body has if it is a batch; None if it is not, or no engine takes it."""
+    """How many prompts the body has if it is a batch; None if it is not, or no engine takes it.
+
+    Raises RouterError for one that is too large.
+    """
     path = request.endpoint.path
     try:
         if path == _COMPLETIONS:
@@ -63,7 +67,9 @@ def prompts_of_a_batch(request: Request) -> int | None:
     # A list of numbers is one prompt.
     if not isinstance(prompts, list) or not prompts or type(prompts[0]) is int:
         return None
-    return min(len(prompts), _BATCH_MAX)
+    if len(prompts) > _BATCH_MAX:
+        raise bad_request(f"a batch of more than {_BATCH_MAX} prompts")
+    return len(prompts)
 
 
 def bootstrap_members(
@@ -92,6 +98,7 @@ def _room(rank: int, dp_size: int) -> int:
 def kv_decode_members(answer: bytes) -> bytes | None:
     """What a prefill worker's answer has for the decode worker; None if it has nothing."""
     try:
+        answer.decode()  # what is not read is not validated
         params = _answer_decoder.decode(answer).kv_transfer_params
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

@@ -19,6 +19,7 @@ from extproc.errors import (
     no_decode_workers,
     no_prefill_workers,
     not_disaggregated,
+    service_overloaded,
     unsupported_body_mode,
 )
 from extproc.policies.decode_affinity import DecodeAffinity
@@ -38,7 +39,7 @@ from extproc.routing.rank_book import RankBook
 from extproc.routing.request import Forwarded, Request
 from extproc.routing.usable import UsableWorkers
 from extproc.workers.active_load import ActiveLoad
-from extproc.workers.calls import Call, Caller, EngineTimeoutError
+from extproc.workers.calls import Call, Caller, CallerOverloadedError, EngineTimeoutError
 from extproc.workers.client import EngineUnreachableError
 from extproc.workers.worker import Mode, Worker
 
@@ -48,7 +49,7 @@ __all__ = ["Chosen", "DecodeQuery", "Disaggregation", "PdSettings"]
 _CONNECT_SHARE: Final = 0.3
 # Of the engine's answer: enough for its own words about a 4xx, and for a handle to its cache.
 _KEPT_BYTES: Final = 64 * 1024
-_KEPT_OF_KV_ANSWER_BYTES: Final = 4 * 1024 * 1024
+_KEPT_OF_KV_ANSWER_BYTES: Final = 1024 * 1024
 _CLIENT_ERROR: Final = 400
 
 
@@ -64,6 +65,7 @@ class PdSettings(Struct, frozen=True, kw_only=True):
     decode_attempts: int
     connect_seconds: float
     prefill_seconds: float
+    kv_seconds: float
     linger_seconds: float
     request_timeout_ms: int
     authorization: str | None = None
@@ -82,7 +84,8 @@ class PdSettings(Struct, frozen=True, kw_only=True):
             connect_seconds=min(
                 proxy.connect_timeout_secs, config.server.step_deadline_secs * _CONNECT_SHARE
             ),
-            prefill_seconds=pd.prefill_timeout_secs,
+            prefill_seconds=config.prefill_silence_secs,
+            kv_seconds=pd.prefill_timeout_secs,
             # A gateway that ends our stream at the response headers does not tell when a good
             # response has ended.
             linger_seconds=pd.prefill_timeout_secs if estimated else pd.prefill_linger_secs,
@@ -227,6 +230,9 @@ class Disaggregation:
                 leg.call = await self._call(
                     worker, forwarded.path, headers, request, members, waits=rooms is None
                 )
+            except CallerOverloadedError:
+                leg.cancel()
+                raise service_overloaded() from None
             except EngineUnreachableError:
                 leg.failed("connect")
                 tried.add(worker)
@@ -247,13 +253,14 @@ class Disaggregation:
         *,
         waits: bool,
     ) -> Call:
+        settings = self._settings
         return await self._caller.post(
             worker.spec.url,
             path,
             headers,
             with_members(request.body, members),
-            connect_seconds=self._settings.connect_seconds,
-            answer_seconds=self._settings.prefill_seconds,
+            connect_seconds=settings.connect_seconds,
+            answer_seconds=settings.kv_seconds if waits else settings.prefill_seconds,
             keep_bytes=_KEPT_OF_KV_ANSWER_BYTES if waits else _KEPT_BYTES,
         )
 
@@ -326,7 +333,7 @@ class Disaggregation:
             books.metrics.pd.decode_choices(model, reason).inc()
         else:
             reservation = Reservation(first, ticket, probe)
-        return Pair(
+        pair = Pair(
             books,
             self.pairs,
             decision,
@@ -337,6 +344,9 @@ class Disaggregation:
             linger_seconds=settings.linger_seconds,
             on_recheck=self._recheck,
         )
+        if decode is not None:
+            decode.excuse = pair.waits_for_prefill
+        return pair
 
     # -- second pass
 
@@ -371,6 +381,8 @@ class Disaggregation:
         ticket = self._active_load.book(worker, now)
         lease = Lease(books, decision, [worker], ticket, probe, now)
         lease.on_bad_answer = self._recheck
+        if pair is not None:
+            lease.excuse = pair.waits_for_prefill
         return lease
 
     def _decode_candidates(self, workers: Sequence[Worker], now: float) -> list[_DecodeCandidate]:

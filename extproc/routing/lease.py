@@ -94,6 +94,7 @@ class Lease:
         "_probe",
         "_settled",
         "decision",
+        "excuse",
         "on_bad_answer",
         "on_failure",
         "rebook",
@@ -122,6 +123,8 @@ class Lease:
         self.served: Worker | None = None
         # Who wants to know that something else has gone wrong; of an ordinary request, nothing.
         self.on_failure: Callable[[RouterError], None] | None = None
+        # Asked when the worker has answered 5xx: true if that was another one's fault.
+        self.excuse: Callable[[], bool] | None = None
         # Told of a worker that answered with an error: it may have another role by now.
         self.on_bad_answer: Callable[[Worker], None] | None = None
         # Books the request on a rank of another worker than the chosen one.
@@ -211,6 +214,8 @@ class Lease:
         if answered:
             if status < _SERVER_ERROR:
                 self._books.succeeded(worker, self.decision.model)
+            elif self.excuse is not None and self.excuse():
+                self._books.undecided(worker, self.decision.model, self._probe)
             else:
                 self._books.failed(worker, self.decision.model, now)
         elif code_details.startswith(_WORKER_FAILED) and _OVERFLOW not in code_details:

@@ -23,10 +23,12 @@ __all__ = ["Pair", "Pairs", "PrefillLeg", "Reservation"]
 
 _log = structlog.get_logger()
 
+_OK: Final = 200
 _REDIRECT: Final = 300
 _CLIENT_ERROR: Final = 400
 _SERVER_ERROR: Final = 500
 _PAIR_ID_BYTES: Final = 12
+_OWN_FAILURE_SECONDS: Final = 1.0
 
 
 class PrefillLeg:
@@ -54,7 +56,7 @@ class PrefillLeg:
         """Settle the books; gives what the client is to be told, None if all is well."""
         now = self._books.clock.monotonic()
         status = answer.status
-        if status >= _SERVER_ERROR or _REDIRECT <= status < _CLIENT_ERROR:
+        if not (_OK <= status < _REDIRECT or _CLIENT_ERROR <= status < _SERVER_ERROR):
             return self.failed("status_5xx")
         pd = self._books.metrics.pd
         if status >= _CLIENT_ERROR:
@@ -65,7 +67,9 @@ class PrefillLeg:
                 self.ticket.booking.started(now)
         self._books.succeeded(self.worker, self._model)
         self._end()
-        return prefill_refused(status, answer.body) if status >= _CLIENT_ERROR else None
+        if status < _CLIENT_ERROR:
+            return None
+        return prefill_refused(status, answer.body, answer.headers)
 
     def failed(self, cause: str) -> RouterError:
         """It has failed, and by the worker's fault; gives what the client is to be told."""
@@ -73,6 +77,17 @@ class PrefillLeg:
         self._books.failed(self.worker, self._model, self._books.clock.monotonic())
         self._end()
         return prefill_failed()
+
+    def age_seconds(self) -> float:
+        """Since it was sent."""
+        return self._books.clock.monotonic() - self._sent_at
+
+    def silent(self) -> None:
+        """The decode worker, or the proxy, has given up waiting for it."""
+        if self.call is not None:
+            self.call.cancel()
+        if not self._settled:
+            self.failed("silent")
 
     def cancel(self) -> None:
         """Nobody needs it any more; idempotent."""
@@ -231,13 +246,25 @@ class Pair:
     def responded(self, status: int, address: str, code_details: str, streamed: bool) -> bool:
         """As Lease.responded, for the response of the decode worker."""
         self._responded = status
+        known = True
+        if self.decode is not None:
+            known = self.decode.responded(status, address, code_details, streamed)
         if status >= _CLIENT_ERROR:
             # The other half of the request is over.
-            self.leg.cancel()
-            self._end("decode_failed")
-        if self.decode is not None:
-            return self.decode.responded(status, address, code_details, streamed)
-        return True
+            if status >= _SERVER_ERROR and self.waits_for_prefill():
+                self.leg.silent()
+                self._end("prefill_failed")
+            else:
+                self.leg.cancel()
+                self._end("decode_failed")
+        return known
+
+    def waits_for_prefill(self) -> bool:
+        """Whether a decode worker that fails now does so for want of the prefill.
+
+        It has nothing else to do but to wait for it; what fails at once, fails by itself.
+        """
+        return self.leg.is_open and self.leg.age_seconds() >= _OWN_FAILURE_SECONDS
 
     def expired(self) -> None:
         if self.decode is not None:

@@ -266,7 +266,7 @@ def error_response(error: RouterError, request_id: str) -> bytes:
         if error.body is None
         else error.body,
         (
-            ("content-type", "application/json"),
+            ("content-type", "application/json"),  # unless the engine's own follows
             (ERROR_CODE_HEADER, error.code),
             *error.headers,
         ),

@@ -131,10 +131,15 @@ def forwarded_of(raw: bytes, request_id: str) -> Forwarded:
     taken = [(_ID_HEADER, request_id)]
     for header in pb.ProcessingRequest.FromString(raw).request_headers.headers.headers:
         name = header.key.lower()
-        value = header.raw_value.decode("latin-1") if header.raw_value else header.value
+        if name != ":path" and name not in _FORWARDED and not name.startswith(_FORWARDED_PREFIXES):
+            continue
+        try:
+            value = header.raw_value.decode() if header.raw_value else header.value
+        except UnicodeDecodeError:
+            continue  # it could not be sent as it is
         if name == ":path":
             path = value
-        elif name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
+        else:
             taken.append((name, value))
     return Forwarded(path, tuple(taken))
 

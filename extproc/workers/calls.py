@@ -6,7 +6,10 @@ request is on its way.
 """
 
 import asyncio
+import contextlib
+import errno
 import io
+import math
 import ssl
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -19,9 +22,12 @@ from yarl import URL
 from extproc.worker_url import WorkerUrl
 from extproc.workers.client import EngineAnswer, EngineUnreachableError
 
-__all__ = ["AiohttpCaller", "Call", "Caller", "EngineTimeoutError"]
+__all__ = ["AiohttpCaller", "Call", "Caller", "CallerOverloadedError", "EngineTimeoutError"]
 
 _READ_BYTES: Final = 64 * 1024
+_CLIENT_ERROR: Final = 400
+_SERVER_ERROR: Final = 500
+_REFUSAL_SECONDS: Final = 1.0
 # Larger bodies are written in pieces, so that one of them does not hold up the loop.
 _PIECEMEAL_BYTES: Final = 256 * 1024
 
@@ -30,11 +36,17 @@ class EngineTimeoutError(EngineUnreachableError):
     """The engine did not answer in time."""
 
 
+class CallerOverloadedError(Exception):
+    """This process has no more sockets; no engine is to blame."""
+
+
 class Call(Protocol):
     """A request whose connection was made; the engine has it, or is about to."""
 
     async def answer(self) -> EngineAnswer:
         """Status and body, of which only `keep_bytes` are kept; the rest is read and dropped.
+
+        Of a failure nothing is waited for but its headers, and of a refusal little more.
 
         Raises EngineUnreachableError, EngineTimeoutError.
         """
@@ -59,7 +71,10 @@ class Caller(Protocol):
         answer_seconds: float,
         keep_bytes: int,
     ) -> Call:
-        """Returns as soon as the connection is made; raises EngineUnreachableError if not."""
+        """Returns as soon as the connection is made.
+
+        Raises EngineUnreachableError if it is not, CallerOverloadedError if that is our fault.
+        """
         ...
 
 
@@ -120,7 +135,9 @@ class AiohttpCaller:
     ) -> Call:
         loop = asyncio.get_running_loop()
         connected: asyncio.Future[None] = loop.create_future()
-        timeout = aiohttp.ClientTimeout(total=answer_seconds, connect=connect_seconds)
+        timeout = aiohttp.ClientTimeout(
+            total=answer_seconds, connect=connect_seconds, ceil_threshold=math.inf
+        )
         task = loop.create_task(
             self._send(f"{url}{path}", headers, body, timeout, connected, keep_bytes)
         )
@@ -157,14 +174,40 @@ class AiohttpCaller:
                 allow_redirects=False,
                 trace_request_ctx={"connected": connected},
             ) as response:
+                status = response.status
+                if status >= _SERVER_ERROR:
+                    return EngineAnswer(status, b"")
+                if status >= _CLIENT_ERROR:
+                    return await _refusal(response, keep_bytes)
                 async for chunk in response.content.iter_chunked(_READ_BYTES):
                     if len(kept) < keep_bytes:
                         kept += chunk[: keep_bytes - len(kept)]
-                return EngineAnswer(response.status, bytes(kept))
+                return EngineAnswer(status, bytes(kept))
         except TimeoutError as error:
             raise EngineTimeoutError(type(error).__name__) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise CallerOverloadedError from error
             raise EngineUnreachableError(str(error) or type(error).__name__) from error
+        except (aiohttp.ClientError, ValueError) as error:
+            raise EngineUnreachableError(str(error) or type(error).__name__) from error
+
+
+async def _refusal(response: aiohttp.ClientResponse, keep_bytes: int) -> EngineAnswer:
+    """What a client is to be told: as much of the body as comes soon, its type, when to retry."""
+    kept = bytearray()
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(_REFUSAL_SECONDS):
+            async for chunk in response.content.iter_chunked(_READ_BYTES):
+                kept += chunk
+                if len(kept) >= keep_bytes:
+                    break
+    headers = [
+        (name, value)
+        for name in ("content-type", "retry-after")
+        if (value := response.headers.get(name)) is not None
+    ]
+    return EngineAnswer(response.status, bytes(kept[:keep_bytes]), tuple(headers))
 
 
 async def _connected(_: aiohttp.ClientSession, context: SimpleNamespace, __: Any) -> None:

@@ -18,13 +18,14 @@ class EngineUnreachableError(Exception):
 
 
 class EngineAnswer:
-    """Status and whole body of an engine's answer."""
+    """Status and body of an engine's answer, and those of its headers that matter to clients."""
 
-    __slots__ = ("body", "status")
+    __slots__ = ("body", "headers", "status")
 
-    def __init__(self, status: int, body: bytes) -> None:
+    def __init__(self, status: int, body: bytes, headers: tuple[tuple[str, str], ...] = ()) -> None:
         self.status = status
         self.body = body
+        self.headers = headers
 
 
 class EngineClient(Protocol):

@@ -146,8 +146,11 @@ def _read(info: _ServerInfo) -> Introspection:
         case "prefill" if has_port:
             return Introspection(model_ids=model_ids, mode="prefill", bootstrap_port=port)
         case "prefill":
+            # The engine has a port of its own for that case.
             return Introspection(
-                model_ids=model_ids, warning="a prefill worker without a bootstrap port"
+                model_ids=model_ids,
+                mode="prefill",
+                warning="a prefill worker without a bootstrap port",
             )
         case "decode":
             return Introspection(model_ids=model_ids, mode="decode")
@@ -168,7 +171,10 @@ def apply_introspection(spec: WorkerSpec, told: Introspection) -> WorkerSpec:
     if told.mode is None:
         mode, bootstrap_port = spec.mode, spec.bootstrap_port
     else:
-        mode, bootstrap_port = told.mode, told.bootstrap_port
+        mode = told.mode
+        bootstrap_port = told.bootstrap_port
+        if mode == "prefill" and bootstrap_port is None:
+            bootstrap_port = spec.bootstrap_port
     return WorkerSpec(
         id=spec.id,
         url=spec.url,

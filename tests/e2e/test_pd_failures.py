@@ -87,6 +87,41 @@ async def test_a_prefill_that_takes_too_long(tmp_path: Path) -> None:
         await running.at_rest()
 
 
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_hung_prefill_worker_costs_no_decode_worker_its_breaker(
+    tmp_path: Path, mode: str
+) -> None:
+    """One of two prefill workers hangs, and decode workers give up before we do."""
+    settings = {"pd": {"decode": mode}}
+    async with pd_stack(
+        tmp_path,
+        prefills=2,
+        decodes=2,
+        worker={"bootstrap_timeout_seconds": 1.5},
+        settings=settings,
+    ) as running:
+        await running.fault(running.prefills[0], hang=True)
+        seen = Counter(
+            [
+                status
+                for status, _, _ in await asyncio.gather(
+                    *(timed(running, False) for _ in range(20))
+                )
+            ]
+        )
+        assert set(seen) <= {200, 500}, seen
+        async with running.http.get(f"{running.stack.admin_url}/workers") as answer:
+            workers = {one["url"]: one for one in (await answer.json())["workers"]}
+        assert workers[running.prefills[0].url]["breaker"] == "open"
+        others = [running.prefills[1], *running.decodes]
+        assert {workers[one.url]["breaker"] for one in others} == {"closed"}
+        for _ in range(5):
+            async with running.chat() as response:
+                assert response.status == 200
+        await running.fault(running.prefills[0])
+        await running.at_rest()
+
+
 async def test_refusing_prefill_workers_are_passed_over(tmp_path: Path) -> None:
     async with pd_stack(tmp_path, prefills=3) as running:
         await running.prefills[0].stop()

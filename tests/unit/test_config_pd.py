@@ -39,7 +39,7 @@ def test_without_a_word_models_use_sglangs_way_in_two_passes() -> None:
     found = config()
     assert found.pd == PdConfig()
     assert (found.pd.decode, found.pd.prefill_linger_secs) == ("two_pass", 1.0)
-    assert (found.pd.response_timeout_secs, found.pd.prefill_timeout_secs) == (120.0, 120.0)
+    assert (found.pd.response_timeout_secs, found.pd.prefill_timeout_secs) == (120.0, 90.0)
     assert found.models[0].pd == PdModelConfig()
     assert (found.models[0].pd.protocol, found.models[0].pd.min_prefill_tokens) == ("sglang", 0)
     section = found.discovery.static_urls

@@ -212,7 +212,7 @@ class TestBodies:
         # At the listener: a direct_response route, met before the decision, ignores the limit
         # of its virtual host.
         rendered = render_bootstrap(config(models=models, server={"max_body_bytes": 8 * MEBIBYTE}))
-        assert listener(rendered)["per_connection_buffer_limit_bytes"] == 8 * MEBIBYTE + 64 * 1024
+        assert listener(rendered)["per_connection_buffer_limit_bytes"] == 8 * MEBIBYTE + 1280 * 1024
 
     def test_bodies_of_responses_are_never_looked_at(self) -> None:
         mode = ext_proc(render_bootstrap(config()))["processing_mode"]

@@ -132,6 +132,7 @@ def pd_settings(**changes: Any) -> PdSettings:
         decode_attempts=3,
         connect_seconds=1.5,
         prefill_seconds=120.0,
+        kv_seconds=120.0,
         linger_seconds=0.0,
         request_timeout_ms=300_000,
     )

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from extproc.errors import RouterError
 from extproc.routing.bootstrap import (
     KV_PREFILL_MEMBERS,
     bootstrap_members,
@@ -121,7 +122,7 @@ def test_the_host_stands_as_in_the_url_without_brackets(host: str) -> None:
         ({"input_ids": "x"}, None),
         ({"text": None, "input_ids": [[1], [2]]}, 2),
         ({"text": ["a", "b"], "input_ids": [[1]]}, 2),
-        ({"text": ["a"] * 5000}, 4096),
+        ({"text": ["a"] * 4096}, 4096),
         # Of the other path.
         ({"text": "a", "prompt": ["a", "b"]}, None),
     ],
@@ -141,7 +142,7 @@ def test_only_a_list_of_prompts_is_a_batch(body: dict[str, Any], prompts: int | 
         ([1, 2, 3], None),
         ([[1, 2], [3]], 2),
         ([[1, 2, 3]], 1),
-        (["a"] * 5000, 4096),
+        (["a"] * 4096, 4096),
     ],
 )
 def test_a_completion_has_its_prompts_elsewhere(prompt: Any, prompts: int | None) -> None:
@@ -249,3 +250,15 @@ def test_what_comes_out_is_what_the_decode_worker_reads(
     assert found is not None
     merged = json.loads(with_members(json.dumps(body).encode(), found))
     assert merged == body | {"kv_transfer_params": params}
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_too_many_prompts_are_refused(path: str) -> None:
+    prompts = ["a"] * 4097
+    with pytest.raises(RouterError) as caught:
+        prompts_in(path, text=prompts, prompt=prompts)
+    assert (caught.value.status, caught.value.code) == (400, "bad_request")
+
+
+def test_what_is_no_utf_8_is_not_passed_on() -> None:
+    assert kv_decode_members(b'{"kv_transfer_params":{"a":"\xff"}}') is None

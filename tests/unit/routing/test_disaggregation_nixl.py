@@ -52,7 +52,7 @@ async def test_nixl_waits_for_the_prefill_and_hands_its_answer_on(inline: bool) 
     assert post.body == with_members(BODY, KV_PREFILL_MEMBERS)
     assert (post.fields["max_tokens"], post.fields["stream"]) == (1, False)
     assert "bootstrap_room" not in post.fields
-    assert post.keep_bytes == 4 * 1024 * 1024
+    assert post.keep_bytes == 1024 * 1024
     assert fleet.load == ([1, 0, 0], [0, 0, 0])
     fleet.caller.calls[0].tell(200, b'{"kv_transfer_params":%b,"choices":[]}' % KV)
     pair = await answered(task)

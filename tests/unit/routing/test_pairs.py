@@ -624,3 +624,31 @@ async def test_a_redirect_is_a_failure() -> None:
     case = Case()
     await case.answers(307)
     assert len(case.failures) == 1
+
+
+# -- who is to blame
+
+
+@pytest.mark.parametrize(("seconds", "blamed"), [(0.5, False), (1.5, True)])
+async def test_a_decode_worker_that_waited_in_vain_is_not_to_blame(
+    seconds: float, blamed: bool
+) -> None:
+    case = Case()
+    case.routing.clock.tick(seconds)
+    assert case.pair.waits_for_prefill() is blamed
+    case.responds(500)
+    await settle()
+    outcome = "error" if blamed else "cancelled"
+    assert case.routing.outcomes()[P] == [outcome]
+    assert case.pair.waits_for_prefill() is False
+    case.pair.close()
+
+
+async def test_a_decode_worker_that_fails_after_the_prefill_is_to_blame() -> None:
+    case = Case()
+    await case.answers(200)
+    case.routing.clock.tick(5)
+    assert case.pair.waits_for_prefill() is False
+    case.responds(500)
+    assert case.routing.outcomes()[P] == ["success"]
+    case.pair.close()

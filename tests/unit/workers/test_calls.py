@@ -1,6 +1,7 @@
 """Requests of our own against small servers: when they return, how they end, what they send."""
 
 import asyncio
+import errno
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from aiohttp import web
 
 from extproc.demo.stack import free_ports
 from extproc.worker_url import WorkerUrl, parse_worker_url
-from extproc.workers.calls import AiohttpCaller, Call, EngineTimeoutError
+from extproc.workers.calls import AiohttpCaller, Call, CallerOverloadedError, EngineTimeoutError
 from extproc.workers.client import EngineUnreachableError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -453,3 +454,45 @@ async def test_closing_ends_what_still_runs() -> None:
         await happens(server.left)
         with pytest.raises((EngineUnreachableError, asyncio.CancelledError)):
             await call.answer()
+
+
+# -- what is not waited for
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_a_failure_is_told_by_its_headers(caller: AiohttpCaller, status: int) -> None:
+    async def stalls(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=status, headers={"content-length": "100"})
+        await response.prepare(request)
+        await response.write(b"xx")
+        return await silence(request)
+
+    async with engine(stalls) as made, asyncio.timeout(WAIT_SECONDS / 2):
+        answer = await (await post(caller, made.url)).answer()
+        assert answer.status == status
+
+
+async def test_of_a_refusal_what_comes_soon_is_told(caller: AiohttpCaller) -> None:
+    async def stalls(request: web.Request) -> web.StreamResponse:
+        headers = {"content-length": "100", "content-type": "text/plain", "retry-after": "7"}
+        response = web.StreamResponse(status=429, headers=headers)
+        await response.prepare(request)
+        await response.write(b"xx")
+        return await silence(request)
+
+    async with engine(stalls) as made, asyncio.timeout(WAIT_SECONDS / 2):
+        answer = await (await post(caller, made.url)).answer()
+        assert (answer.status, answer.body) == (429, b"xx")
+        assert dict(answer.headers) == {"content-type": "text/plain", "retry-after": "7"}
+
+
+async def test_having_no_more_sockets_is_nobody_elses_fault(
+    caller: AiohttpCaller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with engine(echo) as made:
+        monkeypatch.setattr(socket, "socket", exhausted)
+        with pytest.raises(CallerOverloadedError):
+            await post(caller, made.url)

@@ -50,10 +50,10 @@ async def ask_for(body: Any, status: int = 200) -> Introspection:
             8998,
             False,
         ),
-        ({"disaggregation_mode": "prefill"}, None, 1234, True),
+        ({"disaggregation_mode": "prefill"}, "prefill", 1234, True),
         (
             {"disaggregation_mode": "prefill", "disaggregation_bootstrap_port": None},
-            None,
+            "prefill",
             1234,
             True,
         ),
@@ -91,7 +91,8 @@ async def test_a_bootstrap_port_that_is_none_is_warned_about(port: object) -> No
             "disaggregation_bootstrap_port": port,
         }
     )
-    assert told.mode is None
+    # The role is certain: to take it for a plain worker would be worse.
+    assert (told.mode, told.bootstrap_port) == ("prefill", None)
     assert told.warning
     assert told.model_ids == ("m",)
 
