@@ -27,6 +27,9 @@ version does not have (`discovery.k8s`): a setting that silently does nothing is
 error at start.
 Times are seconds, fractions allowed; sizes are bytes.
 
+Envoy's file is made from the same configuration, from many keys outside `envoy`, too: after a
+change, render it again with `extproc envoy-config` and let Envoy load it.
+
 This page is generated from the code: `make docs`.
 
 The smallest useful file:

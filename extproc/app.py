@@ -332,6 +332,15 @@ class App:
             discovery=config.discovery.backend,
             workers=self._configured_workers,
         )
+        static = config.discovery.static_urls
+        told = not isinstance(static, UnsetType) and static.prefill_urls and static.decode_urls
+        for model in config.models:
+            if model.pd.protocol == "nixl" and not told:
+                _log.warning(
+                    "roles_not_configured",
+                    model=model.id,
+                    fix="name them in discovery.static_urls.prefill_urls and decode_urls",
+                )
 
 
 def load_encoders(config: Config) -> dict[str, PromptEncoder]:

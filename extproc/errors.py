@@ -169,7 +169,8 @@ def not_disaggregated() -> RouterError:
     return RouterError(
         "bad_request",
         400,
-        "bad request: this path is not served by a model whose prefill and decode are apart",
+        "bad request: this path is not available for a model with separate prefill and decode "
+        "workers",
     )
 
 

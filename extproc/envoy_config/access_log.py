@@ -19,6 +19,7 @@ def _latency(field: str) -> str:
 
 _FIELDS: Final = {
     "time": "%START_TIME%",
+    "listener": "ingress",
     "request_id": "%REQ(X-REQUEST-ID)%",
     "method": "%REQ(:METHOD)%",
     "path": "%PATH(NQ)%",
@@ -49,15 +50,18 @@ _FIELDS: Final = {
 }
 
 
-def access_log(path: str | None) -> list[dict[str, Any]]:
+def access_log(path: str | None, *, listener: str = "ingress") -> list[dict[str, Any]]:
     """The loggers for `envoy.access_log`.
+
+    A request that passes two listeners has a line of each, with one request id.
 
     The standard streams are written to directly: opening /dev/stdout as a file fails where it
     is a socket or belongs to another user.
     """
     if path is None:
         return []
-    log_format = {"json_format": _FIELDS, "omit_empty_values": False}
+    fields = {**_FIELDS, "listener": listener}
+    log_format = {"json_format": fields, "omit_empty_values": False}
     if path in _STREAMS:
         stream = typed(
             f"extensions.access_loggers.stream.v3.{_STREAMS[path]}", log_format=log_format

@@ -8,6 +8,7 @@ is in headers that the ingress listener takes away from clients.
 from typing import Any, Final
 
 from extproc.config import Config
+from extproc.envoy_config.access_log import access_log
 from extproc.envoy_config.clusters import no_limits
 from extproc.envoy_config.headers import DESTINATION, told_to_nobody
 from extproc.envoy_config.listener import (
@@ -20,13 +21,19 @@ from extproc.envoy_config.listener import (
 from extproc.envoy_config.local_replies import local_replies
 from extproc.envoy_config.routes import unavailable
 from extproc.envoy_config.wire_form import duration, typed
-from extproc.routing.decode_order import DECODE_CLUSTER, DECODE_ORDER_HEADER, RETRY_HEADER
+from extproc.routing.decode_order import (
+    DECODE_CLUSTER,
+    DECODE_ORDER_HEADER,
+    DECODE_WORKER_HEADER,
+    RETRY_HEADER,
+)
 
 __all__ = ["decode_pass_cluster", "decode_pass_listener", "internal_listener_extension"]
 
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 # The peer may close a connection that is not in use at any time; here it is ourselves.
 _IDLE_SECONDS: Final = 60.0
+_DELAYED_CLOSE_SECONDS: Final = 0.05
 
 
 def internal_listener_extension() -> dict[str, Any]:
@@ -83,6 +90,9 @@ def decode_pass_listener(config: Config) -> dict[str, Any]:
             http_filters=[decode_filter(config), router_filter()],
             route_config=_route_config(config),
             local_reply_config=local_replies(retry_header=RETRY_HEADER),
+            # The other end is in this process: there is no slow client to wait for.
+            delayed_close_timeout=duration(_DELAYED_CLOSE_SECONDS),
+            access_log=access_log(config.envoy.access_log, listener=DECODE_CLUSTER),
         ),
     }
     return {
@@ -97,7 +107,7 @@ def _route_config(config: Config) -> dict[str, Any]:
     return {
         "name": DECODE_CLUSTER,
         # Before our own local replies get it: from an engine it means nothing.
-        "response_headers_to_remove": told_to_nobody(config),
+        "response_headers_to_remove": [*told_to_nobody(config), DECODE_WORKER_HEADER],
         "request_headers_to_remove": [DECODE_ORDER_HEADER],
         "virtual_hosts": [
             {

@@ -10,7 +10,11 @@ reply. By name, because a prefix would hide a new header of ours from review.
 from typing import Final
 
 from extproc.config import Config
-from extproc.routing.decode_order import DECODE_ORDER_HEADER, RETRY_HEADER
+from extproc.routing.decode_order import (
+    DECODE_ORDER_HEADER,
+    DECODE_WORKER_HEADER,
+    RETRY_HEADER,
+)
 
 __all__ = ["DEBUG_HEADER", "DESTINATION", "WHICH_FILTER_KEY", "removed_from", "told_to_nobody"]
 
@@ -80,7 +84,7 @@ def removed_from(config: Config) -> list[str]:
 
     `x-extproc-debug` stays only where the operator has switched debug headers on.
     """
-    names = {*_OURS, *_ENDPOINT_PICKER, *_ENGINE, *_ENVOY}
+    names = {*_OURS, DECODE_WORKER_HEADER, *_ENDPOINT_PICKER, *_ENGINE, *_ENVOY}
     names |= {config.envoy.cluster_header, config.envoy.model_header}
     if not config.observability.debug_headers:
         names.add(DEBUG_HEADER)

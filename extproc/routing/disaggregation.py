@@ -223,7 +223,10 @@ class Disaggregation:
             worker = chosen.worker
             members = KV_PREFILL_MEMBERS if rooms is None else rooms.members(worker, chosen.rank)
             ticket = self._active_load.book(worker, now)
-            leg = PrefillLeg(self._books, model, worker, ticket, worker.breaker.claim(now), now)
+            probe = worker.breaker.claim(now)
+            leg = PrefillLeg(
+                self._books, model, worker, ticket, probe, now, request_id=forwarded.request_id
+            )
             if chosen.placed is not None:
                 ticket.booking = chosen.placed.book(now, streamed=True)
             try:
@@ -291,6 +294,8 @@ class Disaggregation:
         error = leg.failed(cause) if cause else leg.answered(answer)
         if error is not None:
             self._recheck(leg.worker)
+            outcome = "prefill_failed" if error.body is None else "prefill_refused"
+            self._books.metrics.pd.pairs(leg.model, outcome).inc()
             raise error
         return members or b""
 

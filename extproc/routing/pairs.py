@@ -34,13 +34,32 @@ _OWN_FAILURE_SECONDS: Final = 1.0
 class PrefillLeg:
     """The prefill worker's part: its load, its breaker's probe, and its answer."""
 
-    __slots__ = ("_books", "_model", "_probe", "_sent_at", "_settled", "call", "ticket", "worker")
+    __slots__ = (
+        "_books",
+        "_probe",
+        "_request_id",
+        "_sent_at",
+        "_settled",
+        "call",
+        "model",
+        "ticket",
+        "worker",
+    )
 
     def __init__(
-        self, books: LeaseBooks, model: str, worker: Worker, ticket: Ticket, probe: int, now: float
+        self,
+        books: LeaseBooks,
+        model: str,
+        worker: Worker,
+        ticket: Ticket,
+        probe: int,
+        now: float,
+        *,
+        request_id: str = "",
     ) -> None:
         self._books = books
-        self._model = model
+        self.model = model
+        self._request_id = request_id
         self._probe = probe
         self._sent_at = now
         self._settled = False
@@ -60,12 +79,12 @@ class PrefillLeg:
             return self.failed("status_5xx")
         pd = self._books.metrics.pd
         if status >= _CLIENT_ERROR:
-            pd.prefill_failures(self._model, "status_4xx").inc()
+            pd.prefill_failures(self.model, "status_4xx").inc()
         else:
-            pd.prefill_seconds(self._model).observe(now - self._sent_at)
+            pd.prefill_seconds(self.model).observe(now - self._sent_at)
             if self.ticket.booking is not None:
                 self.ticket.booking.started(now)
-        self._books.succeeded(self.worker, self._model)
+        self._books.succeeded(self.worker, self.model)
         self._end()
         if status < _CLIENT_ERROR:
             return None
@@ -73,8 +92,15 @@ class PrefillLeg:
 
     def failed(self, cause: str) -> RouterError:
         """It has failed, and by the worker's fault; gives what the client is to be told."""
-        self._books.metrics.pd.prefill_failures(self._model, cause).inc()
-        self._books.failed(self.worker, self._model, self._books.clock.monotonic())
+        _log.warning(
+            "prefill_attempt_failed",
+            request_id=self._request_id,
+            model=self.model,
+            worker=self.worker.url,
+            cause=cause,
+        )
+        self._books.metrics.pd.prefill_failures(self.model, cause).inc()
+        self._books.failed(self.worker, self.model, self._books.clock.monotonic())
         self._end()
         return prefill_failed()
 
@@ -94,7 +120,7 @@ class PrefillLeg:
         if self.call is not None:
             self.call.cancel()
         if not self._settled:
-            self._books.undecided(self.worker, self._model, self._probe)
+            self._books.undecided(self.worker, self.model, self._probe)
             self._end()
 
     def _end(self) -> None:
@@ -182,8 +208,8 @@ class Pair:
 
     @property
     def served(self) -> Worker | None:
-        """For the debug headers: the worker this pass has chosen."""
-        return self.leg.worker if self.decode is None else self.decode.served
+        """For the debug headers: who prefills."""
+        return self.leg.worker
 
     @property
     def holds_stream(self) -> bool:
@@ -220,13 +246,6 @@ class Pair:
         if self._closed:
             return
         self._failed_at = self._books.clock.monotonic()
-        _log.warning(
-            "prefill_failed",
-            model=self.decision.model,
-            worker=self.leg.worker.url,
-            code=error.code,
-            status=error.status,
-        )
         if self.on_failure is not None:
             self.on_failure(error)
 

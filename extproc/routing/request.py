@@ -50,6 +50,7 @@ class Forwarded(NamedTuple):
 
     path: str
     headers: tuple[tuple[str, str], ...]
+    request_id: str = ""
 
 
 def _nothing_forwarded() -> Forwarded:

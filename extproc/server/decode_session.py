@@ -13,8 +13,10 @@ from extproc._protos import llm_extproc_pb2 as pb
 from extproc.errors import RouterError, internal_error
 from extproc.routing.decode_order import DECODE_ORDER_HEADER, RETRY_HEADER, DecodeOrder
 from extproc.routing.disaggregation import DecodeQuery
+from extproc.routing.lease import Lease
+from extproc.routing.pairs import Pair
 from extproc.server import replies
-from extproc.server.request_heads import wanted_headers
+from extproc.server.request_heads import DEBUG_HEADER, wanted_headers
 from extproc.server.session import Session, SessionState
 
 __all__ = ["DecodeSession"]
@@ -41,7 +43,9 @@ class DecodeSession(Session):
 
     def _pick(self, head: pb.HttpHeaders) -> Sequence[bytes]:
         context = self._context
-        wanted = frozenset((context.model_header, DECODE_ORDER_HEADER, _ATTEMPT_HEADER, _ID_HEADER))
+        wanted = frozenset(
+            (context.model_header, DECODE_ORDER_HEADER, _ATTEMPT_HEADER, _ID_HEADER, DEBUG_HEADER)
+        )
         seen = wanted_headers(head.headers, wanted)
         self._take_request_id(seen.get(_ID_HEADER, ""))
         digits = seen.get(_ATTEMPT_HEADER, "1")
@@ -60,8 +64,21 @@ class DecodeSession(Session):
                 error.headers = (*error.headers, (RETRY_HEADER, "1"))
             return self.failed(error)
         self._lease = lease
+        self._debug = context.debug_headers and seen.get(DEBUG_HEADER) == "true"
+        _log.debug(
+            "routed",
+            request_id=self.request_id,
+            model=query.model,
+            policy=lease.decision.policy,
+            reason=lease.decision.reason,
+            worker=lease.decision.worker_url,
+            attempt=attempt,
+        )
         self._state = SessionState.ROUTED
         return (context.builder.routed(lease.decision, in_body=False, request_id=None),)
+
+    def _debug_reply(self, lease: Lease | Pair) -> bytes:
+        return replies.debug_decode_worker(lease)
 
     def failed(self, error: RouterError, event: str = "request_refused") -> Sequence[bytes]:
         """As in Session; the request was counted by the first pass."""

@@ -13,7 +13,11 @@ from extproc._protos import llm_extproc_pb2 as pb
 from extproc.config import EnvoyConfig
 from extproc.errors import ERROR_CODE_HEADER, RouterError, envelope
 from extproc.routing.decision import Decision
-from extproc.routing.decode_order import DECODE_CLUSTER, DECODE_ORDER_HEADER
+from extproc.routing.decode_order import (
+    DECODE_CLUSTER,
+    DECODE_ORDER_HEADER,
+    DECODE_WORKER_HEADER,
+)
 from extproc.routing.lease import Lease
 from extproc.routing.pairs import Pair
 
@@ -27,6 +31,7 @@ __all__ = [
     "RESPONSE_HEADERS_CONTINUE",
     "RESPONSE_TRAILERS_CONTINUE",
     "ReplyBuilder",
+    "debug_decode_worker",
     "debug_response_headers",
     "immediate_response",
     "request_body_pieces",
@@ -275,15 +280,30 @@ def error_response(error: RouterError, request_id: str) -> bytes:
 
 
 def debug_response_headers(lease: Lease | Pair) -> bytes:
-    """A reply to the response headers that says who served and why."""
+    """A reply to the response headers that says who served and why.
+
+    Of a pair that is the prefill worker; the decode worker, where it was picked with it, too.
+    """
     decision = lease.decision
     served = lease.served.url if lease.served is not None else "unknown"
-    pairs = (
+    pairs = [
         ("x-extproc-worker", served),
         ("x-extproc-policy", decision.policy),
         ("x-extproc-reason", decision.reason),
         ("x-extproc-overlap", f"{decision.cached_tokens}/{decision.total_tokens}"),
-    )
+    ]
+    if isinstance(lease, Pair) and lease.decode is not None and lease.decode.served is not None:
+        pairs.append((DECODE_WORKER_HEADER, lease.decode.served.url))
+    return _with_response_headers(pairs)
+
+
+def debug_decode_worker(lease: Lease | Pair) -> bytes:
+    """A reply to the response headers of the second pass that says who decodes."""
+    served = lease.served.url if lease.served is not None else "unknown"
+    return _with_response_headers(((DECODE_WORKER_HEADER, served),))
+
+
+def _with_response_headers(pairs: Iterable[tuple[str, str]]) -> bytes:
     return pb.ProcessingResponse(
         response_headers=pb.HeadersResponse(
             response=pb.CommonResponse(header_mutation=_set_headers(pairs))

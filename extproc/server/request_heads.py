@@ -141,7 +141,7 @@ def forwarded_of(raw: bytes, request_id: str) -> Forwarded:
             path = value
         else:
             taken.append((name, value))
-    return Forwarded(path, tuple(taken))
+    return Forwarded(path, tuple(taken), request_id)
 
 
 def wanted_headers(headers: pb.HeaderMap, wanted: frozenset[str] = _WANTED) -> dict[str, str]:

@@ -398,8 +398,11 @@ class Session:
         if response.end_of_stream:
             lease.close()
         if self._debug:
-            return (replies.debug_response_headers(lease),)
+            return (self._debug_reply(lease),)
         return _RESPONSE_HEADERS_CONTINUE
+
+    def _debug_reply(self, lease: Lease | Pair) -> bytes:
+        return replies.debug_response_headers(lease)
 
     def _response_body(self, chunk: pb.HttpBody) -> Sequence[bytes]:
         if self._state is SessionState.ANSWERED:

@@ -98,6 +98,18 @@ async def test_paths_without_generation_are_refused(tmp_path: Path) -> None:
             assert await running.error(response) == (400, "bad_request")
 
 
+@pytest.mark.parametrize("mode", MODES)
+async def test_debug_headers_name_both_workers(tmp_path: Path, mode: str) -> None:
+    more = settings(mode) | {"observability": {"debug_headers": True}}
+    async with pd_stack(tmp_path, settings=more) as running:
+        async with running.chat(headers={"x-extproc-debug": "true"}) as response:
+            assert response.status == 200
+            assert response.headers["x-extproc-worker"] == running.prefills[0].url
+            assert response.headers["x-extproc-decode-worker"] == running.decodes[0].url
+        async with running.chat() as response:
+            assert not [name for name in response.headers if name.startswith("x-extproc")]
+
+
 async def test_a_plain_and_a_pd_model_in_one_service(tmp_path: Path) -> None:
     async with pd_stack(tmp_path, plains=2) as running:
 

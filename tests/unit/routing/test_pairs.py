@@ -453,7 +453,7 @@ async def test_inline_the_response_settles_the_decode_worker_too(
     assert case.pair.ticket.worker is case.decode
     await case.answers(200)
     assert case.responds(status)
-    assert case.pair.served is case.decode
+    assert case.pair.served is case.prefill
     assert case.decode.breaker.state is state
     assert case.routing.outcomes() == {P: ["success"], D: [outcome]}
     case.pair.close()
