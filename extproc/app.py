@@ -147,9 +147,7 @@ class App:
             books=books,
             random=random,
             request_timeout_seconds=config.proxy.request_timeout_secs,
-            destinations_max=(
-                1 if config.envoy.destination == "single" else 1 + config.proxy.fallback_workers
-            ),
+            destinations_max=config.destinations_max,
             kv=KvRouting(
                 placements,
                 encoders,

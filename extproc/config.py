@@ -436,6 +436,11 @@ class Config(Section, frozen=True, kw_only=True):
         return bool(roles) or any(model.pd != PdModelConfig() for model in self.models)
 
     @property
+    def destinations_max(self) -> int:
+        """How many workers are named for one request, and tried at most."""
+        return 1 if self.envoy.destination == "single" else 1 + self.proxy.fallback_workers
+
+    @property
     def extra_wait_secs(self) -> float:
         """How much longer than for a decision a client's request may have to wait for us: a
         prefill whose answer has to be in the request that goes on.

@@ -9,7 +9,7 @@ scraped; the client library's own counters would cost several times as much on t
 from prometheus_client import CollectorRegistry, Gauge
 
 from extproc import __version__
-from extproc.metric_types import Counter, Exposition, Family, Histogram
+from extproc.metric_types import TTFT_BUCKETS, Counter, Exposition, Family, Histogram
 from extproc.metrics_pd import PdMetrics
 
 __all__ = ["Counter", "Histogram", "Metrics"]
@@ -17,11 +17,6 @@ __all__ = ["Counter", "Histogram", "Metrics"]
 # Seconds. Decisions take microseconds to milliseconds.
 _DECISION_BUCKETS = (
     0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0,
-)  # fmt: skip
-# Seconds; from 0.1 on the engine's own buckets for its time to the first token.
-_RESPONSE_BUCKETS = (
-    0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100,
-    200, 400,
 )  # fmt: skip
 _OVERLAP_BUCKETS = (0, 64, 256, 1024, 4096, 16_384, 65_536, 262_144)
 _BODY_BUCKETS = (1e3, 4e3, 16e3, 64e3, 256e3, 1e6, 4e6, 16e6, 64e6)
@@ -133,7 +128,7 @@ class Metrics:
             "extproc_response_headers_seconds",
             "Time from the decision to the response headers (for streams: the first token).",
             ["model"],
-            lambda: Histogram(_RESPONSE_BUCKETS),
+            lambda: Histogram(TTFT_BUCKETS),
         )
         self.pd = PdMetrics(registry)
         self.stale_requests = stale_requests()

@@ -2,15 +2,10 @@
 
 from prometheus_client import CollectorRegistry
 
-from extproc.metric_types import Counter, Exposition, Family, Histogram
+from extproc.metric_types import TTFT_BUCKETS, Counter, Exposition, Family, Histogram
 
 __all__ = ["PdMetrics"]
 
-# Seconds; the engine's own buckets for its time to the first token.
-_PREFILL_BUCKETS = (
-    0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100,
-    200, 400,
-)  # fmt: skip
 # Seconds from a failure to the moment its answer is written.
 _FAIL_FAST_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
@@ -31,7 +26,7 @@ class PdMetrics:
             "extproc_pd_prefill_seconds",
             "Time from the decision to the prefill worker's answer, if it was a good one.",
             ["model"],
-            lambda: Histogram(_PREFILL_BUCKETS),
+            lambda: Histogram(TTFT_BUCKETS),
         )
         self.prefill_failures = Family(
             "extproc_pd_prefill_failures_total",

@@ -39,7 +39,7 @@ from extproc.routing.rank_book import RankBook
 from extproc.routing.request import Forwarded, Request
 from extproc.routing.usable import UsableWorkers
 from extproc.workers.active_load import ActiveLoad
-from extproc.workers.calls import Call, Caller, CallerOverloadedError, EngineTimeoutError
+from extproc.workers.calls import Call, Caller, CallerOverloadedError
 from extproc.workers.client import EngineUnreachableError
 from extproc.workers.worker import Mode, Worker
 
@@ -78,9 +78,7 @@ class PdSettings(Struct, frozen=True, kw_only=True):
             inline=pd.decode == "inline",
             protocols={model.id: model.pd.protocol for model in config.models},
             min_prefill_tokens={model.id: model.pd.min_prefill_tokens for model in config.models},
-            decode_attempts=(
-                1 if config.envoy.destination == "single" else 1 + proxy.fallback_workers
-            ),
+            decode_attempts=config.destinations_max,
             connect_seconds=min(
                 proxy.connect_timeout_secs, config.server.step_deadline_secs * _CONNECT_SHARE
             ),
@@ -279,23 +277,14 @@ class Disaggregation:
 
     async def _kv_of(self, leg: PrefillLeg) -> bytes:
         """Wait for the prefill; gives what its answer has for the decode worker."""
-        assert leg.call is not None  # noqa: S101 (just made)
-        members, cause = None, ""
-        try:
-            answer = await leg.call.answer()
-        except EngineTimeoutError:
-            cause = "timeout"
-        except EngineUnreachableError:
-            cause = "broken"
-        else:
-            members = kv_decode_members(answer.body)
-            if members is None and answer.status < _CLIENT_ERROR:
-                cause = "no_kv"
-        error = leg.failed(cause) if cause else leg.answered(answer)
+        answer = await leg.answer()
+        members = None if isinstance(answer, str) else kv_decode_members(answer.body)
+        if members is None and not isinstance(answer, str) and answer.status < _CLIENT_ERROR:
+            answer = "no_kv"
+        error = leg.ended(answer)
         if error is not None:
             self._recheck(leg.worker)
-            outcome = "prefill_failed" if error.body is None else "prefill_refused"
-            self._books.metrics.pd.pairs(leg.model, outcome).inc()
+            self._books.metrics.pd.pairs(leg.model, error.code).inc()
             raise error
         return members or b""
 

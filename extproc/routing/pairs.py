@@ -71,6 +71,20 @@ class PrefillLeg:
     def is_open(self) -> bool:
         return not self._settled
 
+    async def answer(self) -> EngineAnswer | str:
+        """The worker's answer, or why there is none, as the cause of a failure."""
+        assert self.call is not None  # noqa: S101 (made before)
+        try:
+            return await self.call.answer()
+        except EngineTimeoutError:
+            return "timeout"
+        except EngineUnreachableError:
+            return "broken"
+
+    def ended(self, answer: EngineAnswer | str) -> RouterError | None:
+        """Settle the books by what `answer` gave; as `answered` and `failed`."""
+        return self.failed(answer) if isinstance(answer, str) else self.answered(answer)
+
     def answered(self, answer: EngineAnswer) -> RouterError | None:
         """Settle the books; gives what the client is to be told, None if all is well."""
         now = self._books.clock.monotonic()
@@ -222,24 +236,18 @@ class Pair:
 
     async def _follow(self) -> None:
         leg = self.leg
-        assert leg.call is not None  # noqa: S101 (made before)
-        answer, cause = None, ""
         try:
-            answer = await leg.call.answer()
-        except EngineTimeoutError:
-            cause = "timeout"
-        except EngineUnreachableError:
-            cause = "broken"
+            answer = await leg.answer()
         except asyncio.CancelledError:
             return  # by ourselves, and settled
         if not leg.is_open:
             return  # cancelled while the answer was on its way to us
-        error = leg.failed(cause) if answer is None else leg.answered(answer)
+        error = leg.ended(answer)
         self._pairs.leg_ended(self)
         if error is None:
             return
         self.on_recheck(leg.worker)
-        self._end("prefill_failed" if error.body is None else "prefill_refused")
+        self._end(error.code)
         self._fail(error)
 
     def _fail(self, error: RouterError) -> None:

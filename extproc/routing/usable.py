@@ -16,9 +16,8 @@ class UsableWorkers:
         self.registry = registry
 
     def __call__(self, model: str, mode: Mode, now: float) -> list[Worker]:
-        pool = self.registry.pool(model) if mode == "plain" else self.registry.pool_of(model, mode)
         return [
             worker
-            for worker in pool
+            for worker in self.registry.pool_of(model, mode)
             if worker.breaker.state is _CLOSED or worker.breaker.would_allow(now)
         ]

@@ -83,6 +83,7 @@ class _Stream:
         "_context",
         "_interrupted",
         "_overtaking",
+        "_picks_itself",
         "_reading",
         "_server",
         "_task",
@@ -111,6 +112,8 @@ class _Stream:
         self._writing = False
         self._overtaking: Sequence[bytes] = ()
         self.session = session(server.session_context)
+        # In the second pass `receive` decides; until it has.
+        self._picks_itself = session is DecodeSession
 
     async def serve(self) -> None:
         """Read until Envoy is done; returns to end the stream with status OK."""
@@ -125,9 +128,9 @@ class _Stream:
                 out = session.receive(raw)
             except DecodeError:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a ProcessingRequest")
-            lease = session.lease
-            if lease is not None and lease.ticket.on_stale is None:
-                lease.ticket.on_stale = self._on_stale  # of the second pass
+            if self._picks_itself and session.lease is not None:
+                self._picks_itself = False
+                session.lease.ticket.on_stale = self._on_stale
             if out:
                 if server.is_crowded:
                     await asyncio.sleep(0)

@@ -111,24 +111,19 @@ class ReplyBuilder:
             bool(decision.body_members),
         )
         reply = self._table.get(key) if request_id is None else None
-        if request_id is not None:
+        if reply is None:
             reply = self._build(decision, in_body, request_id)
-        elif reply is None:
-            reply = self._build(decision, in_body, None)
-            if len(self._table) >= _TABLE_MAX_ENTRIES:
-                self._table.clear()
-            self._table[key] = reply
+            if request_id is None:
+                if len(self._table) >= _TABLE_MAX_ENTRIES:
+                    self._table.clear()
+                self._table[key] = reply
         if decision.decode_order:
             # No two of them are alike. Two serialised messages one after the other are one
             # message with the fields of both.
             order = pb.CommonResponse(
                 header_mutation=_set_headers(((DECODE_ORDER_HEADER, decision.decode_order),))
             )
-            if in_body:
-                more = pb.ProcessingResponse(request_body=pb.BodyResponse(response=order))
-            else:
-                more = pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=order))
-            reply += more.SerializeToString()
+            reply += _to_request(order, in_body=in_body).SerializeToString()
         return reply
 
     def _build(self, decision: Decision, in_body: bool, request_id: str | None) -> bytes:
@@ -171,12 +166,16 @@ class ReplyBuilder:
                 )
             )
         )
-        if in_body:
-            response = pb.ProcessingResponse(request_body=pb.BodyResponse(response=common))
-        else:
-            response = pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common))
+        response = _to_request(common, in_body=in_body)
         response.dynamic_metadata.CopyFrom(metadata)
         return response.SerializeToString()
+
+
+def _to_request(common: pb.CommonResponse, *, in_body: bool) -> pb.ProcessingResponse:
+    """A reply to the body of a request, or to its headers."""
+    if in_body:
+        return pb.ProcessingResponse(request_body=pb.BodyResponse(response=common))
+    return pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common))
 
 
 def _text_struct(pairs: Iterable[tuple[str, str]]) -> Struct:

@@ -5,7 +5,9 @@ import errno
 import ipaddress
 from collections.abc import Awaitable, Callable
 
-__all__ = ["dialled", "with_patience"]
+from aiohttp import web
+
+__all__ = ["dialled", "listen", "with_patience"]
 
 _PATIENCE_SECONDS = 1.0
 _POLL_SECONDS = 0.02
@@ -26,6 +28,25 @@ async def with_patience(bind: Callable[[], Awaitable[None]]) -> None:
             if error.errno != errno.EADDRINUSE or loop.time() >= deadline:
                 raise
         await asyncio.sleep(_POLL_SECONDS)
+
+
+async def listen(runner: web.AppRunner, host: str, port: int, *, backlog: int = 128) -> None:
+    """Set a server up and bind it with patience; raises OSError, and then nothing is left."""
+
+    async def bind() -> None:
+        site = web.TCPSite(runner, host, port, backlog=backlog)
+        try:
+            await site.start()
+        except OSError:
+            await site.stop()
+            raise
+
+    await runner.setup()
+    try:
+        await with_patience(bind)
+    except BaseException:
+        await runner.cleanup()
+        raise
 
 
 def dialled(host: str) -> str:

@@ -11,7 +11,7 @@ from typing import Self
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from extproc.simulator.binding import dialled, with_patience
+from extproc.simulator.binding import dialled, listen
 from extproc.simulator.bodies import readers
 from extproc.simulator.control import Control
 from extproc.simulator.errors import ApiError, error_body
@@ -129,21 +129,7 @@ async def start(settings: SimulatorSettings) -> RunningSimulator:
         access_log=None,
         shutdown_timeout=_SHUTDOWN_SECONDS,
     )
-
-    async def listen() -> None:
-        site = web.TCPSite(runner, settings.host, settings.port, backlog=_BACKLOG_CONNECTIONS)
-        try:
-            await site.start()
-        except OSError:
-            await site.stop()
-            raise
-
-    await runner.setup()
-    try:
-        await with_patience(listen)
-    except BaseException:
-        await runner.cleanup()
-        raise
+    await listen(runner, settings.host, settings.port, backlog=_BACKLOG_CONNECTIONS)
     return RunningSimulator(settings, runner, app[_WORKER])
 
 

@@ -8,7 +8,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from extproc.simulator.binding import with_patience
+from extproc.simulator.binding import listen
 
 __all__ = ["UNREACHABLE", "SideServer", "patient_client"]
 
@@ -43,25 +43,11 @@ class SideServer:
             access_log=None,
             shutdown_timeout=_SHUTDOWN_SECONDS,
         )
-
-        async def listen() -> None:
-            site = web.TCPSite(runner, self._host, self.port)
-            try:
-                await site.start()
-            except OSError:
-                await site.stop()
-                raise
-
-        await runner.setup()
         try:
-            await with_patience(listen)
+            await listen(runner, self._host, self.port)
         except OSError as error:
-            await runner.cleanup()
             place = f"{self._host}:{self.port}"
             raise OSError(error.errno, f"{self._setting}: {place}: {error.strerror}") from error
-        except BaseException:
-            await runner.cleanup()
-            raise
         self._runner = runner
         self.port = runner.addresses[0][1]
 

@@ -185,11 +185,9 @@ class AiohttpCaller:
                 return EngineAnswer(status, bytes(kept))
         except TimeoutError as error:
             raise EngineTimeoutError(type(error).__name__) from error
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise CallerOverloadedError from error
-            raise EngineUnreachableError(str(error) or type(error).__name__) from error
-        except (aiohttp.ClientError, ValueError) as error:
             raise EngineUnreachableError(str(error) or type(error).__name__) from error
 
 
