@@ -19,7 +19,7 @@ import grpc.aio
 import uvloop
 from grpc_health.v1 import health, health_pb2_grpc
 
-from extproc.config import EnvoyConfig, ProxyConfig, ServerConfig
+from extproc.config.schema import EnvoyConfig, ProxyConfig, ServerConfig
 from extproc.routing.decision import Decision
 from extproc.server import replies
 from extproc.server.grpc_server import SERVICE, grpc_options

@@ -24,7 +24,7 @@ from benchmarks.figures import Run, Setting, pair_order, ratios, summaries
 from benchmarks.procs import cpu_seconds, machine_cpu_seconds
 from benchmarks.rig import MODEL, Arm, Rig, run_until_signal, running_rig
 from benchmarks.wrk import WrkError, chat_body, find_wrk, run_wrk, script
-from extproc.demo.stack import StackError
+from extproc.testing.stack import StackError
 
 __all__ = ["Plan", "main", "publish", "report", "run_once"]
 

@@ -22,11 +22,11 @@ import uvloop
 import zmq
 
 from extproc.clock import SystemClock
-from extproc.kv.holder import Holder
+from extproc.kv.event_applier import RankSink
 from extproc.kv.index import PrefixIndex
-from extproc.kv.picture import KvPicture, RankSource
+from extproc.kv.indexer import KvPicture, RankSource
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
-from extproc.kv.rank import RankSink
+from extproc.kv.rank_pages import Holder
 from extproc.kv.subscriber import EventEndpoint
 
 _VOCABULARY: Final = 150_000

@@ -15,9 +15,9 @@ from typing import Final
 
 import numpy as np
 
-from extproc.kv.holder import Holder
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
+from extproc.kv.rank_pages import Holder
 
 _ROUNDS: Final = 9
 _VOCABULARY: Final = 150_000

@@ -25,7 +25,7 @@ from benchmarks.extproc_overhead import Plan, publish, run_once
 from benchmarks.figures import Run, Setting, pair_order
 from benchmarks.rig import MODEL, KvBlock, run_until_signal, running_rig
 from benchmarks.wrk import WrkError, conversation_script, find_wrk
-from extproc.demo.stack import ManagedProcess, StackError, free_ports, wait_until
+from extproc.testing.stack import ManagedProcess, StackError, free_ports, wait_until
 
 _WORKERS: Final = 3
 _TURNS: Final = 7

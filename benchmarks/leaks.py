@@ -23,7 +23,7 @@ import aiohttp
 
 from benchmarks.rig import run_until_signal
 from benchmarks.simulated import MODEL, Held, running_stack, settle
-from extproc.demo.stack import StackError
+from extproc.testing.stack import StackError
 
 __all__ = ["grown", "main"]
 

@@ -21,7 +21,7 @@ import aiohttp
 from benchmarks.rig import run_until_signal
 from benchmarks.simulated import MODEL, Held, raise_file_limit, running_stack, settle
 from benchmarks.wrk import chat_body
-from extproc.demo.stack import Stack, StackError
+from extproc.testing.stack import Stack, StackError
 
 __all__ = ["main"]
 

@@ -19,8 +19,8 @@ from typing import Final
 import aiohttp
 
 from benchmarks.rig import run_until_signal
-from extproc.demo.stack import Stack, StackError
 from extproc.simulator import SimulatorSettings, start
+from extproc.testing.stack import Stack, StackError
 
 _MODEL: Final = "apart"
 _EVENT_SECONDS: Final = 0.2

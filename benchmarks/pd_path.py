@@ -20,9 +20,9 @@ from typing import Any, Final
 from benchmarks.procs import cpu_seconds
 from benchmarks.rig import MODEL, Arm, run_until_signal, running_rig
 from benchmarks.wrk import WrkError, chat_body, find_wrk, run_wrk, script
-from extproc.demo.stack import StackError
-from extproc.routing.bootstrap import bootstrap_members
 from extproc.routing.json_members import with_members
+from extproc.routing.pd.handoff import bootstrap_members
+from extproc.testing.stack import StackError
 
 _PD_MODEL: Final = "apart"
 _PATH: Final = "/v1/chat/completions"

@@ -21,10 +21,10 @@ import aiohttp
 import yaml
 from msgspec import Struct
 
-from extproc.demo.stack import ManagedProcess, Stack, find_envoy, free_ports
 from extproc.envoy_config.clusters import EXTPROC_CLUSTER
 from extproc.envoy_config.listener import EXTPROC_FILTER
 from extproc.envoy_config.wire_form import socket_address, typed
+from extproc.testing.stack import ManagedProcess, Stack, find_envoy, free_ports
 
 __all__ = [
     "MODEL",

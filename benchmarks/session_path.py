@@ -20,8 +20,8 @@ from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.clock import SystemClock
-from extproc.config import EnvoyConfig, LoadConfig
-from extproc.metrics import Metrics
+from extproc.config.schema import EnvoyConfig, LoadConfig
+from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_policy
 from extproc.routing.lease import LeaseBooks
 from extproc.routing.router import Router
@@ -30,9 +30,9 @@ from extproc.server.request_heads import RequestHeadTable
 from extproc.server.responses import ResponseTable
 from extproc.server.session import Session, SessionContext
 from extproc.worker_url import parse_worker_url
-from extproc.workers.active_load import ActiveLoad
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.tickets import ActiveLoad
 from extproc.workers.worker import Worker, WorkerSpec
 
 _MODEL = "benchmark-model"

@@ -12,7 +12,7 @@ from typing import Final
 from msgspec import Struct
 
 from benchmarks.procs import rss_bytes
-from extproc.demo.stack import ManagedProcess, Stack, free_ports, wait_until
+from extproc.testing.stack import ManagedProcess, Stack, free_ports, wait_until
 
 __all__ = ["MODEL", "Held", "held", "raise_file_limit", "running_stack", "settle"]
 

@@ -23,9 +23,9 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer
 
+from extproc.tokenization.bodies.prompts import read_prompt
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
-from extproc.tokenization.prompts import read_prompt
 from extproc.tokenization.tokenizer_files import read_tokenizer
 from tests.unit.tokenization.small_tokenizers import (
     CHATML_TOKENS,

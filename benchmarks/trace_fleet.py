@@ -19,9 +19,9 @@ from typing import Final, Protocol
 import numpy as np
 from msgspec import Struct
 
-from extproc.kv.holder import Holder
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import TokenIds
+from extproc.kv.rank_pages import Holder
 from extproc.kv.wire import LoadStat
 from extproc.simulator.cache_events import CacheEvent, Cleared, Removed
 from extproc.simulator.radix_cache import Lease, RadixCache

@@ -46,7 +46,7 @@ from extproc.policies.power_of_two import PowerOfTwo
 from extproc.policies.random import RandomPolicy
 from extproc.policies.round_robin import RoundRobin
 from extproc.routing.placement import Placement
-from extproc.routing.target import Target
+from extproc.routing.rank import Target
 from extproc.simulator.cache_events import CacheEvent, Cleared
 from extproc.simulator.radix_cache import RadixCache
 from extproc.simulator.time_model import TimeModel, reusable_tokens

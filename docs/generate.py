@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 from msgspec import NODEFAULT, Meta, Struct, UnsetType
 
-from extproc.config import Config
-from extproc.config_loading import section_type
+from extproc.config.loading import section_type
+from extproc.config.schema import Config
 
 PAGE = Path(__file__).resolve().with_name("configuration.md")
 

@@ -20,36 +20,36 @@ from extproc.admin.collector import WorkerCollector
 from extproc.admin.http import AdminServer
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
 from extproc.clock import Clock, SystemClock
-from extproc.config import TOKEN_POLICIES, Config
-from extproc.config_files import read_api_key
+from extproc.config.files import read_api_key
+from extproc.config.schema import TOKEN_POLICIES, Config
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
 from extproc.event_loop import EventLoop
 from extproc.kv.subscriber import SubscriberSettings
-from extproc.metrics import Metrics
+from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
-from extproc.routing.disaggregation import Disaggregation, PdSettings
-from extproc.routing.kv_routing import KvRouting
 from extproc.routing.lease import LeaseBooks
+from extproc.routing.local_endpoints import TokenEndpoints
+from extproc.routing.pd.passes import Disaggregation, PdSettings
 from extproc.routing.placement import Placement
-from extproc.routing.rank_book import RankBook
+from extproc.routing.rank_chooser import KvRouting
+from extproc.routing.ranks import RankBook
 from extproc.routing.router import Router
-from extproc.routing.token_endpoints import TokenEndpoints
 from extproc.routing.usable import UsableWorkers
 from extproc.server.grpc_server import ExtProcServer
 from extproc.server.replies import ReplyBuilder
 from extproc.server.request_heads import RequestHeadTable
 from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
-from extproc.tokenization.chat import NO_TEMPLATE_KWARGS
+from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
-from extproc.workers.active_load import ActiveLoad
-from extproc.workers.calls import AiohttpCaller
-from extproc.workers.client import AiohttpEngineClient
+from extproc.workers.introspection_client import AiohttpEngineClient
 from extproc.workers.manager import WorkerManager
+from extproc.workers.prefill_client import AiohttpCaller
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.resolver import SystemResolver
+from extproc.workers.tickets import ActiveLoad
 from extproc.workers.worker import Mode, Worker
 
 __all__ = ["App", "load_encoders", "run_app"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from extproc import __version__
 from extproc.app import load_encoders, run_app
-from extproc.config_files import file_problems
-from extproc.config_loading import load_config
+from extproc.config.files import file_problems
+from extproc.config.loading import load_config
 from extproc.demo import cli as demo_cli
 from extproc.envoy_config import render_yaml
 from extproc.errors import ConfigError

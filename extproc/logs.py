@@ -15,7 +15,7 @@ from typing import TextIO, cast
 
 import structlog
 
-from extproc.config import ObservabilityConfig
+from extproc.config.schema import ObservabilityConfig
 
 __all__ = ["configure_logging"]
 

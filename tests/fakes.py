@@ -12,19 +12,19 @@ from typing import Any, Final
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
-from extproc.config import LoadConfig, PolicyName
-from extproc.metrics import Metrics
+from extproc.config.schema import LoadConfig, PolicyName
+from extproc.metrics.service import Metrics
 from extproc.policies.base import Policy
 from extproc.policies.factory import create_policy
 from extproc.routing.lease import Lease, LeaseBooks
 from extproc.routing.request import Request, find_endpoint
 from extproc.routing.router import Router
 from extproc.worker_url import WorkerUrl, format_endpoint, parse_worker_url
-from extproc.workers.active_load import ActiveLoad
 from extproc.workers.circuit_breaker import CircuitBreaker
-from extproc.workers.client import EngineAnswer, EngineUnreachableError
+from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent
+from extproc.workers.tickets import ActiveLoad
 from extproc.workers.worker import KvEvents, Mode, Worker, WorkerSpec
 
 __all__ = [

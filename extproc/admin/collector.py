@@ -7,8 +7,8 @@ from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from extproc.workers.active_load import ActiveLoad
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.tickets import ActiveLoad
 
 __all__ = ["WorkerCollector"]
 

@@ -11,11 +11,11 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from extproc.config import ServerConfig
+from extproc.config.schema import ServerConfig
 from extproc.errors import ConfigError
-from extproc.kv.picture import RankState
-from extproc.routing.rank_book import RankBook, RankKey
-from extproc.routing.target import Target
+from extproc.kv.indexer import RankState
+from extproc.routing.rank import Target
+from extproc.routing.ranks import RankBook, RankKey
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker

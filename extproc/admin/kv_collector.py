@@ -12,8 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from extproc.clock import Clock
-from extproc.kv.picture import KvTotals
-from extproc.routing.rank_book import RankBook
+from extproc.kv.indexer import KvTotals
+from extproc.routing.ranks import RankBook
 from extproc.tokenization.encoder import PromptEncoder
 
 __all__ = ["EncoderCollector", "KvCollector"]

@@ -17,16 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from extproc.config import PolicyName
+from extproc.config.schema import PolicyName
 from extproc.demo.client import hold_conversations
 from extproc.demo.figures import Tally
 from extproc.demo.fleet import Fleet
 from extproc.demo.pairs import pairs_ended, pairs_line
 from extproc.demo.pools import PAIR_WORKERS_MIN, Pool, divided_pool, plain_pool
 from extproc.demo.report import summary, table
-from extproc.demo.stack import Stack, StackError, wait_until
 from extproc.demo.tiny_model import write_model_folder
 from extproc.demo.workload import conversations
+from extproc.testing.stack import Stack, StackError, wait_until
 
 if TYPE_CHECKING:
     from rich.console import Console

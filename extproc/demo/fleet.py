@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from extproc.demo.pools import Part, Pool
-from extproc.demo.stack import ManagedProcess
+from extproc.testing.stack import ManagedProcess
 
 __all__ = ["Fleet"]
 

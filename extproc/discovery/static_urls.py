@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from extproc.config import StaticUrlsConfig
+from extproc.config.schema import StaticUrlsConfig
 from extproc.worker_url import parse_worker_url
 from extproc.workers.source import Added, Listed, WorkerEvent
 from extproc.workers.worker import Mode, WorkerSpec

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import yaml
 
-from extproc.config import Config
+from extproc.config.schema import Config
 from extproc.envoy_config.clusters import (
     EXTPROC_CLUSTER,
     extproc_cluster,
@@ -20,7 +20,7 @@ from extproc.envoy_config.decode_pass import (
 from extproc.envoy_config.listener import ingress_listener
 from extproc.envoy_config.wire_form import host_is_ip, socket_address, typed
 from extproc.errors import ConfigError
-from extproc.routing.decode_order import DECODE_CLUSTER
+from extproc.routing.pd.decode_order import DECODE_CLUSTER
 
 __all__ = ["render_bootstrap", "render_yaml"]
 

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from msgspec import UnsetType
 
-from extproc.config import Config
+from extproc.config.schema import Config
 from extproc.envoy_config.headers import DESTINATION
 from extproc.envoy_config.wire_form import (
     UNLIMITED,

@@ -7,7 +7,7 @@ is in headers that the ingress listener takes away from clients.
 
 from typing import Any, Final
 
-from extproc.config import Config
+from extproc.config.schema import Config
 from extproc.envoy_config.access_log import access_log
 from extproc.envoy_config.clusters import no_limits
 from extproc.envoy_config.headers import DESTINATION, told_to_nobody
@@ -21,7 +21,7 @@ from extproc.envoy_config.listener import (
 from extproc.envoy_config.local_replies import local_replies
 from extproc.envoy_config.routes import unavailable
 from extproc.envoy_config.wire_form import duration, typed
-from extproc.routing.decode_order import (
+from extproc.routing.pd.decode_order import (
     DECODE_CLUSTER,
     DECODE_ORDER_HEADER,
     DECODE_WORKER_HEADER,

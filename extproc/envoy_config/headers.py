@@ -9,8 +9,8 @@ reply. By name, because a prefix would hide a new header of ours from review.
 
 from typing import Final
 
-from extproc.config import Config
-from extproc.routing.decode_order import (
+from extproc.config.schema import Config
+from extproc.routing.pd.decode_order import (
     DECODE_ORDER_HEADER,
     DECODE_WORKER_HEADER,
     RETRY_HEADER,

@@ -2,14 +2,14 @@
 
 from typing import Any, Final
 
-from extproc.config import Config
+from extproc.config.schema import Config
 from extproc.envoy_config.access_log import access_log
 from extproc.envoy_config.clusters import EXTPROC_CLUSTER
 from extproc.envoy_config.headers import WHICH_FILTER_KEY, removed_from
 from extproc.envoy_config.local_replies import local_replies
 from extproc.envoy_config.routes import route_config
 from extproc.envoy_config.wire_form import duration, socket_address, typed
-from extproc.routing.decode_order import DECODE_ORDER_HEADER
+from extproc.routing.pd.decode_order import DECODE_ORDER_HEADER
 
 __all__ = [
     "BODY_HEADROOM_BYTES",

@@ -7,7 +7,7 @@ service dies. Whether requests without a decision are served is therefore decide
 import re
 from typing import Any, Final
 
-from extproc.config import Config
+from extproc.config.schema import Config
 from extproc.envoy_config.headers import told_to_nobody
 from extproc.envoy_config.local_replies import (
     ROUTER_UNAVAILABLE,
@@ -15,7 +15,7 @@ from extproc.envoy_config.local_replies import (
     error_headers,
 )
 from extproc.envoy_config.wire_form import duration
-from extproc.routing.decode_order import DECODE_CLUSTER, RETRY_HEADER
+from extproc.routing.pd.decode_order import DECODE_CLUSTER, RETRY_HEADER
 
 __all__ = ["FAIL_OPEN_PATHS", "route_config", "unavailable"]
 

@@ -15,10 +15,10 @@ from typing import Final
 
 import numpy as np
 
-from extproc.kv.counts import IndexCounts
-from extproc.kv.holder import ID_SHARDS, Holder, Overlap
+from extproc.kv.ownership import PREFIX_BITS, HolderTables
 from extproc.kv.prefix_hash import POSITION_MAX_TOKENS, PrefixHasher, TokenIds
-from extproc.kv.tables import PREFIX_BITS, HolderTables
+from extproc.kv.rank_pages import ID_SHARDS, Holder, Overlap
+from extproc.kv.stats import IndexCounts
 
 __all__ = ["IndexCounts", "PrefixIndex", "Tier"]
 

@@ -18,7 +18,7 @@ import enum
 from typing import Final
 
 from extproc.kv.actions import Action, Apply, CancelReplay, Clear, RequestReplay, Trust
-from extproc.kv.held import HeldBatches, HoldLimits
+from extproc.kv.reorder_buffer import HeldBatches, HoldLimits
 
 __all__ = [
     "Action",

@@ -15,11 +15,11 @@ import structlog
 import zmq
 
 from extproc.clock import Clock
-from extproc.kv.descriptors import DescriptorShare, raise_descriptor_limit
-from extproc.kv.replay import Context, EventEndpoint
+from extproc.kv.fd_budget import DescriptorShare, raise_descriptor_limit
+from extproc.kv.rank_stream import Shared, Stream
 from extproc.kv.sequence import HoldLimits
 from extproc.kv.sink import EventSink
-from extproc.kv.stream import Shared, Stream
+from extproc.kv.sockets import Context, EventEndpoint
 from extproc.kv.subscription import SubscriberSettings, SubscriptionState
 
 __all__ = [

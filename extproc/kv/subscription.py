@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from extproc.kv.counts import StreamCounts
+from extproc.kv.stats import StreamCounts
 
 __all__ = ["SubscriberSettings", "SubscriptionState"]
 

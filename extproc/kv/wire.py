@@ -35,7 +35,7 @@ from extproc.kv.events import (
     Medium,
     WireError,
 )
-from extproc.kv.wire_shapes import (
+from extproc.kv.wire_schema import (
     UNREADABLE,
     ClearedArray,
     ClearedMap,

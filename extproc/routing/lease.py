@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from extproc.clock import Clock
-from extproc.config import LoadConfig
+from extproc.config.schema import LoadConfig
 from extproc.errors import RouterError
-from extproc.metrics import Metrics
+from extproc.metrics.service import Metrics
 from extproc.routing.decision import Decision
-from extproc.workers.active_load import RankBooking, Ticket
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.tickets import RankBooking, Ticket
 from extproc.workers.worker import Worker
 
 __all__ = ["Lease", "LeaseBooks"]

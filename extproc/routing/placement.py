@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from extproc.kv.holder import Holder, Overlap
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import TokenIds
+from extproc.kv.rank_pages import Holder, Overlap
 from extproc.policies.base import KvPolicy, KvQuery
 from extproc.routing.predictions import Prediction, Predictions
-from extproc.routing.target import Target
+from extproc.routing.rank import Target
 from extproc.workers.rank_load import (
     SPEED_DEFAULT_TOKENS_PER_SECOND,
     Booking,

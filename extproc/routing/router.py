@@ -6,14 +6,14 @@ from random import Random
 from extproc.errors import model_not_found, no_healthy_workers
 from extproc.policies.base import Policy, Query
 from extproc.routing.decision import Decision
-from extproc.routing.disaggregation import Chosen, Disaggregation
-from extproc.routing.kv_routing import KvRouting, PromptTokens
 from extproc.routing.lease import Lease, LeaseBooks
-from extproc.routing.pairs import Pair
+from extproc.routing.local_endpoints import Answer, TokenEndpoints
+from extproc.routing.pd.pair import Pair
+from extproc.routing.pd.passes import Chosen, Disaggregation
+from extproc.routing.rank_chooser import KvRouting, PromptTokens
 from extproc.routing.request import Request
-from extproc.routing.token_endpoints import Answer, TokenEndpoints
 from extproc.routing.usable import UsableWorkers
-from extproc.workers.active_load import ActiveLoad, RankBooking
+from extproc.workers.tickets import ActiveLoad, RankBooking
 from extproc.workers.worker import Worker
 
 __all__ = ["Router"]

@@ -11,10 +11,10 @@ import structlog
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.errors import RouterError, internal_error
-from extproc.routing.decode_order import DECODE_ORDER_HEADER, RETRY_HEADER, DecodeOrder
-from extproc.routing.disaggregation import DecodeQuery
 from extproc.routing.lease import Lease
-from extproc.routing.pairs import Pair
+from extproc.routing.pd.decode_order import DECODE_ORDER_HEADER, RETRY_HEADER, DecodeOrder
+from extproc.routing.pd.pair import Pair
+from extproc.routing.pd.passes import DecodeQuery
 from extproc.server import replies
 from extproc.server.request_heads import DEBUG_HEADER, wanted_headers
 from extproc.server.session import Session, SessionState

@@ -19,13 +19,13 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from extproc.config import MEBIBYTE, ServerConfig, ServerTlsConfig
+from extproc.config.schema import MEBIBYTE, ServerConfig, ServerTlsConfig
 from extproc.errors import ConfigError, RouterError, internal_error, routing_timeout
-from extproc.metrics import Metrics
+from extproc.metrics.service import Metrics
 from extproc.routing.lease import Lease
-from extproc.routing.pairs import Pair
+from extproc.routing.local_endpoints import Answer
+from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
-from extproc.routing.token_endpoints import Answer
 from extproc.server.decode_session import DecodeSession
 from extproc.server.session import Session, SessionContext
 

@@ -10,16 +10,16 @@ from typing import Final
 from google.protobuf.struct_pb2 import Struct, Value
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.config import EnvoyConfig
+from extproc.config.schema import EnvoyConfig
 from extproc.errors import ERROR_CODE_HEADER, RouterError, envelope
 from extproc.routing.decision import Decision
-from extproc.routing.decode_order import (
+from extproc.routing.lease import Lease
+from extproc.routing.pd.decode_order import (
     DECODE_CLUSTER,
     DECODE_ORDER_HEADER,
     DECODE_WORKER_HEADER,
 )
-from extproc.routing.lease import Lease
-from extproc.routing.pairs import Pair
+from extproc.routing.pd.pair import Pair
 
 __all__ = [
     "DESTINATION_HEADER",

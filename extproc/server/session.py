@@ -27,11 +27,12 @@ from extproc.errors import (
     stale_request_expired,
     unsupported_body_mode,
 )
-from extproc.metrics import Metrics
-from extproc.routing.disaggregation import DecodeQuery
+from extproc.metrics.service import Metrics
 from extproc.routing.json_members import with_members
 from extproc.routing.lease import Lease
-from extproc.routing.pairs import Pair
+from extproc.routing.local_endpoints import Answer
+from extproc.routing.pd.pair import Pair
+from extproc.routing.pd.passes import DecodeQuery
 from extproc.routing.request import (
     MODELS_PATH,
     Endpoint,
@@ -40,7 +41,6 @@ from extproc.routing.request import (
     find_endpoint,
     parse_body,
 )
-from extproc.routing.token_endpoints import Answer
 from extproc.server import replies
 from extproc.server.bodies import BodyTooLargeError, RequestBody
 from extproc.server.request_heads import RequestHead, RequestHeadTable, forwarded_of

@@ -17,7 +17,7 @@ from aiohttp import web
 from yarl import URL
 
 from extproc.simulator.bodies import InferenceRequest
-from extproc.simulator.bootstrap import Meeting, meetings, prefill_rank
+from extproc.simulator.bootstrap_fields import Meeting, meetings, prefill_rank
 from extproc.simulator.errors import ApiError
 from extproc.simulator.generation import Job
 from extproc.simulator.legs import Leg, RemotePrefill, TransferError, Transfers, Wait

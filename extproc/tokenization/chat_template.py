@@ -22,9 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from msgspec import Struct
 
-from extproc.tokenization.chat import ChatPrompt
+from extproc.tokenization.bodies.messages import for_template
+from extproc.tokenization.bodies.openai_chat import ChatPrompt
 from extproc.tokenization.errors import TokenizerError, UnmappableError
-from extproc.tokenization.messages import for_template
 from extproc.tokenization.reasons import (
     MALFORMED,
     NO_CHAT_TEMPLATE,

@@ -16,6 +16,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from extproc.clock import Clock, SystemClock
+from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.errors import (
     EncodeFailedError,
@@ -26,7 +27,6 @@ from extproc.tokenization.errors import (
     UnmappableError,
 )
 from extproc.tokenization.pool import BoundedPool
-from extproc.tokenization.prompts import Prompt, read_prompt
 from extproc.tokenization.reasons import (
     BUSY,
     ENCODE_ERROR,

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 
 from extproc.tokenization.errors import TokenizerError
 from extproc.tokenization.pieces import PieceSplitter, SplitPlan, split_plan
-from extproc.tokenization.plain import PlainEncoder, packed
+from extproc.tokenization.plain_encoder import PlainEncoder, packed
 from extproc.tokenization.samples import sample_texts
 from extproc.tokenization.segment_cache import SegmentCache
-from extproc.tokenization.words import WordEncoder
+from extproc.tokenization.word_encoder import WordEncoder
 
 __all__ = ["LookedUp", "TextEncoder"]
 

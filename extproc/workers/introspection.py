@@ -14,7 +14,7 @@ from tenacity.wait import wait_exponential
 
 from extproc.clock import Clock
 from extproc.worker_url import WorkerUrl
-from extproc.workers.client import EngineClient, EngineUnreachableError
+from extproc.workers.introspection_client import EngineClient, EngineUnreachableError
 from extproc.workers.kv_announcement import read_kv_events
 from extproc.workers.worker import KvEvents, Mode, WorkerSpec
 

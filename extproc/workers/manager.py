@@ -14,18 +14,18 @@ import msgspec
 import structlog
 
 from extproc.clock import Clock
-from extproc.config import TOKEN_POLICIES, CircuitBreakerConfig, ModelConfig
-from extproc.metrics import Metrics
+from extproc.config.schema import TOKEN_POLICIES, CircuitBreakerConfig, ModelConfig
+from extproc.metrics.service import Metrics
 from extproc.workers.circuit_breaker import CircuitBreaker
-from extproc.workers.client import EngineClient
-from extproc.workers.complaints import Complaints, shown_models
 from extproc.workers.introspection import Introspection, apply_introspection, introspect
+from extproc.workers.introspection_client import EngineClient
+from extproc.workers.keyed_tasks import OrderedTasks
 from extproc.workers.kv_announcement import configured_kv_events
-from extproc.workers.ordered_tasks import OrderedTasks
 from extproc.workers.registry import MixedModesError, WorkerRegistry
 from extproc.workers.resolver import Resolver
 from extproc.workers.source import Added, Listed, ModeChanged, Removed, WorkerEvent, WorkerSource
 from extproc.workers.worker import KvEvents, Mode, Worker, WorkerSpec
+from extproc.workers.worker_warnings import Complaints, shown_models
 
 __all__ = ["WorkerFollower", "WorkerManager"]
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import aiohttp
 import pytest
 
-from extproc.demo.stack import Stack
 from extproc.simulator import RunningSimulator, SimulatorSettings, start
+from extproc.testing.stack import Stack
 
 __all__ = ["Fleet", "Launch", "Running"]
 

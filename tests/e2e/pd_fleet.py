@@ -8,8 +8,8 @@ from typing import Any
 
 import aiohttp
 
-from extproc.demo.stack import Stack
 from extproc.simulator import RunningSimulator, SimulatorSettings, start
+from extproc.testing.stack import Stack
 from tests.e2e.conftest import Fleet, Running
 
 __all__ = ["PdRunning", "pd_stack"]

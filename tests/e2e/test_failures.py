@@ -8,8 +8,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from extproc.demo.stack import wait_until
 from extproc.simulator import SimulatorSettings, start
+from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 
 

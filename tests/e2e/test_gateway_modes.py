@@ -9,8 +9,8 @@ import pytest
 import trustme
 from aiohttp import web
 
-from extproc.demo.stack import wait_until
 from extproc.simulator import SimulatorSettings, create_app
+from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 
 

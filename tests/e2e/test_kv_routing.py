@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from extproc.demo.stack import wait_until
+from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 from tests.e2e.test_gateway_modes import MODES, with_modes
 from tests.unit.simulator.model_folders import model_folder

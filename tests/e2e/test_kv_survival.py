@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from extproc.demo.stack import ManagedProcess, Stack, free_ports, wait_until
+from extproc.testing.stack import ManagedProcess, Stack, free_ports, wait_until
 from tests.unit.simulator.model_folders import model_folder
 
 PAGE = 16

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from extproc.demo.stack import ManagedProcess, free_ports, wait_until
+from extproc.testing.stack import ManagedProcess, free_ports, wait_until
 from tests.e2e.pd_fleet import PdRunning, pd_stack
 from tests.e2e.test_gateway_modes import MODES, with_modes
 from tests.unit.simulator.model_folders import model_folder

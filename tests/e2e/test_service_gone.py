@@ -4,7 +4,7 @@ import asyncio
 import signal
 import time
 
-from extproc.demo.stack import wait_until
+from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 
 

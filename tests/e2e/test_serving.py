@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from extproc.demo.stack import wait_until
+from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from msgspec import Struct
 
 from extproc.clock import SystemClock
-from extproc.kv.holder import Holder
-from extproc.kv.picture import KvPicture, RankSource, RankState
+from extproc.kv.indexer import KvPicture, RankSource, RankState
+from extproc.kv.rank_pages import Holder
 from extproc.kv.subscriber import EventEndpoint, SubscriberSettings
 from extproc.kv.wire import LoadStat
 from tests.kv_survival.prompts import PAGE, PROMPT_PAGES, PROMPTS, page_tokens

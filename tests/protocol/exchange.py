@@ -17,12 +17,11 @@ from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.clock import Clock, SystemClock
-from extproc.config import EnvoyConfig, LoadConfig, PolicyName, ServerConfig
-from extproc.demo.stack import free_ports
-from extproc.metrics import Metrics
+from extproc.config.schema import EnvoyConfig, LoadConfig, PolicyName, ServerConfig
+from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_policy
 from extproc.routing.lease import Lease, LeaseBooks
-from extproc.routing.pairs import Pair
+from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
 from extproc.routing.router import Router
 from extproc.server.grpc_server import SERVICE, ExtProcServer
@@ -30,10 +29,11 @@ from extproc.server.replies import ReplyBuilder
 from extproc.server.request_heads import RequestHeadTable
 from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
+from extproc.testing.stack import free_ports
 from extproc.worker_url import parse_worker_url
-from extproc.workers.active_load import ActiveLoad
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.tickets import ActiveLoad
 from extproc.workers.worker import Worker, WorkerSpec
 
 MODES = {

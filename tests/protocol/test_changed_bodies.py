@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from extproc.routing.lease import Lease
-from extproc.routing.pairs import Pair
+from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
 from tests.protocol.exchange import (
     Service,

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.routing.decode_order import DecodeOrder
+from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.workers.circuit_breaker import BreakerState
 from tests.protocol.exchange import (
     Envoy,
@@ -31,7 +31,7 @@ from tests.protocol.exchange import (
     set_headers,
     stream,
 )
-from tests.unit.routing.pd_house import ADDRESSES, KV, PREFILLS, Fleet
+from tests.unit.routing.pd.house import ADDRESSES, KV, PREFILLS, Fleet
 
 DECODE = (("x-extproc-pass", "decode"),)
 REFUSED = "upstream_reset_before_response_started{remote_connection_failure}"

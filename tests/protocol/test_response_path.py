@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from extproc.config import LoadConfig
+from extproc.config.schema import LoadConfig
 from extproc.workers.circuit_breaker import BreakerState
 from tests.protocol.exchange import (
     Envoy,

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from extproc.config import Config
-from extproc.config_loading import parse_config
+from extproc.config.loading import parse_config
+from extproc.config.schema import Config
 from extproc.errors import ConfigError
 
 URL = "http://10.0.0.1:8000"

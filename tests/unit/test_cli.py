@@ -13,9 +13,8 @@ import yaml
 
 from extproc import __version__
 from extproc.cli import main
+from tests.unit.configs import discovery, raw_config
 from tests.unit.simulator.model_folders import model_folder
-
-from .configs import discovery, raw_config
 
 
 def written(folder: Path, raw: object) -> str:

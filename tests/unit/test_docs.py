@@ -10,8 +10,8 @@ from extproc import errors
 from extproc.admin.collector import WorkerCollector
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
 from extproc.envoy_config.routes import FAIL_OPEN_PATHS
-from extproc.metrics import Metrics
-from extproc.routing.rank_book import RankBook
+from extproc.metrics.service import Metrics
+from extproc.routing.ranks import RankBook
 from extproc.routing.request import (
     DETOKENIZE_PATH,
     ENDPOINT_PATHS,
@@ -19,8 +19,8 @@ from extproc.routing.request import (
     TOKENIZE_PATH,
     find_endpoint,
 )
-from extproc.workers.active_load import ActiveLoad
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.tickets import ActiveLoad
 from tests.fakes import FakeClock
 
 ROOT = Path(__file__).resolve().parents[2]

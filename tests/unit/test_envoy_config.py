@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.config import Config
-from extproc.config_loading import load_config, parse_config
+from extproc.config.loading import load_config, parse_config
+from extproc.config.schema import Config
 from extproc.envoy_config import render_bootstrap, render_yaml
 from extproc.errors import ConfigError
 

@@ -12,7 +12,7 @@ import pytest
 import trustme
 import yaml
 
-from extproc.config_loading import parse_config
+from extproc.config.loading import parse_config
 from extproc.envoy_config import render_bootstrap, render_yaml
 
 ENVOY_FOLDER = Path(__file__).parents[2] / "envoy"

@@ -9,7 +9,7 @@ import pytest
 _PROGRAM = """
 import logging, sys
 import structlog
-from extproc.config import ObservabilityConfig
+from extproc.config.schema import ObservabilityConfig
 early = structlog.get_logger()
 from extproc.logs import configure_logging
 configure_logging(ObservabilityConfig(log_level=sys.argv[1], log_format=sys.argv[2]))

@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import sys
 import structlog
-from extproc.config import ObservabilityConfig
+from extproc.config.schema import ObservabilityConfig
 from extproc.logs import configure_logging
 
 configure_logging(ObservabilityConfig())

@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry
 
 from extproc import __version__
-from extproc.metrics import Metrics
+from extproc.metrics.service import Metrics
 
 _UNITS = ("_seconds", "_bytes", "_total", "_info", "_open", "_tokens")
 

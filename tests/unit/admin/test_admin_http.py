@@ -11,7 +11,7 @@ from aiohttp import ClientSession
 from prometheus_client import CollectorRegistry, Counter
 
 from extproc.admin.http import AdminServer
-from extproc.config import ServerConfig
+from extproc.config.schema import ServerConfig
 from extproc.errors import ConfigError
 from extproc.workers.registry import WorkerRegistry
 from tests.fakes import make_worker

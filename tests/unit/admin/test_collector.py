@@ -4,8 +4,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from extproc.admin.collector import WorkerCollector
-from extproc.workers.active_load import ActiveLoad
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.tickets import ActiveLoad
 from tests.fakes import Routing, make_router, make_worker
 
 A, B = "http://10.0.0.1:8000", "http://10.0.0.2:8000"

@@ -9,12 +9,12 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
-from extproc.config import ModelConfig
+from extproc.config.schema import ModelConfig
 from extproc.policies.factory import create_kv_policy
 from extproc.routing.placement import Placement
-from extproc.routing.rank_book import RankBook
+from extproc.routing.ranks import RankBook
+from extproc.tokenization.bodies.prompts import read_prompt
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
-from extproc.tokenization.prompts import read_prompt
 from extproc.workers.worker import KvEvents
 from tests.fakes import FakeClock, make_worker
 from tests.unit.simulator.model_folders import model_folder

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.bare_responder import body_replies
 from benchmarks.rig import derive_listeners
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.config import Config
+from extproc.config.schema import Config
 from extproc.envoy_config import render_bootstrap
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from extproc.cli import main
 from extproc.demo import cli
-from extproc.demo.stack import StackError
+from extproc.testing.stack import StackError
 
 
 def options(*arguments: str) -> argparse.Namespace:

@@ -7,8 +7,8 @@ import pytest
 
 from extproc.demo.fleet import Fleet
 from extproc.demo.pools import divided_pool, plain_pool
-from extproc.demo.stack import StackError
 from extproc.demo.tiny_model import write_model_folder
+from extproc.testing.stack import StackError
 
 
 async def test_every_model_has_its_workers(tmp_path: Path) -> None:

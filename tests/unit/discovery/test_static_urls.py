@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from extproc.config import StaticUrlsConfig
+from extproc.config.schema import StaticUrlsConfig
 from extproc.discovery.static_urls import StaticUrls
 from extproc.workers.source import Added, Listed
 from tests.fakes import make_spec, settle

@@ -8,9 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from extproc.kv.holder import Holder, Overlap
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
+from extproc.kv.rank_pages import Holder, Overlap
 
 _PAGE = 2
 # Few tokens: prompts share prefixes and branch often.

@@ -19,9 +19,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from extproc.kv.holder import Holder, Overlap
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
+from extproc.kv.rank_pages import Holder, Overlap
 
 _Page = tuple[str, tuple[int, ...]]  # namespace, all tokens up to its end
 # Page size, pairs; two that are alike share the walk.

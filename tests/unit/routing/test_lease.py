@@ -2,7 +2,7 @@
 
 import pytest
 
-from extproc.config import LoadConfig
+from extproc.config.schema import LoadConfig
 from extproc.routing.lease import Lease
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker

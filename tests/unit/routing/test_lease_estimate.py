@@ -2,7 +2,7 @@
 
 import pytest
 
-from extproc.config import LoadConfig
+from extproc.config.schema import LoadConfig
 from tests.fakes import Routing, make_router, make_worker
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"

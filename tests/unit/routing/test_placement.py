@@ -14,7 +14,7 @@ from extproc.policies.cache_aware_zmq import CacheAwareZmq
 from extproc.policies.min_ttft import MinTtft
 from extproc.routing.placement import Placed, Placement
 from extproc.routing.predictions import GRACE_SECONDS
-from extproc.routing.target import Target
+from extproc.routing.rank import Target
 from extproc.workers.rank_load import RankLoad
 from tests.fakes import make_worker
 

@@ -10,13 +10,13 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.config import EnvoyConfig
+from extproc.config.schema import EnvoyConfig
 from extproc.errors import RouterError, no_decode_workers
-from extproc.metrics import Metrics
+from extproc.metrics.service import Metrics
 from extproc.routing.decision import Decision
-from extproc.routing.decode_order import DecodeOrder
-from extproc.routing.disaggregation import DecodeQuery
 from extproc.routing.lease import Lease
+from extproc.routing.pd.decode_order import DecodeOrder
+from extproc.routing.pd.passes import DecodeQuery
 from extproc.server.decode_session import DecodeSession
 from extproc.server.replies import ReplyBuilder
 from extproc.server.request_heads import RequestHeadTable

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from extproc.tokenization.chat import ChatPrompt
+from extproc.tokenization.bodies.openai_chat import ChatPrompt
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.errors import TokenizerError, UnmappableError
 from extproc.tokenization.tokenizer_files import TokenizerFiles

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from extproc.tokenization.bodies.messages import for_template
+from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.chat_template import iterates_over_parts, template_environment
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
-from extproc.tokenization.messages import for_template
-from extproc.tokenization.prompts import Prompt, read_prompt
 from tests.unit.tokenization.small_tokenizers import (
     FAMILIES,
     family_folder,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import (
     EncodeFailedError,
@@ -19,7 +20,6 @@ from extproc.tokenization.errors import (
     UnknownTokenError,
 )
 from extproc.tokenization.pool import BoundedPool
-from extproc.tokenization.prompts import Prompt, read_prompt
 from extproc.tokenization.reasons import REASONS
 from tests.unit.tokenization.small_tokenizers import (
     CHATML_TOKENS,

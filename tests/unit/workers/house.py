@@ -6,9 +6,9 @@ from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry
 
-from extproc.config import CircuitBreakerConfig, ModelConfig
-from extproc.metrics import Metrics
-from extproc.workers.client import EngineAnswer
+from extproc.config.schema import CircuitBreakerConfig, ModelConfig
+from extproc.metrics.service import Metrics
+from extproc.workers.introspection_client import EngineAnswer
 from extproc.workers.manager import WorkerFollower, WorkerManager
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent

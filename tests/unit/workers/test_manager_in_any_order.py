@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extproc.workers.client import EngineAnswer
+from extproc.workers.introspection_client import EngineAnswer
 from extproc.workers.source import Added, ModeChanged, Removed
 from extproc.workers.worker import Mode
 from tests.fakes import make_spec

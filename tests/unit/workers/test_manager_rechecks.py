@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from extproc.config import KvEventsConfig, ModelConfig
+from extproc.config.schema import KvEventsConfig, ModelConfig
 from extproc.workers.circuit_breaker import BreakerState
-from extproc.workers.client import EngineAnswer
+from extproc.workers.introspection_client import EngineAnswer
 from extproc.workers.source import Added, ModeChanged, Removed
 from extproc.workers.worker import Mode, Worker
 from tests.fakes import FakeEngineClient, make_spec, settle

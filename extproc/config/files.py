@@ -1,0 +1,77 @@
+"""The files a configuration names: can the service use them here?
+
+Apart from the rules, since rendering Envoy's configuration may happen on another machine.
+"""
+
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+from extproc.config.rules import API_KEY
+from extproc.config.schema import Config
+
+__all__ = ["file_problems", "read_api_key"]
+
+
+def file_problems(config: Config) -> list[str]:
+    """Every file the service itself needs and can not use, as `key: sentence`."""
+    workers, tls = config.workers, config.server.tls
+    problems = [
+        _file_problem("workers.api_key_file", workers.api_key_file, read_api_key),
+        _file_problem("workers.ca_file", workers.ca_file, _load_bundle),
+    ]
+    if tls is not None:
+
+        def load_pair(path: Path) -> None:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, tls.key_file)
+
+        problems += [
+            _file_problem("server.tls.key_file", tls.key_file, Path.read_bytes),
+            _file_problem("server.tls.cert_file", tls.cert_file, load_pair),
+            _file_problem("server.tls.client_ca_file", tls.client_ca_file, _load_bundle),
+        ]
+    if config.server.unix_socket is not None:
+        folder = Path(config.server.unix_socket).parent
+        problems.append(
+            None
+            if _is_folder(folder)
+            else f"server.unix_socket: the folder {folder} does not exist"
+        )
+    return [problem for problem in problems if problem is not None]
+
+
+def read_api_key(path: Path) -> str:
+    """The token in a file, without blanks around it; raises ValueError or OSError."""
+    try:
+        key = path.read_text(encoding="ascii").strip()
+    except UnicodeDecodeError:
+        raise ValueError("expected printable ASCII") from None
+    if not API_KEY.fullmatch(key):
+        raise ValueError("expected one token of printable ASCII without blanks")
+    return key
+
+
+def _load_bundle(path: Path) -> None:
+    ssl.create_default_context(cafile=path)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _file_problem(key: str, name: str | None, load: Callable[[Path], object]) -> str | None:
+    if name is None:
+        return None
+    try:
+        if not load(Path(name)) and not Path(name).read_bytes().strip():
+            return f"{key}: {name} is empty"
+    except ssl.SSLError:
+        return f"{key}: {name} holds no usable PEM certificate or key"
+    except OSError as error:
+        return f"{key}: {name} can not be read: {error.strerror}"
+    except ValueError as error:
+        return f"{key}: {name} can not be used: {error}"
+    return None

@@ -1,0 +1,273 @@
+"""From a YAML or TOML file to a Config, with every problem named at once.
+
+msgspec stops at the first error; an operator wants all of them, each with the path of its
+key. So sections are walked here and msgspec converts one value at a time.
+"""
+
+import math
+import re
+import tomllib
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import yaml
+from msgspec import Struct
+
+from extproc.config.rules import rule_problems
+from extproc.config.schema import Config
+from extproc.errors import ConfigError
+
+__all__ = ["load_config", "parse_config", "section_type"]
+
+# Keys of sgl-router's schema whose feature this version does not have. They are refused
+# rather than ignored: a setting that silently does nothing is worse than a start-up error.
+_NOT_AVAILABLE_KEYS: Final = (re.compile(r"discovery\.k8s"),)
+_NOT_AVAILABLE_VALUES: Final = {
+    "backend": ("k8s",),
+}
+_FILE_MAX_BYTES: Final = 1024 * 1024
+_ALIASES_MAX: Final = 100
+# Stands for a value that was refused, so that the rest can still be looked at.
+_BROKEN: Final = object()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, since the second would silently win, and
+    aliases of aliases, which let a small file grow without bound.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        before = self._aliases
+        if isinstance(event, yaml.AliasEvent):
+            self._aliases += 1
+            if self._aliases > _ALIASES_MAX:
+                raise ConfigError([f"more than {_ALIASES_MAX} YAML aliases"])
+        node = super().compose_node(parent, index)
+        anchor = getattr(event, "anchor", None)
+        if anchor and not isinstance(event, yaml.AliasEvent) and self._aliases > before:
+            line = event.start_mark.line + 1
+            raise ConfigError([f"line {line}: an anchor around an alias is not supported"])
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError([f"line {line}: the key {key!r} is given twice"])
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a configuration file; the format follows the extension.
+
+    Raises ConfigError with all problems, each led by its key.
+    """
+    try:
+        if path.stat().st_size > _FILE_MAX_BYTES:
+            raise ConfigError([f"{path}: larger than {_FILE_MAX_BYTES} bytes"])
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"{path}: can not be read: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"{path}: not UTF-8 text"]) from None
+    match path.suffix.lower():
+        case ".yaml" | ".yml":
+            try:
+                raw = yaml.load(text, _StrictLoader)  # noqa: S506 (a SafeLoader)
+            except ConfigError:
+                raise
+            except Exception as error:  # the library lets more out than its own errors
+                raise ConfigError([f"{path}: not valid YAML: {_first_line(error)}"]) from None
+        case ".toml":
+            try:
+                raw = tomllib.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError([f"{path}: not valid TOML: {_first_line(error)}"]) from None
+        case _:
+            raise ConfigError([f"{path}: the file name must end in .yaml, .yml or .toml"])
+    return parse_config(raw)
+
+
+def parse_config(raw: object) -> Config:
+    """Check decoded YAML or TOML against the schema and the rules; raises ConfigError.
+
+    The rules also run where parts are broken, on placeholders, so that one pass names
+    everything; what they would say of the placeholders is left out.
+    """
+    found = _Findings()
+    values = _section(Config, raw, "", found)
+    config = msgspec.convert(values, Config)
+    for problem in rule_problems(config):
+        key = problem.partition(":")[0]
+        if not any(key == path or key.startswith((f"{path}.", f"{path}[")) for path in found.paths):
+            found.problems.append(problem)
+    if found.problems:
+        raise ConfigError(found.problems, config)
+    return config
+
+
+class _Findings:
+    """The problems so far, and the paths of the keys whose value is made up."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.paths: list[str] = []
+
+    def broken(self, path: str, problem: str) -> None:
+        self.problems.append(problem)
+        self.paths.append(path)
+
+
+def section_type(hint: Any) -> type[Struct] | None:
+    """The section struct behind a field's type (through Annotated, Optional and list), if any."""
+    if isinstance(hint, type) and issubclass(hint, Struct):
+        return hint
+    if get_origin(hint) in (Annotated, list, Union, UnionType):
+        for argument in get_args(hint):
+            if found := section_type(argument):
+                return found
+    return None
+
+
+def _is_list(hint: Any) -> bool:
+    if get_origin(hint) is Annotated:
+        return _is_list(get_args(hint)[0])
+    return get_origin(hint) is list
+
+
+def _section(section: type[Struct], raw: object, path: str, found: _Findings) -> dict[str, Any]:
+    """Check one mapping against its struct; returns it with placeholders where it is broken."""
+    if not isinstance(raw, dict):
+        problem = f"{path or 'the file'}: expected a mapping of keys, found {_kind(raw)}"
+        if not path:
+            raise ConfigError([problem])
+        found.broken(path, problem)
+        return _section(section, {}, path, _Findings())
+    hints = get_type_hints(section, include_extras=True)
+    fields = {field.encode_name: field for field in msgspec.structs.fields(section)}
+    found.problems += [_unknown_key(path, key, list(fields)) for key in raw if key not in fields]
+    good: dict[str, Any] = {}
+    for name, info in fields.items():
+        key_path = _join(path, name)
+        if name in raw:
+            value = _field(hints[name], raw[name], name, key_path, found)
+            if value is not _BROKEN:
+                good[name] = value
+        elif info.required:
+            found.broken(key_path, f"{key_path}: this key is required")
+        if info.required and name not in good:
+            good[name] = _placeholder(hints[name])
+    return good
+
+
+def _placeholder(hint: Any) -> Any:
+    """A value that passes for a required key, so that the rest can be looked at."""
+    nested = section_type(hint)
+    if _is_list(hint):
+        return []
+    if nested is not None:
+        return _section(nested, {}, "-", _Findings())
+    choices = _choices(hint)
+    return choices[0] if choices else _least_number(hint) or "-"
+
+
+def _least_number(hint: Any) -> int | None:
+    """The lowest that a number of this type may be; None for a type that is no number."""
+    if get_origin(hint) is not Annotated:
+        return None
+    kind, *notes = get_args(hint)
+    least = [note.ge for note in notes if isinstance(note, msgspec.Meta) and note.ge is not None]
+    return math.ceil(max(least, default=1)) if kind in (int, float) else None
+
+
+def _field(hint: Any, raw: object, name: str, path: str, found: _Findings) -> Any:
+    nested = section_type(hint)
+    if nested is None or (raw is None and _allows_none(hint)):
+        if problem := _scalar_problem(hint, raw, name):
+            found.broken(path, f"{path}{problem}")
+            return _BROKEN
+        return raw
+    if not _is_list(hint):
+        if isinstance(raw, dict):
+            return _section(nested, raw, path, found)
+        found.broken(path, f"{path}: expected a mapping of keys, found {_kind(raw)}")
+        return _BROKEN
+    if not isinstance(raw, list):
+        found.broken(path, f"{path}: expected a list, found {_kind(raw)}")
+        return _BROKEN
+    return [_section(nested, item, f"{path}[{i}]", found) for i, item in enumerate(raw)]
+
+
+def _scalar_problem(hint: Any, raw: object, name: str) -> str | None:
+    """What is wrong with one value, beginning with the rest of its path; None when good."""
+    choices = _choices(hint)
+    if choices and raw not in choices:
+        expected = f"expected one of {', '.join(choices)}"
+        if isinstance(raw, str) and raw in _NOT_AVAILABLE_VALUES.get(name, ()):
+            return f": {raw!r} is not available in this version, {expected}"
+        return f": unknown value {repr(raw) if isinstance(raw, str) else _kind(raw)}, {expected}"
+    if isinstance(raw, float) and not math.isfinite(raw):
+        return ": expected a finite number"
+    if not _is_unicode(raw):
+        return ": not valid Unicode text"
+    try:
+        msgspec.convert(raw, hint)
+    except msgspec.ValidationError as error:
+        sentence, _, where = str(error).partition(" - at `$")
+        return f"{where.rstrip('`')}: {sentence[0].lower()}{sentence[1:]}"
+    return None
+
+
+def _is_unicode(raw: object) -> bool:
+    """False for text with lone surrogates, which a file can spell but nothing can encode."""
+    if isinstance(raw, list):
+        return all(_is_unicode(item) for item in raw)
+    try:
+        return not isinstance(raw, str) or raw.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    if get_origin(hint) is Annotated:
+        return _choices(get_args(hint)[0])
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _allows_none(hint: Any) -> bool:
+    return type(None) in get_args(hint) or any(_allows_none(arg) for arg in get_args(hint))
+
+
+def _unknown_key(path: str, key: object, allowed: list[str]) -> str:
+    key_path = _join(path, str(key))
+    if any(pattern.fullmatch(key_path) for pattern in _NOT_AVAILABLE_KEYS):
+        return f"{key_path}: this key is not available in this version"
+    return f"{key_path}: unknown key, expected one of {', '.join(allowed)}"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _kind(raw: object) -> str:
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+    return names.get(type(raw), "a number")
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    lines = str(error).splitlines()
+    return " ".join(line.strip() for line in lines[:2]) if lines else type(error).__name__

@@ -1,0 +1,225 @@
+"""Rules of the configuration that span keys or need more than a type."""
+
+import contextlib
+import ipaddress
+import re
+from collections.abc import Iterator
+from typing import Final
+
+from msgspec import UnsetType
+
+from extproc.config.schema import TOKEN_POLICIES, Config, ModelConfig
+from extproc.worker_url import parse_kv_endpoint, parse_worker_url
+
+__all__ = ["API_KEY", "rule_problems"]
+
+API_KEY: Final = re.compile(r"[\x21-\x7e]+")
+_HEADERS_WITH_A_MEANING: Final = (
+    "x-extproc-debug",
+    "x-extproc-decode-order",
+    "x-extproc-pass",
+    "x-extproc-retry",
+    "x-gateway-destination-endpoint",
+    "x-request-id",
+)
+_HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
+_LISTEN_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
+_UNIX_SOCKET_MAX_BYTES: Final = 107
+_PORT_MAX: Final = 65_535
+
+
+def rule_problems(config: Config) -> Iterator[str]:
+    """Every broken rule as `key: sentence`."""
+    yield from _model_problems(config)
+    yield from _static_url_problems(config)
+    yield from _port_problems(config)
+    yield from _header_problems(config)
+    yield from _timeout_problems(config)
+    yield from _credential_problems(config)
+    for key, host in (("host", config.server.host), ("admin_host", config.server.admin_host)):
+        if not _LISTEN_HOST.fullmatch(host):
+            yield f"server.{key}: expected an IP address (IPv6 without brackets) or a name"
+    socket_path = config.server.unix_socket
+    if socket_path is not None:
+        if not socket_path.startswith("/"):
+            yield "server.unix_socket: expected an absolute path"
+        if "\0" in socket_path:
+            yield "server.unix_socket: a NUL can not be part of a path"
+        if len(socket_path.encode()) > _UNIX_SOCKET_MAX_BYTES:
+            yield f"server.unix_socket: longer than {_UNIX_SOCKET_MAX_BYTES} bytes"
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    if not config.models:
+        yield "models: at least one model is needed, nothing could be routed"
+    seen: dict[str, int] = {}
+    for index, model in enumerate(config.models):
+        if not model.id.strip() or model.id != model.id.strip():
+            yield f"models[{index}].id: must not be blank or padded with blanks"
+        if any(ord(char) < 0x20 or ord(char) > 0x7E for char in model.id):
+            # It travels in a header.
+            yield f"models[{index}].id: only printable ASCII can be sent in a header"
+        if model.id in seen:
+            yield f"models[{index}].id: {model.id!r} is already models[{seen[model.id]}]"
+        seen.setdefault(model.id, index)
+        if model.policy in TOKEN_POLICIES and model.tokenizer_path is None:
+            yield f"models[{index}].tokenizer_path: needed by the policy {model.policy!r}"
+        if model.pd.min_prefill_tokens:
+            key = f"models[{index}].pd.min_prefill_tokens"
+            if model.pd.protocol == "sglang":
+                yield f"{key}: an SGLang decode worker can not prefill, hence only with 'nixl'"
+            if model.policy not in TOKEN_POLICIES:
+                yield f"{key}: the policy {model.policy!r} does not know a prompt's tokens"
+        yield from _kv_event_problems(config, model, f"models[{index}].kv_events")
+
+
+def _kv_event_problems(config: Config, model: ModelConfig, path: str) -> Iterator[str]:
+    if model.kv_events and model.policy not in TOKEN_POLICIES:
+        yield f"{path}: the policy {model.policy!r} looks at no KV events"
+    section = config.discovery.static_urls
+    configured = set() if isinstance(section, UnsetType) else set(_normalised(section.urls))
+    seen: dict[str | None, int] = {}
+    for index, entry in enumerate(model.kv_events):
+        key = f"{path}[{index}]"
+        for name, text in (
+            ("endpoint", entry.endpoint),
+            ("replay_endpoint", entry.replay_endpoint),
+        ):
+            if text is None:
+                continue
+            try:
+                if parse_kv_endpoint(text)[1] + entry.dp_size - 1 > _PORT_MAX:
+                    yield f"{key}.{name}: the port of the last rank is over {_PORT_MAX}"
+            except ValueError as error:
+                yield f"{key}.{name}: {error}"
+        url = None if entry.url is None else next(iter(_normalised([entry.url])), "")
+        if url is not None and url not in configured:
+            yield f"{key}.url: not one of discovery.static_urls.urls"
+        if url in seen:
+            yield f"{key}.url: the same workers as {path}[{seen[url]}]"
+        seen.setdefault(url, index)
+
+
+def _normalised(urls: list[str]) -> Iterator[str]:
+    """The URLs as their workers are known; broken ones are left out."""
+    for text in urls:
+        with contextlib.suppress(ValueError):
+            yield str(parse_worker_url(text))
+
+
+def _static_url_problems(config: Config) -> Iterator[str]:
+    section = config.discovery.static_urls
+    if isinstance(section, UnsetType):
+        yield "discovery.static_urls: this section is needed for backend 'static_urls'"
+        return
+    if not section.urls:
+        yield "discovery.static_urls.urls: at least one worker URL is needed"
+    seen: dict[str, int] = {}
+    own = dict(_own_addresses(config))
+    for index, text in enumerate(section.urls):
+        key = f"discovery.static_urls.urls[{index}]"
+        try:
+            parsed = parse_worker_url(text)
+            url = str(parsed)
+        except ValueError as error:
+            yield f"{key}: {error}"
+            continue
+        host = "loopback" if _is_loopback(parsed.host) else parsed.host
+        if owner := own.get((host, parsed.port)):
+            yield f"{key}: this is {owner}, requests would go round in circles"
+        if url in seen:
+            yield f"{key}: the same worker as discovery.static_urls.urls[{seen[url]}]"
+        seen.setdefault(url, index)
+    roles: dict[str, str] = {}
+    by_role = {"prefill_urls": section.prefill_urls, "decode_urls": section.decode_urls}
+    for name, urls in by_role.items():
+        for index, text in enumerate(urls):
+            key = f"discovery.static_urls.{name}[{index}]"
+            found = next(iter(_normalised([text])), "")
+            if found not in seen:
+                yield f"{key}: not one of discovery.static_urls.urls"
+            if found in roles:
+                yield f"{key}: the same worker as {roles[found]}"
+            roles.setdefault(found, key)
+
+
+def _own_addresses(config: Config) -> Iterator[tuple[tuple[str, int], str]]:
+    """Addresses that are no worker's, with the key of each; "loopback" for all of its forms."""
+    server, envoy = config.server, config.envoy
+    for key, host, port in (
+        ("envoy.port", envoy.host, envoy.port),
+        ("envoy.admin_port", "127.0.0.1", envoy.admin_port),
+        ("server.port", server.host, server.port),
+        ("server.admin_port", server.admin_host, server.admin_port),
+    ):
+        if _is_loopback(host) or host in ("0.0.0.0", "::"):  # noqa: S104 (a comparison)
+            yield ("loopback", port), key
+        yield (host, port), key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _port_problems(config: Config) -> Iterator[str]:
+    owners: dict[int, str] = {}
+    for key, port in (
+        ("server.port", config.server.port),
+        ("server.admin_port", config.server.admin_port),
+        ("envoy.port", config.envoy.port),
+        ("envoy.admin_port", config.envoy.admin_port),
+    ):
+        if port in owners:
+            yield f"{key}: {port} is already the value of {owners[port]}"
+        owners.setdefault(port, key)
+
+
+def _header_problems(config: Config) -> Iterator[str]:
+    envoy = config.envoy
+    names = {"cluster_header": envoy.cluster_header, "model_header": envoy.model_header}
+    for key, name in names.items():
+        if not _HEADER_NAME.fullmatch(name) or name.startswith("x-envoy-"):
+            yield (
+                f"envoy.{key}: expected a lower-case name that begins with x- and not with x-envoy-"
+            )
+        if name in _HEADERS_WITH_A_MEANING:
+            yield f"envoy.{key}: {name} has another meaning"
+    if envoy.cluster_header == envoy.model_header:
+        yield "envoy.model_header: must differ from envoy.cluster_header"
+    if not re.fullmatch(r"[A-Za-z0-9_.|:-]{1,200}", envoy.cluster):
+        yield "envoy.cluster: expected letters, digits and any of _ . | : -"
+
+
+def _timeout_problems(config: Config) -> Iterator[str]:
+    if config.server.step_deadline_secs >= config.envoy.message_timeout_secs:
+        yield (
+            "server.step_deadline_secs: must be shorter than envoy.message_timeout_secs "
+            f"({config.envoy.message_timeout_secs:g})"
+        )
+    if config.envoy.stream_idle_timeout_secs <= config.proxy.request_timeout_secs:
+        yield (
+            "envoy.stream_idle_timeout_secs: must be longer than proxy.request_timeout_secs "
+            f"({config.proxy.request_timeout_secs:g})"
+        )
+
+
+def _credential_problems(config: Config) -> Iterator[str]:
+    workers = config.workers
+    if workers.api_key is not None and workers.api_key_file is not None:
+        yield "workers.api_key_file: only one of api_key and api_key_file can be given"
+    if workers.api_key is not None and not API_KEY.fullmatch(workers.api_key):
+        yield "workers.api_key: expected printable ASCII without blanks"
+    if workers.forward_api_key and workers.api_key is None and workers.api_key_file is None:
+        yield "workers.forward_api_key: needs workers.api_key or workers.api_key_file"
+    extproc = config.envoy.extproc
+    tls = config.server.tls
+    if config.server.unix_socket is None and tls is not None:
+        if extproc.ca_file is None:
+            yield "envoy.extproc.ca_file: needed with server.tls, or Envoy could not verify us"
+        if tls.client_ca_file is not None and extproc.cert_file is None:
+            yield "envoy.extproc.cert_file: needed with server.tls.client_ca_file"
+    if (extproc.cert_file is None) != (extproc.key_file is None):
+        yield "envoy.extproc.key_file: cert_file and key_file belong together"

@@ -1,0 +1,464 @@
+"""Every configuration key: its name, type, default, bounds and meaning.
+
+The key names and defaults of `server`, `observability`, `models`, `discovery`, `proxy` and
+`active_load` follow sgl-router's file, so that its users can bring theirs; the rest is ours.
+Nothing else in the package reads files or the environment for settings. Loading and the
+rules that span several keys are in config_loading.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, UnsetType, field
+
+from extproc.config.models import (
+    SECONDS,
+    TOKEN_POLICIES,
+    CacheAwareConfig,
+    CircuitBreakerConfig,
+    KvEventsConfig,
+    MinTtftConfig,
+    ModelConfig,
+    PdModelConfig,
+    PolicyName,
+    Section,
+    Text,
+)
+
+__all__ = [
+    "KIBIBYTE",
+    "MEBIBYTE",
+    "SECONDS",
+    "TOKEN_POLICIES",
+    "ActiveLoadConfig",
+    "CacheAwareConfig",
+    "CircuitBreakerConfig",
+    "Config",
+    "DiscoveryConfig",
+    "EnvoyConfig",
+    "ExtprocEndpointConfig",
+    "KvConfig",
+    "KvEventsConfig",
+    "LoadConfig",
+    "MinTtftConfig",
+    "ModelConfig",
+    "ObservabilityConfig",
+    "PdConfig",
+    "PdModelConfig",
+    "PolicyName",
+    "ProxyConfig",
+    "ServerConfig",
+    "ServerTlsConfig",
+    "StaticUrlsConfig",
+    "TokenizationConfig",
+    "WorkersConfig",
+]
+
+KIBIBYTE = 1024
+MEBIBYTE = 1024 * 1024
+
+_PREFILL_SHARE = 0.8
+_Port = Annotated[int, Meta(ge=1, le=65535)]
+_Seconds = Annotated[float, Meta(ge=0.001, le=604800)]
+
+
+class ServerTlsConfig(Section, frozen=True, kw_only=True):
+    cert_file: Annotated[Text, Meta(description="PEM certificate chain of the gRPC server.")]
+    key_file: Annotated[Text, Meta(description="PEM private key of the gRPC server.")]
+    client_ca_file: Annotated[
+        str | None,
+        Meta(description="PEM CA bundle; when set, clients must show a certificate (mTLS)."),
+    ] = None
+
+
+class ServerConfig(Section, frozen=True, kw_only=True):
+    host: Annotated[
+        Text, Meta(description="Address of the gRPC server; `0.0.0.0` or `::` for all.")
+    ] = "127.0.0.1"
+    port: Annotated[_Port, Meta(description="Port of the gRPC server.")] = 9002
+    unix_socket: Annotated[
+        str | None,
+        Meta(
+            description="Path of a Unix socket to listen on as well; the rendered Envoy "
+            "configuration then uses it instead of TCP."
+        ),
+    ] = None
+    admin_host: Annotated[
+        Text, Meta(description="Address of the admin HTTP server (`/metrics`, `/workers`, …).")
+    ] = "127.0.0.1"
+    admin_port: Annotated[_Port, Meta(description="Port of the admin HTTP server.")] = 9090
+    max_body_bytes: Annotated[
+        int,
+        Meta(
+            ge=KIBIBYTE,
+            le=1024 * MEBIBYTE,
+            description="Largest request body in bytes; a larger one is answered with 413.",
+        ),
+    ] = 32 * MEBIBYTE
+    step_deadline_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="Our own limit for one routing decision; must be shorter than "
+            "`envoy.message_timeout_secs`, so that a client always gets our answer."
+        ),
+    ] = 5 * SECONDS
+    drain_secs: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="Longest time after SIGTERM during which requests are still answered "
+            "while health says NOT_SERVING.",
+        ),
+    ] = 10 * SECONDS
+    tls: Annotated[
+        ServerTlsConfig | None, Meta(description="TLS on the TCP port; absent = plain text.")
+    ] = None
+
+
+class ObservabilityConfig(Section, frozen=True, kw_only=True):
+    log_level: Annotated[
+        Literal["debug", "info", "warn", "warning", "error"],
+        Meta(description="Lowest level that is logged; `debug` has a line per decision."),
+    ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Meta(description="Key-value text or one JSON object a line.")
+    ] = "text"
+    debug_headers: Annotated[
+        bool,
+        Meta(
+            description="Answer requests that carry `x-extproc-debug: true` with headers that "
+            "name worker, policy, reason and overlap."
+        ),
+    ] = False
+
+
+class StaticUrlsConfig(Section, frozen=True, kw_only=True):
+    urls: Annotated[
+        list[str],
+        Meta(
+            description="Worker URLs, `http(s)://host[:port]`, without a path. Models are learnt "
+            "from the workers."
+        ),
+    ]
+    prefill_urls: Annotated[
+        list[str],
+        Meta(
+            description="Those of `urls` that prefill only, where the engine does not say so "
+            "itself (vLLM)."
+        ),
+    ] = field(default_factory=list)
+    decode_urls: Annotated[
+        list[str], Meta(description="Those of `urls` that decode what others have prefilled.")
+    ] = field(default_factory=list)
+    dns_ttl_secs: Annotated[
+        _Seconds, Meta(description="How often host names are resolved again.")
+    ] = 30 * SECONDS
+
+
+class DiscoveryConfig(Section, frozen=True, kw_only=True):
+    backend: Annotated[Literal["static_urls"], Meta(description="Where workers come from.")]
+    static_urls: Annotated[
+        StaticUrlsConfig | UnsetType, Meta(description="Needed for backend `static_urls`.")
+    ] = UNSET
+    introspection_retry_secs: Annotated[
+        _Seconds,
+        Meta(description="How often a worker that has told no model yet is asked again."),
+    ] = 30 * SECONDS
+    introspection_interval_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="How often a worker is asked again who it is, so that a changed role is "
+            "noticed."
+        ),
+    ] = 15 * SECONDS
+
+
+class WorkersConfig(Section, frozen=True, kw_only=True):
+    api_key: Annotated[
+        str | None,
+        Meta(description="Bearer token for our own requests to workers (`/server_info`)."),
+    ] = None
+    api_key_file: Annotated[
+        str | None, Meta(description="File that holds the token, instead of `workers.api_key`.")
+    ] = None
+    forward_api_key: Annotated[
+        bool,
+        Meta(
+            description="Also set that token as `authorization` on the requests of clients, "
+            "replacing theirs: the gateway is then what authenticates clients."
+        ),
+    ] = False
+    ca_file: Annotated[
+        str | None,
+        Meta(description="PEM CA bundle for https workers; absent = the system's."),
+    ] = None
+
+
+class ProxyConfig(Section, frozen=True, kw_only=True):
+    request_timeout_secs: Annotated[
+        _Seconds,
+        Meta(description="Limit for requests that are not streamed, and for a body to arrive."),
+    ] = 300 * SECONDS
+    connect_timeout_secs: Annotated[
+        _Seconds, Meta(description="Limit for a TCP connection to a worker.")
+    ] = 5 * SECONDS
+    fallback_workers: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=8,
+            description="Further workers named after the chosen one, tried in order when it "
+            "refuses the connection.",
+        ),
+    ] = 2
+
+
+class ActiveLoadConfig(Section, frozen=True, kw_only=True):
+    stale_request_timeout_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="Age at which any request is ended: 504 before the response headers, "
+            "a cut stream after them."
+        ),
+    ] = 600 * SECONDS
+
+
+class LoadConfig(Section, frozen=True, kw_only=True):
+    release: Annotated[
+        Literal["stream_end", "estimate"],
+        Meta(
+            description="When a request stops to count as load: at the end of its ext_proc "
+            "stream (exact where the gateway sends response trailers), or, for gateways that "
+            "close that stream at the response headers, after an estimated time."
+        ),
+    ] = "stream_end"
+    estimated_stream_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="With `estimate`: how long a streamed response counts as load after "
+            "its headers."
+        ),
+    ] = 15 * SECONDS
+
+
+class KvConfig(Section, frozen=True, kw_only=True):
+    max_pages: Annotated[
+        int,
+        Meta(
+            ge=1000,
+            le=1_000_000_000,
+            description="Most pages kept in mind, summed over all ranks of all workers; about "
+            "250 bytes each. More are left out and counted.",
+        ),
+    ] = 8_000_000
+    replay_timeout_secs: Annotated[
+        _Seconds, Meta(description="A replay without a frame for this long has failed.")
+    ] = 5 * SECONDS
+    replay_retry_secs: Annotated[
+        _Seconds, Meta(description="Time before a failed replay is asked for again.")
+    ] = 30 * SECONDS
+
+
+class PdConfig(Section, frozen=True, kw_only=True):
+    decode: Annotated[
+        Literal["two_pass", "inline"],
+        Meta(
+            description="When the decode worker is picked: `two_pass`, by a second filter behind "
+            "an internal listener, anew for every try; `inline`, together with the prefill "
+            "worker, for gateways without internal listeners."
+        ),
+    ] = "two_pass"
+    response_timeout_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="Longest silence of a decode worker, before its response and in it, but "
+            "never more than half of `envoy.stream_idle_timeout_secs`. It ends what nobody else "
+            "can: requests whose prefill was lost with a router."
+        ),
+    ] = 120 * SECONDS
+    prefill_timeout_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="Longest time for a prefill worker's answer. With the protocol `sglang`, "
+            "never more than four fifths of the decode worker's time, so that it is known who was "
+            "silent; with `nixl`, Envoy has to wait for one of our replies as long as this."
+        ),
+    ] = 90 * SECONDS
+    prefill_linger_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="How long a prefill worker may still take to answer when the decode "
+            "worker's response has ended well; its connection is then closed."
+        ),
+    ] = 1 * SECONDS
+
+
+class TokenizationConfig(Section, frozen=True, kw_only=True):
+    cache_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1024 * 1024 * MEBIBYTE,
+            description="Memory for the tokens of pieces of text seen before, per model; 0 = none.",
+        ),
+    ] = 128 * MEBIBYTE
+    inline_chars: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=MEBIBYTE,
+            description="Longest new text that is encoded at once; a longer one goes to a thread, "
+            "so that others need not wait for it.",
+        ),
+    ] = 4096
+    threads: Annotated[int, Meta(ge=1, le=64, description="Threads for that, per model.")] = 2
+
+
+class ExtprocEndpointConfig(Section, frozen=True, kw_only=True):
+    host: Annotated[
+        str | None,
+        Meta(
+            description="Host at which Envoy finds this service; absent = `server.host`, or "
+            "127.0.0.1 where that is a wildcard."
+        ),
+    ] = None
+    ca_file: Annotated[
+        str | None,
+        Meta(description="CA bundle with which Envoy verifies us; needed with `server.tls`."),
+    ] = None
+    cert_file: Annotated[
+        str | None, Meta(description="Client certificate Envoy shows; needed for mTLS.")
+    ] = None
+    key_file: Annotated[
+        str | None, Meta(description="Key of that certificate; needed for mTLS.")
+    ] = None
+
+
+class EnvoyConfig(Section, frozen=True, kw_only=True):
+    host: Annotated[Text, Meta(description="Address of Envoy's listener.")] = "127.0.0.1"
+    port: Annotated[_Port, Meta(description="Port of Envoy's listener.")] = 8080
+    admin_port: Annotated[
+        _Port, Meta(description="Port of Envoy's admin interface, on 127.0.0.1.")
+    ] = 9901
+    fail_open: Annotated[
+        bool,
+        Meta(
+            description="With exactly one model: when this service is gone, Envoy balances over "
+            "the workers by itself; otherwise requests are answered with 503."
+        ),
+    ] = True
+    message_timeout_secs: Annotated[
+        _Seconds,
+        Meta(description="How long Envoy waits for one of our replies."),
+    ] = 10 * SECONDS
+    stream_idle_timeout_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="A stream without a byte in either direction for this long is cut; must "
+            "be longer than `proxy.request_timeout_secs`. The length of a stream has no limit "
+            "in Envoy."
+        ),
+    ] = 660 * SECONDS
+    worker_idle_timeout_secs: Annotated[
+        _Seconds,
+        Meta(
+            description="Idle connections to workers are closed after this; keep it below the "
+            "engine's own keep-alive time-out (5 s in SGLang), or requests are lost on "
+            "connections that the engine is just closing."
+        ),
+    ] = 3 * SECONDS
+    destination: Annotated[
+        Literal["list", "single"],
+        Meta(
+            description="`list` names the chosen worker and its fallbacks; `single` only the "
+            "chosen one, for gateways with ORIGINAL_DST clusters."
+        ),
+    ] = "list"
+    cluster: Annotated[
+        Text, Meta(description="Name of the cluster with the workers, put into the header.")
+    ] = "workers"
+    cluster_header: Annotated[Text, Meta(description="Request header that names the cluster.")] = (
+        "x-extproc-cluster"
+    )
+    model_header: Annotated[Text, Meta(description="Request header that names the model.")] = (
+        "x-extproc-model"
+    )
+    access_log: Annotated[
+        Text | None,
+        Meta(description="File of the JSON access log; `null` for none."),
+    ] = "/dev/stdout"
+    extproc: Annotated[
+        ExtprocEndpointConfig, Meta(description="How Envoy reaches this service.")
+    ] = field(default_factory=ExtprocEndpointConfig)
+
+
+class Config(Section, frozen=True, kw_only=True):
+    server: Annotated[ServerConfig, Meta(description="What this service listens on.")] = field(
+        default_factory=ServerConfig
+    )
+    observability: Annotated[ObservabilityConfig, Meta(description="Logs and debugging.")] = field(
+        default_factory=ObservabilityConfig
+    )
+    models: Annotated[
+        list[ModelConfig], Meta(description="The models that are served; at least one.")
+    ]
+    discovery: Annotated[DiscoveryConfig, Meta(description="Where the workers are.")]
+    workers: Annotated[WorkersConfig, Meta(description="How workers are talked to.")] = field(
+        default_factory=WorkersConfig
+    )
+    proxy: Annotated[ProxyConfig, Meta(description="Limits of proxied requests.")] = field(
+        default_factory=ProxyConfig
+    )
+    active_load: Annotated[ActiveLoadConfig, Meta(description="Requests in flight.")] = field(
+        default_factory=ActiveLoadConfig
+    )
+    load: Annotated[LoadConfig, Meta(description="How load is counted.")] = field(
+        default_factory=LoadConfig
+    )
+    kv: Annotated[KvConfig, Meta(description="What is known of the workers' KV caches.")] = field(
+        default_factory=KvConfig
+    )
+    tokenization: Annotated[TokenizationConfig, Meta(description="How prompts become tokens.")] = (
+        field(default_factory=TokenizationConfig)
+    )
+    pd: Annotated[PdConfig, Meta(description="Models that prefill and decode apart.")] = field(
+        default_factory=PdConfig
+    )
+    envoy: Annotated[EnvoyConfig, Meta(description="What `extproc envoy-config` renders.")] = field(
+        default_factory=EnvoyConfig
+    )
+
+    @property
+    def is_disaggregated(self) -> bool:
+        """Whether it says itself that workers prefill and decode apart; they may do so anyway."""
+        static = self.discovery.static_urls
+        roles = not isinstance(static, UnsetType) and (static.prefill_urls or static.decode_urls)
+        return bool(roles) or any(model.pd != PdModelConfig() for model in self.models)
+
+    @property
+    def destinations_max(self) -> int:
+        """How many workers are named for one request, and tried at most."""
+        return 1 if self.envoy.destination == "single" else 1 + self.proxy.fallback_workers
+
+    @property
+    def extra_wait_secs(self) -> float:
+        """How much longer than for a decision a client's request may have to wait for us: a
+        prefill whose answer has to be in the request that goes on.
+        """
+        waits = any(model.pd.protocol == "nixl" for model in self.models)
+        return self.pd.prefill_timeout_secs if waits else 0.0
+
+    @property
+    def decode_silence_secs(self) -> float:
+        """How long a decode worker may be silent."""
+        return min(self.pd.response_timeout_secs, self.envoy.stream_idle_timeout_secs / 2)
+
+    @property
+    def prefill_silence_secs(self) -> float:
+        """How long a prefill worker may be silent while the decode worker waits for it."""
+        return min(self.pd.prefill_timeout_secs, _PREFILL_SHARE * self.decode_silence_secs)
+
+    @property
+    def routing_deadline_secs(self) -> float:
+        """Our own limit for one reply, the prefill included where we wait for it."""
+        return self.server.step_deadline_secs + self.extra_wait_secs

@@ -1,0 +1,196 @@
+"""One rank's events on their way into the index: what each one means, and what is kept out.
+
+A batch is applied in steps of about a thousand pages, so that the owner of the event loop can
+put a rest between two of them however large the batch is. A batch of which a removal may have
+been lost is not applied at all: it raises, and what was learnt before it is void.
+
+Configuration says in which pages an engine caches; events show it, and events win.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import structlog
+from msgspec.structs import replace
+
+from extproc.kv.index import PrefixIndex
+from extproc.kv.rank_pages import Holder
+from extproc.kv.stats import RankCounts
+from extproc.kv.wire import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    EventBatch,
+    LoadStat,
+    WireError,
+    decode_load,
+)
+from extproc.kv.wire_chunks import decode_in_parts
+
+__all__ = ["RankSink"]
+
+_log = structlog.get_logger()
+
+_PAGES_A_STEP: Final = 512
+# A batch of that size may have further parts, each of which takes its time.
+_LARGE_BYTES: Final = 1 << 16
+# The index's tiers, by medium: what lies on a disk or elsewhere is equally far.
+_TIERS: Final = (0, 1, 2, 2)
+
+
+class RankSink:
+    """Where the subscriber puts what one rank tells; an EventSink.
+
+    `on_clear` is called whenever all that was held is void, by a restart or by the engine's own
+    word; `on_trust` when `trusted` has changed.
+    """
+
+    def __init__(
+        self,
+        index: PrefixIndex,
+        holder: Holder,
+        seed: Callable[[str | None, str | int | None], int],
+        *,
+        on_clear: Callable[[], None],
+        on_trust: Callable[[bool], None],
+        on_load: Callable[[LoadStat], None],
+    ) -> None:
+        self.holder = holder
+        self.counts = RankCounts()
+        self.trusted = False
+        self.reason = "connecting"
+        self._index = index
+        self._seed = seed
+        self._on_clear = on_clear
+        self._on_trust = on_trust
+        self._on_load = on_load
+        self._warned: set[str] = set()
+
+    def apply(self, payload: bytes) -> Iterator[None]:
+        """Put a batch into the index, in steps.
+
+        Raises WireError when it can not be relied on: then a page may be gone unnoticed.
+        """
+        parts = decode_in_parts(payload)
+        room = _PAGES_A_STEP
+        while (batch := self._next_part(parts)) is not None:
+            for event in batch.events:
+                if isinstance(event, AllBlocksCleared):
+                    self.counts.cleared_events += 1
+                    self._forget()
+                    continue
+                if len(event.block_hashes) <= _PAGES_A_STEP:
+                    self._apply_event(event)
+                else:
+                    for part in _parts(event):
+                        self._apply_event(part)
+                        yield
+                room -= len(event.block_hashes) + 1
+                if room <= 0:
+                    room = _PAGES_A_STEP
+                    yield
+            if len(payload) > _LARGE_BYTES:
+                yield
+
+    def _next_part(self, parts: Iterator[EventBatch]) -> EventBatch | None:
+        try:
+            batch = next(parts, None)
+            if batch is not None:
+                self.counts.skipped_events += batch.skipped
+                if batch.removals_lost:
+                    raise WireError("an event that may have been a removal can not be read")
+        except WireError:
+            self.counts.unreadable_batches += 1
+            raise
+        return batch
+
+    def clear(self, reason: str) -> None:
+        self._forget()
+
+    def set_trusted(self, trusted: bool, reason: str) -> None:
+        self.reason = reason
+        if trusted != self.trusted:
+            self.trusted = trusted
+            self._on_trust(trusted)
+
+    def on_load(self, payload: bytes) -> None:
+        try:
+            load = decode_load(payload)
+        except WireError:
+            self.counts.unreadable_loads += 1
+        else:
+            self._on_load(load)
+
+    def _forget(self) -> None:
+        self._index.clear(self.holder)
+        self._on_clear()
+
+    def _apply_event(self, event: BlockStored | BlockRemoved) -> None:
+        ids, tier, counts = event.block_hashes, _TIERS[event.medium], self.counts
+        if isinstance(event, BlockRemoved):
+            counts.removed_events += 1
+            counts.removed_pages[tier] += len(ids)
+            self._index.remove(self.holder, ids, tier)
+            return
+        counts.stored_events += 1
+        counts.stored_pages[tier] += len(ids)
+        if self._fits(event):
+            parent, seed = event.parent_block_hash, 0
+            if parent is None and (event.cache_salt is not None or event.lora is not None):
+                seed = self._seed(event.cache_salt, event.lora)
+            self._index.store(self.holder, ids, parent, event.tokens, event.block_size, tier, seed)
+
+    def _fits(self, event: BlockStored) -> bool:
+        """Whether the event's pages can stand beside those held; the holder learns from it."""
+        holder = self.holder
+        if event.bigram != holder.bigram and event.block_hashes:
+            if holder.pages or holder.has_holes:
+                self.counts.foreign_unit_pages += len(event.block_hashes)
+                self._warn("kv_units_mixed", pairs_held=holder.bigram)
+                return False
+            self._warn("kv_units_differ", pairs_published=event.bigram)
+            holder.bigram = event.bigram
+        if event.block_size != holder.page_size:
+            self._learn_page_size(event)
+        return True
+
+    def _learn_page_size(self, event: BlockStored) -> None:
+        """Larger, or smaller with a page after it: that is no short page at an end.
+
+        Sums do not depend on pages, so what is stored already stays right.
+        """
+        holder, size = self.holder, event.block_size
+        self.counts.odd_sized_events += 1
+        if (
+            size > holder.page_size
+            or len(event.block_hashes) > 1
+            or self._index.ends_within_page(holder, event.parent_block_hash)
+        ):
+            self._warn("kv_page_size_differs", expected=holder.page_size, published=size)
+            holder.page_size = size
+
+    def _warn(self, event: str, **fields: object) -> None:
+        """Once for each rank: the engine will go on."""
+        if event not in self._warned:
+            self._warned.add(event)
+            _log.warning(event, worker=self.holder.name, **fields)
+
+
+def _parts(event: BlockStored | BlockRemoved) -> Iterator[BlockStored | BlockRemoved]:
+    """An event of many blocks as several of fewer; as a whole if its tokens do not fit."""
+    ids = event.block_hashes
+    size = event.block_size if isinstance(event, BlockStored) else 0
+    if isinstance(event, BlockStored) and len(event.tokens) != len(ids) * size:
+        yield event
+        return
+    for first in range(0, len(ids), _PAGES_A_STEP):
+        some = ids[first : first + _PAGES_A_STEP]
+        if isinstance(event, BlockRemoved):
+            yield replace(event, block_hashes=some)
+        else:
+            yield replace(
+                event,
+                block_hashes=some,
+                parent_block_hash=ids[first - 1] if first else event.parent_block_hash,
+                tokens=event.tokens[first * size : (first + len(some)) * size],
+            )

@@ -1,0 +1,35 @@
+"""What a KV-aware policy chooses: one data-parallel rank of one worker."""
+
+from extproc.kv.rank_pages import Holder
+from extproc.workers.rank_load import RankLoad
+from extproc.workers.worker import Worker
+
+__all__ = ["Target"]
+
+
+class Target:
+    """One (worker, rank), for as long as the worker is registered.
+
+    `order` rises with registration and is unique among targets. `holder` is what the rank
+    holds, None while nothing that could be trusted is known of it.
+    """
+
+    __slots__ = ("holder", "load", "order", "rank", "worker")
+
+    def __init__(
+        self,
+        worker: Worker,
+        rank: int,
+        *,
+        order: int,
+        load: RankLoad,
+        holder: Holder | None = None,
+    ) -> None:
+        self.worker = worker
+        self.rank = rank
+        self.order = order
+        self.load = load
+        self.holder = holder
+
+    def __repr__(self) -> str:
+        return f"Target({self.worker.url}, rank {self.rank})"

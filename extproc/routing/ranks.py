@@ -1,0 +1,146 @@
+"""The ranks of registered workers: what each holds, what it has to do, whether to believe it.
+
+Workers come and go with discovery; from here on they are targets of KV-aware policies. A
+rank is followed only while its worker is registered: its sockets are closed before what it
+held is dropped, so that nothing that arrives late can be taken for something it holds.
+"""
+
+import asyncio
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple, Self
+
+import structlog
+
+from extproc.clock import Clock
+from extproc.kv.indexer import KvPicture, RankSource
+from extproc.kv.subscriber import EventEndpoint, SubscriberSettings
+from extproc.kv.wire import LoadStat
+from extproc.routing.placement import Placement
+from extproc.routing.rank import Target
+from extproc.workers.rank_load import RankLoad
+from extproc.workers.worker import KvEvents, Worker
+
+__all__ = ["RankBook", "RankKey"]
+
+_log = structlog.get_logger()
+
+
+class RankKey(NamedTuple):
+    """A holder's name; two workers with one URL, while a pod is replaced, are told apart."""
+
+    worker_id: str
+    url: str
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.url} rank {self.rank}"
+
+    @classmethod
+    def of(cls, target: Target) -> Self:
+        return cls(target.worker.id, target.worker.url, target.rank)
+
+
+class RankBook:
+    """The targets of every worker of a model with a KV-aware policy; a WorkerFollower.
+
+    `max_pages` and `settings` as in KvPicture.
+    """
+
+    def __init__(
+        self, clock: Clock, *, max_pages: int, settings: SubscriberSettings | None = None
+    ) -> None:
+        self._clock = clock
+        self._placements: dict[str, Placement] = {}
+        self._targets: dict[Worker, tuple[Target, ...]] = {}
+        self._by_key: dict[Hashable, Target] = {}
+        self._next_order = 0
+        self.picture = KvPicture(
+            clock,
+            max_pages=max_pages,
+            settings=settings,
+            on_clear=self._on_clear,
+            on_trust=self._on_trust,
+        )
+
+    def serve(self, model: str, placement: Placement) -> None:
+        """Make targets of the workers of this model that join from now on."""
+        self._placements[model] = placement
+
+    def __iter__(self) -> Iterator[tuple[RankKey, Target]]:
+        for targets in self._targets.values():
+            for target in targets:
+                yield RankKey.of(target), target
+
+    def targets(self, worker: Worker) -> tuple[Target, ...]:
+        """The worker's ranks; empty if no KV-aware policy has use for it."""
+        return self._targets.get(worker, ())
+
+    def joined(self, worker: Worker) -> None:
+        placement = self._placement(worker)
+        if placement is None:
+            return
+        events = worker.spec.kv_events
+        targets = []
+        for rank in range(events.dp_size if events is not None else 1):
+            load = RankLoad(placement.model_speed)
+            target = Target(worker, rank, order=self._next_order, load=load)
+            self._next_order += 1
+            targets.append(target)
+            if events is not None:
+                self._follow(target, events)
+        self._targets[worker] = tuple(targets)
+
+    def _follow(self, target: Target, events: KvEvents) -> None:
+        worker, rank = target.worker, target.rank
+        key = RankKey.of(target)
+        replay, load_port = events.replay_port, events.load_port
+        endpoint = EventEndpoint(
+            host=events.host,
+            port=events.port + rank,
+            topic=events.topic,
+            replay_port=None if replay is None else replay + rank,
+            load_port=None if load_port is None else load_port + rank,
+            load_topic=events.load_topic,
+        )
+        source = RankSource(endpoint=endpoint, page_size=events.block_size, bigram=events.bigram)
+        load, clock = target.load, self._clock
+
+        def on_load(stat: LoadStat) -> None:
+            load.report(stat, clock.monotonic())
+
+        self._by_key[key] = target
+        try:
+            self.picture.follow(key, source, on_load)
+        except (RuntimeError, ValueError) as error:
+            # The worker can be routed to all the same, by its load.
+            del self._by_key[key]
+            _log.error("kv_events_not_followed", worker=worker.url, rank=rank, reason=str(error))
+
+    async def left(self, worker: Worker) -> None:
+        targets = self._targets.pop(worker, ())
+        keys = [RankKey.of(target) for target in targets]
+        for key, target in zip(keys, targets, strict=True):
+            target.holder = None
+            self._by_key.pop(key, None)
+            self._forget(target)
+        await asyncio.gather(*(self.picture.unfollow(key) for key in keys))
+
+    def _placement(self, worker: Worker) -> Placement | None:
+        """Of the first of its models that has one; a worker's models share its ranks."""
+        for model in worker.model_ids:
+            if placement := self._placements.get(model):
+                return placement
+        return None
+
+    def _forget(self, target: Target) -> None:
+        for model in target.worker.model_ids:
+            if placement := self._placements.get(model):
+                placement.forget(target)
+
+    def _on_clear(self, key: Hashable) -> None:
+        if target := self._by_key.get(key):
+            self._forget(target)
+
+    def _on_trust(self, key: Hashable, trusted: bool) -> None:
+        if target := self._by_key.get(key):
+            target.holder = self.picture.trusted_holder(key) if trusted else None

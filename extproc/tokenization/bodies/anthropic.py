@@ -1,0 +1,218 @@
+"""/v1/messages, translated to chat messages as SGLang (0.5.23) does it.
+
+Left out, as unsupported, is what depends on how the engine was started: whether a model's
+thinking can be switched, and how thoughts of earlier turns are shown to it. System messages
+between others are taken in place by some templates and get merged for others, so they are left
+out, too.
+"""
+
+from typing import Any
+
+from msgspec import Raw
+
+from extproc.tokenization.bodies.messages import Message
+from extproc.tokenization.bodies.openai_chat import BodyFields, ChatPrompt, chat_prompt
+from extproc.tokenization.bodies.tools import Tool, chosen_tools, finished_tool, kept_by_bytes
+from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, UNSUPPORTED
+
+__all__ = ["AnthropicBody", "anthropic_chat"]
+
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_SERVER_TOOLS = ("web_search_", "computer_", "bash_", "text_editor_")
+
+
+class AnthropicBody(BodyFields):
+    """The fields of /v1/messages that the prompt is made of."""
+
+    messages: Any = None
+    system: Any = None
+    tools: Raw = Raw(b"null")
+    tool_choice: Any = None
+    thinking: Any = None
+    output_config: Any = None
+
+
+def anthropic_chat(body: AnthropicBody) -> ChatPrompt:
+    """Raises UnmappableError."""
+    if body.thinking is not None:
+        raise UnmappableError(UNSUPPORTED)
+    messages = _system(body.system)
+    if type(body.messages) is not list:
+        raise UnmappableError(MALFORMED)
+    for message in body.messages:
+        messages.extend(_messages(message))
+    tools = _tools(bytes(body.tools))
+    return chat_prompt(messages, tools=_chosen(tools, body.tool_choice), effort=_effort(body))
+
+
+def _system(given: Any) -> list[Message]:
+    if not given:
+        return []
+    if type(given) is str:
+        text = given if given.strip() else ""
+    elif type(given) is list:
+        texts = [_text(block) for block in given if _kind(block) == "text"]
+        text = "\n".join(one for one in texts if one)
+    else:
+        raise UnmappableError(MALFORMED)
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _messages(given: Any) -> list[Message]:
+    """The chat messages of one message: results of tools become messages of their own."""
+    role = given.get("role") if type(given) is dict else None
+    if role == "system":
+        raise UnmappableError(UNSUPPORTED)
+    if role not in ("user", "assistant"):
+        raise UnmappableError(MALFORMED)
+    content = given.get("content")
+    if type(content) is str:
+        return [{"role": role, "content": content}]
+    if type(content) is not list:
+        raise UnmappableError(MALFORMED)
+    return _user(content) if role == "user" else _assistant(content)
+
+
+def _user(blocks: list[Any]) -> list[Message]:
+    messages: list[Message] = []
+    parts: list[Message] = []
+    for block in blocks:
+        kind = _kind(block)
+        if kind == "text":
+            parts.append({"type": "text", "text": _text(block)})
+        elif kind == "tool_result":
+            if parts:
+                messages.append({"role": "user", "content": _content(parts)})
+                parts = []
+            messages.append(
+                {
+                    "role": "tool",
+                    "tool_call_id": block.get("tool_use_id") or block.get("id") or "",
+                    "content": _result(block.get("content")),
+                }
+            )
+        else:
+            raise _left_out(kind)
+    if parts:
+        messages.append({"role": "user", "content": _content(parts)})
+    return messages
+
+
+def _assistant(blocks: list[Any]) -> list[Message]:
+    parts: list[Message] = []
+    calls: list[Message] = []
+    for block in blocks:
+        kind = _kind(block)
+        if kind == "text":
+            parts.append({"type": "text", "text": _text(block)})
+        elif kind == "tool_use":
+            arguments, name, identity = block.get("input"), block.get("name"), block.get("id")
+            if type(identity) is not str or type(name) is not str:
+                raise UnmappableError(MALFORMED)
+            # Without an id the engine draws one at random.
+            if not identity:
+                raise UnmappableError(UNSUPPORTED)
+            function = {"name": name, "arguments": arguments or {}}
+            calls.append({"id": identity, "type": "function", "function": function})
+        elif kind != "thinking" or block.get("thinking"):
+            raise _left_out(kind)
+    message: Message = {"role": "assistant"}
+    if calls:
+        message["tool_calls"] = calls
+    if parts:
+        message["content"] = _content(parts)
+    elif not calls:
+        message["content"] = ""
+    return [message]
+
+
+def _result(given: Any) -> Any:
+    """The content of a tool's message."""
+    if type(given) is str:
+        return given
+    if not given:
+        return ""
+    if type(given) is not list:
+        raise UnmappableError(MALFORMED)
+    parts = []
+    for item in given:
+        kind = _kind(item)
+        if kind != "text":
+            raise _left_out(kind)
+        text = _text(item)
+        if text:
+            parts.append({"type": "text", "text": text})
+    return _content(parts) if parts else ""
+
+
+def _content(parts: list[Message]) -> Any:
+    """One text is a string; the list is not kept by anybody else."""
+    return parts[0]["text"] if len(parts) == 1 else parts
+
+
+def _kind(block: Any) -> Any:
+    if type(block) is not dict:
+        raise UnmappableError(MALFORMED)
+    return block.get("type")
+
+
+def _text(block: Message) -> str:
+    text = block.get("text")
+    if type(text) is not str:
+        raise UnmappableError(MALFORMED)
+    return text
+
+
+def _left_out(kind: Any) -> UnmappableError:
+    return UnmappableError(MULTIMODAL if kind == "image" else UNSUPPORTED)
+
+
+@kept_by_bytes
+def _tools(given: Any) -> list[Tool]:
+    if not given:
+        return []
+    if type(given) is not list:
+        raise UnmappableError(MALFORMED)
+    tools = []
+    for tool in given:
+        if type(tool) is not dict or type(tool.get("name")) is not str:
+            raise UnmappableError(MALFORMED)
+        kind = tool.get("type") or "custom"
+        if type(kind) is str and kind.startswith(_SERVER_TOOLS):
+            # The engine leaves them out.
+            continue
+        schema = tool.get("input_schema")
+        if kind != "custom" or type(schema) is not dict:
+            raise UnmappableError(MALFORMED)
+        if "type" not in schema:
+            schema = {**schema, "type": "object"}
+        function = {
+            "name": tool["name"],
+            "description": tool.get("description") or "",
+            "parameters": schema,
+            "strict": tool.get("strict", False),
+        }
+        tools.append(finished_tool(function, defer=tool.get("defer_loading")))
+    return tools
+
+
+def _chosen(tools: list[Tool], choice: Any) -> list[Tool] | None:
+    if choice is None:
+        return tools or None
+    kind = choice.get("type") if type(choice) is dict else None
+    if kind == "tool" and tools:
+        return chosen_tools(tools, {"function": {"name": choice.get("name")}})
+    if type(kind) is not str or kind not in _CHOICES or (kind == "any" and not tools):
+        raise UnmappableError(MALFORMED)
+    return chosen_tools(tools, _CHOICES[kind])
+
+
+def _effort(body: AnthropicBody) -> str | None:
+    config = body.output_config
+    if config is None:
+        return None
+    effort = config.get("effort") if type(config) is dict else None
+    if effort is not None and type(effort) is not str:
+        raise UnmappableError(MALFORMED)
+    return "max" if effort == "xhigh" else effort

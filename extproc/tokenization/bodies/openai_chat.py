@@ -1,0 +1,201 @@
+"""Chat bodies, from decoded fields to what a chat template is rendered with.
+
+The OpenAI chat API as SGLang (0.5.23) reads it. The other chat APIs are translated to it first,
+as the engine does, and share `chat_prompt`.
+"""
+
+from typing import Any, Final
+
+from msgspec import Raw, Struct
+
+from extproc.tokenization.bodies.messages import Message, chat_messages
+from extproc.tokenization.bodies.tools import Tool, chosen_tools, function_tools
+from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.reasons import MALFORMED, NO_TEXT, UNSUPPORTED
+
+__all__ = [
+    "NO_TEMPLATE_KWARGS",
+    "BodyFields",
+    "ChatBody",
+    "ChatPrompt",
+    "chat_prompt",
+    "openai_chat",
+    "thinking_kwargs",
+]
+
+_EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"})
+_EFFORT_MAX: Final = 0.99
+_TRUE_WORDS: Final = frozenset({"1", "true", "yes", "y", "on"})
+# Parameters of the function that renders, not of the template: the engine fails on some and
+# does something else with the others.
+NO_TEMPLATE_KWARGS: Final = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "conversations",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "self",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+
+
+class ChatPrompt(Struct, frozen=True, kw_only=True, eq=False):
+    """What a template is rendered with, and which API it came from.
+
+    `parts`: the content of some message is a list. `effort` is the engine's `reasoning_effort`,
+    a word or a number, and not yet among `template_kwargs`.
+    """
+
+    messages: list[Message]
+    parts: bool = False
+    tools: list[Tool] | None = None
+    template_kwargs: dict[str, Any] = {}
+    effort: str | float | None = None
+    continue_final: bool = False
+    responses_api: bool = False
+
+
+class BodyFields(Struct):
+    """Fields of every body that select a part of the cache or change what is in it."""
+
+    cache_salt: Any = None
+    lora_path: Any = None
+    extra_key: Any = None
+    session_params: Any = None
+
+
+class ChatBody(BodyFields):
+    """The fields of /v1/chat/completions that the prompt is made of."""
+
+    messages: Any = None
+    tools: Raw = Raw(b"null")
+    tool_choice: Any = None
+    chat_template_kwargs: Any = None
+    reasoning_effort: Any = None
+    reasoning: Any = None
+    continue_final_message: Any = None
+    task: Any = None
+    input_ids: Raw = Raw(b"null")
+
+
+def openai_chat(body: ChatBody) -> ChatPrompt:
+    """Raises UnmappableError."""
+    continue_final = body.continue_final_message
+    if continue_final is not None and type(continue_final) is not bool:
+        raise UnmappableError(MALFORMED)
+    if body.task is not None:
+        raise UnmappableError(UNSUPPORTED)
+    effort, kwargs = body.reasoning_effort, body.chat_template_kwargs
+    if effort is not None or body.reasoning is not None or kwargs is not None:
+        effort, kwargs = _reasoning(body)
+    return chat_prompt(
+        body.messages,
+        tools=chosen_tools(function_tools(bytes(body.tools)), body.tool_choice),
+        template_kwargs=kwargs,
+        effort=effort,
+        continue_final=continue_final is True,
+    )
+
+
+def chat_prompt(
+    messages: Any,
+    *,
+    tools: list[Tool] | None,
+    template_kwargs: dict[str, Any] | None = None,
+    effort: str | float | None = None,
+    continue_final: bool = False,
+    responses_api: bool = False,
+) -> ChatPrompt:
+    """Check the messages and put everything together; raises UnmappableError."""
+    normal, parts = chat_messages(messages)
+    if not normal:
+        raise UnmappableError(NO_TEXT)
+    return ChatPrompt(
+        messages=normal,
+        parts=parts,
+        tools=tools,
+        template_kwargs=template_kwargs or {},
+        effort=effort,
+        continue_final=continue_final,
+        responses_api=responses_api,
+    )
+
+
+def thinking_kwargs(kwargs: Any, thinking: bool | None) -> dict[str, Any]:
+    """The client's template arguments with thinking switched under both names in use.
+
+    Raises UnmappableError for arguments that do not go to the template.
+    """
+    given: dict[str, Any] = {} if kwargs is None else kwargs
+    if type(given) is not dict:
+        raise UnmappableError(MALFORMED)
+    if not NO_TEMPLATE_KWARGS.isdisjoint(given):
+        raise UnmappableError(UNSUPPORTED)
+    documents = given.get("documents")
+    if documents is not None and (
+        type(documents) is not list or any(type(one) is not dict for one in documents)
+    ):
+        raise UnmappableError(MALFORMED)
+    if thinking is not None:
+        given = {"thinking": thinking, "enable_thinking": thinking, **given}
+    return given
+
+
+def _reasoning(body: ChatBody) -> tuple[str | float | None, dict[str, Any]]:
+    """Effort and template arguments from the three places where clients write them."""
+    effort, thinking = body.reasoning_effort, None
+    reasoning = body.reasoning
+    if type(reasoning) is dict:
+        asked = reasoning.get("effort")
+        if asked is None:
+            asked = reasoning.get("reasoning_effort")
+        if asked is not None:
+            effort = asked
+        enabled = reasoning.get("enabled")
+        if enabled is None:
+            enabled = reasoning.get("enable", False)
+        if type(enabled) is str:
+            enabled = enabled.strip().lower() in _TRUE_WORDS
+        if enabled:
+            thinking = True
+    effort = _effort(effort)
+    if effort is not None:
+        thinking = effort != "none"
+    kwargs = thinking_kwargs(body.chat_template_kwargs, thinking)
+    if "reasoning_effort" in kwargs:
+        kwargs = dict(kwargs)
+        asked = kwargs.pop("reasoning_effort")
+        if asked is not None:
+            if type(asked) is not str and type(asked) is not float:
+                raise UnmappableError(UNSUPPORTED)
+            effort = asked
+    return effort, kwargs
+
+
+def _effort(given: Any) -> str | float | None:
+    if given is None:
+        return None
+    if type(given) is str:
+        if given in _EFFORTS:
+            return given
+        try:
+            given = float(given)
+        except ValueError:
+            raise UnmappableError(MALFORMED) from None
+    elif type(given) is int:
+        given = float(given)
+    if type(given) is not float or not 0.0 <= given <= _EFFORT_MAX:
+        raise UnmappableError(MALFORMED)
+    return given

@@ -1,0 +1,261 @@
+"""/v1/responses, translated to chat messages as SGLang (0.5.23) does it.
+
+Left out, as unsupported, is what needs the engine's memory or its configuration: earlier
+responses, tools other than functions, and system messages anywhere but at the beginning, which
+some templates take in place and others get merged.
+"""
+
+from typing import Any, Final
+
+import msgspec
+from msgspec import Raw
+
+from extproc.tokenization.bodies.messages import Message
+from extproc.tokenization.bodies.openai_chat import (
+    BodyFields,
+    ChatPrompt,
+    chat_prompt,
+    thinking_kwargs,
+)
+from extproc.tokenization.bodies.tools import Tool, chosen_tools, finished_tool, kept_by_bytes
+from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, NO_TEXT, UNSUPPORTED
+
+__all__ = ["ResponsesBody", "responses_chat"]
+
+_EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"})
+_EFFORT_WITHOUT_WORD: Final = "medium"
+_TEXT_PARTS: Final = frozenset({"input_text", "output_text"})
+_ITEM_ONLY: Final = frozenset({"id", "status", "type"})
+_PLAIN: Final = {"role", "content"}
+_REASONING_ONLY: Final = {"role", "reasoning_content"}
+
+
+class ResponsesBody(BodyFields):
+    """The fields of /v1/responses that the prompt is made of."""
+
+    input: Any = None
+    instructions: Any = None
+    previous_response_id: Any = None
+    tools: Raw = Raw(b"null")
+    tool_choice: Any = None
+    reasoning: Any = None
+    chat_template_kwargs: Any = None
+
+
+def responses_chat(body: ResponsesBody) -> ChatPrompt:
+    """Raises UnmappableError."""
+    if body.previous_response_id is not None:
+        raise UnmappableError(UNSUPPORTED)
+    effort = _effort(body.reasoning)
+    kwargs = thinking_kwargs(
+        body.chat_template_kwargs, None if effort is None else effort != "none"
+    )
+    return chat_prompt(
+        _messages(body),
+        tools=_chosen(_tools(bytes(body.tools)), body.tool_choice),
+        template_kwargs=kwargs,
+        effort=effort,
+        responses_api=True,
+    )
+
+
+def _messages(body: ResponsesBody) -> list[Message]:
+    given = body.input
+    if type(given) is str:
+        given = [{"role": "user", "content": given}]
+    if type(given) is not list:
+        raise UnmappableError(NO_TEXT if given is None else MALFORMED)
+    messages: list[Message] = []
+    instructions = body.instructions
+    if instructions is not None and type(instructions) is not str:
+        raise UnmappableError(MALFORMED)
+    if instructions:
+        messages.append({"role": "system", "content": instructions})
+    for item in given:
+        message = _message(item)
+        if message is not None:
+            if message.get("role") == "system" and (
+                messages or set(message) != _PLAIN or type(message["content"]) is not str
+            ):
+                raise UnmappableError(UNSUPPORTED)
+            messages.append(message)
+    return _merged(messages)
+
+
+def _message(item: Any) -> Message | None:
+    """The chat message of one input item; None for a thought without words."""
+    if type(item) is not dict:
+        raise UnmappableError(MALFORMED)
+    kind = item.get("type")
+    role = item.get("role")
+    # A developer's text is labelled and joins the system message, wherever that is.
+    if role == "developer":
+        raise UnmappableError(UNSUPPORTED)
+    if kind == "function_call":
+        return _call(item)
+    if kind == "function_call_output":
+        return {
+            "role": "tool",
+            "tool_call_id": item.get("call_id"),
+            "content": _output(item.get("output", "")),
+        }
+    if kind == "reasoning":
+        return _thought(item)
+    if kind is not None and kind != "message":
+        raise UnmappableError(UNSUPPORTED)
+    message = {
+        field: value
+        for field, value in item.items()
+        if value is not None and field not in _ITEM_ONLY
+    }
+    content = message.get("content")
+    if type(content) is list:
+        message["content"] = [_part(part) for part in content]
+    return message
+
+
+def _call(item: Message) -> Message:
+    arguments = item.get("arguments")
+    if type(arguments) is str:
+        # Calls that were cut short are replayed without arguments.
+        try:
+            parsed = msgspec.json.decode(arguments) if arguments else None
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            parsed = None
+        if type(parsed) is not dict:
+            arguments = "{}"
+    elif type(arguments) is not dict:
+        arguments = "{}"
+    identity = item.get("call_id") or item.get("id")
+    function = {"name": item.get("name"), "arguments": arguments}
+    return {
+        "role": "assistant",
+        "tool_calls": [{"id": identity, "type": "function", "function": function}],
+    }
+
+
+def _output(given: Any) -> Any:
+    if type(given) is not list:
+        return given
+    texts = [part.get("text", "") for part in given if type(part) is dict]
+    if any(type(text) is not str for text in texts):
+        raise UnmappableError(MALFORMED)
+    return "".join(texts)
+
+
+def _thought(item: Message) -> Message | None:
+    texts = _texts(item.get("summary")) or _texts(item.get("content"))
+    if texts:
+        return {"role": "assistant", "reasoning_content": "\n".join(texts)}
+    if item.get("encrypted_content"):
+        raise UnmappableError(UNSUPPORTED)
+    return None
+
+
+def _texts(parts: Any) -> list[str]:
+    if not parts:
+        return []
+    if type(parts) is not list:
+        raise UnmappableError(MALFORMED)
+    texts = [part["text"] for part in parts if type(part) is dict and part.get("text")]
+    if any(type(text) is not str for text in texts):
+        raise UnmappableError(MALFORMED)
+    return texts
+
+
+def _part(part: Any) -> Any:
+    kind = part.get("type") if type(part) is dict else None
+    if type(kind) is str and kind in _TEXT_PARTS:
+        return {"type": "text", "text": part.get("text", "")}
+    if kind == "input_image":
+        raise UnmappableError(MULTIMODAL)
+    return part
+
+
+def _merged(messages: list[Message]) -> list[Message]:
+    """One message for each turn of the assistant, which comes in as several items."""
+    merged: list[Message] = []
+    for message in messages:
+        last = merged[-1] if merged else {}
+        if (
+            message.get("role") == "assistant"
+            and last.get("role") == "assistant"
+            and (last.get("phase") == message.get("phase") or set(last) == _REASONING_ONLY)
+        ):
+            merged[-1] = _joined(last, message)
+        else:
+            merged.append(message)
+    return merged
+
+
+def _joined(last: Message, message: Message) -> Message:
+    joined = dict(last)
+    if message.get("phase") is not None:
+        joined["phase"] = message["phase"]
+    content, before = message.get("content"), last.get("content")
+    if content is not None and content != "":
+        if before is None or before == "":
+            joined["content"] = content
+        elif type(before) is str and type(content) is str:
+            joined["content"] = f"{before}\n\n{content}"
+        else:
+            joined["content"] = [*_as_parts(before), *_as_parts(content)]
+    if message.get("tool_calls"):
+        joined["tool_calls"] = [*(last.get("tool_calls") or []), *message["tool_calls"]]
+    thought, thought_before = message.get("reasoning_content"), last.get("reasoning_content")
+    if thought:
+        joined["reasoning_content"] = f"{thought_before}\n{thought}" if thought_before else thought
+    return joined
+
+
+def _as_parts(content: Any) -> list[Any]:
+    if type(content) is list:
+        return content
+    return [{"type": "text", "text": content}] if content else []
+
+
+@kept_by_bytes
+def _tools(given: Any) -> list[Tool]:
+    if not given:
+        return []
+    if type(given) is not list:
+        raise UnmappableError(MALFORMED)
+    tools = []
+    for tool in given:
+        if type(tool) is not dict or type(tool.get("name")) is not str:
+            raise UnmappableError(MALFORMED)
+        if tool.get("type") != "function":
+            raise UnmappableError(UNSUPPORTED)
+        function = {
+            "name": tool["name"],
+            "description": tool.get("description"),
+            "parameters": tool.get("parameters"),
+            "strict": tool.get("strict", False),
+        }
+        tools.append(finished_tool(function))
+    return tools
+
+
+def _chosen(tools: list[Tool], choice: Any) -> list[Tool] | None:
+    if not tools:
+        return None
+    if type(choice) is dict:
+        # Other forced tools than functions are left to the model.
+        name = choice.get("name")
+        if choice.get("type") != "function" or type(name) is not str:
+            raise UnmappableError(UNSUPPORTED)
+        choice = {"function": {"name": name}}
+    return chosen_tools(tools, choice)
+
+
+def _effort(reasoning: Any) -> str | None:
+    if reasoning is None:
+        return None
+    if type(reasoning) is not dict:
+        raise UnmappableError(MALFORMED)
+    # Given as null it is none at all; not given it is the usual one.
+    effort = reasoning.get("effort", _EFFORT_WITHOUT_WORD)
+    if effort is not None and (type(effort) is not str or effort not in _EFFORTS):
+        raise UnmappableError(MALFORMED)
+    return effort

@@ -1,0 +1,219 @@
+"""Requests of our own that a client waits for: one connection each, made before anything else.
+
+A connection that was kept alive may be dead without knowing it, and whether a request was lost
+on it or has begun can then not be told. One that was just made tells at once: refused, or the
+request is on its way.
+"""
+
+import asyncio
+import contextlib
+import errno
+import io
+import math
+import ssl
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any, Final, Protocol
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from extproc.worker_url import WorkerUrl
+from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
+
+__all__ = ["AiohttpCaller", "Call", "Caller", "CallerOverloadedError", "EngineTimeoutError"]
+
+_READ_BYTES: Final = 64 * 1024
+_CLIENT_ERROR: Final = 400
+_SERVER_ERROR: Final = 500
+_REFUSAL_SECONDS: Final = 1.0
+# Larger bodies are written in pieces, so that one of them does not hold up the loop.
+_PIECEMEAL_BYTES: Final = 256 * 1024
+
+
+class EngineTimeoutError(EngineUnreachableError):
+    """The engine did not answer in time."""
+
+
+class CallerOverloadedError(Exception):
+    """This process has no more sockets; no engine is to blame."""
+
+
+class Call(Protocol):
+    """A request whose connection was made; the engine has it, or is about to."""
+
+    async def answer(self) -> EngineAnswer:
+        """Status and body, of which only `keep_bytes` are kept; the rest is read and dropped.
+
+        Of a failure nothing is waited for but its headers, and of a refusal little more.
+
+        Raises EngineUnreachableError, EngineTimeoutError.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Close the connection, which makes the engine give the request up; idempotent."""
+        ...
+
+
+class Caller(Protocol):
+    """Sends requests to engines."""
+
+    async def post(
+        self,
+        url: WorkerUrl,
+        path: str,
+        headers: Iterable[tuple[str, str]],
+        body: bytes,
+        *,
+        connect_seconds: float,
+        answer_seconds: float,
+        keep_bytes: int,
+    ) -> Call:
+        """Returns as soon as the connection is made.
+
+        Raises EngineUnreachableError if it is not, CallerOverloadedError if that is our fault.
+        """
+        ...
+
+
+class _AiohttpCall:
+    """A Call; its task reads the answer whether or not anybody waits for it."""
+
+    def __init__(self, task: "asyncio.Task[EngineAnswer]") -> None:
+        self._task = task
+        # An answer nobody asks for any more is no surprise.
+        task.add_done_callback(_retrieve)
+
+    async def answer(self) -> EngineAnswer:
+        return await self._task
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+class AiohttpCaller:
+    """A session for such requests; `open` and `close` belong to one event loop.
+
+    It has no headers of its own: the engines' API key is not for clients' requests.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None) -> None:
+        self._tls = tls
+        self._session: aiohttp.ClientSession | None = None
+
+    def open(self) -> None:
+        connector = aiohttp.TCPConnector(
+            ssl=self._tls if self._tls is not None else True, limit=0, force_close=True
+        )
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_create_end.append(_connected)
+        self._session = aiohttp.ClientSession(
+            cookie_jar=aiohttp.DummyCookieJar(),
+            connector=connector,
+            trust_env=False,
+            trace_configs=[trace],
+            auto_decompress=False,
+            skip_auto_headers=("Accept-Encoding",),
+        )
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def post(
+        self,
+        url: WorkerUrl,
+        path: str,
+        headers: Iterable[tuple[str, str]],
+        body: bytes,
+        *,
+        connect_seconds: float,
+        answer_seconds: float,
+        keep_bytes: int,
+    ) -> Call:
+        loop = asyncio.get_running_loop()
+        connected: asyncio.Future[None] = loop.create_future()
+        timeout = aiohttp.ClientTimeout(
+            total=answer_seconds, connect=connect_seconds, ceil_threshold=math.inf
+        )
+        task = loop.create_task(
+            self._send(f"{url}{path}", headers, body, timeout, connected, keep_bytes)
+        )
+        task.add_done_callback(lambda _: None if connected.done() else connected.set_result(None))
+        try:
+            await connected
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if task.done():
+            task.result()  # raises, unless the engine has answered already
+        return _AiohttpCall(task)
+
+    async def _send(
+        self,
+        url: str,
+        headers: Iterable[tuple[str, str]],
+        body: bytes,
+        timeout: aiohttp.ClientTimeout,
+        connected: "asyncio.Future[None]",
+        keep_bytes: int,
+    ) -> EngineAnswer:
+        if self._session is None:
+            raise RuntimeError("the caller is not open")
+        kept = bytearray()
+        try:
+            # The path as the client has sent it; a redirect would lead its credentials to a
+            # host nobody configured.
+            async with self._session.post(
+                URL(url, encoded=True),
+                data=body if len(body) <= _PIECEMEAL_BYTES else io.BytesIO(body),
+                headers=CIMultiDict(headers),
+                timeout=timeout,
+                allow_redirects=False,
+                trace_request_ctx={"connected": connected},
+            ) as response:
+                status = response.status
+                if status >= _SERVER_ERROR:
+                    return EngineAnswer(status, b"")
+                if status >= _CLIENT_ERROR:
+                    return await _refusal(response, keep_bytes)
+                async for chunk in response.content.iter_chunked(_READ_BYTES):
+                    if len(kept) < keep_bytes:
+                        kept += chunk[: keep_bytes - len(kept)]
+                return EngineAnswer(status, bytes(kept))
+        except TimeoutError as error:
+            raise EngineTimeoutError(type(error).__name__) from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise CallerOverloadedError from error
+            raise EngineUnreachableError(str(error) or type(error).__name__) from error
+
+
+async def _refusal(response: aiohttp.ClientResponse, keep_bytes: int) -> EngineAnswer:
+    """What a client is to be told: as much of the body as comes soon, its type, when to retry."""
+    kept = bytearray()
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(_REFUSAL_SECONDS):
+            async for chunk in response.content.iter_chunked(_READ_BYTES):
+                kept += chunk
+                if len(kept) >= keep_bytes:
+                    break
+    headers = [
+        (name, value)
+        for name in ("content-type", "retry-after")
+        if (value := response.headers.get(name)) is not None
+    ]
+    return EngineAnswer(response.status, bytes(kept[:keep_bytes]), tuple(headers))
+
+
+async def _connected(_: aiohttp.ClientSession, context: SimpleNamespace, __: Any) -> None:
+    connected = context.trace_request_ctx["connected"]
+    if not connected.done():
+        connected.set_result(None)
+
+
+def _retrieve(task: "asyncio.Task[EngineAnswer]") -> None:
+    if not task.cancelled():
+        task.exception()

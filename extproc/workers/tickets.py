@@ -1,0 +1,154 @@
+"""Requests in flight: a ticket for each, and the janitor that ends the ones that never end.
+
+A ticket is booked when a decision is made, so that the next decision already sees it, and
+released exactly once however the stream ends. The janitor does not take tickets away from
+live requests: it tells the request to end, and its end releases the ticket.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from extproc.clock import Clock
+from extproc.metrics.service import Counter
+from extproc.workers.worker import Worker
+
+__all__ = ["ActiveLoad", "RankBooking", "Ticket"]
+
+_JANITOR_MIN_SECONDS = 1.0
+_JANITOR_MAX_SECONDS = 60.0
+_ESTIMATE_TICK_SECONDS = 1.0
+
+
+class RankBooking(Protocol):
+    """The same request in the books of one rank; both calls are idempotent."""
+
+    def started(self, now: float) -> None:
+        """Its response has begun."""
+        ...
+
+    def release(self, now: float) -> None:
+        """It has ended, in whatever way."""
+        ...
+
+
+class Ticket:
+    """One request counted on one worker. `on_stale` is called once when it is too old.
+
+    `booking`, where a policy chose a rank, ends with the ticket.
+    """
+
+    __slots__ = ("_load", "_open", "booked_at", "booking", "estimated", "on_stale", "worker")
+
+    def __init__(self, load: "ActiveLoad", worker: Worker, booked_at: float) -> None:
+        self._load = load
+        self._open = True
+        self.worker = worker
+        self.booked_at = booked_at
+        # True once the end of the stream says nothing and release_after decides.
+        self.estimated = False
+        self.on_stale: Callable[[], None] | None = None
+        self.booking: RankBooking | None = None
+
+    def release(self) -> None:
+        """Stop counting; later calls do nothing."""
+        if self._open:
+            self._open = False
+            self.worker.in_flight -= 1
+            self.on_stale = None
+            self._load.forget(self)
+            if self.booking is not None:
+                self.booking.release(self._load.now())
+
+    def release_after(self, seconds: float) -> None:
+        """Stop counting some time from now, for gateways that do not tell us the end."""
+        if self._open and not self.estimated:
+            self.estimated = True
+            self._load.release_after(self, seconds)
+
+    def move(self, worker: Worker) -> bool:
+        """Another worker than the chosen one serves the request; False when it is the same."""
+        if not self._open or worker is self.worker:
+            return False
+        self.worker.in_flight -= 1
+        worker.in_flight += 1
+        self.worker = worker
+        return True
+
+
+class ActiveLoad:
+    """The book of open tickets, oldest first."""
+
+    def __init__(self, clock: Clock, stale_seconds: float, stale_total: Counter) -> None:
+        self._clock = clock
+        self._stale_seconds = stale_seconds
+        self._stale_total = stale_total
+        # A dict keeps insertion order and forgets in O(1).
+        self._tickets: dict[Ticket, None] = {}
+        self._releases: deque[tuple[float, Ticket]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def book(self, worker: Worker, now: float) -> Ticket:
+        """Count one more request on the worker; `now` is the clock's monotonic time."""
+        ticket = Ticket(self, worker, now)
+        worker.in_flight += 1
+        self._tickets[ticket] = None
+        return ticket
+
+    def now(self) -> float:
+        """The clock that all tickets go by, in monotonic seconds."""
+        return self._clock.monotonic()
+
+    def forget(self, ticket: Ticket) -> None:
+        """Only for Ticket.release."""
+        self._tickets.pop(ticket, None)
+
+    def release_after(self, ticket: Ticket, seconds: float) -> None:
+        """Only for Ticket.release_after; the delay is the same for all, so a queue is in order."""
+        self._releases.append((self._clock.monotonic() + seconds, ticket))
+
+    def sweep(self) -> int:
+        """Tell requests that are too old to end; returns how many were told."""
+        now = self._clock.monotonic()
+        stale: list[Ticket] = []
+        for ticket in self._tickets:
+            if now - ticket.booked_at < self._stale_seconds:
+                break
+            if ticket.on_stale is not None:
+                stale.append(ticket)
+        for ticket in stale:
+            on_stale, ticket.on_stale = ticket.on_stale, None
+            if on_stale is not None:
+                self._stale_total.inc()
+                on_stale()
+        return len(stale)
+
+    def expire(self, worker: Worker) -> None:
+        """Tell all requests on a worker to end: nothing will come of them."""
+        for ticket in [one for one in self._tickets if one.worker is worker]:
+            on_stale, ticket.on_stale = ticket.on_stale, None
+            if on_stale is not None:
+                on_stale()
+
+    async def run_janitor(self) -> None:
+        """Sweep for ever, ten times within the stale time-out but at least every minute."""
+        period = min(max(self._stale_seconds / 10, _JANITOR_MIN_SECONDS), _JANITOR_MAX_SECONDS)
+        if self._stale_seconds < _JANITOR_MIN_SECONDS:
+            period = self._stale_seconds
+        while True:
+            await self._clock.sleep(period)
+            self.sweep()
+
+    def release_due(self) -> None:
+        """Release the tickets whose estimated time is over."""
+        now = self._clock.monotonic()
+        while self._releases and self._releases[0][0] <= now:
+            self._releases.popleft()[1].release()
+
+    async def run_estimates(self) -> None:
+        """Release what is due, every second, for ever; only needed where ends are estimated."""
+        while True:
+            await self._clock.sleep(_ESTIMATE_TICK_SECONDS)
+            self.release_due()

@@ -1,0 +1,32 @@
+"""Ranks leave enough files for everything else."""
+
+import resource
+
+import pytest
+
+from extproc.kv.fd_budget import DescriptorShare, raise_descriptor_limit
+
+
+@pytest.mark.parametrize(
+    ("limit", "ranks", "replays"),
+    [
+        # (1024 - 512 - 32 * 4) / 6
+        (1024, 64, 32),
+        # (20000 - 2048 - 256 * 4) / 6
+        (20_000, 2821, 256),
+        (1 << 20, 174_250, 256),
+        (10, 1, 1),
+    ],
+)
+def test_the_share_of_the_ranks(limit: int, ranks: int, replays: int) -> None:
+    assert DescriptorShare.within(limit) == DescriptorShare(ranks, replays)
+
+
+def test_the_limit_is_raised_as_far_as_allowed() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+        assert raise_descriptor_limit() == hard
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

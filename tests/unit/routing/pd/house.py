@@ -1,0 +1,330 @@
+"""What tests of disaggregation stand on: a registry, a router, and a caller that sends nothing."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable, Sequence
+from random import Random
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+import pytest
+from msgspec import Struct
+from prometheus_client import CollectorRegistry
+
+from extproc.config.schema import LoadConfig, ModelConfig
+from extproc.errors import RouterError
+from extproc.kv.wire import LoadStat
+from extproc.metrics.service import Metrics
+from extproc.policies.factory import create_kv_policy, create_policy
+from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.pd.decode_order import DecodeOrder
+from extproc.routing.pd.pair import Pair
+from extproc.routing.pd.passes import DecodeQuery, Disaggregation, PdSettings
+from extproc.routing.placement import Placement
+from extproc.routing.rank_chooser import KvRouting
+from extproc.routing.ranks import RankBook
+from extproc.routing.request import Forwarded, Request, find_endpoint
+from extproc.routing.router import Router
+from extproc.routing.usable import UsableWorkers
+from extproc.tokenization.bodies.prompts import Prompt, read_prompt
+from extproc.tokenization.encoder import Encoded
+from extproc.worker_url import WorkerUrl
+from extproc.workers.circuit_breaker import BreakerState
+from extproc.workers.introspection_client import EngineUnreachableError
+from extproc.workers.prefill_client import Call
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.tickets import ActiveLoad
+from extproc.workers.worker import Mode, Worker
+from tests.fakes import FakeClock, make_worker, settle
+from tests.unit.routing.pd.test_pair import FakeCall
+
+PREFILLS = [f"http://10.0.0.{n}:8000" for n in (1, 2, 3)]
+DECODES = [f"http://10.0.1.{n}:8000" for n in (1, 2, 3)]
+ADDRESSES = [url.removeprefix("http://") for url in DECODES]
+BODY = b'{"model":"m","prompt":"x" , "seed":1.50e+3}'
+VIA = "via_upstream"
+KV = b'{"remote_block_ids":[1, 2],"remote_host":"10.0.0.1"}'
+PAGE = 4
+CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+
+
+class Post(Struct, frozen=True, kw_only=True):
+    """One request to an engine, as it was made."""
+
+    url: str
+    path: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    connect_seconds: float
+    answer_seconds: float
+    keep_bytes: int
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.body)
+        return found
+
+
+class FakeCaller:
+    """Connects unless told otherwise; the engines' answers are up to the test.
+
+    `silent` are URLs where connecting takes for ever.
+    """
+
+    def __init__(self) -> None:
+        self.refuses: dict[str, EngineUnreachableError] = {}
+        self.silent: set[str] = set()
+        self.posts: list[Post] = []
+        self.calls: list[FakeCall] = []
+
+    def refuse(self, *urls: str) -> None:
+        for url in urls:
+            self.refuses[url] = EngineUnreachableError("connection refused")
+
+    async def post(
+        self,
+        url: WorkerUrl,
+        path: str,
+        headers: Iterable[tuple[str, str]],
+        body: bytes,
+        *,
+        connect_seconds: float,
+        answer_seconds: float,
+        keep_bytes: int,
+    ) -> Call:
+        made = Post(
+            url=str(url),
+            path=path,
+            headers=tuple(headers),
+            body=bytes(body),
+            connect_seconds=connect_seconds,
+            answer_seconds=answer_seconds,
+            keep_bytes=keep_bytes,
+        )
+        self.posts.append(made)
+        if str(url) in self.silent:
+            await asyncio.Event().wait()
+        if error := self.refuses.get(str(url)):
+            raise error
+        call = FakeCall()
+        self.calls.append(call)
+        return call
+
+
+class ByteEncoder:
+    """A token is a byte of a completion's prompt."""
+
+    async def read(self, path: str, body: bytes | bytearray) -> Prompt:
+        return read_prompt(path, body)
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        if prompt.text is None:
+            return Encoded(None, prompt.why)
+        return Encoded(np.frombuffer(prompt.text.encode(), np.uint8).astype(np.uint64), "")
+
+
+def pd_settings(**changes: Any) -> PdSettings:
+    settings = PdSettings(
+        inline=False,
+        protocols={"m": "sglang"},
+        min_prefill_tokens={"m": 0},
+        decode_attempts=3,
+        connect_seconds=1.5,
+        prefill_seconds=120.0,
+        kv_seconds=120.0,
+        linger_seconds=0.0,
+        request_timeout_ms=300_000,
+    )
+    return msgspec.structs.replace(settings, **changes)
+
+
+def pd_worker(url: str, mode: Mode, order: int, *, threshold: int = 3, **spec: Any) -> Worker:
+    worker = make_worker(url, order=order, mode=mode, threshold=threshold)
+    worker.spec = msgspec.structs.replace(worker.spec, **spec)
+    return worker
+
+
+class Fleet:
+    """A router over workers that prefill and decode apart, none of which is real.
+
+    The policy is round robin: the prefill workers are chosen in their order. All that were made
+    must be closed.
+    """
+
+    made: ClassVar[list["Fleet"]] = []
+
+    def __init__(
+        self,
+        prefills: Sequence[str] = tuple(PREFILLS),
+        decodes: Sequence[str] = tuple(DECODES),
+        *,
+        threshold: int = 3,
+        port: int | None = 8998,
+        min_ttft: bool = False,
+        **settings: Any,
+    ) -> None:
+        self.made.append(self)
+        random = Random(0)
+        self.clock = FakeClock()
+        self.prometheus = CollectorRegistry()
+        self.metrics = Metrics(self.prometheus)
+        self.registry = WorkerRegistry()
+        self.ranks = RankBook(self.clock, max_pages=10_000)
+        model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
+        placement = Placement(create_kv_policy(model, random), self.ranks.picture.index)
+        self.ranks.serve("m", placement)
+        self.prefills = [
+            pd_worker(url, "prefill", order, threshold=threshold, bootstrap_port=port)
+            for order, url in enumerate(prefills)
+        ]
+        self.decodes = [
+            pd_worker(url, "decode", len(prefills) + order, threshold=threshold)
+            for order, url in enumerate(decodes)
+        ]
+        for worker in (*self.prefills, *self.decodes):
+            self.registry.upsert(worker)
+            self.ranks.joined(worker)
+        self.active_load = ActiveLoad(self.clock, 600.0, self.metrics.stale_requests)
+        self.books = LeaseBooks(self.clock, self.registry, self.metrics, LoadConfig())
+        self.caller = FakeCaller()
+        self.rechecked: list[Worker] = []
+        self.pd = Disaggregation(
+            pd_settings(**settings),
+            self.books,
+            self.active_load,
+            self.caller,
+            UsableWorkers(self.registry),
+            self.ranks,
+            random,
+            recheck=self.rechecked.append,
+        )
+        self.router = Router(
+            policies={"m": None if min_ttft else create_policy("round_robin", random)},
+            active_load=self.active_load,
+            books=self.books,
+            random=random,
+            request_timeout_seconds=300.0,
+            destinations_max=3,
+            kv=KvRouting(
+                {"m": placement},
+                {"m": ByteEncoder()},
+                self.ranks,
+                self.metrics,
+                self.clock,
+                patience_seconds=0.5,
+            ),
+            pd=self.pd,
+        )
+
+    async def close(self) -> None:
+        await self.ranks.picture.close()
+
+    # -- requests
+
+    async def route(self, body: bytes = BODY, **request: Any) -> Pair:
+        lease = await self.send(body, **request)
+        assert isinstance(lease, Pair)
+        return lease
+
+    async def send(
+        self,
+        body: bytes = BODY,
+        *,
+        path: str = "/v1/completions",
+        stream: bool = False,
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> Lease | Pair:
+        def forwarded() -> Forwarded:
+            return Forwarded(path, tuple(headers))
+
+        endpoint = find_endpoint("POST", path)
+        return await self.router.route(Request(endpoint, "m", stream, body, forwarded))
+
+    async def refused(self, body: bytes = BODY, **request: Any) -> RouterError:
+        with pytest.raises(RouterError) as caught:
+            await self.send(body, **request)
+        return caught.value
+
+    async def waiting(self) -> "asyncio.Task[Lease | Pair]":
+        """A request whose prefill was sent and is waited for."""
+        task = asyncio.create_task(self.send())
+        await settle()
+        assert not task.done()
+        return task
+
+    def pick(self, pair: Pair, attempt: int = 1) -> Lease:
+        order = DecodeOrder.from_header(pair.decision.decode_order)
+        return self.pd.pick_decode(DecodeQuery("m", order, attempt))
+
+    def not_picked(self, pair: Pair, attempt: int = 1) -> RouterError:
+        with pytest.raises(RouterError) as caught:
+            self.pick(pair, attempt)
+        return caught.value
+
+    # -- workers
+
+    def trip(self, *workers: Worker) -> None:
+        for worker in workers:
+            while worker.breaker.state is not OPEN:
+                worker.breaker.failure(self.clock.monotonic())
+
+    def reports(self, worker: Worker, requests: int, usage: float = 0.0) -> None:
+        """The engine says how much it has to do."""
+        (target,) = self.ranks.targets(worker)
+        stat = LoadStat(
+            num_running_reqs=requests,
+            num_waiting_reqs=0,
+            num_tokens=int(usage * 1000),
+            max_total_num_tokens=1000,
+            attn_dp_rank=0,
+        )
+        target.load.report(stat, self.clock.monotonic())
+
+    def hold(self, text: str, worker: Worker) -> None:
+        """The worker is trusted and holds the whole pages of this text."""
+        index, (target,) = self.ranks.picture.index, self.ranks.targets(worker)
+        if target.holder is None:
+            target.holder = index.add(worker.url, PAGE)
+        ids = np.frombuffer(text.encode(), np.uint8).astype(np.uint64)
+        ids = ids[: len(text) // PAGE * PAGE]
+        names = [hash(text[: end * PAGE]) for end in range(1, len(ids) // PAGE + 1)]
+        index.store(target.holder, names, None, ids, PAGE, seed=0)
+
+    # -- what is left
+
+    @property
+    def load(self) -> tuple[list[int], list[int]]:
+        return (
+            [worker.in_flight for worker in self.prefills],
+            [worker.in_flight for worker in self.decodes],
+        )
+
+    def nothing_is_left(self) -> None:
+        assert self.load == ([0] * len(self.prefills), [0] * len(self.decodes))
+        assert len(self.active_load) == 0
+        assert len(self.pd.pairs) == 0
+        assert not any(call.is_open for call in self.caller.calls)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.prometheus.get_sample_value(name, labels) or 0.0
+
+    def failures(self, cause: str) -> float:
+        return self.metric("extproc_pd_prefill_failures_total", model="m", cause=cause)
+
+    def outcomes(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for family in self.prometheus.collect():
+            for sample in family.samples:
+                if sample.name == "extproc_worker_requests_total":
+                    told = [sample.labels["outcome"]] * int(sample.value)
+                    found.setdefault(sample.labels["worker"], []).extend(told)
+        return {url: sorted(told) for url, told in found.items()}
+
+
+@pytest.fixture(autouse=True)
+async def sockets_closed() -> AsyncIterator[None]:
+    """Of every fleet that a test has made."""
+    yield
+    while Fleet.made:
+        await Fleet.made.pop().close()

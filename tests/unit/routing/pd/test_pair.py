@@ -1,0 +1,654 @@
+"""A request on two workers ends in many ways; each leaves nothing behind and counts once."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from extproc.errors import RouterError
+from extproc.routing.decision import Decision
+from extproc.routing.lease import Lease
+from extproc.routing.pd.pair import Pair, Pairs, PrefillLeg, Reservation
+from extproc.workers.circuit_breaker import BreakerState
+from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
+from extproc.workers.prefill_client import EngineTimeoutError
+from extproc.workers.tickets import RankBooking
+from extproc.workers.worker import Worker
+from tests.fakes import make_router, make_worker, settle
+
+P, D = "http://10.0.0.1:8000", "http://10.0.1.1:8000"
+D_ADDRESS = "10.0.1.1:8000"
+VIA = "via_upstream"
+CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+LINGER_SECONDS = 0.01
+OUTCOMES = (
+    "ok",
+    "prefill_failed",
+    "prefill_refused",
+    "decode_failed",
+    "cancelled",
+    "abandoned",
+)
+
+
+class FakeCall:
+    """A call whose engine answers when the test says so; made within a running loop."""
+
+    def __init__(self) -> None:
+        self._answer: asyncio.Future[EngineAnswer] = asyncio.get_running_loop().create_future()
+        self._answer.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.cancels = 0
+
+    @property
+    def is_open(self) -> bool:
+        """The engine still has it."""
+        return not self._answer.done()
+
+    async def answer(self) -> EngineAnswer:
+        return await self._answer
+
+    def cancel(self) -> None:
+        self.cancels += 1
+        self._answer.cancel()
+
+    def tell(self, status: int = 200, body: bytes = b"{}") -> None:
+        if self.is_open:
+            self._answer.set_result(EngineAnswer(status, body))
+
+    def fail(self, error: EngineUnreachableError) -> None:
+        if self.is_open:
+            self._answer.set_exception(error)
+
+
+class Booking:
+    """The rank's book; what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def started(self, now: float) -> None:
+        self.told.append("started")
+
+    def release(self, now: float) -> None:
+        self.told.append("release")
+
+
+class Case:
+    """A pair of a prefill worker P and a decode worker D, whose call was just made."""
+
+    def __init__(
+        self, *, inline: bool = False, linger: float = 0.0, threshold: int = 1, probe: bool = False
+    ) -> None:
+        self.prefill = make_worker(P, mode="prefill", threshold=threshold)
+        self.decode = make_worker(D, order=1, mode="decode", threshold=threshold)
+        self.routing = make_router([self.prefill, self.decode])
+        self.rechecked: list[Worker] = []
+        self.failures: list[RouterError] = []
+        self.call = FakeCall()
+        self.pairs = Pairs()
+        if probe:
+            for worker in (self.prefill, self.decode):
+                for _ in range(threshold):
+                    worker.breaker.failure(self.routing.clock.monotonic())
+            self.routing.clock.tick(30.0)
+        self.pair = self._make(inline, linger)
+        self.pair.on_failure = self.failures.append
+        self.pair.follow()
+
+    def _make(self, inline: bool, linger: float) -> Pair:
+        books, load = self.routing.books, self.routing.active_load
+        now = books.clock.monotonic()
+        probe = self.prefill.breaker.claim(now)
+        ticket = load.book(self.prefill, now)
+        leg = PrefillLeg(books, "m", self.prefill, ticket, probe, now)
+        leg.call = self.call
+        decision = Decision(
+            model="m",
+            policy="p",
+            reason="r",
+            worker_url=P,
+            destinations=(D_ADDRESS,) if inline else (),
+            timeout_ms=0,
+            decode_order="" if inline else f"1;10.0.0.1;x;{D_ADDRESS}",
+        )
+        other, booked = self.decode.breaker.claim(now), load.book(self.decode, now)
+        return Pair(
+            books,
+            self.pairs,
+            decision,
+            leg,
+            pair_id=Pairs.new_id(),
+            decode=Lease(books, decision, [self.decode], booked, other, now) if inline else None,
+            reservation=None if inline else Reservation(self.decode, booked, other),
+            linger_seconds=linger,
+            on_recheck=self.rechecked.append,
+        )
+
+    async def answers(self, status: int, body: bytes = b"{}") -> None:
+        self.call.tell(status, body)
+        await settle()
+
+    async def breaks(self, error: EngineUnreachableError) -> None:
+        self.call.fail(error)
+        await settle()
+
+    def responds(self, status: int) -> bool:
+        return self.pair.responded(status, D_ADDRESS, VIA, streamed=False)
+
+    # -- what is left
+
+    @property
+    def load(self) -> tuple[int, int]:
+        return self.prefill.in_flight, self.decode.in_flight
+
+    def ended(self) -> list[str]:
+        """Outcomes counted so far."""
+        found: list[str] = []
+        for outcome in OUTCOMES:
+            value = self.routing.metric("extproc_pd_pairs_total", model="m", outcome=outcome)
+            found += [outcome] * int(value)
+        return found
+
+    def failure_causes(self) -> list[str]:
+        metric = "extproc_pd_prefill_failures_total"
+        causes = ("connect", "status_4xx", "status_5xx", "broken", "timeout", "no_kv")
+        return [
+            cause
+            for cause in causes
+            for _ in range(int(self.routing.metric(metric, model="m", cause=cause)))
+        ]
+
+    def nothing_is_left(self) -> None:
+        assert self.load == (0, 0)
+        assert len(self.routing.active_load) == 0
+        assert len(self.pairs) == 0
+        assert not self.call.is_open
+
+
+# -- the prefill's answer
+
+
+@pytest.mark.parametrize("status", [200, 204])
+async def test_a_good_prefill_is_a_success_and_its_load_ends_with_it(status: int) -> None:
+    case = Case()
+    booking = Booking()
+    case.pair.leg.ticket.booking = booking
+    assert case.load == (1, 1)
+    assert case.pair.holds_stream
+    case.routing.clock.tick(0.3)
+    await case.answers(status)
+    assert case.load == (0, 1)
+    assert booking.told == ["started", "release"]
+    assert not case.pair.holds_stream
+    assert case.routing.outcomes() == {P: ["success"]}
+    assert (case.failures, case.failure_causes(), case.rechecked) == ([], [], [])
+    assert case.routing.metric("extproc_pd_prefill_seconds_sum", model="m") == pytest.approx(0.3)
+    assert case.pairs.get(case.pair.id) is case.pair
+    case.responds(200)
+    case.pair.close()
+    case.nothing_is_left()
+    assert case.ended() == ["ok"]
+    assert case.routing.outcomes() == {P: ["success"]}
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422, 429, 499])
+async def test_a_4xx_is_the_clients_fault_and_told_in_the_engines_words(status: int) -> None:
+    case = Case(threshold=2)
+    case.prefill.breaker.failure(0.0)
+    body = b'{"object":"error"}'
+    await case.answers(status, body)
+    (error,) = case.failures
+    assert (error.status, error.code, error.body) == (status, "prefill_refused", body)
+    case.prefill.breaker.failure(0.0)  # a success in between has reset the count
+    assert case.prefill.breaker.state is CLOSED
+    assert case.routing.outcomes() == {P: ["success"]}
+    assert case.failure_causes() == ["status_4xx"]
+    assert case.rechecked == [case.prefill]
+    assert case.routing.metric("extproc_pd_prefill_seconds_count", model="m") == 0
+    case.pair.close()
+    case.nothing_is_left()
+    assert case.ended() == ["prefill_refused"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        (500, "status_5xx"),
+        (503, "status_5xx"),
+        (EngineUnreachableError("broken off"), "broken"),
+        (EngineTimeoutError("late"), "timeout"),
+    ],
+)
+async def test_a_prefill_that_fails_is_the_workers_fault_and_told_at_once(
+    answer: int | EngineUnreachableError, cause: str
+) -> None:
+    case = Case()
+    booking = Booking()
+    case.pair.leg.ticket.booking = booking
+    if isinstance(answer, int):
+        await case.answers(answer, b"its own words")
+    else:
+        await case.breaks(answer)
+    (error,) = case.failures
+    assert (error.status, error.code, error.body) == (502, "prefill_failed", None)
+    assert "10.0" not in error.message
+    assert case.prefill.breaker.state is OPEN
+    assert case.routing.outcomes() == {P: ["error"]}
+    assert case.failure_causes() == [cause]
+    assert case.rechecked == [case.prefill]
+    assert booking.told == ["release"]
+    assert case.load == (0, 1)
+    case.routing.clock.tick(0.004)
+    case.pair.told()
+    assert case.routing.metric("extproc_pd_fail_fast_seconds_sum") == pytest.approx(0.004)
+    case.pair.close()
+    case.nothing_is_left()
+    assert case.ended() == ["prefill_failed"]
+    assert case.decode.breaker.state is CLOSED
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+async def test_nobody_is_told_of_a_prefill_that_ends_when_the_stream_is_over(status: int) -> None:
+    case = Case(linger=60.0)
+    case.responds(200)
+    case.pair.close()
+    await case.answers(status)
+    assert case.failures == []
+    assert case.ended() == ["ok"]
+    case.nothing_is_left()
+    expected = {200: "success", 400: "success", 500: "error"}
+    assert case.routing.outcomes() == {P: [expected[status]]}
+
+
+# -- the stream's end
+
+
+@pytest.mark.parametrize("linger", [0.0, 60.0])
+async def test_a_client_that_leaves_ends_the_prefill_at_once(linger: float) -> None:
+    case = Case(linger=linger, probe=True)
+    booking = Booking()
+    case.pair.leg.ticket.booking = booking
+    assert case.prefill.breaker.state is HALF_OPEN
+    now = case.routing.clock.monotonic()
+    assert not case.prefill.breaker.would_allow(now)
+    case.pair.close()
+    assert case.call.cancels >= 1
+    await settle()
+    case.nothing_is_left()
+    assert booking.told == ["release"]
+    # Nothing was learnt of either worker; others may probe.
+    assert case.prefill.breaker.state is case.decode.breaker.state is HALF_OPEN
+    assert case.prefill.breaker.would_allow(now)
+    assert case.decode.breaker.would_allow(now)
+    assert case.routing.outcomes() == {P: ["cancelled"]}
+    assert (case.failures, case.ended()) == ([], ["cancelled"])
+
+
+async def test_after_a_good_response_the_prefill_may_take_a_while() -> None:
+    case = Case(linger=LINGER_SECONDS)
+    case.responds(200)
+    case.pair.close()
+    assert not case.pair.holds_stream
+    await settle()
+    assert (case.call.cancels, case.load, len(case.pairs)) == (0, (1, 0), 1)
+    async with asyncio.timeout(10):
+        while not case.call.cancels:  # noqa: ASYNC110 (a timer of the loop)
+            await asyncio.sleep(LINGER_SECONDS / 2)
+    await settle()
+    case.nothing_is_left()
+    assert case.routing.outcomes() == {P: ["cancelled"]}
+    assert (case.failures, case.ended()) == ([], ["ok"])
+
+
+async def test_without_that_while_it_ends_with_the_response() -> None:
+    case = Case()
+    case.responds(200)
+    assert case.call.cancels == 0
+    case.pair.close()
+    assert case.call.cancels == 1
+    case.nothing_is_left()
+
+
+@pytest.mark.parametrize("status", [400, 404, 500, 503])
+async def test_a_decode_that_fails_ends_the_prefill_before_the_stream(status: int) -> None:
+    case = Case(linger=60.0)
+    case.responds(status)
+    assert case.call.cancels == 1
+    assert case.prefill.in_flight == 0
+    assert not case.pair.holds_stream
+    await settle()
+    assert (case.failures, case.ended()) == ([], ["decode_failed"])
+    case.pair.close()
+    case.nothing_is_left()
+    assert case.ended() == ["decode_failed"]
+    assert case.routing.outcomes() == {P: ["cancelled"]}
+    assert case.prefill.breaker.state is CLOSED
+
+
+async def test_a_prefill_that_fails_while_the_response_runs_is_told_too() -> None:
+    case = Case()
+    case.responds(200)
+    await case.answers(500)
+    assert [error.code for error in case.failures] == ["prefill_failed"]
+    case.pair.close()
+    assert case.ended() == ["prefill_failed"]
+    case.nothing_is_left()
+
+
+async def test_closing_twice_is_closing_once() -> None:
+    case = Case()
+    case.responds(200)
+    await case.answers(200)
+    case.pair.close()
+    case.pair.close()
+    case.nothing_is_left()
+    assert case.ended() == ["ok"]
+
+
+async def test_a_failure_nobody_listens_to_is_settled_all_the_same() -> None:
+    case = Case()
+    case.pair.on_failure = None
+    await case.answers(500)
+    case.pair.close()
+    case.nothing_is_left()
+    assert case.ended() == ["prefill_failed"]
+
+
+# -- abandoned
+
+
+async def test_abandoning_ends_the_prefill_and_tells_the_client() -> None:
+    case = Case(probe=True)
+    case.pairs.abandon()
+    await settle()
+    assert [error.status for error in case.failures] == [502]
+    assert case.call.cancels == 1
+    assert case.prefill.in_flight == 0
+    # It was not the worker's fault.
+    assert case.prefill.breaker.would_allow(case.routing.clock.monotonic())
+    assert case.routing.outcomes() == {P: ["cancelled"]}
+    case.pairs.abandon()
+    case.pair.close()
+    await settle()
+    case.nothing_is_left()
+    assert len(case.failures) == 1
+    assert case.ended() == ["abandoned"]
+
+
+async def test_only_the_pairs_of_a_worker_are_abandoned_with_it() -> None:
+    case = Case()
+    case.pairs.abandon(case.decode)
+    assert case.call.is_open
+    case.pairs.abandon(case.prefill)
+    assert not case.call.is_open
+    case.pair.close()
+    case.nothing_is_left()
+
+
+async def test_a_prefill_that_is_over_is_not_abandoned() -> None:
+    case = Case()
+    await case.answers(200)
+    case.pairs.abandon()
+    assert case.failures == []
+    case.responds(200)
+    case.pair.close()
+    assert case.ended() == ["ok"]
+
+
+async def test_one_that_only_lingers_is_abandoned_in_silence() -> None:
+    case = Case(linger=60.0)
+    case.responds(200)
+    case.pair.close()
+    case.pairs.abandon()
+    await settle()
+    case.nothing_is_left()
+    assert (case.failures, case.ended()) == ([], ["ok"])
+
+
+# -- the decode worker's side
+
+
+async def test_a_reservation_counts_until_it_is_released_once() -> None:
+    case = Case(probe=True)
+    now = case.routing.clock.monotonic()
+    assert case.load == (1, 1)
+    assert not case.decode.breaker.would_allow(now)
+    case.pair.release_reservation()
+    assert case.load == (1, 0)
+    assert case.decode.breaker.would_allow(now)
+    # The worker is picked, and its probe is another's by now.
+    probe = case.decode.breaker.claim(now)
+    assert probe
+    ticket = case.routing.active_load.book(case.decode, now)
+    case.pair.release_reservation()
+    case.pair.close()
+    assert case.decode.in_flight == 1
+    assert not case.decode.breaker.would_allow(now)
+    ticket.release()
+    case.nothing_is_left()
+
+
+async def test_a_reservation_object_is_released_once() -> None:
+    case = Case(probe=True)
+    now = case.routing.clock.monotonic()
+    reservation = case.pair.reservation
+    assert reservation is not None
+    reservation.release()
+    assert case.decode.breaker.claim(now)
+    reservation.release()
+    assert not case.decode.breaker.would_allow(now)
+    assert case.decode.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "outcome"), [(200, CLOSED, "success"), (500, OPEN, "error")]
+)
+async def test_inline_the_response_settles_the_decode_worker_too(
+    status: int, state: BreakerState, outcome: str
+) -> None:
+    case = Case(inline=True)
+    assert case.load == (1, 1)
+    assert case.pair.ticket.worker is case.decode
+    await case.answers(200)
+    assert case.responds(status)
+    assert case.pair.served is case.prefill
+    assert case.decode.breaker.state is state
+    assert case.routing.outcomes() == {P: ["success"], D: [outcome]}
+    case.pair.close()
+    case.nothing_is_left()
+    assert case.ended() == ["ok" if status < 400 else "decode_failed"]
+
+
+async def test_inline_a_client_that_leaves_is_neutral_for_both() -> None:
+    case = Case(inline=True, probe=True)
+    case.pair.close()
+    case.nothing_is_left()
+    now = case.routing.clock.monotonic()
+    assert case.prefill.breaker.would_allow(now)
+    assert case.decode.breaker.would_allow(now)
+    assert case.routing.outcomes() == {P: ["cancelled"], D: ["cancelled"]}
+
+
+async def test_inline_a_request_that_is_too_old_is_the_decode_workers_failure() -> None:
+    case = Case(inline=True)
+    case.pair.expired()
+    case.pair.close()
+    assert case.decode.breaker.state is OPEN
+    assert case.prefill.breaker.state is CLOSED
+    case.nothing_is_left()
+
+
+async def test_with_two_passes_the_janitor_watches_the_prefill() -> None:
+    case = Case()
+    assert case.pair.ticket is case.pair.leg.ticket
+    assert case.pair.served is case.prefill
+    assert case.responds(200)
+    case.pair.expired()
+    case.pair.close()
+    assert case.decode.breaker.state is CLOSED
+    case.nothing_is_left()
+
+
+# -- the book
+
+
+async def test_the_book_finds_a_pair_by_its_name_until_it_is_over() -> None:
+    case = Case()
+    assert case.pairs.get(case.pair.id) is case.pair
+    assert case.pairs.get("0" * 24) is None
+    assert list(case.pairs) == [case.pair]
+    case.pair.close()
+    assert case.pairs.get(case.pair.id) is None
+
+
+def test_names_are_short_and_never_the_same() -> None:
+    names = {Pairs.new_id() for _ in range(1000)}
+    assert len(names) == 1000
+    assert all(len(name) == 24 and name.isalnum() for name in names)
+
+
+# -- in any order
+
+_STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("answer"), st.sampled_from([200, 400, 500])),
+        st.tuples(st.just("broken"), st.booleans()),
+        st.tuples(st.just("responded"), st.sampled_from([200, 404, 500])),
+        st.tuples(st.just("close")),
+        st.tuples(st.just("abandon")),
+        st.tuples(st.just("expired")),
+        st.tuples(st.just("told")),
+        st.tuples(st.just("picked")),
+        st.tuples(st.just("wait")),
+    ),
+    max_size=10,
+)
+
+
+async def _play(steps: list[Any], *, inline: bool, linger: float, probe: bool) -> None:
+    case = Case(inline=inline, linger=linger, probe=probe)
+    booking: RankBooking = Booking()
+    case.pair.leg.ticket.booking = booking
+    told_before_close = 0
+    closed = responded = False
+    for step in steps:
+        match step:
+            case "answer", status:
+                case.call.tell(status)
+            case "broken", timed_out:
+                case.call.fail((EngineTimeoutError if timed_out else EngineUnreachableError)(""))
+            case "responded", status:
+                if not responded and not closed:
+                    case.responds(status)
+                responded = True
+            case ("close",):
+                case.pair.close()
+                if not closed:
+                    told_before_close = len(case.failures)
+                closed = True
+            case ("abandon",):
+                case.pairs.abandon()
+            case ("expired",):
+                case.pair.expired()
+            case ("told",):
+                if case.failures:
+                    case.pair.told()
+            case ("picked",):
+                case.pair.release_reservation()
+            case ("wait",):
+                case.routing.clock.tick(1.0)
+                await settle()
+        assert min(case.load) >= 0
+        assert len(case.failures) <= 1
+    case.pair.close()
+    if not closed:
+        told_before_close = len(case.failures)
+    if linger and case.call.is_open:
+        assert len(case.pairs) == 1
+        case.call.tell(200)
+    await settle()
+    case.nothing_is_left()
+    assert len(case.failures) == told_before_close <= 1
+    assert len(case.ended()) == 1
+    outcomes = case.routing.outcomes()
+    assert len(outcomes[P]) == 1
+    assert len(outcomes.get(D, [])) == (1 if inline else 0)
+    assert isinstance(booking, Booking)
+    assert booking.told in (["release"], ["started", "release"])
+    # Whoever probes next may: no probe was forgotten.
+    case.routing.clock.tick(30.0)
+    now = case.routing.clock.monotonic()
+    assert case.prefill.breaker.would_allow(now)
+    assert case.decode.breaker.would_allow(now)
+
+
+@settings(deadline=None, max_examples=300)
+@given(_STEPS, st.booleans(), st.sampled_from([0.0, 60.0]), st.booleans())
+def test_whatever_happens_in_whatever_order_nothing_is_left(
+    steps: list[Any], inline: bool, linger: float, probe: bool
+) -> None:
+    asyncio.run(_play(steps, inline=inline, linger=linger, probe=probe))
+
+
+# -- an answer and its end in one turn of the loop
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_an_answer_on_its_way_when_the_stream_ends_counts_once(status: int) -> None:
+    case = Case()
+    case.call.tell(status)
+    case.pair.close()
+    await settle()
+    assert len(case.routing.outcomes()[P]) == 1
+
+
+async def test_an_answer_on_its_way_when_the_pair_is_given_up_is_not_told_twice() -> None:
+    case = Case()
+    case.call.tell(500)
+    case.pairs.abandon()
+    await settle()
+    assert len(case.failures) == 1
+
+
+async def test_an_answer_on_its_way_when_decode_has_failed_is_not_told() -> None:
+    case = Case()
+    case.call.tell(500)
+    case.responds(500)
+    await settle()
+    assert case.failures == []
+
+
+async def test_a_redirect_is_a_failure() -> None:
+    case = Case()
+    await case.answers(307)
+    assert len(case.failures) == 1
+
+
+# -- who is to blame
+
+
+@pytest.mark.parametrize(("seconds", "blamed"), [(0.5, False), (1.5, True)])
+async def test_a_decode_worker_that_waited_in_vain_is_not_to_blame(
+    seconds: float, blamed: bool
+) -> None:
+    case = Case()
+    case.routing.clock.tick(seconds)
+    assert case.pair.waits_for_prefill() is blamed
+    case.responds(500)
+    await settle()
+    outcome = "error" if blamed else "cancelled"
+    assert case.routing.outcomes()[P] == [outcome]
+    assert case.pair.waits_for_prefill() is False
+    case.pair.close()
+
+
+async def test_a_decode_worker_that_fails_after_the_prefill_is_to_blame() -> None:
+    case = Case()
+    await case.answers(200)
+    case.routing.clock.tick(5)
+    assert case.pair.waits_for_prefill() is False
+    case.responds(500)
+    assert case.routing.outcomes()[P] == ["success"]
+    case.pair.close()

@@ -1,0 +1,264 @@
+"""Prefill first, decode with what it returned; and prompts that need no prefill."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from extproc.errors import RouterError
+from extproc.routing.json_members import with_members
+from extproc.routing.lease import Lease
+from extproc.routing.pd.decode_order import DecodeOrder
+from extproc.routing.pd.handoff import KV_PREFILL_MEMBERS
+from extproc.routing.pd.pair import Pair
+from extproc.workers.circuit_breaker import BreakerState
+from extproc.workers.introspection_client import EngineUnreachableError
+from extproc.workers.prefill_client import EngineTimeoutError
+from tests.fakes import settle
+from tests.unit.routing.pd.house import (
+    ADDRESSES,
+    BODY,
+    KV,
+    PREFILLS,
+    VIA,
+    Fleet,
+)
+
+# -- nixl
+
+
+async def answered(task: "asyncio.Task[Lease | Pair]") -> Pair:
+    pair = await task
+    assert isinstance(pair, Pair)
+    return pair
+
+
+def nixl(**changes: Any) -> Fleet:
+    return Fleet(protocols={"m": "nixl"}, **changes)
+
+
+async def failed(task: "asyncio.Task[Lease | Pair]") -> RouterError:
+    with pytest.raises(RouterError) as caught:
+        await task
+    return caught.value
+
+
+@pytest.mark.parametrize("inline", [False, True])
+async def test_nixl_waits_for_the_prefill_and_hands_its_answer_on(inline: bool) -> None:
+    fleet = nixl(inline=inline)
+    task = await fleet.waiting()
+    (post,) = fleet.caller.posts
+    assert post.body == with_members(BODY, KV_PREFILL_MEMBERS)
+    assert (post.fields["max_tokens"], post.fields["stream"]) == (1, False)
+    assert "bootstrap_room" not in post.fields
+    assert post.keep_bytes == 1024 * 1024
+    assert fleet.load == ([1, 0, 0], [0, 0, 0])
+    fleet.caller.calls[0].tell(200, b'{"kv_transfer_params":%b,"choices":[]}' % KV)
+    pair = await answered(task)
+    assert pair.decision.body_members == b'"kv_transfer_params":' + KV
+    assert not pair.holds_stream
+    assert fleet.load[0] == [0, 0, 0]
+    assert sum(fleet.load[1]) == 1
+    assert fleet.outcomes() == {PREFILLS[0]: ["success"]}
+    assert (pair.decision.destinations == ()) != inline
+    pair.responded(200, pair.decision.destinations[0] if inline else ADDRESSES[0], VIA, False)
+    pair.close()
+    fleet.nothing_is_left()
+    assert fleet.metric("extproc_pd_pairs_total", model="m", outcome="ok") == 1
+
+
+async def test_nixl_a_members_own_value_loses_to_ours() -> None:
+    fleet = nixl()
+    body = b'{"model":"m","max_tokens":900,"stream":true,"kv_transfer_params":{"a":1}}'
+    task = asyncio.create_task(fleet.send(body, stream=True))
+    await settle()
+    fields = fleet.caller.posts[0].fields
+    assert (fields["max_tokens"], fields["stream"]) == (1, False)
+    assert fields["kv_transfer_params"]["do_remote_decode"] is True
+    fleet.caller.calls[0].tell(200, b'{"kv_transfer_params":%b}' % KV)
+    pair = await answered(task)
+    assert json.loads(with_members(body, pair.decision.body_members)) == {
+        "model": "m",
+        "max_tokens": 900,
+        "stream": True,
+        "kv_transfer_params": json.loads(KV),
+    }
+    pair.close()
+
+
+@pytest.mark.parametrize("status", [400, 422, 429])
+@pytest.mark.parametrize("body", [b"its words", b'{"kv_transfer_params":%b}' % KV])
+async def test_nixl_a_4xx_is_told_in_the_engines_words(status: int, body: bytes) -> None:
+    fleet = nixl(threshold=1)
+    task = await fleet.waiting()
+    fleet.caller.calls[0].tell(status, body)
+    error = await failed(task)
+    assert (error.status, error.code, error.body) == (status, "prefill_refused", body)
+    assert fleet.outcomes() == {PREFILLS[0]: ["success"]}
+    assert fleet.failures("status_4xx") == 1
+    assert fleet.rechecked == [fleet.prefills[0]]
+    fleet.nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        (500, "status_5xx"),
+        (503, "status_5xx"),
+        (200, "no_kv"),
+        (204, "no_kv"),
+        (307, "no_kv"),
+        (EngineTimeoutError(""), "timeout"),
+        (EngineUnreachableError(""), "broken"),
+    ],
+)
+async def test_nixl_any_other_failure_is_the_workers(
+    answer: int | EngineUnreachableError, cause: str
+) -> None:
+    fleet = nixl(threshold=1)
+    task = await fleet.waiting()
+    (call,) = fleet.caller.calls
+    if isinstance(answer, int):
+        call.tell(answer, b'{"kv_transfer_params":null}')
+    else:
+        call.fail(answer)
+    error = await failed(task)
+    assert (error.status, error.code, error.body) == (502, "prefill_failed", None)
+    assert fleet.prefills[0].breaker.state is BreakerState.OPEN
+    assert fleet.outcomes() == {PREFILLS[0]: ["error"]}
+    assert fleet.failures(cause) == 1
+    # It was sent once: the prefill may have begun there.
+    assert len(fleet.caller.posts) == 1
+    fleet.nothing_is_left()
+
+
+async def test_nixl_a_refused_connection_leads_to_another_worker() -> None:
+    fleet = nixl()
+    fleet.caller.refuse(PREFILLS[0])
+    task = await fleet.waiting()
+    assert len(fleet.caller.posts) == 2
+    fleet.caller.calls[0].tell(200, b'{"kv_transfer_params":%b}' % KV)
+    pair = await answered(task)
+    order = DecodeOrder.from_header(pair.decision.decode_order)
+    assert order.prefill_host == pair.leg.worker.spec.url.host != "10.0.0.1"
+    pair.close()
+    fleet.nothing_is_left()
+
+
+async def test_nixl_a_client_that_leaves_while_the_prefill_runs_ends_it() -> None:
+    fleet = nixl(threshold=1)
+    fleet.trip(*fleet.prefills)
+    fleet.clock.tick(30.0)
+    task = await fleet.waiting()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert fleet.caller.calls[0].cancels >= 1
+    assert fleet.outcomes() == {PREFILLS[0]: ["cancelled"]}
+    assert fleet.prefills[0].breaker.would_allow(fleet.clock.monotonic())
+    fleet.nothing_is_left()
+
+
+async def test_nixl_no_decode_worker_is_left_when_the_prefill_is_over() -> None:
+    fleet = nixl()
+    task = await fleet.waiting()
+    fleet.trip(*fleet.decodes)
+    fleet.caller.calls[0].tell(200, b'{"kv_transfer_params":%b}' % KV)
+    assert (await failed(task)).code == "no_decode_workers_available"
+    assert fleet.outcomes() == {PREFILLS[0]: ["success"]}
+    fleet.nothing_is_left()
+
+
+# -- prompts that a decode worker nearly holds
+
+# 400 tokens, one a character: far more than what a policy takes as equal.
+TEXT = "".join(chr(33 + n * 7 % 90) for n in range(400))
+
+
+@pytest.mark.parametrize(
+    ("held", "least", "alone"),
+    [
+        # Of 400 tokens 396 are held and would be spared: 4 are missing.
+        (396, 5, True),
+        (396, 4, False),
+        (396, 0, False),
+        # Of what is held completely, the last page is computed all the same.
+        (400, 5, True),
+        (400, 4, False),
+        # Nothing is held: 400 are missing.
+        (0, 401, True),
+        (0, 400, False),
+    ],
+)
+async def test_a_prompt_that_lacks_little_goes_to_decode_alone(
+    held: int, least: int, alone: bool
+) -> None:
+    fleet = nixl(min_ttft=True, min_prefill_tokens={"m": least})
+    for worker in (*fleet.prefills, *fleet.decodes):
+        fleet.hold("", worker)
+    if held:
+        fleet.hold(TEXT[:held], fleet.decodes[1])
+    body = json.dumps({"model": "m", "prompt": TEXT}).encode()
+    task = asyncio.create_task(fleet.send(body))
+    await settle()
+    if alone:
+        lease = await task
+        assert isinstance(lease, Lease)
+        assert fleet.caller.posts == []
+        if held:
+            assert lease.decision.destinations[0] == ADDRESSES[1]
+        assert set(lease.decision.destinations) <= set(ADDRESSES)
+        assert lease.decision.body_members == b""
+        assert lease.decision.decode_order == ""
+        assert sum(fleet.load[1]) == 1
+        lease.close()
+    else:
+        assert len(fleet.caller.posts) == 1
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert fleet.metric("extproc_pd_decode_alone_total", model="m") == int(alone)
+    fleet.nothing_is_left()
+
+
+@pytest.mark.parametrize("min_ttft", [True, False])
+async def test_without_tokens_there_is_no_rule(min_ttft: bool) -> None:
+    fleet = Fleet(min_ttft=min_ttft, min_prefill_tokens={"m": 1000})
+    body = b'{"model":"m","prompt":""}' if min_ttft else BODY
+    pair = await fleet.route(body)
+    assert len(fleet.caller.posts) == 1
+    pair.close()
+    fleet.nothing_is_left()
+
+
+async def test_what_a_prefill_worker_holds_is_shown_in_the_decision() -> None:
+    fleet = Fleet(min_ttft=True)
+    for worker in fleet.prefills:
+        fleet.hold("", worker)
+    fleet.hold(TEXT[:200], fleet.prefills[2])
+    pair = await fleet.route(json.dumps({"model": "m", "prompt": TEXT}).encode())
+    assert pair.leg.worker is fleet.prefills[2]
+    assert (pair.decision.cached_tokens, pair.decision.total_tokens) == (200, 400)
+    (target,) = fleet.ranks.targets(fleet.prefills[2])
+    assert target.load.in_flight == 1
+    pair.close()
+    assert target.load.in_flight == 0
+    fleet.nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [200, 500, EngineUnreachableError("x"), EngineTimeoutError("x")],
+    ids=["no_kv", "500", "broken", "timeout"],
+)
+async def test_nixl_any_failure_makes_us_ask_the_worker(
+    answer: int | EngineUnreachableError,
+) -> None:
+    fleet = nixl()
+    task = await fleet.waiting()
+    if isinstance(answer, int):
+        fleet.caller.calls[0].tell(answer, b"{}")
+    else:
+        fleet.caller.calls[0].fail(answer)
+    await failed(task)
+    assert fleet.rechecked == [fleet.prefills[0]]

@@ -1,0 +1,360 @@
+"""From a body to a rank and back: tokens, namespaces, ranks told to engines, books settled."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec import Struct
+from prometheus_client import CollectorRegistry
+
+from extproc.config.schema import LoadConfig, ModelConfig, PolicyName
+from extproc.errors import RouterError
+from extproc.kv.prefix_hash import TokenIds
+from extproc.metrics.service import Metrics
+from extproc.policies.factory import create_kv_policy
+from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.placement import Placement
+from extproc.routing.rank import Target
+from extproc.routing.rank_chooser import KvRouting
+from extproc.routing.ranks import RankBook, RankKey
+from extproc.routing.request import Request, find_endpoint
+from extproc.routing.router import Router
+from extproc.tokenization.bodies.prompts import Prompt, read_prompt
+from extproc.tokenization.encoder import Encoded
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.tickets import ActiveLoad
+from extproc.workers.worker import KvEvents, Worker
+from tests.fakes import FakeClock, make_worker
+
+PAGE = 4
+A, B = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
+# One token a character.
+TEXT = "0123456789abcdefghij"
+
+
+class ByteEncoder:
+    """A token is a byte of a completion's prompt."""
+
+    async def read(self, path: str, body: bytes | bytearray) -> Prompt:
+        return read_prompt(path, body)
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        if prompt.why or prompt.text is None:
+            return Encoded(None, prompt.why or "no_text")
+        return Encoded(tokens(prompt.text), "")
+
+
+class BusyEncoder(ByteEncoder):
+    """Its queue is so long that nothing comes back."""
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        await asyncio.sleep(60)
+        return await super().encode(prompt)
+
+
+def tokens(text: str) -> TokenIds:
+    return np.frombuffer(text.encode(), np.uint8).astype(np.uint64)
+
+
+class Fleet(Struct, kw_only=True):
+    """A router over ranks whose holdings the test writes."""
+
+    clock: FakeClock
+    ranks: RankBook
+    registry: WorkerRegistry
+    active_load: ActiveLoad
+    prometheus: CollectorRegistry
+    router: Router
+    workers: list[Worker]
+
+    def target(self, worker: int, rank: int = 0) -> Target:
+        return self.ranks.targets(self.workers[worker])[rank]
+
+    def hold(self, text: str, worker: int, rank: int = 0, salt: str | None = None) -> None:
+        """The rank is trusted and holds the whole pages of this text."""
+        index, target = self.ranks.picture.index, self.target(worker, rank)
+        if target.holder is None:
+            target.holder = index.add(f"{worker}-{rank}", PAGE)
+        ids = tokens(text)[: len(text) // PAGE * PAGE]
+        seed = self.ranks.picture.seed(salt, None)
+        names = [hash((salt, text[: end * PAGE])) for end in range(1, len(ids) // PAGE + 1)]
+        index.store(target.holder, names, None, ids, PAGE, seed=seed)
+
+    async def route(self, text: str, **fields: Any) -> Lease:
+        body = json.dumps({"model": "m", "prompt": text} | fields).encode()
+        return await self.send(body, fields.get("model", "m"), fields.get("stream", False))
+
+    async def send(self, body: bytes, model: str = "m", stream: bool = False) -> Lease:
+        endpoint = find_endpoint("POST", "/v1/completions")
+        lease = await self.router.route(Request(endpoint, model, stream, body))
+        assert isinstance(lease, Lease)
+        return lease
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.prometheus.get_sample_value(name, labels) or 0.0
+
+
+async def make_fleet(
+    urls: Sequence[str] = (A, B),
+    *,
+    policy: PolicyName = "cache_aware_zmq",
+    dp_size: int = 1,
+    destinations_max: int = 3,
+    encoder: ByteEncoder | None = None,
+) -> Fleet:
+    clock, random, prometheus = FakeClock(), Random(0), CollectorRegistry()
+    metrics, registry = Metrics(prometheus), WorkerRegistry()
+    ranks = RankBook(clock, max_pages=10_000)
+    model = ModelConfig(id="m", policy=policy, tokenizer_path="-")
+    placement = Placement(create_kv_policy(model, random), ranks.picture.index)
+    ranks.serve("m", placement)
+    workers = []
+    for order, url in enumerate(urls):
+        worker = make_worker(url, order=order)
+        if dp_size > 1:
+            # Nobody listens there; what is held is up to the test.
+            events = KvEvents(host="127.0.0.1", port=1, block_size=PAGE, dp_size=dp_size)
+            worker = make_worker(url, order=order, kv_events=events)
+        registry.upsert(worker)
+        ranks.joined(worker)
+        workers.append(worker)
+    active_load = ActiveLoad(clock, 600.0, metrics.stale_requests)
+    router = Router(
+        policies={"m": None},
+        active_load=active_load,
+        books=LeaseBooks(clock, registry, metrics, LoadConfig()),
+        random=random,
+        request_timeout_seconds=300.0,
+        destinations_max=destinations_max,
+        kv=KvRouting(
+            {"m": placement},
+            {"m": encoder or ByteEncoder()},
+            ranks,
+            metrics,
+            clock,
+            patience_seconds=0.05,
+        ),
+    )
+    return Fleet(
+        clock=clock,
+        ranks=ranks,
+        registry=registry,
+        active_load=active_load,
+        prometheus=prometheus,
+        router=router,
+        workers=workers,
+    )
+
+
+MakeFleet = Callable[..., Awaitable[Fleet]]
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[MakeFleet]:
+    """Makes fleets; their sockets are closed at the end."""
+    made: list[Fleet] = []
+
+    async def make(*arguments: Any, **options: Any) -> Fleet:
+        made.append(await make_fleet(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        await one.ranks.picture.close()
+
+
+@pytest.mark.parametrize("policy", ["cache_aware_zmq", "min_ttft"])
+async def test_a_prompt_goes_to_its_holder(fleet: MakeFleet, policy: PolicyName) -> None:
+    pool = await fleet(policy=policy)
+    pool.hold("something else here", 0)
+    pool.hold(TEXT[:16], 1)
+    lease = await pool.route(TEXT)
+    assert lease.decision.worker_url == B
+    assert lease.decision.reason == "hit"
+    assert (lease.decision.cached_tokens, lease.decision.total_tokens) == (16, 20)
+    assert pool.metric("extproc_prompt_tokens_total", model="m") == 20
+    assert pool.metric("extproc_cached_tokens_total", model="m") == 16
+    assert pool.metric("extproc_overlap_tokens_count", model="m") == 1
+    lease.close()
+
+
+async def test_who_is_no_candidate_hides_nobody(fleet: MakeFleet) -> None:
+    """The deepest holder's breaker is open; the other one's 80 % still count."""
+    pool = await fleet()
+    pool.hold(TEXT, 0)
+    pool.hold(TEXT[:16], 1)
+    for _ in range(3):
+        pool.workers[0].breaker.failure(pool.clock.monotonic())
+    lease = await pool.route(TEXT)
+    assert (lease.decision.worker_url, lease.decision.reason) == (B, "hit")
+
+
+@pytest.mark.parametrize(
+    ("fields", "hits"),
+    [
+        ({"cache_salt": "a"}, True),
+        ({}, False),
+        ({"cache_salt": "b"}, False),
+        ({"cache_salt": "a", "lora_path": "x"}, False),
+        ({"cache_salt": "a", "model": "m:x"}, False),
+    ],
+)
+async def test_only_the_same_namespace_counts(
+    fleet: MakeFleet, fields: dict[str, Any], hits: bool
+) -> None:
+    pool = await fleet()
+    pool.hold(TEXT, 0, salt="a")
+    lease = await pool.route(TEXT, **fields)
+    assert (lease.decision.reason == "hit") is hits
+    assert lease.decision.model == "m"
+
+
+async def test_an_adapter_needs_a_name(fleet: MakeFleet) -> None:
+    pool = await fleet()
+    for name in ("m:", ":m", "n:m", "m2"):
+        with pytest.raises(RouterError) as caught:
+            await pool.route(TEXT, model=name)
+        assert caught.value.code == "model_not_found"
+
+
+async def test_tokens_that_do_not_come_in_time_are_done_without(fleet: MakeFleet) -> None:
+    pool = await fleet(encoder=BusyEncoder())
+    lease = await pool.route(TEXT, cache_salt="a")
+    assert lease.decision.reason == "no_tokens"
+    assert pool.metric("extproc_prompts_without_tokens_total", model="m", why="busy") == 1
+    lease.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"", "body_not_visible"),
+        (b'{"model": "m", "prompt": ["a", "b"]}', "batch"),
+        (b'{"model": "m", "prompt": 5}', "malformed"),
+    ],
+)
+async def test_without_tokens_load_decides_and_says_why(
+    fleet: MakeFleet, body: bytes, why: str
+) -> None:
+    pool = await fleet()
+    pool.hold(TEXT, 0)
+    lease = await pool.send(body)
+    assert lease.decision.reason == "no_tokens"
+    assert lease.decision.total_tokens == 0
+    assert pool.metric("extproc_prompts_without_tokens_total", model="m", why=why) == 1
+
+
+async def test_without_events_load_decides(fleet: MakeFleet) -> None:
+    pool = await fleet()
+    assert (await pool.route(TEXT)).decision.reason == "no_events"
+
+
+async def test_nobody_to_ask_is_told_before_any_work(fleet: MakeFleet) -> None:
+    pool = await fleet(())
+    with pytest.raises(RouterError) as caught:
+        await pool.send(b"never read")
+    assert caught.value.code == "no_healthy_workers"
+
+
+async def test_the_rank_is_told_only_where_there_are_several(fleet: MakeFleet) -> None:
+    pool = await fleet(dp_size=3)
+    pool.hold(TEXT, 1, rank=2)
+    lease = await pool.route(TEXT)
+    assert lease.decision.body_members == b'"routed_dp_rank":2'
+    assert pool.target(1, 2).load.in_flight == 1
+    assert (await pool.send(b"")).decision.body_members == b""
+    single = await fleet()
+    assert (await single.route(TEXT)).decision.body_members == b""
+
+
+async def test_fallbacks_have_the_rank_that_the_body_names(fleet: MakeFleet) -> None:
+    pool = await fleet(("http://10.0.0.1:1",), dp_size=4)
+    small = make_worker("http://10.0.0.2:1", order=1)  # one rank
+    pool.registry.upsert(small)
+    pool.ranks.joined(small)
+    pool.hold(TEXT, 0, rank=3)
+    lease = await pool.route(TEXT)
+    assert lease.decision.destinations == ("10.0.0.1:1",)
+
+
+async def test_books_of_ranks_are_settled_on_every_way_out(fleet: MakeFleet) -> None:
+    pool = await fleet()
+    pool.hold(TEXT, 0)
+    target = pool.target(0)
+    done = await pool.route(TEXT)
+    gone = await pool.route(TEXT)
+    assert target.load.in_flight == 2
+    assert target.load.prefill_tokens_ahead(pool.clock.monotonic()) > 0
+    done.responded(200, "10.0.0.1:8000", "via_upstream", streamed=True)
+    done.close()
+    gone.close()
+    gone.close()
+    assert target.load.in_flight == 0
+    assert target.load.prefill_tokens_ahead(pool.clock.monotonic()) == 0
+    assert len(pool.active_load) == 0
+
+
+async def test_whoever_serves_instead_has_the_load(fleet: MakeFleet) -> None:
+    pool = await fleet()
+    pool.hold(TEXT, 0)
+    lease = await pool.route(TEXT)
+    assert lease.decision.destinations[0] == "10.0.0.1:8000"
+    lease.responded(200, "10.0.0.2:8000", "via_upstream", streamed=True)
+    assert pool.target(0).load.in_flight == 0
+    assert pool.target(1).load.in_flight == 1
+    lease.close()
+    assert pool.target(1).load.in_flight == 0
+
+
+async def test_a_sibling_follows_what_is_on_its_way(fleet: MakeFleet) -> None:
+    pool = await fleet()
+    pool.hold("z" * 8, 0)
+    pool.hold("z" * 8, 1)
+    first = await pool.route(TEXT)
+    assert first.decision.reason == "below_threshold"
+    second = await pool.route(TEXT + "xyz")
+    assert second.decision.reason == "predicted"
+    assert second.decision.worker_url == first.decision.worker_url
+    assert second.decision.cached_tokens == 0  # never reported as overlap
+
+
+async def test_a_worker_that_left_is_no_target_and_keeps_no_hope(fleet: MakeFleet) -> None:
+    pool = await fleet()
+    pool.hold("z" * 8, 0)
+    pool.hold("z" * 8, 1)
+    lease = await pool.route(TEXT)
+    left = 0 if lease.decision.worker_url == A else 1
+    target = pool.target(left)
+    await pool.ranks.left(pool.workers[left])
+    assert pool.ranks.targets(pool.workers[left]) == ()
+    assert target.holder is None
+    pool.registry.remove(pool.workers[left].id)
+    assert (await pool.route(TEXT)).decision.reason == "below_threshold"
+    lease.close()  # its books may outlive it
+    assert [RankKey.of(one).url for _, one in pool.ranks] == [pool.workers[1 - left].url]
+
+
+async def test_workers_of_other_models_are_not_followed(fleet: MakeFleet) -> None:
+    pool = await fleet(())
+    events = KvEvents(host="127.0.0.1", port=1, block_size=PAGE)
+    stranger = make_worker(A, model_ids=("other",), kv_events=events)
+    pool.ranks.joined(stranger)
+    assert pool.ranks.targets(stranger) == ()
+    assert pool.ranks.picture.states() == {}
+    await pool.ranks.left(stranger)
+
+
+async def test_a_worker_that_comes_back_is_followed_anew(fleet: MakeFleet) -> None:
+    pool = await fleet((), policy="min_ttft")
+    events = KvEvents(host="127.0.0.1", port=1, block_size=PAGE, dp_size=2, load_port=5)
+    worker = make_worker(A, kv_events=events)
+    for _ in range(2):
+        pool.ranks.joined(worker)
+        assert len(pool.ranks.picture.states()) == 2
+        assert [target.rank for target in pool.ranks.targets(worker)] == [0, 1]
+        await pool.ranks.left(worker)
+        assert pool.ranks.picture.states() == {}

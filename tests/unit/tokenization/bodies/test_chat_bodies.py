@@ -1,0 +1,331 @@
+"""Chat bodies: the messages, tools and arguments that a template is given."""
+
+import json
+from typing import Any
+
+import pytest
+
+from extproc.tokenization.bodies.messages import for_template
+from extproc.tokenization.bodies.prompts import Prompt, read_prompt
+
+USER = {"role": "user", "content": "hi"}
+
+
+def _chat(**body: Any) -> Prompt:
+    whole = {"messages": [USER], **body}
+    return read_prompt("/v1/chat/completions", json.dumps(whole).encode())
+
+
+def _messages(*messages: Any) -> Any:
+    prompt = _chat(messages=messages)
+    assert prompt.why == ""
+    assert prompt.chat is not None
+    return prompt.chat.messages
+
+
+# -- messages of a chat, as the engine writes them out
+
+
+def test_fields_that_no_template_sees() -> None:
+    assert _messages(
+        {"role": "system", "content": "s", "name": None, "id": "7"},
+        {"role": "user", "content": "u", "name": "Eve", "tool_calls": []},
+        {"role": "Assistant", "refusal": None, "reasoning_content": "r", "tool_calls": None},
+        {"role": "tool", "content": "t", "tool_call_id": "1", "name": "f"},
+        {"role": "developer", "content": "d", "phase": "commentary"},
+    ) == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "", "reasoning_content": "r"},
+        {"role": "tool", "content": "t", "tool_call_id": "1", "name": "f"},
+        {"role": "developer", "content": "d", "phase": "commentary"},
+    ]
+
+
+def test_tool_calls_have_every_field_and_arguments_become_objects() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1e2}'}}
+    bare = {"function": {"arguments": {"b": None}, "more": 1}}
+    (message,) = _messages({"role": "assistant", "tool_calls": [call, bare]})
+    assert message == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "id": "1",
+                "index": None,
+                "type": "function",
+                "function": {"name": "f", "arguments": {"a": 100.0}},
+            },
+            {
+                "id": None,
+                "index": None,
+                "type": "function",
+                "function": {"name": None, "arguments": {"b": None}},
+            },
+        ],
+    }
+
+
+def test_parts_are_reduced_to_what_templates_see() -> None:
+    (message,) = _messages(
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "a", "cache_control": {}},
+                {"type": "thinking", "thinking": "hm"},
+                {"type": "tool_reference", "name": "f"},
+            ],
+        }
+    )
+    assert message["content"] == [
+        {"type": "text", "text": "a"},
+        {"type": "tool_reference", "name": "f"},
+    ]
+
+
+def test_fields_are_in_the_engines_order() -> None:
+    """Some templates print whole messages."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    given = {"reasoning_content": "r", "phase": "commentary", "name": "n", "content": parts}
+    messages = _messages({"tool_calls": [], **given, "role": "tool", "tool_call_id": "i"})
+    others = ["tool_call_id", "name", "phase", "reasoning_content", "tool_calls"]
+    for keep_parts, order in (
+        (False, ["role", "content", *others]),
+        (True, ["role", *others, "content"]),
+    ):
+        ((message,), _) = for_template(messages, keep_parts, False)
+        assert list(message) == order
+        assert message["content"] == "a b"
+
+
+def test_the_last_word_is_a_users_or_to_be_continued() -> None:
+    user = {"role": "user", "content": "u"}
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+    in_parts = {"role": "assistant", "content": [{"type": "text", "text": "a"}]}
+    assert for_template([user, answer], False, False) == (
+        [user, {"role": "user", "content": "a"}],
+        "",
+    )
+    assert for_template([user, answer], False, True) == ([user], "a")
+    assert for_template([user, in_parts], False, True) == ([user], "a")
+    assert for_template([user, in_parts], True, True) == ([user, in_parts], "")
+
+
+@pytest.mark.parametrize("kind", ["image_url", "video_url", "audio_url", "input_audio"])
+def test_media(kind: str) -> None:
+    content = [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "http://x"}}]
+    assert _chat(messages=[{"role": "user", "content": content}]).why == "multimodal"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        None,
+        "x",
+        [],
+        {},
+        {"role": "user"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": 1},
+        {"role": "user", "content": {}},
+        {"role": "user", "content": ["x"]},
+        {"role": "user", "content": [{"type": "text"}]},
+        {"role": "user", "content": [{"type": "text", "text": 1}]},
+        {"role": "user", "content": [{"type": "nonsense"}]},
+        {"role": "user", "content": [{"type": []}]},
+        {"role": "user", "content": [{"type": "thinking", "thinking": "x"}]},
+        {"role": "User", "content": "x"},
+        {"role": "wizard", "content": "x"},
+        {"role": 1, "content": "x"},
+        {"role": [], "content": "x"},
+        {"role": "system", "content": 1},
+        {"role": "tool", "content": "x", "tool_call_id": 1},
+        {"role": "assistant", "content": "x", "phase": "end"},
+        {"role": "assistant", "content": "x", "phase": []},
+        {"role": "assistant", "content": [{"type": "tool_reference", "name": 1}]},
+        {"role": "assistant", "tool_calls": {}},
+        {"role": "assistant", "tool_calls": [1]},
+        {"role": "assistant", "tool_calls": [{}]},
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": "not json"}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": "[1]"}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": ""}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": '{"a":' * 9999}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": 1}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": 1}}]},
+        {"role": "assistant", "tool_calls": [{"type": "x", "function": {}}]},
+        {"role": "assistant", "tool_calls": [{"id": 1, "function": {}}]},
+    ],
+)
+def test_messages_that_the_engine_refuses(message: Any) -> None:
+    assert _chat(messages=[message]).why == "malformed"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "system", "content": "x", "tools": []},
+        {"role": "assistant", "content": "x", "prefix": True},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"arguments": '{"a": 18446744073709551616}'}}],
+        },
+    ],
+)
+def test_messages_whose_effect_is_not_known(message: Any) -> None:
+    assert _chat(messages=[message]).why == "unsupported"
+
+
+@pytest.mark.parametrize("messages", [None, 1, "x", {}])
+def test_no_list_of_messages(messages: Any) -> None:
+    assert _chat(messages=messages).why == "malformed"
+
+
+def test_an_empty_chat() -> None:
+    assert _chat(messages=[]).why == "no_text"
+
+
+# -- what goes to the template besides
+
+
+@pytest.mark.parametrize(
+    ("body", "effort", "kwargs"),
+    [
+        ({}, None, {}),
+        ({"reasoning_effort": None}, None, {}),
+        ({"reasoning_effort": "low"}, "low", {"thinking": True, "enable_thinking": True}),
+        ({"reasoning_effort": "none"}, "none", {"thinking": False, "enable_thinking": False}),
+        ({"reasoning_effort": 0}, 0.0, {"thinking": True, "enable_thinking": True}),
+        ({"reasoning_effort": "0.5"}, 0.5, {"thinking": True, "enable_thinking": True}),
+        ({"reasoning": {"effort": "max"}}, "max", {"thinking": True, "enable_thinking": True}),
+        ({"reasoning": {"enabled": True}}, None, {"thinking": True, "enable_thinking": True}),
+        ({"reasoning": {"enable": "On "}}, None, {"thinking": True, "enable_thinking": True}),
+        ({"reasoning": {"enabled": False}}, None, {}),
+        (
+            {"reasoning_effort": "low", "chat_template_kwargs": {"thinking": 7}},
+            "low",
+            {"thinking": 7, "enable_thinking": True},
+        ),
+        ({"chat_template_kwargs": {"reasoning_effort": "high"}}, "high", {}),
+        ({"chat_template_kwargs": {"reasoning_effort": None, "x": [1]}}, None, {"x": [1]}),
+        ({"chat_template_kwargs": {"documents": [{"a": 1}]}}, None, {"documents": [{"a": 1}]}),
+    ],
+)
+def test_template_arguments(body: Any, effort: Any, kwargs: Any) -> None:
+    prompt = _chat(**body)
+    assert prompt.chat is not None
+    assert (prompt.chat.effort, prompt.chat.template_kwargs) == (effort, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({"chat_template_kwargs": [1]}, "malformed"),
+        ({"chat_template_kwargs": {"documents": "x"}}, "malformed"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "unsupported"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "unsupported"),
+        ({"chat_template_kwargs": {"messages": []}}, "unsupported"),
+        ({"chat_template_kwargs": {"reasoning_effort": []}}, "unsupported"),
+        ({"reasoning_effort": "extreme"}, "malformed"),
+        ({"reasoning_effort": True}, "malformed"),
+        ({"reasoning_effort": 2}, "malformed"),
+        ({"reasoning_effort": "nan"}, "malformed"),
+        ({"reasoning_effort": []}, "malformed"),
+        ({"reasoning": {"effort": {}}}, "malformed"),
+        ({"continue_final_message": "yes"}, "malformed"),
+        ({"task": "query"}, "unsupported"),
+        ({"tools": {}}, "malformed"),
+        ({"tools": [1]}, "malformed"),
+        ({"tools": [{"type": "function"}]}, "malformed"),
+        ({"tools": [{"function": {}}]}, "malformed"),
+        ({"tools": [{"function": {"name": 1}}]}, "malformed"),
+        ({"tools": [{"function": {"name": "f", "strict": 1}}]}, "malformed"),
+        ({"tools": [{"function": {"name": "f", "description": 1}}]}, "malformed"),
+        ({"tools": [{"type": 1, "function": {"name": "f"}}]}, "malformed"),
+        ({"tools": [{"defer_loading": 1, "function": {"name": "f"}}]}, "malformed"),
+        ({"tool_choice": "sometimes"}, "malformed"),
+        ({"tool_choice": []}, "malformed"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "malformed"),
+        ({"tool_choice": {"function": []}}, "malformed"),
+    ],
+)
+def test_what_the_template_is_not_given(body: Any, why: str) -> None:
+    assert _chat(**body).why == why
+
+
+def _tools(*functions: Any, **tool: Any) -> Any:
+    prompt = _chat(tools=[{**tool, "function": function} for function in functions])
+    assert prompt.why == ""
+    assert prompt.chat is not None
+    return prompt.chat.tools
+
+
+def test_tools_keep_the_clients_order_of_known_fields() -> None:
+    (tool,) = _tools(
+        {"strict": None, "parameters": {"type": "object"}, "name": "f", "returns": 1},
+        type="function",
+        comment="x",
+    )
+    assert tool == {
+        "type": "function",
+        "function": {"parameters": {"type": "object"}, "name": "f", "description": None},
+        "defer_loading": None,
+    }
+    assert list(tool) == ["type", "function", "defer_loading"]
+    assert list(tool["function"]) == ["parameters", "name", "description"]
+
+
+def test_tools_that_are_strict_or_loaded_later() -> None:
+    (tool,) = _tools({"name": "f", "strict": False}, defer_loading=True)
+    assert tool["function"] == {
+        "name": "f",
+        "strict": False,
+        "description": None,
+        "parameters": None,
+        "defer_loading": True,
+    }
+    assert list(tool["function"])[-1] == "defer_loading"
+    assert tool["defer_loading"] is True
+    (tool,) = _tools({"defer_loading": None, "name": "f"}, defer_loading=False)
+    assert next(iter(tool["function"].items())) == ("defer_loading", False)
+
+
+def test_no_tools() -> None:
+    for nothing in ("null", "[]"):
+        prompt = _chat(tools=json.loads(nothing))
+        assert prompt.chat is not None
+        assert prompt.chat.tools is None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "varchar"},
+        {"type": ["string", "int"]},
+        {"properties": {"a": {"items": [{"type": "dict"}]}}},
+        {"anyOf": [{"anyOf": [{"type": "float"}]}]},
+    ],
+)
+def test_schemas_that_the_engine_rewrites(schema: Any) -> None:
+    assert _chat(tools=[{"function": {"name": "f", "parameters": schema}}]).why == "unsupported"
+
+
+def test_tool_lists_beyond_what_is_kept() -> None:
+    names = [f"f{n}" for n in range(20_000)]
+    assert [tool["function"]["name"] for tool in _tools(*({"name": n} for n in names))] == names
+
+
+def test_deep_schemas() -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(200):
+        schema = {"type": "object", "properties": {"a": schema}}
+    assert _chat(tools=[{"function": {"name": "f", "parameters": schema}}]).why == "unsupported"
+
+
+def test_the_same_list_is_the_same_objects() -> None:
+    """So that its texts can be remembered."""
+    tools = [{"function": {"name": "f"}}]
+    bodies = [_chat(messages=[{**USER, "content": text}], tools=tools) for text in "ab"]
+    first, second = (prompt.chat for prompt in bodies)
+    assert first is not None
+    assert second is not None
+    assert first.tools is second.tools

@@ -1,0 +1,503 @@
+"""Requests of our own against small servers: when they return, how they end, what they send."""
+
+import asyncio
+import errno
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from extproc.testing.stack import free_ports
+from extproc.worker_url import WorkerUrl, parse_worker_url
+from extproc.workers.introspection_client import EngineUnreachableError
+from extproc.workers.prefill_client import (
+    AiohttpCaller,
+    Call,
+    CallerOverloadedError,
+    EngineTimeoutError,
+)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+MEBIBYTE = 1024 * 1024
+WAIT_SECONDS = 10.0
+
+
+class Engine:
+    """A server with one handler; `connections` are those ever made, `open` those not closed."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.url = WorkerUrl("http", "127.0.0.1", 1)
+        self.peers: list[tuple[str, int]] = []
+        self.arrived = asyncio.Event()
+        self.left = asyncio.Event()
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        self.peers.append(request.transport.get_extra_info("peername"))
+        self.arrived.set()
+        try:
+            return await self.handler(request)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+
+
+@asynccontextmanager
+async def engine(handler: Handler) -> AsyncIterator[Engine]:
+    made = Engine(handler)
+    app = web.Application(client_max_size=64 * MEBIBYTE)
+    app.router.add_post("/{path:.*}", made.handle)
+    # Handlers are cancelled when their client leaves.
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        made.url = parse_worker_url(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        yield made
+    finally:
+        await runner.cleanup()
+
+
+@pytest.fixture
+async def caller() -> AsyncIterator[AiohttpCaller]:
+    made = AiohttpCaller(None)
+    made.open()
+    yield made
+    await made.close()
+
+
+async def post(
+    caller: AiohttpCaller,
+    url: WorkerUrl,
+    path: str = "/generate",
+    *,
+    headers: Iterable[tuple[str, str]] = (("content-type", "application/json"),),
+    body: bytes = b"{}",
+    connect_seconds: float = WAIT_SECONDS,
+    answer_seconds: float = WAIT_SECONDS,
+    keep_bytes: int = MEBIBYTE,
+) -> Call:
+    return await caller.post(
+        url,
+        path,
+        headers,
+        body,
+        connect_seconds=connect_seconds,
+        answer_seconds=answer_seconds,
+        keep_bytes=keep_bytes,
+    )
+
+
+async def happens(event: asyncio.Event) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        await event.wait()
+
+
+async def echo(request: web.Request) -> web.Response:
+    return web.Response(status=202, body=await request.read())
+
+
+async def silence(_: web.Request) -> web.Response:
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable")
+
+
+# -- when it returns
+
+
+async def test_it_returns_when_connected_and_before_the_answer(caller: AiohttpCaller) -> None:
+    may_answer = asyncio.Event()
+
+    async def handler(_: web.Request) -> web.Response:
+        await may_answer.wait()
+        return web.Response(status=201, body=b"late")
+
+    async with engine(handler) as server:
+        call = await post(caller, server.url)
+        waiting = asyncio.create_task(_answer(call))
+        await happens(server.arrived)
+        assert not waiting.done()
+        may_answer.set()
+        assert await waiting == (201, b"late")
+
+
+async def _answer(call: Call) -> tuple[int, bytes]:
+    answer = await call.answer()
+    return answer.status, answer.body
+
+
+async def test_it_returns_even_if_the_server_never_reads(caller: AiohttpCaller) -> None:
+    # The kernel accepts for a server that does nothing at all: connected is connected.
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(4)
+        url = WorkerUrl("http", "127.0.0.1", listening.getsockname()[1])
+        call = await post(caller, url, body=b"x" * (8 * MEBIBYTE), answer_seconds=0.2)
+        with pytest.raises(EngineTimeoutError):
+            await call.answer()
+
+
+async def test_an_answer_can_be_asked_for_long_after_it_came(caller: AiohttpCaller) -> None:
+    async with engine(echo) as server:
+        call = await post(caller, server.url, body=b"[1]")
+        assert await _answer(call) == (202, b"[1]")
+        assert await _answer(call) == (202, b"[1]")
+        call.cancel()
+        assert await _answer(call) == (202, b"[1]")
+
+
+# -- how it ends
+
+
+async def test_a_refused_connection_is_told_at_once(caller: AiohttpCaller) -> None:
+    url = WorkerUrl("http", "127.0.0.1", free_ports(1)[0])
+    with pytest.raises(EngineUnreachableError) as caught:
+        await post(caller, url)
+    assert not isinstance(caught.value, EngineTimeoutError)
+    assert str(caught.value)
+
+
+async def test_a_name_nobody_has_is_unreachable(caller: AiohttpCaller) -> None:
+    with pytest.raises(EngineUnreachableError):
+        await post(caller, WorkerUrl("http", "x" * 64 + ".invalid", 80))
+
+
+async def test_a_host_that_does_not_accept_in_time_is_given_up(caller: AiohttpCaller) -> None:
+    with (
+        socket.socket() as listening,
+        FullBacklog(listening) as url,
+        pytest.raises(EngineTimeoutError),
+    ):
+        async with asyncio.timeout(WAIT_SECONDS):
+            await post(caller, url, connect_seconds=0.2, answer_seconds=600.0)
+
+
+class FullBacklog:
+    """Fills the backlog of a listening socket: further connections hang in the handshake."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
+        self._clients: list[socket.socket] = []
+
+    def __enter__(self) -> WorkerUrl:
+        self._listening.bind(("127.0.0.1", 0))
+        self._listening.listen(0)
+        address = self._listening.getsockname()
+        for _ in range(4):
+            client = socket.socket()
+            client.setblocking(False)
+            client.connect_ex(address)
+            self._clients.append(client)
+        return WorkerUrl("http", *address)
+
+    def __exit__(self, *_: object) -> None:
+        for client in self._clients:
+            client.close()
+
+
+async def test_an_engine_that_is_silent_for_too_long_has_timed_out(caller: AiohttpCaller) -> None:
+    async with engine(silence) as server:
+        call = await post(caller, server.url, answer_seconds=0.1)
+        with pytest.raises(EngineTimeoutError) as caught:
+            await call.answer()
+        assert str(caught.value)
+        # The engine is told.
+        await happens(server.left)
+
+
+async def test_an_answer_that_does_not_end_in_time_has_timed_out_too(
+    caller: AiohttpCaller,
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b"drop")
+            await asyncio.sleep(0.02)
+
+    async with engine(handler) as server:
+        call = await post(caller, server.url, answer_seconds=0.2)
+        with pytest.raises(EngineTimeoutError):
+            await call.answer()
+
+
+@pytest.mark.parametrize("when", ["before", "within"])
+async def test_an_engine_that_breaks_off_is_unreachable_and_not_late(
+    caller: AiohttpCaller, when: str
+) -> None:
+    may_break = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-length": "100"})
+        if when == "within":
+            await response.prepare(request)
+            await response.write(b"half")
+        await may_break.wait()
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    async with engine(handler) as server:
+        call = await post(caller, server.url)
+        may_break.set()
+        with pytest.raises(EngineUnreachableError) as caught:
+            await call.answer()
+        assert not isinstance(caught.value, EngineTimeoutError)
+
+
+async def test_what_is_not_http_is_no_answer(caller: AiohttpCaller) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"220 smtp ready\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        url = WorkerUrl("http", "127.0.0.1", server.sockets[0].getsockname()[1])
+        call = await post(caller, url)
+        with pytest.raises(EngineUnreachableError):
+            await call.answer()
+
+
+async def test_a_status_of_any_kind_is_an_answer_and_redirects_are_not_followed(
+    caller: AiohttpCaller,
+) -> None:
+    asked: list[str] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        return web.Response(status=int(request.path[1:]), headers={"location": "/200"})
+
+    async with engine(handler) as server:
+        for status in (200, 307, 400, 429, 500, 503):
+            call = await post(caller, server.url, f"/{status}")
+            assert (await call.answer()).status == status
+    assert len(asked) == 6
+
+
+# -- cancelled
+
+
+async def test_cancelling_closes_the_connection(caller: AiohttpCaller) -> None:
+    async with engine(silence) as server:
+        call = await post(caller, server.url)
+        await happens(server.arrived)
+        assert not server.left.is_set()
+        call.cancel()
+        call.cancel()
+        await happens(server.left)
+        with pytest.raises(asyncio.CancelledError):
+            await call.answer()
+
+
+async def test_a_call_nobody_waits_for_is_cancelled_as_well(caller: AiohttpCaller) -> None:
+    async with engine(silence) as server:
+        call = await post(caller, server.url)
+        await happens(server.arrived)
+        waiting = asyncio.create_task(call.answer())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await happens(server.left)
+
+
+async def test_giving_up_while_connecting_leaves_no_connection(caller: AiohttpCaller) -> None:
+    with socket.socket() as listening, FullBacklog(listening) as url:
+        before = asyncio.all_tasks()
+        connecting = asyncio.create_task(
+            post(caller, url, connect_seconds=600.0, answer_seconds=600.0)
+        )
+        await asyncio.sleep(0.05)
+        connecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+        async with asyncio.timeout(WAIT_SECONDS):
+            while asyncio.all_tasks() - before:  # noqa: ASYNC110 (tasks of a library)
+                await asyncio.sleep(0.01)
+
+
+async def test_a_failure_nobody_asks_for_is_no_noise(caller: AiohttpCaller) -> None:
+    noise: list[object] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: noise.append(context))
+
+    async def handler(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    async with engine(handler) as server:
+        try:
+            call = await post(caller, server.url)
+        except EngineUnreachableError:
+            pass  # broken off before we looked
+        else:
+            await happens(server.arrived)
+            await asyncio.sleep(0.05)
+            del call
+    await asyncio.sleep(0)
+    assert noise == []
+
+
+# -- what is sent
+
+
+async def test_every_call_has_a_connection_of_its_own(caller: AiohttpCaller) -> None:
+    async with engine(echo) as server:
+        for _ in range(4):
+            await (await post(caller, server.url)).answer()
+        calls = [await post(caller, server.url) for _ in range(4)]
+        for call in calls:
+            await call.answer()
+        assert len(set(server.peers)) == len(server.peers) == 8
+
+
+async def test_only_the_headers_that_were_given_are_sent(caller: AiohttpCaller) -> None:
+    seen: list[tuple[str, str]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.extend((name.lower(), value) for name, value in request.headers.items())
+        return web.Response()
+
+    async with engine(handler) as server:
+        headers = [
+            ("content-type", "application/json"),
+            ("x-request-id", "r1"),
+            ("x-sgl-a", "1"),
+            ("x-sgl-a", "2"),
+        ]
+        await (await post(caller, server.url, headers=headers, body=b"{}")).answer()
+    assert [value for name, value in seen if name == "x-sgl-a"] == ["1", "2"]
+    found = dict(seen)
+    assert found["content-type"] == "application/json"
+    assert found["x-request-id"] == "r1"
+    assert found["content-length"] == "2"
+    assert not {"authorization", "accept-encoding", "cookie"} & set(found)
+
+
+async def test_the_clients_credentials_are_sent_where_given(caller: AiohttpCaller) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text=request.headers["authorization"])
+
+    async with engine(handler) as server:
+        call = await post(caller, server.url, headers=[("authorization", "Bearer client")])
+        assert (await call.answer()).body == b"Bearer client"
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions?a=b%2Fc", "/generate?x=%41+b", "/a%20b", "/a//b/../c"]
+)
+async def test_the_path_is_sent_as_it_came(caller: AiohttpCaller, path: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text=request.raw_path)
+
+    async with engine(handler) as server:
+        answer = await (await post(caller, server.url, path)).answer()
+    assert answer.body.decode() == path
+
+
+# 256 KiB is where bodies begin to be written in pieces.
+@pytest.mark.parametrize("size", [0, 1, 256 * 1024, 256 * 1024 + 1, 3 * MEBIBYTE])
+async def test_a_body_of_any_size_arrives_whole(caller: AiohttpCaller, size: int) -> None:
+    body = bytes(range(256)) * (size // 256 + 1)
+    body = body[:size]
+    lengths: list[str] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        lengths.append(request.headers.get("content-length", "none"))
+        return web.Response(body=b"same" if await request.read() == body else b"other")
+
+    async with engine(handler) as server:
+        answer = await (await post(caller, server.url, body=body)).answer()
+    assert answer.body == b"same"
+    assert lengths == [str(size)]
+
+
+@pytest.mark.parametrize("size", [0, 99, 100, 101, 3 * MEBIBYTE])
+async def test_of_an_answer_only_so_much_is_kept(caller: AiohttpCaller, size: int) -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(body=b"x" * size)
+
+    async with engine(handler) as server:
+        answer = await (await post(caller, server.url, keep_bytes=100)).answer()
+    assert (answer.status, answer.body) == (200, b"x" * min(size, 100))
+
+
+async def test_an_answer_is_taken_as_it_comes_even_if_it_calls_itself_packed(
+    caller: AiohttpCaller,
+) -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(body=b"not gzip", headers={"content-encoding": "gzip"})
+
+    async with engine(handler) as server:
+        assert (await (await post(caller, server.url)).answer()).body == b"not gzip"
+
+
+# -- its life
+
+
+async def test_a_caller_that_was_not_opened_says_so() -> None:
+    caller = AiohttpCaller(None)
+    with pytest.raises(RuntimeError, match="not open"):
+        await post(caller, WorkerUrl("http", "127.0.0.1", 1))
+    await caller.close()
+
+
+async def test_closing_ends_what_still_runs() -> None:
+    caller = AiohttpCaller(None)
+    caller.open()
+    async with engine(silence) as server:
+        call = await post(caller, server.url)
+        await happens(server.arrived)
+        await caller.close()
+        await happens(server.left)
+        with pytest.raises((EngineUnreachableError, asyncio.CancelledError)):
+            await call.answer()
+
+
+# -- what is not waited for
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_a_failure_is_told_by_its_headers(caller: AiohttpCaller, status: int) -> None:
+    async def stalls(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=status, headers={"content-length": "100"})
+        await response.prepare(request)
+        await response.write(b"xx")
+        return await silence(request)
+
+    async with engine(stalls) as made, asyncio.timeout(WAIT_SECONDS / 2):
+        answer = await (await post(caller, made.url)).answer()
+        assert answer.status == status
+
+
+async def test_of_a_refusal_what_comes_soon_is_told(caller: AiohttpCaller) -> None:
+    async def stalls(request: web.Request) -> web.StreamResponse:
+        headers = {"content-length": "100", "content-type": "text/plain", "retry-after": "7"}
+        response = web.StreamResponse(status=429, headers=headers)
+        await response.prepare(request)
+        await response.write(b"xx")
+        return await silence(request)
+
+    async with engine(stalls) as made, asyncio.timeout(WAIT_SECONDS / 2):
+        answer = await (await post(caller, made.url)).answer()
+        assert (answer.status, answer.body) == (429, b"xx")
+        assert dict(answer.headers) == {"content-type": "text/plain", "retry-after": "7"}
+
+
+async def test_having_no_more_sockets_is_nobody_elses_fault(
+    caller: AiohttpCaller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with engine(echo) as made:
+        monkeypatch.setattr(socket, "socket", exhausted)
+        with pytest.raises(CallerOverloadedError):
+            await post(caller, made.url)
