@@ -22,11 +22,11 @@ import uvloop
 import zmq
 
 from extproc.clock import SystemClock
-from extproc.kv.event_applier import RankSink
+from extproc.kv.event_applier import EventApplier
 from extproc.kv.index import PrefixIndex
-from extproc.kv.indexer import KvPicture, RankSource
+from extproc.kv.indexer import KvIndexer, RankSource
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
-from extproc.kv.rank_pages import Holder
+from extproc.kv.rank_pages import RankPages
 from extproc.kv.subscriber import EventEndpoint
 
 _VOCABULARY: Final = 150_000
@@ -73,7 +73,7 @@ def apply_rate(batches: list[bytes], pages: int, page_size: int) -> float:
     """Pages a second, decoding included."""
     index = PrefixIndex(PrefixHasher(), 10_000_000)
     holder = index.add("w", page_size)
-    sink = RankSink(
+    sink = EventApplier(
         index,
         holder,
         index.hasher.seed,
@@ -127,7 +127,7 @@ def publish(pipe: Connection, shape: int, seconds: float) -> None:
 
 
 async def probe(
-    index: PrefixIndex, holders: list[Holder], prompts: list[TokenIds], seconds: float
+    index: PrefixIndex, holders: list[RankPages], prompts: list[TokenIds], seconds: float
 ) -> list[float]:
     """Delays in milliseconds, from when the work was due until it was done."""
     delays: list[float] = []
@@ -164,7 +164,7 @@ async def flooded(shape: int, rounds: int, seconds: float) -> None:
     publisher = context.Process(target=publish, args=(other, shape, seconds), daemon=True)
     publisher.start()
     port = await asyncio.to_thread(pipe.recv)
-    picture = KvPicture(SystemClock(), max_pages=100_000_000)
+    picture = KvIndexer(SystemClock(), max_pages=100_000_000)
     running = asyncio.create_task(picture.run())
     random = np.random.default_rng(1)
     prompts = [random.integers(0, _VOCABULARY, _PROMPT_TOKENS).astype(np.uint64) for _ in range(16)]

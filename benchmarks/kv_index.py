@@ -17,7 +17,7 @@ import numpy as np
 
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
-from extproc.kv.rank_pages import Holder
+from extproc.kv.rank_pages import RankPages
 
 _ROUNDS: Final = 9
 _VOCABULARY: Final = 150_000
@@ -108,7 +108,7 @@ def requests(random: np.random.Generator) -> None:
 
 
 def _demote(
-    index: PrefixIndex, holder: Holder, ids: list[int], tokens: TokenIds, first: int, tier: int
+    index: PrefixIndex, holder: RankPages, ids: list[int], tokens: TokenIds, first: int, tier: int
 ) -> None:
     """Pages from `first` on move one tier down, to `tier`."""
     index.store(holder, ids[first:], ids[first - 1], tokens[first * _PAGE :], _PAGE, tier)

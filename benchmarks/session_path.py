@@ -23,7 +23,7 @@ from extproc.clock import SystemClock
 from extproc.config.schema import EnvoyConfig, LoadConfig
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_policy
-from extproc.routing.lease import LeaseBooks
+from extproc.routing.lease import WorkerOutcomes
 from extproc.routing.router import Router
 from extproc.server.replies import ReplyBuilder
 from extproc.server.request_heads import RequestHeadTable
@@ -32,7 +32,7 @@ from extproc.server.session import Session, SessionContext
 from extproc.worker_url import parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import ActiveLoad
+from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Worker, WorkerSpec
 
 _MODEL = "benchmark-model"
@@ -87,8 +87,8 @@ def build(workers: int) -> tuple[SessionContext, Router]:
     random = Random(1)
     router = Router(
         policies={_MODEL: create_policy("round_robin", random)},
-        active_load=ActiveLoad(clock, 600.0, metrics.stale_requests),
-        books=LeaseBooks(clock, registry, metrics, LoadConfig()),
+        active_load=Tickets(clock, 600.0, metrics.stale_requests),
+        books=WorkerOutcomes(clock, registry, metrics, LoadConfig()),
         random=random,
         request_timeout_seconds=300.0,
         destinations_max=3,

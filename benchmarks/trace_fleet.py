@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import TokenIds
-from extproc.kv.rank_pages import Holder
+from extproc.kv.rank_pages import RankPages
 from extproc.kv.wire import LoadStat
 from extproc.simulator.cache_events import CacheEvent, Cleared, Removed
 from extproc.simulator.radix_cache import Lease, RadixCache
@@ -266,7 +266,7 @@ def tokens_of(request: TraceRequest) -> TokenIds:
     return np.repeat(blocks, BLOCK_TOKENS)[: request.input_tokens]
 
 
-def apply_events(index: PrefixIndex, holder: Holder, events: Sequence[CacheEvent]) -> None:
+def apply_events(index: PrefixIndex, holder: RankPages, events: Sequence[CacheEvent]) -> None:
     """Enter into the index what `pages_of` pages did."""
     page_tokens = holder.page_size
     each = np.uint64(BLOCK_TOKENS // page_tokens)

@@ -46,7 +46,7 @@ from extproc.policies.power_of_two import PowerOfTwo
 from extproc.policies.random import RandomPolicy
 from extproc.policies.round_robin import RoundRobin
 from extproc.routing.placement import Placement
-from extproc.routing.rank import Target
+from extproc.routing.rank import Rank
 from extproc.simulator.cache_events import CacheEvent, Cleared
 from extproc.simulator.radix_cache import RadixCache
 from extproc.simulator.time_model import TimeModel, reusable_tokens
@@ -99,7 +99,7 @@ class KvRouter:
         self._index = PrefixIndex(PrefixHasher(secret=seed), _PAGES_MAX)
         self._placement = Placement(policy, self._index, model=_MODEL)
         self._targets = [
-            Target(
+            Rank(
                 _worker(number),
                 0,
                 order=number,

@@ -28,12 +28,12 @@ from extproc.event_loop import EventLoop
 from extproc.kv.subscriber import SubscriberSettings
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
-from extproc.routing.lease import LeaseBooks
-from extproc.routing.local_endpoints import TokenEndpoints
+from extproc.routing.lease import WorkerOutcomes
+from extproc.routing.local_endpoints import LocalEndpoints
 from extproc.routing.pd.passes import Disaggregation, PdSettings
 from extproc.routing.placement import Placement
-from extproc.routing.rank_chooser import KvRouting
-from extproc.routing.ranks import RankBook
+from extproc.routing.rank_chooser import RankChooser
+from extproc.routing.ranks import Ranks
 from extproc.routing.router import Router
 from extproc.routing.usable import UsableWorkers
 from extproc.server.grpc_server import ExtProcServer
@@ -44,12 +44,12 @@ from extproc.server.session import SessionContext
 from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
-from extproc.workers.introspection_client import AiohttpEngineClient
+from extproc.workers.introspection_client import AiohttpIntrospectionClient
 from extproc.workers.manager import WorkerManager
-from extproc.workers.prefill_client import AiohttpCaller
+from extproc.workers.prefill_client import AiohttpPrefillClient
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.resolver import SystemResolver
-from extproc.workers.tickets import ActiveLoad
+from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Mode, Worker
 
 __all__ = ["App", "load_encoders", "run_app"]
@@ -82,20 +82,20 @@ class App:
         GCCollector(registry=self._prometheus)
         self.metrics = Metrics(self._prometheus)
         self.workers = WorkerRegistry()
-        self.active_load = ActiveLoad(
+        self.active_load = Tickets(
             self._clock,
             config.active_load.stale_request_timeout_secs,
             self.metrics.stale_requests,
         )
         self._prometheus.register(WorkerCollector(self.workers, self.active_load))
         api_key = _api_key(config)
-        self._client = AiohttpEngineClient(api_key, _worker_tls(config))
+        self._client = AiohttpIntrospectionClient(api_key, _worker_tls(config))
         static_urls = config.discovery.static_urls
         if isinstance(static_urls, UnsetType):
             raise ConfigError(["discovery.static_urls: this section is needed"])
         self._configured_workers = len(static_urls.urls)
         random = Random()  # noqa: S311 (load spreading, not secrets)
-        self.ranks = RankBook(
+        self.ranks = Ranks(
             self._clock,
             max_pages=config.kv.max_pages,
             settings=SubscriberSettings(
@@ -126,8 +126,8 @@ class App:
             self.metrics.missed(model.id)
             self.metrics.fallbacks(model.id)
         forwarded = f"Bearer {api_key}" if config.workers.forward_api_key else None
-        books = LeaseBooks(self._clock, self.workers, self.metrics, config.load)
-        self._caller = AiohttpCaller(_worker_tls(config))
+        books = WorkerOutcomes(self._clock, self.workers, self.metrics, config.load)
+        self._caller = AiohttpPrefillClient(_worker_tls(config))
         self.pd = Disaggregation(
             PdSettings.of(config, forwarded),
             books,
@@ -148,7 +148,7 @@ class App:
             random=random,
             request_timeout_seconds=config.proxy.request_timeout_secs,
             destinations_max=config.destinations_max,
-            kv=KvRouting(
+            kv=RankChooser(
                 placements,
                 encoders,
                 self.ranks,
@@ -156,7 +156,7 @@ class App:
                 self._clock,
                 patience_seconds=config.server.step_deadline_secs * _PATIENCE_SHARE,
             ),
-            token_endpoints=TokenEndpoints(encoders),
+            token_endpoints=LocalEndpoints(encoders),
             pd=self.pd,
         )
         self.server = ExtProcServer(

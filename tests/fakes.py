@@ -16,7 +16,7 @@ from extproc.config.schema import LoadConfig, PolicyName
 from extproc.metrics.service import Metrics
 from extproc.policies.base import Policy
 from extproc.policies.factory import create_policy
-from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.lease import Lease, WorkerOutcomes
 from extproc.routing.request import Request, find_endpoint
 from extproc.routing.router import Router
 from extproc.worker_url import WorkerUrl, format_endpoint, parse_worker_url
@@ -24,7 +24,7 @@ from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent
-from extproc.workers.tickets import ActiveLoad
+from extproc.workers.tickets import Tickets
 from extproc.workers.worker import KvEvents, Mode, Worker, WorkerSpec
 
 __all__ = [
@@ -226,9 +226,9 @@ class Routing(Struct, kw_only=True):
 
     clock: FakeClock
     registry: WorkerRegistry
-    active_load: ActiveLoad
+    active_load: Tickets
     prometheus: CollectorRegistry
-    books: LeaseBooks
+    books: WorkerOutcomes
     router: Router
 
     async def route(self, model: str | None = "m", *, stream: bool = False) -> Lease:
@@ -268,8 +268,8 @@ def make_router(
     for worker in workers:
         registry.upsert(worker)
     metrics = Metrics(prometheus)
-    active_load = ActiveLoad(clock, stale_seconds, metrics.stale_requests)
-    books = LeaseBooks(clock, registry, metrics, load or LoadConfig())
+    active_load = Tickets(clock, stale_seconds, metrics.stale_requests)
+    books = WorkerOutcomes(clock, registry, metrics, load or LoadConfig())
     router = Router(
         policies={
             model: create_policy(policy, random) if isinstance(policy, str) else policy

@@ -8,7 +8,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import ActiveLoad
+from extproc.workers.tickets import Tickets
 
 __all__ = ["WorkerCollector"]
 
@@ -16,7 +16,7 @@ __all__ = ["WorkerCollector"]
 class WorkerCollector(Collector):
     """Load, breaker and number of workers."""
 
-    def __init__(self, registry: WorkerRegistry, active_load: ActiveLoad) -> None:
+    def __init__(self, registry: WorkerRegistry, active_load: Tickets) -> None:
         self._registry = registry
         self._active_load = active_load
 

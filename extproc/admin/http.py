@@ -14,8 +14,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from extproc.config.schema import ServerConfig
 from extproc.errors import ConfigError
 from extproc.kv.indexer import RankState
-from extproc.routing.rank import Target
-from extproc.routing.ranks import RankBook, RankKey
+from extproc.routing.rank import Rank
+from extproc.routing.ranks import RankKey, Ranks
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker
@@ -34,7 +34,7 @@ class AdminServer:
         workers: WorkerRegistry,
         is_ready: Callable[[], bool],
         models: Sequence[str],
-        ranks: RankBook | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._config = config
         self._metrics = metrics
@@ -104,7 +104,7 @@ class AdminServer:
         }
 
 
-def _describe_rank(target: Target, state: RankState | None) -> dict[str, Any]:
+def _describe_rank(target: Rank, state: RankState | None) -> dict[str, Any]:
     shown: dict[str, Any] = {"rank": target.rank, "in_flight": target.load.in_flight}
     if state is None:
         return shown | {"trusted": False, "reason": "no_events"}

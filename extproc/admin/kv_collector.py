@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from extproc.clock import Clock
 from extproc.kv.indexer import KvTotals
-from extproc.routing.ranks import RankBook
+from extproc.routing.ranks import Ranks
 from extproc.tokenization.encoder import PromptEncoder
 
 __all__ = ["EncoderCollector", "KvCollector"]
@@ -65,7 +65,7 @@ _KEPT_OUT: Final[tuple[tuple[str, Callable[[KvTotals], int]], ...]] = (
 class KvCollector(Collector):
     """Streams, events, pages and trust."""
 
-    def __init__(self, ranks: RankBook, clock: Clock) -> None:
+    def __init__(self, ranks: Ranks, clock: Clock) -> None:
         self._ranks = ranks
         self._clock = clock
 

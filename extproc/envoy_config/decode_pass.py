@@ -10,7 +10,7 @@ from typing import Any, Final
 from extproc.config.schema import Config
 from extproc.envoy_config.access_log import access_log
 from extproc.envoy_config.clusters import no_limits
-from extproc.envoy_config.headers import DESTINATION, told_to_nobody
+from extproc.envoy_config.headers import DESTINATION, stripped_response_headers
 from extproc.envoy_config.listener import (
     BODY_HEADROOM_BYTES,
     MAX_HEADERS,
@@ -107,7 +107,7 @@ def _route_config(config: Config) -> dict[str, Any]:
     return {
         "name": DECODE_CLUSTER,
         # Before our own local replies get it: from an engine it means nothing.
-        "response_headers_to_remove": [*told_to_nobody(config), DECODE_WORKER_HEADER],
+        "response_headers_to_remove": [*stripped_response_headers(config), DECODE_WORKER_HEADER],
         "request_headers_to_remove": [DECODE_ORDER_HEADER],
         "virtual_hosts": [
             {

@@ -16,7 +16,13 @@ from extproc.routing.pd.decode_order import (
     RETRY_HEADER,
 )
 
-__all__ = ["DEBUG_HEADER", "DESTINATION", "WHICH_FILTER_KEY", "removed_from", "told_to_nobody"]
+__all__ = [
+    "DEBUG_HEADER",
+    "DESTINATION",
+    "WHICH_FILTER_KEY",
+    "removed_from",
+    "stripped_response_headers",
+]
 
 # The endpoint picker protocol's name, of the header as well as of the metadata key.
 DESTINATION: Final = "x-gateway-destination-endpoint"
@@ -91,7 +97,7 @@ def removed_from(config: Config) -> list[str]:
     return sorted(names)
 
 
-def told_to_nobody(config: Config) -> list[str]:
+def stripped_response_headers(config: Config) -> list[str]:
     """Names removed from every worker's response, sorted.
 
     The router drops them as the response arrives, before our filter: what we add ourselves

@@ -8,7 +8,7 @@ import re
 from typing import Any, Final
 
 from extproc.config.schema import Config
-from extproc.envoy_config.headers import told_to_nobody
+from extproc.envoy_config.headers import stripped_response_headers
 from extproc.envoy_config.local_replies import (
     ROUTER_UNAVAILABLE,
     envelope_format,
@@ -45,7 +45,7 @@ def route_config(config: Config) -> dict[str, Any]:
     routes.append(unavailable())
     return {
         "name": "llm",
-        "response_headers_to_remove": told_to_nobody(config),
+        "response_headers_to_remove": stripped_response_headers(config),
         "virtual_hosts": [
             {
                 "name": "llm",

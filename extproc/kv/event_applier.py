@@ -14,8 +14,8 @@ import structlog
 from msgspec.structs import replace
 
 from extproc.kv.index import PrefixIndex
-from extproc.kv.rank_pages import Holder
-from extproc.kv.stats import RankCounts
+from extproc.kv.rank_pages import RankPages
+from extproc.kv.stats import RankStats
 from extproc.kv.wire import (
     AllBlocksCleared,
     BlockRemoved,
@@ -27,7 +27,7 @@ from extproc.kv.wire import (
 )
 from extproc.kv.wire_chunks import decode_in_parts
 
-__all__ = ["RankSink"]
+__all__ = ["EventApplier"]
 
 _log = structlog.get_logger()
 
@@ -38,7 +38,7 @@ _LARGE_BYTES: Final = 1 << 16
 _TIERS: Final = (0, 1, 2, 2)
 
 
-class RankSink:
+class EventApplier:
     """Where the subscriber puts what one rank tells; an EventSink.
 
     `on_clear` is called whenever all that was held is void, by a restart or by the engine's own
@@ -48,7 +48,7 @@ class RankSink:
     def __init__(
         self,
         index: PrefixIndex,
-        holder: Holder,
+        holder: RankPages,
         seed: Callable[[str | None, str | int | None], int],
         *,
         on_clear: Callable[[], None],
@@ -56,7 +56,7 @@ class RankSink:
         on_load: Callable[[LoadStat], None],
     ) -> None:
         self.holder = holder
-        self.counts = RankCounts()
+        self.counts = RankStats()
         self.trusted = False
         self.reason = "connecting"
         self._index = index

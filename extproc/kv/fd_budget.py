@@ -9,7 +9,7 @@ from typing import Final
 
 from msgspec import Struct
 
-__all__ = ["DescriptorShare", "raise_descriptor_limit"]
+__all__ = ["FdBudget", "raise_descriptor_limit"]
 
 # Events and load: two each, one of them the connection. The monitor: two.
 _PER_RANK: Final = 6
@@ -20,14 +20,14 @@ _RESERVED_MAX: Final = 2048
 _UNLIMITED: Final = 1 << 20
 
 
-class DescriptorShare(Struct, frozen=True):
+class FdBudget(Struct, frozen=True):
     """How many ranks may have sockets, and how many of them a replay at the same time."""
 
     ranks: int
     replays: int
 
     @classmethod
-    def within(cls, limit: int) -> "DescriptorShare":
+    def within(cls, limit: int) -> "FdBudget":
         """The share of a process that may open so many files."""
         replays = max(1, min(_REPLAYS_MAX, limit // 32))
         left = limit - min(_RESERVED_MAX, limit // 2) - replays * _PER_REPLAY

@@ -15,12 +15,12 @@ from typing import Final
 
 import numpy as np
 
-from extproc.kv.ownership import PREFIX_BITS, HolderTables
+from extproc.kv.ownership import PREFIX_BITS, Ownership
 from extproc.kv.prefix_hash import POSITION_MAX_TOKENS, PrefixHasher, TokenIds
-from extproc.kv.rank_pages import ID_SHARDS, Holder, Overlap
-from extproc.kv.stats import IndexCounts
+from extproc.kv.rank_pages import ID_SHARDS, Overlap, RankPages
+from extproc.kv.stats import IndexStats
 
-__all__ = ["IndexCounts", "PrefixIndex", "Tier"]
+__all__ = ["IndexStats", "PrefixIndex", "Tier"]
 
 _KEY: Final = PREFIX_BITS
 _KEY_ARRAY: Final = np.uint64(_KEY)
@@ -49,31 +49,31 @@ class PrefixIndex:
         Pages of dropped holders count until they are swept out.
         """
         self.hasher = hasher
-        self.counts = IndexCounts()
+        self.counts = IndexStats()
         self.pages = 0
         # Not held any more, and still the way to pages that are.
         self.missing_pages = 0
         self._max_pages = max_pages
-        self._tables = HolderTables()
+        self._tables = Ownership()
 
     # -- holders
 
-    def add(self, name: str, page_size: int, *, bigram: bool = False) -> Holder:
+    def add(self, name: str, page_size: int, *, bigram: bool = False) -> RankPages:
         """A new, empty holder; `page_size` in tokens (bigram: in pairs of tokens)."""
         if page_size < 1:
             raise ValueError("a page has at least one token")
-        holder = Holder(name, page_size, bigram)
+        holder = RankPages(name, page_size, bigram)
         self._tables.enter(holder)
         return holder
 
-    def drop(self, holder: Holder) -> None:
+    def drop(self, holder: RankPages) -> None:
         """Forget the holder and all it holds, at once; idempotent."""
         if self._tables.has(holder):
             self.pages -= holder.pages
             self.missing_pages -= len(holder.tombstones)
             self._tables.retire(holder)
 
-    def clear(self, holder: Holder) -> None:
+    def clear(self, holder: RankPages) -> None:
         """Forget what the holder holds, at once; nothing of a dropped one."""
         if self._tables.has(holder) and (holder.pages or holder.tombstones):
             self.drop(holder)
@@ -95,7 +95,7 @@ class PrefixIndex:
         """Pages of dropped holders that are not swept out yet."""
         return self._tables.retired_pages
 
-    def ends_within_page(self, holder: Holder, page: int | None) -> bool:
+    def ends_within_page(self, holder: RankPages, page: int | None) -> bool:
         """Whether the holder has that page, and it ends where none of its size can end."""
         slot = None if page is None else holder.find(page & _KEY)
         return slot is not None and bool((holder.ends[slot] - holder.bigram) % holder.page_size)
@@ -104,7 +104,7 @@ class PrefixIndex:
 
     def store(
         self,
-        holder: Holder,
+        holder: RankPages,
         ids: Sequence[int],
         parent: int | None,
         tokens: TokenIds,
@@ -170,7 +170,7 @@ class PrefixIndex:
 
     def _append_chain(
         self,
-        holder: Holder,
+        holder: RankPages,
         slots: Sequence[int],
         sums: TokenIds,
         end: int,
@@ -203,7 +203,7 @@ class PrefixIndex:
             holder.children[parent_slot] = 0
         self._enter(holder, (sums & _KEY_ARRAY).tolist(), tier)
 
-    def _free_slots(self, holder: Holder, count: int) -> Sequence[int]:
+    def _free_slots(self, holder: RankPages, count: int) -> Sequence[int]:
         """The last of the free ones, or else new ones in a row behind all others."""
         free = holder.free
         if len(free) < count:
@@ -211,7 +211,7 @@ class PrefixIndex:
         return free[len(free) - count :].tolist()
 
     def _append(
-        self, holder: Holder, key: int, total: int, end: int, parent_slot: int, tier: Tier
+        self, holder: RankPages, key: int, total: int, end: int, parent_slot: int, tier: Tier
     ) -> int:
         if holder.free:
             slot = holder.free.pop()
@@ -232,7 +232,7 @@ class PrefixIndex:
         self._enter(holder, [total & _KEY], tier)
         return slot
 
-    def _enter(self, holder: Holder, prefixes: list[int], tier: Tier) -> None:
+    def _enter(self, holder: RankPages, prefixes: list[int], tier: Tier) -> None:
         """Pages that have come to be held."""
         for prefix in self._tables.held.add_all(prefixes, holder.bit):
             holder.copies[prefix] = holder.copies.get(prefix, 0) + 1
@@ -245,7 +245,7 @@ class PrefixIndex:
         self.pages += count
         self.counts.stored += count
 
-    def remove(self, holder: Holder, ids: Iterable[int], tier: Tier | None = None) -> None:
+    def remove(self, holder: RankPages, ids: Iterable[int], tier: Tier | None = None) -> None:
         """Pages have left `tier`, or every tier."""
         for engine_id in ids:
             key = engine_id & _KEY
@@ -266,7 +266,7 @@ class PrefixIndex:
                 self._forget(holder, key, slot)
         self._tables.mark(holder)
 
-    def _forget(self, holder: Holder, key: int, slot: int) -> None:
+    def _forget(self, holder: RankPages, key: int, slot: int) -> None:
         """Free the slot of a page that is gone, and of missing pages only it still needed."""
         while True:
             del holder.slots[key & _ID_SHARD][key]
@@ -280,7 +280,7 @@ class PrefixIndex:
             key, slot = holder.tombstones.pop(parent), parent
             self.missing_pages -= 1
 
-    def _retier(self, holder: Holder, slot: int, tiers: int) -> None:
+    def _retier(self, holder: RankPages, slot: int, tiers: int) -> None:
         """Set the tiers of a page, as bits, in the holder and in the tables."""
         before = holder.tiers[slot]
         if before == tiers:
@@ -317,8 +317,8 @@ class PrefixIndex:
     # -- what requests ask
 
     def match(
-        self, tokens: TokenIds, holders: Iterable[Holder], seed: int = 0
-    ) -> dict[Holder, Overlap]:
+        self, tokens: TokenIds, holders: Iterable[RankPages], seed: int = 0
+    ) -> dict[RankPages, Overlap]:
         """The longest prefix of `tokens` (uint64) that each of the holders has.
 
         Holders without any page of it, or no longer in the index, are left out.
@@ -327,7 +327,7 @@ class PrefixIndex:
         for holder in holders:
             shape = (holder.page_size, holder.bigram)
             shapes[shape] = shapes.get(shape, 0) | holder.bit
-        found: dict[Holder, Overlap] = {}
+        found: dict[RankPages, Overlap] = {}
         for (page_size, bigram), mask in shapes.items():
             prefixes = self.prefixes(tokens, page_size, bigram=bigram, seed=seed)
             self.match_prefixes(prefixes, mask, found)
@@ -344,6 +344,8 @@ class PrefixIndex:
         tokens = tokens[: POSITION_MAX_TOKENS - end]
         return self.hasher.page_sums(start, end, tokens, page_size) & _KEY_ARRAY
 
-    def match_prefixes(self, prefixes: TokenIds, mask: int, found: dict[Holder, Overlap]) -> None:
+    def match_prefixes(
+        self, prefixes: TokenIds, mask: int, found: dict[RankPages, Overlap]
+    ) -> None:
         """Fill `found` for the holders whose bits are in `mask`; see `match`."""
         self._tables.match(prefixes, mask, found)

@@ -1,6 +1,6 @@
 """What every rank of every worker holds, kept current from the events they publish.
 
-Ties the room together: the subscriber reads the sockets in slices, a RankSink for each rank
+Ties the room together: the subscriber reads the sockets in slices, a EventApplier for each rank
 puts what it brings into the one index, and the holder's trust tells routing whether to
 believe it. What dropped and restarted ranks leave behind in the index is swept out here, in
 slices too.
@@ -15,11 +15,11 @@ from typing import Final
 from msgspec import Struct
 
 from extproc.clock import Clock
-from extproc.kv.event_applier import RankSink
+from extproc.kv.event_applier import EventApplier
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher
-from extproc.kv.rank_pages import Holder
-from extproc.kv.stats import IndexCounts, RankCounts, StreamCounts, summed
+from extproc.kv.rank_pages import RankPages
+from extproc.kv.stats import IndexStats, RankStats, StreamStats, summed
 from extproc.kv.subscriber import (
     EventEndpoint,
     KvSubscriber,
@@ -28,7 +28,7 @@ from extproc.kv.subscriber import (
 )
 from extproc.kv.wire import LoadStat
 
-__all__ = ["KvPicture", "KvTotals", "RankSource", "RankState"]
+__all__ = ["KvIndexer", "KvTotals", "RankSource", "RankState"]
 
 _SEEDS_KEPT: Final = 4096
 _SLICE_SECONDS: Final = 0.001
@@ -58,7 +58,7 @@ class RankState(Struct, frozen=True, kw_only=True):
     "verifying", "gap", "behind", "restarted", "unreadable"). `stream` and `counts` go on counting.
     """
 
-    holder: Holder
+    holder: RankPages
     endpoint: EventEndpoint
     connected: bool
     trusted: bool
@@ -68,7 +68,7 @@ class RankState(Struct, frozen=True, kw_only=True):
     pages_by_tier: tuple[int, int, int]
     last_event_age_seconds: float | None
     stream: SubscriptionState
-    counts: RankCounts
+    counts: RankStats
 
 
 class KvTotals(Struct, frozen=True, kw_only=True):
@@ -83,15 +83,17 @@ class KvTotals(Struct, frozen=True, kw_only=True):
     pages: int
     retired_pages: int
     estimated_bytes: int
-    streams: StreamCounts
-    events: RankCounts
-    index: IndexCounts
+    streams: StreamStats
+    events: RankStats
+    index: IndexStats
 
 
 class _Rank:
     __slots__ = ("endpoint", "sink", "stream")
 
-    def __init__(self, sink: RankSink, endpoint: EventEndpoint, stream: SubscriptionState) -> None:
+    def __init__(
+        self, sink: EventApplier, endpoint: EventEndpoint, stream: SubscriptionState
+    ) -> None:
         self.sink = sink
         self.endpoint = endpoint
         self.stream = stream
@@ -101,7 +103,7 @@ def _ignore(*_: object) -> None:
     pass
 
 
-class KvPicture:
+class KvIndexer:
     """All ranks and the index of what they hold; made and used on one running event loop.
 
     `on_clear` is called when what a rank held is void, `on_trust` when a rank begins or ceases
@@ -127,15 +129,15 @@ class KvPicture:
         self._on_clear = on_clear
         self._on_trust = on_trust
         self._ranks: dict[Hashable, _Rank] = {}
-        self._trusted: dict[Hashable, Holder] = {}
+        self._trusted: dict[Hashable, RankPages] = {}
         # Of ranks that are followed no more.
-        self._past_streams = StreamCounts()
-        self._past_events = RankCounts()
+        self._past_streams = StreamStats()
+        self._past_events = RankStats()
         self._something_to_scrub = asyncio.Event()
 
     def follow(
         self, key: Hashable, source: RankSource, on_load: Callable[[LoadStat], None]
-    ) -> Holder:
+    ) -> RankPages:
         """Subscribe to a rank; its holder is the same object until it is unfollowed.
 
         `on_load` gets the newest of the engine's load reports. Raises ValueError when the rank
@@ -156,7 +158,7 @@ class KvPicture:
                 self._trusted.pop(key, None)
             self._on_trust(key, trusted)
 
-        sink = RankSink(
+        sink = EventApplier(
             self.index,
             holder,
             self._seed,
@@ -184,12 +186,12 @@ class KvPicture:
         try:
             await self._subscriber.remove(key)
         finally:
-            self._past_streams = summed(StreamCounts, [self._past_streams, rank.stream])
-            self._past_events = summed(RankCounts, [self._past_events, rank.sink.counts])
+            self._past_streams = summed(StreamStats, [self._past_streams, rank.stream])
+            self._past_events = summed(RankStats, [self._past_events, rank.sink.counts])
             self.index.drop(rank.sink.holder)
             self._something_to_scrub.set()
 
-    def trusted_holder(self, key: Hashable) -> Holder | None:
+    def trusted_holder(self, key: Hashable) -> RankPages | None:
         """The rank's holder while what it holds can be believed."""
         return self._trusted.get(key)
 
@@ -253,8 +255,8 @@ class KvPicture:
             pages=pages,
             retired_pages=retired_pages,
             estimated_bytes=(pages + retired_pages) * _PAGE_BYTES,
-            streams=summed(StreamCounts, [self._past_streams, *(rank.stream for rank in ranks)]),
-            events=summed(RankCounts, [self._past_events, *(rank.sink.counts for rank in ranks)]),
+            streams=summed(StreamStats, [self._past_streams, *(rank.stream for rank in ranks)]),
+            events=summed(RankStats, [self._past_events, *(rank.sink.counts for rank in ranks)]),
             index=copy(self.index.counts),
         )
 

@@ -12,9 +12,9 @@ from typing import Final, NamedTuple
 
 from extproc.kv.prefix_hash import TokenIds
 from extproc.kv.prefix_table import PrefixTable, tidied
-from extproc.kv.rank_pages import Holder, Overlap
+from extproc.kv.rank_pages import Overlap, RankPages
 
-__all__ = ["PREFIX_BITS", "HolderTables"]
+__all__ = ["PREFIX_BITS", "Ownership"]
 
 # Integers of 60 bits take less memory than those of 64, and a million pages still miss each
 # other with a probability of 1 - 10^-6.
@@ -37,7 +37,7 @@ def _whole(pages: int) -> Overlap:
     return Overlap(pages, pages, pages)
 
 
-class HolderTables:
+class Ownership:
     """Bits and tables; which pages are entered is decided by the index."""
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ class HolderTables:
         self._holed = 0
         self._lower = 0
         self._deep = 0
-        self._holders: dict[int, Holder] = {}  # by bit
-        self._members: dict[int, tuple[Holder, ...]] = {}  # by mask, made when first met
+        self._holders: dict[int, RankPages] = {}  # by bit
+        self._members: dict[int, tuple[RankPages, ...]] = {}  # by mask, made when first met
         self._free_bits: list[int] = []
         self._next_bit = 1
         # The oldest last.
@@ -61,10 +61,10 @@ class HolderTables:
 
     # -- holders
 
-    def has(self, holder: Holder) -> bool:
+    def has(self, holder: RankPages) -> bool:
         return self._holders.get(holder.bit) is holder
 
-    def enter(self, holder: Holder) -> None:
+    def enter(self, holder: RankPages) -> None:
         """Give a new or emptied holder a bit."""
         if self._free_bits:
             bit = self._free_bits.pop()
@@ -74,7 +74,7 @@ class HolderTables:
         holder.bit = bit
         self._holders[bit] = holder
 
-    def retire(self, holder: Holder) -> None:
+    def retire(self, holder: RankPages) -> None:
         """Take its bit and its pages away, at once."""
         bit = holder.bit
         del self._holders[bit]
@@ -87,7 +87,7 @@ class HolderTables:
         self._members.clear()
         holder.reset()
 
-    def mark(self, holder: Holder) -> None:
+    def mark(self, holder: RankPages) -> None:
         """Note whether a match has to look closer at the holder."""
         _, lower, deep = holder.pages_below
         marks = bool(holder.tombstones), lower > 0, deep > 0
@@ -131,7 +131,7 @@ class HolderTables:
 
     # -- what requests ask
 
-    def match(self, prefixes: TokenIds, mask: int, found: dict[Holder, Overlap]) -> None:
+    def match(self, prefixes: TokenIds, mask: int, found: dict[RankPages, Overlap]) -> None:
         """Fill `found` for the holders whose bits are in `mask`."""
         if not len(prefixes):
             return
@@ -161,7 +161,7 @@ class HolderTables:
         return [*groups, (len(prefixes), mask)]
 
     def _match_lower(
-        self, view: "memoryview[int]", pages: int, mask: int, found: dict[Holder, Overlap]
+        self, view: "memoryview[int]", pages: int, mask: int, found: dict[RankPages, Overlap]
     ) -> None:
         """For holders that have these pages, and not all of theirs on the device.
 
@@ -175,14 +175,14 @@ class HolderTables:
                 for host, some in below_host.depths(view, device, pages, deep, present=False):
                     self._tell(found, some, Overlap(pages, device, host))
 
-    def _tell(self, found: dict[Holder, Overlap], mask: int, overlap: Overlap) -> None:
+    def _tell(self, found: dict[RankPages, Overlap], mask: int, overlap: Overlap) -> None:
         if (holder := self._holders.get(mask)) is not None:
             found[holder] = overlap
         elif mask:
             members = self._members.get(mask)
             found.update(dict.fromkeys(members or self._members_of(mask), overlap))
 
-    def _members_of(self, mask: int) -> tuple[Holder, ...]:
+    def _members_of(self, mask: int) -> tuple[RankPages, ...]:
         if len(self._members) >= _MEMBERS_KEPT:
             self._members.clear()
         members = tuple([holder for bit, holder in self._holders.items() if bit & mask])

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-__all__ = ["ID_SHARDS", "Holder", "Overlap"]
+__all__ = ["ID_SHARDS", "Overlap", "RankPages"]
 
 # A dict that grows moves all of its entries at once, so the ids of a holder are spread.
 ID_SHARDS: Final = 64
@@ -23,7 +23,7 @@ class Overlap(NamedTuple):
     host_pages: int
 
 
-class Holder:
+class RankPages:
     """What one (worker, rank) holds; made by PrefixIndex.add and changed by the index alone.
 
     Pages are numbered by slots of parallel arrays: a page costs some 20 bytes there instead of

@@ -21,8 +21,8 @@ from extproc.kv.sequence import (
     Apply,
     CancelReplay,
     Clear,
-    HoldLimits,
     RankSequence,
+    ReorderLimits,
     RequestReplay,
     Trust,
 )
@@ -40,7 +40,7 @@ from extproc.kv.sockets import (
 )
 from extproc.kv.subscription import SubscriberSettings, SubscriptionState
 
-__all__ = ["Shared", "Stream"]
+__all__ = ["RankStream", "Shared"]
 
 _log = structlog.get_logger()
 
@@ -60,7 +60,7 @@ class Shared(Struct):
 
     clock: Clock
     settings: SubscriberSettings
-    limits: HoldLimits
+    limits: ReorderLimits
     context: Context
     # Of replays under way.
     slots: asyncio.Semaphore
@@ -69,10 +69,10 @@ class Shared(Struct):
     replays: asyncio.Semaphore
     # One socket is opened at a time, each in a turn of its own.
     opening: asyncio.Lock
-    wake: Callable[["Stream"], None]
+    wake: Callable[["RankStream"], None]
 
 
-class Stream:
+class RankStream:
     """One rank: feeds what its sockets bring to its sequence, and does what that says."""
 
     def __init__(

@@ -2,10 +2,10 @@
 
 from msgspec import Struct
 
-__all__ = ["HeldBatches", "HoldLimits"]
+__all__ = ["ReorderBuffer", "ReorderLimits"]
 
 
-class HoldLimits(Struct):
+class ReorderLimits(Struct):
     """How much may wait for a replay to end: for one rank, and in bytes for all that share this.
 
     `total_held_bytes` is the sum now.
@@ -17,10 +17,10 @@ class HoldLimits(Struct):
     total_held_bytes: int = 0
 
 
-class HeldBatches:
+class ReorderBuffer:
     """Those of one rank, in order; `dropped` counts what was let go."""
 
-    def __init__(self, limits: HoldLimits) -> None:
+    def __init__(self, limits: ReorderLimits) -> None:
         self.dropped = 0
         self._limits = limits
         self._batches: list[tuple[int, bytes]] = []

@@ -18,15 +18,15 @@ import enum
 from typing import Final
 
 from extproc.kv.actions import Action, Apply, CancelReplay, Clear, RequestReplay, Trust
-from extproc.kv.reorder_buffer import HeldBatches, HoldLimits
+from extproc.kv.reorder_buffer import ReorderBuffer, ReorderLimits
 
 __all__ = [
     "Action",
     "Apply",
     "CancelReplay",
     "Clear",
-    "HoldLimits",
     "RankSequence",
+    "ReorderLimits",
     "RequestReplay",
     "Trust",
 ]
@@ -61,7 +61,7 @@ class RankSequence:
     says that a replay went unanswered: gaps are not asked about until `retry` or a reconnect.
     """
 
-    def __init__(self, *, has_replay: bool, limits: HoldLimits) -> None:
+    def __init__(self, *, has_replay: bool, limits: ReorderLimits) -> None:
         self.partial = False
         self.degraded = False
         self.gaps = 0
@@ -73,7 +73,7 @@ class RankSequence:
         self._first = 0
         self._next = _ANY
         self._last_live = _BEFORE_FIRST
-        self._held = HeldBatches(limits)
+        self._held = ReorderBuffer(limits)
         self._overflowed = False
         # The replay under way has brought something new.
         self._answered = False

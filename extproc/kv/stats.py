@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from msgspec import Struct, field
 
-__all__ = ["IndexCounts", "RankCounts", "StreamCounts", "summed"]
+__all__ = ["IndexStats", "RankStats", "StreamStats", "summed"]
 
 
 _Counts = TypeVar("_Counts", bound=Struct)
@@ -27,7 +27,7 @@ def summed(kind: type[_Counts], counts: Sequence[_Counts]) -> _Counts:
     return total
 
 
-class StreamCounts(Struct):
+class StreamStats(Struct):
     """What came over a rank's sockets, before anybody looked into it.
 
     `malformed` are messages that are none, `dropped` batches that were let go while they waited
@@ -48,7 +48,7 @@ class StreamCounts(Struct):
     load_reports: int = 0
 
 
-class RankCounts(Struct):
+class RankStats(Struct):
     """What a rank has told; pages as told, by tier: device, host, below.
 
     `skipped_events` are of unknown kind, malformed or beyond a limit. `unreadable_batches` could
@@ -69,7 +69,7 @@ class RankCounts(Struct):
     unreadable_loads: int = 0
 
 
-class IndexCounts(Struct):
+class IndexStats(Struct):
     """What the index was told and what it kept out, in pages, since the start."""
 
     stored: int = 0

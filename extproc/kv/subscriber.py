@@ -15,9 +15,9 @@ import structlog
 import zmq
 
 from extproc.clock import Clock
-from extproc.kv.fd_budget import DescriptorShare, raise_descriptor_limit
-from extproc.kv.rank_stream import Shared, Stream
-from extproc.kv.sequence import HoldLimits
+from extproc.kv.fd_budget import FdBudget, raise_descriptor_limit
+from extproc.kv.rank_stream import RankStream, Shared
+from extproc.kv.sequence import ReorderLimits
 from extproc.kv.sink import EventSink
 from extproc.kv.sockets import Context, EventEndpoint
 from extproc.kv.subscription import SubscriberSettings, SubscriptionState
@@ -48,11 +48,11 @@ class KvSubscriber:
         self._clock = clock
         self._context: Context = zmq.Context(io_threads=2)
         self._context.set(zmq.MAX_SOCKETS, _SOCKETS_MAX)
-        share = DescriptorShare.within(raise_descriptor_limit())
+        share = FdBudget.within(raise_descriptor_limit())
         self._shared = Shared(
             clock=clock,
             settings=settings,
-            limits=HoldLimits(
+            limits=ReorderLimits(
                 rank_batches=settings.held_batches,
                 rank_bytes=settings.held_bytes,
                 total_bytes=settings.held_total_bytes,
@@ -64,9 +64,9 @@ class KvSubscriber:
             opening=asyncio.Lock(),
             wake=self._wake,
         )
-        self._streams: dict[Hashable, Stream] = {}
+        self._streams: dict[Hashable, RankStream] = {}
         self._states: dict[Hashable, SubscriptionState] = {}
-        self._ready: deque[Stream] = deque()
+        self._ready: deque[RankStream] = deque()
         self._woken = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
@@ -88,7 +88,7 @@ class KvSubscriber:
             raise ValueError(f"already subscribed: {holder_key}")
         if self._reader is None:
             self._reader = asyncio.create_task(self._read())
-        stream = Stream(self._shared, holder_key, endpoint, sink)
+        stream = RankStream(self._shared, holder_key, endpoint, sink)
         self._streams[holder_key] = stream
         self._states[holder_key] = stream.state
         stream.start()
@@ -110,7 +110,7 @@ class KvSubscriber:
         if not self._context.closed:
             await asyncio.to_thread(self._context.term)
 
-    def _wake(self, stream: Stream) -> None:
+    def _wake(self, stream: RankStream) -> None:
         if not stream.queued:
             stream.queued = True
             self._ready.append(stream)

@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from extproc.kv.stats import StreamCounts
+from extproc.kv.stats import StreamStats
 
 __all__ = ["SubscriberSettings", "SubscriptionState"]
 
@@ -20,7 +20,7 @@ class SubscriberSettings(Struct, frozen=True):
     held_total_bytes: int = 256 << 20
 
 
-class SubscriptionState(StreamCounts):
+class SubscriptionState(StreamStats):
     """What is known of one rank's stream; counts since it was added, times monotonic."""
 
     connected: bool = False

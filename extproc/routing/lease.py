@@ -19,7 +19,7 @@ from extproc.workers.registry import WorkerRegistry
 from extproc.workers.tickets import RankBooking, Ticket
 from extproc.workers.worker import Worker
 
-__all__ = ["Lease", "LeaseBooks"]
+__all__ = ["Lease", "WorkerOutcomes"]
 
 _log = structlog.get_logger()
 
@@ -39,7 +39,7 @@ _WORKER_FAILED = (
 _OVERFLOW = "overflow"
 
 
-class LeaseBooks:
+class WorkerOutcomes:
     """What all leases of one router share."""
 
     __slots__ = ("clock", "load", "metrics", "registry")
@@ -104,7 +104,7 @@ class Lease:
 
     def __init__(
         self,
-        books: LeaseBooks,
+        books: WorkerOutcomes,
         decision: Decision,
         named: Sequence[Worker],
         ticket: Ticket,

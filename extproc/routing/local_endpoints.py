@@ -14,7 +14,7 @@ from extproc.routing.request import DETOKENIZE_PATH, Request
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.tokenization.errors import EncoderBusyError, TextTooLongError, UnknownTokenError
 
-__all__ = ["Answer", "TokenEndpoints"]
+__all__ = ["Answer", "LocalEndpoints"]
 
 _TOKENS_MAX: Final = 1 << 18
 _ID_MAX: Final = (1 << 32) - 1
@@ -41,7 +41,7 @@ _BodyT = TypeVar("_BodyT", _Tokenize, _Detokenize)
 _encoder: Final = msgspec.json.Encoder()
 
 
-class TokenEndpoints:
+class LocalEndpoints:
     """`encoders` by model id; a model without a tokenizer has none."""
 
     def __init__(self, encoders: Mapping[str, PromptEncoder]) -> None:

@@ -10,10 +10,10 @@ from msgspec import Struct
 
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import TokenIds
-from extproc.kv.rank_pages import Holder, Overlap
+from extproc.kv.rank_pages import Overlap, RankPages
 from extproc.policies.base import KvPolicy, KvQuery
 from extproc.routing.predictions import Prediction, Predictions
-from extproc.routing.rank import Target
+from extproc.routing.rank import Rank
 from extproc.workers.rank_load import (
     SPEED_DEFAULT_TOKENS_PER_SECOND,
     Booking,
@@ -29,7 +29,7 @@ _Shape = tuple[int, bool]
 class _Candidate(Struct, gc=False):
     """A target beside a prompt; see policies.base.KvCandidate."""
 
-    target: Target
+    target: Rank
     order: int
     load: RankLoad
     has_events: bool = False
@@ -51,9 +51,9 @@ class _Prompt:
         self,
         prefixes: TokenIds,
         cap: int,
-        held: dict[Holder, Overlap],
-        predictions: Predictions[Target],
-        predicted: dict[Target, int],
+        held: dict[RankPages, Overlap],
+        predictions: Predictions[Rank],
+        predicted: dict[Rank, int],
     ) -> None:
         self.prefixes = prefixes
         self.pages = len(prefixes)
@@ -68,7 +68,7 @@ class PlacedBooking:
 
     __slots__ = ("_booking", "_prediction")
 
-    def __init__(self, booking: Booking, prediction: Prediction[Target] | None) -> None:
+    def __init__(self, booking: Booking, prediction: Prediction[Rank] | None) -> None:
         self._booking = booking
         self._prediction = prediction
 
@@ -97,7 +97,7 @@ class Placed:
 
     def __init__(
         self,
-        target: Target,
+        target: Rank,
         reason: str,
         *,
         cached_tokens: int,
@@ -144,11 +144,11 @@ class Placement:
         self.model_speed = PrefillSpeed(default_tokens_per_second=prefill_tokens_per_second)
         self._index = index
         self._model = model
-        self._predictions: dict[_Shape, Predictions[Target]] = {}
+        self._predictions: dict[_Shape, Predictions[Rank]] = {}
 
     def place(
         self,
-        targets: Sequence[Target],
+        targets: Sequence[Rank],
         tokens: TokenIds | None,
         seed: int,
         now: float,
@@ -181,7 +181,7 @@ class Placement:
             prompt=prompt if prompt is not None and chosen.held_pages < prompt.pages else None,
         )
 
-    def forget(self, target: Target) -> None:
+    def forget(self, target: Rank) -> None:
         """Its cache was cleared, its engine was started anew, or it is gone."""
         for predictions in self._predictions.values():
             predictions.forget(target)
@@ -230,7 +230,7 @@ class Placement:
     def _cut(self, shape: _Shape, mask: int, tokens: TokenIds, seed: int, now: float) -> _Prompt:
         page_size, bigram = shape
         prefixes = self._index.prefixes(tokens, page_size, bigram=bigram, seed=seed)
-        held: dict[Holder, Overlap] = {}
+        held: dict[RankPages, Overlap] = {}
         self._index.match_prefixes(prefixes, mask, held)
         predictions = self._predictions.get(shape)
         if predictions is None:

@@ -1,13 +1,13 @@
 """What a KV-aware policy chooses: one data-parallel rank of one worker."""
 
-from extproc.kv.rank_pages import Holder
+from extproc.kv.rank_pages import RankPages
 from extproc.workers.rank_load import RankLoad
 from extproc.workers.worker import Worker
 
-__all__ = ["Target"]
+__all__ = ["Rank"]
 
 
-class Target:
+class Rank:
     """One (worker, rank), for as long as the worker is registered.
 
     `order` rises with registration and is unique among targets. `holder` is what the rank
@@ -23,7 +23,7 @@ class Target:
         *,
         order: int,
         load: RankLoad,
-        holder: Holder | None = None,
+        holder: RankPages | None = None,
     ) -> None:
         self.worker = worker
         self.rank = rank
@@ -32,4 +32,4 @@ class Target:
         self.holder = holder
 
     def __repr__(self) -> str:
-        return f"Target({self.worker.url}, rank {self.rank})"
+        return f"Rank({self.worker.url}, rank {self.rank})"

@@ -12,8 +12,8 @@ from extproc.clock import Clock
 from extproc.kv.prefix_hash import TokenIds
 from extproc.metrics.service import Metrics
 from extproc.routing.placement import Placed, Placement
-from extproc.routing.rank import Target
-from extproc.routing.ranks import RankBook
+from extproc.routing.rank import Rank
+from extproc.routing.ranks import Ranks
 from extproc.routing.request import Request
 from extproc.tokenization.bodies.prompts import Prompt
 from extproc.tokenization.encoder import Encoded
@@ -21,7 +21,7 @@ from extproc.tokenization.reasons import BUSY
 from extproc.workers.tickets import RankBooking
 from extproc.workers.worker import Worker
 
-__all__ = ["Encoder", "KvRouting", "PromptTokens"]
+__all__ = ["Encoder", "PromptTokens", "RankChooser"]
 
 # Of English text; JSON around it included.
 _BYTES_PER_TOKEN = 5
@@ -52,7 +52,7 @@ class PromptTokens(NamedTuple):
     guess: int = 0
 
 
-class KvRouting:
+class RankChooser:
     """`placements` and `encoders` by model id, of exactly the models that are routed here.
 
     A prompt whose tokens are not known after `patience_seconds` is routed without them: a worse
@@ -63,7 +63,7 @@ class KvRouting:
         self,
         placements: Mapping[str, Placement],
         encoders: Mapping[str, Encoder],
-        ranks: RankBook,
+        ranks: Ranks,
         metrics: Metrics,
         clock: Clock,
         *,
@@ -108,7 +108,7 @@ class KvRouting:
         self, model: str, workers: Sequence[Worker], prompt: PromptTokens, now: float
     ) -> Placed:
         """Choose among the ranks of these workers."""
-        targets: list[Target] = []
+        targets: list[Rank] = []
         of = self._ranks.targets
         for worker in workers:
             targets += of(worker)

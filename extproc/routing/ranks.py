@@ -12,15 +12,15 @@ from typing import NamedTuple, Self
 import structlog
 
 from extproc.clock import Clock
-from extproc.kv.indexer import KvPicture, RankSource
+from extproc.kv.indexer import KvIndexer, RankSource
 from extproc.kv.subscriber import EventEndpoint, SubscriberSettings
 from extproc.kv.wire import LoadStat
 from extproc.routing.placement import Placement
-from extproc.routing.rank import Target
+from extproc.routing.rank import Rank
 from extproc.workers.rank_load import RankLoad
 from extproc.workers.worker import KvEvents, Worker
 
-__all__ = ["RankBook", "RankKey"]
+__all__ = ["RankKey", "Ranks"]
 
 _log = structlog.get_logger()
 
@@ -36,14 +36,14 @@ class RankKey(NamedTuple):
         return f"{self.url} rank {self.rank}"
 
     @classmethod
-    def of(cls, target: Target) -> Self:
+    def of(cls, target: Rank) -> Self:
         return cls(target.worker.id, target.worker.url, target.rank)
 
 
-class RankBook:
+class Ranks:
     """The targets of every worker of a model with a KV-aware policy; a WorkerFollower.
 
-    `max_pages` and `settings` as in KvPicture.
+    `max_pages` and `settings` as in KvIndexer.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class RankBook:
     ) -> None:
         self._clock = clock
         self._placements: dict[str, Placement] = {}
-        self._targets: dict[Worker, tuple[Target, ...]] = {}
-        self._by_key: dict[Hashable, Target] = {}
+        self._targets: dict[Worker, tuple[Rank, ...]] = {}
+        self._by_key: dict[Hashable, Rank] = {}
         self._next_order = 0
-        self.picture = KvPicture(
+        self.picture = KvIndexer(
             clock,
             max_pages=max_pages,
             settings=settings,
@@ -66,12 +66,12 @@ class RankBook:
         """Make targets of the workers of this model that join from now on."""
         self._placements[model] = placement
 
-    def __iter__(self) -> Iterator[tuple[RankKey, Target]]:
+    def __iter__(self) -> Iterator[tuple[RankKey, Rank]]:
         for targets in self._targets.values():
             for target in targets:
                 yield RankKey.of(target), target
 
-    def targets(self, worker: Worker) -> tuple[Target, ...]:
+    def targets(self, worker: Worker) -> tuple[Rank, ...]:
         """The worker's ranks; empty if no KV-aware policy has use for it."""
         return self._targets.get(worker, ())
 
@@ -83,14 +83,14 @@ class RankBook:
         targets = []
         for rank in range(events.dp_size if events is not None else 1):
             load = RankLoad(placement.model_speed)
-            target = Target(worker, rank, order=self._next_order, load=load)
+            target = Rank(worker, rank, order=self._next_order, load=load)
             self._next_order += 1
             targets.append(target)
             if events is not None:
                 self._follow(target, events)
         self._targets[worker] = tuple(targets)
 
-    def _follow(self, target: Target, events: KvEvents) -> None:
+    def _follow(self, target: Rank, events: KvEvents) -> None:
         worker, rank = target.worker, target.rank
         key = RankKey.of(target)
         replay, load_port = events.replay_port, events.load_port
@@ -132,7 +132,7 @@ class RankBook:
                 return placement
         return None
 
-    def _forget(self, target: Target) -> None:
+    def _forget(self, target: Rank) -> None:
         for model in target.worker.model_ids:
             if placement := self._placements.get(model):
                 placement.forget(target)

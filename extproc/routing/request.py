@@ -23,8 +23,8 @@ __all__ = [
     "ENDPOINT_PATHS",
     "MODELS_PATH",
     "TOKENIZE_PATH",
+    "ClientHeaders",
     "Endpoint",
-    "Forwarded",
     "Request",
     "find_endpoint",
     "parse_body",
@@ -34,18 +34,18 @@ __all__ = [
 class Endpoint(Struct, frozen=True, kw_only=True):
     """One API path. `path` is also its label in metrics.
 
-    `for_us`: answered by this service, whichever workers there are. `generates`: takes the
-    fields by which a prefill and a decode worker meet.
+    `answered_locally`: this service answers it itself, without a worker. `generates`: its body
+    takes the fields by which a prefill and a decode worker meet.
     """
 
     path: str
     methods: tuple[str, ...] = ("POST",)
     model_optional: bool = False
-    for_us: bool = False
+    answered_locally: bool = False
     generates: bool = False
 
 
-class Forwarded(NamedTuple):
+class ClientHeaders(NamedTuple):
     """What a request of our own for a client takes over: its `:path` and its headers."""
 
     path: str
@@ -53,8 +53,8 @@ class Forwarded(NamedTuple):
     request_id: str = ""
 
 
-def _nothing_forwarded() -> Forwarded:
-    return Forwarded("", ())
+def _nothing_forwarded() -> ClientHeaders:
+    return ClientHeaders("", ())
 
 
 class Request(Struct, frozen=True):
@@ -68,7 +68,7 @@ class Request(Struct, frozen=True):
     model: str | None
     stream: bool
     body: bytes | bytearray = b""
-    forwarded: Callable[[], Forwarded] = _nothing_forwarded
+    forwarded: Callable[[], ClientHeaders] = _nothing_forwarded
 
 
 class _Body(Struct):
@@ -94,9 +94,9 @@ _ENDPOINTS: Final = {
         Endpoint(path="/v1/rerank"),
         Endpoint(path="/v1/score"),
         Endpoint(path="/v1/classify"),
-        Endpoint(path=MODELS_PATH, methods=("GET", "HEAD"), for_us=True),
-        Endpoint(path=TOKENIZE_PATH, model_optional=True, for_us=True),
-        Endpoint(path=DETOKENIZE_PATH, model_optional=True, for_us=True),
+        Endpoint(path=MODELS_PATH, methods=("GET", "HEAD"), answered_locally=True),
+        Endpoint(path=TOKENIZE_PATH, model_optional=True, answered_locally=True),
+        Endpoint(path=DETOKENIZE_PATH, model_optional=True, answered_locally=True),
     )
 }
 ENDPOINT_PATHS: Final = tuple(_ENDPOINTS)
@@ -119,7 +119,7 @@ def find_endpoint(method: str, path: str) -> Endpoint:
 def parse_body(
     endpoint: Endpoint,
     body: bytes | bytearray,
-    forwarded: Callable[[], Forwarded] = _nothing_forwarded,
+    forwarded: Callable[[], ClientHeaders] = _nothing_forwarded,
 ) -> Request:
     """Decode what is needed of a complete body; raises RouterError 400."""
     if not body:

@@ -6,14 +6,14 @@ from random import Random
 from extproc.errors import model_not_found, no_healthy_workers
 from extproc.policies.base import Policy, Query
 from extproc.routing.decision import Decision
-from extproc.routing.lease import Lease, LeaseBooks
-from extproc.routing.local_endpoints import Answer, TokenEndpoints
+from extproc.routing.lease import Lease, WorkerOutcomes
+from extproc.routing.local_endpoints import Answer, LocalEndpoints
 from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import Chosen, Disaggregation
-from extproc.routing.rank_chooser import KvRouting, PromptTokens
+from extproc.routing.rank_chooser import PromptTokens, RankChooser
 from extproc.routing.request import Request
 from extproc.routing.usable import UsableWorkers
-from extproc.workers.tickets import ActiveLoad, RankBooking
+from extproc.workers.tickets import RankBooking, Tickets
 from extproc.workers.worker import Worker
 
 __all__ = ["Router"]
@@ -26,13 +26,13 @@ class Router:
         self,
         *,
         policies: Mapping[str, Policy | None],
-        active_load: ActiveLoad,
-        books: LeaseBooks,
+        active_load: Tickets,
+        books: WorkerOutcomes,
         random: Random,
         request_timeout_seconds: float,
         destinations_max: int,
-        kv: KvRouting | None = None,
-        token_endpoints: TokenEndpoints | None = None,
+        kv: RankChooser | None = None,
+        token_endpoints: LocalEndpoints | None = None,
         pd: Disaggregation | None = None,
     ) -> None:
         """`policies` by model id, in the order of the configuration; None where `kv` chooses.
@@ -49,7 +49,7 @@ class Router:
         self._timeout_ms = max(1, round(request_timeout_seconds * 1000))
         self._destinations_max = destinations_max
         self._kv = kv
-        self._token_endpoints = token_endpoints or TokenEndpoints({})
+        self._token_endpoints = token_endpoints or LocalEndpoints({})
         self._pd = pd
         self._usable = UsableWorkers(books.registry)
 
@@ -63,7 +63,7 @@ class Router:
         return self._only_model
 
     async def answer(self, request: Request) -> Answer:
-        """What the client of an endpoint `for_us` gets; raises RouterError."""
+        """What the client of an endpoint `answered_locally` gets; raises RouterError."""
         return await self._token_endpoints.answer(request, self._resolve(request.model)[0])
 
     async def route(self, request: Request) -> Lease | Pair:
@@ -91,12 +91,12 @@ class Router:
         """A prefill worker and a decode worker; or a decode worker that needs no other."""
         pd.check(request, model)
         prompt = await self._read(request, model, adapter)
-        if prompt is not None and pd.has_rule(model):
+        if prompt is not None and pd.may_decode_alone(model):
             now = self._books.clock.monotonic()
             decodes = self._usable(model, "decode", now)
             if decodes:
                 chosen = self._choose(model, decodes, prompt, now)
-                if chosen.placed is not None and pd.lacks_little(model, chosen.placed):
+                if chosen.placed is not None and pd.decode_alone(model, chosen.placed):
                     self._books.metrics.pd.decode_alone(model).inc()
                     return self._placed(request, model, chosen, decodes, now)
 

@@ -10,7 +10,7 @@ _CLOSED = BreakerState.CLOSED
 
 
 class UsableWorkers:
-    """Call it with a model, a role and the time."""
+    """PrefillCall it with a model, a role and the time."""
 
     def __init__(self, registry: WorkerRegistry) -> None:
         self.registry = registry

@@ -148,7 +148,7 @@ class _Stream:
         session, server = self.session, self._server
         started = server.watch(self, server.step_deadline_seconds)
         try:
-            if request.endpoint.for_us:
+            if request.endpoint.answered_locally:
                 out = session.answered(await server.answer(request))
             else:
                 lease = await server.route(request)

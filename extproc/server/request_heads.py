@@ -11,10 +11,10 @@ from typing import Final
 from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.routing.request import Forwarded
+from extproc.routing.request import ClientHeaders
 from extproc.server.bodies import BodyMode, body_mode
 
-__all__ = ["DEBUG_HEADER", "RequestHead", "RequestHeadTable", "forwarded_of", "wanted_headers"]
+__all__ = ["DEBUG_HEADER", "RequestHead", "RequestHeadTable", "client_headers_of", "wanted_headers"]
 
 DEBUG_HEADER: Final = "x-extproc-debug"
 _ID_HEADER: Final = "x-request-id"
@@ -122,7 +122,7 @@ def _cut(raw: bytes) -> tuple[bytes, str, int] | None:
     return rest, request_id, int(digits)
 
 
-def forwarded_of(raw: bytes, request_id: str) -> Forwarded:
+def client_headers_of(raw: bytes, request_id: str) -> ClientHeaders:
     """What a request of our own takes over from a request headers message.
 
     Credentials, what identifies the request and traces it, and what is addressed to the engine.
@@ -141,7 +141,7 @@ def forwarded_of(raw: bytes, request_id: str) -> Forwarded:
             path = value
         else:
             taken.append((name, value))
-    return Forwarded(path, tuple(taken), request_id)
+    return ClientHeaders(path, tuple(taken), request_id)
 
 
 def wanted_headers(headers: pb.HeaderMap, wanted: frozenset[str] = _WANTED) -> dict[str, str]:

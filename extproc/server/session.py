@@ -35,15 +35,15 @@ from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import DecodeQuery
 from extproc.routing.request import (
     MODELS_PATH,
+    ClientHeaders,
     Endpoint,
-    Forwarded,
     Request,
     find_endpoint,
     parse_body,
 )
 from extproc.server import replies
 from extproc.server.bodies import BodyTooLargeError, RequestBody
-from extproc.server.request_heads import RequestHead, RequestHeadTable, forwarded_of
+from extproc.server.request_heads import RequestHead, RequestHeadTable, client_headers_of
 from extproc.server.responses import KNOWN_MAX_BYTES, Response, ResponseTable
 
 __all__ = ["Session", "SessionContext", "SessionState"]
@@ -199,7 +199,7 @@ class Session:
 
     def _route_blindly(self, body: RequestBody, endpoint: Endpoint) -> Sequence[bytes]:
         """The gateway shows no body before it wants a decision: only one model can be meant."""
-        if endpoint.for_us or self._context.only_model is None:
+        if endpoint.answered_locally or self._context.only_model is None:
             _log.error(
                 "body_not_visible",
                 request_id=self.request_id,
@@ -245,8 +245,8 @@ class Session:
             raise
         self._state = SessionState.ROUTING
 
-    def _forwarded(self) -> Forwarded:
-        return forwarded_of(self._first_message, self.request_id)
+    def _forwarded(self) -> ClientHeaders:
+        return client_headers_of(self._first_message, self.request_id)
 
     def _request_trailers(self) -> Sequence[bytes]:
         body = self._body

@@ -14,7 +14,7 @@ from tenacity.wait import wait_exponential
 
 from extproc.clock import Clock
 from extproc.worker_url import WorkerUrl
-from extproc.workers.introspection_client import EngineClient, EngineUnreachableError
+from extproc.workers.introspection_client import EngineUnreachableError, IntrospectionClient
 from extproc.workers.kv_announcement import read_kv_events
 from extproc.workers.worker import KvEvents, Mode, WorkerSpec
 
@@ -68,7 +68,7 @@ class _TryAgainError(Exception):
 
 
 async def introspect(
-    client: EngineClient, url: WorkerUrl, clock: Clock, attempts: int = 3
+    client: IntrospectionClient, url: WorkerUrl, clock: Clock, attempts: int = 3
 ) -> Introspection:
     """Ask the worker who it is: so many attempts of 2 s on network errors and 5xx, else one."""
     try:
@@ -88,7 +88,7 @@ async def introspect(
 
 
 async def _get(
-    client: EngineClient, url: WorkerUrl, path: str, clock: Clock, attempts: int
+    client: IntrospectionClient, url: WorkerUrl, path: str, clock: Clock, attempts: int
 ) -> tuple[int, bytes]:
     retrying = AsyncRetrying(
         stop=stop_after_attempt(attempts),
@@ -108,7 +108,7 @@ async def _get(
 
 
 async def _from_model_list(
-    client: EngineClient, url: WorkerUrl, clock: Clock, attempts: int
+    client: IntrospectionClient, url: WorkerUrl, clock: Clock, attempts: int
 ) -> Introspection:
     status, body = await _get(client, url, "/v1/models", clock, attempts)
     if status != 200:

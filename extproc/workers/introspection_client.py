@@ -8,7 +8,12 @@ import aiohttp
 
 from extproc.worker_url import WorkerUrl
 
-__all__ = ["AiohttpEngineClient", "EngineAnswer", "EngineClient", "EngineUnreachableError"]
+__all__ = [
+    "AiohttpIntrospectionClient",
+    "EngineAnswer",
+    "EngineUnreachableError",
+    "IntrospectionClient",
+]
 
 _ANSWER_MAX_BYTES = 8 * 1024 * 1024
 
@@ -28,7 +33,7 @@ class EngineAnswer:
         self.headers = headers
 
 
-class EngineClient(Protocol):
+class IntrospectionClient(Protocol):
     """What the rest of the package asks of a worker over HTTP."""
 
     async def get(self, url: WorkerUrl, path: str, timeout_seconds: float) -> EngineAnswer:
@@ -36,7 +41,7 @@ class EngineClient(Protocol):
         ...
 
 
-class AiohttpEngineClient:
+class AiohttpIntrospectionClient:
     """The one aiohttp session; use it as an async context manager."""
 
     def __init__(self, api_key: str | None, tls: ssl.SSLContext | None) -> None:

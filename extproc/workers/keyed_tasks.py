@@ -6,12 +6,12 @@ from typing import Any
 
 import structlog
 
-__all__ = ["OrderedTasks"]
+__all__ = ["KeyedTasks"]
 
 _log = structlog.get_logger()
 
 
-class OrderedTasks:
+class KeyedTasks:
     """Holds every task until it has ended, so that none is left behind."""
 
     def __init__(self) -> None:

@@ -18,14 +18,14 @@ from extproc.config.schema import TOKEN_POLICIES, CircuitBreakerConfig, ModelCon
 from extproc.metrics.service import Metrics
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.introspection import Introspection, apply_introspection, introspect
-from extproc.workers.introspection_client import EngineClient
-from extproc.workers.keyed_tasks import OrderedTasks
+from extproc.workers.introspection_client import IntrospectionClient
+from extproc.workers.keyed_tasks import KeyedTasks
 from extproc.workers.kv_announcement import configured_kv_events
 from extproc.workers.registry import MixedModesError, WorkerRegistry
 from extproc.workers.resolver import Resolver
 from extproc.workers.source import Added, Listed, ModeChanged, Removed, WorkerEvent, WorkerSource
 from extproc.workers.worker import KvEvents, Mode, Worker, WorkerSpec
-from extproc.workers.worker_warnings import Complaints, shown_models
+from extproc.workers.worker_warnings import WorkerWarnings, shown_models
 
 __all__ = ["WorkerFollower", "WorkerManager"]
 
@@ -69,7 +69,7 @@ class WorkerManager:
         *,
         source: WorkerSource,
         registry: WorkerRegistry,
-        client: EngineClient,
+        client: IntrospectionClient,
         resolver: Resolver,
         clock: Clock,
         models: Sequence[ModelConfig],
@@ -95,8 +95,8 @@ class WorkerManager:
         self._on_mode_change = on_mode_change
         self._follower = follower
         self._next_order = 0
-        self._tasks = OrderedTasks()
-        self._complaints = Complaints(self._models.keys())
+        self._tasks = KeyedTasks()
+        self._complaints = WorkerWarnings(self._models.keys())
         # Refused workers are tried again: those in their way may have left. None of them is
         # registered.
         self._refused: dict[str, WorkerSpec] = {}

@@ -22,7 +22,13 @@ from yarl import URL
 from extproc.worker_url import WorkerUrl
 from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
 
-__all__ = ["AiohttpCaller", "Call", "Caller", "CallerOverloadedError", "EngineTimeoutError"]
+__all__ = [
+    "AiohttpPrefillClient",
+    "EngineTimeoutError",
+    "PrefillCall",
+    "PrefillClient",
+    "PrefillClientOverloadedError",
+]
 
 _READ_BYTES: Final = 64 * 1024
 _CLIENT_ERROR: Final = 400
@@ -36,11 +42,11 @@ class EngineTimeoutError(EngineUnreachableError):
     """The engine did not answer in time."""
 
 
-class CallerOverloadedError(Exception):
+class PrefillClientOverloadedError(Exception):
     """This process has no more sockets; no engine is to blame."""
 
 
-class Call(Protocol):
+class PrefillCall(Protocol):
     """A request whose connection was made; the engine has it, or is about to."""
 
     async def answer(self) -> EngineAnswer:
@@ -57,7 +63,7 @@ class Call(Protocol):
         ...
 
 
-class Caller(Protocol):
+class PrefillClient(Protocol):
     """Sends requests to engines."""
 
     async def post(
@@ -70,16 +76,17 @@ class Caller(Protocol):
         connect_seconds: float,
         answer_seconds: float,
         keep_bytes: int,
-    ) -> Call:
+    ) -> PrefillCall:
         """Returns as soon as the connection is made.
 
-        Raises EngineUnreachableError if it is not, CallerOverloadedError if that is our fault.
+        Raises EngineUnreachableError if it is not made, PrefillClientOverloadedError if this
+        service has no file descriptor left for it.
         """
         ...
 
 
 class _AiohttpCall:
-    """A Call; its task reads the answer whether or not anybody waits for it."""
+    """A PrefillCall; its task reads the answer whether or not anybody waits for it."""
 
     def __init__(self, task: "asyncio.Task[EngineAnswer]") -> None:
         self._task = task
@@ -93,7 +100,7 @@ class _AiohttpCall:
         self._task.cancel()
 
 
-class AiohttpCaller:
+class AiohttpPrefillClient:
     """A session for such requests; `open` and `close` belong to one event loop.
 
     It has no headers of its own: the engines' API key is not for clients' requests.
@@ -132,7 +139,7 @@ class AiohttpCaller:
         connect_seconds: float,
         answer_seconds: float,
         keep_bytes: int,
-    ) -> Call:
+    ) -> PrefillCall:
         loop = asyncio.get_running_loop()
         connected: asyncio.Future[None] = loop.create_future()
         timeout = aiohttp.ClientTimeout(
@@ -187,7 +194,7 @@ class AiohttpCaller:
             raise EngineTimeoutError(type(error).__name__) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise CallerOverloadedError from error
+                raise PrefillClientOverloadedError from error
             raise EngineUnreachableError(str(error) or type(error).__name__) from error
 
 

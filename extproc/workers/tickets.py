@@ -13,7 +13,7 @@ from extproc.clock import Clock
 from extproc.metrics.service import Counter
 from extproc.workers.worker import Worker
 
-__all__ = ["ActiveLoad", "RankBooking", "Ticket"]
+__all__ = ["RankBooking", "Ticket", "Tickets"]
 
 _JANITOR_MIN_SECONDS = 1.0
 _JANITOR_MAX_SECONDS = 60.0
@@ -40,7 +40,7 @@ class Ticket:
 
     __slots__ = ("_load", "_open", "booked_at", "booking", "estimated", "on_stale", "worker")
 
-    def __init__(self, load: "ActiveLoad", worker: Worker, booked_at: float) -> None:
+    def __init__(self, load: "Tickets", worker: Worker, booked_at: float) -> None:
         self._load = load
         self._open = True
         self.worker = worker
@@ -76,7 +76,7 @@ class Ticket:
         return True
 
 
-class ActiveLoad:
+class Tickets:
     """The book of open tickets, oldest first."""
 
     def __init__(self, clock: Clock, stale_seconds: float, stale_total: Counter) -> None:

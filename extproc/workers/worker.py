@@ -50,7 +50,7 @@ class Worker:
 
     `order` rises with registration and gives policies a stable order. `address` is the
     `ip:port` by which Envoy knows it, None until its name was resolved. `in_flight` counts
-    open tickets and is only changed by ActiveLoad.
+    open tickets and is only changed by Tickets.
     """
 
     __slots__ = (

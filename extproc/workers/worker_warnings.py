@@ -10,14 +10,14 @@ import structlog
 from extproc.workers.introspection import Introspection
 from extproc.workers.worker import WorkerSpec
 
-__all__ = ["Complaints", "shown_models"]
+__all__ = ["WorkerWarnings", "shown_models"]
 
 _log = structlog.get_logger()
 
 _SHOWN_CHARS = 200
 
 
-class Complaints:
+class WorkerWarnings:
     """The warnings about workers; `models` are the configured ones."""
 
     def __init__(self, models: Collection[str]) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 from msgspec import Struct
 
 from extproc.clock import SystemClock
-from extproc.kv.indexer import KvPicture, RankSource, RankState
-from extproc.kv.rank_pages import Holder
+from extproc.kv.indexer import KvIndexer, RankSource, RankState
+from extproc.kv.rank_pages import RankPages
 from extproc.kv.subscriber import EventEndpoint, SubscriberSettings
 from extproc.kv.wire import LoadStat
 from tests.kv_survival.prompts import PAGE, PROMPT_PAGES, PROMPTS, page_tokens
@@ -96,10 +96,10 @@ class EngineProcess:
 class Watched:
     """A picture that follows one rank, and what it was told about it."""
 
-    def __init__(self, picture: KvPicture, key: str = "worker/0") -> None:
+    def __init__(self, picture: KvIndexer, key: str = "worker/0") -> None:
         self.picture = picture
         self.key = key
-        self.holder: Holder | None = None
+        self.holder: RankPages | None = None
         self.loads: list[LoadStat] = []
 
     def follow(self, engine: EngineProcess, *, replay: bool = True) -> None:
@@ -151,7 +151,7 @@ async def watching(
     replay: bool = True,
     settings: SubscriberSettings | None = None,
 ) -> AsyncIterator[Watched]:
-    picture = KvPicture(SystemClock(), max_pages=1_000_000, settings=settings)
+    picture = KvIndexer(SystemClock(), max_pages=1_000_000, settings=settings)
     sweeping = asyncio.create_task(picture.run())
     watched = Watched(picture)
     try:

@@ -20,7 +20,7 @@ from extproc.clock import Clock, SystemClock
 from extproc.config.schema import EnvoyConfig, LoadConfig, PolicyName, ServerConfig
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_policy
-from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.lease import Lease, WorkerOutcomes
 from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
 from extproc.routing.router import Router
@@ -33,7 +33,7 @@ from extproc.testing.stack import free_ports
 from extproc.worker_url import parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import ActiveLoad
+from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Worker, WorkerSpec
 
 MODES = {
@@ -70,7 +70,7 @@ class Service:
         self.clock = clock or SystemClock()
         self.metrics = Metrics(CollectorRegistry())
         self.registry = WorkerRegistry()
-        self.active_load = ActiveLoad(self.clock, stale_seconds, self.metrics.stale_requests)
+        self.active_load = Tickets(self.clock, stale_seconds, self.metrics.stale_requests)
         order = 0
         self.workers: list[Worker] = []
         for model in models:
@@ -90,7 +90,7 @@ class Service:
         self.router = Router(
             policies={model: create_policy(policy, random) for model in models},
             active_load=self.active_load,
-            books=LeaseBooks(self.clock, self.registry, self.metrics, load or LoadConfig()),
+            books=WorkerOutcomes(self.clock, self.registry, self.metrics, load or LoadConfig()),
             random=random,
             request_timeout_seconds=300.0,
             destinations_max=1,

@@ -126,7 +126,7 @@ async def test_the_second_pass_answers_with_a_worker_and_both_end_well(mode: str
             reply = await second.reply()
             assert kind(reply) == "request_headers"
             address = destination(reply)
-            assert address in DecodeOrder.from_header(order).hand(1)
+            assert address in DecodeOrder.from_header(order).attempt_group(1)
             assert set_headers(reply)["x-extproc-cluster"] == "workers"
             assert set_headers(reply)["x-envoy-max-retries"] == "0"
             assert MessageToDict(reply.dynamic_metadata)["extproc"] == {

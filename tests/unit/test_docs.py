@@ -11,7 +11,7 @@ from extproc.admin.collector import WorkerCollector
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
 from extproc.envoy_config.routes import FAIL_OPEN_PATHS
 from extproc.metrics.service import Metrics
-from extproc.routing.ranks import RankBook
+from extproc.routing.ranks import Ranks
 from extproc.routing.request import (
     DETOKENIZE_PATH,
     ENDPOINT_PATHS,
@@ -20,7 +20,7 @@ from extproc.routing.request import (
     find_endpoint,
 )
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import ActiveLoad
+from extproc.workers.tickets import Tickets
 from tests.fakes import FakeClock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,9 +39,9 @@ def test_the_configuration_page_is_what_the_structs_render_to() -> None:
 async def test_every_metric_is_documented_and_nothing_else() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    load = ActiveLoad(FakeClock(), 1.0, metrics.stale_requests)
+    load = Tickets(FakeClock(), 1.0, metrics.stale_requests)
     registry.register(WorkerCollector(WorkerRegistry(), load))
-    ranks = RankBook(FakeClock(), max_pages=1000)
+    ranks = Ranks(FakeClock(), max_pages=1000)
     registry.register(KvCollector(ranks, FakeClock()))
     registry.register(EncoderCollector({}))
     names = {

@@ -36,7 +36,7 @@ class DecodeOrder(NamedTuple):
     pair: str
     addresses: tuple[str, ...]
 
-    def hand(self, attempt: int) -> tuple[str, ...]:
+    def attempt_group(self, attempt: int) -> tuple[str, ...]:
         """The addresses that attempt 1, 2, … may choose from."""
         if not 1 <= attempt <= self.attempts:
             return ()

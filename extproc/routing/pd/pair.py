@@ -13,9 +13,9 @@ import structlog
 
 from extproc.errors import RouterError, prefill_failed, prefill_refused
 from extproc.routing.decision import Decision
-from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.lease import Lease, WorkerOutcomes
 from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
-from extproc.workers.prefill_client import Call, EngineTimeoutError
+from extproc.workers.prefill_client import EngineTimeoutError, PrefillCall
 from extproc.workers.tickets import Ticket
 from extproc.workers.worker import Worker
 
@@ -48,7 +48,7 @@ class PrefillLeg:
 
     def __init__(
         self,
-        books: LeaseBooks,
+        books: WorkerOutcomes,
         model: str,
         worker: Worker,
         ticket: Ticket,
@@ -65,7 +65,7 @@ class PrefillLeg:
         self._settled = False
         self.worker = worker
         self.ticket = ticket
-        self.call: Call | None = None
+        self.call: PrefillCall | None = None
 
     @property
     def is_open(self) -> bool:
@@ -187,7 +187,7 @@ class Pair:
 
     def __init__(
         self,
-        books: LeaseBooks,
+        books: WorkerOutcomes,
         pairs: "Pairs",
         decision: Decision,
         leg: PrefillLeg,

@@ -25,7 +25,7 @@ from extproc.errors import (
 from extproc.policies.decode_affinity import DecodeAffinity
 from extproc.routing.decision import Decision
 from extproc.routing.json_members import with_members
-from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.lease import Lease, WorkerOutcomes
 from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.routing.pd.handoff import (
     KV_PREFILL_MEMBERS,
@@ -35,12 +35,12 @@ from extproc.routing.pd.handoff import (
 )
 from extproc.routing.pd.pair import Pair, Pairs, PrefillLeg, Reservation
 from extproc.routing.placement import Placed
-from extproc.routing.ranks import RankBook
-from extproc.routing.request import Forwarded, Request
+from extproc.routing.ranks import Ranks
+from extproc.routing.request import ClientHeaders, Request
 from extproc.routing.usable import UsableWorkers
 from extproc.workers.introspection_client import EngineUnreachableError
-from extproc.workers.prefill_client import Call, Caller, CallerOverloadedError
-from extproc.workers.tickets import ActiveLoad
+from extproc.workers.prefill_client import PrefillCall, PrefillClient, PrefillClientOverloadedError
+from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Mode, Worker
 
 __all__ = ["Chosen", "DecodeQuery", "Disaggregation", "PdSettings"]
@@ -131,11 +131,11 @@ class Disaggregation:
     def __init__(
         self,
         settings: PdSettings,
-        books: LeaseBooks,
-        active_load: ActiveLoad,
-        caller: Caller,
+        books: WorkerOutcomes,
+        active_load: Tickets,
+        caller: PrefillClient,
         usable: UsableWorkers,
-        ranks: RankBook,
+        ranks: Ranks,
         random: Random,
         *,
         recheck: Callable[[Worker], None],
@@ -165,15 +165,15 @@ class Disaggregation:
         if not self._usable(model, "decode", now):
             raise no_decode_workers()
 
-    def lacks_little(self, model: str, placed: Placed) -> bool:
+    def decode_alone(self, model: str, placed: Placed) -> bool:
         """Whether a decode worker that was chosen for what it holds is better left alone with
         the prompt.
         """
         least = self._settings.min_prefill_tokens[model]
         return 0 < placed.total_tokens < placed.cached_tokens + least
 
-    def has_rule(self, model: str) -> bool:
-        """Whether `lacks_little` can be true."""
+    def may_decode_alone(self, model: str) -> bool:
+        """Whether `decode_alone` can be true."""
         return self._settings.min_prefill_tokens[model] > 0
 
     async def route(self, request: Request, model: str, choose: Choose) -> Pair:
@@ -203,7 +203,7 @@ class Disaggregation:
         request: Request,
         model: str,
         choose: Choose,
-        forwarded: Forwarded,
+        forwarded: ClientHeaders,
         rooms: "_Rooms | None",
     ) -> tuple[PrefillLeg, Chosen, bytes]:
         """Try prefill workers until one accepts the connection."""
@@ -231,7 +231,7 @@ class Disaggregation:
                 leg.call = await self._call(
                     worker, forwarded.path, headers, request, members, waits=rooms is None
                 )
-            except CallerOverloadedError:
+            except PrefillClientOverloadedError:
                 leg.cancel()
                 raise service_overloaded() from None
             except EngineUnreachableError:
@@ -253,7 +253,7 @@ class Disaggregation:
         members: bytes,
         *,
         waits: bool,
-    ) -> Call:
+    ) -> PrefillCall:
         settings = self._settings
         return await self._caller.post(
             worker.spec.url,
@@ -265,7 +265,7 @@ class Disaggregation:
             keep_bytes=_KEPT_OF_KV_ANSWER_BYTES if waits else _KEPT_BYTES,
         )
 
-    def _headers(self, forwarded: Forwarded) -> list[tuple[str, str]]:
+    def _headers(self, forwarded: ClientHeaders) -> list[tuple[str, str]]:
         headers = [("content-type", "application/json")]
         authorization = self._settings.authorization
         for name, value in forwarded.headers:
@@ -356,7 +356,7 @@ class Disaggregation:
         if pair is not None:
             pair.release_reservation()
         now = books.clock.monotonic()
-        hand = set(order.hand(query.attempt))
+        hand = set(order.attempt_group(query.attempt))
         usable = [worker for worker in self._usable(model, "decode", now) if worker.address in hand]
         if not usable:
             raise no_decode_workers()

@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from extproc.admin.collector import WorkerCollector
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import ActiveLoad
+from extproc.workers.tickets import Tickets
 from tests.fakes import Routing, make_router, make_worker
 
 A, B = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
@@ -82,7 +82,7 @@ def test_registering_the_collector_asks_nobody_yet() -> None:
         def __iter__(self):  # type: ignore[no-untyped-def]
             raise AssertionError("read at registration")
 
-    collector = WorkerCollector(Exploding(), ActiveLoad(routing.clock, 1.0, _stale(routing)))
+    collector = WorkerCollector(Exploding(), Tickets(routing.clock, 1.0, _stale(routing)))
     CollectorRegistry(auto_describe=True).register(collector)
 
 

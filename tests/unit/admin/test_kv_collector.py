@@ -12,7 +12,7 @@ from extproc.admin.kv_collector import EncoderCollector, KvCollector
 from extproc.config.schema import ModelConfig
 from extproc.policies.factory import create_kv_policy
 from extproc.routing.placement import Placement
-from extproc.routing.ranks import RankBook
+from extproc.routing.ranks import Ranks
 from extproc.tokenization.bodies.prompts import read_prompt
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.workers.worker import KvEvents
@@ -23,9 +23,9 @@ URL = "http://10.0.0.1:8000"
 
 
 @pytest.fixture
-async def ranks() -> AsyncIterator[RankBook]:
+async def ranks() -> AsyncIterator[Ranks]:
     """A book with one worker of two ranks; nobody listens at their ports."""
-    book = RankBook(FakeClock(), max_pages=10_000)
+    book = Ranks(FakeClock(), max_pages=10_000)
     model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
     book.serve("m", Placement(create_kv_policy(model, Random(0)), book.picture.index))
     events = KvEvents(host="127.0.0.1", port=1, block_size=4, dp_size=2)
@@ -34,7 +34,7 @@ async def ranks() -> AsyncIterator[RankBook]:
     await book.picture.close()
 
 
-async def test_ranks_are_shown_while_they_are_followed(ranks: RankBook) -> None:
+async def test_ranks_are_shown_while_they_are_followed(ranks: Ranks) -> None:
     registry = CollectorRegistry()
     registry.register(KvCollector(ranks, FakeClock()))
     (_, target), _ = list(ranks)

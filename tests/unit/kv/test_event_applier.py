@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from extproc.kv.event_applier import RankSink
+from extproc.kv.event_applier import EventApplier
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher
 from extproc.kv.rank_pages import Overlap
@@ -26,7 +26,7 @@ class Rank:
         self.clears = 0
         self.trust: list[bool] = []
         self.loads: list[LoadStat] = []
-        self.sink = RankSink(
+        self.sink = EventApplier(
             self.index,
             self.holder,
             self.index.hasher.seed,
@@ -203,7 +203,7 @@ def test_what_a_callback_raises_is_passed_on() -> None:
 
     callback: Callable[[], None] = fail
     rank = Rank()
-    sink = RankSink(
+    sink = EventApplier(
         rank.index,
         rank.holder,
         rank.index.hasher.seed,

@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from extproc.kv.fd_budget import DescriptorShare, raise_descriptor_limit
+from extproc.kv.fd_budget import FdBudget, raise_descriptor_limit
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from extproc.kv.fd_budget import DescriptorShare, raise_descriptor_limit
     ],
 )
 def test_the_share_of_the_ranks(limit: int, ranks: int, replays: int) -> None:
-    assert DescriptorShare.within(limit) == DescriptorShare(ranks, replays)
+    assert FdBudget.within(limit) == FdBudget(ranks, replays)
 
 
 def test_the_limit_is_raised_as_far_as_allowed() -> None:

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
-from extproc.kv.rank_pages import Holder, Overlap
+from extproc.kv.rank_pages import Overlap, RankPages
 
 _PAGE = 2
 # Few tokens: prompts share prefixes and branch often.
@@ -135,7 +135,7 @@ _Model.TestCase.settings = settings(max_examples=200, stateful_step_count=40, de
 TestAgainstModel: Any = _Model.TestCase
 
 
-def _chain(index: PrefixIndex, holder: Holder, tokens: TokenIds, tier: int = 0) -> list[int]:
+def _chain(index: PrefixIndex, holder: RankPages, tokens: TokenIds, tier: int = 0) -> list[int]:
     size = holder.page_size
     ids = [_name(tuple(tokens[: n + size].tolist())) for n in range(0, len(tokens), size)]
     index.store(holder, ids, None, tokens, size, tier)

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
-from extproc.kv.rank_pages import Holder, Overlap
+from extproc.kv.rank_pages import Overlap, RankPages
 
 _Page = tuple[str, tuple[int, ...]]  # namespace, all tokens up to its end
 # Page size, pairs; two that are alike share the walk.
@@ -90,7 +90,7 @@ class EnginesAndIndex(RuleBasedStateMachine):
         hasher = self.index.hasher
         self.seeds = {"": 0, "tenant": hasher.seed("tenant")}
 
-    def _add(self, engine: _Engine) -> Holder:
+    def _add(self, engine: _Engine) -> RankPages:
         return self.index.add("w", engine.page_size, bigram=engine.bigram)
 
     def _store(self, who: int, pages: list[_Page], tier: int) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from extproc.clock import SystemClock
-from extproc.kv.indexer import KvPicture, RankSource
-from extproc.kv.rank_pages import Holder
+from extproc.kv.indexer import KvIndexer, RankSource
+from extproc.kv.rank_pages import RankPages
 from extproc.kv.subscriber import EventEndpoint
 from extproc.kv.wire import LoadStat
 from tests.unit.kv.publisher import Publisher
@@ -40,14 +40,14 @@ class Told:
         self.clears: list[Hashable] = []
         self.trust: list[tuple[Hashable, bool]] = []
         self.loads: list[LoadStat] = []
-        self.picture = KvPicture(
+        self.picture = KvIndexer(
             SystemClock(),
             max_pages=100_000,
             on_clear=self.clears.append,
             on_trust=lambda key, trusted: self.trust.append((key, trusted)),
         )
 
-    def follow(self, key: Hashable, engine: Publisher, load: Publisher | None = None) -> Holder:
+    def follow(self, key: Hashable, engine: Publisher, load: Publisher | None = None) -> RankPages:
         endpoint = EventEndpoint(
             "127.0.0.1",
             engine.port,
@@ -57,7 +57,7 @@ class Told:
         source = RankSource(endpoint=endpoint, page_size=_PAGE)
         return self.picture.follow(key, source, self.loads.append)
 
-    def pages(self, holder: Holder) -> int:
+    def pages(self, holder: RankPages) -> int:
         found = self.picture.index.match(np.arange(4000, dtype=np.uint64), [holder])
         return found[holder].pages if holder in found else 0
 

@@ -7,15 +7,15 @@ from extproc.kv.sequence import (
     Apply,
     CancelReplay,
     Clear,
-    HoldLimits,
     RankSequence,
+    ReorderLimits,
     RequestReplay,
     Trust,
 )
 
 
-def sequence(*, has_replay: bool = True, limits: HoldLimits | None = None) -> RankSequence:
-    return RankSequence(has_replay=has_replay, limits=limits or HoldLimits())
+def sequence(*, has_replay: bool = True, limits: ReorderLimits | None = None) -> RankSequence:
+    return RankSequence(has_replay=has_replay, limits=limits or ReorderLimits())
 
 
 def following(count: int, *, has_replay: bool = True) -> RankSequence:
@@ -217,10 +217,10 @@ def test_a_disconnect_ends_the_replay() -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [HoldLimits(rank_batches=3), HoldLimits(rank_bytes=6), HoldLimits(total_bytes=6)],
+    [ReorderLimits(rank_batches=3), ReorderLimits(rank_bytes=6), ReorderLimits(total_bytes=6)],
     ids=["batches", "bytes", "total"],
 )
-def test_what_can_not_be_held_is_asked_for_again(limits: HoldLimits) -> None:
+def test_what_can_not_be_held_is_asked_for_again(limits: ReorderLimits) -> None:
     made = sequence(limits=limits)
     made.connected()
     for seq in range(5):
@@ -236,7 +236,7 @@ def test_what_can_not_be_held_is_asked_for_again(limits: HoldLimits) -> None:
 
 
 def test_what_came_and_was_dropped_after_an_empty_answer_was_made_is_asked_for() -> None:
-    made = sequence(limits=HoldLimits(rank_batches=2))
+    made = sequence(limits=ReorderLimits(rank_batches=2))
     made.connected()
     for seq in range(3):
         made.live(seq, payload(seq))
@@ -244,7 +244,7 @@ def test_what_came_and_was_dropped_after_an_empty_answer_was_made_is_asked_for()
 
 
 def test_a_batch_larger_than_all_that_may_wait_is_dropped() -> None:
-    limits = HoldLimits(rank_bytes=6)
+    limits = ReorderLimits(rank_bytes=6)
     made = sequence(limits=limits)
     made.connected()
     made.live(0, b"1234567")

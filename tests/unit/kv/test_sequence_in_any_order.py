@@ -15,8 +15,8 @@ from extproc.kv.sequence import (
     Apply,
     CancelReplay,
     Clear,
-    HoldLimits,
     RankSequence,
+    ReorderLimits,
     RequestReplay,
     Trust,
 )
@@ -56,7 +56,7 @@ class EngineAndNetwork(RuleBasedStateMachine):
     @initialize(has_replay=st.booleans(), batches=st.sampled_from([2, 100]))
     def begin(self, has_replay: bool, batches: int) -> None:
         self.has_replay = has_replay
-        self.limits = HoldLimits(rank_batches=batches)
+        self.limits = ReorderLimits(rank_batches=batches)
         self.sequence = RankSequence(has_replay=has_replay, limits=self.limits)
 
     def do(self, actions: list[Action]) -> None:

@@ -14,7 +14,7 @@ from extproc.policies.cache_aware_zmq import CacheAwareZmq
 from extproc.policies.min_ttft import MinTtft
 from extproc.routing.placement import Placed, Placement
 from extproc.routing.predictions import GRACE_SECONDS
-from extproc.routing.rank import Target
+from extproc.routing.rank import Rank
 from extproc.workers.rank_load import RankLoad
 from tests.fakes import make_worker
 
@@ -48,7 +48,7 @@ class Fleet(Struct, kw_only=True):
     policy: Noting
     index: PrefixIndex
     placement: Placement
-    targets: list[Target]
+    targets: list[Rank]
 
     def hold(
         self, number: int, tokens: TokenIds, *, tier: Tier = 0, skip: int = 0, seed: int = 0
@@ -97,7 +97,7 @@ def make_fleet(*pages: int | None, bigram: bool = False, policy: KvPolicy | None
     index, noting = PrefixIndex(PrefixHasher(secret=1), 100_000), Noting()
     placement = Placement(policy or noting, index, model="m", prefill_tokens_per_second=SPEED)
     targets = [
-        Target(
+        Rank(
             make_worker(f"http://10.0.0.{order + 1}:8000", order=order),
             0,
             order=order,

@@ -16,17 +16,17 @@ from extproc.errors import RouterError
 from extproc.kv.prefix_hash import TokenIds
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy
-from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.lease import Lease, WorkerOutcomes
 from extproc.routing.placement import Placement
-from extproc.routing.rank import Target
-from extproc.routing.rank_chooser import KvRouting
-from extproc.routing.ranks import RankBook, RankKey
+from extproc.routing.rank import Rank
+from extproc.routing.rank_chooser import RankChooser
+from extproc.routing.ranks import RankKey, Ranks
 from extproc.routing.request import Request, find_endpoint
 from extproc.routing.router import Router
 from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.encoder import Encoded
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import ActiveLoad
+from extproc.workers.tickets import Tickets
 from extproc.workers.worker import KvEvents, Worker
 from tests.fakes import FakeClock, make_worker
 
@@ -64,14 +64,14 @@ class Fleet(Struct, kw_only=True):
     """A router over ranks whose holdings the test writes."""
 
     clock: FakeClock
-    ranks: RankBook
+    ranks: Ranks
     registry: WorkerRegistry
-    active_load: ActiveLoad
+    active_load: Tickets
     prometheus: CollectorRegistry
     router: Router
     workers: list[Worker]
 
-    def target(self, worker: int, rank: int = 0) -> Target:
+    def target(self, worker: int, rank: int = 0) -> Rank:
         return self.ranks.targets(self.workers[worker])[rank]
 
     def hold(self, text: str, worker: int, rank: int = 0, salt: str | None = None) -> None:
@@ -108,7 +108,7 @@ async def make_fleet(
 ) -> Fleet:
     clock, random, prometheus = FakeClock(), Random(0), CollectorRegistry()
     metrics, registry = Metrics(prometheus), WorkerRegistry()
-    ranks = RankBook(clock, max_pages=10_000)
+    ranks = Ranks(clock, max_pages=10_000)
     model = ModelConfig(id="m", policy=policy, tokenizer_path="-")
     placement = Placement(create_kv_policy(model, random), ranks.picture.index)
     ranks.serve("m", placement)
@@ -122,15 +122,15 @@ async def make_fleet(
         registry.upsert(worker)
         ranks.joined(worker)
         workers.append(worker)
-    active_load = ActiveLoad(clock, 600.0, metrics.stale_requests)
+    active_load = Tickets(clock, 600.0, metrics.stale_requests)
     router = Router(
         policies={"m": None},
         active_load=active_load,
-        books=LeaseBooks(clock, registry, metrics, LoadConfig()),
+        books=WorkerOutcomes(clock, registry, metrics, LoadConfig()),
         random=random,
         request_timeout_seconds=300.0,
         destinations_max=destinations_max,
-        kv=KvRouting(
+        kv=RankChooser(
             {"m": placement},
             {"m": encoder or ByteEncoder()},
             ranks,

@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from extproc.worker_url import WorkerUrl, parse_worker_url
-from extproc.workers.introspection_client import AiohttpEngineClient, EngineUnreachableError
+from extproc.workers.introspection_client import AiohttpIntrospectionClient, EngineUnreachableError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -31,7 +31,7 @@ async def test_status_and_body_come_back_whole() -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(status=418, text=request.path)
 
-    async with engine(handler) as url, AiohttpEngineClient(None, None) as client:
+    async with engine(handler) as url, AiohttpIntrospectionClient(None, None) as client:
         answer = await client.get(url, "/server_info", 5.0)
     assert (answer.status, answer.body) == (418, b"/server_info")
 
@@ -41,7 +41,7 @@ async def test_the_api_key_is_sent_where_there_is_one(key: str | None, sent: str
     async def handler(request: web.Request) -> web.Response:
         return web.Response(text=request.headers.get("authorization", "none"))
 
-    async with engine(handler) as url, AiohttpEngineClient(key, None) as client:
+    async with engine(handler) as url, AiohttpIntrospectionClient(key, None) as client:
         assert (await client.get(url, "/", 5.0)).body.decode() == sent
 
 
@@ -52,7 +52,7 @@ async def test_a_redirect_is_not_followed() -> None:
         asked.append(request.path)
         return web.Response(status=307, headers={"location": "/elsewhere"})
 
-    async with engine(handler) as url, AiohttpEngineClient("secret", None) as client:
+    async with engine(handler) as url, AiohttpIntrospectionClient("secret", None) as client:
         assert (await client.get(url, "/server_info", 5.0)).status == 307
     assert asked == ["/server_info"]
 
@@ -61,7 +61,7 @@ async def test_a_far_too_large_answer_is_no_answer() -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.Response(body=b"x" * (9 * 1024 * 1024))
 
-    async with engine(handler) as url, AiohttpEngineClient(None, None) as client:
+    async with engine(handler) as url, AiohttpIntrospectionClient(None, None) as client:
         with pytest.raises(EngineUnreachableError, match="too large"):
             await client.get(url, "/", 10.0)
 
@@ -73,7 +73,7 @@ async def test_a_silent_engine_is_given_up() -> None:
         await release.wait()
         return web.Response()
 
-    async with engine(handler) as url, AiohttpEngineClient(None, None) as client:
+    async with engine(handler) as url, AiohttpIntrospectionClient(None, None) as client:
         with pytest.raises(EngineUnreachableError) as caught:
             await client.get(url, "/", 0.05)
         release.set()
@@ -89,7 +89,7 @@ async def test_an_answer_that_breaks_off_is_no_answer() -> None:
         request.transport.abort()
         return response
 
-    async with engine(handler) as url, AiohttpEngineClient(None, None) as client:
+    async with engine(handler) as url, AiohttpIntrospectionClient(None, None) as client:
         with pytest.raises(EngineUnreachableError):
             await client.get(url, "/", 5.0)
 
@@ -100,11 +100,11 @@ async def test_an_answer_that_breaks_off_is_no_answer() -> None:
     ids=lambda host: host[:16],
 )
 async def test_an_engine_that_is_not_there_is_unreachable(host: str) -> None:
-    async with AiohttpEngineClient(None, None) as client:
+    async with AiohttpIntrospectionClient(None, None) as client:
         with pytest.raises(EngineUnreachableError):
             await client.get(WorkerUrl("http", host, 1), "/", 5.0)
 
 
 async def test_outside_its_context_it_says_so() -> None:
     with pytest.raises(RuntimeError, match="context"):
-        await AiohttpEngineClient(None, None).get(parse_worker_url("http://a"), "/", 1.0)
+        await AiohttpIntrospectionClient(None, None).get(parse_worker_url("http://a"), "/", 1.0)

@@ -13,10 +13,10 @@ from extproc.testing.stack import free_ports
 from extproc.worker_url import WorkerUrl, parse_worker_url
 from extproc.workers.introspection_client import EngineUnreachableError
 from extproc.workers.prefill_client import (
-    AiohttpCaller,
-    Call,
-    CallerOverloadedError,
+    AiohttpPrefillClient,
     EngineTimeoutError,
+    PrefillCall,
+    PrefillClientOverloadedError,
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -63,15 +63,15 @@ async def engine(handler: Handler) -> AsyncIterator[Engine]:
 
 
 @pytest.fixture
-async def caller() -> AsyncIterator[AiohttpCaller]:
-    made = AiohttpCaller(None)
+async def caller() -> AsyncIterator[AiohttpPrefillClient]:
+    made = AiohttpPrefillClient(None)
     made.open()
     yield made
     await made.close()
 
 
 async def post(
-    caller: AiohttpCaller,
+    caller: AiohttpPrefillClient,
     url: WorkerUrl,
     path: str = "/generate",
     *,
@@ -80,7 +80,7 @@ async def post(
     connect_seconds: float = WAIT_SECONDS,
     answer_seconds: float = WAIT_SECONDS,
     keep_bytes: int = MEBIBYTE,
-) -> Call:
+) -> PrefillCall:
     return await caller.post(
         url,
         path,
@@ -109,7 +109,9 @@ async def silence(_: web.Request) -> web.Response:
 # -- when it returns
 
 
-async def test_it_returns_when_connected_and_before_the_answer(caller: AiohttpCaller) -> None:
+async def test_it_returns_when_connected_and_before_the_answer(
+    caller: AiohttpPrefillClient,
+) -> None:
     may_answer = asyncio.Event()
 
     async def handler(_: web.Request) -> web.Response:
@@ -125,12 +127,12 @@ async def test_it_returns_when_connected_and_before_the_answer(caller: AiohttpCa
         assert await waiting == (201, b"late")
 
 
-async def _answer(call: Call) -> tuple[int, bytes]:
+async def _answer(call: PrefillCall) -> tuple[int, bytes]:
     answer = await call.answer()
     return answer.status, answer.body
 
 
-async def test_it_returns_even_if_the_server_never_reads(caller: AiohttpCaller) -> None:
+async def test_it_returns_even_if_the_server_never_reads(caller: AiohttpPrefillClient) -> None:
     # The kernel accepts for a server that does nothing at all: connected is connected.
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -141,7 +143,7 @@ async def test_it_returns_even_if_the_server_never_reads(caller: AiohttpCaller) 
             await call.answer()
 
 
-async def test_an_answer_can_be_asked_for_long_after_it_came(caller: AiohttpCaller) -> None:
+async def test_an_answer_can_be_asked_for_long_after_it_came(caller: AiohttpPrefillClient) -> None:
     async with engine(echo) as server:
         call = await post(caller, server.url, body=b"[1]")
         assert await _answer(call) == (202, b"[1]")
@@ -153,7 +155,7 @@ async def test_an_answer_can_be_asked_for_long_after_it_came(caller: AiohttpCall
 # -- how it ends
 
 
-async def test_a_refused_connection_is_told_at_once(caller: AiohttpCaller) -> None:
+async def test_a_refused_connection_is_told_at_once(caller: AiohttpPrefillClient) -> None:
     url = WorkerUrl("http", "127.0.0.1", free_ports(1)[0])
     with pytest.raises(EngineUnreachableError) as caught:
         await post(caller, url)
@@ -161,12 +163,14 @@ async def test_a_refused_connection_is_told_at_once(caller: AiohttpCaller) -> No
     assert str(caught.value)
 
 
-async def test_a_name_nobody_has_is_unreachable(caller: AiohttpCaller) -> None:
+async def test_a_name_nobody_has_is_unreachable(caller: AiohttpPrefillClient) -> None:
     with pytest.raises(EngineUnreachableError):
         await post(caller, WorkerUrl("http", "x" * 64 + ".invalid", 80))
 
 
-async def test_a_host_that_does_not_accept_in_time_is_given_up(caller: AiohttpCaller) -> None:
+async def test_a_host_that_does_not_accept_in_time_is_given_up(
+    caller: AiohttpPrefillClient,
+) -> None:
     with (
         socket.socket() as listening,
         FullBacklog(listening) as url,
@@ -199,7 +203,9 @@ class FullBacklog:
             client.close()
 
 
-async def test_an_engine_that_is_silent_for_too_long_has_timed_out(caller: AiohttpCaller) -> None:
+async def test_an_engine_that_is_silent_for_too_long_has_timed_out(
+    caller: AiohttpPrefillClient,
+) -> None:
     async with engine(silence) as server:
         call = await post(caller, server.url, answer_seconds=0.1)
         with pytest.raises(EngineTimeoutError) as caught:
@@ -210,7 +216,7 @@ async def test_an_engine_that_is_silent_for_too_long_has_timed_out(caller: Aioht
 
 
 async def test_an_answer_that_does_not_end_in_time_has_timed_out_too(
-    caller: AiohttpCaller,
+    caller: AiohttpPrefillClient,
 ) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
@@ -227,7 +233,7 @@ async def test_an_answer_that_does_not_end_in_time_has_timed_out_too(
 
 @pytest.mark.parametrize("when", ["before", "within"])
 async def test_an_engine_that_breaks_off_is_unreachable_and_not_late(
-    caller: AiohttpCaller, when: str
+    caller: AiohttpPrefillClient, when: str
 ) -> None:
     may_break = asyncio.Event()
 
@@ -249,7 +255,7 @@ async def test_an_engine_that_breaks_off_is_unreachable_and_not_late(
         assert not isinstance(caught.value, EngineTimeoutError)
 
 
-async def test_what_is_not_http_is_no_answer(caller: AiohttpCaller) -> None:
+async def test_what_is_not_http_is_no_answer(caller: AiohttpPrefillClient) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         writer.write(b"220 smtp ready\r\n")
@@ -265,7 +271,7 @@ async def test_what_is_not_http_is_no_answer(caller: AiohttpCaller) -> None:
 
 
 async def test_a_status_of_any_kind_is_an_answer_and_redirects_are_not_followed(
-    caller: AiohttpCaller,
+    caller: AiohttpPrefillClient,
 ) -> None:
     asked: list[str] = []
 
@@ -283,7 +289,7 @@ async def test_a_status_of_any_kind_is_an_answer_and_redirects_are_not_followed(
 # -- cancelled
 
 
-async def test_cancelling_closes_the_connection(caller: AiohttpCaller) -> None:
+async def test_cancelling_closes_the_connection(caller: AiohttpPrefillClient) -> None:
     async with engine(silence) as server:
         call = await post(caller, server.url)
         await happens(server.arrived)
@@ -295,7 +301,7 @@ async def test_cancelling_closes_the_connection(caller: AiohttpCaller) -> None:
             await call.answer()
 
 
-async def test_a_call_nobody_waits_for_is_cancelled_as_well(caller: AiohttpCaller) -> None:
+async def test_a_call_nobody_waits_for_is_cancelled_as_well(caller: AiohttpPrefillClient) -> None:
     async with engine(silence) as server:
         call = await post(caller, server.url)
         await happens(server.arrived)
@@ -307,7 +313,9 @@ async def test_a_call_nobody_waits_for_is_cancelled_as_well(caller: AiohttpCalle
         await happens(server.left)
 
 
-async def test_giving_up_while_connecting_leaves_no_connection(caller: AiohttpCaller) -> None:
+async def test_giving_up_while_connecting_leaves_no_connection(
+    caller: AiohttpPrefillClient,
+) -> None:
     with socket.socket() as listening, FullBacklog(listening) as url:
         before = asyncio.all_tasks()
         connecting = asyncio.create_task(
@@ -322,7 +330,7 @@ async def test_giving_up_while_connecting_leaves_no_connection(caller: AiohttpCa
                 await asyncio.sleep(0.01)
 
 
-async def test_a_failure_nobody_asks_for_is_no_noise(caller: AiohttpCaller) -> None:
+async def test_a_failure_nobody_asks_for_is_no_noise(caller: AiohttpPrefillClient) -> None:
     noise: list[object] = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: noise.append(context))
@@ -348,7 +356,7 @@ async def test_a_failure_nobody_asks_for_is_no_noise(caller: AiohttpCaller) -> N
 # -- what is sent
 
 
-async def test_every_call_has_a_connection_of_its_own(caller: AiohttpCaller) -> None:
+async def test_every_call_has_a_connection_of_its_own(caller: AiohttpPrefillClient) -> None:
     async with engine(echo) as server:
         for _ in range(4):
             await (await post(caller, server.url)).answer()
@@ -358,7 +366,7 @@ async def test_every_call_has_a_connection_of_its_own(caller: AiohttpCaller) -> 
         assert len(set(server.peers)) == len(server.peers) == 8
 
 
-async def test_only_the_headers_that_were_given_are_sent(caller: AiohttpCaller) -> None:
+async def test_only_the_headers_that_were_given_are_sent(caller: AiohttpPrefillClient) -> None:
     seen: list[tuple[str, str]] = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -381,7 +389,7 @@ async def test_only_the_headers_that_were_given_are_sent(caller: AiohttpCaller) 
     assert not {"authorization", "accept-encoding", "cookie"} & set(found)
 
 
-async def test_the_clients_credentials_are_sent_where_given(caller: AiohttpCaller) -> None:
+async def test_the_clients_credentials_are_sent_where_given(caller: AiohttpPrefillClient) -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(text=request.headers["authorization"])
 
@@ -393,7 +401,7 @@ async def test_the_clients_credentials_are_sent_where_given(caller: AiohttpCalle
 @pytest.mark.parametrize(
     "path", ["/v1/chat/completions?a=b%2Fc", "/generate?x=%41+b", "/a%20b", "/a//b/../c"]
 )
-async def test_the_path_is_sent_as_it_came(caller: AiohttpCaller, path: str) -> None:
+async def test_the_path_is_sent_as_it_came(caller: AiohttpPrefillClient, path: str) -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(text=request.raw_path)
 
@@ -404,7 +412,7 @@ async def test_the_path_is_sent_as_it_came(caller: AiohttpCaller, path: str) -> 
 
 # 256 KiB is where bodies begin to be written in pieces.
 @pytest.mark.parametrize("size", [0, 1, 256 * 1024, 256 * 1024 + 1, 3 * MEBIBYTE])
-async def test_a_body_of_any_size_arrives_whole(caller: AiohttpCaller, size: int) -> None:
+async def test_a_body_of_any_size_arrives_whole(caller: AiohttpPrefillClient, size: int) -> None:
     body = bytes(range(256)) * (size // 256 + 1)
     body = body[:size]
     lengths: list[str] = []
@@ -420,7 +428,7 @@ async def test_a_body_of_any_size_arrives_whole(caller: AiohttpCaller, size: int
 
 
 @pytest.mark.parametrize("size", [0, 99, 100, 101, 3 * MEBIBYTE])
-async def test_of_an_answer_only_so_much_is_kept(caller: AiohttpCaller, size: int) -> None:
+async def test_of_an_answer_only_so_much_is_kept(caller: AiohttpPrefillClient, size: int) -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.Response(body=b"x" * size)
 
@@ -430,7 +438,7 @@ async def test_of_an_answer_only_so_much_is_kept(caller: AiohttpCaller, size: in
 
 
 async def test_an_answer_is_taken_as_it_comes_even_if_it_calls_itself_packed(
-    caller: AiohttpCaller,
+    caller: AiohttpPrefillClient,
 ) -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.Response(body=b"not gzip", headers={"content-encoding": "gzip"})
@@ -443,14 +451,14 @@ async def test_an_answer_is_taken_as_it_comes_even_if_it_calls_itself_packed(
 
 
 async def test_a_caller_that_was_not_opened_says_so() -> None:
-    caller = AiohttpCaller(None)
+    caller = AiohttpPrefillClient(None)
     with pytest.raises(RuntimeError, match="not open"):
         await post(caller, WorkerUrl("http", "127.0.0.1", 1))
     await caller.close()
 
 
 async def test_closing_ends_what_still_runs() -> None:
-    caller = AiohttpCaller(None)
+    caller = AiohttpPrefillClient(None)
     caller.open()
     async with engine(silence) as server:
         call = await post(caller, server.url)
@@ -465,7 +473,7 @@ async def test_closing_ends_what_still_runs() -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503])
-async def test_a_failure_is_told_by_its_headers(caller: AiohttpCaller, status: int) -> None:
+async def test_a_failure_is_told_by_its_headers(caller: AiohttpPrefillClient, status: int) -> None:
     async def stalls(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(status=status, headers={"content-length": "100"})
         await response.prepare(request)
@@ -477,7 +485,7 @@ async def test_a_failure_is_told_by_its_headers(caller: AiohttpCaller, status: i
         assert answer.status == status
 
 
-async def test_of_a_refusal_what_comes_soon_is_told(caller: AiohttpCaller) -> None:
+async def test_of_a_refusal_what_comes_soon_is_told(caller: AiohttpPrefillClient) -> None:
     async def stalls(request: web.Request) -> web.StreamResponse:
         headers = {"content-length": "100", "content-type": "text/plain", "retry-after": "7"}
         response = web.StreamResponse(status=429, headers=headers)
@@ -492,12 +500,12 @@ async def test_of_a_refusal_what_comes_soon_is_told(caller: AiohttpCaller) -> No
 
 
 async def test_having_no_more_sockets_is_nobody_elses_fault(
-    caller: AiohttpCaller, monkeypatch: pytest.MonkeyPatch
+    caller: AiohttpPrefillClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
     async with engine(echo) as made:
         monkeypatch.setattr(socket, "socket", exhausted)
-        with pytest.raises(CallerOverloadedError):
+        with pytest.raises(PrefillClientOverloadedError):
             await post(caller, made.url)

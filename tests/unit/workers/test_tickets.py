@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from extproc.metrics.service import Metrics
-from extproc.workers.tickets import ActiveLoad, Ticket
+from extproc.workers.tickets import Ticket, Tickets
 from extproc.workers.worker import Worker
 from tests.fakes import FakeClock, make_worker
 
@@ -19,7 +19,7 @@ class Book:
     def __init__(self, stale_seconds: float = 600.0) -> None:
         self.clock = FakeClock()
         self.prometheus = CollectorRegistry()
-        self.load = ActiveLoad(self.clock, stale_seconds, Metrics(self.prometheus).stale_requests)
+        self.load = Tickets(self.clock, stale_seconds, Metrics(self.prometheus).stale_requests)
 
     def book(self, worker: Worker) -> Ticket:
         return self.load.book(worker, self.clock.monotonic())

@@ -17,14 +17,14 @@ from extproc.errors import RouterError
 from extproc.kv.wire import LoadStat
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
-from extproc.routing.lease import Lease, LeaseBooks
+from extproc.routing.lease import Lease, WorkerOutcomes
 from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import DecodeQuery, Disaggregation, PdSettings
 from extproc.routing.placement import Placement
-from extproc.routing.rank_chooser import KvRouting
-from extproc.routing.ranks import RankBook
-from extproc.routing.request import Forwarded, Request, find_endpoint
+from extproc.routing.rank_chooser import RankChooser
+from extproc.routing.ranks import Ranks
+from extproc.routing.request import ClientHeaders, Request, find_endpoint
 from extproc.routing.router import Router
 from extproc.routing.usable import UsableWorkers
 from extproc.tokenization.bodies.prompts import Prompt, read_prompt
@@ -32,9 +32,9 @@ from extproc.tokenization.encoder import Encoded
 from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.introspection_client import EngineUnreachableError
-from extproc.workers.prefill_client import Call
+from extproc.workers.prefill_client import PrefillCall
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import ActiveLoad
+from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Mode, Worker
 from tests.fakes import FakeClock, make_worker, settle
 from tests.unit.routing.pd.test_pair import FakeCall
@@ -92,7 +92,7 @@ class FakeCaller:
         connect_seconds: float,
         answer_seconds: float,
         keep_bytes: int,
-    ) -> Call:
+    ) -> PrefillCall:
         made = Post(
             url=str(url),
             path=path,
@@ -170,7 +170,7 @@ class Fleet:
         self.prometheus = CollectorRegistry()
         self.metrics = Metrics(self.prometheus)
         self.registry = WorkerRegistry()
-        self.ranks = RankBook(self.clock, max_pages=10_000)
+        self.ranks = Ranks(self.clock, max_pages=10_000)
         model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
         placement = Placement(create_kv_policy(model, random), self.ranks.picture.index)
         self.ranks.serve("m", placement)
@@ -185,8 +185,8 @@ class Fleet:
         for worker in (*self.prefills, *self.decodes):
             self.registry.upsert(worker)
             self.ranks.joined(worker)
-        self.active_load = ActiveLoad(self.clock, 600.0, self.metrics.stale_requests)
-        self.books = LeaseBooks(self.clock, self.registry, self.metrics, LoadConfig())
+        self.active_load = Tickets(self.clock, 600.0, self.metrics.stale_requests)
+        self.books = WorkerOutcomes(self.clock, self.registry, self.metrics, LoadConfig())
         self.caller = FakeCaller()
         self.rechecked: list[Worker] = []
         self.pd = Disaggregation(
@@ -206,7 +206,7 @@ class Fleet:
             random=random,
             request_timeout_seconds=300.0,
             destinations_max=3,
-            kv=KvRouting(
+            kv=RankChooser(
                 {"m": placement},
                 {"m": ByteEncoder()},
                 self.ranks,
@@ -235,8 +235,8 @@ class Fleet:
         stream: bool = False,
         headers: Sequence[tuple[str, str]] = (),
     ) -> Lease | Pair:
-        def forwarded() -> Forwarded:
-            return Forwarded(path, tuple(headers))
+        def forwarded() -> ClientHeaders:
+            return ClientHeaders(path, tuple(headers))
 
         endpoint = find_endpoint("POST", path)
         return await self.router.route(Request(endpoint, "m", stream, body, forwarded))

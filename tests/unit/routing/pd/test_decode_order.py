@@ -31,7 +31,7 @@ def test_a_round_trip_changes_nothing(order: DecodeOrder) -> None:
 
 @given(_ORDERS)
 def test_the_hands_are_disjoint_and_together_complete(order: DecodeOrder) -> None:
-    hands = [order.hand(attempt) for attempt in range(1, order.attempts + 1)]
+    hands = [order.attempt_group(attempt) for attempt in range(1, order.attempts + 1)]
     dealt = [address for hand in hands for address in hand]
     assert len(dealt) == len(set(dealt))
     assert set(dealt) == set(order.addresses)
@@ -42,14 +42,14 @@ def test_the_hands_are_disjoint_and_together_complete(order: DecodeOrder) -> Non
 @given(_ORDERS, st.integers(-3, 1000))
 def test_an_attempt_that_may_not_be_made_has_no_hand(order: DecodeOrder, attempt: int) -> None:
     if not 1 <= attempt <= order.attempts:
-        assert order.hand(attempt) == ()
+        assert order.attempt_group(attempt) == ()
 
 
 def test_the_best_of_each_hand_comes_first() -> None:
     order = DecodeOrder(3, "p", "id", ("a:1", "b:1", "c:1", "d:1", "e:1"))
-    assert order.hand(1) == ("a:1", "d:1")
-    assert order.hand(2) == ("b:1", "e:1")
-    assert order.hand(3) == ("c:1",)
+    assert order.attempt_group(1) == ("a:1", "d:1")
+    assert order.attempt_group(2) == ("b:1", "e:1")
+    assert order.attempt_group(3) == ("c:1",)
 
 
 def test_the_header_says_what_it_says() -> None:
@@ -106,4 +106,4 @@ def test_anything_is_an_order_or_a_value_error(header: str) -> None:
 @pytest.mark.parametrize("header", ["2;h;p;", "2;h;p;,,"])
 def test_an_order_without_addresses_has_empty_hands(header: str) -> None:
     order = DecodeOrder.from_header(header)
-    assert order.addresses == order.hand(1) == order.hand(2) == ()
+    assert order.addresses == order.attempt_group(1) == order.attempt_group(2) == ()

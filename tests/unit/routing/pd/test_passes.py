@@ -14,7 +14,7 @@ from extproc.routing.pd.passes import Chosen
 from extproc.routing.request import Request, find_endpoint
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.introspection_client import EngineUnreachableError
-from extproc.workers.prefill_client import Call, EngineTimeoutError
+from extproc.workers.prefill_client import EngineTimeoutError, PrefillCall
 from extproc.workers.worker import KvEvents, Worker
 from tests.fakes import settle
 from tests.unit.routing.pd.house import (
@@ -390,7 +390,7 @@ async def test_a_deadline_while_connecting_leaves_nothing() -> None:
 async def test_a_mistake_of_the_caller_leaves_nothing() -> None:
     fleet = Fleet()
 
-    async def post(*_: Any, **__: Any) -> Call:
+    async def post(*_: Any, **__: Any) -> PrefillCall:
         raise RuntimeError("boom")
 
     fleet.caller.post = post  # type: ignore[method-assign]

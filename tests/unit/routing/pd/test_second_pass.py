@@ -47,7 +47,7 @@ async def test_an_attempt_picks_from_its_own_hand_only() -> None:
     picked: list[str] = []
     for attempt in (1, 2, 3):
         lease = fleet.pick(pair, attempt)
-        assert set(lease.decision.destinations) <= set(order.hand(attempt))
+        assert set(lease.decision.destinations) <= set(order.attempt_group(attempt))
         picked += lease.decision.destinations
         lease.close()
     assert len(set(picked)) == 3
@@ -88,7 +88,7 @@ async def test_the_own_reservation_does_not_count_against_a_worker() -> None:
 async def test_a_worker_that_is_no_longer_there_is_not_picked(how: str) -> None:
     fleet = Fleet()
     pair = await fleet.route()
-    (address,) = DecodeOrder.from_header(pair.decision.decode_order).hand(1)
+    (address,) = DecodeOrder.from_header(pair.decision.decode_order).attempt_group(1)
     worker = fleet.registry.at_address(address)
     assert worker is not None
     match how:
@@ -125,7 +125,7 @@ async def test_another_replica_picks_as_well() -> None:
     pair = await first.route()
     order = DecodeOrder.from_header(pair.decision.decode_order)
     lease = second.pd.pick_decode(DecodeQuery("m", order, 1))
-    assert lease.decision.destinations == order.hand(1)
+    assert lease.decision.destinations == order.attempt_group(1)
     assert pair.reservation is not None  # there, nobody knows
     lease.close()
     pair.close()
