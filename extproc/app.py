@@ -1,64 +1,42 @@
-"""The composition root: builds every part from a Config, starts, drains and stops them."""
+"""The life cycle of the service: starts its parts, drains and stops them (`build` makes them)."""
 
 import asyncio
 import contextlib
 import gc
 import os
 import signal
-import ssl
 from collections.abc import Mapping
-from pathlib import Path
-from random import Random
 
-import msgspec
 import structlog
 from msgspec import UnsetType
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 
 from extproc import __version__
 from extproc.admin.collector import WorkerCollector
 from extproc.admin.http import AdminServer
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
-from extproc.clock import Clock, SystemClock
-from extproc.config.files import read_api_key
-from extproc.config.schema import TOKEN_POLICIES, Config
-from extproc.discovery.static_urls import StaticUrls
-from extproc.errors import ConfigError
+from extproc.build import (
+    api_key_of,
+    build_kv,
+    build_manager,
+    build_router,
+    build_server,
+    build_shared,
+    worker_tls_of,
+)
+from extproc.clock import Clock
+from extproc.config.schema import Config
 from extproc.event_loop import EventLoop
-from extproc.kv.subscriber import SubscriberSettings
-from extproc.metrics.service import Metrics
-from extproc.policies.factory import create_kv_policy, create_policy
-from extproc.routing.lease import WorkerOutcomes
-from extproc.routing.local_endpoints import LocalEndpoints
-from extproc.routing.pd.passes import Disaggregation, PdSettings
-from extproc.routing.placement import Placement
-from extproc.routing.rank_chooser import RankChooser
-from extproc.routing.ranks import Ranks
-from extproc.routing.router import Router
-from extproc.routing.usable import UsableWorkers
-from extproc.server.grpc_server import ExtProcServer
-from extproc.server.replies import ReplyBuilder
-from extproc.server.request_heads import RequestHeadTable
-from extproc.server.responses import ResponseTable
-from extproc.server.session import SessionContext
-from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
-from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
-from extproc.tokenization.errors import TokenizerError
+from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.introspection_client import AiohttpIntrospectionClient
-from extproc.workers.manager import WorkerManager
 from extproc.workers.prefill_client import AiohttpPrefillClient
-from extproc.workers.registry import WorkerRegistry
-from extproc.workers.resolver import SystemResolver
-from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Mode, Worker
 
-__all__ = ["App", "load_encoders", "run_app"]
+__all__ = ["App", "run_app"]
 
 _log = structlog.get_logger()
 
 _LAG_PROBE_SECONDS = 0.5
-# Of the time for a decision: a prompt without tokens by then is routed without them.
-_PATIENCE_SHARE = 0.5
 _GC_YOUNG_OBJECTS = 20_000
 _TELLING_SECONDS = 0.2
 
@@ -75,114 +53,38 @@ class App:
         """`encoders` by model id, as load_encoders gives them; closed at the end of `run`."""
         self.config = config
         self._encoders = encoders
-        self._clock = clock or SystemClock()
-        self._prometheus = CollectorRegistry()
-        ProcessCollector(registry=self._prometheus)
-        PlatformCollector(registry=self._prometheus)
-        GCCollector(registry=self._prometheus)
-        self.metrics = Metrics(self._prometheus)
-        self.workers = WorkerRegistry()
-        self.active_load = Tickets(
-            self._clock,
-            config.active_load.stale_request_timeout_secs,
-            self.metrics.stale_requests,
-        )
-        self._prometheus.register(WorkerCollector(self.workers, self.active_load))
-        api_key = _api_key(config)
-        self._client = AiohttpIntrospectionClient(api_key, _worker_tls(config))
-        static_urls = config.discovery.static_urls
-        if isinstance(static_urls, UnsetType):
-            raise ConfigError(["discovery.static_urls: this section is needed"])
-        self._configured_workers = len(static_urls.urls)
-        random = Random()  # noqa: S311 (load spreading, not secrets)
-        self.ranks = Ranks(
-            self._clock,
-            max_pages=config.kv.max_pages,
-            settings=SubscriberSettings(
-                replay_timeout_seconds=config.kv.replay_timeout_secs,
-                replay_cool_down_seconds=config.kv.replay_retry_secs,
-            ),
-        )
-        placements = self._place_models(random)
-        self._prometheus.register(KvCollector(self.ranks, self._clock))
-        self._prometheus.register(EncoderCollector(encoders))
-        self._manager = WorkerManager(
-            source=StaticUrls(static_urls),
-            registry=self.workers,
-            client=self._client,
-            resolver=SystemResolver(),
-            clock=self._clock,
-            models=config.models,
-            metrics=self.metrics,
-            retry_seconds=config.discovery.introspection_retry_secs,
-            dns_ttl_seconds=static_urls.dns_ttl_secs,
+        shared = build_shared(config, clock=clock)
+        self._clock = shared.clock
+        self.metrics = shared.metrics
+        self.workers = shared.registry
+        self.tickets = shared.tickets
+        ProcessCollector(registry=shared.prometheus)
+        PlatformCollector(registry=shared.prometheus)
+        GCCollector(registry=shared.prometheus)
+        kv = build_kv(config, shared)
+        self.ranks = kv.ranks
+        shared.prometheus.register(WorkerCollector(self.workers, self.tickets))
+        shared.prometheus.register(KvCollector(self.ranks, self._clock))
+        shared.prometheus.register(EncoderCollector(encoders))
+        worker_tls = worker_tls_of(config)
+        self._client = AiohttpIntrospectionClient(api_key_of(config), worker_tls)
+        self._prefill_client = AiohttpPrefillClient(worker_tls)
+        self._manager = build_manager(
+            config,
+            shared,
+            kv,
+            self._client,
             on_change=self._workers_changed,
-            follower=self.ranks,
-            interval_seconds=config.discovery.introspection_interval_secs,
             on_mode_change=self._on_mode_change,
         )
-        for model in config.models:
-            # Alerts on a rate need the series to be there before the first event.
-            self.metrics.missed(model.id)
-            self.metrics.fallbacks(model.id)
-        forwarded = f"Bearer {api_key}" if config.workers.forward_api_key else None
-        books = WorkerOutcomes(self._clock, self.workers, self.metrics, config.load)
-        self._caller = AiohttpPrefillClient(_worker_tls(config))
-        self.pd = Disaggregation(
-            PdSettings.of(config, forwarded),
-            books,
-            self.active_load,
-            self._caller,
-            UsableWorkers(self.workers),
-            self.ranks,
-            random,
-            recheck=self._manager.recheck,
+        routing = build_router(
+            config, shared, kv, encoders, self._prefill_client, self._manager.recheck
         )
-        self.router = Router(
-            policies={
-                model.id: None if model.id in placements else create_policy(model.policy, random)
-                for model in config.models
-            },
-            active_load=self.active_load,
-            books=books,
-            random=random,
-            request_timeout_seconds=config.proxy.request_timeout_secs,
-            destinations_max=config.destinations_max,
-            kv=RankChooser(
-                placements,
-                encoders,
-                self.ranks,
-                self.metrics,
-                self._clock,
-                patience_seconds=config.server.step_deadline_secs * _PATIENCE_SHARE,
-            ),
-            token_endpoints=LocalEndpoints(encoders),
-            pd=self.pd,
-        )
-        self.server = ExtProcServer(
-            config.server,
-            session_context=SessionContext(
-                builder=ReplyBuilder(config.envoy, forwarded),
-                metrics=self.metrics,
-                heads=RequestHeadTable(),
-                responses=ResponseTable(),
-                max_body_bytes=config.server.max_body_bytes,
-                models_body=_models_body(self.router.model_ids),
-                only_model=self.router.only_model,
-                debug_headers=config.observability.debug_headers,
-                model_header=config.envoy.model_header,
-                pick_decode=self.pd.pick_decode,
-            ),
-            route=self.router.route,
-            answer=self.router.answer,
-            metrics=self.metrics,
-            body_deadline_seconds=config.proxy.request_timeout_secs,
-            step_deadline_seconds=config.routing_deadline_secs,
-            log_decisions=config.observability.log_level == "debug",
-        )
+        self.router, self.pd = routing.router, routing.pd
+        self.server = build_server(config, shared, routing)
         self._admin = AdminServer(
             config.server,
-            metrics=self._prometheus,
+            metrics=shared.prometheus,
             workers=self.workers,
             is_ready=self.is_ready,
             models=self.router.model_ids,
@@ -191,22 +93,6 @@ class App:
         self._warned_of_failing_open = False
         self._changed = asyncio.Event()
         self._may_serve = asyncio.Event()
-
-    def _place_models(self, random: Random) -> dict[str, Placement]:
-        """The routing cores of the models whose policy looks at tokens."""
-        placements = {}
-        for model in self.config.models:
-            if model.policy not in TOKEN_POLICIES:
-                continue
-            placements[model.id] = Placement(
-                create_kv_policy(model, random),
-                self.ranks.picture.index,
-                prefill_tokens_per_second=model.min_ttft.prefill_tokens_per_second,
-            )
-            self.ranks.serve(model.id, placements[model.id])
-            self.metrics.prompt_tokens(model.id)
-            self.metrics.cached_tokens(model.id)
-        return placements
 
     def is_ready(self) -> bool:
         """After the first round: every configured model has a worker that could serve it.
@@ -250,8 +136,8 @@ class App:
             for encoder in self._encoders.values():
                 stack.callback(encoder.close)
             await stack.enter_async_context(self._client)
-            self._caller.open()
-            stack.push_async_callback(self._caller.close)
+            self._prefill_client.open()
+            stack.push_async_callback(self._prefill_client.close)
             stack.push_async_callback(self.ranks.picture.close)
             stack.push_async_callback(self.server.stop)
             self.server.bind()
@@ -260,13 +146,13 @@ class App:
             self._log_start()
             background = [
                 self._manager.run(),
-                self.active_load.run_janitor(),
+                self.tickets.run_janitor(),
                 self._serve_when_workers_are_known(),
                 self._probe_lag(),
                 self.ranks.picture.run(),
             ]
             if self.config.load.release == "estimate":
-                background.append(self.active_load.run_estimates())
+                background.append(self.tickets.run_estimates())
             stopping = asyncio.create_task(stop.wait())
             tasks = [asyncio.create_task(work) for work in background]
             done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -319,6 +205,7 @@ class App:
 
     def _log_start(self) -> None:
         config = self.config
+        static = config.discovery.static_urls
         _log.info(
             "started",
             version=__version__,
@@ -328,9 +215,8 @@ class App:
             tls=config.server.tls is not None,
             models=",".join(f"{model.id}:{model.policy}" for model in config.models),
             discovery=config.discovery.backend,
-            workers=self._configured_workers,
+            workers=len(static.urls) if not isinstance(static, UnsetType) else 0,
         )
-        static = config.discovery.static_urls
         told = not isinstance(static, UnsetType) and static.prefill_urls and static.decode_urls
         for model in config.models:
             if model.pd.protocol == "nixl" and not told:
@@ -339,47 +225,6 @@ class App:
                     model=model.id,
                     fix="name them in discovery.static_urls.prefill_urls and decode_urls",
                 )
-
-
-def load_encoders(config: Config) -> dict[str, PromptEncoder]:
-    """The tokenizers that the configuration names, by model id; raises ConfigError.
-
-    Models that agree in all of it share a tokenizer and its cache. Large vocabularies take
-    seconds.
-    """
-    settings = config.tokenization
-    loaded: dict[object, PromptEncoder] = {}
-    encoders: dict[str, PromptEncoder] = {}
-    problems = []
-    for index, model in enumerate(config.models):
-        path, template_kwargs = model.tokenizer_path, model.chat_template_kwargs
-        if path is None:
-            continue
-        if taken := sorted(NO_TEMPLATE_KWARGS.intersection(template_kwargs)):
-            problems.append(
-                f"models[{index}].chat_template_kwargs: not for the template: {', '.join(taken)}"
-            )
-            continue
-        key = (path, model.chat_template_name, repr(template_kwargs))
-        if key not in loaded:
-            try:
-                loaded[key] = PromptEncoder.load(
-                    Path(path),
-                    EncoderSettings(
-                        template_name=model.chat_template_name,
-                        template_kwargs=template_kwargs,
-                        cache_bytes=settings.cache_bytes,
-                        inline_chars=settings.inline_chars,
-                        threads=settings.threads,
-                    ),
-                )
-            except TokenizerError as error:
-                problems.append(f"models[{index}].tokenizer_path: {error}")
-                continue
-        encoders[model.id] = loaded[key]
-    if problems:
-        raise ConfigError(problems)
-    return encoders
 
 
 def run_app(config: Config, encoders: Mapping[str, PromptEncoder]) -> None:
@@ -403,22 +248,3 @@ async def _until_signal(config: Config, encoders: Mapping[str, PromptEncoder]) -
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await App(config, encoders).run(stop)
-
-
-def _models_body(model_ids: list[str]) -> bytes:
-    data = [
-        {"id": model, "object": "model", "created": 0, "owned_by": "sglang"} for model in model_ids
-    ]
-    return msgspec.json.encode({"object": "list", "data": data})
-
-
-def _api_key(config: Config) -> str | None:
-    if config.workers.api_key_file is not None:
-        return read_api_key(Path(config.workers.api_key_file))
-    return config.workers.api_key
-
-
-def _worker_tls(config: Config) -> ssl.SSLContext | None:
-    if config.workers.ca_file is None:
-        return None
-    return ssl.create_default_context(cafile=config.workers.ca_file)

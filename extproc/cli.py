@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from extproc import __version__
-from extproc.app import load_encoders, run_app
+from extproc.app import run_app
+from extproc.build import load_encoders
 from extproc.config.files import file_problems
 from extproc.config.loading import load_config
 from extproc.demo import cli as demo_cli

@@ -1,0 +1,323 @@
+"""Builds the parts of the service from a Config: the one place where constructors meet.
+
+The application, the tests and the benchmarks all build through these functions, so that what
+is tested and measured is wired as what is served. Nothing here starts, opens or listens; that
+is the application's life cycle (`app`).
+"""
+
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Final
+
+import msgspec
+from msgspec import Struct, UnsetType
+from prometheus_client import CollectorRegistry
+
+from extproc.clock import Clock, SystemClock
+from extproc.config.files import read_api_key
+from extproc.config.schema import TOKEN_POLICIES, Config
+from extproc.discovery.static_urls import StaticUrls
+from extproc.errors import ConfigError
+from extproc.kv.subscriber import SubscriberSettings
+from extproc.metrics.service import Metrics
+from extproc.policies.factory import create_kv_policy, create_policy
+from extproc.routing.lease import Lease, WorkerOutcomes
+from extproc.routing.local_endpoints import LocalEndpoints
+from extproc.routing.pd.pair import Pair
+from extproc.routing.pd.passes import Disaggregation, PdSettings
+from extproc.routing.placement import Placement
+from extproc.routing.rank_chooser import Encoder, RankChooser
+from extproc.routing.ranks import Ranks
+from extproc.routing.request import Request
+from extproc.routing.router import Router
+from extproc.routing.usable import UsableWorkers
+from extproc.server.grpc_server import ExtProcServer
+from extproc.server.replies import ReplyBuilder
+from extproc.server.request_heads import RequestHeadTable
+from extproc.server.responses import ResponseTable
+from extproc.server.session import SessionContext
+from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
+from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
+from extproc.tokenization.errors import TokenizerError
+from extproc.workers.introspection_client import IntrospectionClient
+from extproc.workers.manager import WorkerManager
+from extproc.workers.prefill_client import PrefillClient
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.resolver import SystemResolver
+from extproc.workers.tickets import Tickets
+from extproc.workers.worker import Mode, Worker
+
+__all__ = [
+    "Kv",
+    "Routing",
+    "Shared",
+    "api_key_of",
+    "build_kv",
+    "build_manager",
+    "build_router",
+    "build_server",
+    "build_shared",
+    "load_encoders",
+    "worker_tls_of",
+]
+
+# Of the time for a decision: a prompt without tokens by then is routed without them.
+_PATIENCE_SHARE: Final = 0.5
+
+
+class Shared(Struct, frozen=True, kw_only=True):
+    """What the parts have in common. `prometheus` holds every metric of this service."""
+
+    clock: Clock
+    random: Random
+    prometheus: CollectorRegistry
+    metrics: Metrics
+    registry: WorkerRegistry
+    tickets: Tickets
+
+
+class Kv(Struct, frozen=True, kw_only=True):
+    """The ranks that are followed, and the placements of models with a KV-aware policy, by id."""
+
+    ranks: Ranks
+    placements: Mapping[str, Placement]
+
+
+class Routing(Struct, frozen=True, kw_only=True):
+    """The router, and the passes of models whose workers prefill and decode apart."""
+
+    router: Router
+    pd: Disaggregation
+    outcomes: WorkerOutcomes
+
+
+def build_shared(
+    config: Config, *, clock: Clock | None = None, random: Random | None = None
+) -> Shared:
+    """`clock` and `random` are the system's where none is given."""
+    clock = clock or SystemClock()
+    prometheus = CollectorRegistry()
+    metrics = Metrics(prometheus)
+    return Shared(
+        clock=clock,
+        random=random or Random(),  # noqa: S311 (load spreading, not secrets)
+        prometheus=prometheus,
+        metrics=metrics,
+        registry=WorkerRegistry(),
+        tickets=Tickets(
+            clock, config.active_load.stale_request_timeout_secs, metrics.stale_requests
+        ),
+    )
+
+
+def build_kv(config: Config, shared: Shared) -> Kv:
+    """The index of KV pages and a placement for each model whose policy looks at tokens."""
+    ranks = Ranks(
+        shared.clock,
+        max_pages=config.kv.max_pages,
+        settings=SubscriberSettings(
+            replay_timeout_seconds=config.kv.replay_timeout_secs,
+            replay_cool_down_seconds=config.kv.replay_retry_secs,
+        ),
+    )
+    placements = {}
+    for model in config.models:
+        if model.policy not in TOKEN_POLICIES:
+            continue
+        placement = placements[model.id] = Placement(
+            create_kv_policy(model, shared.random),
+            ranks.picture.index,
+            prefill_tokens_per_second=model.min_ttft.prefill_tokens_per_second,
+        )
+        ranks.serve(model.id, placement)
+        # Alerts on a rate need the series to be there before the first event.
+        shared.metrics.prompt_tokens(model.id)
+        shared.metrics.cached_tokens(model.id)
+    return Kv(ranks=ranks, placements=placements)
+
+
+def build_manager(
+    config: Config,
+    shared: Shared,
+    kv: Kv,
+    client: IntrospectionClient,
+    *,
+    on_change: Callable[[], None],
+    on_mode_change: Callable[[Worker, Mode, Mode], None],
+) -> WorkerManager:
+    """Discovery and introspection of workers; raises ConfigError without a discovery section."""
+    static_urls = config.discovery.static_urls
+    if isinstance(static_urls, UnsetType):
+        raise ConfigError(["discovery.static_urls: this section is needed"])
+    return WorkerManager(
+        source=StaticUrls(static_urls),
+        registry=shared.registry,
+        client=client,
+        resolver=SystemResolver(),
+        clock=shared.clock,
+        models=config.models,
+        metrics=shared.metrics,
+        retry_seconds=config.discovery.introspection_retry_secs,
+        dns_ttl_seconds=static_urls.dns_ttl_secs,
+        on_change=on_change,
+        follower=kv.ranks,
+        interval_seconds=config.discovery.introspection_interval_secs,
+        on_mode_change=on_mode_change,
+    )
+
+
+def build_router(
+    config: Config,
+    shared: Shared,
+    kv: Kv,
+    encoders: Mapping[str, Encoder],
+    prefill_client: PrefillClient,
+    recheck: Callable[[Worker], None],
+) -> Routing:
+    """The router with both PD passes.
+
+    `encoders` are by model id and hold every model with a placement. `recheck` is called with a
+    worker whose answer may mean that it has another role now.
+    """
+    metrics = shared.metrics
+    for model in config.models:
+        # Alerts on a rate need the series to be there before the first event.
+        metrics.missed(model.id)
+        metrics.fallbacks(model.id)
+    outcomes = WorkerOutcomes(shared.clock, shared.registry, metrics, config.load)
+    pd = Disaggregation(
+        PdSettings.of(config, _forwarded_authorization(config)),
+        outcomes,
+        shared.tickets,
+        prefill_client,
+        UsableWorkers(shared.registry),
+        kv.ranks,
+        shared.random,
+        recheck=recheck,
+    )
+    router = Router(
+        policies={
+            model.id: None
+            if model.id in kv.placements
+            else create_policy(model.policy, shared.random)
+            for model in config.models
+        },
+        active_load=shared.tickets,
+        books=outcomes,
+        random=shared.random,
+        request_timeout_seconds=config.proxy.request_timeout_secs,
+        destinations_max=config.destinations_max,
+        kv=RankChooser(
+            kv.placements,
+            encoders,
+            kv.ranks,
+            metrics,
+            shared.clock,
+            patience_seconds=config.server.step_deadline_secs * _PATIENCE_SHARE,
+        ),
+        token_endpoints=LocalEndpoints(
+            {model: one for model, one in encoders.items() if isinstance(one, PromptEncoder)}
+        ),
+        pd=pd,
+    )
+    return Routing(router=router, pd=pd, outcomes=outcomes)
+
+
+def build_server(
+    config: Config,
+    shared: Shared,
+    routing: Routing,
+    *,
+    route: Callable[[Request], Awaitable[Lease | Pair]] | None = None,
+) -> ExtProcServer:
+    """The gRPC server; `route` stands in for the router's where it is given."""
+    router, pd = routing.router, routing.pd
+    return ExtProcServer(
+        config.server,
+        session_context=SessionContext(
+            builder=ReplyBuilder(config.envoy, _forwarded_authorization(config)),
+            metrics=shared.metrics,
+            heads=RequestHeadTable(),
+            responses=ResponseTable(),
+            max_body_bytes=config.server.max_body_bytes,
+            models_body=_models_body(router.model_ids),
+            only_model=router.only_model,
+            debug_headers=config.observability.debug_headers,
+            model_header=config.envoy.model_header,
+            pick_decode=pd.pick_decode,
+        ),
+        route=route or router.route,
+        answer=router.answer,
+        metrics=shared.metrics,
+        body_deadline_seconds=config.proxy.request_timeout_secs,
+        step_deadline_seconds=config.routing_deadline_secs,
+        log_decisions=config.observability.log_level == "debug",
+    )
+
+
+def load_encoders(config: Config) -> dict[str, PromptEncoder]:
+    """The tokenizers that the configuration names, by model id; raises ConfigError.
+
+    Models that agree in all of it share a tokenizer and its cache. Large vocabularies take
+    seconds.
+    """
+    settings = config.tokenization
+    loaded: dict[object, PromptEncoder] = {}
+    encoders: dict[str, PromptEncoder] = {}
+    problems = []
+    for index, model in enumerate(config.models):
+        path, template_kwargs = model.tokenizer_path, model.chat_template_kwargs
+        if path is None:
+            continue
+        if taken := sorted(NO_TEMPLATE_KWARGS.intersection(template_kwargs)):
+            problems.append(
+                f"models[{index}].chat_template_kwargs: not for the template: {', '.join(taken)}"
+            )
+            continue
+        key = (path, model.chat_template_name, repr(template_kwargs))
+        if key not in loaded:
+            try:
+                loaded[key] = PromptEncoder.load(
+                    Path(path),
+                    EncoderSettings(
+                        template_name=model.chat_template_name,
+                        template_kwargs=template_kwargs,
+                        cache_bytes=settings.cache_bytes,
+                        inline_chars=settings.inline_chars,
+                        threads=settings.threads,
+                    ),
+                )
+            except TokenizerError as error:
+                problems.append(f"models[{index}].tokenizer_path: {error}")
+                continue
+        encoders[model.id] = loaded[key]
+    if problems:
+        raise ConfigError(problems)
+    return encoders
+
+
+def api_key_of(config: Config) -> str | None:
+    """The key for the workers, from the configuration or the file that it names."""
+    if config.workers.api_key_file is not None:
+        return read_api_key(Path(config.workers.api_key_file))
+    return config.workers.api_key
+
+
+def worker_tls_of(config: Config) -> ssl.SSLContext | None:
+    """What https workers are verified by; None for the system's authorities."""
+    if config.workers.ca_file is None:
+        return None
+    return ssl.create_default_context(cafile=config.workers.ca_file)
+
+
+def _forwarded_authorization(config: Config) -> str | None:
+    return f"Bearer {api_key_of(config)}" if config.workers.forward_api_key else None
+
+
+def _models_body(model_ids: list[str]) -> bytes:
+    data = [
+        {"id": model, "object": "model", "created": 0, "owned_by": "sglang"} for model in model_ids
+    ]
+    return msgspec.json.encode({"object": "list", "data": data})
