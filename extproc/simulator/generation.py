@@ -3,16 +3,15 @@
 import asyncio
 from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import msgspec
 
 from extproc.simulator.cache_events import DEFAULT_NAMESPACE, Namespace
+from extproc.simulator.holdings import Holding
+from extproc.simulator.time_model import TimeModel
 
-if TYPE_CHECKING:
-    from extproc.simulator.ranks import Rank
-
-__all__ = ["FinishReason", "Generation", "Job"]
+__all__ = ["FinishReason", "Generation", "Job", "Scheduler"]
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -41,6 +40,30 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return sum(len(prompt) for prompt in self.prompts)
 
 
+class Scheduler(Protocol):
+    """The rank that a generation runs on, as far as a generation uses it."""
+
+    number: int
+    times: TimeModel
+    tokens_generated: int
+
+    def holding(self, job: Job) -> Holding:
+        """The job's prompts in the rank's cache."""
+        ...
+
+    def is_prefilling(self, generation: "Generation") -> bool: ...
+
+    def enter(self, generation: "Generation") -> None: ...
+
+    def prefilled(self, generation: "Generation", at: float) -> None: ...
+
+    def kv_arrived(self, generation: "Generation") -> None: ...
+
+    def leave(self, generation: "Generation") -> None: ...
+
+    def free_blocks(self, generation: "Generation") -> None: ...
+
+
 class Generation:
     """One request in the engine: a context manager that holds its place in the rank.
 
@@ -48,7 +71,7 @@ class Generation:
     that is all an abort on a client's disconnect needs.
     """
 
-    def __init__(self, rank: "Rank", job: Job) -> None:
+    def __init__(self, rank: Scheduler, job: Job) -> None:
         self.job = job
         self.holding = rank.holding(job)
         self.prompt_tokens = job.prompt_tokens
