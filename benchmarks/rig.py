@@ -21,9 +21,8 @@ import aiohttp
 import yaml
 from msgspec import Struct
 
-from extproc.envoy_config.clusters import EXTPROC_CLUSTER
-from extproc.envoy_config.listener import EXTPROC_FILTER
 from extproc.envoy_config.wire_form import socket_address, typed
+from extproc.headers import EXTPROC_CLUSTER, EXTPROC_FILTER
 from extproc.testing.stack import ManagedProcess, Stack, find_envoy, free_ports
 
 __all__ = [

@@ -11,7 +11,6 @@ from typing import Any, Final
 import msgspec
 
 __all__ = [
-    "ERROR_CODE_HEADER",
     "RETRY_AFTER_SECONDS",
     "ConfigError",
     "ErrorBody",
@@ -38,7 +37,6 @@ __all__ = [
     "unsupported_body_mode",
 ]
 
-ERROR_CODE_HEADER: Final = "x-router-error-code"
 # What a client is told to wait after a 503: a worker comes back within a few introspection
 # or health rounds, not within milliseconds.
 RETRY_AFTER_SECONDS: Final = 1

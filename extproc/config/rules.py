@@ -9,18 +9,26 @@ from typing import Final
 from msgspec import UnsetType
 
 from extproc.config.schema import TOKEN_POLICIES, Config, ModelConfig
+from extproc.headers import (
+    DEBUG_HEADER,
+    DECODE_ORDER_HEADER,
+    DESTINATION_HEADER,
+    PASS_KEY,
+    REQUEST_ID_HEADER,
+    RETRY_HEADER,
+)
 from extproc.worker_url import parse_kv_endpoint, parse_worker_url
 
 __all__ = ["API_KEY", "rule_problems"]
 
 API_KEY: Final = re.compile(r"[\x21-\x7e]+")
 _HEADERS_WITH_A_MEANING: Final = (
-    "x-extproc-debug",
-    "x-extproc-decode-order",
-    "x-extproc-pass",
-    "x-extproc-retry",
-    "x-gateway-destination-endpoint",
-    "x-request-id",
+    DEBUG_HEADER,
+    DECODE_ORDER_HEADER,
+    DESTINATION_HEADER,
+    PASS_KEY,
+    REQUEST_ID_HEADER,
+    RETRY_HEADER,
 )
 _HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
 _LISTEN_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")

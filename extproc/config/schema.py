@@ -23,6 +23,7 @@ from extproc.config.models import (
     Section,
     Text,
 )
+from extproc.headers import DEFAULT_CLUSTER_HEADER, DEFAULT_MODEL_HEADER
 
 __all__ = [
     "KIBIBYTE",
@@ -378,10 +379,10 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
         Text, Meta(description="Name of the cluster with the workers, put into the header.")
     ] = "workers"
     cluster_header: Annotated[Text, Meta(description="Request header that names the cluster.")] = (
-        "x-extproc-cluster"
+        DEFAULT_CLUSTER_HEADER
     )
     model_header: Annotated[Text, Meta(description="Request header that names the model.")] = (
-        "x-extproc-model"
+        DEFAULT_MODEL_HEADER
     )
     access_log: Annotated[
         Text | None,

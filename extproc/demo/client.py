@@ -14,16 +14,13 @@ from msgspec import Struct
 from extproc.demo.figures import Outcome
 from extproc.demo.prefills import Prefilled, prefilled
 from extproc.demo.workload import Conversation, Turn
+from extproc.headers import DEBUG_HEADER, REQUEST_ID_HEADER, WORKER_HEADER
 
 __all__ = ["hold_conversations"]
 
 _TIMEOUT_SECONDS: Final = 60.0
 # Simulated workers sign their answers, so that a client can tell who served.
 _SERVED_BY_HEADER: Final = "x-simulator-port"
-# On request the router says whom it has chosen: of two workers, the one that prefills.
-_CHOSEN_HEADER: Final = "x-extproc-worker"
-_DEBUG_HEADER: Final = "x-extproc-debug"
-_REQUEST_ID_HEADER: Final = "x-request-id"
 _DATA: Final = b"data: "
 _DONE: Final = b"[DONE]"
 
@@ -107,7 +104,7 @@ async def _ask(
         "stream_options": {"include_usage": True},
     }
     request_id = uuid.uuid4().hex
-    headers = {_DEBUG_HEADER: "true", _REQUEST_ID_HEADER: request_id} if apart else {}
+    headers = {DEBUG_HEADER: "true", REQUEST_ID_HEADER: request_id} if apart else {}
     sent = time.monotonic()
     worker, status, said = "", 0, ""
     first: float | None = None
@@ -115,7 +112,7 @@ async def _ask(
     # A request that breaks off is an outcome, not the end of the demo.
     with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
         async with session.post("/v1/chat/completions", json=body, headers=headers) as response:
-            worker = response.headers.get(_CHOSEN_HEADER if apart else _SERVED_BY_HEADER, "")
+            worker = response.headers.get(WORKER_HEADER if apart else _SERVED_BY_HEADER, "")
             status = response.status
             async for line in response.content:
                 first = first or time.monotonic()

@@ -7,6 +7,12 @@ is cut off, since API keys travel there too.
 from typing import Any, Final
 
 from extproc.envoy_config.wire_form import typed
+from extproc.headers import (
+    DECISION_NAMESPACE,
+    ERROR_CODE_HEADER,
+    EXTPROC_FILTER,
+    REQUEST_ID_HEADER,
+)
 
 __all__ = ["access_log"]
 
@@ -14,20 +20,24 @@ _STREAMS: Final = {"/dev/stdout": "StdoutAccessLog", "/dev/stderr": "StderrAcces
 
 
 def _latency(field: str) -> str:
-    return f"%FILTER_STATE(envoy.filters.http.ext_proc:FIELD:{field})%"
+    return f"%FILTER_STATE({EXTPROC_FILTER}:FIELD:{field})%"
+
+
+def _decision(key: str) -> str:
+    return f"%DYNAMIC_METADATA({DECISION_NAMESPACE}:{key})%"
 
 
 _FIELDS: Final = {
     "time": "%START_TIME%",
     "listener": "ingress",
-    "request_id": "%REQ(X-REQUEST-ID)%",
+    "request_id": f"%REQ({REQUEST_ID_HEADER.upper()})%",
     "method": "%REQ(:METHOD)%",
     "path": "%PATH(NQ)%",
     "protocol": "%PROTOCOL%",
     "status": "%RESPONSE_CODE%",
     "flags": "%RESPONSE_FLAGS%",
     "details": "%RESPONSE_CODE_DETAILS%",
-    "error_code": "%RESP(X-ROUTER-ERROR-CODE)%",
+    "error_code": f"%RESP({ERROR_CODE_HEADER.upper()})%",
     "duration_ms": "%DURATION%",
     "first_byte_ms": "%RESPONSE_DURATION%",
     "bytes_received": "%BYTES_RECEIVED%",
@@ -39,10 +49,10 @@ _FIELDS: Final = {
     "upstream_attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
     "upstream_failure": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
     # What the service says about its decision, by dynamic metadata.
-    "model": "%DYNAMIC_METADATA(extproc:model)%",
-    "policy": "%DYNAMIC_METADATA(extproc:policy)%",
-    "reason": "%DYNAMIC_METADATA(extproc:reason)%",
-    "destination": "%DYNAMIC_METADATA(extproc:destination)%",
+    "model": _decision("model"),
+    "policy": _decision("policy"),
+    "reason": _decision("reason"),
+    "destination": _decision("destination"),
     # The router's latency as Envoy sees it, in microseconds.
     "extproc_request_headers_us": _latency("request_header_latency_us"),
     "extproc_request_body_us": _latency("request_body_max_latency_us"),

@@ -7,7 +7,6 @@ import yaml
 
 from extproc.config.schema import Config
 from extproc.envoy_config.clusters import (
-    EXTPROC_CLUSTER,
     extproc_cluster,
     worker_cluster,
     worker_urls,
@@ -20,7 +19,7 @@ from extproc.envoy_config.decode_pass import (
 from extproc.envoy_config.listener import ingress_listener
 from extproc.envoy_config.wire_form import host_is_ip, socket_address, typed
 from extproc.errors import ConfigError
-from extproc.routing.pd.decode_order import DECODE_CLUSTER
+from extproc.headers import DECODE_CLUSTER, EXTPROC_CLUSTER
 
 __all__ = ["render_bootstrap", "render_yaml"]
 

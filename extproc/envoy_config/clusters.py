@@ -5,7 +5,6 @@ from typing import Any, Final
 from msgspec import UnsetType
 
 from extproc.config.schema import Config
-from extproc.envoy_config.headers import DESTINATION
 from extproc.envoy_config.wire_form import (
     UNLIMITED,
     duration,
@@ -13,11 +12,10 @@ from extproc.envoy_config.wire_form import (
     socket_address,
     typed,
 )
+from extproc.headers import DESTINATION_HEADER, DESTINATION_NAMESPACE, EXTPROC_CLUSTER
 from extproc.worker_url import WorkerUrl, parse_worker_url
 
-__all__ = ["EXTPROC_CLUSTER", "extproc_cluster", "no_limits", "worker_cluster", "worker_urls"]
-
-EXTPROC_CLUSTER: Final = "extproc"
+__all__ = ["extproc_cluster", "no_limits", "worker_cluster", "worker_urls"]
 
 _SYSTEM_CA_FILE: Final = "/etc/ssl/certs/ca-certificates.crt"
 _MEBIBYTE: Final = 1024 * 1024
@@ -153,8 +151,8 @@ def _destination_policy() -> dict[str, Any]:
     override_host = typed(
         "extensions.load_balancing_policies.override_host.v3.OverrideHost",
         override_host_sources=[
-            {"metadata": {"key": "envoy.lb", "path": [{"key": DESTINATION}]}},
-            {"header": DESTINATION},
+            {"metadata": {"key": DESTINATION_NAMESPACE, "path": [{"key": DESTINATION_HEADER}]}},
+            {"header": DESTINATION_HEADER},
         ],
         fallback_policy={
             "policies": [

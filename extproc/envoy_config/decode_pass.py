@@ -10,7 +10,6 @@ from typing import Any, Final
 from extproc.config.schema import Config
 from extproc.envoy_config.access_log import access_log
 from extproc.envoy_config.clusters import no_limits
-from extproc.envoy_config.headers import DESTINATION, stripped_response_headers
 from extproc.envoy_config.listener import (
     BODY_HEADROOM_BYTES,
     MAX_HEADERS,
@@ -20,11 +19,13 @@ from extproc.envoy_config.listener import (
 )
 from extproc.envoy_config.local_replies import local_replies
 from extproc.envoy_config.routes import unavailable
+from extproc.envoy_config.stripped_headers import stripped_response_headers
 from extproc.envoy_config.wire_form import duration, typed
-from extproc.routing.pd.decode_order import (
+from extproc.headers import (
     DECODE_CLUSTER,
     DECODE_ORDER_HEADER,
     DECODE_WORKER_HEADER,
+    DESTINATION_HEADER,
     RETRY_HEADER,
 )
 
@@ -122,7 +123,7 @@ def _route_config(config: Config) -> dict[str, Any]:
 def _picked(config: Config) -> dict[str, Any]:
     return {
         "name": "picked",
-        "match": {"prefix": "/", "headers": [{"name": DESTINATION, "present_match": True}]},
+        "match": {"prefix": "/", "headers": [{"name": DESTINATION_HEADER, "present_match": True}]},
         "route": {
             "cluster": config.envoy.cluster,
             # The ingress route has the limits, and makes the next attempt.

@@ -4,16 +4,27 @@ from typing import Any, Final
 
 from extproc.config.schema import Config
 from extproc.envoy_config.access_log import access_log
-from extproc.envoy_config.clusters import EXTPROC_CLUSTER
-from extproc.envoy_config.headers import WHICH_FILTER_KEY, removed_from
 from extproc.envoy_config.local_replies import local_replies
 from extproc.envoy_config.routes import route_config
+from extproc.envoy_config.stripped_headers import stripped_request_headers
 from extproc.envoy_config.wire_form import duration, socket_address, typed
-from extproc.routing.pd.decode_order import DECODE_ORDER_HEADER
+from extproc.headers import (
+    DECISION_NAMESPACE,
+    DECODE_PASS,
+    DECODE_PASS_HEADERS,
+    DESTINATION_NAMESPACE,
+    EXTPROC_CLUSTER,
+    EXTPROC_FILTER,
+    PASS_KEY,
+    PREFILL_HEADER_PREFIXES,
+    PREFILL_HEADERS,
+    RESPONSE_HEADERS,
+    ROUTE_PASS,
+    ROUTE_PASS_HEADERS,
+)
 
 __all__ = [
     "BODY_HEADROOM_BYTES",
-    "EXTPROC_FILTER",
     "MAX_HEADERS",
     "MAX_HEADERS_KIBIBYTES",
     "decode_filter",
@@ -22,29 +33,7 @@ __all__ = [
     "router_filter",
 ]
 
-EXTPROC_FILTER: Final = "envoy.filters.http.ext_proc"
-
 _MEBIBYTE: Final = 1024 * 1024
-_ATTEMPT_HEADER: Final = "x-envoy-attempt-count"
-
-# Request and response headers alike.
-FORWARDED_HEADERS: Final = (
-    ":method",
-    ":path",
-    ":status",
-    "content-type",
-    "x-extproc-debug",
-    "x-request-id",
-)
-# What a prefill worker has to get, too.
-_FORWARDED_WITH_PREFILL: Final = (
-    {"exact": "authorization"},
-    {"exact": "traceparent"},
-    {"exact": "tracestate"},
-    {"exact": "x-correlation-id"},
-    {"prefix": "x-request-id-"},
-    {"prefix": "x-sgl-"},
-)
 # Envoy lets through a little more than server.max_body_bytes: the exact limit is then told by
 # the service, with the number in the message, and a body it has added to still fits: rooms for a
 # batch, or a prefill worker's handle to its cache.
@@ -80,25 +69,31 @@ def ext_proc_filter(config: Config) -> dict[str, Any]:
     """The filter that asks this service."""
     return _asking_filter(
         config,
-        which="route",
+        which=ROUTE_PASS,
         message_timeout=config.envoy.message_timeout_secs + config.extra_wait_secs,
         request_body_mode="BUFFERED",
-        # Only what the service reads: cookies are none of its business, and parsing twenty
-        # headers would be a good part of its work.
-        headers=[*({"exact": name} for name in FORWARDED_HEADERS), *_FORWARDED_WITH_PREFILL],
+        headers=[
+            *_exact(*sorted((*ROUTE_PASS_HEADERS, *RESPONSE_HEADERS)), *PREFILL_HEADERS),
+            *({"prefix": prefix} for prefix in PREFILL_HEADER_PREFIXES),
+        ],
     )
 
 
 def decode_filter(config: Config) -> dict[str, Any]:
     """The filter that asks for the decode worker."""
-    names = (*FORWARDED_HEADERS, config.envoy.model_header, DECODE_ORDER_HEADER, _ATTEMPT_HEADER)
     return _asking_filter(
         config,
-        which="decode",
+        which=DECODE_PASS,
         message_timeout=config.envoy.message_timeout_secs,
         request_body_mode="NONE",
-        headers=[{"exact": name} for name in names],
+        headers=_exact(
+            *sorted((*DECODE_PASS_HEADERS, *RESPONSE_HEADERS)), config.envoy.model_header
+        ),
     )
+
+
+def _exact(*names: str) -> list[dict[str, str]]:
+    return [{"exact": name} for name in names]
 
 
 def _asking_filter(
@@ -109,11 +104,16 @@ def _asking_filter(
     request_body_mode: str,
     headers: list[dict[str, str]],
 ) -> dict[str, Any]:
+    """An ext_proc filter that sends this service the listed headers, of requests and responses.
+
+    Only what the service reads is listed: it does not need cookies, and parsing twenty headers
+    would be a good part of its work.
+    """
     external_processor = typed(
         "extensions.filters.http.ext_proc.v3.ExternalProcessor",
         grpc_service={
             "envoy_grpc": {"cluster_name": EXTPROC_CLUSTER, "skip_envoy_headers": True},
-            "initial_metadata": [{"key": WHICH_FILTER_KEY, "value": which}],
+            "initial_metadata": [{"key": PASS_KEY, "value": which}],
         },
         # Always: the routes decide what happens to a request without a decision.
         failure_mode_allow=True,
@@ -134,7 +134,9 @@ def _asking_filter(
         # x-envoy-max-retries and the time-out of requests that are not streamed.
         mutation_rules={"allow_envoy": True},
         # Anything not listed is dropped without a word.
-        metadata_options={"receiving_namespaces": {"untyped": ["envoy.lb", "extproc"]}},
+        metadata_options={
+            "receiving_namespaces": {"untyped": [DESTINATION_NAMESPACE, DECISION_NAMESPACE]}
+        },
     )
     return {"name": EXTPROC_FILTER, "typed_config": external_processor}
 
@@ -182,7 +184,7 @@ def _connection_manager(config: Config) -> dict[str, Any]:
                 "name": "envoy.http.early_header_mutation.header_mutation",
                 "typed_config": typed(
                     "extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
-                    mutations=[{"remove": name} for name in removed_from(config)],
+                    mutations=[{"remove": name} for name in stripped_request_headers(config)],
                 ),
             }
         ],

@@ -12,7 +12,8 @@ an answer: Envoy does not wait for our filter to look at such a reply.
 from typing import Any, Final, NamedTuple
 
 from extproc.envoy_config.wire_form import typed
-from extproc.errors import ERROR_CODE_HEADER, RETRY_AFTER_SECONDS
+from extproc.errors import RETRY_AFTER_SECONDS
+from extproc.headers import ERROR_CODE_HEADER, REQUEST_ID_HEADER
 
 __all__ = ["ROUTER_UNAVAILABLE", "LocalError", "envelope_format", "error_headers", "local_replies"]
 
@@ -95,7 +96,7 @@ def envelope_format(error: LocalError) -> dict[str, Any]:
                 "type": kind,
                 "code": error.code,
                 "message": error.message,
-                "request_id": "%REQ(X-REQUEST-ID)%",
+                "request_id": f"%REQ({REQUEST_ID_HEADER.upper()})%",
             }
         },
         "content_type": "application/json",

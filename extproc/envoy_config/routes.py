@@ -8,14 +8,14 @@ import re
 from typing import Any, Final
 
 from extproc.config.schema import Config
-from extproc.envoy_config.headers import stripped_response_headers
 from extproc.envoy_config.local_replies import (
     ROUTER_UNAVAILABLE,
     envelope_format,
     error_headers,
 )
+from extproc.envoy_config.stripped_headers import stripped_response_headers
 from extproc.envoy_config.wire_form import duration
-from extproc.routing.pd.decode_order import DECODE_CLUSTER, RETRY_HEADER
+from extproc.headers import DECODE_CLUSTER, RETRY_HEADER
 
 __all__ = ["FAIL_OPEN_PATHS", "route_config", "unavailable"]
 

@@ -11,20 +11,26 @@ import structlog
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.errors import RouterError, internal_error
+from extproc.headers import (
+    ATTEMPT_COUNT_HEADER,
+    DEBUG_HEADER,
+    DECODE_ORDER_HEADER,
+    DECODE_PASS_HEADERS,
+    REQUEST_ID_HEADER,
+    RETRY_HEADER,
+)
 from extproc.routing.lease import Lease
-from extproc.routing.pd.decode_order import DECODE_ORDER_HEADER, RETRY_HEADER, DecodeOrder
+from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import DecodeQuery
 from extproc.server import replies
-from extproc.server.request_heads import DEBUG_HEADER, wanted_headers
+from extproc.server.request_heads import wanted_headers
 from extproc.server.session import Session, SessionState
 
 __all__ = ["DecodeSession"]
 
 _log = structlog.get_logger()
 
-_ATTEMPT_HEADER: Final = "x-envoy-attempt-count"
-_ID_HEADER: Final = "x-request-id"
 _NO_REPLIES: Final[Sequence[bytes]] = ()
 
 
@@ -43,12 +49,10 @@ class DecodeSession(Session):
 
     def _pick(self, head: pb.HttpHeaders) -> Sequence[bytes]:
         context = self._context
-        wanted = frozenset(
-            (context.model_header, DECODE_ORDER_HEADER, _ATTEMPT_HEADER, _ID_HEADER, DEBUG_HEADER)
-        )
+        wanted = frozenset((*DECODE_PASS_HEADERS, context.model_header))
         seen = wanted_headers(head.headers, wanted)
-        self._take_request_id(seen.get(_ID_HEADER, ""))
-        digits = seen.get(_ATTEMPT_HEADER, "1")
+        self._take_request_id(seen.get(REQUEST_ID_HEADER, ""))
+        digits = seen.get(ATTEMPT_COUNT_HEADER, "1")
         attempt = int(digits[:3]) if digits.isdecimal() else 1
         try:
             order = DecodeOrder.from_header(seen.get(DECODE_ORDER_HEADER, ""))

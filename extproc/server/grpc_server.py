@@ -21,6 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from extproc.config.schema import MEBIBYTE, ServerConfig, ServerTlsConfig
 from extproc.errors import ConfigError, RouterError, internal_error, routing_timeout
+from extproc.headers import DECODE_PASS, PASS_KEY, ROUTE_PASS
 from extproc.metrics.service import Metrics
 from extproc.routing.lease import Lease
 from extproc.routing.local_endpoints import Answer
@@ -43,10 +44,6 @@ SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 # Health names that answer for the process, and those that answer for the workers as well.
 HEALTH_SERVICES_ALIVE: Final = ("", "liveness")
 HEALTH_SERVICES_READY: Final = ("readiness", SERVICE)
-# Initial metadata of the filter that says which pass a stream belongs to.
-PASS_METADATA_KEY: Final = "x-extproc-pass"  # noqa: S105
-_ROUTE_PASS: Final = "route"  # noqa: S105
-_DECODE_PASS: Final = "decode"  # noqa: S105
 
 # Headers and framing around a body in one message.
 _MESSAGE_OVERHEAD_BYTES: Final = 2 * MEBIBYTE
@@ -424,12 +421,10 @@ class ExtProcServer:
     async def _process(self, _: Any, context: Any) -> None:
         session = Session
         for key, value in context.invocation_metadata() or ():
-            if key == PASS_METADATA_KEY and value == _DECODE_PASS:
+            if key == PASS_KEY and value == DECODE_PASS:
                 session = DecodeSession
-            elif key == PASS_METADATA_KEY and value != _ROUTE_PASS:
-                await context.abort(
-                    grpc.StatusCode.UNIMPLEMENTED, f"{PASS_METADATA_KEY}: unknown pass"
-                )
+            elif key == PASS_KEY and value != ROUTE_PASS:
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{PASS_KEY}: unknown pass")
         stream = _Stream(self, context, session)
         self._streams.add(stream)
         self._last_stream_at = time.monotonic()

@@ -11,19 +11,32 @@ from google.protobuf.struct_pb2 import Struct, Value
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.config.schema import EnvoyConfig
-from extproc.errors import ERROR_CODE_HEADER, RouterError, envelope
-from extproc.routing.decision import Decision
-from extproc.routing.lease import Lease
-from extproc.routing.pd.decode_order import (
+from extproc.errors import RouterError, envelope
+from extproc.headers import (
+    AUTHORIZATION_HEADER,
+    CONTENT_LENGTH_HEADER,
+    CONTENT_TYPE_HEADER,
+    DATA_PARALLEL_RANK_HEADER,
+    DECISION_NAMESPACE,
     DECODE_CLUSTER,
     DECODE_ORDER_HEADER,
     DECODE_WORKER_HEADER,
+    DESTINATION_HEADER,
+    DESTINATION_NAMESPACE,
+    ERROR_CODE_HEADER,
+    MAX_RETRIES_HEADER,
+    OVERLAP_HEADER,
+    POLICY_HEADER,
+    REASON_HEADER,
+    REQUEST_ID_HEADER,
+    REQUEST_TIMEOUT_HEADER,
+    WORKER_HEADER,
 )
+from extproc.routing.decision import Decision
+from extproc.routing.lease import Lease
 from extproc.routing.pd.pair import Pair
 
 __all__ = [
-    "DESTINATION_HEADER",
-    "METADATA_NAMESPACE",
     "REQUEST_BODY_CONTINUE",
     "REQUEST_HEADERS_CONTINUE",
     "REQUEST_TRAILERS_CONTINUE",
@@ -39,14 +52,6 @@ __all__ = [
     "response_body_piece",
     "with_request_body",
 ]
-
-# The endpoint picker protocol of the Gateway API inference extension.
-DESTINATION_HEADER: Final = "x-gateway-destination-endpoint"
-_DESTINATION_NAMESPACE: Final = "envoy.lb"
-# By which SGLang takes a rank in place of the body's.
-_RANK_HEADER: Final = "x-data-parallel-rank"
-# Ours, for access logs.
-METADATA_NAMESPACE: Final = "extproc"
 
 # Some builds of Envoy refuse pieces of more than 64 KiB in full duplex.
 _PIECE_MAX_BYTES: Final = 62_000
@@ -134,27 +139,27 @@ class ReplyBuilder:
             (self._envoy.model_header, decision.model),
         ]
         if second_pass:
-            pairs.append(("x-envoy-max-retries", str(decision.attempts - 1)))
+            pairs.append((MAX_RETRIES_HEADER, str(decision.attempts - 1)))
         else:
             pairs.append((DESTINATION_HEADER, destination))
             # As many attempts as there are destinations: one more would leave the list.
-            pairs.append(("x-envoy-max-retries", str(len(decision.destinations) - 1)))
+            pairs.append((MAX_RETRIES_HEADER, str(len(decision.destinations) - 1)))
         if decision.timeout_ms:
-            pairs.append(("x-envoy-upstream-rq-timeout-ms", str(decision.timeout_ms)))
+            pairs.append((REQUEST_TIMEOUT_HEADER, str(decision.timeout_ms)))
         if self._authorization is not None:
-            pairs.append(("authorization", self._authorization))
+            pairs.append((AUTHORIZATION_HEADER, self._authorization))
         if request_id is not None:
-            pairs.append(("x-request-id", request_id))
+            pairs.append((REQUEST_ID_HEADER, request_id))
         common = pb.CommonResponse(header_mutation=_set_headers(pairs), clear_route_cache=True)
         if decision.body_members:
             # A gateway that does not strip it would let a client contradict the body.
-            common.header_mutation.remove_headers.append(_RANK_HEADER)
+            common.header_mutation.remove_headers.append(DATA_PARALLEL_RANK_HEADER)
         metadata = Struct()
         if not second_pass:
-            metadata.fields[_DESTINATION_NAMESPACE].CopyFrom(
+            metadata.fields[DESTINATION_NAMESPACE].CopyFrom(
                 Value(struct_value=_text_struct(((DESTINATION_HEADER, destination),)))
             )
-        metadata.fields[METADATA_NAMESPACE].CopyFrom(
+        metadata.fields[DECISION_NAMESPACE].CopyFrom(
             Value(
                 struct_value=_text_struct(
                     (
@@ -192,7 +197,7 @@ def with_request_body(reply: bytes, body: bytes, *, set_length: bool) -> bytes:
     `set_length` the header says the new length: in BUFFERED mode Envoy insists on that, in
     others it has taken the header away.
     """
-    headers = _set_headers((("content-length", str(len(body))),)) if set_length else None
+    headers = _set_headers(((CONTENT_LENGTH_HEADER, str(len(body))),)) if set_length else None
     common = pb.CommonResponse(header_mutation=headers, body_mutation=pb.BodyMutation(body=body))
     replacement = pb.ProcessingResponse(request_body=pb.BodyResponse(response=common))
     return reply + replacement.SerializeToString()
@@ -270,7 +275,7 @@ def error_response(error: RouterError, request_id: str) -> bytes:
         if error.body is None
         else error.body,
         (
-            ("content-type", "application/json"),  # unless the engine's own follows
+            (CONTENT_TYPE_HEADER, "application/json"),  # unless the engine's own follows
             (ERROR_CODE_HEADER, error.code),
             *error.headers,
         ),
@@ -286,10 +291,10 @@ def debug_response_headers(lease: Lease | Pair) -> bytes:
     decision = lease.decision
     served = lease.served.url if lease.served is not None else "unknown"
     pairs = [
-        ("x-extproc-worker", served),
-        ("x-extproc-policy", decision.policy),
-        ("x-extproc-reason", decision.reason),
-        ("x-extproc-overlap", f"{decision.cached_tokens}/{decision.total_tokens}"),
+        (WORKER_HEADER, served),
+        (POLICY_HEADER, decision.policy),
+        (REASON_HEADER, decision.reason),
+        (OVERLAP_HEADER, f"{decision.cached_tokens}/{decision.total_tokens}"),
     ]
     if isinstance(lease, Pair) and lease.decode is not None and lease.decode.served is not None:
         pairs.append((DECODE_WORKER_HEADER, lease.decode.served.url))

@@ -11,19 +11,23 @@ from typing import Final
 from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
+from extproc.headers import (
+    CONTENT_LENGTH_HEADER,
+    DEBUG_HEADER,
+    METHOD_HEADER,
+    PATH_HEADER,
+    PREFILL_HEADER_PREFIXES,
+    PREFILL_HEADERS,
+    REQUEST_ID_HEADER,
+    ROUTE_PASS_HEADERS,
+)
 from extproc.routing.request import ClientHeaders
 from extproc.server.bodies import BodyMode, body_mode
 
-__all__ = ["DEBUG_HEADER", "RequestHead", "RequestHeadTable", "client_headers_of", "wanted_headers"]
+__all__ = ["RequestHead", "RequestHeadTable", "client_headers_of", "wanted_headers"]
 
-DEBUG_HEADER: Final = "x-extproc-debug"
-_ID_HEADER: Final = "x-request-id"
-_LENGTH_HEADER: Final = "content-length"
-_WANTED: Final = frozenset((":method", ":path", _ID_HEADER, _LENGTH_HEADER, DEBUG_HEADER))
-
-# Those of sgl-router; the request id is ours where the client has sent none.
-_FORWARDED: Final = frozenset(("authorization", "x-correlation-id", "traceparent", "tracestate"))
-_FORWARDED_PREFIXES: Final = ("x-request-id-", "x-sgl-")
+_WANTED: Final = frozenset((*ROUTE_PASS_HEADERS, CONTENT_LENGTH_HEADER))
+_PREFILL_HEADERS: Final = frozenset(PREFILL_HEADERS)
 
 _TABLE_MAX_ENTRIES: Final = 1024
 # Longer messages are not looked up: gateways that forward all headers never repeat one.
@@ -72,12 +76,12 @@ class RequestHeadTable:
         """Read a parsed message, and keep it if its like may come again."""
         config = message.protocol_config if message.HasField("protocol_config") else None
         seen = wanted_headers(message.request_headers.headers)
-        request_id = seen.get(_ID_HEADER, "")
-        digits = seen.get(_LENGTH_HEADER, "")
+        request_id = seen.get(REQUEST_ID_HEADER, "")
+        digits = seen.get(CONTENT_LENGTH_HEADER, "")
         length = int(digits[:_LENGTH_MAX_DIGITS]) if digits.isdecimal() else -1
         head = RequestHead(
-            method=seen.get(":method", ""),
-            path=seen.get(":path", ""),
+            method=seen.get(METHOD_HEADER, ""),
+            path=seen.get(PATH_HEADER, ""),
             debug=seen.get(DEBUG_HEADER) == "true",
             end_of_stream=message.request_headers.end_of_stream,
             body_mode=body_mode(config),
@@ -123,21 +127,19 @@ def _cut(raw: bytes) -> tuple[bytes, str, int] | None:
 
 
 def client_headers_of(raw: bytes, request_id: str) -> ClientHeaders:
-    """What a request of our own takes over from a request headers message.
-
-    Credentials, what identifies the request and traces it, and what is addressed to the engine.
-    """
+    """What a request to a prefill worker takes over from a request headers message."""
     path = ""
-    taken = [(_ID_HEADER, request_id)]
+    taken = [(REQUEST_ID_HEADER, request_id)]
     for header in pb.ProcessingRequest.FromString(raw).request_headers.headers.headers:
         name = header.key.lower()
-        if name != ":path" and name not in _FORWARDED and not name.startswith(_FORWARDED_PREFIXES):
+        wanted = name in _PREFILL_HEADERS or name.startswith(PREFILL_HEADER_PREFIXES)
+        if not wanted and name != PATH_HEADER:
             continue
         try:
             value = header.raw_value.decode() if header.raw_value else header.value
         except UnicodeDecodeError:
-            continue  # it could not be sent as it is
-        if name == ":path":
+            continue  # aiohttp could not send it unchanged
+        if name == PATH_HEADER:
             path = value
         else:
             taken.append((name, value))

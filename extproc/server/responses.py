@@ -10,12 +10,16 @@ from typing import Final
 from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
+from extproc.headers import (
+    CONTENT_TYPE_HEADER,
+    DESTINATION_NAMESPACE,
+    DESTINATION_SERVED_HEADER,
+    EXTPROC_FILTER,
+    STATUS_HEADER,
+)
 
 __all__ = ["KNOWN_MAX_BYTES", "Response", "ResponseTable"]
 
-_ATTRIBUTES_KEY: Final = "envoy.filters.http.ext_proc"
-_SERVED_NAMESPACE: Final = "envoy.lb"
-_SERVED_KEY: Final = "x-gateway-destination-endpoint-served"
 # Longer messages are not looked up: bodies, or gateways that forward all headers, which never
 # repeat.
 KNOWN_MAX_BYTES: Final = 512
@@ -60,10 +64,10 @@ class ResponseTable:
 def _status_and_kind(headers: pb.HeaderMap) -> tuple[int, bool]:
     status, streamed = 0, False
     for header in headers.headers:
-        if header.key == ":status":
+        if header.key == STATUS_HEADER:
             raw = header.raw_value or header.value.encode()
             status = int(raw) if len(raw) == 3 and raw.isdigit() else 0
-        elif header.key == "content-type":
+        elif header.key == CONTENT_TYPE_HEADER:
             streamed = (header.raw_value or header.value.encode()).startswith(b"text/event-stream")
     return status, streamed
 
@@ -74,14 +78,14 @@ def _served_by(message: pb.ProcessingRequest) -> tuple[str, str]:
     Gateways of the endpoint picker protocol name the endpoint in metadata instead.
     """
     address = details = ""
-    if _ATTRIBUTES_KEY in message.attributes:
-        fields = message.attributes[_ATTRIBUTES_KEY].fields
+    if EXTPROC_FILTER in message.attributes:
+        fields = message.attributes[EXTPROC_FILTER].fields
         if "upstream.address" in fields:
             address = fields["upstream.address"].string_value
         if "response.code_details" in fields:
             details = fields["response.code_details"].string_value
-    if not address and _SERVED_NAMESPACE in message.metadata_context.filter_metadata:
-        fields = message.metadata_context.filter_metadata[_SERVED_NAMESPACE].fields
-        if _SERVED_KEY in fields:
-            address = fields[_SERVED_KEY].string_value
+    if not address and DESTINATION_NAMESPACE in message.metadata_context.filter_metadata:
+        fields = message.metadata_context.filter_metadata[DESTINATION_NAMESPACE].fields
+        if DESTINATION_SERVED_HEADER in fields:
+            address = fields[DESTINATION_SERVED_HEADER].string_value
     return address, details

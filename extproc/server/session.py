@@ -27,6 +27,7 @@ from extproc.errors import (
     stale_request_expired,
     unsupported_body_mode,
 )
+from extproc.headers import CONTENT_TYPE_HEADER, DEFAULT_MODEL_HEADER
 from extproc.metrics.service import Metrics
 from extproc.routing.json_members import with_members
 from extproc.routing.lease import Lease
@@ -80,7 +81,7 @@ class SessionContext(Struct, frozen=True):
     models_body: bytes
     only_model: str | None
     debug_headers: bool
-    model_header: str = "x-extproc-model"
+    model_header: str = DEFAULT_MODEL_HEADER
     pick_decode: Callable[[DecodeQuery], Lease] = _pick_nothing
 
 
@@ -309,7 +310,7 @@ class Session:
         self.to_route = None
         if self._state is not SessionState.ROUTING:
             return _NO_REPLIES
-        return self._answer_with(200, answer.body, (("content-type", "application/json"),))
+        return self._answer_with(200, answer.body, ((CONTENT_TYPE_HEADER, "application/json"),))
 
     def failed(self, error: RouterError, event: str = "request_refused") -> Sequence[bytes]:
         """Answer the client ourselves with an error; `event` names it in the log."""
@@ -349,7 +350,7 @@ class Session:
 
     def _answer_models(self) -> Sequence[bytes]:
         return self._answer_with(
-            200, self._context.models_body, (("content-type", "application/json"),)
+            200, self._context.models_body, ((CONTENT_TYPE_HEADER, "application/json"),)
         )
 
     def _answer_options(self, allow: str) -> Sequence[bytes]:

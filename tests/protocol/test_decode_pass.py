@@ -117,6 +117,28 @@ async def test_the_first_pass_sends_the_prefill_and_the_request_on_to_the_second
         assert "envoy.lb" not in metadata
 
 
+async def test_the_prefill_worker_gets_the_clients_headers_that_concern_it() -> None:
+    passed_on = {
+        "authorization": "Bearer client",
+        "traceparent": "00-1",
+        "tracestate": "vendor=1",
+        "x-correlation-id": "c",
+        "x-request-id-parent": "p",
+        "x-sgl-anything": "s",
+    }
+    kept_back = {"cookie": "secret", "x-forwarded-for": "10.1.1.1", "x-override-rid": "0"}
+    async with service() as running, stream(running) as envoy:
+        message = request_headers()
+        message.request_headers.headers.MergeFrom(header_map(passed_on | kept_back))
+        await envoy.send(message, request_body(llm_body()))
+        await envoy.replies(2)
+        (post,) = running.fleet.caller.posts
+        assert dict(post.headers) == passed_on | {
+            "content-type": "application/json",
+            "x-request-id": "req-1",
+        }
+
+
 @pytest.mark.parametrize("mode", ["BUFFERED", "FULL_DUPLEX_STREAMED"])
 async def test_the_second_pass_answers_with_a_worker_and_both_end_well(mode: str) -> None:
     async with service() as running:

@@ -7,21 +7,8 @@ attempt picks from its own hand only, by the load of that moment.
 
 from typing import Final, NamedTuple, Self
 
-__all__ = [
-    "DECODE_CLUSTER",
-    "DECODE_ORDER_HEADER",
-    "DECODE_WORKER_HEADER",
-    "RETRY_HEADER",
-    "DecodeOrder",
-]
+__all__ = ["DecodeOrder"]
 
-# Where the proxy sends requests whose decode worker a second pass picks.
-DECODE_CLUSTER: Final = "decode_pass"
-# On answers after which the next attempt may be made.
-RETRY_HEADER: Final = "x-extproc-retry"
-# For debugging: who has decoded.
-DECODE_WORKER_HEADER: Final = "x-extproc-decode-worker"
-DECODE_ORDER_HEADER: Final = "x-extproc-decode-order"
 _FIELDS: Final = 4
 _ADDRESSES_MAX: Final = 64
 

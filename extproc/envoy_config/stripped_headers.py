@@ -1,0 +1,52 @@
+"""Which headers Envoy removes from requests of clients and from responses of workers.
+
+A header that a filter or the router reads is an instruction, so a client must not be able to
+send it. All of them are removed before any filter sees the request; this service's reply sets
+those it uses again. They are removed by name: a prefix would hide a new header from review.
+"""
+
+from extproc.config.schema import Config
+from extproc.headers import (
+    DEBUG_HEADER,
+    DECODE_WORKER_HEADER,
+    ENDPOINT_PICKER_HEADERS,
+    ENGINE_CONTROL_HEADERS,
+    ENVOY_CONTROL_HEADERS,
+    EXTPROC_HEADERS,
+)
+
+__all__ = ["stripped_request_headers", "stripped_response_headers"]
+
+
+def stripped_request_headers(config: Config) -> list[str]:
+    """Names removed from every request before the first filter, sorted.
+
+    `x-extproc-debug` stays only where the operator has switched debug headers on.
+    """
+    names = {
+        *EXTPROC_HEADERS,
+        DECODE_WORKER_HEADER,
+        *ENDPOINT_PICKER_HEADERS,
+        *ENGINE_CONTROL_HEADERS,
+        *ENVOY_CONTROL_HEADERS,
+        config.envoy.cluster_header,
+        config.envoy.model_header,
+    }
+    if not config.observability.debug_headers:
+        names.add(DEBUG_HEADER)
+    return sorted(names)
+
+
+def stripped_response_headers(config: Config) -> list[str]:
+    """Names removed from every worker's response, sorted.
+
+    The router removes them when the response arrives, before the filter of this service: debug
+    headers that the service adds are kept.
+    """
+    names = {
+        *EXTPROC_HEADERS,
+        *ENDPOINT_PICKER_HEADERS,
+        config.envoy.cluster_header,
+        config.envoy.model_header,
+    }
+    return sorted(names)

@@ -1,0 +1,193 @@
+"""Names of headers, metadata keys and clusters that several parts must spell alike.
+
+Envoy, this service, its two passes and the engines talk to each other in headers. The service
+reads and writes them, the rendered Envoy configuration forwards, routes by and strips them, and
+the configuration rules reserve them. Each name is written here once, so that these can not drift
+apart. Names that only one module uses (`content-type`, `allow`) are not listed.
+"""
+
+from typing import Final
+
+__all__ = [
+    "ATTEMPT_COUNT_HEADER",
+    "AUTHORIZATION_HEADER",
+    "CONTENT_LENGTH_HEADER",
+    "CONTENT_TYPE_HEADER",
+    "DATA_PARALLEL_RANK_HEADER",
+    "DEBUG_HEADER",
+    "DECISION_NAMESPACE",
+    "DECODE_CLUSTER",
+    "DECODE_ORDER_HEADER",
+    "DECODE_PASS",
+    "DECODE_PASS_HEADERS",
+    "DECODE_WORKER_HEADER",
+    "DEFAULT_CLUSTER_HEADER",
+    "DEFAULT_MODEL_HEADER",
+    "DESTINATION_HEADER",
+    "DESTINATION_NAMESPACE",
+    "DESTINATION_SERVED_HEADER",
+    "DESTINATION_SUBSET_HEADER",
+    "ENDPOINT_PICKER_HEADERS",
+    "ENGINE_CONTROL_HEADERS",
+    "ENVOY_CONTROL_HEADERS",
+    "ERROR_CODE_HEADER",
+    "EXTPROC_CLUSTER",
+    "EXTPROC_FILTER",
+    "EXTPROC_HEADERS",
+    "MAX_RETRIES_HEADER",
+    "METHOD_HEADER",
+    "OVERLAP_HEADER",
+    "PASS_KEY",
+    "PATH_HEADER",
+    "POLICY_HEADER",
+    "PREFILL_HEADERS",
+    "PREFILL_HEADER_PREFIXES",
+    "REASON_HEADER",
+    "REQUEST_ID_HEADER",
+    "REQUEST_TIMEOUT_HEADER",
+    "RESPONSE_HEADERS",
+    "RETRY_HEADER",
+    "ROUTE_PASS",
+    "ROUTE_PASS_HEADERS",
+    "STATUS_HEADER",
+    "WORKER_HEADER",
+]
+
+# -- plain HTTP
+
+METHOD_HEADER: Final = ":method"
+PATH_HEADER: Final = ":path"
+STATUS_HEADER: Final = ":status"
+AUTHORIZATION_HEADER: Final = "authorization"
+CONTENT_LENGTH_HEADER: Final = "content-length"
+CONTENT_TYPE_HEADER: Final = "content-type"
+REQUEST_ID_HEADER: Final = "x-request-id"
+
+# -- this service
+
+# Request headers that name the cluster and the model, unless the configuration says otherwise.
+DEFAULT_CLUSTER_HEADER: Final = "x-extproc-cluster"
+DEFAULT_MODEL_HEADER: Final = "x-extproc-model"
+# A client that sends "true" gets the debug headers, where the operator allows it.
+DEBUG_HEADER: Final = "x-extproc-debug"
+# Debug headers of a response: the chosen worker, and why it was chosen.
+WORKER_HEADER: Final = "x-extproc-worker"
+DECODE_WORKER_HEADER: Final = "x-extproc-decode-worker"
+POLICY_HEADER: Final = "x-extproc-policy"
+REASON_HEADER: Final = "x-extproc-reason"
+OVERLAP_HEADER: Final = "x-extproc-overlap"
+# Carries a DecodeOrder from the first pass to the second.
+DECODE_ORDER_HEADER: Final = "x-extproc-decode-order"
+# On an answer of the second pass after which Envoy may make the next attempt.
+RETRY_HEADER: Final = "x-extproc-retry"
+# On every error that this service or Envoy answers itself.
+ERROR_CODE_HEADER: Final = "x-router-error-code"
+# Initial metadata of the gRPC stream: which pass its filter belongs to.
+PASS_KEY: Final = "x-extproc-pass"  # noqa: S105 (not a password)
+ROUTE_PASS: Final = "route"  # noqa: S105
+DECODE_PASS: Final = "decode"  # noqa: S105
+# Dynamic metadata with the decision, for access logs.
+DECISION_NAMESPACE: Final = "extproc"
+# The cluster of this service, and the one that leads to the second pass.
+EXTPROC_CLUSTER: Final = "extproc"
+DECODE_CLUSTER: Final = "decode_pass"
+
+EXTPROC_HEADERS: Final = (
+    DEFAULT_CLUSTER_HEADER,
+    DECODE_ORDER_HEADER,
+    DEFAULT_MODEL_HEADER,
+    OVERLAP_HEADER,
+    PASS_KEY,
+    POLICY_HEADER,
+    REASON_HEADER,
+    RETRY_HEADER,
+    WORKER_HEADER,
+)
+
+# -- Gateway API inference extension (endpoint picker protocol)
+
+# The chosen endpoints: a header, and a key of the metadata namespace.
+DESTINATION_HEADER: Final = "x-gateway-destination-endpoint"
+DESTINATION_SERVED_HEADER: Final = "x-gateway-destination-endpoint-served"
+DESTINATION_SUBSET_HEADER: Final = "x-gateway-destination-endpoint-subset"
+DESTINATION_NAMESPACE: Final = "envoy.lb"
+
+ENDPOINT_PICKER_HEADERS: Final = (
+    DESTINATION_HEADER,
+    DESTINATION_SERVED_HEADER,
+    DESTINATION_SUBSET_HEADER,
+)
+
+# -- Envoy
+
+# The filter's name is also the key of the attributes that it sends.
+EXTPROC_FILTER: Final = "envoy.filters.http.ext_proc"
+ATTEMPT_COUNT_HEADER: Final = "x-envoy-attempt-count"
+MAX_RETRIES_HEADER: Final = "x-envoy-max-retries"
+REQUEST_TIMEOUT_HEADER: Final = "x-envoy-upstream-rq-timeout-ms"
+
+# Headers that control Envoy's router, retries, tracing or original-destination clusters. Envoy
+# removes some of them itself from clients that it regards as external. Which clients are
+# external depends on the deployment, so this service does not rely on it.
+ENVOY_CONTROL_HEADERS: Final = (
+    ATTEMPT_COUNT_HEADER,
+    "x-envoy-decorator-operation",
+    "x-envoy-downstream-service-cluster",
+    "x-envoy-downstream-service-node",
+    "x-envoy-expected-rq-timeout-ms",
+    "x-envoy-force-trace",
+    "x-envoy-hedge-on-per-try-timeout",
+    "x-envoy-internal",
+    "x-envoy-ip-tags",
+    "x-envoy-is-timeout-retry",
+    MAX_RETRIES_HEADER,
+    "x-envoy-original-dst-host",
+    "x-envoy-original-method",
+    "x-envoy-original-path",
+    "x-envoy-original-url",
+    "x-envoy-retriable-header-names",
+    "x-envoy-retriable-status-codes",
+    "x-envoy-retry-grpc-on",
+    "x-envoy-retry-on",
+    "x-envoy-upstream-alt-stat-name",
+    "x-envoy-upstream-rq-per-try-timeout-ms",
+    "x-envoy-upstream-rq-timeout-alt-response",
+    REQUEST_TIMEOUT_HEADER,
+    "x-envoy-upstream-stream-duration-ms",
+)
+
+# -- engines
+
+# SGLang takes the data-parallel rank from this header in place of the body's.
+DATA_PARALLEL_RANK_HEADER: Final = "x-data-parallel-rank"
+
+# Headers from which SGLang takes a rank, a prefill partner or a priority in place of the body's.
+ENGINE_CONTROL_HEADERS: Final = (
+    DATA_PARALLEL_RANK_HEADER,
+    "x-override-bootstrap-host",
+    "x-override-bootstrap-port",
+    "x-override-bootstrap-room",
+    "x-override-disagg-prefill-dp-rank",
+    "x-override-priority",
+    "x-override-rid",
+    "x-override-routed-dp-rank",
+)
+
+# -- lists that the filter forwards and the service reads
+
+# A prefill worker gets these headers of the client besides the request id: credentials, tracing,
+# and what is addressed to the engine. The list is that of sgl-router.
+PREFILL_HEADERS: Final = (AUTHORIZATION_HEADER, "traceparent", "tracestate", "x-correlation-id")
+PREFILL_HEADER_PREFIXES: Final = ("x-request-id-", "x-sgl-")
+
+# What each pass reads of a request, besides the model header in the second one. The first pass
+# also reads content-length where a gateway sends it; our own Envoy checks the length itself.
+ROUTE_PASS_HEADERS: Final = (METHOD_HEADER, PATH_HEADER, DEBUG_HEADER, REQUEST_ID_HEADER)
+DECODE_PASS_HEADERS: Final = (
+    DEBUG_HEADER,
+    REQUEST_ID_HEADER,
+    DECODE_ORDER_HEADER,
+    ATTEMPT_COUNT_HEADER,
+)
+# What both passes read of a response.
+RESPONSE_HEADERS: Final = (STATUS_HEADER, CONTENT_TYPE_HEADER)
