@@ -27,7 +27,7 @@ from extproc.kv.index import PrefixIndex
 from extproc.kv.indexer import KvIndexer, RankSource
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
 from extproc.kv.rank_pages import RankPages
-from extproc.kv.subscriber import EventEndpoint
+from extproc.kv.subscriptions.subscriber import EventEndpoint
 
 _VOCABULARY: Final = 150_000
 _PROMPT_TOKENS: Final = 8192

@@ -20,7 +20,7 @@ from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher
 from extproc.kv.rank_pages import RankPages
 from extproc.kv.stats import IndexStats, RankStats, StreamStats, summed
-from extproc.kv.subscriber import (
+from extproc.kv.subscriptions.subscriber import (
     EventEndpoint,
     KvSubscriber,
     SubscriberSettings,

@@ -13,7 +13,7 @@ import structlog
 
 from extproc.clock import Clock
 from extproc.kv.indexer import KvIndexer, RankSource
-from extproc.kv.subscriber import EventEndpoint, SubscriberSettings
+from extproc.kv.subscriptions.subscriber import EventEndpoint, SubscriberSettings
 from extproc.kv.wire import LoadStat
 from extproc.routing.placement import Placement
 from extproc.routing.rank import Rank

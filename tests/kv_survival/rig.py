@@ -14,7 +14,7 @@ from msgspec import Struct
 from extproc.clock import SystemClock
 from extproc.kv.indexer import KvIndexer, RankSource, RankState
 from extproc.kv.rank_pages import RankPages
-from extproc.kv.subscriber import EventEndpoint, SubscriberSettings
+from extproc.kv.subscriptions.subscriber import EventEndpoint, SubscriberSettings
 from extproc.kv.wire import LoadStat
 from tests.kv_survival.prompts import PAGE, PROMPT_PAGES, PROMPTS, page_tokens
 

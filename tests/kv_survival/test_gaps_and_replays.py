@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from extproc.kv.subscriber import SubscriberSettings
+from extproc.kv.subscriptions.subscriber import SubscriberSettings
 from tests.kv_survival.rig import EngineProcess, until, watching
 
 _IMPATIENT = SubscriberSettings(replay_timeout_seconds=0.3, replay_cool_down_seconds=0.5)

@@ -11,10 +11,10 @@ import pytest
 from extproc.clock import SystemClock
 from extproc.kv.indexer import KvIndexer, RankSource
 from extproc.kv.rank_pages import RankPages
-from extproc.kv.subscriber import EventEndpoint
+from extproc.kv.subscriptions.subscriber import EventEndpoint
 from extproc.kv.wire import LoadStat
 from tests.unit.kv.publisher import Publisher
-from tests.unit.kv.test_subscriber import until
+from tests.unit.kv.subscriptions.test_subscriber import until
 
 _PAGE = 4
 

@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from extproc.kv.fd_budget import FdBudget, raise_descriptor_limit
+from extproc.kv.subscriptions.fd_budget import FdBudget, raise_descriptor_limit
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ import structlog
 import zmq
 
 from extproc.clock import Clock
-from extproc.kv.fd_budget import FdBudget, raise_descriptor_limit
-from extproc.kv.rank_stream import RankStream, Shared
 from extproc.kv.sequence import ReorderLimits
 from extproc.kv.sink import EventSink
-from extproc.kv.sockets import Context, EventEndpoint
-from extproc.kv.subscription import SubscriberSettings, SubscriptionState
+from extproc.kv.subscriptions.fd_budget import FdBudget, raise_descriptor_limit
+from extproc.kv.subscriptions.rank_stream import RankStream, Shared
+from extproc.kv.subscriptions.sockets import Context, EventEndpoint
+from extproc.kv.subscriptions.subscription import SubscriberSettings, SubscriptionState
 
 __all__ = [
     "EventEndpoint",

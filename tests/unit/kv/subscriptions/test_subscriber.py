@@ -12,7 +12,7 @@ import zmq
 from structlog.testing import capture_logs
 
 from extproc.clock import SystemClock
-from extproc.kv.subscriber import (
+from extproc.kv.subscriptions.subscriber import (
     EventEndpoint,
     KvSubscriber,
     SubscriberSettings,

@@ -27,7 +27,7 @@ from extproc.kv.sequence import (
     Trust,
 )
 from extproc.kv.sink import EventSink
-from extproc.kv.sockets import (
+from extproc.kv.subscriptions.sockets import (
     RECONNECT_MAX_SECONDS,
     RECONNECT_MIN_SECONDS,
     Channel,
@@ -38,7 +38,7 @@ from extproc.kv.sockets import (
     parse_live,
     parse_reply,
 )
-from extproc.kv.subscription import SubscriberSettings, SubscriptionState
+from extproc.kv.subscriptions.subscription import SubscriberSettings, SubscriptionState
 
 __all__ = ["RankStream", "Shared"]
 
