@@ -74,7 +74,7 @@ def endpoint(publisher: Publisher, *, replay: bool = True, topic: str = "") -> E
     )
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not come true"
