@@ -25,9 +25,8 @@ from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_policy
 from extproc.routing.lease import WorkerOutcomes
 from extproc.routing.router import Router
+from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
-from extproc.server.request_heads import RequestHeadTable
-from extproc.server.responses import ResponseTable
 from extproc.server.session import Session, SessionContext
 from extproc.worker_url import parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker

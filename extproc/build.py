@@ -34,9 +34,8 @@ from extproc.routing.request import Request
 from extproc.routing.router import Router
 from extproc.routing.usable import UsableWorkers
 from extproc.server.grpc_server import ExtProcServer
+from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
-from extproc.server.request_heads import RequestHeadTable
-from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
 from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder

@@ -24,7 +24,7 @@ from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import DecodeQuery
 from extproc.server import replies
-from extproc.server.request_heads import wanted_headers
+from extproc.server.messages import wanted_headers
 from extproc.server.session import Session, SessionState
 
 __all__ = ["DecodeSession"]

@@ -44,8 +44,14 @@ from extproc.routing.request import (
 )
 from extproc.server import replies
 from extproc.server.bodies import BodyTooLargeError, RequestBody
-from extproc.server.request_heads import RequestHead, RequestHeadTable, client_headers_of
-from extproc.server.responses import KNOWN_MAX_BYTES, Response, ResponseTable
+from extproc.server.messages import (
+    KNOWN_MAX_BYTES,
+    RequestHead,
+    RequestHeadTable,
+    Response,
+    ResponseTable,
+    client_headers_of,
+)
 
 __all__ = ["Session", "SessionContext", "SessionState"]
 

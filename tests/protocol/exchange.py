@@ -25,9 +25,8 @@ from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
 from extproc.routing.router import Router
 from extproc.server.grpc_server import SERVICE, ExtProcServer
+from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
-from extproc.server.request_heads import RequestHeadTable
-from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
 from extproc.testing.stack import free_ports
 from extproc.worker_url import parse_worker_url

@@ -10,8 +10,7 @@ from extproc import headers
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.config.loading import parse_config
 from extproc.envoy_config import render_bootstrap
-from extproc.server.request_heads import RequestHeadTable, client_headers_of
-from extproc.server.responses import ResponseTable
+from extproc.server.messages import RequestHeadTable, ResponseTable, client_headers_of
 from tests.protocol.exchange import header_map
 
 ROOT = Path(__file__).parents[2]

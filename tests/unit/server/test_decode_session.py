@@ -18,9 +18,8 @@ from extproc.routing.lease import Lease
 from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.routing.pd.passes import DecodeQuery
 from extproc.server.decode_session import DecodeSession
+from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
-from extproc.server.request_heads import RequestHeadTable
-from extproc.server.responses import ResponseTable
 from extproc.server.session import SessionContext
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker

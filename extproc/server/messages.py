@@ -1,9 +1,10 @@
-"""What the first message of a stream says, read once for each different message.
+"""Reads the headers messages of Envoy, once for each different message.
 
-With only the headers forwarded that are read here, these messages differ in two values: the
-request id, which never repeats, and the length of the body. Both are cut out of the bytes and
-the rest is looked up; that costs a fraction of parsing it. A message is kept only if what was
-cut is what the parser found.
+The filter forwards only the headers that are read here, so these messages repeat. Of a request
+only two values differ: the request id, which never repeats, and the length of the body. Both are
+cut out of the bytes, and the rest is looked up in a table. Of a response little but the status
+and the worker differs, so the whole message is looked up. A look-up costs about a tenth of
+parsing.
 """
 
 from typing import Final
@@ -13,25 +14,40 @@ from msgspec import Struct
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.headers import (
     CONTENT_LENGTH_HEADER,
+    CONTENT_TYPE_HEADER,
     DEBUG_HEADER,
+    DESTINATION_NAMESPACE,
+    DESTINATION_SERVED_HEADER,
+    EXTPROC_FILTER,
     METHOD_HEADER,
     PATH_HEADER,
     PREFILL_HEADER_PREFIXES,
     PREFILL_HEADERS,
     REQUEST_ID_HEADER,
     ROUTE_PASS_HEADERS,
+    STATUS_HEADER,
 )
 from extproc.routing.request import ClientHeaders
 from extproc.server.bodies import BodyMode, body_mode
 
-__all__ = ["RequestHead", "RequestHeadTable", "client_headers_of", "wanted_headers"]
+__all__ = [
+    "KNOWN_MAX_BYTES",
+    "RequestHead",
+    "RequestHeadTable",
+    "Response",
+    "ResponseTable",
+    "client_headers_of",
+    "wanted_headers",
+]
 
 _WANTED: Final = frozenset((*ROUTE_PASS_HEADERS, CONTENT_LENGTH_HEADER))
 _PREFILL_HEADERS: Final = frozenset(PREFILL_HEADERS)
 
 _TABLE_MAX_ENTRIES: Final = 1024
 # Longer messages are not looked up: gateways that forward all headers never repeat one.
-_KNOWN_MAX_BYTES: Final = 1024
+_REQUEST_MAX_BYTES: Final = 1024
+# The same for responses; their messages are short.
+KNOWN_MAX_BYTES: Final = 512
 # How the two headers stand in a message: key and raw_value with tags and lengths. No value of
 # another header can contain that, data planes refuse control characters.
 _ID_CHARS: Final = 36
@@ -101,7 +117,7 @@ class RequestHeadTable:
 
 def _cut(raw: bytes) -> tuple[bytes, str, int] | None:
     """The message without the values of request id and length, and the two of them."""
-    if len(raw) > _KNOWN_MAX_BYTES:
+    if len(raw) > _REQUEST_MAX_BYTES:
         return None
     at = raw.find(_ID_MARK)
     if at < 0:
@@ -162,3 +178,68 @@ def wanted_headers(headers: pb.HeaderMap, wanted: frozenset[str] = _WANTED) -> d
             raw = header.raw_value
             found[name] = raw.decode("latin-1") if raw else header.value
     return found
+
+
+class Response(Struct, frozen=True):
+    """The response headers message.
+
+    `status` is 0 when missing; `address` is the `ip:port` that was tried last and
+    `code_details` Envoy's `response.code_details`, each "" where the gateway does not send it.
+    """
+
+    status: int
+    streamed: bool
+    address: str
+    code_details: str
+    end_of_stream: bool
+
+
+class ResponseTable:
+    """Responses by the bytes of their message; bounded."""
+
+    def __init__(self) -> None:
+        self._table: dict[bytes, Response] = {}
+        self.get = self._table.get
+
+    def learn(self, raw: bytes, message: pb.ProcessingRequest) -> Response:
+        """Read a message that is not in the table, and keep it if it may come again."""
+        status, streamed = _status_and_kind(message.response_headers.headers)
+        address, code_details = _served_by(message)
+        response = Response(
+            status, streamed, address, code_details, message.response_headers.end_of_stream
+        )
+        if len(raw) <= KNOWN_MAX_BYTES:
+            if len(self._table) >= _TABLE_MAX_ENTRIES:
+                self._table.clear()
+            self._table[raw] = response
+        return response
+
+
+def _status_and_kind(headers: pb.HeaderMap) -> tuple[int, bool]:
+    status, streamed = 0, False
+    for header in headers.headers:
+        if header.key == STATUS_HEADER:
+            raw = header.raw_value or header.value.encode()
+            status = int(raw) if len(raw) == 3 and raw.isdigit() else 0
+        elif header.key == CONTENT_TYPE_HEADER:
+            streamed = (header.raw_value or header.value.encode()).startswith(b"text/event-stream")
+    return status, streamed
+
+
+def _served_by(message: pb.ProcessingRequest) -> tuple[str, str]:
+    """The tried address and the code details.
+
+    Gateways of the endpoint picker protocol name the endpoint in metadata instead.
+    """
+    address = details = ""
+    if EXTPROC_FILTER in message.attributes:
+        fields = message.attributes[EXTPROC_FILTER].fields
+        if "upstream.address" in fields:
+            address = fields["upstream.address"].string_value
+        if "response.code_details" in fields:
+            details = fields["response.code_details"].string_value
+    if not address and DESTINATION_NAMESPACE in message.metadata_context.filter_metadata:
+        fields = message.metadata_context.filter_metadata[DESTINATION_NAMESPACE].fields
+        if DESTINATION_SERVED_HEADER in fields:
+            address = fields[DESTINATION_SERVED_HEADER].string_value
+    return address, details

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.server.request_heads import RequestHeadTable
+from extproc.server.messages import RequestHeadTable
 
 _ID = "7b81811c-9cbc-4f3b-aa0a-52d02348ad88"
 _OTHER_ID = "00000000-0000-4000-8000-000000000001"
