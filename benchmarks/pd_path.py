@@ -82,7 +82,7 @@ def inject() -> None:
     body = chat_body(MODEL, _MEGABYTE).encode()
     times = []
     for _ in range(200):
-        members = bootstrap_members("10.0.0.1", 8998, rank=1, dp_size=2, prompts=None)
+        members = bootstrap_members("10.0.0.1", 8998, dp_rank=1, dp_size=2, prompts=None)
         started = time.perf_counter()
         with_members(body, members)
         times.append(time.perf_counter() - started)

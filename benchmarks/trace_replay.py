@@ -98,7 +98,7 @@ class KvRouter:
     def __init__(self, policy: KvPolicy, settings: FleetSettings, seed: int) -> None:
         self._index = PrefixIndex(PrefixHasher(secret=seed), _PAGES_MAX)
         self._placement = Placement(policy, self._index, model=_MODEL)
-        self._targets = [
+        self._ranks = [
             Rank(
                 _worker(number),
                 0,
@@ -110,20 +110,20 @@ class KvRouter:
         ]
 
     def route(self, request: TraceRequest, now: float) -> tuple[int, Ticket]:
-        placed = self._placement.place(self._targets, tokens_of(request), 0, now)
-        return placed.target.order, placed.book(now)
+        placed = self._placement.place(self._ranks, tokens_of(request), 0, now)
+        return placed.rank.order, placed.book(now)
 
     def cache_changed(self, worker: int, events: Sequence[CacheEvent]) -> None:
-        target = self._targets[worker]
-        assert target.holder is not None
-        apply_events(self._index, target.holder, events)
+        rank = self._ranks[worker]
+        assert rank.holder is not None
+        apply_events(self._index, rank.holder, events)
         if any(isinstance(event, Cleared) for event in events):
-            self._placement.forget(target)
+            self._placement.forget(rank)
             while self._index.scrub(_PAGES_MAX):
                 pass
 
     def load_changed(self, worker: int, stat: LoadStat, now: float) -> None:
-        self._targets[worker].load.report(stat, now)
+        self._ranks[worker].load.report(stat, now)
 
 
 def _worker(number: int) -> Worker:

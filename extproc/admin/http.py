@@ -91,21 +91,20 @@ class AdminServer:
     def _describe_kv(self, worker: Worker) -> dict[str, Any]:
         """Empty for a worker whose KV cache nobody looks at."""
         ranks = self._ranks
-        targets = ranks.targets(worker) if ranks is not None else ()
-        if ranks is None or not targets:
+        found = ranks.of(worker) if ranks is not None else ()
+        if ranks is None or not found:
             return {}
         events = worker.spec.kv_events
         return {
             "page_size": None if events is None else events.block_size,
             "ranks": [
-                _describe_rank(target, ranks.picture.state(RankKey.of(target)))
-                for target in targets
+                _describe_rank(rank, ranks.picture.state(RankKey.of(rank))) for rank in found
             ],
         }
 
 
-def _describe_rank(target: Rank, state: RankState | None) -> dict[str, Any]:
-    shown: dict[str, Any] = {"rank": target.rank, "in_flight": target.load.in_flight}
+def _describe_rank(rank: Rank, state: RankState | None) -> dict[str, Any]:
+    shown: dict[str, Any] = {"rank": rank.dp_rank, "in_flight": rank.load.in_flight}
     if state is None:
         return shown | {"trusted": False, "reason": "no_events"}
     return shown | {

@@ -139,14 +139,14 @@ class KvCollector(Collector):
         )
         now = self._clock.monotonic()
         seen: set[tuple[str, str]] = set()
-        for key, target in self._ranks:
-            values = (key.url, str(key.rank))
+        for key, rank in self._ranks:
+            values = (key.url, str(key.dp_rank))
             if values in seen:
                 continue  # two ids share a URL while a pod is replaced
             seen.add(values)
-            requests.add_metric(values, target.load.requests(now))
-            ahead.add_metric(values, target.load.prefill_tokens_ahead(now))
-            speed.add_metric(values, target.load.prefill_tokens_per_second)
+            requests.add_metric(values, rank.load.requests(now))
+            ahead.add_metric(values, rank.load.prefill_tokens_ahead(now))
+            speed.add_metric(values, rank.load.prefill_tokens_per_second)
             state = self._ranks.picture.state(key)
             if state is None:
                 continue

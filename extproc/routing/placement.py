@@ -27,9 +27,9 @@ _Shape = tuple[int, bool]
 
 
 class _Candidate(Struct, gc=False):
-    """A target beside a prompt; see policies.base.KvCandidate."""
+    """A rank beside a prompt; see policies.base.KvCandidate."""
 
-    target: Rank
+    rank: Rank
     order: int
     load: RankLoad
     has_events: bool = False
@@ -88,16 +88,16 @@ class PlacedBooking:
 class Placed:
     """Where a prompt goes.
 
-    `cached_tokens` are those of the prompt that the target was told to hold and that will spare
+    `cached_tokens` are those of the prompt that the rank is known to hold and that will spare
     prefill, of `total_tokens`, which is 0 when they are not known. `prefill_tokens` is what it is
     expected to compute, at least 1.
     """
 
-    __slots__ = ("_prompt", "cached_tokens", "prefill_tokens", "reason", "target", "total_tokens")
+    __slots__ = ("_prompt", "cached_tokens", "prefill_tokens", "rank", "reason", "total_tokens")
 
     def __init__(
         self,
-        target: Rank,
+        rank: Rank,
         reason: str,
         *,
         cached_tokens: int,
@@ -105,7 +105,7 @@ class Placed:
         prefill_tokens: int,
         prompt: _Prompt | None,
     ) -> None:
-        self.target = target
+        self.rank = rank
         self.reason = reason
         self.cached_tokens = cached_tokens
         self.total_tokens = total_tokens
@@ -113,8 +113,8 @@ class Placed:
         self._prompt = prompt
 
     def book(self, now: float, *, streamed: bool = True) -> PlacedBooking:
-        """Count the request on its target, and expect its pages there."""
-        load, prompt = self.target.load, self._prompt
+        """Count the request on its rank, and expect its pages there."""
+        load, prompt = self.rank.load, self._prompt
         ends_at = None
         if prompt is not None and not streamed:
             work = load.prefill_tokens_ahead(now) + self.prefill_tokens
@@ -123,7 +123,7 @@ class Placed:
         booking = load.book(self.prefill_tokens, now, streamed=streamed)
         if prompt is None:
             return PlacedBooking(booking, None)
-        prediction = prompt.predictions.add(self.target, prompt.prefixes, ends_at)
+        prediction = prompt.predictions.add(self.rank, prompt.prefixes, ends_at)
         return PlacedBooking(booking, prediction)
 
 
@@ -148,30 +148,30 @@ class Placement:
 
     def place(
         self,
-        targets: Sequence[Rank],
+        ranks: Sequence[Rank],
         tokens: TokenIds | None,
         seed: int,
         now: float,
         *,
         expected_tokens: int = 0,
     ) -> Placed:
-        """Choose one of at least one target, given in ascending `order`; changes nothing.
+        """Choose one of at least one rank, given in ascending `order`; changes nothing.
 
         `tokens` (uint64) are the prompt's, None if they are not known; `seed` is that of its
         namespace. `expected_tokens` is a guess for want of tokens, 0 for none.
         """
         total = 0 if tokens is None else len(tokens)
         prompts: dict[_Shape, _Prompt] = {}
-        candidates = [_Candidate(target, target.order, target.load) for target in targets]
+        candidates = [_Candidate(rank, rank.order, rank.load) for rank in ranks]
         if tokens is not None and total:
             self._look_up(candidates, prompts, tokens, seed, now)
         query = KvQuery(self._model, now, total, expected_tokens)
         chosen, reason = self.policy.choose(candidates, query)
         cached = chosen.device_tokens + chosen.host_tokens + chosen.disk_tokens
-        target, holder = chosen.target, chosen.target.holder
+        rank, holder = chosen.rank, chosen.rank.holder
         prompt = prompts.get((holder.page_size, holder.bigram)) if holder is not None else None
         return Placed(
-            target,
+            rank,
             reason,
             cached_tokens=cached,
             total_tokens=total,
@@ -181,10 +181,10 @@ class Placement:
             prompt=prompt if prompt is not None and chosen.held_pages < prompt.pages else None,
         )
 
-    def forget(self, target: Rank) -> None:
+    def forget(self, rank: Rank) -> None:
         """Its cache was cleared, its engine was started anew, or it is gone."""
         for predictions in self._predictions.values():
-            predictions.forget(target)
+            predictions.forget(rank)
 
     def _look_up(
         self,
@@ -197,15 +197,15 @@ class Placement:
         """Fill in what each candidate holds."""
         masks: dict[_Shape, int] = {}
         for candidate in candidates:
-            holder = candidate.target.holder
+            holder = candidate.rank.holder
             if holder is not None:
                 shape = (holder.page_size, holder.bigram)
                 masks[shape] = masks.get(shape, 0) | holder.bit
         for shape, mask in masks.items():
             prompts[shape] = self._cut(shape, mask, tokens, seed, now)
         for candidate in candidates:
-            target = candidate.target
-            holder = target.holder
+            rank = candidate.rank
+            holder = rank.holder
             if holder is None:
                 continue
             page_size = holder.page_size
@@ -222,7 +222,7 @@ class Placement:
                     host = min(host * page_size, cap)
                     candidate.host_tokens = host - device
                     candidate.disk_tokens = min(pages * page_size, cap) - host
-            predicted = prompt.predicted.get(target)
+            predicted = prompt.predicted.get(rank)
             if predicted is not None:
                 candidate.predicted_pages = predicted
                 candidate.predicted_tokens = min(predicted * page_size, prompt.cap)

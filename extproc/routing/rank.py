@@ -8,28 +8,28 @@ __all__ = ["Rank"]
 
 
 class Rank:
-    """One (worker, rank), for as long as the worker is registered.
+    """One data-parallel rank of a worker, for as long as the worker is registered.
 
-    `order` rises with registration and is unique among targets. `holder` is what the rank
+    `order` rises with registration and is unique among ranks. `holder` is what the rank
     holds, None while nothing that could be trusted is known of it.
     """
 
-    __slots__ = ("holder", "load", "order", "rank", "worker")
+    __slots__ = ("dp_rank", "holder", "load", "order", "worker")
 
     def __init__(
         self,
         worker: Worker,
-        rank: int,
+        dp_rank: int,
         *,
         order: int,
         load: RankLoad,
         holder: RankPages | None = None,
     ) -> None:
         self.worker = worker
-        self.rank = rank
+        self.dp_rank = dp_rank
         self.order = order
         self.load = load
         self.holder = holder
 
     def __repr__(self) -> str:
-        return f"Rank({self.worker.url}, rank {self.rank})"
+        return f"Rank({self.worker.url}, rank {self.dp_rank})"

@@ -108,12 +108,12 @@ class RankChooser:
         self, model: str, workers: Sequence[Worker], prompt: PromptTokens, now: float
     ) -> Placed:
         """Choose among the ranks of these workers."""
-        targets: list[Rank] = []
-        of = self._ranks.targets
+        ranks: list[Rank] = []
+        of = self._ranks.of
         for worker in workers:
-            targets += of(worker)
+            ranks += of(worker)
         return self._placements[model].place(
-            targets, prompt.ids, prompt.seed, now, expected_tokens=prompt.guess
+            ranks, prompt.ids, prompt.seed, now, expected_tokens=prompt.guess
         )
 
     def decided(self, model: str, placed: Placed) -> None:
@@ -125,18 +125,18 @@ class RankChooser:
             metrics.overlap_tokens(model).observe(placed.cached_tokens)
 
     def book_served(
-        self, worker: Worker, rank: int, prefill_tokens: int, streamed: bool, now: float
+        self, worker: Worker, dp_rank: int, prefill_tokens: int, streamed: bool, now: float
     ) -> RankBooking | None:
         """Count the request on a rank that serves it though another one was chosen."""
-        targets = self._ranks.targets(worker)
-        if not targets:
+        ranks = self._ranks.of(worker)
+        if not ranks:
             return None
-        load = targets[rank if rank < len(targets) else 0].load
+        load = ranks[dp_rank if dp_rank < len(ranks) else 0].load
         return load.book(prefill_tokens, now, streamed=streamed)
 
     def has_ranks(self, worker: Worker) -> bool:
         """Whether the engine must be told which of its ranks was chosen."""
-        return len(self._ranks.targets(worker)) > 1
+        return len(self._ranks.of(worker)) > 1
 
-    def has_rank(self, worker: Worker, rank: int) -> bool:
-        return rank < len(self._ranks.targets(worker))
+    def has_rank(self, worker: Worker, dp_rank: int) -> bool:
+        return dp_rank < len(self._ranks.of(worker))

@@ -128,8 +128,8 @@ class Router:
         kv = self._kv
         assert kv is not None and prompt is not None  # noqa: S101, PT018 (see _read)
         placed = kv.place(model, candidates, prompt, now)
-        target = placed.target
-        return Chosen(target.worker, kv.policy_name(model), placed.reason, target.rank, placed)
+        rank = placed.rank
+        return Chosen(rank.worker, kv.policy_name(model), placed.reason, rank.dp_rank, placed)
 
     def _placed(
         self,
@@ -140,13 +140,13 @@ class Router:
         now: float,
     ) -> Lease:
         """The request goes to the chosen worker as it is, with others to fall back to."""
-        worker, policy, reason, rank, placed = chosen
+        worker, policy, reason, dp_rank, placed = chosen
         members = b""
         kv = self._kv
         if placed is not None and kv is not None and kv.has_ranks(worker) and request.body:
-            members = b'"routed_dp_rank":%d' % rank
+            members = b'"routed_dp_rank":%d' % dp_rank
             # The body goes as it is to whoever serves: all of them must have that rank.
-            candidates = [other for other in candidates if kv.has_rank(other, rank)]
+            candidates = [other for other in candidates if kv.has_rank(other, dp_rank)]
         named = [worker, *self._fallbacks(worker, candidates)]
         decision = Decision(
             model=model,
@@ -168,7 +168,7 @@ class Router:
         ticket.booking = placed.book(now, streamed=request.stream)
 
         def rebook(other: Worker, at: float) -> RankBooking | None:
-            return kv.book_served(other, rank, placed.prefill_tokens, request.stream, at)
+            return kv.book_served(other, dp_rank, placed.prefill_tokens, request.stream, at)
 
         lease.rebook = rebook
         return lease

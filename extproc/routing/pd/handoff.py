@@ -73,14 +73,14 @@ def prompts_of_a_batch(request: Request) -> int | None:
 
 
 def bootstrap_members(
-    host: str, port: int | None, *, rank: int, dp_size: int, prompts: int | None
+    host: str, port: int | None, *, dp_rank: int, dp_size: int, prompts: int | None
 ) -> bytes:
     """`bootstrap_host`, `_port` and `_room`; lists of `prompts` each where it is not None."""
     fields: tuple[Any, Any, Any]
     if prompts is None:
-        fields = host, port, _room(rank, dp_size)
+        fields = host, port, _room(dp_rank, dp_size)
     else:
-        rooms = [_room(rank, dp_size) for _ in range(prompts)]
+        rooms = [_room(dp_rank, dp_size) for _ in range(prompts)]
         fields = [host] * prompts, [port] * prompts, rooms
     encode = msgspec.json.encode
     return b'"bootstrap_host":%b,"bootstrap_port":%b,"bootstrap_room":%b' % (
@@ -90,9 +90,9 @@ def bootstrap_members(
     )
 
 
-def _room(rank: int, dp_size: int) -> int:
+def _room(dp_rank: int, dp_size: int) -> int:
     """Random below 2^63, and congruent to the rank."""
-    return secrets.randbelow((_ROOMS - rank + dp_size - 1) // dp_size) * dp_size + rank
+    return secrets.randbelow((_ROOMS - dp_rank + dp_size - 1) // dp_size) * dp_size + dp_rank
 
 
 def kv_decode_members(answer: bytes) -> bytes | None:

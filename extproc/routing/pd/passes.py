@@ -98,7 +98,7 @@ class Chosen(NamedTuple):
     worker: Worker
     policy: str
     reason: str
-    rank: int = 0
+    dp_rank: int = 0
     placed: Placed | None = None
 
 
@@ -219,7 +219,7 @@ class Disaggregation:
                 raise no_decode_workers()
             chosen = choose(candidates, now)
             worker = chosen.worker
-            members = KV_PREFILL_MEMBERS if rooms is None else rooms.members(worker, chosen.rank)
+            members = KV_PREFILL_MEMBERS if rooms is None else rooms.members(worker, chosen.dp_rank)
             ticket = self._active_load.book(worker, now)
             probe = worker.breaker.claim(now)
             leg = PrefillLeg(
@@ -383,7 +383,7 @@ class Disaggregation:
         """With their load: our own requests, or what the engine reports, whichever is more."""
         candidates = []
         for worker in workers:
-            loads = [target.load for target in self._ranks.targets(worker)]
+            loads = [rank.load for rank in self._ranks.of(worker)]
             reported = sum([load.requests(now) for load in loads])
             usage = max([load.kv_usage(now) for load in loads], default=0.0)
             candidates.append(_DecodeCandidate(worker, max(worker.in_flight, reported), usage))
@@ -406,12 +406,12 @@ class _Rooms:
     def __init__(self, prompts: int | None) -> None:
         self._prompts = prompts
 
-    def members(self, worker: Worker, rank: int) -> bytes:
+    def members(self, worker: Worker, dp_rank: int) -> bytes:
         events = worker.spec.kv_events
         return bootstrap_members(
             worker.spec.url.host,
             worker.spec.bootstrap_port,
-            rank=rank,
+            dp_rank=dp_rank,
             dp_size=events.dp_size if events is not None else 1,
             prompts=self._prompts,
         )

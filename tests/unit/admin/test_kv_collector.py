@@ -37,14 +37,14 @@ async def ranks() -> AsyncIterator[Ranks]:
 async def test_ranks_are_shown_while_they_are_followed(ranks: Ranks) -> None:
     registry = CollectorRegistry()
     registry.register(KvCollector(ranks, FakeClock()))
-    (_, target), _ = list(ranks)
+    (_, rank), _ = list(ranks)
     key = next(iter(ranks.picture.states()))
     state = ranks.picture.state(key)
     assert state is not None
     tokens = np.arange(8, dtype=np.uint64)
     ranks.picture.index.store(state.holder, [1, 2], None, tokens, 4)
     ranks.picture.index.store(state.holder, [3], 7, tokens[:4], 4)  # of a parent nobody knows
-    target.load.book(500, 0.0)
+    rank.load.book(500, 0.0)
 
     def sample(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, labels)
@@ -59,7 +59,7 @@ async def test_ranks_are_shown_while_they_are_followed(ranks: Ranks) -> None:
     assert sample("extproc_kv_index_bytes") == 500
     assert sample("extproc_kv_ranks") == sample("extproc_kv_ranks_untrusted") == 2
     assert sample("extproc_kv_pages_kept_out_total", why="unknown_parent") == 1
-    await ranks.left(target.worker)
+    await ranks.left(rank.worker)
     assert URL.encode() not in generate_latest(registry)
     assert sample("extproc_kv_ranks") == 0
 

@@ -48,13 +48,13 @@ class Fleet(Struct, kw_only=True):
     policy: Noting
     index: PrefixIndex
     placement: Placement
-    targets: list[Rank]
+    ranks: list[Rank]
 
     def hold(
         self, number: int, tokens: TokenIds, *, tier: Tier = 0, skip: int = 0, seed: int = 0
     ) -> None:
         """The rank has the whole pages of these tokens, from page `skip` on stored on `tier`."""
-        holder = self.targets[number].holder
+        holder = self.ranks[number].holder
         assert holder is not None
         size = holder.page_size
         units = tokens
@@ -82,9 +82,7 @@ class Fleet(Struct, kw_only=True):
         expected_tokens: int = 0,
     ) -> Placed:
         self.policy.takes = takes
-        return self.placement.place(
-            self.targets, tokens, seed, now, expected_tokens=expected_tokens
-        )
+        return self.placement.place(self.ranks, tokens, seed, now, expected_tokens=expected_tokens)
 
     def predicted(self, tokens: TokenIds, now: float = NOW, seed: int = 0) -> list[int]:
         """Pages each rank is expected to have of it."""
@@ -96,7 +94,7 @@ def make_fleet(*pages: int | None, bigram: bool = False, policy: KvPolicy | None
     """A rank for each page size; None = not trusted, hence without a holder."""
     index, noting = PrefixIndex(PrefixHasher(secret=1), 100_000), Noting()
     placement = Placement(policy or noting, index, model="m", prefill_tokens_per_second=SPEED)
-    targets = [
+    ranks = [
         Rank(
             make_worker(f"http://10.0.0.{order + 1}:8000", order=order),
             0,
@@ -106,7 +104,7 @@ def make_fleet(*pages: int | None, bigram: bool = False, policy: KvPolicy | None
         )
         for order, size in enumerate(pages)
     ]
-    return Fleet(policy=noting, index=index, placement=placement, targets=targets)
+    return Fleet(policy=noting, index=index, placement=placement, ranks=ranks)
 
 
 # -- what is held
@@ -150,7 +148,7 @@ def test_the_chosen_rank_is_what_is_told() -> None:
     fleet.hold(1, some_tokens(100))
     for takes, cached in ((0, 0), (1, 96), (2, 0)):
         placed = fleet.place(some_tokens(100), takes=takes)
-        assert placed.target is fleet.targets[takes]
+        assert placed.rank is fleet.ranks[takes]
         assert (placed.cached_tokens, placed.prefill_tokens) == (cached, 100 - cached)
 
 
@@ -200,7 +198,7 @@ def test_pages_of_pairs_of_tokens() -> None:
 def test_tiers_add_up_to_what_is_held() -> None:
     fleet = make_fleet(PAGE)
     fleet.hold(0, some_tokens(100))
-    holder = fleet.targets[0].holder
+    holder = fleet.ranks[0].holder
     assert holder is not None
     ids = [hash((0, some_tokens(1)[0], page)) for page in range(6)]
     # Pages 0 and 1 stay on the device, 2 and 3 are on the host, 4 and 5 further down.
@@ -255,10 +253,10 @@ def test_of_a_rank_that_is_not_trusted_nothing_is_known() -> None:
 def test_trust_may_come_and_go() -> None:
     fleet = make_fleet(PAGE)
     fleet.hold(0, some_tokens(100))
-    target = fleet.targets[0]
-    holder, target.holder = target.holder, None
+    rank = fleet.ranks[0]
+    holder, rank.holder = rank.holder, None
     assert fleet.place(some_tokens(100)).cached_tokens == 0
-    target.holder = holder
+    rank.holder = holder
     assert fleet.place(some_tokens(100)).cached_tokens == 96
 
 
@@ -271,7 +269,7 @@ def test_without_tokens_nothing_is_looked_up(tokens: TokenIds | None) -> None:
     assert (fleet.policy.query.prompt_tokens, fleet.policy.query.expected_tokens) == (0, 700)
     assert not fleet.policy.seen[0].has_events
     booking = placed.book(NOW)
-    assert fleet.targets[0].load.prefill_tokens_ahead(NOW) == 700
+    assert fleet.ranks[0].load.prefill_tokens_ahead(NOW) == 700
     assert fleet.predicted(some_tokens(100)) == [0]
     booking.release(NOW)
     assert fleet.place(tokens).prefill_tokens == 1  # not even a guess
@@ -287,11 +285,11 @@ def test_the_policy_is_told_of_the_request() -> None:
     fleet.place(some_tokens(100), now=7.0, expected_tokens=9)
     assert fleet.policy.query == KvQuery("m", 7.0, 100, 9)
     (seen,) = fleet.policy.seen
-    assert (seen.order, seen.load) == (0, fleet.targets[0].load)
+    assert (seen.order, seen.load) == (0, fleet.ranks[0].load)
 
 
 def test_ranks_begin_with_the_speed_that_is_assumed_of_their_model() -> None:
-    assert make_fleet(PAGE).targets[0].load.prefill_tokens_per_second == SPEED
+    assert make_fleet(PAGE).ranks[0].load.prefill_tokens_per_second == SPEED
 
 
 # -- what is booked and expected
@@ -301,7 +299,7 @@ def test_to_place_changes_nothing() -> None:
     fleet = make_fleet(PAGE)
     fleet.place(some_tokens(100))
     assert fleet.predicted(some_tokens(100)) == [0]
-    assert fleet.targets[0].load.in_flight == 0
+    assert fleet.ranks[0].load.in_flight == 0
 
 
 def test_what_is_expected_spares_prefill_but_is_not_held() -> None:
@@ -334,7 +332,7 @@ def test_nothing_is_expected_of_a_prompt_that_is_held_already() -> None:
     fleet.hold(0, some_tokens(100))
     fleet.place(some_tokens(100)).book(NOW)
     assert fleet.predicted(some_tokens(100)) == [0]
-    assert fleet.targets[0].load.prefill_tokens_ahead(NOW) == 4
+    assert fleet.ranks[0].load.prefill_tokens_ahead(NOW) == 4
     # One page more is not held.
     fleet.place(some_tokens(112)).book(NOW)
     assert fleet.predicted(some_tokens(112)) == [7]
@@ -358,7 +356,7 @@ def test_expectations_of_each_page_size() -> None:
 
 def test_a_start_settles_load_and_expectation() -> None:
     fleet = make_fleet(PAGE)
-    load = fleet.targets[0].load
+    load = fleet.ranks[0].load
     booking = fleet.place(some_tokens(100)).book(NOW)
     assert (load.in_flight, load.running(NOW), load.prefill_tokens_ahead(NOW)) == (1, 0, 100)
     booking.started(NOW + 1)
@@ -374,7 +372,7 @@ def test_a_start_settles_load_and_expectation() -> None:
 
 def test_a_release_before_the_start_takes_both_back() -> None:
     fleet = make_fleet(PAGE)
-    load = fleet.targets[0].load
+    load = fleet.ranks[0].load
     booking = fleet.place(some_tokens(100)).book(NOW)
     booking.release(NOW)
     assert (load.in_flight, load.prefill_tokens_ahead(NOW)) == (0, 0)
@@ -413,11 +411,11 @@ def test_a_rank_that_lost_its_cache_is_forgotten_in_every_namespace_and_no_other
     for takes in range(3):
         fleet.place(some_tokens(100), takes=takes).book(NOW)
         fleet.place(some_tokens(100), takes=takes, seed=salted).book(NOW)
-    fleet.placement.forget(fleet.targets[0])
+    fleet.placement.forget(fleet.ranks[0])
     assert fleet.predicted(some_tokens(100)) == [0, 3, 6]
     assert fleet.predicted(some_tokens(100), seed=salted) == [0, 3, 6]
-    fleet.placement.forget(fleet.targets[1])
-    fleet.placement.forget(fleet.targets[1])
+    fleet.placement.forget(fleet.ranks[1])
+    fleet.placement.forget(fleet.ranks[1])
     assert fleet.predicted(some_tokens(100)) == [0, 0, 6]
 
 
@@ -425,8 +423,8 @@ def test_a_rank_that_lost_its_cache_is_forgotten_in_every_namespace_and_no_other
 
 
 def placed_on(fleet: Fleet, count: int) -> tuple[int, str]:
-    placed = fleet.placement.place(fleet.targets, some_tokens(count), 0, NOW)
-    return placed.target.order, placed.reason
+    placed = fleet.placement.place(fleet.ranks, some_tokens(count), 0, NOW)
+    return placed.rank.order, placed.reason
 
 
 @pytest.mark.parametrize("kind", [CacheAwareZmq, MinTtft])
@@ -434,15 +432,15 @@ def test_a_second_request_follows_the_first_and_a_holder_is_found(
     kind: type[CacheAwareZmq | MinTtft],
 ) -> None:
     fleet = make_fleet(PAGE, PAGE, PAGE, policy=kind(Random(0)))
-    first = fleet.placement.place(fleet.targets, some_tokens(2000), 0, NOW)
+    first = fleet.placement.place(fleet.ranks, some_tokens(2000), 0, NOW)
     assert first.reason in ("below_threshold", "miss")
     booking = first.book(NOW)
     booking.started(NOW)  # at once, so that no queue keeps others away
-    assert placed_on(fleet, 2000) == (first.target.order, "predicted")
-    fleet.hold(first.target.order, some_tokens(2000))
-    assert placed_on(fleet, 2000) == (first.target.order, "hit")
-    fleet.placement.forget(first.target)
-    assert placed_on(fleet, 2000) == (first.target.order, "hit")
+    assert placed_on(fleet, 2000) == (first.rank.order, "predicted")
+    fleet.hold(first.rank.order, some_tokens(2000))
+    assert placed_on(fleet, 2000) == (first.rank.order, "hit")
+    fleet.placement.forget(first.rank)
+    assert placed_on(fleet, 2000) == (first.rank.order, "hit")
 
 
 @pytest.mark.parametrize("kind", [CacheAwareZmq, MinTtft])
@@ -453,5 +451,5 @@ def test_a_fleet_that_nothing_is_known_of_says_so(
     assert placed_on(fleet, 100)[1] == "no_events"
     fleet = make_fleet(PAGE, None, policy=kind(Random(0)))
     assert placed_on(fleet, PAGE - 1)[1] == "short_prompt"
-    placed = fleet.placement.place(fleet.targets, None, 0, NOW)
+    placed = fleet.placement.place(fleet.ranks, None, 0, NOW)
     assert placed.reason == "no_tokens"

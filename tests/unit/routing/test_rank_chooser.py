@@ -71,18 +71,18 @@ class Fleet(Struct, kw_only=True):
     router: Router
     workers: list[Worker]
 
-    def target(self, worker: int, rank: int = 0) -> Rank:
-        return self.ranks.targets(self.workers[worker])[rank]
+    def rank(self, worker: int, dp_rank: int = 0) -> Rank:
+        return self.ranks.of(self.workers[worker])[dp_rank]
 
-    def hold(self, text: str, worker: int, rank: int = 0, salt: str | None = None) -> None:
+    def hold(self, text: str, worker: int, dp_rank: int = 0, salt: str | None = None) -> None:
         """The rank is trusted and holds the whole pages of this text."""
-        index, target = self.ranks.picture.index, self.target(worker, rank)
-        if target.holder is None:
-            target.holder = index.add(f"{worker}-{rank}", PAGE)
+        index, rank = self.ranks.picture.index, self.rank(worker, dp_rank)
+        if rank.holder is None:
+            rank.holder = index.add(f"{worker}-{dp_rank}", PAGE)
         ids = tokens(text)[: len(text) // PAGE * PAGE]
         seed = self.ranks.picture.seed(salt, None)
         names = [hash((salt, text[: end * PAGE])) for end in range(1, len(ids) // PAGE + 1)]
-        index.store(target.holder, names, None, ids, PAGE, seed=seed)
+        index.store(rank.holder, names, None, ids, PAGE, seed=seed)
 
     async def route(self, text: str, **fields: Any) -> Lease:
         body = json.dumps({"model": "m", "prompt": text} | fields).encode()
@@ -262,10 +262,10 @@ async def test_nobody_to_ask_is_told_before_any_work(fleet: MakeFleet) -> None:
 
 async def test_the_rank_is_told_only_where_there_are_several(fleet: MakeFleet) -> None:
     pool = await fleet(dp_size=3)
-    pool.hold(TEXT, 1, rank=2)
+    pool.hold(TEXT, 1, dp_rank=2)
     lease = await pool.route(TEXT)
     assert lease.decision.body_members == b'"routed_dp_rank":2'
-    assert pool.target(1, 2).load.in_flight == 1
+    assert pool.rank(1, 2).load.in_flight == 1
     assert (await pool.send(b"")).decision.body_members == b""
     single = await fleet()
     assert (await single.route(TEXT)).decision.body_members == b""
@@ -276,7 +276,7 @@ async def test_fallbacks_have_the_rank_that_the_body_names(fleet: MakeFleet) -> 
     small = make_worker("http://10.0.0.2:1", order=1)  # one rank
     pool.registry.upsert(small)
     pool.ranks.joined(small)
-    pool.hold(TEXT, 0, rank=3)
+    pool.hold(TEXT, 0, dp_rank=3)
     lease = await pool.route(TEXT)
     assert lease.decision.destinations == ("10.0.0.1:1",)
 
@@ -284,17 +284,17 @@ async def test_fallbacks_have_the_rank_that_the_body_names(fleet: MakeFleet) -> 
 async def test_books_of_ranks_are_settled_on_every_way_out(fleet: MakeFleet) -> None:
     pool = await fleet()
     pool.hold(TEXT, 0)
-    target = pool.target(0)
+    rank = pool.rank(0)
     done = await pool.route(TEXT)
     gone = await pool.route(TEXT)
-    assert target.load.in_flight == 2
-    assert target.load.prefill_tokens_ahead(pool.clock.monotonic()) > 0
+    assert rank.load.in_flight == 2
+    assert rank.load.prefill_tokens_ahead(pool.clock.monotonic()) > 0
     done.responded(200, "10.0.0.1:8000", "via_upstream", streamed=True)
     done.close()
     gone.close()
     gone.close()
-    assert target.load.in_flight == 0
-    assert target.load.prefill_tokens_ahead(pool.clock.monotonic()) == 0
+    assert rank.load.in_flight == 0
+    assert rank.load.prefill_tokens_ahead(pool.clock.monotonic()) == 0
     assert len(pool.active_load) == 0
 
 
@@ -304,10 +304,10 @@ async def test_whoever_serves_instead_has_the_load(fleet: MakeFleet) -> None:
     lease = await pool.route(TEXT)
     assert lease.decision.destinations[0] == "10.0.0.1:8000"
     lease.responded(200, "10.0.0.2:8000", "via_upstream", streamed=True)
-    assert pool.target(0).load.in_flight == 0
-    assert pool.target(1).load.in_flight == 1
+    assert pool.rank(0).load.in_flight == 0
+    assert pool.rank(1).load.in_flight == 1
     lease.close()
-    assert pool.target(1).load.in_flight == 0
+    assert pool.rank(1).load.in_flight == 0
 
 
 async def test_a_sibling_follows_what_is_on_its_way(fleet: MakeFleet) -> None:
@@ -328,10 +328,10 @@ async def test_a_worker_that_left_is_no_target_and_keeps_no_hope(fleet: MakeFlee
     pool.hold("z" * 8, 1)
     lease = await pool.route(TEXT)
     left = 0 if lease.decision.worker_url == A else 1
-    target = pool.target(left)
+    rank = pool.rank(left)
     await pool.ranks.left(pool.workers[left])
-    assert pool.ranks.targets(pool.workers[left]) == ()
-    assert target.holder is None
+    assert pool.ranks.of(pool.workers[left]) == ()
+    assert rank.holder is None
     pool.registry.remove(pool.workers[left].id)
     assert (await pool.route(TEXT)).decision.reason == "below_threshold"
     lease.close()  # its books may outlive it
@@ -343,7 +343,7 @@ async def test_workers_of_other_models_are_not_followed(fleet: MakeFleet) -> Non
     events = KvEvents(host="127.0.0.1", port=1, block_size=PAGE)
     stranger = make_worker(A, model_ids=("other",), kv_events=events)
     pool.ranks.joined(stranger)
-    assert pool.ranks.targets(stranger) == ()
+    assert pool.ranks.of(stranger) == ()
     assert pool.ranks.picture.states() == {}
     await pool.ranks.left(stranger)
 
@@ -355,6 +355,6 @@ async def test_a_worker_that_comes_back_is_followed_anew(fleet: MakeFleet) -> No
     for _ in range(2):
         pool.ranks.joined(worker)
         assert len(pool.ranks.picture.states()) == 2
-        assert [target.rank for target in pool.ranks.targets(worker)] == [0, 1]
+        assert [rank.dp_rank for rank in pool.ranks.of(worker)] == [0, 1]
         await pool.ranks.left(worker)
         assert pool.ranks.picture.states() == {}

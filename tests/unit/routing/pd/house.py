@@ -271,7 +271,7 @@ class Fleet:
 
     def reports(self, worker: Worker, requests: int, usage: float = 0.0) -> None:
         """The engine says how much it has to do."""
-        (target,) = self.ranks.targets(worker)
+        (rank,) = self.ranks.of(worker)
         stat = LoadStat(
             num_running_reqs=requests,
             num_waiting_reqs=0,
@@ -279,17 +279,17 @@ class Fleet:
             max_total_num_tokens=1000,
             attn_dp_rank=0,
         )
-        target.load.report(stat, self.clock.monotonic())
+        rank.load.report(stat, self.clock.monotonic())
 
     def hold(self, text: str, worker: Worker) -> None:
         """The worker is trusted and holds the whole pages of this text."""
-        index, (target,) = self.ranks.picture.index, self.ranks.targets(worker)
-        if target.holder is None:
-            target.holder = index.add(worker.url, PAGE)
+        index, (rank,) = self.ranks.picture.index, self.ranks.of(worker)
+        if rank.holder is None:
+            rank.holder = index.add(worker.url, PAGE)
         ids = np.frombuffer(text.encode(), np.uint8).astype(np.uint64)
         ids = ids[: len(text) // PAGE * PAGE]
         names = [hash(text[: end * PAGE]) for end in range(1, len(ids) // PAGE + 1)]
-        index.store(target.holder, names, None, ids, PAGE, seed=0)
+        index.store(rank.holder, names, None, ids, PAGE, seed=0)
 
     # -- what is left
 

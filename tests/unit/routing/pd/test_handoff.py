@@ -25,11 +25,11 @@ def members(
     host: str = HOST,
     port: int | None = 8998,
     *,
-    rank: int = 0,
+    dp_rank: int = 0,
     dp_size: int = 1,
     prompts: int | None = None,
 ) -> dict[str, Any]:
-    added = bootstrap_members(host, port, rank=rank, dp_size=dp_size, prompts=prompts)
+    added = bootstrap_members(host, port, dp_rank=dp_rank, dp_size=dp_size, prompts=prompts)
     found: dict[str, Any] = json.loads(b"{%b}" % added)
     assert sorted(found) == ["bootstrap_host", "bootstrap_port", "bootstrap_room"]
     return found
@@ -47,12 +47,12 @@ def prompts_in(path: str, **body: Any) -> int | None:
 def test_a_room_tells_the_rank_and_fits_a_signed_integer(
     dp_size: int, data: st.DataObject, prompts: int | None
 ) -> None:
-    rank = data.draw(st.integers(0, dp_size - 1))
-    room = members(rank=rank, dp_size=dp_size, prompts=prompts)["bootstrap_room"]
+    dp_rank = data.draw(st.integers(0, dp_size - 1))
+    room = members(dp_rank=dp_rank, dp_size=dp_size, prompts=prompts)["bootstrap_room"]
     for one in [room] if prompts is None else room:
         assert type(one) is int
         assert 0 <= one < 2**63
-        assert one % dp_size == rank
+        assert one % dp_size == dp_rank
 
 
 @pytest.mark.parametrize("drawn", ["first", "last"])
@@ -64,25 +64,25 @@ def test_the_first_and_the_last_room_are_within_bounds(
 
     monkeypatch.setattr("secrets.randbelow", draw)
     for dp_size in (1, 2, 3, 7, 8, 1000, 1024):
-        for rank in {0, 1 % dp_size, dp_size // 2, dp_size - 1}:
-            room = members(rank=rank, dp_size=dp_size)["bootstrap_room"]
-            assert room % dp_size == rank
+        for dp_rank in {0, 1 % dp_size, dp_size // 2, dp_size - 1}:
+            room = members(dp_rank=dp_rank, dp_size=dp_size)["bootstrap_room"]
+            assert room % dp_size == dp_rank
             if drawn == "first":
-                assert room == rank
+                assert room == dp_rank
             else:
                 # One step more would leave the range.
                 assert 2**63 - dp_size <= room < 2**63
 
 
 def test_no_two_requests_meet_in_one_room() -> None:
-    rooms = Counter(members(rank=1, dp_size=2)["bootstrap_room"] for _ in range(2000))
+    rooms = Counter(members(dp_rank=1, dp_size=2)["bootstrap_room"] for _ in range(2000))
     assert len(rooms) == 2000
     # Half of them lie in the upper half: 1000, and 120 are over five standard deviations.
     assert 880 < sum(room >= 2**62 for room in rooms) < 1120
 
 
 def test_every_prompt_of_a_batch_has_a_room_of_its_own() -> None:
-    found = members(port=None, rank=1, dp_size=4, prompts=3)
+    found = members(port=None, dp_rank=1, dp_size=4, prompts=3)
     assert found["bootstrap_host"] == [HOST] * 3
     assert found["bootstrap_port"] == [None] * 3
     assert len(set(found["bootstrap_room"])) == 3

@@ -239,10 +239,10 @@ async def test_what_a_prefill_worker_holds_is_shown_in_the_decision() -> None:
     pair = await fleet.route(json.dumps({"model": "m", "prompt": TEXT}).encode())
     assert pair.leg.worker is fleet.prefills[2]
     assert (pair.decision.cached_tokens, pair.decision.total_tokens) == (200, 400)
-    (target,) = fleet.ranks.targets(fleet.prefills[2])
-    assert target.load.in_flight == 1
+    (rank,) = fleet.ranks.of(fleet.prefills[2])
+    assert rank.load.in_flight == 1
     pair.close()
-    assert target.load.in_flight == 0
+    assert rank.load.in_flight == 0
     fleet.nothing_is_left()
 
 
