@@ -6,7 +6,7 @@ is the application's life cycle (`app`).
 """
 
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -23,20 +23,19 @@ from extproc.errors import ConfigError
 from extproc.kv.subscriptions.subscriber import SubscriberSettings
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
-from extproc.routing.lease import Lease, WorkerOutcomes
+from extproc.routing.lease import WorkerOutcomes
 from extproc.routing.local_endpoints import LocalEndpoints
-from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import Disaggregation, PdSettings
 from extproc.routing.placement import Placement
 from extproc.routing.rank_chooser import Encoder, RankChooser
 from extproc.routing.ranks import Ranks
-from extproc.routing.request import Request
 from extproc.routing.router import Router
 from extproc.routing.usable import UsableWorkers
 from extproc.server.grpc_server import ExtProcServer
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
 from extproc.server.session import SessionContext
+from extproc.server.stream import Decider, Streams, StreamSettings
 from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
@@ -229,31 +228,29 @@ def build_server(
     shared: Shared,
     routing: Routing,
     *,
-    route: Callable[[Request], Awaitable[Lease | Pair]] | None = None,
+    decider: Decider | None = None,
 ) -> ExtProcServer:
-    """The gRPC server; `route` stands in for the router's where it is given."""
+    """The gRPC server; `decider` stands in for the router where it is given."""
     router, pd = routing.router, routing.pd
-    return ExtProcServer(
-        config.server,
-        session_context=SessionContext(
-            builder=ReplyBuilder(config.envoy, _forwarded_authorization(config)),
-            metrics=shared.metrics,
-            heads=RequestHeadTable(),
-            responses=ResponseTable(),
-            max_body_bytes=config.server.max_body_bytes,
-            models_body=_models_body(router.model_ids),
-            only_model=router.only_model,
-            debug_headers=config.observability.debug_headers,
-            model_header=config.envoy.model_header,
-            pick_decode=pd.pick_decode,
-        ),
-        route=route or router.route,
-        answer=router.answer,
+    context = SessionContext(
+        builder=ReplyBuilder(config.envoy, _forwarded_authorization(config)),
         metrics=shared.metrics,
-        body_deadline_seconds=config.proxy.request_timeout_secs,
+        heads=RequestHeadTable(),
+        responses=ResponseTable(),
+        max_body_bytes=config.server.max_body_bytes,
+        models_body=_models_body(router.model_ids),
+        only_model=router.only_model,
+        debug_headers=config.observability.debug_headers,
+        model_header=config.envoy.model_header,
+        pick_decode=pd.pick_decode,
+    )
+    settings = StreamSettings(
         step_deadline_seconds=config.routing_deadline_secs,
+        body_deadline_seconds=config.proxy.request_timeout_secs,
         log_decisions=config.observability.log_level == "debug",
     )
+    streams = Streams(context, decider or router, shared.metrics, settings)
+    return ExtProcServer(config.server, streams)
 
 
 def load_encoders(config: Config) -> dict[str, PromptEncoder]:

@@ -1,4 +1,4 @@
-"""The grpc.aio transport: thin, everything that decides is in session and routing.
+"""The gRPC server: addresses, TLS, health, draining. What is said on a stream is in stream.py.
 
 Messages are handed over as bytes both ways: replies are serialised once by replies, and a
 message that does not parse ends its stream with a clear status instead of an exception in
@@ -6,29 +6,21 @@ the library.
 """
 
 import asyncio
-import contextlib
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import grpc
 import grpc.aio
-import structlog
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from extproc.config.schema import MEBIBYTE, ServerConfig, ServerTlsConfig
-from extproc.errors import ConfigError, RouterError, internal_error, routing_timeout
+from extproc.errors import ConfigError
 from extproc.headers import DECODE_PASS, PASS_KEY, ROUTE_PASS
-from extproc.metrics.service import Metrics
-from extproc.routing.lease import Lease
-from extproc.routing.local_endpoints import Answer
-from extproc.routing.pd.pair import Pair
-from extproc.routing.request import Request
 from extproc.server.decode_session import DecodeSession
-from extproc.server.session import Session, SessionContext
+from extproc.server.session import Session
+from extproc.server.stream import Streams
 
 __all__ = [
     "HEALTH_SERVICES_ALIVE",
@@ -37,8 +29,6 @@ __all__ = [
     "ExtProcServer",
     "grpc_options",
 ]
-
-_log = structlog.get_logger()
 
 SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 # Health names that answer for the process, and those that answer for the workers as well.
@@ -49,8 +39,6 @@ HEALTH_SERVICES_READY: Final = ("readiness", SERVICE)
 _MESSAGE_OVERHEAD_BYTES: Final = 2 * MEBIBYTE
 _STOP_GRACE_SECONDS: Final = 2.0
 _DRAIN_POLL_SECONDS: Final = 0.1
-_WATCH_SECONDS: Final = 0.05
-_CROWD_STREAMS: Final = 1
 # With Envoy probing health every second, two seconds without a stream mean it has noticed.
 _DRAIN_QUIET_SECONDS: Final = 2.5
 
@@ -73,218 +61,17 @@ def grpc_options(max_body_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-class _Stream:
-    """One open stream: owns its session and the I/O around it."""
-
-    __slots__ = (
-        "_context",
-        "_interrupted",
-        "_overtaking",
-        "_picks_itself",
-        "_reading",
-        "_server",
-        "_task",
-        "_writing",
-        "deadline",
-        "ending",
-        "overdue",
-        "session",
-    )
-
-    def __init__(
-        self, server: "ExtProcServer", context: Any, session: type[Session] = Session
-    ) -> None:
-        self._server = server
-        self._context = context
-        self._task = asyncio.current_task()
-        # Set while a deadline of ours runs, in seconds of time.monotonic.
-        self.deadline: float | None = None
-        self.overdue = False
-        self.ending = False
-        # Only then has everything that was decided been written.
-        self._reading = False
-        # What was to be said next has been overtaken by an answer.
-        self._interrupted = False
-        # gRPC takes one message at a time, and refuses a second one.
-        self._writing = False
-        self._overtaking: Sequence[bytes] = ()
-        self.session = session(server.session_context)
-        # In the second pass `receive` decides; until it has.
-        self._picks_itself = session is DecodeSession
-
-    async def serve(self) -> None:
-        """Read until Envoy is done; returns to end the stream with status OK."""
-        context, session, server = self._context, self.session, self._server
-        while True:
-            self._reading = True
-            raw = await context.read()
-            self._reading = False
-            if raw is grpc.aio.EOF:
-                return
-            try:
-                out = session.receive(raw)
-            except DecodeError:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a ProcessingRequest")
-            if self._picks_itself and session.lease is not None:
-                self._picks_itself = False
-                session.lease.ticket.on_stale = self._on_stale
-            if out:
-                if server.is_crowded:
-                    await asyncio.sleep(0)
-                await self._say(out)
-            # A stream may stay open for minutes: it must not keep a body alive.
-            del raw
-            if session.to_route is not None:
-                await self._route(session.to_route)
-            elif session.waits_for_body and self.deadline is None:
-                server.watch(self, server.body_deadline_seconds)
-            if server.draining and session.may_end_early:
-                return
-
-    async def _route(self, request: Request) -> None:
-        session, server = self.session, self._server
-        started = server.watch(self, server.step_deadline_seconds)
-        try:
-            if request.endpoint.answered_locally:
-                out = session.answered(await server.answer(request))
-            else:
-                lease = await server.route(request)
-                lease.ticket.on_stale = self._on_stale
-                lease.on_failure = self._on_partner_failed
-                out = session.routed(lease)
-                if server.log_decisions:
-                    _log_decision(session.request_id, lease)
-        except RouterError as error:
-            out = session.failed(error)
-        except asyncio.CancelledError:
-            if not self.overdue:
-                raise
-            _uncancel()
-            out = session.failed(routing_timeout())
-        except Exception:
-            # Our own mistake must cost one request, and say so, but never the stream's answer.
-            _log.exception("routing_failed", request_id=session.request_id)
-            out = session.failed(internal_error())
-        else:
-            server.metrics.decision_seconds.observe(time.monotonic() - started)
-        finally:
-            server.unwatch(self)
-        if server.is_crowded:
-            await asyncio.sleep(0)
-        if not self._interrupted:
-            await self._say(out)
-
-    async def _say(self, out: Sequence[bytes]) -> None:
-        """Write replies; what comes meanwhile takes the place of those that are left."""
-        if self._writing:
-            self._overtaking = out
-            return
-        self._writing = True
-        try:
-            while out:
-                for reply in out:
-                    await self._context.write(reply)
-                    if self._overtaking:
-                        break
-                out, self._overtaking = self._overtaking, ()
-        finally:
-            self._writing = False
-
-    def timed_out(self) -> None:
-        """A deadline of ours has passed; called by the server's watch."""
-        if self.session.to_route is None:
-            self._interrupt(self.session.body_timed_out)
-        elif self._task is not None:
-            # The router does not come back: `_route` answers.
-            self.overdue = True
-            self._task.cancel()
-
-    def _on_stale(self) -> None:
-        self._interrupt(self.session.expired)
-
-    def _on_partner_failed(self, error: RouterError) -> None:
-        lease = self.session.lease
-        self._interrupt(lambda: self.session.partner_failed(error))
-        if isinstance(lease, Pair):
-            lease.told()
-
-    def _interrupt(self, step: Callable[[], Sequence[bytes]]) -> None:
-        """Send what a timer wants said while `serve` is waiting for Envoy."""
-        out = step()
-        if out:
-            self._interrupted = True
-            self._server.spawn(self._write(out))
-
-    async def _write(self, out: Sequence[bytes]) -> None:
-        # The stream may have ended in the meantime; then there is nobody to tell.
-        with contextlib.suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):
-            await self._say(out)
-
-    def end_if_idle(self) -> None:
-        """End the stream with status OK, from outside `serve`, if nothing is lost by that."""
-        if self._reading and self.session.may_end_early and self._task is not None:
-            self.ending = True
-            self._task.cancel()
-
-    def close(self) -> None:
-        if self.deadline is not None:
-            self._server.unwatch(self)
-        self.session.close()
-
-
-def _uncancel() -> None:
-    """A cancellation of our own has done its work."""
-    task = asyncio.current_task()
-    if task is not None:
-        task.uncancel()
-
-
-def _log_decision(request_id: str, lease: Lease | Pair) -> None:
-    decision = lease.decision
-    _log.debug(
-        "routed",
-        request_id=request_id,
-        model=decision.model,
-        policy=decision.policy,
-        reason=decision.reason,
-        worker=decision.worker_url,
-        cached_tokens=decision.cached_tokens,
-        total_tokens=decision.total_tokens,
-    )
-
-
 class ExtProcServer:
     """The gRPC server with the ExternalProcessor and health services."""
 
     def __init__(
         self,
         config: ServerConfig,
-        *,
-        session_context: SessionContext,
-        route: Callable[[Request], Awaitable[Lease | Pair]],
-        answer: Callable[[Request], Awaitable[Answer]],
-        metrics: Metrics,
-        body_deadline_seconds: float,
-        log_decisions: bool,
-        step_deadline_seconds: float | None = None,
+        streams: Streams,
     ) -> None:
+        self.streams = streams
         self._config = config
-        self.session_context = session_context
-        self.route = route
-        self.answer = answer
-        self.metrics = metrics
-        self.body_deadline_seconds = body_deadline_seconds
-        self.step_deadline_seconds = step_deadline_seconds or config.step_deadline_secs
-        self.log_decisions = log_decisions
-        self.draining = False
         self._socket_file: tuple[Path, tuple[int, int] | None] | None = None
-        self._streams: set[_Stream] = set()
-        self._last_stream_at = 0.0
-        self._background: set[asyncio.Task[None]] = set()
-        # Streams with a running deadline. One task looks at all of them: a timer per request
-        # would cost more than the decision.
-        self._watched: dict[_Stream, None] = {}
-        metrics.streams_open.set_function(lambda: float(len(self._streams)))
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=grpc_options(config.max_body_bytes))
         self._server.add_generic_rpc_handlers(
@@ -298,24 +85,19 @@ class ExtProcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     @property
-    def is_crowded(self) -> bool:
-        """True when several requests are being decided at once.
-
-        A reply then waits until the other streams that are ready have made theirs. Written in
-        one turn of the loop, many replies leave in one system call and wake Envoy once; one by
-        one, each of them wakes it. With few requests the wait would only add latency.
-        """
-        return len(self._watched) > _CROWD_STREAMS
+    def open_streams(self) -> int:
+        return len(self.streams)
 
     @property
-    def open_streams(self) -> int:
-        return len(self._streams)
+    def draining(self) -> bool:
+        """True from the call of `drain` on."""
+        return self.streams.draining
 
     async def start(self) -> None:
         """Begin to answer on the addresses that `bind` has taken."""
         await self.set_health(ready=False)
         await self._server.start()
-        self.spawn(self._watch_deadlines())
+        self.streams.spawn(self.streams.watch_deadlines())
 
     def bind(self) -> None:
         """Take the addresses; raises ConfigError naming the key of one that can not be had."""
@@ -369,54 +151,21 @@ class ExtProcServer:
         on without us. Others are answered first.
         """
         await self._health.enter_graceful_shutdown()
-        self.draining = True
+        streams = self.streams
+        streams.draining = True
         begun = time.monotonic()
         while time.monotonic() - begun < limit_seconds:
-            for stream in list(self._streams):
-                stream.end_if_idle()
-            quiet = time.monotonic() - max(self._last_stream_at, begun) >= _DRAIN_QUIET_SECONDS
-            if not self._streams and (quiet or not self._last_stream_at):
+            streams.end_idle()
+            quiet = time.monotonic() - max(streams.last_opened_at, begun) >= _DRAIN_QUIET_SECONDS
+            if not len(streams) and (quiet or not streams.last_opened_at):
                 break
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
 
     async def stop(self) -> None:
         """Close what is left; every stream's books are settled afterwards."""
         await self._server.stop(_STOP_GRACE_SECONDS)
-        for task in list(self._background):
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.streams.close()
         self._unlink_socket()
-
-    def watch(self, stream: _Stream, seconds: float) -> float:
-        """Start a deadline for the stream, replacing its last one; returns the time now."""
-        now = time.monotonic()
-        stream.deadline = now + seconds
-        self._watched[stream] = None
-        return now
-
-    def unwatch(self, stream: _Stream) -> None:
-        """The step is done in time."""
-        stream.deadline = None
-        self._watched.pop(stream, None)
-
-    async def _watch_deadlines(self) -> None:
-        while True:
-            await asyncio.sleep(_WATCH_SECONDS)
-            now = time.monotonic()
-            late = [
-                stream
-                for stream in self._watched
-                if stream.deadline is not None and stream.deadline <= now
-            ]
-            for stream in late:
-                self.unwatch(stream)
-                stream.timed_out()
-
-    def spawn(self, work: Any) -> None:
-        """Run a short coroutine beside a stream, and keep it referenced."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
     async def _process(self, _: Any, context: Any) -> None:
         session = Session
@@ -425,24 +174,7 @@ class ExtProcServer:
                 session = DecodeSession
             elif key == PASS_KEY and value != ROUTE_PASS:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{PASS_KEY}: unknown pass")
-        stream = _Stream(self, context, session)
-        self._streams.add(stream)
-        self._last_stream_at = time.monotonic()
-        end = "ok"
-        try:
-            await stream.serve()
-        except asyncio.CancelledError:
-            if not stream.ending:
-                end = "cancelled"  # how Envoy ends most streams
-                raise
-            _uncancel()
-        except Exception:
-            end = "error"
-            raise
-        finally:
-            stream.close()
-            self._streams.discard(stream)
-            self.metrics.streams(end).inc()
+        await self.streams.serve(context, session)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

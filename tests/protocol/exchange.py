@@ -21,6 +21,7 @@ from extproc.config.schema import EnvoyConfig, LoadConfig, PolicyName, ServerCon
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_policy
 from extproc.routing.lease import Lease, WorkerOutcomes
+from extproc.routing.local_endpoints import Answer
 from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
 from extproc.routing.router import Router
@@ -28,6 +29,7 @@ from extproc.server.grpc_server import SERVICE, ExtProcServer
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
 from extproc.server.session import SessionContext
+from extproc.server.stream import Streams, StreamSettings
 from extproc.testing.stack import free_ports
 from extproc.worker_url import parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
@@ -96,26 +98,27 @@ class Service:
         )
         self.route_seconds = route_seconds
         self.config = ServerConfig(port=free_ports(1)[0], **(server or {}))
-        self.server = ExtProcServer(
-            self.config,
-            session_context=SessionContext(
-                builder=ReplyBuilder(envoy or EnvoyConfig(), authorization),
-                metrics=self.metrics,
-                heads=RequestHeadTable(),
-                responses=ResponseTable(),
-                max_body_bytes=self.config.max_body_bytes,
-                models_body=json.dumps({"data": list(models)}).encode(),
-                only_model=self.router.only_model,
-                debug_headers=debug_headers,
-            ),
-            route=self._route,
-            answer=self.router.answer,
+        context = SessionContext(
+            builder=ReplyBuilder(envoy or EnvoyConfig(), authorization),
             metrics=self.metrics,
+            heads=RequestHeadTable(),
+            responses=ResponseTable(),
+            max_body_bytes=self.config.max_body_bytes,
+            models_body=json.dumps({"data": list(models)}).encode(),
+            only_model=self.router.only_model,
+            debug_headers=debug_headers,
+        )
+        settings = StreamSettings(
+            step_deadline_seconds=self.config.step_deadline_secs,
             body_deadline_seconds=body_seconds,
             log_decisions=False,
         )
+        self.server = ExtProcServer(self.config, Streams(context, self, self.metrics, settings))
 
-    async def _route(self, request: Request) -> Lease | Pair:
+    async def answer(self, request: Request) -> Answer:
+        return await self.router.answer(request)
+
+    async def route(self, request: Request) -> Lease | Pair:
         if self.route_seconds:
             await asyncio.sleep(self.route_seconds)
         return await self.router.route(request)

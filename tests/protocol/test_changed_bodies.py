@@ -28,8 +28,8 @@ BODY = llm_body(routed_dp_rank=0, big=2**60 + 1, pad="x" * 70_000)
 class Telling(Service):
     """A service whose decisions tell the engine a rank."""
 
-    async def _route(self, request: Request) -> Lease | Pair:
-        lease = await super()._route(request)
+    async def route(self, request: Request) -> Lease | Pair:
+        lease = await super().route(request)
         lease.decision = msgspec.structs.replace(lease.decision, body_members=MEMBERS)
         return lease
 

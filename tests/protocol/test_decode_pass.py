@@ -44,8 +44,9 @@ class PdService(Service):
         super().__init__(["m"], 0, **options)
         self.fleet = fleet
         self.router = fleet.router
-        self.server.session_context = msgspec.structs.replace(
-            self.server.session_context, pick_decode=fleet.pd.pick_decode
+        streams = self.server.streams
+        streams.session_context = msgspec.structs.replace(
+            streams.session_context, pick_decode=fleet.pd.pick_decode
         )
 
     async def settled(self) -> None:

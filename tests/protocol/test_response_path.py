@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 
 from extproc.config.schema import LoadConfig
+from extproc.routing.lease import Lease
+from extproc.routing.pd.pair import Pair
+from extproc.routing.request import Request
 from extproc.workers.circuit_breaker import BreakerState
 from tests.protocol.exchange import (
     Envoy,
@@ -266,17 +269,20 @@ async def test_a_body_that_never_comes_is_answered_with_408(mode: str) -> None:
 
 
 async def test_an_exception_in_the_router_costs_one_request_and_is_answered() -> None:
-    service = Service(["m"], 1)
+    class Exploding(Service):
+        explodes = True
 
-    async def explode(_: object) -> Any:
-        raise ZeroDivisionError
+        async def route(self, request: Request) -> Lease | Pair:
+            if self.explodes:
+                raise ZeroDivisionError
+            return await super().route(request)
 
+    service = Exploding(["m"], 1)
     async with serving(service):
-        kept, service.server.route = service.server.route, explode
         async with stream(service) as envoy:
             await envoy.send(request_headers(), request_body(llm_body()))
             assert error((await envoy.replies(2))[1])[:2] == (500, "internal_error")
-        service.server.route = kept
+        service.explodes = False
         async with stream(service) as envoy:
             await routed(envoy)
 
