@@ -30,7 +30,7 @@ from extproc.event_loop import EventLoop
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.introspection_client import AiohttpIntrospectionClient
 from extproc.workers.prefill_client import AiohttpPrefillClient
-from extproc.workers.worker import Mode, Worker
+from extproc.workers.worker import Role, Worker
 
 __all__ = ["App", "run_app"]
 
@@ -75,7 +75,7 @@ class App:
             kv,
             self._client,
             on_change=self._workers_changed,
-            on_mode_change=self._on_mode_change,
+            on_role_change=self._on_role_change,
         )
         routing = build_router(
             config, shared, kv, encoders, self._prefill_client, self._manager.recheck
@@ -121,7 +121,7 @@ class App:
                 "disaggregated_model_fails_open", model=model, fix="envoy.fail_open: false"
             )
 
-    def _on_mode_change(self, worker: Worker, old: Mode, new: Mode) -> None:
+    def _on_role_change(self, worker: Worker, old: Role, new: Role) -> None:
         self.pd.role_changed(worker, old, new)
 
     def _workers_changed(self) -> None:

@@ -45,7 +45,7 @@ from extproc.workers.prefill_client import PrefillClient
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.resolver import SystemResolver
 from extproc.workers.tickets import Tickets
-from extproc.workers.worker import Mode, Worker
+from extproc.workers.worker import Role, Worker
 
 __all__ = [
     "Kv",
@@ -143,7 +143,7 @@ def build_manager(
     client: IntrospectionClient,
     *,
     on_change: Callable[[], None],
-    on_mode_change: Callable[[Worker, Mode, Mode], None],
+    on_role_change: Callable[[Worker, Role, Role], None],
 ) -> WorkerManager:
     """Discovery and introspection of workers; raises ConfigError without a discovery section."""
     static_urls = config.discovery.static_urls
@@ -162,7 +162,7 @@ def build_manager(
         on_change=on_change,
         follower=kv.ranks,
         interval_seconds=config.discovery.introspection_interval_secs,
-        on_mode_change=on_mode_change,
+        on_role_change=on_role_change,
     )
 
 

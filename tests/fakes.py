@@ -25,7 +25,7 @@ from extproc.workers.introspection_client import EngineAnswer, EngineUnreachable
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent
 from extproc.workers.tickets import Tickets
-from extproc.workers.worker import KvEvents, Mode, Worker, WorkerSpec
+from extproc.workers.worker import KvEvents, Role, Worker, WorkerSpec
 
 __all__ = [
     "FakeClock",
@@ -179,7 +179,7 @@ def make_spec(
     url: str = "http://10.0.0.1:8000",
     *,
     id: str | None = None,  # noqa: A002 (the field's name)
-    mode: Mode = "plain",
+    role: Role = "plain",
     model_ids: Sequence[str] = (),
     bootstrap_port: int | None = None,
     kv_events: KvEvents | None = None,
@@ -189,7 +189,7 @@ def make_spec(
     return WorkerSpec(
         id=id if id is not None else str(parsed),
         url=parsed,
-        mode=mode,
+        role=role,
         model_ids=tuple(model_ids),
         bootstrap_port=bootstrap_port,
         kv_events=kv_events,
@@ -201,7 +201,7 @@ def make_worker(
     *,
     order: int = 0,
     id: str | None = None,  # noqa: A002 (the field's name)
-    mode: Mode = "plain",
+    role: Role = "plain",
     model_ids: Sequence[str] = ("m",),
     threshold: int = 3,
     cool_down_seconds: float = 30.0,
@@ -210,7 +210,7 @@ def make_worker(
     kv_events: KvEvents | None = None,
 ) -> Worker:
     """A worker of model `m` whose address is its URL's host and port."""
-    spec = make_spec(url, id=id, mode=mode, model_ids=model_ids, kv_events=kv_events)
+    spec = make_spec(url, id=id, role=role, model_ids=model_ids, kv_events=kv_events)
     worker = Worker(
         spec,
         order=order,

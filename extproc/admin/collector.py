@@ -33,7 +33,7 @@ class WorkerCollector(Collector):
             labels=["worker"],
         )
         workers = GaugeMetricFamily(
-            "extproc_workers", "Registered workers by model and mode.", labels=["model", "mode"]
+            "extproc_workers", "Registered workers by model and role.", labels=["model", "role"]
         )
         counts: Counter[tuple[str, str]] = Counter()
         loads: Counter[str] = Counter()
@@ -43,12 +43,12 @@ class WorkerCollector(Collector):
             loads[worker.url] += worker.in_flight
             states[worker.url] = max(states.get(worker.url, 0), worker.breaker.state)
             for model in worker.model_ids or ("",):
-                counts[model, worker.mode] += 1
+                counts[model, worker.role] += 1
         for url, load in loads.items():
             in_flight.add_metric([url], load)
             breaker.add_metric([url], states[url])
-        for (model, mode), count in counts.items():
-            workers.add_metric([model, mode], count)
+        for (model, role), count in counts.items():
+            workers.add_metric([model, role], count)
         yield in_flight
         yield breaker
         yield workers

@@ -123,7 +123,7 @@ def _describe(worker: Worker, usable: bool) -> dict[str, Any]:
     return {
         "url": worker.url,
         "model": worker.model_ids[0] if worker.model_ids else None,
-        "mode": worker.mode,
+        "mode": worker.role,
         "breaker": worker.breaker.state.name.lower(),
         "in_flight": worker.in_flight,
         "ready": usable and worker.breaker.state is not BreakerState.OPEN,

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from extproc.config.schema import StaticUrlsConfig
 from extproc.worker_url import parse_worker_url
 from extproc.workers.source import Added, Listed, WorkerEvent
-from extproc.workers.worker import Mode, WorkerSpec
+from extproc.workers.worker import Role, WorkerSpec
 
 __all__ = ["StaticUrls"]
 
@@ -16,16 +16,16 @@ class StaticUrls:
 
     def __init__(self, config: StaticUrlsConfig) -> None:
         self._urls = [parse_worker_url(url) for url in config.urls]
-        self._modes: dict[str, Mode] = {}
+        self._roles: dict[str, Role] = {}
         for url in config.prefill_urls:
-            self._modes[str(parse_worker_url(url))] = "prefill"
+            self._roles[str(parse_worker_url(url))] = "prefill"
         for url in config.decode_urls:
-            self._modes[str(parse_worker_url(url))] = "decode"
+            self._roles[str(parse_worker_url(url))] = "decode"
 
     async def events(self) -> AsyncIterator[WorkerEvent]:
         for url in self._urls:
-            mode = self._modes.get(str(url), "plain")
-            yield Added(WorkerSpec(id=str(url), url=url, mode=mode))
+            role = self._roles.get(str(url), "plain")
+            yield Added(WorkerSpec(id=str(url), url=url, role=role))
         yield Listed()
         # Nothing more will come; ending would look like a broken source.
         await asyncio.Event().wait()

@@ -46,7 +46,7 @@ class Metrics:
         self.worker_requests = Family(
             "extproc_worker_requests_total",
             "Outcomes by worker: success, error (5xx, refused, broken off) or cancelled.",
-            ["worker", "model", "mode", "outcome"],
+            ["worker", "model", "role", "outcome"],
             Counter,
         )
         self.missed = Family(

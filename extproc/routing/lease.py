@@ -80,7 +80,7 @@ class WorkerOutcomes:
         self.count(worker, model, "cancelled")
 
     def count(self, worker: Worker, model: str, outcome: str) -> None:
-        self.metrics.worker_requests(worker.url, model, worker.mode, outcome).inc()
+        self.metrics.worker_requests(worker.url, model, worker.role, outcome).inc()
 
 
 class Lease:

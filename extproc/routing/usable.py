@@ -2,7 +2,7 @@
 
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.worker import Mode, Worker
+from extproc.workers.worker import Role, Worker
 
 __all__ = ["UsableWorkers"]
 
@@ -15,9 +15,9 @@ class UsableWorkers:
     def __init__(self, registry: WorkerRegistry) -> None:
         self.registry = registry
 
-    def __call__(self, model: str, mode: Mode, now: float) -> list[Worker]:
+    def __call__(self, model: str, role: Role, now: float) -> list[Worker]:
         return [
             worker
-            for worker in self.registry.pool_of(model, mode)
+            for worker in self.registry.pool_of(model, role)
             if worker.breaker.state is _CLOSED or worker.breaker.would_allow(now)
         ]

@@ -16,7 +16,7 @@ from extproc.clock import Clock
 from extproc.worker_url import WorkerUrl
 from extproc.workers.introspection_client import EngineUnreachableError, IntrospectionClient
 from extproc.workers.kv_announcement import read_kv_events
-from extproc.workers.worker import KvEvents, Mode, WorkerSpec
+from extproc.workers.worker import KvEvents, Role, WorkerSpec
 
 __all__ = ["Introspection", "apply_introspection", "introspect"]
 
@@ -49,13 +49,13 @@ class _ModelList(Struct):
 
 
 class Introspection(Struct, frozen=True, kw_only=True):
-    """A worker's answer. `mode` None = it did not say; `problem` = why there is no answer.
+    """A worker's answer. `role` None = it did not say; `problem` = why there is no answer.
 
     `kv_problem` = why what it says of its KV events can not be used.
     """
 
     model_ids: tuple[str, ...] = ()
-    mode: Mode | None = None
+    role: Role | None = None
     bootstrap_port: int | None = None
     kv_events: KvEvents | None = None
     kv_problem: str = ""
@@ -142,18 +142,18 @@ def _read(info: _ServerInfo) -> Introspection:
         case None:
             return Introspection(model_ids=model_ids)
         case "null":  # the engine's word for "not disaggregated", a string
-            return Introspection(model_ids=model_ids, mode="plain")
+            return Introspection(model_ids=model_ids, role="plain")
         case "prefill" if has_port:
-            return Introspection(model_ids=model_ids, mode="prefill", bootstrap_port=port)
+            return Introspection(model_ids=model_ids, role="prefill", bootstrap_port=port)
         case "prefill":
             # The engine has a port of its own for that case.
             return Introspection(
                 model_ids=model_ids,
-                mode="prefill",
+                role="prefill",
                 warning="a prefill worker without a bootstrap port",
             )
         case "decode":
-            return Introspection(model_ids=model_ids, mode="decode")
+            return Introspection(model_ids=model_ids, role="decode")
         case _:
             return Introspection(model_ids=model_ids, warning="an unknown disaggregation_mode")
 
@@ -168,17 +168,17 @@ def _with_kv_events(told: Introspection, info: _ServerInfo, url: WorkerUrl) -> I
 
 def apply_introspection(spec: WorkerSpec, told: Introspection) -> WorkerSpec:
     """The spec with what the worker said; what it left open stays as discovery had it."""
-    if told.mode is None:
-        mode, bootstrap_port = spec.mode, spec.bootstrap_port
+    if told.role is None:
+        role, bootstrap_port = spec.role, spec.bootstrap_port
     else:
-        mode = told.mode
+        role = told.role
         bootstrap_port = told.bootstrap_port
-        if mode == "prefill" and bootstrap_port is None:
+        if role == "prefill" and bootstrap_port is None:
             bootstrap_port = spec.bootstrap_port
     return WorkerSpec(
         id=spec.id,
         url=spec.url,
-        mode=mode,
+        role=role,
         model_ids=told.model_ids or spec.model_ids,
         bootstrap_port=bootstrap_port,
         kv_events=told.kv_events or spec.kv_events,

@@ -21,10 +21,10 @@ from extproc.workers.introspection import Introspection, apply_introspection, in
 from extproc.workers.introspection_client import IntrospectionClient
 from extproc.workers.keyed_tasks import KeyedTasks
 from extproc.workers.kv_announcement import configured_kv_events
-from extproc.workers.registry import MixedModesError, WorkerRegistry
+from extproc.workers.registry import MixedRolesError, WorkerRegistry
 from extproc.workers.resolver import Resolver
-from extproc.workers.source import Added, Listed, ModeChanged, Removed, WorkerEvent, WorkerSource
-from extproc.workers.worker import KvEvents, Mode, Worker, WorkerSpec
+from extproc.workers.source import Added, Listed, Removed, RoleChanged, WorkerEvent, WorkerSource
+from extproc.workers.worker import KvEvents, Role, Worker, WorkerSpec
 from extproc.workers.worker_warnings import WorkerWarnings, shown_models
 
 __all__ = ["WorkerFollower", "WorkerManager"]
@@ -60,7 +60,7 @@ class WorkerManager:
 
     Workers that have told no model, or were refused, are asked again every `retry_seconds`;
     all others every `interval_seconds`. `on_change` is called after each change of membership,
-    models, roles or addresses; `on_mode_change` gets a worker that stays registered, the role
+    models, roles or addresses; `on_role_change` gets a worker that stays registered, the role
     it had and the one it has now.
     """
 
@@ -78,7 +78,7 @@ class WorkerManager:
         dns_ttl_seconds: float,
         on_change: Callable[[], None],
         interval_seconds: float = _INTERVAL_SECONDS,
-        on_mode_change: Callable[[Worker, Mode, Mode], None] | None = None,
+        on_role_change: Callable[[Worker, Role, Role], None] | None = None,
         follower: WorkerFollower | None = None,
     ) -> None:
         self._source = source
@@ -92,7 +92,7 @@ class WorkerManager:
         self._dns_ttl_seconds = dns_ttl_seconds
         self._interval_seconds = interval_seconds
         self._on_change = on_change
-        self._on_mode_change = on_mode_change
+        self._on_role_change = on_role_change
         self._follower = follower
         self._next_order = 0
         self._tasks = KeyedTasks()
@@ -139,8 +139,8 @@ class WorkerManager:
                 self._tasks.start(spec.id, self._add(spec))
             case Removed(worker_id):
                 self._tasks.start(worker_id, self._remove(worker_id))
-            case ModeChanged(worker_id, mode):
-                self._tasks.start(worker_id, self._ask_again(worker_id, mode))
+            case RoleChanged(worker_id, role):
+                self._tasks.start(worker_id, self._ask_again(worker_id, role))
             case Listed():
                 self._tasks.start("", self._finish_first_round(self._tasks.tails()))
 
@@ -221,7 +221,7 @@ class WorkerManager:
         )
         try:
             self._registry.upsert(worker)
-        except MixedModesError as error:
+        except MixedRolesError as error:
             await self._refuse(spec, error)
             return
         self._refused.pop(spec.id, None)
@@ -240,12 +240,12 @@ class WorkerManager:
                 "worker_registered",
                 worker=worker.url,
                 models=shown_models(worker.model_ids),
-                mode=worker.mode,
+                role=worker.role,
                 address=worker.address,
                 kv_events=worker.spec.kv_events is not None,
             )
 
-    async def _refuse(self, spec: WorkerSpec, error: MixedModesError) -> None:
+    async def _refuse(self, spec: WorkerSpec, error: MixedRolesError) -> None:
         """Keep it for later tries; what it was until now, it can not be any more."""
         self._refused[spec.id] = spec
         if self._complaints.refused(spec, str(error)):
@@ -291,14 +291,14 @@ class WorkerManager:
         if not self._tasks.is_busy(worker_id):
             self._tasks.start(worker_id, self._ask_again(worker_id))
 
-    async def _ask_again(self, worker_id: str, discovered: Mode | None = None) -> None:
+    async def _ask_again(self, worker_id: str, discovered: Role | None = None) -> None:
         """Take up what the worker says by now, and the role that discovery has just said.
 
         Of the two, the worker's word counts. Without an answer nothing else changes.
         """
         worker = self._registry.get(worker_id)
         spec = worker.spec if worker is not None else self._refused.get(worker_id)
-        if spec is None or spec.mode == discovered:
+        if spec is None or spec.role == discovered:
             return
         told = await self._ask(spec, _LATER_ATTEMPTS)
         if worker is not None and worker.model_ids:
@@ -306,7 +306,7 @@ class WorkerManager:
         else:
             self._complaints.answer(spec, told)
         if discovered is not None:
-            spec = msgspec.structs.replace(spec, mode=discovered)
+            spec = msgspec.structs.replace(spec, role=discovered)
         elif told.problem:
             return
         spec = self._applied(spec, told)
@@ -319,7 +319,7 @@ class WorkerManager:
         """A registered worker is by now what the spec says; its load and breaker stay."""
         before = worker.spec
         others = set(spec.model_ids) != set(before.model_ids) or spec.kv_events != before.kv_events
-        if not others and (spec.mode, spec.bootstrap_port) == (before.mode, before.bootstrap_port):
+        if not others and (spec.role, spec.bootstrap_port) == (before.role, before.bootstrap_port):
             return
         if others and self._follower is not None:
             await self._follower.left(worker)
@@ -327,8 +327,8 @@ class WorkerManager:
             if others:
                 self._registry.update(worker, spec)
             else:
-                self._registry.set_mode(worker, spec.mode, spec.bootstrap_port)
-        except MixedModesError as error:
+                self._registry.set_role(worker, spec.role, spec.bootstrap_port)
+        except MixedRolesError as error:
             await self._refuse(spec, error)
             return
         if others:
@@ -342,11 +342,11 @@ class WorkerManager:
     def _tell_role(self, worker: Worker, before: WorkerSpec) -> None:
         if not before.model_ids:
             return  # It had none yet, only what was assumed.
-        old, new = before.mode, worker.mode
+        old, new = before.role, worker.role
         if old != new:
-            _log.info("worker_mode_changed", worker=worker.url, old=old, new=new)
-            if self._on_mode_change is not None:
-                self._on_mode_change(worker, old, new)
+            _log.info("worker_role_changed", worker=worker.url, old=old, new=new)
+            if self._on_role_change is not None:
+                self._on_role_change(worker, old, new)
         elif worker.spec.bootstrap_port != before.bootstrap_port:
             port = worker.spec.bootstrap_port
             _log.info("worker_bootstrap_port_changed", worker=worker.url, port=port)

@@ -10,19 +10,19 @@ from typing import Final
 
 import msgspec
 
-from extproc.workers.worker import Mode, Worker, WorkerSpec
+from extproc.workers.worker import Role, Worker, WorkerSpec
 
-__all__ = ["MixedModesError", "WorkerRegistry"]
+__all__ = ["MixedRolesError", "WorkerRegistry"]
 
-_MODES: Final[tuple[Mode, ...]] = ("plain", "prefill", "decode")
+_ROLES: Final[tuple[Role, ...]] = ("plain", "prefill", "decode")
 
 
-class MixedModesError(Exception):
+class MixedRolesError(Exception):
     """The worker's role does not fit those already serving the model."""
 
-    def __init__(self, model: str, mode: Mode) -> None:
+    def __init__(self, model: str, role: Role) -> None:
         super().__init__(
-            f"a {mode} worker can not join model {model}: its workers are of "
+            f"a {role} worker can not join model {model}: its workers are of "
             "the other kind (plain and prefill/decode do not mix)"
         )
         self.model = model
@@ -33,7 +33,7 @@ class WorkerRegistry:
 
     def __init__(self) -> None:
         self._by_id: dict[str, Worker] = {}
-        self._pools: dict[Mode, dict[str, tuple[Worker, ...]]] = {mode: {} for mode in _MODES}
+        self._pools: dict[Role, dict[str, tuple[Worker, ...]]] = {role: {} for role in _ROLES}
         self._disaggregated: frozenset[str] = frozenset()
         self._by_address: dict[str, Worker] = {}
 
@@ -50,9 +50,9 @@ class WorkerRegistry:
         """The workers that can serve a plain request for the model, in registration order."""
         return self._pools["plain"].get(model, ())
 
-    def pool_of(self, model: str, mode: Mode) -> tuple[Worker, ...]:
+    def pool_of(self, model: str, role: Role) -> tuple[Worker, ...]:
         """The model's workers in that role that have an address, in registration order."""
-        return self._pools[mode].get(model, ())
+        return self._pools[role].get(model, ())
 
     def is_disaggregated(self, model: str) -> bool:
         """A worker of the model prefills or decodes only, whether or not it has an address."""
@@ -80,36 +80,36 @@ class WorkerRegistry:
         return self._by_address.get(address)
 
     def upsert(self, worker: Worker) -> None:
-        """Insert or replace; raises MixedModesError and changes nothing when refused."""
-        self._check_modes(worker.spec)
+        """Insert or replace; raises MixedRolesError and changes nothing when refused."""
+        self._check_roles(worker.spec)
         self._by_id[worker.id] = worker
         self.reindex()
 
     def update(self, worker: Worker, spec: WorkerSpec) -> None:
         """A registered worker, which stays the same object, is by now what the spec says.
 
-        Its id and URL may not change; raises MixedModesError like upsert.
+        Its id and URL may not change; raises MixedRolesError like upsert.
         """
-        self._check_modes(spec)
+        self._check_roles(spec)
         worker.spec = spec
-        worker.mode = spec.mode
+        worker.role = spec.role
         worker.model_ids = spec.model_ids
         self.reindex()
 
-    def set_mode(self, worker: Worker, mode: Mode, bootstrap_port: int | None) -> None:
-        """Change a registered worker's role; raises MixedModesError like upsert."""
-        spec = msgspec.structs.replace(worker.spec, mode=mode, bootstrap_port=bootstrap_port)
+    def set_role(self, worker: Worker, role: Role, bootstrap_port: int | None) -> None:
+        """Change a registered worker's role; raises MixedRolesError like upsert."""
+        spec = msgspec.structs.replace(worker.spec, role=role, bootstrap_port=bootstrap_port)
         self.update(worker, spec)
 
-    def _check_modes(self, spec: WorkerSpec) -> None:
+    def _check_roles(self, spec: WorkerSpec) -> None:
         for model in spec.model_ids:
             for other in self._by_id.values():
                 if (
                     other.id != spec.id
                     and model in other.model_ids
-                    and (other.mode == "plain") != (spec.mode == "plain")
+                    and (other.role == "plain") != (spec.role == "plain")
                 ):
-                    raise MixedModesError(model, spec.mode)
+                    raise MixedRolesError(model, spec.role)
 
     def remove(self, worker_id: str) -> Worker | None:
         worker = self._by_id.pop(worker_id, None)
@@ -118,21 +118,21 @@ class WorkerRegistry:
         return worker
 
     def reindex(self) -> None:
-        """Rebuild the look-ups after a worker's address, mode or models changed in place."""
-        pools: dict[Mode, dict[str, list[Worker]]] = {mode: {} for mode in _MODES}
+        """Rebuild the look-ups after a worker's address, role or models changed in place."""
+        pools: dict[Role, dict[str, list[Worker]]] = {role: {} for role in _ROLES}
         disaggregated: set[str] = set()
         by_address: dict[str, Worker] = {}
         for worker in sorted(self._by_id.values(), key=lambda worker: worker.order):
-            if worker.mode != "plain":
+            if worker.role != "plain":
                 disaggregated.update(worker.model_ids)
             if worker.address is None:
                 continue
             by_address.setdefault(worker.address, worker)
             for model in worker.model_ids:
-                pools[worker.mode].setdefault(model, []).append(worker)
+                pools[worker.role].setdefault(model, []).append(worker)
         self._pools = {
-            mode: {model: tuple(workers) for model, workers in by_model.items()}
-            for mode, by_model in pools.items()
+            role: {model: tuple(workers) for model, workers in by_model.items()}
+            for role, by_model in pools.items()
         }
         self._disaggregated = frozenset(disaggregated)
         self._by_address = by_address

@@ -5,9 +5,9 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from extproc.workers.worker import Mode, WorkerSpec
+from extproc.workers.worker import Role, WorkerSpec
 
-__all__ = ["Added", "Listed", "ModeChanged", "Removed", "WorkerEvent", "WorkerSource"]
+__all__ = ["Added", "Listed", "Removed", "RoleChanged", "WorkerEvent", "WorkerSource"]
 
 
 class Added(Struct, frozen=True):
@@ -22,18 +22,18 @@ class Removed(Struct, frozen=True):
     id: str
 
 
-class ModeChanged(Struct, frozen=True):
+class RoleChanged(Struct, frozen=True):
     """A worker plays another role from now on; its load and breaker stay."""
 
     id: str
-    mode: Mode
+    role: Role
 
 
 class Listed(Struct, frozen=True):
     """Everything that was there at the start has been named: readiness can be judged."""
 
 
-WorkerEvent = Added | Removed | ModeChanged | Listed
+WorkerEvent = Added | Removed | RoleChanged | Listed
 
 
 class WorkerSource(Protocol):

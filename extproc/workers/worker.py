@@ -7,9 +7,9 @@ from msgspec import Struct
 from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import CircuitBreaker
 
-__all__ = ["KvEvents", "Mode", "Worker", "WorkerSpec"]
+__all__ = ["KvEvents", "Role", "Worker", "WorkerSpec"]
 
-Mode = Literal["plain", "prefill", "decode"]
+Role = Literal["plain", "prefill", "decode"]
 
 
 class KvEvents(Struct, frozen=True, kw_only=True):
@@ -39,7 +39,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
 
     id: str
     url: WorkerUrl
-    mode: Mode = "plain"
+    role: Role = "plain"
     model_ids: tuple[str, ...] = ()
     bootstrap_port: int | None = None
     kv_events: KvEvents | None = None
@@ -58,9 +58,9 @@ class Worker:
         "breaker",
         "id",
         "in_flight",
-        "mode",
         "model_ids",
         "order",
+        "role",
         "spec",
         "url",
     )
@@ -76,7 +76,7 @@ class Worker:
         self.spec = spec
         self.id = spec.id
         self.url = str(spec.url)
-        self.mode: Mode = spec.mode
+        self.role: Role = spec.role
         self.model_ids = spec.model_ids
         self.order = order
         self.breaker = breaker
@@ -84,4 +84,4 @@ class Worker:
         self.in_flight = 0
 
     def __repr__(self) -> str:
-        return f"Worker({self.url}, {self.mode}, in_flight={self.in_flight})"
+        return f"Worker({self.url}, {self.role}, in_flight={self.in_flight})"

@@ -62,14 +62,14 @@ class WorkerWarnings:
 
     def refused(self, spec: WorkerSpec, reason: str) -> bool:
         """The worker can not join; True when that is news."""
-        if not self._is_news(spec.id, "mode", reason):
+        if not self._is_news(spec.id, "role", reason):
             return False
-        _log.error("worker_refused", worker=str(spec.url), mode=spec.mode, reason=reason)
+        _log.error("worker_refused", worker=str(spec.url), role=spec.role, reason=reason)
         return True
 
     def joined(self, worker_id: str) -> None:
         """Another refusal would be news."""
-        self._warned.pop((worker_id, "mode"), None)
+        self._warned.pop((worker_id, "role"), None)
 
     def forget(self, worker_id: str) -> None:
         """The worker has left."""

@@ -60,7 +60,7 @@ async def test_a_worker_that_dies_before_its_answer_gives_an_envelope(launch: La
     running = await launch(1)
     async with running.chat(fault="die-before-headers") as response:
         assert await running.error(response) == (503, "upstream_unreachable")
-    assert await running.sample("extproc_worker_requests_total{mode") == 1
+    assert await running.sample("extproc_worker_requests_total{model") == 1
     await wait_until(lambda: no_load(running), "load released")
 
 

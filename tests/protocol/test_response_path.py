@@ -54,7 +54,7 @@ def outcome(service: Service, worker: int, result: str) -> float:
         "extproc_worker_requests_total",
         worker=service.workers[worker].url,
         model="m",
-        mode="plain",
+        role="plain",
         outcome=result,
     )
 

@@ -41,7 +41,7 @@ from extproc.routing.usable import UsableWorkers
 from extproc.workers.introspection_client import EngineUnreachableError
 from extproc.workers.prefill_client import PrefillCall, PrefillClient, PrefillClientOverloadedError
 from extproc.workers.tickets import Tickets
-from extproc.workers.worker import Mode, Worker
+from extproc.workers.worker import Role, Worker
 
 __all__ = ["Chosen", "DecodeQuery", "Disaggregation", "PdSettings"]
 
@@ -389,7 +389,7 @@ class Disaggregation:
             candidates.append(_DecodeCandidate(worker, max(worker.in_flight, reported), usage))
         return candidates
 
-    def role_changed(self, worker: Worker, old: Mode, new: Mode) -> None:
+    def role_changed(self, worker: Worker, old: Role, new: Role) -> None:
         """What was sent to it comes to nothing.
 
         An engine changes its role while it is idle. So whatever we take to be there came later,

@@ -102,7 +102,7 @@ async def test_workers_are_shown_as_they_are() -> None:
         worker.breaker.failure(0.0)
         admin.workers.upsert(worker)
         admin.workers.upsert(
-            make_worker("https://[::1]", order=1, mode="prefill", model_ids=("n", "lora"))
+            make_worker("https://[::1]", order=1, role="prefill", model_ids=("n", "lora"))
         )
         first, second = await admin.listed()
         contract = {"url", "model", "mode", "breaker", "in_flight", "ready", "kv"}

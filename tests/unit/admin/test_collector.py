@@ -46,21 +46,21 @@ def test_a_worker_that_left_has_no_series() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "mode", "count"),
+    ("model", "role", "count"),
     [("m", "plain", 2), ("n", "plain", 1), ("pd", "decode", 1), ("", "plain", 1)],
 )
-def test_workers_are_counted_by_model_and_mode(model: str, mode: str, count: int) -> None:
+def test_workers_are_counted_by_model_and_role(model: str, role: str, count: int) -> None:
     routing = watched(
         make_router(
             [
                 make_worker("http://a:1", model_ids=("m",)),
                 make_worker("http://b:1", model_ids=("m", "n")),
-                make_worker("http://c:1", model_ids=("pd",), mode="decode"),
+                make_worker("http://c:1", model_ids=("pd",), role="decode"),
                 make_worker("http://d:1", model_ids=()),
             ]
         )
     )
-    assert routing.metric("extproc_workers", model=model, mode=mode) == count
+    assert routing.metric("extproc_workers", model=model, role=role) == count
 
 
 def test_two_engines_at_one_url_do_not_make_a_series_twice() -> None:

@@ -20,7 +20,7 @@ async def test_every_url_is_added_in_order_and_then_the_list_is_complete() -> No
     ]
     first = seen[0]
     assert isinstance(first, Added)
-    assert (first.spec.id, first.spec.mode, first.spec.model_ids) == ("http://b:1", "plain", ())
+    assert (first.spec.id, first.spec.role, first.spec.model_ids) == ("http://b:1", "plain", ())
 
 
 async def test_the_source_stays_open_until_it_is_cancelled() -> None:

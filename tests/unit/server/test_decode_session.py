@@ -88,7 +88,7 @@ def make_case(
     authorization: str | None = None,
     pick: Callable[[DecodeQuery], Lease] | None = None,
 ) -> Case:
-    worker = make_worker(f"http://{ADDRESS}", mode="decode", threshold=1)
+    worker = make_worker(f"http://{ADDRESS}", role="decode", threshold=1)
     routing = make_router([worker])
     queries: list[DecodeQuery] = []
 

@@ -12,7 +12,7 @@ from extproc.workers.introspection_client import EngineAnswer
 from extproc.workers.manager import WorkerFollower, WorkerManager
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent
-from extproc.workers.worker import Mode, Worker
+from extproc.workers.worker import Role, Worker
 from tests.fakes import FakeClock, FakeEngineClient, FakeResolver, FakeWorkerSource
 
 A, B, C = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))
@@ -46,7 +46,7 @@ class House:
         self.prometheus = CollectorRegistry()
         self.metrics = Metrics(self.prometheus)
         self.changes = 0
-        self.mode_changes: list[tuple[Worker, Mode, Mode]] = []
+        self.role_changes: list[tuple[Worker, Role, Role]] = []
         self.manager = WorkerManager(
             source=self.source,
             registry=self.registry,
@@ -59,7 +59,7 @@ class House:
             dns_ttl_seconds=DNS_TTL_SECONDS,
             on_change=self._changed,
             interval_seconds=interval_seconds,
-            on_mode_change=lambda *change: self.mode_changes.append(change),
+            on_role_change=lambda *change: self.role_changes.append(change),
             follower=follower,
         )
 
@@ -75,8 +75,8 @@ class House:
         assert worker is not None
         return worker
 
-    def pool(self, model: str = "m", mode: Mode = "plain") -> list[str]:
-        return [worker.url for worker in self.registry.pool_of(model, mode)]
+    def pool(self, model: str = "m", role: Role = "plain") -> list[str]:
+        return [worker.url for worker in self.registry.pool_of(model, role)]
 
     def metric(self, name: str, **labels: str) -> float:
         return self.prometheus.get_sample_value(name, labels) or 0.0

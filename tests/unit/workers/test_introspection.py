@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from extproc.worker_url import parse_worker_url
 from extproc.workers.introspection import Introspection, apply_introspection, introspect
 from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
-from extproc.workers.worker import Mode
+from extproc.workers.worker import Role
 from tests.fakes import FakeClock, FakeEngineClient, make_spec
 
 URL = "http://10.0.0.1:8000"
@@ -38,7 +38,7 @@ async def ask_for(body: Any, status: int = 200) -> Introspection:
 
 @pytest.mark.parametrize("believed", ["plain", "prefill", "decode"])
 @pytest.mark.parametrize(
-    ("fields", "mode", "port", "warned"),
+    ("fields", "role", "port", "warned"),
     [
         ({}, None, 1234, False),
         ({"disaggregation_bootstrap_port": 8998}, None, 1234, False),
@@ -71,13 +71,13 @@ async def ask_for(body: Any, status: int = 200) -> Introspection:
     ],
 )
 async def test_the_role_a_worker_tells(
-    believed: Mode, fields: dict[str, Any], mode: Mode | None, port: int | None, warned: bool
+    believed: Role, fields: dict[str, Any], role: Role | None, port: int | None, warned: bool
 ) -> None:
     told = await ask_for({"served_model_name": "m"} | fields)
-    assert told.mode == mode
+    assert told.role == role
     assert bool(told.warning) is warned
-    spec = apply_introspection(make_spec(URL, mode=believed, bootstrap_port=1234), told)
-    assert spec.mode == (mode or believed)
+    spec = apply_introspection(make_spec(URL, role=believed, bootstrap_port=1234), told)
+    assert spec.role == (role or believed)
     assert spec.bootstrap_port == port
     assert spec.model_ids == ("m",)
 
@@ -92,7 +92,7 @@ async def test_a_bootstrap_port_that_is_none_is_warned_about(port: object) -> No
         }
     )
     # The role is certain: to take it for a plain worker would be worse.
-    assert (told.mode, told.bootstrap_port) == ("prefill", None)
+    assert (told.role, told.bootstrap_port) == ("prefill", None)
     assert told.warning
     assert told.model_ids == ("m",)
 
@@ -101,7 +101,7 @@ async def test_a_bootstrap_port_that_is_none_is_warned_about(port: object) -> No
 async def test_a_name_that_is_none_is_ignored(name: object) -> None:
     told = await ask_for({"served_model_name": name, "disaggregation_mode": "decode"})
     assert told.model_ids == ()
-    assert told.mode == "decode"
+    assert told.role == "decode"
     assert not told.problem
 
 
@@ -119,7 +119,7 @@ async def test_only_the_known_fields_are_read() -> None:
 
 
 async def test_what_the_worker_leaves_open_stays_as_discovery_had_it() -> None:
-    spec = make_spec(URL, mode="decode", model_ids=("from-discovery",))
+    spec = make_spec(URL, role="decode", model_ids=("from-discovery",))
     assert apply_introspection(spec, await ask_for({})) == spec
 
 
@@ -205,7 +205,7 @@ async def test_an_engine_without_server_info_is_asked_for_its_models(status: int
     client.script(URL, "/v1/models", answer(models))
     told = await ask(client)
     assert told.model_ids == ("base", "lora")
-    assert told.mode is None
+    assert told.role is None
     assert not told.problem
 
 

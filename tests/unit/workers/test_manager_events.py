@@ -7,7 +7,7 @@ from structlog.testing import capture_logs
 
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.introspection_client import EngineAnswer
-from extproc.workers.source import Added, Listed, ModeChanged, Removed
+from extproc.workers.source import Added, Listed, Removed, RoleChanged
 from tests.fakes import FakeEngineClient, make_spec, settle
 
 from .house import NAMED, A, B, C, Gate, House, running
@@ -18,7 +18,7 @@ async def test_an_added_worker_is_registered_with_what_it_told() -> None:
         house.client.tell(A, "m")
         await house.happens(Added(make_spec(A)))
         worker = house.worker(A)
-        assert (worker.model_ids, worker.mode, worker.address) == (("m",), "plain", "10.0.0.1:8000")
+        assert (worker.model_ids, worker.role, worker.address) == (("m",), "plain", "10.0.0.1:8000")
         assert house.pool() == [A]
         assert house.changes == 1
         assert house.client.asked(A) == ["/server_info"]
@@ -80,7 +80,7 @@ async def test_events_of_one_worker_keep_their_order() -> None:
 
 async def test_removing_an_unknown_worker_changes_nothing() -> None:
     async with running(House()) as house:
-        await house.happens(Removed("nobody"), ModeChanged("nobody", "decode"))
+        await house.happens(Removed("nobody"), RoleChanged("nobody", "decode"))
         assert house.changes == 0
 
 
@@ -90,11 +90,11 @@ async def test_a_removed_worker_leaves_no_series_behind() -> None:
         await house.happens(Added(make_spec(A)))
         house.metrics.worker_requests(A, "m", "plain", "success").inc()
         await house.happens(Removed(A))
-        labels = {"worker": A, "model": "m", "mode": "plain", "outcome": "success"}
+        labels = {"worker": A, "model": "m", "role": "plain", "outcome": "success"}
         assert house.prometheus.get_sample_value("extproc_worker_requests_total", labels) is None
 
 
-async def test_a_changed_mode_keeps_load_and_breaker() -> None:
+async def test_a_changed_role_keeps_load_and_breaker() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m")
         await house.happens(Added(make_spec(A)))
@@ -102,23 +102,23 @@ async def test_a_changed_mode_keeps_load_and_breaker() -> None:
         worker.in_flight = 5
         for _ in range(3):
             worker.breaker.failure(0.0)
-        await house.happens(ModeChanged(A, "decode"))
+        await house.happens(RoleChanged(A, "decode"))
         assert house.worker(A) is worker
-        assert (worker.mode, worker.in_flight) == ("decode", 5)
+        assert (worker.role, worker.in_flight) == ("decode", 5)
         assert worker.breaker.state is BreakerState.OPEN
         assert house.pool() == []
-        await house.happens(ModeChanged(A, "plain"))
+        await house.happens(RoleChanged(A, "plain"))
         assert house.pool() == [A]
 
 
-async def test_a_changed_mode_outlives_the_moment_the_worker_tells_its_model() -> None:
+async def test_a_changed_role_outlives_the_moment_the_worker_tells_its_model() -> None:
     async with running(House()) as house:
         house.client.tell(A, None)
-        await house.happens(Added(make_spec(A)), ModeChanged(A, "decode"))
+        await house.happens(Added(make_spec(A)), RoleChanged(A, "decode"))
         house.client.tell(A, "m")
         await house.clock.advance(31.0)
         assert house.worker(A).model_ids == ("m",)
-        assert house.worker(A).mode == "decode"
+        assert house.worker(A).role == "decode"
 
 
 async def test_the_same_id_again_is_another_engine() -> None:

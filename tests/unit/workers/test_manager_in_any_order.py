@@ -6,23 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.workers.introspection_client import EngineAnswer
-from extproc.workers.source import Added, ModeChanged, Removed
-from extproc.workers.worker import Mode
+from extproc.workers.source import Added, Removed, RoleChanged
+from extproc.workers.worker import Role
 from tests.fakes import make_spec
 
 from .house import INTERVAL_SECONDS, RETRY_SECONDS, House, running
 
 _URLS = [f"http://10.0.0.{n}:8000" for n in range(1, 5)]
-_WORDS: dict[Mode, str] = {"plain": "null", "prefill": "prefill", "decode": "decode"}
+_WORDS: dict[Role, str] = {"plain": "null", "prefill": "prefill", "decode": "decode"}
 _URL = st.sampled_from(_URLS)
-_MODE = st.sampled_from(sorted(_WORDS))
+_ROLE = st.sampled_from(sorted(_WORDS))
 _STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("add"), _URL),
         st.tuples(st.just("remove"), _URL),
-        st.tuples(st.just("engine"), _URL, _MODE),
+        st.tuples(st.just("engine"), _URL, _ROLE),
         st.tuples(st.just("silent"), _URL),
-        st.tuples(st.just("discovery"), _URL, _MODE),
+        st.tuples(st.just("discovery"), _URL, _ROLE),
         st.tuples(st.just("recheck"), _URL),
         st.tuples(st.just("wait"), st.sampled_from([0.3, 2.0, 10.0, 40.0])),
     ),
@@ -30,14 +30,14 @@ _STEPS = st.lists(
 )
 
 
-async def _play(house: House, steps: list[Any]) -> tuple[set[str], dict[str, Mode]]:
+async def _play(house: House, steps: list[Any]) -> tuple[set[str], dict[str, Role]]:
     """Who is there in the end, and the engines' roles."""
     present: set[str] = set()
-    roles: dict[str, Mode] = {}
+    roles: dict[str, Role] = {}
 
-    def become(url: str, mode: Mode) -> None:
-        roles[url] = mode
-        fields = {"disaggregation_mode": _WORDS[mode], "disaggregation_bootstrap_port": 8998}
+    def become(url: str, role: Role) -> None:
+        roles[url] = role
+        fields = {"disaggregation_mode": _WORDS[role], "disaggregation_bootstrap_port": 8998}
         house.client.tell(url, "m", **fields)
 
     for url in _URLS:
@@ -50,19 +50,19 @@ async def _play(house: House, steps: list[Any]) -> tuple[set[str], dict[str, Mod
             case "remove", url:
                 present.discard(url)
                 house.source.push(Removed(url))
-            case "engine", url, mode:
-                become(url, mode)
+            case "engine", url, role:
+                become(url, role)
             case "silent", url:
                 house.client.script(url, "/server_info", EngineAnswer(503, b""))
-            case "discovery", url, mode:
-                house.source.push(ModeChanged(url, mode))
+            case "discovery", url, role:
+                house.source.push(RoleChanged(url, role))
             case "recheck", url:
                 if worker := house.registry.get(url):
                     house.manager.recheck(worker)
             case "wait", seconds:
                 await house.clock.advance(seconds)
-    for url, mode in roles.items():
-        become(url, mode)  # none is silent in the end
+    for url, role in roles.items():
+        become(url, role)  # none is silent in the end
     return present, roles
 
 
@@ -72,14 +72,14 @@ async def test_the_registry_comes_to_what_the_engines_are(steps: list[Any]) -> N
     async with running(House(interval_seconds=INTERVAL_SECONDS)) as house:
         present, roles = await _play(house, steps)
         await house.clock.advance(2 * (INTERVAL_SECONDS + RETRY_SECONDS))
-        registered = {worker.id: worker.mode for worker in house.registry}
+        registered = {worker.id: worker.role for worker in house.registry}
         assert registered.keys() <= present
         assert registered == {url: roles[url] for url in registered}
-        kinds = {mode == "plain" for mode in registered.values()}
+        kinds = {role == "plain" for role in registered.values()}
         assert len(kinds) <= 1
         # Only those of the other kind are kept out.
         for url in present - registered.keys():
             assert kinds == {roles[url] != "plain"}
-        for mode in _WORDS:
-            pool = sorted(url for url, role in registered.items() if role == mode)
-            assert sorted(house.pool(mode=mode)) == pool
+        for role in _WORDS:
+            pool = sorted(url for url in registered if registered[url] == role)
+            assert sorted(house.pool(role=role)) == pool

@@ -183,11 +183,11 @@ async def test_a_model_nobody_configured_is_warned_about_with_its_name() -> None
     assert [("foreign" in reason) for reason in warnings(logs)] == [True]
 
 
-@pytest.mark.parametrize("mode", ["null", "prefill", "decode"])
-async def test_a_usable_worker_is_not_warned_about(mode: str) -> None:
+@pytest.mark.parametrize("role", ["null", "prefill", "decode"])
+async def test_a_usable_worker_is_not_warned_about(role: str) -> None:
     with capture_logs() as logs:
         async with running(House()) as house:
-            house.client.tell(A, "m", disaggregation_mode=mode, disaggregation_bootstrap_port=8998)
+            house.client.tell(A, "m", disaggregation_mode=role, disaggregation_bootstrap_port=8998)
             await house.happens(Added(make_spec(A)))
             await house.clock.advance(3 * RETRY_SECONDS)
     assert warnings(logs) == []

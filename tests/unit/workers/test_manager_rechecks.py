@@ -8,8 +8,8 @@ from structlog.testing import capture_logs
 from extproc.config.schema import KvEventsConfig, ModelConfig
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.introspection_client import EngineAnswer
-from extproc.workers.source import Added, ModeChanged, Removed
-from extproc.workers.worker import Mode, Worker
+from extproc.workers.source import Added, Removed, RoleChanged
+from extproc.workers.worker import Role, Worker
 from tests.fakes import FakeEngineClient, make_spec, settle
 
 from .house import INTERVAL_SECONDS, RETRY_SECONDS, A, B, C, Gate, House, running
@@ -49,7 +49,7 @@ async def test_a_changed_role_is_noticed_within_one_interval() -> None:
         house.client.tell(A, "m", **PREFILL)
         await house.happens(Added(make_spec(A)))
         await house.clock.advance(1.7 * INTERVAL_SECONDS)
-        assert house.mode_changes == []
+        assert house.role_changes == []
         worker, changes = house.worker(A), house.changes
         worker.in_flight = 5
         for _ in range(3):
@@ -58,17 +58,17 @@ async def test_a_changed_role_is_noticed_within_one_interval() -> None:
         with capture_logs() as logs:
             await house.clock.advance(INTERVAL_SECONDS)
         assert house.worker(A) is worker
-        assert (worker.mode, worker.spec.mode, worker.spec.bootstrap_port) == (
+        assert (worker.role, worker.spec.role, worker.spec.bootstrap_port) == (
             "decode",
             "decode",
             None,
         )
         assert (worker.in_flight, worker.breaker.state) == (5, BreakerState.OPEN)
-        assert (house.pool(mode="prefill"), house.pool(mode="decode")) == ([], [A])
-        assert house.mode_changes == [(worker, "prefill", "decode")]
+        assert (house.pool(role="prefill"), house.pool(role="decode")) == ([], [A])
+        assert house.role_changes == [(worker, "prefill", "decode")]
         assert house.changes == changes + 1
         assert [(line["event"], line["old"], line["new"]) for line in logs] == [
-            ("worker_mode_changed", "prefill", "decode")
+            ("worker_role_changed", "prefill", "decode")
         ]
 
 
@@ -82,8 +82,8 @@ async def test_a_role_may_change_and_change_back() -> None:
             await house.clock.advance(INTERVAL_SECONDS)
         assert house.worker(A) is worker
         assert worker.spec.bootstrap_port == 8998
-        assert house.pool(mode="prefill") == [A]
-        assert house.mode_changes == [
+        assert house.pool(role="prefill") == [A]
+        assert house.role_changes == [
             (worker, "prefill", "decode"),
             (worker, "decode", "prefill"),
         ]
@@ -97,7 +97,7 @@ async def test_another_bootstrap_port_is_a_change_but_not_of_the_role() -> None:
         house.client.tell(A, "m", **PREFILL | {"disaggregation_bootstrap_port": 9000})
         await house.clock.advance(INTERVAL_SECONDS)
         assert house.worker(A).spec.bootstrap_port == 9000
-        assert (house.mode_changes, house.changes) == ([], changes + 1)
+        assert (house.role_changes, house.changes) == ([], changes + 1)
 
 
 @pytest.mark.parametrize(
@@ -113,14 +113,14 @@ async def test_an_answer_without_a_role_leaves_the_role(fields: dict[str, Any]) 
         assert (house.worker(A).spec, house.changes) == (spec, changes)
 
 
-@pytest.mark.parametrize("mode", ["prefill", "decode"])
-async def test_a_role_only_discovery_knows_is_kept(mode: Mode) -> None:
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_role_only_discovery_knows_is_kept(role: Role) -> None:
     async with running(asking()) as house:
         house.client.script(A, "/server_info", EngineAnswer(404, b""))
         house.client.script(A, "/v1/models", EngineAnswer(200, b'{"data": [{"id": "m"}]}'))
-        await house.happens(Added(make_spec(A, mode=mode, bootstrap_port=8998)))
+        await house.happens(Added(make_spec(A, role=role, bootstrap_port=8998)))
         await house.clock.advance(3 * INTERVAL_SECONDS)
-        assert house.pool(mode=mode) == [A]
+        assert house.pool(role=role) == [A]
         assert house.worker(A).spec.bootstrap_port == 8998
 
 
@@ -185,7 +185,7 @@ async def test_a_slow_answer_is_not_asked_for_twice() -> None:
         assert gate.entered == 1
         gate.open()
         await settle()
-        assert house.pool(mode="decode") == [A]
+        assert house.pool(role="decode") == [A]
 
 
 async def test_other_models_make_the_worker_join_anew() -> None:
@@ -254,7 +254,7 @@ async def test_another_place_of_kv_events_makes_the_worker_join_anew(
         assert house.worker(A) is worker
         assert [what for what, *_ in follower.seen] == ["joined", "left", "joined"]
         assert follower.seen[1][3] == 5557  # it leaves as what it was
-        assert house.mode_changes == []
+        assert house.role_changes == []
 
 
 async def test_an_engine_restarted_in_another_role_may_publish_elsewhere() -> None:
@@ -270,8 +270,8 @@ async def test_an_engine_restarted_in_another_role_may_publish_elsewhere() -> No
             ("left", 5557),
             ("joined", 6000),
         ]
-        assert house.mode_changes == [(worker, "prefill", "decode")]
-        assert house.pool(mode="decode") == [A]
+        assert house.role_changes == [(worker, "prefill", "decode")]
+        assert house.pool(role="decode") == [A]
 
 
 async def test_a_changed_role_alone_is_nothing_to_the_follower() -> None:
@@ -322,7 +322,7 @@ async def test_a_plain_worker_that_prefills_by_now_leaves_the_plain_ones() -> No
             assert house.metric("extproc_workers_refused_total") == 1
             house.client.tell(B, "m", **DECODE)  # the last one of its kind may change
             await house.clock.advance(INTERVAL_SECONDS + RETRY_SECONDS)
-            assert (house.pool(mode="prefill"), house.pool(mode="decode")) == ([A], [B])
+            assert (house.pool(role="prefill"), house.pool(role="decode")) == ([A], [B])
             assert house.registry.is_served("m")
     assert [line["worker"] for line in logs if line["event"] == "worker_refused"] == [A]
 
@@ -351,7 +351,7 @@ async def test_a_refused_worker_that_is_silent_does_not_join_on_its_old_word() -
         assert house.registry.get(B) is None
         house.client.tell(B, "m", **PREFILL)
         await house.clock.advance(RETRY_SECONDS)
-        assert house.pool(mode="prefill") == [B]
+        assert house.pool(role="prefill") == [B]
 
 
 async def test_a_worker_whose_new_model_is_of_the_other_kind_leaves() -> None:
@@ -378,7 +378,7 @@ async def test_a_refused_worker_that_is_removed_leaves_no_series_and_does_not_re
         await house.happens(Removed(A), Removed(B))
         await house.clock.advance(2 * RETRY_SECONDS)
         assert len(house.registry) == 0
-        labels = {"worker": A, "model": "m", "mode": "plain", "outcome": "success"}
+        labels = {"worker": A, "model": "m", "role": "plain", "outcome": "success"}
         assert house.prometheus.get_sample_value("extproc_worker_requests_total", labels) is None
 
 
@@ -404,7 +404,7 @@ async def test_a_recheck_asks_at_once() -> None:
         house.client.tell(A, "m", **DECODE)
         house.manager.recheck(house.worker(A))
         await settle()
-        assert house.pool(mode="decode") == [A]
+        assert house.pool(role="decode") == [A]
 
 
 async def test_rechecks_of_one_worker_are_at_least_a_second_apart() -> None:
@@ -458,11 +458,11 @@ async def test_a_recheck_of_a_worker_that_has_left_does_nothing() -> None:
 async def test_the_workers_word_counts_more_than_discoverys() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m", **PREFILL)
-        await house.happens(Added(make_spec(A)), ModeChanged(A, "decode"))
-        assert house.pool(mode="prefill") == [A]
+        await house.happens(Added(make_spec(A)), RoleChanged(A, "decode"))
+        assert house.pool(role="prefill") == [A]
         house.client.tell(A, "m", **DECODE)
-        await house.happens(ModeChanged(A, "decode"))
-        assert house.pool(mode="decode") == [A]
+        await house.happens(RoleChanged(A, "decode"))
+        assert house.pool(role="decode") == [A]
 
 
 async def test_discoverys_word_counts_while_the_worker_does_not_answer() -> None:
@@ -471,9 +471,9 @@ async def test_discoverys_word_counts_while_the_worker_does_not_answer() -> None
         await house.happens(Added(make_spec(A)))
         worker = house.worker(A)
         house.client.script(A, "/server_info", EngineAnswer(503, b""))
-        await house.happens(ModeChanged(A, "prefill"))
-        assert house.pool(mode="prefill") == [A]
-        assert house.mode_changes == [(worker, "decode", "prefill")]
+        await house.happens(RoleChanged(A, "prefill"))
+        assert house.pool(role="prefill") == [A]
+        assert house.role_changes == [(worker, "decode", "prefill")]
 
 
 async def test_discovery_may_change_a_role_that_does_not_fit_and_change_it_back() -> None:
@@ -481,7 +481,7 @@ async def test_discovery_may_change_a_role_that_does_not_fit_and_change_it_back(
         for url in (A, B, C):
             house.client.tell(url, "m")
         await house.happens(*(Added(make_spec(url)) for url in (A, B, C)))
-        await house.happens(ModeChanged(C, "decode"))
+        await house.happens(RoleChanged(C, "decode"))
         assert house.pool() == [A, B]
-        await house.happens(ModeChanged(C, "plain"))
+        await house.happens(RoleChanged(C, "plain"))
         assert sorted(house.pool()) == [A, B, C]

@@ -2,11 +2,11 @@
 
 import pytest
 
-from extproc.workers.registry import MixedModesError, WorkerRegistry
-from extproc.workers.worker import Mode, Worker
+from extproc.workers.registry import MixedRolesError, WorkerRegistry
+from extproc.workers.worker import Role, Worker
 from tests.fakes import make_spec, make_worker
 
-MODES_OF_A_PD_MODEL: tuple[Mode, ...] = ("decode", "prefill", "decode")
+ROLES_OF_A_PD_MODEL: tuple[Role, ...] = ("decode", "prefill", "decode")
 A, B, C = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))
 
 
@@ -82,9 +82,9 @@ def test_an_ipv6_worker_is_found_by_its_bracketed_address() -> None:
     assert registry(worker).at_address("[2001:db8::1]:8000") is worker
 
 
-@pytest.mark.parametrize("mode", ["prefill", "decode"])
-def test_workers_of_a_pd_pool_serve_no_plain_request(mode: Mode) -> None:
-    assert registry(make_worker(mode=mode)).pool("m") == ()
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_workers_of_a_pd_pool_serve_no_plain_request(role: Role) -> None:
+    assert registry(make_worker(role=role)).pool("m") == ()
 
 
 @pytest.mark.parametrize(
@@ -100,16 +100,16 @@ def test_workers_of_a_pd_pool_serve_no_plain_request(mode: Mode) -> None:
     ],
 )
 def test_plain_and_pd_workers_of_a_model_do_not_mix(
-    first: Mode, second: Mode, refused: bool
+    first: Role, second: Role, refused: bool
 ) -> None:
-    workers = registry(make_worker(A, mode=first))
+    workers = registry(make_worker(A, role=first))
     before = snapshot(workers)
-    joining = make_worker(B, order=1, mode=second)
+    joining = make_worker(B, order=1, role=second)
     if not refused:
         workers.upsert(joining)
         assert len(workers) == 2
         return
-    with pytest.raises(MixedModesError) as caught:
+    with pytest.raises(MixedRolesError) as caught:
         workers.upsert(joining)
     assert caught.value.model == "m"
     assert snapshot(workers) == before
@@ -120,16 +120,16 @@ def test_plain_and_pd_workers_of_a_model_do_not_mix(
 def test_a_refused_replacement_leaves_the_old_worker() -> None:
     old = make_worker(A, id="pod", order=0, model_ids=("n",))
     workers = registry(old, make_worker(B, order=1, model_ids=("m",)))
-    with pytest.raises(MixedModesError):
-        workers.upsert(make_worker(C, id="pod", mode="prefill", model_ids=("n", "m")))
+    with pytest.raises(MixedRolesError):
+        workers.upsert(make_worker(C, id="pod", role="prefill", model_ids=("n", "m")))
     assert workers.get("pod") is old
     assert workers.pool("n") == (old,)
 
 
 def test_each_role_has_its_pool_in_order_of_registration() -> None:
     d1, p1, d2 = (
-        make_worker(url, order=n, mode=mode)
-        for n, (url, mode) in enumerate(zip((A, B, C), MODES_OF_A_PD_MODEL, strict=True))
+        make_worker(url, order=n, role=role)
+        for n, (url, role) in enumerate(zip((A, B, C), ROLES_OF_A_PD_MODEL, strict=True))
     )
     workers = registry(d2, p1, d1)
     assert workers.pool_of("m", "decode") == (d1, d2)
@@ -140,10 +140,10 @@ def test_each_role_has_its_pool_in_order_of_registration() -> None:
 
 
 def test_a_changed_role_takes_its_bootstrap_port_along() -> None:
-    worker = make_worker(A, mode="decode")
+    worker = make_worker(A, role="decode")
     workers = registry(worker)
-    workers.set_mode(worker, "prefill", 8998)
-    assert (worker.mode, worker.spec.mode, worker.spec.bootstrap_port) == (
+    workers.set_role(worker, "prefill", 8998)
+    assert (worker.role, worker.spec.role, worker.spec.bootstrap_port) == (
         "prefill",
         "prefill",
         8998,
@@ -153,7 +153,7 @@ def test_a_changed_role_takes_its_bootstrap_port_along() -> None:
 
 
 @pytest.mark.parametrize(
-    ("modes", "served"),
+    ("roles", "served"),
     [
         ((), False),
         (("plain",), True),
@@ -163,24 +163,24 @@ def test_a_changed_role_takes_its_bootstrap_port_along() -> None:
     ],
 )
 def test_a_model_is_served_by_plain_workers_or_by_both_parts(
-    modes: tuple[Mode, ...], served: bool
+    roles: tuple[Role, ...], served: bool
 ) -> None:
     workers = registry(
         *(
-            make_worker(url, order=n, mode=mode)
-            for n, (url, mode) in enumerate(zip((A, B, C), modes, strict=False))
+            make_worker(url, order=n, role=role)
+            for n, (url, role) in enumerate(zip((A, B, C), roles, strict=False))
         )
     )
     assert workers.is_served("m") is served
-    assert workers.is_disaggregated("m") is ("plain" not in modes and bool(modes))
+    assert workers.is_disaggregated("m") is ("plain" not in roles and bool(roles))
     assert not workers.is_served("n")
 
 
 def test_a_part_without_an_address_does_not_serve_but_tells_the_kind_of_the_model() -> None:
-    worker = make_worker("http://name:8000", mode="prefill", resolved=False)
+    worker = make_worker("http://name:8000", role="prefill", resolved=False)
     workers = registry(worker)
     assert workers.is_disaggregated("m")
-    workers.upsert(make_worker(A, order=1, mode="decode"))
+    workers.upsert(make_worker(A, order=1, role="decode"))
     assert not workers.is_served("m")
     worker.address = "10.0.0.9:8000"
     workers.reindex()
@@ -189,9 +189,9 @@ def test_a_part_without_an_address_does_not_serve_but_tells_the_kind_of_the_mode
 
 def test_an_update_that_is_refused_changes_nothing() -> None:
     worker = make_worker(A, model_ids=("n",))
-    workers = registry(worker, make_worker(B, order=1, mode="decode", model_ids=("m",)))
+    workers = registry(worker, make_worker(B, order=1, role="decode", model_ids=("m",)))
     before = snapshot(workers)
-    with pytest.raises(MixedModesError):
+    with pytest.raises(MixedRolesError):
         workers.update(worker, make_spec(A, model_ids=("m",)))
     assert worker.model_ids == worker.spec.model_ids == ("n",)
     assert snapshot(workers) == before
@@ -200,15 +200,15 @@ def test_an_update_that_is_refused_changes_nothing() -> None:
 def test_modes_of_different_models_do_not_matter_to_each_other() -> None:
     workers = registry(
         make_worker(A, model_ids=("m",)),
-        make_worker(B, order=1, mode="prefill", model_ids=("n",)),
-        make_worker(C, order=2, mode="decode", model_ids=()),
+        make_worker(B, order=1, role="prefill", model_ids=("n",)),
+        make_worker(C, order=2, role="decode", model_ids=()),
     )
     assert len(workers) == 3
 
 
 def test_the_only_worker_of_a_model_may_change_its_kind() -> None:
-    workers = registry(make_worker(A, mode="plain"))
-    workers.upsert(make_worker(A, mode="prefill"))
+    workers = registry(make_worker(A, role="plain"))
+    workers.upsert(make_worker(A, role="prefill"))
     assert workers.pool("m") == ()
 
 

@@ -5,14 +5,14 @@ from typing import get_args
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from extproc.workers.registry import MixedModesError, WorkerRegistry
-from extproc.workers.worker import Mode, Worker
+from extproc.workers.registry import MixedRolesError, WorkerRegistry
+from extproc.workers.worker import Role, Worker
 from tests.fakes import make_spec, make_worker
 
-_ALL_MODES: tuple[Mode, ...] = get_args(Mode)
+_ALL_ROLES: tuple[Role, ...] = get_args(Role)
 _ALL_MODELS = ("m", "n")
 _NUMBERS = st.integers(1, 6)
-_MODES = st.sampled_from(_ALL_MODES)
+_ROLES = st.sampled_from(_ALL_ROLES)
 _MODELS = st.lists(st.sampled_from(_ALL_MODELS), unique=True)
 
 
@@ -29,24 +29,24 @@ class Fleet(RuleBasedStateMachine):
         self.workers: dict[str, Worker] = {}
         self.next_order = 0
 
-    def fits(self, worker_id: str, models: tuple[str, ...], mode: Mode) -> bool:
+    def fits(self, worker_id: str, models: tuple[str, ...], role: Role) -> bool:
         return all(
             worker.id == worker_id
             or not set(models) & set(worker.model_ids)
-            or (worker.mode == "plain") == (mode == "plain")
+            or (worker.role == "plain") == (role == "plain")
             for worker in self.workers.values()
         )
 
-    @rule(number=_NUMBERS, mode=_MODES, models=_MODELS, resolved=st.booleans())
-    def join(self, number: int, mode: Mode, models: list[str], resolved: bool) -> None:
+    @rule(number=_NUMBERS, role=_ROLES, models=_MODELS, resolved=st.booleans())
+    def join(self, number: int, role: Role, models: list[str], resolved: bool) -> None:
         worker = make_worker(
-            _url(number), order=self.next_order, mode=mode, model_ids=models, resolved=resolved
+            _url(number), order=self.next_order, role=role, model_ids=models, resolved=resolved
         )
         self.next_order += 1
-        fits = self.fits(worker.id, worker.model_ids, mode)
+        fits = self.fits(worker.id, worker.model_ids, role)
         try:
             self.registry.upsert(worker)
-        except MixedModesError:
+        except MixedRolesError:
             assert not fits
         else:
             assert fits
@@ -56,34 +56,34 @@ class Fleet(RuleBasedStateMachine):
     def leave(self, number: int) -> None:
         assert self.registry.remove(_url(number)) is self.workers.pop(_url(number), None)
 
-    @rule(number=_NUMBERS, mode=_MODES, port=st.none() | st.integers(1, 65535))
-    def flip(self, number: int, mode: Mode, port: int | None) -> None:
+    @rule(number=_NUMBERS, role=_ROLES, port=st.none() | st.integers(1, 65535))
+    def flip(self, number: int, role: Role, port: int | None) -> None:
         worker = self.workers.get(_url(number))
         if worker is None:
             return
-        before, fits = worker.spec, self.fits(worker.id, worker.model_ids, mode)
+        before, fits = worker.spec, self.fits(worker.id, worker.model_ids, role)
         try:
-            self.registry.set_mode(worker, mode, port)
-        except MixedModesError:
+            self.registry.set_role(worker, role, port)
+        except MixedRolesError:
             assert not fits
-            assert (worker.mode, worker.spec) == (before.mode, before)
+            assert (worker.role, worker.spec) == (before.role, before)
         else:
             assert fits
-            assert (worker.mode, worker.spec.mode, worker.spec.bootstrap_port) == (mode, mode, port)
+            assert (worker.role, worker.spec.role, worker.spec.bootstrap_port) == (role, role, port)
 
-    @rule(number=_NUMBERS, mode=_MODES, models=_MODELS)
-    def update(self, number: int, mode: Mode, models: list[str]) -> None:
+    @rule(number=_NUMBERS, role=_ROLES, models=_MODELS)
+    def update(self, number: int, role: Role, models: list[str]) -> None:
         worker = self.workers.get(_url(number))
         if worker is None:
             return
-        fits = self.fits(worker.id, tuple(models), mode)
+        fits = self.fits(worker.id, tuple(models), role)
         try:
-            self.registry.update(worker, make_spec(_url(number), mode=mode, model_ids=models))
-        except MixedModesError:
+            self.registry.update(worker, make_spec(_url(number), role=role, model_ids=models))
+        except MixedRolesError:
             assert not fits
         else:
             assert fits
-            assert (worker.mode, worker.model_ids) == (mode, tuple(models))
+            assert (worker.role, worker.model_ids) == (role, tuple(models))
 
     @rule(number=_NUMBERS, has_address=st.booleans())
     def resolve(self, number: int, has_address: bool) -> None:
@@ -99,15 +99,15 @@ class Fleet(RuleBasedStateMachine):
         usable: set[Worker] = set()
         for model in _ALL_MODELS:
             pools = {
-                mode: tuple(
+                role: tuple(
                     worker
                     for worker in in_order
-                    if worker.mode == mode and model in worker.model_ids and worker.address
+                    if worker.role == role and model in worker.model_ids and worker.address
                 )
-                for mode in _ALL_MODES
+                for role in _ALL_ROLES
             }
-            for mode, pool in pools.items():
-                assert registry.pool_of(model, mode) == pool
+            for role, pool in pools.items():
+                assert registry.pool_of(model, role) == pool
                 usable.update(pool)
             assert registry.pool(model) == pools["plain"]
             assert not (pools["plain"] and (pools["prefill"] or pools["decode"]))
@@ -115,7 +115,7 @@ class Fleet(RuleBasedStateMachine):
                 pools["plain"] or (pools["prefill"] and pools["decode"])
             )
             assert registry.is_disaggregated(model) is any(
-                model in worker.model_ids and worker.mode != "plain" for worker in in_order
+                model in worker.model_ids and worker.role != "plain" for worker in in_order
             )
         assert registry.usable(_ALL_MODELS) == usable
 

@@ -35,7 +35,7 @@ from extproc.workers.introspection_client import EngineUnreachableError
 from extproc.workers.prefill_client import PrefillCall
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.tickets import Tickets
-from extproc.workers.worker import Mode, Worker
+from extproc.workers.worker import Role, Worker
 from tests.fakes import FakeClock, make_worker, settle
 from tests.unit.routing.pd.test_pair import FakeCall
 
@@ -139,8 +139,8 @@ def pd_settings(**changes: Any) -> PdSettings:
     return msgspec.structs.replace(settings, **changes)
 
 
-def pd_worker(url: str, mode: Mode, order: int, *, threshold: int = 3, **spec: Any) -> Worker:
-    worker = make_worker(url, order=order, mode=mode, threshold=threshold)
+def pd_worker(url: str, role: Role, order: int, *, threshold: int = 3, **spec: Any) -> Worker:
+    worker = make_worker(url, order=order, role=role, threshold=threshold)
     worker.spec = msgspec.structs.replace(worker.spec, **spec)
     return worker
 

@@ -81,8 +81,8 @@ class Case:
     def __init__(
         self, *, inline: bool = False, linger: float = 0.0, threshold: int = 1, probe: bool = False
     ) -> None:
-        self.prefill = make_worker(P, mode="prefill", threshold=threshold)
-        self.decode = make_worker(D, order=1, mode="decode", threshold=threshold)
+        self.prefill = make_worker(P, role="prefill", threshold=threshold)
+        self.decode = make_worker(D, order=1, role="decode", threshold=threshold)
         self.routing = make_router([self.prefill, self.decode])
         self.rechecked: list[Worker] = []
         self.failures: list[RouterError] = []

@@ -97,7 +97,7 @@ async def test_a_worker_that_is_no_longer_there_is_not_picked(how: str) -> None:
         case "gone":
             fleet.registry.remove(worker.id)
         case "role":
-            fleet.registry.set_mode(worker, "prefill", None)
+            fleet.registry.set_role(worker, "prefill", None)
         case _:
             worker.address = "10.9.9.9:1"
             fleet.registry.reindex()
