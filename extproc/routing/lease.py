@@ -95,8 +95,8 @@ class Lease:
         "_settled",
         "decision",
         "excuse",
+        "on_abort",
         "on_bad_answer",
-        "on_failure",
         "rebook",
         "served",
         "ticket",
@@ -121,14 +121,15 @@ class Lease:
         self.decision = decision
         self.ticket = ticket
         self.served: Worker | None = None
-        # Who wants to know that something else has gone wrong; of an ordinary request, nothing.
-        self.on_failure: Callable[[RouterError], None] | None = None
+        # Called once, by what ends the request before its response has ended.
+        self.on_abort: Callable[[RouterError], None] | None = None
         # Asked when the worker has answered 5xx: true if that was another one's fault.
         self.excuse: Callable[[], bool] | None = None
         # Told of a worker that answered with an error: it may have another role by now.
         self.on_bad_answer: Callable[[Worker], None] | None = None
         # Books the request on a rank of another worker than the chosen one.
         self.rebook: Callable[[Worker, float], RankBooking | None] | None = None
+        ticket.owner = self
 
     def responded(self, status: int, address: str, code_details: str, streamed: bool) -> bool:
         """Envoy has response headers, its own or the worker's; returns False when missed.
@@ -187,12 +188,18 @@ class Lease:
             self.ticket.booking.release(now)
         self.ticket.booking = booking
 
-    def expired(self) -> None:
-        """The request is too old. A worker that never began to answer has failed."""
+    def abort(self, error: RouterError) -> None:
+        """The request is too old, and its ext_proc stream answers with `error`.
+
+        A worker that never began to answer has failed.
+        """
         if not self._settled:
             self._settled = True
             books = self._books
             books.failed(self._named[0], self.decision.model, books.clock.monotonic())
+        on_abort, self.on_abort = self.on_abort, None
+        if on_abort is not None:
+            on_abort(error)
 
     def close(self) -> None:
         """The stream has ended, in whatever way; idempotent."""
@@ -203,7 +210,8 @@ class Lease:
             # The client left before an answer: neutral, but the probe is free again.
             self._settled = True
             self._books.undecided(self._named[0], self.decision.model, self._probe)
-        self.ticket.on_stale = None
+        self.on_abort = None
+        self.ticket.owner = None
         if not self.ticket.estimated:
             self.ticket.release()
 

@@ -338,21 +338,16 @@ class Session:
         )
         return (replies.error_response(error, self.request_id),)
 
-    def partner_failed(self, error: RouterError) -> Sequence[bytes]:
-        """The other worker of a pair has failed, so nothing will come of the response."""
-        return self.failed(error, "prefill_failed")
-
     def body_timed_out(self) -> Sequence[bytes]:
         """The rest of the body did not come within our deadline."""
         return self.failed(request_timeout()) if self._state is SessionState.BODY else _NO_REPLIES
 
-    def expired(self) -> Sequence[bytes]:
-        """The request is too old: 504, or the stream cut once response headers are out."""
-        if self._state is SessionState.ANSWERED:
-            return _NO_REPLIES
-        if self._lease is not None:
-            self._lease.expired()
-        return self.failed(stale_request_expired(), "request_expired")
+    def aborted(self, error: RouterError) -> Sequence[bytes]:
+        """The request is too old, or its prefill has failed: the client gets the error, or a
+        stream that is cut once response headers are out.
+        """
+        expired = error.code == stale_request_expired().code
+        return self.failed(error, "request_expired" if expired else "prefill_failed")
 
     def _answer_models(self) -> Sequence[bytes]:
         return self._answer_with(

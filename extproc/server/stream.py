@@ -106,7 +106,7 @@ class Stream:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a ProcessingRequest")
             if self._picks_itself and session.lease is not None:
                 self._picks_itself = False
-                session.lease.ticket.on_stale = self._on_stale
+                session.lease.on_abort = self._on_abort
             if out:
                 if streams.is_crowded:
                     await asyncio.sleep(0)
@@ -128,8 +128,7 @@ class Stream:
                 out = session.answered(await streams.decider.answer(request))
             else:
                 lease = await streams.decider.route(request)
-                lease.ticket.on_stale = self._on_stale
-                lease.on_failure = self._on_partner_failed
+                lease.on_abort = self._on_abort
                 out = session.routed(lease)
                 if streams.settings.log_decisions:
                     _log_decision(session.request_id, lease)
@@ -178,14 +177,11 @@ class Stream:
             self.overdue = True
             self._task.cancel()
 
-    def _on_stale(self) -> None:
-        self._interrupt(self.session.expired)
-
-    def _on_partner_failed(self, error: RouterError) -> None:
+    def _on_abort(self, error: RouterError) -> None:
         lease = self.session.lease
-        self._interrupt(lambda: self.session.partner_failed(error))
+        self._interrupt(lambda: self.session.aborted(error))
         if isinstance(lease, Pair):
-            lease.told()
+            lease.answer_written()
 
     def _interrupt(self, step: Callable[[], Sequence[bytes]]) -> None:
         """Send what a timer wants said while `serve` is waiting for Envoy."""

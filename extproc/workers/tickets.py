@@ -6,14 +6,14 @@ live requests: it tells the request to end, and its end releases the ticket.
 """
 
 from collections import deque
-from collections.abc import Callable
 from typing import Protocol
 
 from extproc.clock import Clock
+from extproc.errors import RouterError, stale_request_expired
 from extproc.metrics.service import Counter
 from extproc.workers.worker import Worker
 
-__all__ = ["RankBooking", "Ticket", "Tickets"]
+__all__ = ["RankBooking", "Ticket", "TicketOwner", "Tickets"]
 
 _JANITOR_MIN_SECONDS = 1.0
 _JANITOR_MAX_SECONDS = 60.0
@@ -32,13 +32,22 @@ class RankBooking(Protocol):
         ...
 
 
-class Ticket:
-    """One request counted on one worker. `on_stale` is called once when it is too old.
+class TicketOwner(Protocol):
+    """The request that a ticket counts."""
 
-    `booking`, where a policy chose a rank, ends with the ticket.
+    def abort(self, error: RouterError) -> None:
+        """End before the response does; `error` says why."""
+        ...
+
+
+class Ticket:
+    """One request counted on one worker.
+
+    `owner` is aborted once, when the request is too old or nothing can come of it; None where
+    no request can be. `booking`, where a policy chose a rank, ends with the ticket.
     """
 
-    __slots__ = ("_load", "_open", "booked_at", "booking", "estimated", "on_stale", "worker")
+    __slots__ = ("_load", "_open", "booked_at", "booking", "estimated", "owner", "worker")
 
     def __init__(self, load: "Tickets", worker: Worker, booked_at: float) -> None:
         self._load = load
@@ -47,7 +56,7 @@ class Ticket:
         self.booked_at = booked_at
         # True once the end of the stream says nothing and release_after decides.
         self.estimated = False
-        self.on_stale: Callable[[], None] | None = None
+        self.owner: TicketOwner | None = None
         self.booking: RankBooking | None = None
 
     def release(self) -> None:
@@ -55,7 +64,7 @@ class Ticket:
         if self._open:
             self._open = False
             self.worker.in_flight -= 1
-            self.on_stale = None
+            self.owner = None
             self._load.forget(self)
             if self.booking is not None:
                 self.booking.release(self._load.now())
@@ -110,27 +119,24 @@ class Tickets:
         self._releases.append((self._clock.monotonic() + seconds, ticket))
 
     def sweep(self) -> int:
-        """Tell requests that are too old to end; returns how many were told."""
+        """Abort requests that are too old; returns how many they are."""
         now = self._clock.monotonic()
         stale: list[Ticket] = []
         for ticket in self._tickets:
             if now - ticket.booked_at < self._stale_seconds:
                 break
-            if ticket.on_stale is not None:
+            if ticket.owner is not None:
                 stale.append(ticket)
         for ticket in stale:
-            on_stale, ticket.on_stale = ticket.on_stale, None
-            if on_stale is not None:
+            if ticket.owner is not None:
                 self._stale_total.inc()
-                on_stale()
+                _abort(ticket)
         return len(stale)
 
     def expire(self, worker: Worker) -> None:
-        """Tell all requests on a worker to end: nothing will come of them."""
+        """Abort all requests on a worker: nothing will come of them."""
         for ticket in [one for one in self._tickets if one.worker is worker]:
-            on_stale, ticket.on_stale = ticket.on_stale, None
-            if on_stale is not None:
-                on_stale()
+            _abort(ticket)
 
     async def run_janitor(self) -> None:
         """Sweep for ever, ten times within the stale time-out but at least every minute."""
@@ -152,3 +158,9 @@ class Tickets:
         while True:
             await self._clock.sleep(_ESTIMATE_TICK_SECONDS)
             self.release_due()
+
+
+def _abort(ticket: Ticket) -> None:
+    owner, ticket.owner = ticket.owner, None
+    if owner is not None:
+        owner.abort(stale_request_expired())

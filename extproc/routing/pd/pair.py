@@ -180,7 +180,7 @@ class Pair:
         "decode",
         "id",
         "leg",
-        "on_failure",
+        "on_abort",
         "on_recheck",
         "reservation",
     )
@@ -204,15 +204,18 @@ class Pair:
         self._closed = False
         self._responded = 0
         self._outcome = ""
-        self._failed_at = 0.0
+        self._failed_at: float | None = None
         self._followed: asyncio.Task[None] | None = None
         self.id = pair_id
         self.decision = decision
         self.leg = leg
         self.decode = decode
         self.reservation = reservation
-        self.on_failure: Callable[[RouterError], None] | None = None
+        # Called once, by what ends the request before its response has ended.
+        self.on_abort: Callable[[RouterError], None] | None = None
         self.on_recheck = on_recheck
+        # Of its two tickets, one is enough for the janitor.
+        self.ticket.owner = self
         pairs.add(self)
 
     @property
@@ -254,11 +257,17 @@ class Pair:
         if self._closed:
             return
         self._failed_at = self._books.clock.monotonic()
-        if self.on_failure is not None:
-            self.on_failure(error)
+        self._notify(error)
 
-    def told(self) -> None:
-        """The client's answer about the failure is written."""
+    def _notify(self, error: RouterError) -> None:
+        on_abort, self.on_abort = self.on_abort, None
+        if on_abort is not None:
+            on_abort(error)
+
+    def answer_written(self) -> None:
+        """The client's answer after an abort is written."""
+        if self._failed_at is None:
+            return  # the request was too old
         seconds = self._books.clock.monotonic() - self._failed_at
         self._books.metrics.pd.fail_fast_seconds().observe(seconds)
 
@@ -293,20 +302,22 @@ class Pair:
         """
         return self.leg.is_open and self.leg.age_seconds() >= _OWN_FAILURE_SECONDS
 
-    def expired(self) -> None:
+    def abort(self, error: RouterError) -> None:
+        """As Lease.abort."""
         if self.decode is not None:
-            self.decode.expired()
+            self.decode.abort(error)
+        self._notify(error)
 
     def close(self) -> None:
         """The stream has ended, in whatever way; idempotent."""
         if self._closed:
             return
         self._closed = True
-        self.on_failure = None
+        self.on_abort = None
         self.release_reservation()
         if self.decode is not None:
             self.decode.close()
-        self.leg.ticket.on_stale = None
+        self.ticket.owner = None
         if self.leg.is_open and self._responded and self._linger_seconds:
             asyncio.get_running_loop().call_later(self._linger_seconds, self._cut)
         else:

@@ -3,6 +3,7 @@
 import pytest
 
 from extproc.config.schema import LoadConfig
+from extproc.errors import stale_request_expired
 from extproc.routing.lease import Lease
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker
@@ -335,7 +336,7 @@ async def test_a_worker_that_was_replaced_meanwhile_does_not_inherit_or_underflo
 async def test_stale_before_the_headers_is_a_failure_of_the_chosen_one() -> None:
     case = Case()
     lease = await case.probe()
-    lease.expired()
+    lease.abort(stale_request_expired())
     lease.close()
     assert case.chosen.breaker.state is OPEN
     assert case.routing.outcomes() == {URLS[0]: ["error"]}
@@ -346,7 +347,7 @@ async def test_stale_after_the_headers_says_nothing_more() -> None:
     case = Case()
     lease = await case.lease()
     lease.responded(200, ADDRESSES[0], VIA, streamed=True)
-    lease.expired()
+    lease.abort(stale_request_expired())
     lease.close()
     assert case.states() == [CLOSED, CLOSED, CLOSED]
     assert case.routing.outcomes() == {URLS[0]: ["success"]}
@@ -356,8 +357,8 @@ async def test_stale_after_the_headers_says_nothing_more() -> None:
 async def test_headers_of_a_stale_request_are_not_judged_again() -> None:
     case = Case()
     lease = await case.lease()
-    lease.expired()
-    lease.expired()
+    lease.abort(stale_request_expired())
+    lease.abort(stale_request_expired())
     assert lease.responded(200, ADDRESSES[1], VIA, streamed=False)
     assert case.states() == [OPEN, CLOSED, CLOSED]
     assert case.routing.outcomes() == {URLS[0]: ["error"]}

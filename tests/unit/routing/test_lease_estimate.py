@@ -69,7 +69,7 @@ async def test_a_client_that_leaves_before_the_headers_is_released_at_once() -> 
 async def test_a_stream_that_is_over_is_not_told_to_end() -> None:
     routing, told = estimating(stale_seconds=10.0), list[int]()
     lease = await routing.route(stream=True)
-    lease.ticket.on_stale = lambda: told.append(1)
+    lease.on_abort = lambda _: told.append(1)
     lease.responded(200, A, VIA, streamed=True)
     lease.close()
     later(routing, 10.0)

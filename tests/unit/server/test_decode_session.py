@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.config.schema import EnvoyConfig
-from extproc.errors import RouterError, no_decode_workers
+from extproc.errors import RouterError, no_decode_workers, stale_request_expired
 from extproc.metrics.service import Metrics
 from extproc.routing.decision import Decision
 from extproc.routing.lease import Lease
@@ -77,6 +77,15 @@ class Case(Struct, kw_only=True):
     def reply(self, message: pb.ProcessingRequest) -> pb.ProcessingResponse:
         (reply,) = self.receive(message)
         return reply
+
+    def abort(self) -> Sequence[bytes]:
+        """The janitor's abort, as the ext_proc stream passes it on."""
+        replies: list[bytes] = []
+        lease = self.session.lease
+        assert lease is not None
+        lease.on_abort = lambda error: replies.extend(self.session.aborted(error))
+        lease.abort(stale_request_expired())
+        return replies
 
     def requests_counted(self) -> int:
         return sum(counter.value for counter in self.metrics.requests.children.values())
@@ -372,7 +381,7 @@ def test_a_client_that_leaves_says_nothing_of_the_worker() -> None:
 def test_a_request_that_is_too_old_is_ended_without_another_attempt() -> None:
     case = make_case()
     case.receive(headers())
-    (raw,) = case.session.expired()
+    (raw,) = case.abort()
     reply = pb.ProcessingResponse.FromString(raw)
     assert error(reply)[:2] == (504, "stale_request_expired")
     assert "x-extproc-retry" not in set_headers(reply)
@@ -387,6 +396,6 @@ def test_after_an_answer_of_our_own_there_is_nothing_to_say() -> None:
     case = make_case(error=no_decode_workers())
     case.receive(headers())
     assert case.receive(response_headers(503)) == []
-    assert case.session.expired() == ()
+    assert case.session.aborted(stale_request_expired()) == ()
     assert case.receive(headers()) == []
     case.session.close()

@@ -1,18 +1,31 @@
 """Tickets are counted once and released once; the janitor ends what never ends."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from extproc.errors import RouterError
 from extproc.metrics.service import Metrics
 from extproc.workers.tickets import Ticket, Tickets
 from extproc.workers.worker import Worker
 from tests.fakes import FakeClock, make_worker
 
 STALE_TOTAL = "extproc_stale_requests_total"
+
+
+class Owner:
+    """A request that does something when it is aborted."""
+
+    def __init__(self, on_abort: Callable[[], object]) -> None:
+        self.on_abort = on_abort
+
+    def abort(self, error: RouterError) -> None:
+        assert error.code == "stale_request_expired"
+        self.on_abort()
 
 
 class Book:
@@ -89,7 +102,7 @@ def test_a_worker_that_was_replaced_does_not_inherit_or_underflow() -> None:
 def test_stale_requests_are_told_once_and_oldest_first() -> None:
     book, told = Book(stale_seconds=10.0), list[int]()
     for index in range(3):
-        book.book(make_worker()).on_stale = lambda index=index: told.append(index)
+        book.book(make_worker()).owner = Owner(partial(told.append, index))
         book.clock.tick(1.0)
     book.clock.tick(7.0)  # ages 10, 9, 8
     assert book.load.sweep() == 1
@@ -104,7 +117,7 @@ def test_stale_requests_are_told_once_and_oldest_first() -> None:
 def test_telling_does_not_take_the_ticket_away() -> None:
     book, worker = Book(stale_seconds=10.0), make_worker()
     ticket = book.book(worker)
-    ticket.on_stale = lambda: None
+    ticket.owner = Owner(lambda: None)
     book.clock.tick(100.0)
     book.load.sweep()
     assert (worker.in_flight, len(book.load)) == (1, 1)
@@ -122,7 +135,7 @@ def test_a_request_that_ends_by_being_told_is_released() -> None:
 
     for ticket in tickets:
         # The end of one takes the others along, as a connection that is cut does.
-        ticket.on_stale = all_end
+        ticket.owner = Owner(all_end)
     book.clock.tick(10.0)
     book.load.sweep()
     assert (worker.in_flight, len(book.load)) == (0, 0)
@@ -132,7 +145,7 @@ def test_a_request_that_ends_by_being_told_is_released() -> None:
 def test_released_in_time_is_never_stale() -> None:
     book, told = Book(stale_seconds=10.0), list[int]()
     ticket = book.book(make_worker())
-    ticket.on_stale = lambda: told.append(1)
+    ticket.owner = Owner(lambda: told.append(1))
     ticket.release()
     book.clock.tick(100.0)
     assert book.load.sweep() == 0
@@ -142,7 +155,7 @@ def test_released_in_time_is_never_stale() -> None:
 def test_a_ticket_nobody_listens_to_does_not_hide_the_others() -> None:
     book, told = Book(stale_seconds=10.0), list[int]()
     book.book(make_worker())
-    book.book(make_worker()).on_stale = lambda: told.append(1)
+    book.book(make_worker()).owner = Owner(lambda: told.append(1))
     book.clock.tick(10.0)
     assert book.load.sweep() == 1
     assert told == [1]
@@ -193,7 +206,7 @@ async def test_the_janitor_tells_stale_requests() -> None:
     book, told = Book(stale_seconds=600.0), list[float]()
     async with running(book, book.load.run_janitor()):
         ticket = book.book(make_worker())
-        ticket.on_stale = lambda: told.append(book.clock.monotonic())
+        ticket.owner = Owner(lambda: told.append(book.clock.monotonic()))
         await book.clock.advance(599.0)
         assert not told
         await book.clock.advance(61.0)

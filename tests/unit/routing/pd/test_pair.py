@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extproc.errors import RouterError
+from extproc.errors import RouterError, stale_request_expired
 from extproc.routing.decision import Decision
 from extproc.routing.lease import Lease
 from extproc.routing.pd.pair import Pair, Pairs, PrefillLeg, Reservation
@@ -94,7 +94,7 @@ class Case:
                     worker.breaker.failure(self.routing.clock.monotonic())
             self.routing.clock.tick(30.0)
         self.pair = self._make(inline, linger)
-        self.pair.on_failure = self.failures.append
+        self.pair.on_abort = self.failures.append
         self.pair.follow()
 
     def _make(self, inline: bool, linger: float) -> Pair:
@@ -241,7 +241,7 @@ async def test_a_prefill_that_fails_is_the_workers_fault_and_told_at_once(
     assert booking.told == ["release"]
     assert case.load == (0, 1)
     case.routing.clock.tick(0.004)
-    case.pair.told()
+    case.pair.answer_written()
     assert case.routing.metric("extproc_pd_fail_fast_seconds_sum") == pytest.approx(0.004)
     case.pair.close()
     case.nothing_is_left()
@@ -349,7 +349,7 @@ async def test_closing_twice_is_closing_once() -> None:
 
 async def test_a_failure_nobody_listens_to_is_settled_all_the_same() -> None:
     case = Case()
-    case.pair.on_failure = None
+    case.pair.on_abort = None
     await case.answers(500)
     case.pair.close()
     case.nothing_is_left()
@@ -473,7 +473,7 @@ async def test_inline_a_client_that_leaves_is_neutral_for_both() -> None:
 
 async def test_inline_a_request_that_is_too_old_is_the_decode_workers_failure() -> None:
     case = Case(inline=True)
-    case.pair.expired()
+    case.pair.abort(stale_request_expired())
     case.pair.close()
     assert case.decode.breaker.state is OPEN
     assert case.prefill.breaker.state is CLOSED
@@ -485,7 +485,7 @@ async def test_with_two_passes_the_janitor_watches_the_prefill() -> None:
     assert case.pair.ticket is case.pair.leg.ticket
     assert case.pair.served is case.prefill
     assert case.responds(200)
-    case.pair.expired()
+    case.pair.abort(stale_request_expired())
     case.pair.close()
     assert case.decode.breaker.state is CLOSED
     case.nothing_is_left()
@@ -551,10 +551,10 @@ async def _play(steps: list[Any], *, inline: bool, linger: float, probe: bool) -
             case ("abandon",):
                 case.pairs.abandon()
             case ("expired",):
-                case.pair.expired()
+                case.pair.abort(stale_request_expired())
             case ("told",):
                 if case.failures:
-                    case.pair.told()
+                    case.pair.answer_written()
             case ("picked",):
                 case.pair.release_reservation()
             case ("wait",):

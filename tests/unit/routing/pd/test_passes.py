@@ -403,7 +403,7 @@ async def test_a_pair_ends_with_its_prefill_and_its_stream() -> None:
     fleet = Fleet()
     pair = await fleet.route()
     failures: list[RouterError] = []
-    pair.on_failure = failures.append
+    pair.on_abort = failures.append
     fleet.caller.calls[0].tell(500)
     await settle()
     assert [error.code for error in failures] == ["prefill_failed"]
@@ -417,7 +417,7 @@ async def test_a_changed_role_ends_the_prefills_there() -> None:
     pairs = [await fleet.route() for _ in range(3)]
     failures: list[RouterError] = []
     for pair in pairs:
-        pair.on_failure = failures.append
+        pair.on_abort = failures.append
     worker = pairs[1].leg.worker
     fleet.pd.role_changed(worker, "prefill", "decode")
     assert [error.status for error in failures] == [502]
