@@ -1,5 +1,5 @@
-"""What the service costs, measured side by side in one run.
+"""Benchmarks of the service: each compares with a baseline that runs in the same run.
 
-Single figures of one machine say little, and a throughput run on shared cores swings by a
-factor of two; each program here compares against a baseline that ran at the same time.
+Absolute figures of one machine mean little, and throughput on shared cores varies by a factor
+of two. Compare ratios.
 """

@@ -1,9 +1,9 @@
-"""The cheapest ext_proc service that Python's gRPC library can be: the baseline of ours.
+"""The cheapest ext_proc service with Python's gRPC library: the baseline of the benchmarks.
 
-Bytes in, bytes out: nothing is parsed, decided, counted or logged, and every reply was
-serialised before the first request. The replies name the same destinations with the same
-headers and metadata as ours, from the same code, so that Envoy does the same work for both.
-What is left is what any service on grpc.aio must pay; the difference to it is our own.
+It parses, decides, counts and logs nothing, and every reply is serialised before the first
+request. The replies name the same destinations with the same headers and metadata as the
+service's, from the same code, so that Envoy does the same work for both. Its cost is the cost
+of any service on grpc.aio; the difference is the cost of our own code.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from extproc.server.grpc_server import SERVICE, grpc_options
 __all__ = ["BareResponder", "body_replies"]
 
 # The first byte of a serialised ProcessingRequest is the tag of its kind: fields are written
-# in the order of their numbers, and those before the kinds are not used.
+# in the order of their numbers, and the fields before the kinds are not used.
 _REQUEST_HEADERS: Final = 0x12
 _RESPONSE_HEADERS: Final = 0x1A
 _REQUEST_BODY: Final = 0x22
@@ -35,7 +35,7 @@ _RESPONSE_TRAILERS: Final = 0x3A
 
 
 def body_replies(model: str, addresses: list[str]) -> list[bytes]:
-    """The reply to a request body for each worker in turn, the others as its fallbacks."""
+    """The reply to a request body for each worker in turn, with the others as its fallbacks."""
     builder = replies.ReplyBuilder(EnvoyConfig(), None)
     named = 1 + ProxyConfig().fallback_workers
     timeout_ms = round(ProxyConfig().request_timeout_secs * 1000)
@@ -93,7 +93,7 @@ async def _serve(port: int, model: str, addresses: list[str]) -> None:
         loop.add_signal_handler(number, stop.set)
     server = grpc.aio.server(options=grpc_options(ServerConfig().max_body_bytes))
     server.add_generic_rpc_handlers((BareResponder(model, addresses).handler(),))
-    # Says SERVING for the whole process as soon as it is asked.
+    # Answers SERVING for the whole process at once.
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()

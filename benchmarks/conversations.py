@@ -1,4 +1,4 @@
-"""Conversations for benchmarks, and a model folder that turns them into realistic tokens.
+"""Makes conversations for benchmarks, and a model folder with realistic tokens for them.
 
 Text and vocabulary come from the documentation that ships with Python, so that a token is a
 few characters as in real models, and nothing has to be downloaded. The split pattern is that
@@ -34,7 +34,7 @@ _TEMPLATE: Final = """\
 
 
 def write_model_folder(folder: Path) -> None:
-    """A tokenizer trained on the spot, some seconds, and its template."""
+    """Train a tokenizer, which takes some seconds, and write it with its template."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -76,7 +76,7 @@ class Conversations:
         return "".join(parts).encode("ascii", "replace").decode()[:size_bytes]
 
     def messages(self, turns: int, size_bytes: int) -> list[dict[str, Any]]:
-        """A system prompt and so many turns before the last question, of so much text in all."""
+        """A system prompt, earlier turns and a last question, with this much text in all."""
         each = size_bytes // (2 * turns + 1)
         messages = [{"role": "system", "content": self.text(each)}]
         for _ in range(turns):

@@ -1,10 +1,10 @@
-"""What our service adds to a request, against no filter and against a bare responder.
+"""Measures what the service adds to a request, beside no filter and a bare responder.
 
     python -m benchmarks.extproc_overhead [--pairs 5] [--seconds 10] [--quick]
 
-Throughput depends on what else the machine does; CPU time per request and the ratios between
-arms that ran next to each other do not, so those are the figures to go by. Everything shares
-the cores with wrk, so throughput is that of the whole machine, not of one process.
+Throughput depends on the other load of the machine. CPU time per request and ratios between
+arms that ran next to each other do not, so use those. All processes share the cores with wrk,
+so throughput is that of the whole machine, not of one process.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _QUIET_CORES: Final = 0.15
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """What is run."""
+    """The settings of a run of this program."""
 
     pairs: int
     seconds: int
@@ -47,7 +47,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class _Report(Struct, frozen=True, kw_only=True):
-    """What `--json` writes."""
+    """The content of the `--json` file."""
 
     machine: str
     cores: int
@@ -74,7 +74,7 @@ async def measure(plan: Plan, folder: Path) -> list[Run]:
 async def run_once(
     rig: Rig, arm: Arm, setting: Setting, script_file: Path, pair: int, seconds: int
 ) -> Run:
-    """One run of one arm, announced on standard error as it ends."""
+    """One run of one arm; prints a line on standard error at its end."""
     url = rig.urls[arm] + _PATH
     await run_wrk(url, script_file, setting.connections, _WARM_UP_SECONDS)
     server = rig.servers.get(arm)
@@ -107,7 +107,7 @@ def _each(pids: Sequence[int]) -> list[float]:
 
 
 def _own_cpu_seconds() -> float:
-    """Of this process and of the children that have ended: wrk."""
+    """CPU time of this process and of its ended children (wrk)."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
@@ -180,7 +180,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def publish(plan: Plan, runs: Sequence[Run], json_file: Path | None) -> None:
-    """Print the report; with `json_file` write every run there."""
+    """Print the report; with `json_file` write every run to it."""
     cores = os.cpu_count() or 0
     print(
         f"\nMedians of {plan.pairs} interleaved run(s) of {plan.seconds} s; {cores} cores, "
@@ -204,7 +204,7 @@ async def _main(plan: Plan, json_file: Path | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 good, 1 a run with errors or something missing, 130 interrupted."""
+    """Returns 0 if all is well, 1 after a run with errors or gaps, 130 when interrupted."""
     options = _options(arguments)
     return asyncio.run(run_until_signal(_main(_plan(options), options.json)))
 

@@ -1,7 +1,7 @@
-"""From single runs to medians and ratios.
+"""Computes medians and ratios from single runs.
 
 Ratios are taken pair by pair, between runs that followed each other, and only then reduced
-to a median: what slows the machine down for a while slows down both sides of a pair.
+to a median: other load on the machine slows down both sides of a pair.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,16 +16,16 @@ __all__ = ["Ratio", "Run", "Setting", "Summary", "pair_order", "ratios", "summar
 
 
 class Setting(Struct, frozen=True, order=True):
-    """What is sent: size of a body in bytes, open connections."""
+    """The load: size of a body in bytes, number of open connections."""
 
     body_bytes: int
     connections: int
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """One measured run of one arm. CPU is in microseconds per request; without a server 0.
+    """One measured run of one arm. CPU is in microseconds per request, 0 without a server.
 
-    `strangers_cores` is how many cores were busy with what is no part of the benchmark.
+    `strangers_cores` is the number of cores used by other processes of the machine.
     """
 
     pair: int
@@ -43,7 +43,7 @@ class Run(Struct, frozen=True, kw_only=True):
 
     @property
     def valid(self) -> bool:
-        """A refused or broken request is cheap: such a run says nothing."""
+        """False if requests failed: failed requests are cheap, so the run means nothing."""
         return not self.errors and self.requests > 0
 
     @property
@@ -109,7 +109,7 @@ def pair_order(pair: int) -> tuple[Arm, ...]:
 
 
 def summaries(runs: Iterable[Run]) -> list[Summary]:
-    """By setting, then in the order of the arms; a cell without a valid run is left out."""
+    """Summaries by setting, then in the order of the arms, without cells that have no valid run."""
     cells: dict[tuple[Setting, Arm], list[Run]] = {}
     for run in runs:
         if run.valid:
@@ -135,7 +135,7 @@ def summaries(runs: Iterable[Run]) -> list[Summary]:
 
 
 def ratios(runs: Sequence[Run]) -> list[Ratio]:
-    """By setting; only pairs of which every run is valid count."""
+    """Ratios by setting, from pairs of which every run is valid."""
     found: list[Ratio] = []
     for setting in sorted({run.setting for run in runs}):
         trios = list(_trios(run for run in runs if run.setting == setting))
@@ -155,5 +155,5 @@ def _trios(runs: Iterable[Run]) -> Iterator[_Trio]:
 
 
 def _quotient(over: float, under: float) -> float | None:
-    # Noise can leave nothing to divide by in very short runs.
+    # In very short runs noise can make the divisor zero.
     return over / under if under > 0 else None

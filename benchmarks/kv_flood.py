@@ -1,11 +1,11 @@
-"""KV events pouring in: how many a second, and what requests notice of it.
+"""Measures a flood of KV events: the rate of the service, and the delay of requests.
 
     python -m benchmarks.kv_flood [--rounds 5] [--seconds 3]
 
 First, decoding and index together, without sockets: the best round of each shape. Then a
-publisher in another process sends a third of the required rate through a real socket, while work
-of a routing decision's size is due 200 times a second on the same event loop; its delay counts
-from when it was due. Quiet and flooded phases take turns.
+publisher in another process sends a third of the required rate through a real socket. At the
+same time, work as long as a routing decision is due 200 times a second on the event loop; its
+delay is measured from that due time. Quiet and flooded phases alternate.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from extproc.kv.subscriptions.subscriber import EventEndpoint
 _VOCABULARY: Final = 150_000
 _PROMPT_TOKENS: Final = 8192
 _PROBES_PER_SECOND: Final = 200
-# Name, pages of an event, tokens of a page, events of a batch, pages a second that are required.
+# Name, pages of an event, tokens of a page, events of a batch, required pages a second.
 _SHAPES: Final = (
     ("16 pages of 64 an event", 16, 64, 8, 300_000),
     ("1 page of 16 an event", 1, 16, 8, 100_000),
@@ -43,7 +43,7 @@ _encode: Final = msgspec.msgpack.encode
 def payloads(
     random: np.random.Generator, count: int, pages: int, page_size: int, events: int
 ) -> Iterator[bytes]:
-    """Batches of chains that all begin anew."""
+    """Batches of page chains that all begin at the root."""
     for number in range(count):
         ids = random.integers(-(2**63), 2**63, (events, pages)).tolist()
         tokens = random.integers(0, _VOCABULARY, (events, pages * page_size)).tolist()
@@ -100,11 +100,11 @@ def without_sockets(random: np.random.Generator, rounds: int) -> None:
         print(f"{name:28} {best:10,.0f} {required:9,}")
 
 
-# -- with them
+# -- with sockets
 
 
 def publish(pipe: Connection, shape: int, seconds: float) -> None:
-    """The other process: on every word from the pipe, one phase of batches, evenly spread."""
+    """The other process: sends one phase of evenly spread batches for each message of the pipe."""
     _, pages, page_size, events, required = _SHAPES[shape]
     rate = required / 3 / (pages * events)
     count = int(rate * seconds)
@@ -129,7 +129,7 @@ def publish(pipe: Connection, shape: int, seconds: float) -> None:
 async def probe(
     index: PrefixIndex, holders: list[RankPages], prompts: list[TokenIds], seconds: float
 ) -> list[float]:
-    """Delays in milliseconds, from when the work was due until it was done."""
+    """Delays in milliseconds, from the due time of the work to its end."""
     delays: list[float] = []
     loop = asyncio.get_running_loop()
     count = int(seconds * _PROBES_PER_SECOND)

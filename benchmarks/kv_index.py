@@ -1,4 +1,4 @@
-"""The prefix index: hashing, matching, events and memory.
+"""Measures the prefix index: hashing, matching, events and memory.
 
     python -m benchmarks.kv_index [--pages 1000000]
 
@@ -51,7 +51,7 @@ def _show(name: str, value: str) -> None:
 
 
 def requests(random: np.random.Generator) -> None:
-    """What one request costs."""
+    """The cost of one request."""
     hasher = PrefixHasher()
     long = _tokens(random, 32_768)
     for page in (1, 16, 64):
@@ -59,7 +59,7 @@ def requests(random: np.random.Generator) -> None:
         _show(f"hash 32768 tokens, page {page}", f"{best:7.1f} us best {median:7.1f} median")
     chain = _tokens(random, 2500 * _PAGE)
     everybody = (1 << 64) - 1
-    # A shared system prompt with conversations of a few holders, and the extremes around it.
+    # A shared system prompt with conversations of a few ranks, and the extremes around it.
     depths = {
         "all of it": [2500] * 64,
         "300 pages, 8 of them more": [300] * 56 + random.integers(300, 2501, 8).tolist(),
@@ -110,7 +110,7 @@ def requests(random: np.random.Generator) -> None:
 def _demote(
     index: PrefixIndex, holder: RankPages, ids: list[int], tokens: TokenIds, first: int, tier: int
 ) -> None:
-    """Pages from `first` on move one tier down, to `tier`."""
+    """Move the pages from `first` on down to `tier`."""
     index.store(holder, ids[first:], ids[first - 1], tokens[first * _PAGE :], _PAGE, tier)
     index.remove(holder, ids[:first:-1], tier - 1)
     index.remove(holder, ids[first : first + 1], tier - 1)
@@ -121,7 +121,7 @@ def _match(index: PrefixIndex, prefixes: TokenIds, mask: int) -> None:
 
 
 def events(random: np.random.Generator) -> None:
-    """What engines' events cost, decoded."""
+    """The cost of applying decoded events."""
     for pages, page, label in ((16, 64, "chains of 16 pages of 64"), (1, 16, "single pages of 16")):
         count = 4000 if pages > 1 else 40_000
         tokens = _tokens(random, count * pages * page)
@@ -144,7 +144,7 @@ def events(random: np.random.Generator) -> None:
 
 
 def memory(random: np.random.Generator, pages: int) -> None:
-    """Resident bytes a page, from the process before and after."""
+    """Resident bytes per page, from the process's memory before and after."""
     index = PrefixIndex(PrefixHasher(), 2 * pages)
     holder = index.add("w", 16)
     gc.collect()

@@ -1,11 +1,11 @@
-"""What routing by tokens and KV pages costs, from the body to the decision.
+"""Measures routing by tokens and KV pages, from the body to the decision.
 
     python -m benchmarks.kv_path [--pairs 5] [--seconds 10] [--policy min_ttft]
 
-Every request is the next turn of a conversation of 33 KB whose history was seen before and is
-held by one of the workers; its question, 2 KB by default, is new. The arms are those of
-extproc_overhead. The workers' KV events come from simulated workers that served the history
-once; the requests themselves go to a fake upstream that costs nothing.
+Every request is the next turn of a conversation of 33 KB. One of the workers holds its history;
+its question, 2 KB by default, is new. The arms are those of extproc_overhead. Simulated workers
+that served the history once publish the KV events. The requests go to a fake upstream that
+costs nothing.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def _head(history: Sequence[dict[str, Any]]) -> str:
 async def _holders(
     folder: Path, model_folder: Path, histories: Sequence[Sequence[dict[str, Any]]]
 ) -> AsyncIterator[list[KvBlock]]:
-    """Simulated workers that hold the histories, each its share; gives what they announce."""
+    """Start simulated workers that each hold a share of the histories; yields their KV settings."""
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         urls: list[str] = []
@@ -120,7 +120,7 @@ async def _knows_all(admin_url: str) -> bool:
 
 
 async def _decisions(admin_url: str) -> str:
-    """Reasons and hit rate, to show that what was measured is what was meant."""
+    """Reasons and hit rate, to show that the intended path was measured."""
     async with aiohttp.ClientSession() as session, session.get(f"{admin_url}/metrics") as answer:
         lines = (await answer.text()).splitlines()
     wanted = ("extproc_decisions_total{", "extproc_prompt_tokens_t", "extproc_cached_tokens_t")

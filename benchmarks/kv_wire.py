@@ -1,10 +1,10 @@
-"""What it costs to decode an engine's KV events, up to arrays of tokens.
+"""Measures decoding of an engine's KV events, up to arrays of tokens.
 
     python -m benchmarks.kv_wire [--rounds 40]
 
-Shapes take turns within a round, so that a noisy neighbour hits them alike. "integers only" is
-msgspec making lists of the same token ids and nothing else: the floor of any decoder that makes
-Python integers on the way.
+Shapes alternate within a round, so that other load affects them alike. "integers only" is
+msgspec making only lists of the same token ids: the minimum for any decoder that makes Python
+integers.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _encode: Final = msgspec.msgpack.encode
 
 
 def stored(random: Random, pages: int, page_size: int, *, bigram: bool = False) -> dict[str, Any]:
-    """An event as SGLang writes it; token ids have all widths up to five bytes."""
+    """An event in SGLang's format; token ids have all widths up to five bytes."""
     ids = [random.randrange(_VOCABULARY) for _ in range(pages * page_size + bigram)]
     return {
         "type": "BlockStored",
@@ -44,7 +44,7 @@ def batch(events: list[Any]) -> bytes:
 
 
 def shapes(random: Random) -> dict[str, tuple[int, Callable[[], object]]]:
-    """What is measured: name, pages of one call, call."""
+    """The measured calls: name, pages of one call, call."""
     found: dict[str, tuple[int, Callable[[], object]]] = {}
     for pages, page_size in ((1, 16), (1, 64), (16, 64), (64, 64)):
         events = [stored(random, pages, page_size) for _ in range(_EVENTS)]

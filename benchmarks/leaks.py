@@ -1,10 +1,10 @@
-"""What is left behind by many requests that end in every way a request can end.
+"""Checks what the service keeps after many requests that end in every possible way.
 
     python -m benchmarks.leaks [--requests 10000]
 
-A ticket that is never released makes a worker look busy for ever, and a lost stream or file
-ends in a crash days later. Refused, aborted and streamed requests each take another way out
-of the service, so all of them are mixed.
+A ticket that is never released makes a worker look busy for ever, and lost streams or files
+cause a crash days later. Refused, aborted and streamed requests end in different code, so all
+kinds are mixed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _SIMULATOR: Final = {
     "--max-running-requests": "1000",
 }
 _CHAT: Final = "/v1/chat/completions"
-# More tokens than the simulator makes until the request is given up.
+# More tokens than the simulator makes before the client aborts.
 _LONG: Final = 4000
 
 
@@ -48,7 +48,7 @@ def _body(**fields: object) -> bytes:
 
 
 class _Client:
-    """Sends one request of a kind and says how it ended."""
+    """Sends one request of a kind and returns how it ended."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session = session
@@ -81,14 +81,14 @@ class _Client:
         return await self._read(b'{"model": ')
 
     async def aborted_in_stream(self) -> str:
-        """Given up when the first bytes are here."""
+        """Abort after the first bytes."""
         async with self._post(_body(stream=True, max_tokens=_LONG)) as response:
             await response.content.readany()
             response.close()
         return "aborted"
 
     async def aborted_before_headers(self) -> str:
-        """Given up while the worker is still at it."""
+        """Abort while the worker still computes the answer."""
         try:
             async with asyncio.timeout(_ABORT_SECONDS):
                 return await self._read(_body(max_tokens=_LONG))
@@ -96,7 +96,7 @@ class _Client:
             return "aborted"
 
 
-# Kind, its share of all requests, and how it must end.
+# Kind, share of all requests, required ending.
 _Kind = tuple[Callable[[_Client], Awaitable[str]], int, str]
 _MIX: Final[tuple[_Kind, ...]] = (
     (_Client.plain, 50, "200"),
@@ -110,7 +110,7 @@ _MIX: Final[tuple[_Kind, ...]] = (
 
 
 async def _send(url: str, count: int, random: Random) -> Counter[tuple[str, str, bool]]:
-    """Requests by kind, ending, and whether that was the expected one."""
+    """Number of requests by kind, ending, and whether the ending was the required one."""
     kinds = random.choices(_MIX, weights=[share for _, share, _ in _MIX], k=count)
     ends: Counter[tuple[str, str, bool]] = Counter()
     rest: Iterator[_Kind] = iter(kinds)
@@ -132,7 +132,7 @@ async def _send(url: str, count: int, random: Random) -> Counter[tuple[str, str,
 
 
 def grown(before: Held, after: Held) -> list[str]:
-    """What was not given back, by name; memory is shown but not judged."""
+    """The growth of each resource, by name; memory is shown but not judged."""
     names = ["tickets"] if after.tickets else []
     if after.streams:
         names.append("streams")
@@ -179,7 +179,7 @@ async def _main(count: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 good, 1 something was left behind or ended otherwise than expected."""
+    """Returns 0 if all is well, 1 after a leak or an unexpected ending."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=10_000)
     options = parser.parse_args(arguments)

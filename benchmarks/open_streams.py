@@ -1,10 +1,10 @@
-"""What an open stream costs in memory.
+"""Measures the memory of an open stream.
 
     python -m benchmarks.open_streams [--streams 1000] [--body-bytes 1200]
 
-A generation lasts minutes, and its ext_proc stream with it, so the number of open streams is
-large and what each one keeps adds up. Streams are opened twice: memory that the second round
-takes again was given back in between, whatever the resident size says.
+A generation lasts minutes, and so does its ext_proc stream, so many streams are open at one
+time. The streams are opened twice: memory that the second round does not add was given back in
+between, whatever the resident size says.
 """
 
 import argparse
@@ -28,7 +28,7 @@ __all__ = ["main"]
 _ROUNDS: Final = 2
 _WARM_UP_STREAMS: Final = 64
 _OPENING_AT_ONCE: Final = 64
-# The second token is a long way off: the stream stays open as long as it is looked at.
+# The second token is far away: the stream stays open during the measurement.
 _SIMULATOR: Final = {
     "--decode-milliseconds-per-token": "600000",
     "--prefill-tokens-per-second": "1000000000",
@@ -38,7 +38,7 @@ _SIMULATOR: Final = {
 
 @contextlib.asynccontextmanager
 async def _open_streams(url: str, count: int, body: bytes) -> AsyncIterator[None]:
-    """That many streamed requests, each with its response headers received."""
+    """Open this many streamed requests and receive the response headers of each."""
     gate = asyncio.Semaphore(_OPENING_AT_ONCE)
     headers = {"content-type": "application/json"}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
@@ -87,7 +87,7 @@ def _report(readings: Sequence[tuple[str, Held]], count: int) -> str:
 
 
 async def _main(count: int, body_bytes: int) -> int:
-    # Client and Envoy hold two sockets a stream between them, the simulator one.
+    # Per stream, client and Envoy hold two sockets together, the simulator one.
     raise_file_limit(4 * count + 1000)
     try:
         with tempfile.TemporaryDirectory(prefix="extproc-benchmark-") as folder:
@@ -101,7 +101,7 @@ async def _main(count: int, body_bytes: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 good, 1 streams that did not open or close, 130 interrupted."""
+    """Returns 0 if all is well, 1 if streams did not open or close, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--body-bytes", type=int, default=1200)

@@ -1,10 +1,10 @@
-"""How long a client waits for the answer once its prefill has failed.
+"""Measures how long a client waits for the answer after its prefill has failed.
 
     python -m benchmarks.pd_fail_fast [--requests 100] [--at-once 10]
 
 Real Envoy and service, simulated workers that meet in rooms: without the answer the decode worker
-would wait for its time-out of minutes. The prefill worker fails after a while, by turns with a
-5xx and by closing the connection; counted is what the client waits beyond that while.
+would wait for its time-out of minutes. The prefill worker fails after a set time, in turn with a
+5xx and with a closed connection. The result is the client's wait beyond that time.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from typing import Final
 import aiohttp
 
 from benchmarks.rig import run_until_signal
-from extproc.simulator import SimulatorSettings, start
+from extproc.simulator.http import start
+from extproc.simulator.settings import SimulatorSettings
 from extproc.testing.stack import Stack, StackError
 
 _MODEL: Final = "apart"
@@ -35,7 +36,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> int:
         )
     )
     decode = await start(SimulatorSettings(model=_MODEL, disaggregation_mode="decode"))
-    # The breaker would end the experiment.
+    # An open breaker would end the experiment.
     model = {"id": _MODEL, "circuit_breaker": {"threshold": 1_000_000}}
     settings = {"models": [model], "envoy": {"access_log": None, "fail_open": False}}
     waits: list[float] = []

@@ -1,10 +1,11 @@
-"""What it costs to serve a request by a prefill and a decode worker instead of by one.
+"""Measures the cost of serving a request by a prefill and a decode worker instead of one.
 
     python -m benchmarks.pd_path [--pairs 5] [--seconds 5]
 
-One service with two models: one plain, the other's workers apart. All workers are a fake that
-answers at once, so what is measured is ours and Envoy's: a connection and a request of our own,
-and a second pass. Also: what it takes to put the members into a large body.
+One service has two models: one with plain workers, one with prefill and decode workers. All
+workers are fakes that answer at once, so the result is the cost of the service and of Envoy: a
+connection and a request of the service, and a second pass. It also measures adding the members
+to a large body.
 """
 
 import argparse
@@ -78,7 +79,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> None:
 
 
 def inject() -> None:
-    """Members into a body of 1 MB."""
+    """Add the members to a body of 1 MB."""
     body = chat_body(MODEL, _MEGABYTE).encode()
     times = []
     for _ in range(200):

@@ -1,7 +1,6 @@
-"""What a process has used, read from /proc: CPU time, resident memory.
+"""Reads CPU time and resident memory of processes from /proc.
 
-Read directly, so that a reading costs microseconds and the benchmark itself stays out of the
-figures.
+A direct read costs microseconds, so it does not change the figures.
 """
 
 import os
@@ -33,7 +32,7 @@ def parse_cpu_ticks(stat: str) -> int:
 
 
 def parse_machine_ticks(stat: str) -> int:
-    """Ticks in which any core was busy or taken away by the host, from the text of /proc/stat.
+    """Ticks in which a core was busy or taken by the host, from the text of /proc/stat.
 
     The first line holds user, nice, system, idle, iowait, irq, softirq, steal; guest time is
     part of user time.
@@ -57,7 +56,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def machine_cpu_seconds() -> float:
-    """CPU time used so far by everything on this machine."""
+    """CPU time used so far by all processes of this machine."""
     return parse_machine_ticks(Path("/proc/stat").read_text()) / _TICKS_PER_SECOND
 
 

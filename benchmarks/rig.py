@@ -1,9 +1,9 @@
-"""One Envoy with three ways in, one fake upstream behind it, and the two responders.
+"""Starts one Envoy with three listeners, a fake upstream, the service and the bare responder.
 
-The listeners without a filter and with the bare responder are derived from the rendered one:
-whatever the rendering does (limits, header mutations, local replies), all three do it, and
-the filter is the only difference. The upstream is an Envoy that answers by itself, since it
-must cost little and always the same.
+The listeners without a filter and with the bare responder are derived from the rendered one.
+Limits, header mutations and local replies are therefore the same for all three, and the filter
+is the only difference. The upstream is an Envoy that answers by itself, since its cost must be
+small and constant.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ _ANSWER: Final = {
 
 
 class Arm(enum.StrEnum):
-    """What is compared."""
+    """The compared listeners."""
 
     NONE = "no filter"
     BARE = "bare"
@@ -64,7 +64,7 @@ class Arm(enum.StrEnum):
 
 
 class Rig(Struct, frozen=True, kw_only=True):
-    """Where each arm listens, and the processes to be measured."""
+    """The URL of each arm, and the processes to measure."""
 
     urls: dict[Arm, str]
     admin_url: str
@@ -73,9 +73,9 @@ class Rig(Struct, frozen=True, kw_only=True):
     servers: dict[Arm, int]
 
 
-# What a worker says of its KV events.
+# The `kv_events` block of a worker's introspection.
 KvBlock = Mapping[str, Any]
-# What a worker says of itself.
+# A worker's introspection answer.
 ServerInfo = Mapping[str, Any]
 
 
@@ -88,10 +88,10 @@ async def running_rig(
     others: Sequence[ServerInfo] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Rig]:
-    """Everything started and healthy; stopped again however the block ends.
+    """Start all parts and wait until they are healthy; stop them at the end of the block.
 
-    `model` adds to the model's configuration; there is a worker for each of `kv_blocks`, and
-    one for each of `others`, of whatever model that says. `settings` add to the service's.
+    `model` adds to the model's configuration. There is a worker for each of `kv_blocks`, and
+    one for each of `others`, of the model named there. `settings` add to the service's.
     """
     infos: list[ServerInfo] = [
         {
@@ -239,7 +239,7 @@ async def _bare(
 
 
 async def _start(stack: contextlib.AsyncExitStack, process: ManagedProcess) -> None:
-    # The clean-up first: a Ctrl-C while the process starts must not leave it behind.
+    # Register the clean-up first: a Ctrl-C during the start must not leave the process behind.
     stack.push_async_callback(process.stop)
     await process.start()
 
@@ -287,7 +287,7 @@ def _manager_of_worker(info: ServerInfo) -> dict[str, Any]:
         route_config={"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
         http_filters=[
             {
-                # An answer before the end of the body would cost the connection.
+                # An answer before the end of the body would close the connection.
                 "name": "envoy.filters.http.buffer",
                 "typed_config": typed(
                     "extensions.filters.http.buffer.v3.Buffer",

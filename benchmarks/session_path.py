@@ -1,7 +1,7 @@
-"""CPU time of our own code for one request, without gRPC and Envoy.
+"""Measures the CPU time of our own code for one request, without gRPC and Envoy.
 
-Everything between the bytes of Envoy's messages and the bytes of our replies: parsing,
-session, router, policy, lease, metrics. What is left of a request's cost is the transport's.
+That is everything between the bytes of Envoy's messages and the bytes of the replies: parsing,
+session, router, policy, lease, metrics. The rest of a request's cost is the transport's.
 
 Run: `python -m benchmarks.session_path [--requests 20000] [--profile]`.
 """
@@ -44,7 +44,7 @@ _HEADERS = {
 
 
 def messages(body_bytes: int, served: int) -> list[bytes]:
-    """What Envoy sends for one buffered request; `served` is the number of the worker."""
+    """Envoy's messages for one buffered request; `served` is the number of the worker."""
     first = pb.ProcessingRequest(
         request_headers=pb.HttpHeaders(headers=_header_map(_HEADERS)),
         protocol_config=pb.ProtocolConfiguration(request_body_mode=pb.ProcessingMode.BUFFERED),
@@ -109,7 +109,7 @@ async def run(
     context: SessionContext, router: Router, wires: list[list[bytes]], count: int
 ) -> None:
     """The steps of one stream, as the transport takes them."""
-    # Workers are chosen in turn, so that is how they answer.
+    # Round robin chooses the workers in turn, so they answer in turn.
     for wire in islice(cycle(wires), count):
         session = Session(context)
         for raw in wire:
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="print the 25 dearest functions")
     options = parser.parse_args()
-    # Whole rounds over the workers.
+    # A multiple of the number of workers.
     count = options.requests // 5 // options.workers * options.workers
     for body_bytes in (1200, 33_000):
         context, router = build(options.workers)

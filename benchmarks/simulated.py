@@ -1,4 +1,4 @@
-"""The service and Envoy before simulated workers, and what the service holds at a moment."""
+"""Starts the service and Envoy with simulated workers, and reads what the service holds."""
 
 import asyncio
 import contextlib
@@ -18,12 +18,12 @@ __all__ = ["MODEL", "Held", "held", "raise_file_limit", "running_stack", "settle
 
 MODEL: Final = "benchmark-model"
 _SETTLE_SECONDS: Final = 30.0
-# Not every build of the service exports it.
+# Older builds of the service do not export it.
 _TASKS_METRIC: Final = "extproc_asyncio_tasks_open"
 
 
 class Held(Struct, frozen=True, kw_only=True):
-    """What the service holds: all of it must be given back. `tasks` None = not exported."""
+    """The resources that the service holds and must give back; `tasks` is None if unknown."""
 
     tickets: int
     streams: int
@@ -49,7 +49,7 @@ async def running_stack(
                 ],
                 folder / f"simulator-{port}.log",
             )
-            # The clean-up first: a Ctrl-C while it starts must not leave it behind.
+            # Register the clean-up first: a Ctrl-C during the start must not leave it behind.
             stack.push_async_callback(process.stop)
             await process.start()
             await process.wait_ready(partial(_says_ready, process))
@@ -67,7 +67,7 @@ async def _says_ready(process: ManagedProcess) -> bool:
 
 
 async def held(stack: Stack) -> Held:
-    """Read now."""
+    """Read what the service holds now."""
     metrics = await stack.metrics()
     tasks = metrics.get(_TASKS_METRIC)
     return Held(
@@ -80,9 +80,9 @@ async def held(stack: Stack) -> Held:
 
 
 async def settle(stack: Stack, streams: int = 0) -> Held:
-    """Wait until that many streams are open, each with its ticket, then read.
+    """Wait until this many streams are open, each with its ticket, then read.
 
-    Raises StackError when it never comes to that.
+    Raises StackError if that takes too long.
     """
 
     async def reached() -> bool:
@@ -90,13 +90,13 @@ async def settle(stack: Stack, streams: int = 0) -> Held:
         return now.streams == streams and now.tickets == streams
 
     await wait_until(reached, f"{streams} streams and tickets open", _SETTLE_SECONDS)
-    # Envoy's and the kernel's buffers follow a moment later.
+    # Envoy's and the kernel's buffers are freed a moment later.
     await asyncio.sleep(1)
     return await held(stack)
 
 
 def raise_file_limit(needed: int) -> None:
-    """Let this process and its children open that many files, as far as the system allows."""
+    """Let this process and its children open this many files, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)

@@ -1,13 +1,13 @@
-"""What it costs to get the tokens of a chat's next turn, compared with encoding all of it.
+"""Measures the tokens of a chat's next turn, compared with encoding the whole chat.
 
     python -m benchmarks.tokens_of_a_chat [--rounds 40] [--vocabulary 16000]
 
 Chats with templates shaped like those of real models grow turn by turn; each turn adds about
 two kilobytes, on top of a system prompt of 16 kB. "whole" is one call that encodes the rendered
-text of the last turn. All else is the path of a request: reading the body, rendering, encoding.
-Times are microseconds, the median over rounds of which each is a new chat, so that only what an
-earlier turn has left behind is known; tools are the same in all chats, as they are with agents.
-Tokenizers are trained on the spot, on this repository.
+text of the last turn. The other figures are steps of a request: reading the body, rendering,
+encoding. Times are in microseconds, the median over rounds. Each round is a new chat, so only
+its own earlier turns are cached; all chats have the same tools, as with agents. The tokenizers
+are trained on this repository.
 """
 
 import argparse
@@ -56,7 +56,7 @@ _KINDS: Final[dict[str, tuple[str, list[AddedToken], bool]]] = {
 
 
 class _Words:
-    """Prose and code of this repository, shuffled by lines, so that no two chats are alike."""
+    """Prose and code of this repository, shuffled by lines, so that all chats differ."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)

@@ -1,13 +1,12 @@
-"""A fleet in simulated time: the simulator's caches and speeds, and what of them gets out.
+"""Runs a fleet in simulated time, with the simulator's caches and speeds.
 
-Workers prefill their queue one prompt after the other and decode beside it. Their cache
-events and load reports reach the router a moment late, responses begin and end before its
-eyes, and that is all it ever sees of them.
+Workers prefill their queue one prompt after the other and decode at the same time. The router
+sees only their cache events and load reports, a moment late, and the start and end of responses.
 
 A trace names the prompt's blocks of 512 tokens by numbers. Every token of a block gets that
-number as its id, so that prompts go through hashing and index at their full length, and two
-prompts are equal as far as their blocks are. Ids of output are not in a trace: only prompts
-are kept, and a next turn brings what was said as part of its own.
+number as its id: prompts are hashed and indexed at full length, and two prompts are equal as
+far as their blocks are. A trace has no ids of output: only prompts are cached, and the next
+turn repeats the output in its prompt.
 """
 
 from collections import deque
@@ -43,11 +42,11 @@ __all__ = [
 
 BLOCK_TOKENS: Final = 512
 _REPORT_SECONDS: Final = 1.0
-_MAX_RUNNING: Final = 1 << 16  # none, in effect: the model's engine runs all it gets
+_MAX_RUNNING: Final = 1 << 16  # in effect no limit: the model's engine runs all requests
 
 
 class TraceRequest(Struct, frozen=True):
-    """One line of a trace; `arrived_at` in seconds, `blocks` as they are numbered there."""
+    """One line of a trace; `arrived_at` in seconds, `blocks` are the trace's block numbers."""
 
     arrived_at: float
     input_tokens: int
@@ -65,7 +64,7 @@ class FleetSettings(Struct, frozen=True, kw_only=True):
 
 
 class Ticket(Protocol):
-    """The router's own book of a request."""
+    """The router's record of a request."""
 
     def started(self, now: float) -> None: ...
 
@@ -73,10 +72,10 @@ class Ticket(Protocol):
 
 
 class Observer(Protocol):
-    """The router's side: it decides, and is told what a live one is told."""
+    """The router's side: it decides, and receives the same events as a live router."""
 
     def route(self, request: TraceRequest, now: float) -> tuple[int, Ticket]:
-        """The worker's number, and who is told of response start and end."""
+        """The number of the chosen worker, and the ticket for start and end of the response."""
         ...
 
     def cache_changed(self, worker: int, events: Sequence[CacheEvent]) -> None: ...
@@ -85,18 +84,18 @@ class Observer(Protocol):
 
 
 class Schedule:
-    """What happens when, in simulated time."""
+    """The events of the simulation, in the order of simulated time."""
 
     def __init__(self) -> None:
         self._due: list[tuple[float, int, Callable[[float], None]]] = []
         self._numbers = count()
 
     def at(self, moment: float, action: Callable[[float], None]) -> None:
-        """`action` is called with `moment`; of one moment in the order they were given."""
+        """Call `action` with `moment` then; actions of one moment keep their order."""
         heappush(self._due, (moment, next(self._numbers), action))
 
     def run(self, until: float) -> None:
-        """Everything before `until`."""
+        """Run all events before `until`."""
         while self._due and self._due[0][0] < until:
             moment, _, action = heappop(self._due)
             action(moment)
@@ -120,12 +119,12 @@ class _Job:
 
 
 class Run(Struct):
-    """What came of one replay."""
+    """The result of one replay."""
 
     ttft_seconds: list[float]
     input_tokens: int
     cached_tokens: int
-    prefill_tokens: list[int]  # of each worker
+    prefill_tokens: list[int]  # by worker
 
 
 class FleetWorker:
@@ -157,7 +156,7 @@ class FleetWorker:
         self.report(now)
 
     def report(self, now: float) -> None:
-        """Send out what changed, to arrive a moment later."""
+        """Send the changes; they arrive a moment later."""
         number, observer = self._number, self._observer
         arrives_at = now + self._settings.event_delay_seconds
         if events := self._cache.take_events():
@@ -226,16 +225,16 @@ class FleetWorker:
 
 
 def replay(trace: Sequence[TraceRequest], settings: FleetSettings, observer: Observer) -> Run:
-    """Send every request when it arrived; returns when the last one has its last token."""
+    """Send every request at its time; returns when the last one has its last token."""
     schedule = Schedule()
     run = Run([], 0, 0, [0] * settings.workers)
     workers = [
         FleetWorker(number, settings, schedule, observer, run) for number in range(settings.workers)
     ]
-    # A trace may count from any moment on.
+    # A trace may start at any time.
     next_beat = trace[0].arrived_at if trace else 0.0
     for worker in workers:
-        worker.report(next_beat)  # as an engine does, it begins by saying that it is empty
+        worker.report(next_beat)  # as with an engine, the first event says that the cache is empty
     for request in trace:
         now = request.arrived_at
         while settings.load_stat and next_beat <= now:
@@ -267,7 +266,7 @@ def tokens_of(request: TraceRequest) -> TokenIds:
 
 
 def apply_events(index: PrefixIndex, holder: RankPages, events: Sequence[CacheEvent]) -> None:
-    """Enter into the index what `pages_of` pages did."""
+    """Apply the events of `pages_of` pages to the index."""
     page_tokens = holder.page_size
     each = np.uint64(BLOCK_TOKENS // page_tokens)
     for event in events:

@@ -1,4 +1,4 @@
-"""Every policy on a trace of real traffic, in simulated time: what is cached, who waits.
+"""Replays a trace of real traffic under every policy, in simulated time.
 
     python -m benchmarks.trace_replay TRACE.jsonl [--workers 4 8 16] [--policy min_ttft ...]
 
@@ -7,9 +7,10 @@ stands for 512 tokens of the prompt and all before them. The policies are the se
 with its index, load books and predictions; engines are the simulator's caches and speeds. Time
 is simulated: figures depend on the trace and the seed, not on the machine.
 
-`cached` is the share of prompt tokens that spared prefill, `bound` that of one LRU cache as
-large as all workers' together, and `ever` that of one without end. TTFT is from arrival to
-the end of prefill. `imbalance` is the most tokens a worker had to prefill by the mean.
+`cached` is the share of prompt tokens that needed no prefill, `bound` that of one LRU cache as
+large as all workers' caches together, and `ever` that of one without a limit. TTFT is from
+arrival to the end of prefill. `imbalance` is the prefilled tokens of the busiest worker divided
+by the mean.
 """
 
 import argparse
@@ -57,12 +58,12 @@ from extproc.workers.worker import Worker, WorkerSpec
 
 _MODEL: Final = "trace"
 _PAGES_MAX: Final = 1 << 40
-# Token ids are made of them, and so are pages of a token each.
+# Block numbers become token ids, and pages of one token.
 _BLOCK_MAX: Final = (1 << 48) - 1
 
 
 class PlainRouter:
-    """A policy that knows its own requests in flight and nothing else."""
+    """A policy that knows only its own requests in flight."""
 
     def __init__(self, policy: Policy, workers: int) -> None:
         self._policy = policy
@@ -93,7 +94,7 @@ class _PlainTicket:
 
 
 class KvRouter:
-    """A policy with tokens, events and load books, as the service runs it."""
+    """A policy with tokens, events and load, as the service runs it."""
 
     def __init__(self, policy: KvPolicy, settings: FleetSettings, seed: int) -> None:
         self._index = PrefixIndex(PrefixHasher(secret=seed), _PAGES_MAX)
@@ -200,7 +201,7 @@ def _line(row: dict[str, Any], ever: float) -> str:
 
 
 class _Line(Struct, frozen=True):
-    """A line as it is written; `timestamp` in milliseconds."""
+    """A line of the trace file; `timestamp` in milliseconds."""
 
     timestamp: Annotated[float, Meta(ge=0)]
     input_length: Annotated[int, Meta(ge=1)]
@@ -209,7 +210,7 @@ class _Line(Struct, frozen=True):
 
 
 def load_trace(path: Path) -> list[TraceRequest]:
-    """Requests in the order of their arrival; raises ValueError naming the line at fault."""
+    """Requests in the order of arrival; raises ValueError, which names the wrong line."""
     decoder = msgspec.json.Decoder(_Line)
     requests = []
     for number, text in enumerate(path.read_bytes().splitlines(), 1):

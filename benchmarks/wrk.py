@@ -1,8 +1,8 @@
-"""The load generator: `wrk`, with a generated script that says what to send.
+"""Runs the load generator `wrk` with a generated script.
 
-wrk is written in C and costs a few microseconds a request; a generator in Python would take
-more of the two cores than what is measured. The script prints the result as one JSON line:
-wrk's own report rounds and changes units.
+wrk is written in C and costs a few microseconds a request; a generator in Python would use
+more CPU than the measured service. The script prints the result as one JSON line, since wrk's
+own report rounds and changes units.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ function done(summary, latency, requests)
 end
 """
 
-# The next turn of one of the conversations: its history, and a question nobody has asked yet.
+# The next turn of one of the conversations: its history and a new question.
 _CONVERSATIONS: Final = """\
 local heads = {%s}
 local sentences = {%s}
@@ -71,11 +71,11 @@ end"""
 
 
 class WrkError(Exception):
-    """wrk is missing, or did not report; the message says what to do."""
+    """wrk is missing or gave no result; the message says what to do."""
 
 
 class WrkResult(Struct, frozen=True, kw_only=True):
-    """One run. `errors` are the kinds that happened: connect, read, write, status, timeout."""
+    """One run. `errors` counts by kind: connect, read, write, status, timeout."""
 
     requests: int
     seconds: float
@@ -93,10 +93,10 @@ def find_wrk() -> str:
 
 
 def chat_body(model: str, size_bytes: int) -> str:
-    """A chat completion request of exactly that many ASCII bytes.
+    """A chat completion request of exactly this many ASCII bytes.
 
-    The model comes behind the messages, as the OpenAI SDK writes it: finding it means
-    skipping the prompt.
+    The model comes after the messages, as the OpenAI SDK writes it: a parser must skip the
+    prompt to find it.
     """
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": ""}],
@@ -118,10 +118,10 @@ def script(body: str) -> str:
 def conversation_script(
     heads: Sequence[str], sentences: Sequence[str], tail: str, question_bytes: int
 ) -> str:
-    """The Lua script that goes on with conversations, each time with a new question.
+    """The Lua script that continues conversations, each time with a new question.
 
     A body is one of `heads`, at least `question_bytes` of `sentences` in random order with
-    a number after every fourth, and `tail`; sentences are as they stand inside a JSON string.
+    a number after every fourth, and `tail`; sentences are already escaped for a JSON string.
     """
     work = _CONVERSATIONS % (
         ",".join(f"[=[{head}]=]" for head in heads),
@@ -133,7 +133,7 @@ def conversation_script(
 
 
 def parse_output(output: str) -> WrkResult:
-    """The result from what wrk printed; raises WrkError when there is none."""
+    """The result in wrk's output; raises WrkError if there is no result."""
     for line in output.splitlines():
         if line.startswith(_MARK):
             values = json.loads(line.removeprefix(_MARK))
@@ -148,7 +148,7 @@ def parse_output(output: str) -> WrkResult:
 
 
 async def run_wrk(url: str, script_file: Path, connections: int, seconds: int) -> WrkResult:
-    """One run on one thread; raises WrkError. wrk is gone when this returns or is cancelled."""
+    """One run on one thread; raises WrkError. wrk has ended when this returns or is cancelled."""
     process = await asyncio.create_subprocess_exec(
         *(find_wrk(), "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s"),
         *("-s", str(script_file), url),

@@ -1,5 +1,8 @@
-"""A whole installation on one machine: real Envoy, the service, workers, traffic.
+"""The `extproc demo` command: a whole installation on one machine, with traffic.
 
-`stack` starts the parts on free ports and is what the end-to-end tests and benchmarks use
-too; `cli` is the `extproc demo` command.
+It starts the real Envoy, the service and simulated workers, and sends the same conversations
+to several policies. Begin at `cli.run`; `testing.stack` starts Envoy and the service. Others
+import `cli` (the command line) and `tiny_model` (tests and benchmarks).
 """
+
+__all__ = ["cli", "tiny_model"]

@@ -1,7 +1,7 @@
-"""`extproc demo`: the same conversations under several policies at once, and what came of them.
+"""`extproc demo`: runs the same conversations under several policies and compares them.
 
-One service and one Envoy, as an operator starts them; every policy has a model of its own and
-as many simulated workers as the others. All of it ends with the command.
+There is one service and one Envoy, started as an operator starts them. Every policy has a
+model of its own with the same number of simulated workers. All processes end with the command.
 
 With `--pd` the workers of a model prefill and decode apart.
 """
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how long requests are sent (default 24)",
     )
-    # What two options together make wrong is seen after both.
+    # Options that contradict each other are found after both are parsed.
     parser.set_defaults(refuse=parser.error)
 
 
@@ -161,7 +161,7 @@ def _model(policy: str) -> str:
 
 
 def _preferred_port() -> int | None:
-    """8080 when nobody has it, since it is easy to type."""
+    """8080 if it is free, since it is easy to type; else None."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -178,7 +178,7 @@ async def _round(
     pool: Pool,
     tallies: Sequence[Tally],
 ) -> None:
-    """Hold the same conversations under every policy, at the same time; show what comes of it."""
+    """Run the same conversations under every policy at the same time, and show the figures."""
     planned = conversations(options.workers, options.seconds)
     requests = sum(len(conversation.turns) for conversation in planned)
 
@@ -210,19 +210,19 @@ async def _round(
 
 
 async def _print_pairs(console: "Console", stack: Stack, answered: int) -> None:
-    """A line about them, when the service too has seen the end of all answers."""
+    """Print a line about the pairs once the service has seen the end of all answers."""
 
     async def all_ended() -> bool:
         return pairs_ended(await stack.metrics()) >= answered
 
-    with contextlib.suppress(StackError):  # the line shows what is missing
+    with contextlib.suppress(StackError):  # the printed line shows the difference
         await wait_until(all_ended, "pairs end", _PAIRS_END_SECONDS)
     console.print(pairs_line(await stack.metrics()), highlight=False)
 
 
 @contextlib.contextmanager
 def _shown(console: "Console", shown: Callable[[], "Table"]) -> Iterator[None]:
-    """The table: live in a terminal, once at the end anywhere else."""
+    """Show the table: live in a terminal, otherwise once at the end."""
     from rich.live import Live
 
     if not console.is_terminal:

@@ -1,4 +1,4 @@
-"""The clients of the demo: they hold their conversations and note what they see of the answers."""
+"""The clients of the demo: they send conversations and record what they see of the answers."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from extproc.headers import DEBUG_HEADER, REQUEST_ID_HEADER, WORKER_HEADER
 __all__ = ["hold_conversations"]
 
 _TIMEOUT_SECONDS: Final = 60.0
-# Simulated workers sign their answers, so that a client can tell who served.
+# Simulated workers sign their answers, so a client knows which worker served.
 _SERVED_BY_HEADER: Final = "x-simulator-port"
 _DATA: Final = b"data: "
 _DONE: Final = b"[DONE]"
@@ -58,13 +58,13 @@ async def hold_conversations(
     *,
     apart: bool = False,
 ) -> None:
-    """Hold all of them with one model; `note` is called as each answer ends.
+    """Run all conversations with one model; `note` is called at the end of each answer.
 
-    `apart` is for models that one worker prefills and another decodes: what is noted of the
-    work is then that of the prefill worker.
+    `apart` is for models with prefill and decode workers: the noted work is then that of the
+    prefill worker.
 
-    A turn is sent when it is due, or as soon as the turn before it has been answered if that is
-    later. A conversation ends with the first turn that fails.
+    A turn is sent when it is due and the turn before it has been answered. A conversation ends
+    with the first turn that fails.
     """
     start = time.monotonic()
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_SECONDS)
@@ -95,7 +95,7 @@ async def _ask(
     *,
     apart: bool,
 ) -> tuple[Outcome, str]:
-    """What came of a request, and the text of the answer."""
+    """The outcome of a request, and the text of the answer."""
     body: dict[str, Any] = {
         "model": model,
         "messages": messages,
@@ -109,7 +109,7 @@ async def _ask(
     worker, status, said = "", 0, ""
     first: float | None = None
     usage: _Usage | None = None
-    # A request that breaks off is an outcome, not the end of the demo.
+    # A broken request is an outcome; the demo goes on.
     with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
         async with session.post("/v1/chat/completions", json=body, headers=headers) as response:
             worker = response.headers.get(WORKER_HEADER if apart else _SERVED_BY_HEADER, "")
@@ -124,7 +124,7 @@ async def _ask(
                 chunk = _decoder.decode(payload)
                 usage = chunk.usage or usage
                 said += "".join(choice.delta.content for choice in chunk.choices)
-    # Without its usage an answer did not come to its end.
+    # An answer without usage was cut off.
     ttft_seconds = (first or time.monotonic()) - sent
     work = None
     if usage is not None:

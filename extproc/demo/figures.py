@@ -1,4 +1,4 @@
-"""What the demo counts for each policy, from what clients and prefill workers saw."""
+"""Computes the demo's figures for each policy, from data of clients and prefill workers."""
 
 from collections import defaultdict
 from statistics import quantiles
@@ -11,9 +11,9 @@ __all__ = ["Outcome", "Tally", "percentile"]
 class Outcome(Struct, frozen=True, kw_only=True):
     """One request that has ended.
 
-    `worker` names who computed the prompt, as far as is known; `ttft_seconds` is the time from
-    sending to the first byte of the body; the tokens are those of that worker, 0 where it could
-    not be asked.
+    `worker` names the worker that computed the prompt, if known. `ttft_seconds` is the time from
+    sending to the first byte of the body. The tokens are those of that worker, 0 if it did not
+    answer.
     """
 
     worker: str
@@ -24,14 +24,14 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """The percentile of at least one value, between its neighbours in proportion."""
+    """The percentile of at least one value, interpolated between its neighbours."""
     if len(values) == 1:
         return values[0]
     return quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 class Tally:
-    """The outcomes of one policy so far; `workers` is how many could compute its prompts."""
+    """The outcomes of one policy so far; `workers` is the number that can compute its prompts."""
 
     def __init__(self, policy: str, workers: int) -> None:
         self.policy = policy
@@ -44,7 +44,7 @@ class Tally:
         self._prefilled: defaultdict[str, int] = defaultdict(int)
 
     def add(self, outcome: Outcome) -> None:
-        """Count a request; one that failed counts as nothing else."""
+        """Count a request; a failed one counts only as failed."""
         if not outcome.good:
             self.failed += 1
             return
@@ -56,12 +56,12 @@ class Tally:
 
     @property
     def hit_rate(self) -> float | None:
-        """The share of prompt tokens that were cached; None before the first."""
+        """The share of prompt tokens that were cached; None before the first request."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
 
     @property
     def prefilled_tokens(self) -> int:
-        """Prompt tokens that had to be computed."""
+        """Prompt tokens that prefill computed."""
         return self.prompt_tokens - self.cached_tokens
 
     @property
@@ -72,5 +72,5 @@ class Tally:
         return max(self._prefilled.values()) * self._workers / self.prefilled_tokens
 
     def ttft_seconds(self, percent: int) -> float | None:
-        """The percentile of the time to the first token; None before the first."""
+        """The percentile of the time to the first token; None before the first request."""
         return percentile(self._ttft_seconds, percent) if self._ttft_seconds else None

@@ -1,4 +1,4 @@
-"""The simulated workers of the demo: for each model one process for each part of its pool."""
+"""Starts the demo's simulated workers: one process for each part of each model's pool."""
 
 import asyncio
 import re
@@ -16,7 +16,7 @@ _READY: Final = re.compile(r"^simulator ready url=(\S+)", re.MULTILINE)
 
 
 class Fleet:
-    """The same pool for every model; an async context manager, started when it is entered."""
+    """The same pool for every model; an async context manager that starts them on entry."""
 
     def __init__(self, folder: Path, models: Sequence[str], pool: Pool, tokenizer: Path) -> None:
         self._processes = [
@@ -27,7 +27,7 @@ class Fleet:
 
     @property
     def urls(self) -> list[str]:
-        """Where all the workers are, model after model."""
+        """The URLs of all workers, model after model."""
         return [url for process, _ in self._processes for url in _urls(process)]
 
     async def __aenter__(self) -> Self:

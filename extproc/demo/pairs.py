@@ -1,4 +1,4 @@
-"""How the pairs of prefill and decode workers ended, from the service's own metrics."""
+"""Reads the outcomes of prefill and decode pairs from the service's metrics."""
 
 import re
 from collections import Counter
@@ -12,12 +12,12 @@ _PICKED: Final = re.compile(r'extproc_pd_decode_choices_total\{.*reason="(\w+)"'
 
 
 def pairs_ended(samples: Mapping[str, float]) -> int:
-    """How many have ended, in whatever way; `samples` as from `Stack.metrics`."""
+    """The number of ended pairs, with any outcome; `samples` as from `Stack.metrics`."""
     return _counts(samples, _ENDED).total()
 
 
 def pairs_line(samples: Mapping[str, float]) -> str:
-    """How they ended and why their decode workers were picked, of all models together."""
+    """The outcomes of pairs and the reasons for their decode workers, over all models."""
     ended, picked = _listed(_counts(samples, _ENDED)), _listed(_counts(samples, _PICKED))
     return f"pairs of workers: {ended}; decode workers picked: {picked}"
 
@@ -31,5 +31,5 @@ def _counts(samples: Mapping[str, float], pattern: re.Pattern[str]) -> Counter[s
 
 
 def _listed(counts: Counter[str]) -> str:
-    """The most frequent first."""
+    """Counts as text, the most frequent first."""
     return ", ".join(f"{count} {label}" for label, count in counts.most_common()) or "none"

@@ -1,7 +1,7 @@
-"""What serves a policy's model: plain workers, or some that prefill and others that decode.
+"""The workers of a policy's model: plain ones, or prefill and decode workers.
 
-Slow enough that waiting for prefill decides the time to the first token, and a cache that does
-not hold everything everybody says: as with real engines, on another scale.
+They are so slow that queues for prefill decide the time to the first token, and their caches
+are too small for all conversations: as with real engines, on another scale.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ _OPTIONS: Final = {
     "--page-size": "16",
     "--kv-events-port": "0",
 }
-# Half of the workers compute all prompts. As fast as plain ones they would never catch up.
+# Half of the workers compute all prompts, so they must be faster than plain ones.
 _PREFILL_OPTIONS: Final = _OPTIONS | {
     "--disaggregation-mode": "prefill",
     "--disaggregation-bootstrap-port": "0",
     "--prefill-tokens-per-second": "6000",
 }
-# Room for all that runs, so that nobody waits for a decode worker.
+# Enough room for all running requests, so that no request waits for a decode worker.
 _DECODE_OPTIONS: Final = _OPTIONS | {
     "--disaggregation-mode": "decode",
     "--max-total-num-tokens": "64000",
@@ -35,7 +35,7 @@ _DECODE_OPTIONS: Final = _OPTIONS | {
 
 
 class Part(Struct, frozen=True):
-    """So many workers with the same options of the simulator; `name` is "" for plain ones."""
+    """Workers with the same simulator options; `name` is "" for plain ones."""
 
     name: str
     workers: int
@@ -45,8 +45,8 @@ class Part(Struct, frozen=True):
 class Pool(Struct, frozen=True):
     """The workers of one model.
 
-    The first part computes the prompts. `label` says, before the word "workers", how many there
-    are.
+    The first part computes the prompts. `label` is the number of workers as text, to stand
+    before the word "workers".
     """
 
     label: str
@@ -54,12 +54,12 @@ class Pool(Struct, frozen=True):
 
     @property
     def apart(self) -> bool:
-        """Whether one worker prefills and another decodes."""
+        """True if one worker prefills and another decodes."""
         return len(self.parts) > 1
 
     @property
     def prefilling(self) -> int:
-        """How many workers a prompt can be computed by."""
+        """The number of workers that can compute a prompt."""
         return self.parts[0].workers
 
 
@@ -69,7 +69,7 @@ def plain_pool(workers: int) -> Pool:
 
 
 def divided_pool(workers: int) -> Pool:
-    """Half of at least two workers for prefill, and the odd one; the others decode."""
+    """Half of at least two workers prefill, rounded up; the others decode."""
     decode = workers // 2
     prefill = workers - decode
     return Pool(

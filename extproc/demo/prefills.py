@@ -1,7 +1,7 @@
-"""What the prefill worker of a request has noted of it.
+"""Asks the prefill worker of a request for its token counts.
 
-A client sees the usage of the worker that decodes, and what that one had cached spares no
-prefill. So the demo asks the prefill worker, whom the debug headers name, under any policy.
+A client sees the usage of the decode worker, whose cached tokens save no prefill. The demo
+therefore asks the prefill worker, which the debug headers name under any policy.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ from msgspec import Struct
 
 __all__ = ["Prefilled", "prefilled"]
 
-# The answer of a prefill worker can be written a little after the client has its own.
+# A prefill worker can finish its answer a little after the client has its own.
 _ATTEMPTS: Final = 20
 _RETRY_SECONDS: Final = 0.05
 
 
 class Prefilled(Struct, frozen=True):
-    """Of one prompt: its tokens, and how many of them the prefill worker had cached."""
+    """The tokens of one prompt, and how many of them the prefill worker had cached."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -41,7 +41,7 @@ _decoder = msgspec.json.Decoder(_Stats)
 async def prefilled(
     session: aiohttp.ClientSession, worker_url: str, request_id: str
 ) -> Prefilled | None:
-    """Ask a simulated worker; None when it knows nothing of such a request."""
+    """Ask a simulated worker; None if it does not know the request."""
     with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
         for _ in range(_ATTEMPTS):
             async with session.get(f"{worker_url}/simulator/stats") as response:

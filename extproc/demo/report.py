@@ -1,4 +1,4 @@
-"""How the demo shows its figures: a table that fits 80 columns, and a paragraph at the end."""
+"""Renders the demo's figures: a table that fits 80 columns, and a paragraph at the end."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ _UNKNOWN = "-"
 def table(tallies: Sequence[Tally], planned: int, *, apart: bool = False) -> "Table":
     """The figures so far; `planned` requests are sent to each policy.
 
-    `apart` says that they are those of prefill workers.
+    `apart` is true if they are those of prefill workers.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -65,9 +65,9 @@ def _seconds(value: float | None) -> str:
 
 
 def summary(tallies: Sequence[Tally], planned: int, conversations: int, workers: str) -> str:
-    """What was seen, in a paragraph; policies are measured against round robin, if it is there.
+    """The result as a paragraph; it compares the policies with round robin, if that ran.
 
-    `workers` says how many each policy has, before the word "workers".
+    `workers` is the number of workers of each policy as text, to stand before "workers".
     """
     answered = [tally for tally in tallies if tally.good]
     if not answered:
@@ -93,9 +93,9 @@ def summary(tallies: Sequence[Tally], planned: int, conversations: int, workers:
 
 
 def _compared(tally: Tally, baseline: Tally) -> str:
-    """The 95th percentile and the work of a policy in terms of another's."""
+    """The 95th percentile and the work of a policy relative to another's."""
     ours, theirs = tally.ttft_seconds(95) or 0.0, baseline.ttft_seconds(95) or 0.0
-    # Work is measured for each request: a policy whose requests fail does not look better for it.
+    # Work is measured per request: a policy must not look better because its requests fail.
     work = tally.prefilled_tokens / tally.good
     their_work = baseline.prefilled_tokens / baseline.good
     if not ours or not their_work:

@@ -1,4 +1,4 @@
-"""A model's tokenizer folder, small and made on the spot, with nothing to download.
+"""Writes a small tokenizer folder of a model, without any download.
 
 The service and the simulated workers read the same folder, as a router and an engine read the
 files of the model they serve. Common words of the demo are one token each.

@@ -1,8 +1,8 @@
-"""What the demo sends: conversations of several tenants, the same in every run and for everyone.
+"""The demo's conversations of several tenants: the same in every run and for every policy.
 
-A tenant's conversations begin with the tenant's long system prompt, and each turn repeats all
-that was said before, as chat clients do. Conversations begin whether or not earlier ones are
-answered, so a fleet that is too slow gets queues and not a slower crowd of clients.
+A tenant's conversations begin with the tenant's long system prompt. Each turn repeats all
+earlier messages, as chat clients do. Conversations begin even if earlier ones are not yet
+answered, so a fleet that is too slow builds up queues instead of slowing its clients down.
 """
 
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ WORDS: Final = (
 )
 
 _TENANTS_PER_WORKER: Final = 3
-_SKEW: Final = 0.5  # the n-th tenant has the n-th part of the first one's share to this power
+_SKEW: Final = 0.5  # tenant n sends 1/n^power as much as the first one
 _CONVERSATIONS_PER_WORKER_AND_SECOND: Final = 1.0
-# No conversation begins later than this share of the time, so that most can be brought to an end.
+# No conversation begins after this share of the time, so that most of them can end.
 _STARTS_SHARE: Final = 0.8
 _SYSTEM_WORDS: Final = (1200, 2400)
 _USER_WORDS: Final = (40, 200)
@@ -40,7 +40,7 @@ _THINK_SECONDS_LEAST: Final = 0.5
 
 
 class Turn(Struct, frozen=True):
-    """A question: when it is due, in seconds from the start, and how long its answer may be."""
+    """A question, the second after the start when it is due, and its answer's maximum length."""
 
     due_seconds: float
     text: str
@@ -48,7 +48,7 @@ class Turn(Struct, frozen=True):
 
 
 class Conversation(Struct, frozen=True):
-    """Turns in order under the system prompt of a tenant, which is numbered from 0."""
+    """Turns in order under the system prompt of a tenant; tenants are numbered from 0."""
 
     tenant: int
     system: str
@@ -56,7 +56,7 @@ class Conversation(Struct, frozen=True):
 
 
 def conversations(workers: int, seconds: float, seed: int = 1) -> list[Conversation]:
-    """All that is sent within so many seconds to so many workers, in order of their beginning.
+    """All conversations for this many seconds and workers, in order of their beginning.
 
     The load grows with the workers. Some tenants are busier than others.
     """

@@ -1,6 +1,6 @@
 """Answers of the APIs that generate text: whole bodies and server-sent events.
 
-An answer knows who it is from (`system_fingerprint` names the port) and makes each piece
+An answer names its worker (`system_fingerprint` holds the port) and makes each piece
 of the stream from a position alone, so nothing is kept per token.
 """
 
@@ -20,7 +20,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
-    """Whose answer to what: the identity every body and event of one answer repeats."""
+    """The identity of one answer: the identity every body and event of one answer repeats."""
 
     id: str
     created: int
@@ -55,14 +55,14 @@ class Answer:
 
     def __init__(self, ticket: Ticket) -> None:
         self.ticket = ticket
-        self.cached_tokens = 0  # of the prompts; known after the prefill
+        self.cached_tokens = 0  # prompt tokens found in the cache; known after the prefill
 
     def whole(self, produced: int, reason: FinishReason) -> Any:
         """The JSON body after `produced` tokens of every sequence."""
         raise NotImplementedError
 
     def opening(self) -> bytes:
-        """What is sent together with the headers, before the first token."""
+        """The events sent together with the headers, before the first token."""
         return b""
 
     def token(self, position: int) -> bytes:
@@ -70,11 +70,11 @@ class Answer:
         raise NotImplementedError
 
     def closing(self, produced: int, reason: FinishReason) -> bytes:
-        """What ends the stream after `produced` tokens."""
+        """The events that end the stream after `produced` tokens."""
         raise NotImplementedError
 
     def failure(self, error: Any) -> bytes:
-        """What ends a stream that fails on the way."""
+        """The event that ends a stream after a failure."""
         return event(error) + _DONE
 
     def usage(self, produced: int) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Answer:
 
 
 class _OpenAIAnswer(Answer):
-    """What chat and completions share: the frame around the choices."""
+    """The parts that chat and completions share: the frame around the choices."""
 
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]

@@ -1,4 +1,4 @@
-"""Addresses: ports that are not free yet, and hosts that nobody can dial."""
+"""Binds sockets while a port is still taken, and finds the host that clients can dial."""
 
 import asyncio
 import errno
@@ -14,7 +14,7 @@ _POLL_SECONDS = 0.02
 
 
 async def with_patience(bind: Callable[[], Awaitable[None]]) -> None:
-    """Bind, again and again for a moment while a port is taken.
+    """Bind; try again for a moment while a port is taken.
 
     A worker that was killed gives its ports back a moment later, when another may be starting
     in its place. Raises OSError.
@@ -31,7 +31,7 @@ async def with_patience(bind: Callable[[], Awaitable[None]]) -> None:
 
 
 async def listen(runner: web.AppRunner, host: str, port: int, *, backlog: int = 128) -> None:
-    """Set a server up and bind it with patience; raises OSError, and then nothing is left."""
+    """Set a server up and bind it with patience. Raises OSError and then leaves nothing open."""
 
     async def bind() -> None:
         site = web.TCPSite(runner, host, port, backlog=backlog)

@@ -1,7 +1,7 @@
-"""Request bodies: only the fields the simulator acts on, of every API it speaks.
+"""Decodes request bodies of every API: only the fields that the simulator uses.
 
-Prompts leave here as texts, as chats or, when the client sends them so, as token ids; what
-becomes of a chat is told in `tokens`.
+Prompts are given on as texts, as chats or, when the client sends them so, as token ids;
+`tokens` turns a chat into token ids.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,14 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What the worker does for a body, whichever API it came through.
+    """One request, in the same form for every API.
 
     `special_tokens` are those that a tokenizer adds to a text on its own. `max_tokens` None
     means the worker's default. `lora_name` is the adapter of `lora_path`. `sequences` is how
-    many outputs (or embeddings, scores, ranked documents) are asked for. `lists_prompts` says
-    that the prompts came as a list, be it of one.
+    many outputs (or embeddings, scores, ranked documents) the client wants. `lists_prompts` is
+    true if the prompts came as a list, also of one.
 
-    The fields of disaggregation are as they came, since only a disaggregated worker reads them.
+    The fields of disaggregation are unchecked, since only a disaggregated worker reads them.
     """
 
     prompts: list[Prompt]
@@ -57,7 +57,7 @@ Reader = Callable[[bytes], InferenceRequest]
 
 
 def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """The decoded body; raises ApiError 400 for bytes that are not that JSON in UTF-8."""
+    """The decoded body; raises ApiError 400 if the bytes are not the expected JSON in UTF-8."""
     try:
         body.decode()  # the JSON decoder does not look into the strings it skips
         return decoder.decode(body)
@@ -238,7 +238,7 @@ def _template_chat(body: _ChatBody) -> Chat:
 
 
 def _offered_tools(body: _ChatBody) -> list[_Object] | None:
-    """The tools a template is to show: none, all, or the one that is chosen."""
+    """The tools that a template shows: no tools, all, or the chosen one."""
     chosen = body.tool_choice
     if chosen == "none" or not body.tools:
         return None
@@ -254,7 +254,7 @@ def _function_name(tool: _Object) -> object:
 
 
 def _template_arguments(body: _ChatBody) -> _Object:
-    """What the client gives the template; an effort decides whether the model is to think."""
+    """Template variables from the client; a reasoning effort switches thinking on or off."""
     given = body.chat_template_kwargs or {}
     effort = body.reasoning_effort
     if effort is None:

@@ -1,4 +1,4 @@
-"""The fields by which a body tells a disaggregated worker where its two legs meet.
+"""Reads the body fields that tell a disaggregated worker where its two legs meet.
 
 SGLang 0.5: `bootstrap_host`, `bootstrap_port` and `bootstrap_room`, each a list with one item
 for every prompt where the prompts are a list; `disagg_prefill_dp_rank` for the decode leg.
@@ -13,13 +13,13 @@ from extproc.simulator.errors import ApiError
 
 __all__ = ["FAKE_HOST", "Meeting", "meetings", "prefill_rank"]
 
-FAKE_HOST: Final = "2.2.2.2"  # the engine's: nothing is transferred, nobody waits
+FAKE_HOST: Final = "2.2.2.2"  # as in the engine: no transfer takes place and no leg waits
 _ROOMS: Final = 2**63
 _PORTS: Final = 65_536
 
 
 class Meeting(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the KV of one prompt changes hands; `port` None is the reader's own default."""
+    """Where the KV of one prompt is transferred; `port` None means the reader's own default."""
 
     host: str | None
     port: int | None
@@ -31,7 +31,7 @@ class Meeting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def meetings(asked: InferenceRequest) -> list[Meeting]:
-    """One for every prompt; raises ApiError 400 for fields that say no such thing."""
+    """One meeting for every prompt; raises ApiError 400 for invalid fields."""
     return [
         Meeting(host=_host(host), port=_port(port), room=_room(room))
         for host, port, room in zip(
@@ -44,7 +44,7 @@ def meetings(asked: InferenceRequest) -> list[Meeting]:
 
 
 def prefill_rank(asked: InferenceRequest) -> int | None:
-    """The rank that the body says the prefill leg is on; raises ApiError 400."""
+    """The rank of the prefill leg as the body names it; raises ApiError 400."""
     rank = asked.disagg_prefill_dp_rank
     if rank is None:
         return None
@@ -54,7 +54,7 @@ def prefill_rank(asked: InferenceRequest) -> int | None:
 
 
 def _each(asked: InferenceRequest, name: str, *, is_shared: bool = True) -> list[Any]:
-    """The field for every prompt; what `is_shared` may be one value for all of them."""
+    """The field for every prompt; with `is_shared` one value may serve all of them."""
     given, prompts = getattr(asked, name), len(asked.prompts)
     if isinstance(given, list):
         if asked.lists_prompts and len(given) == prompts:

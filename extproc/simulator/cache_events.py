@@ -1,4 +1,4 @@
-"""Pages, and what a prefix cache tells of them, before it has a form on the wire."""
+"""Pages and the events of a prefix cache, before they are encoded for the wire."""
 
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
@@ -33,9 +33,9 @@ DEFAULT_NAMESPACE = Namespace()
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """A chain of pages is in `medium`, each the child of the one before; `hashes` are signed.
+    """A chain of pages was stored in `medium`; each is the child of the one before it.
 
-    `parent` is the hash of the page before the chain, None at the root.
+    `hashes` are signed. `parent` is the hash of the page before the chain, None at the root.
     """
 
     hashes: list[int]
@@ -46,14 +46,14 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 class Removed(msgspec.Struct, frozen=True):
-    """Pages have left `medium`, every page after those that continue it."""
+    """Pages have left `medium`; each page comes after the pages that continue it."""
 
     hashes: list[int]
     medium: Medium
 
 
 class Cleared(msgspec.Struct, frozen=True):
-    """Nothing is held any more, in no medium."""
+    """The cache is empty in every medium."""
 
 
 CacheEvent = Stored | Removed | Cleared
@@ -62,7 +62,7 @@ CacheEvent = Stored | Removed | Cleared
 def pages_of(
     tokens: Sequence[int], page_size: int, *, bigram: bool = False
 ) -> list[tuple[object, ...]]:
-    """The whole pages of a prompt; what is left over at its end is not cached.
+    """The whole pages of a prompt; the rest at its end is not cached.
 
     Page sizes count tokens or, with `bigram`, pairs of neighbours: an engine that speculates
     (EAGLE) keeps those, so that a page needs the token after it as well.

@@ -1,4 +1,4 @@
-"""From a chat to the text the model reads, as the engine (SGLang 0.5.23) does it.
+"""Renders a chat to the text that the model reads, as the engine does (SGLang 0.5.23).
 
 Templates come with models and are run in a sandbox. The environment is the one that model
 files are written for, that of Hugging Face transformers: blocks leave no blank lines, tools are
@@ -43,7 +43,7 @@ _MESSAGE_NAMES = ("message", "msg", "m")
 
 
 class ChatTemplateError(ValueError):
-    """The template refuses the chat, or there is none."""
+    """The template refuses the chat, or the model has no template."""
 
 
 class ChatTemplate:
@@ -65,7 +65,7 @@ class ChatTemplate:
         self._templates = {name: _Template(source) for name, source in named.items()}
 
     def render(self, chat: Chat) -> tuple[str, str]:
-        """The text up to where the answer begins, and what there is of the answer already.
+        """The text up to the answer, and the part of the answer that the chat already holds.
 
         Raises ChatTemplateError.
         """
@@ -91,7 +91,7 @@ class ChatTemplate:
         except Exception:
             if tools is None:
                 raise
-        # Some templates want bare functions.
+        # Some templates expect bare functions.
         return template.render(variables, [tool["function"] for tool in tools]), begun
 
 
@@ -111,7 +111,7 @@ class _Template:
             return self._compiled.render(
                 {"add_generation_prompt": True, "documents": None, "tools": tools} | variables
             )
-        # A template is a program: what it can not do with a chat is the chat's fault.
+        # A template is a program: when it fails on a chat, the chat is refused.
         except Exception as error:
             raise ChatTemplateError(f"chat template: {error}") from error
 
@@ -147,7 +147,7 @@ def _joined(parts: Iterable[dict[str, Any]]) -> str:
 
 
 def _is_content(node: jinja2.nodes.Node | None) -> bool:
-    """Whether a loop goes through the content of a message, filtered or sliced as it may be."""
+    """True if the expression is the content of a message, also filtered or sliced."""
     match node:
         case jinja2.nodes.Filter() | jinja2.nodes.Test():
             return _is_content(node.node)
@@ -163,7 +163,7 @@ def _is_content(node: jinja2.nodes.Node | None) -> bool:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as the engine's own model of it is printed: its fields, and no others."""
+    """A tool with the fields of the engine's own model of it, and no others."""
     given = tool.get("function")
     if not isinstance(given, dict):
         raise ChatTemplateError("a tool needs a function")
@@ -186,7 +186,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _known_fields(given: dict[str, Any]) -> dict[str, Any]:
-    """What the engine's own model of a message keeps, in its order."""
+    """The fields that the engine's own model of a message keeps, in its order."""
     role, content = given.get("role", ""), given.get("content")
     kept = {"role": role.lower(), "content": "" if content is None else content}
     if role != "user":
@@ -197,9 +197,9 @@ def _known_fields(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tool_call(call: Any, role: str) -> dict[str, Any]:
-    """A call as the engine's own model of it is printed, nulls included.
+    """A tool call with the fields of the engine's own model of it, nulls included.
 
-    What an assistant's call was made with, sent as JSON text, is the object it stands for.
+    Arguments that were sent as JSON text become the object.
     """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
@@ -223,7 +223,7 @@ def _token_text(value: Any) -> str | None:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: marks what an assistant said, which only training looks at."""
+    """`{% generation %}`: marks the assistant's text; only training uses it."""
 
     tags = {"generation"}  # noqa: RUF012  # the base class declares it so
 

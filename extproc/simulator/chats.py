@@ -22,10 +22,10 @@ class _Message(msgspec.Struct):
 
 
 class Chat(msgspec.Struct, frozen=True, kw_only=True):
-    """Messages as they were sent, and what else a template may want to know.
+    """Messages as they were sent, and the other values that a template may use.
 
-    `text` is what they are to a worker without a template. With `continues` an answer that the
-    last message begins is gone on with.
+    `text` is their form for a worker without a template. With `continues` the last message is
+    the beginning of the answer, and the output continues it.
     """
 
     messages: list[dict[str, Any]]
@@ -36,7 +36,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def chat(messages: list[dict[str, Any]], **fields: Any) -> Chat:
-    """A chat of these messages; raises msgspec.ValidationError for what is no message."""
+    """A chat of these messages; raises msgspec.ValidationError for an invalid message."""
     plain = msgspec.convert(messages, list[_Message])
     text = "".join(item.role + _text(item.content) for item in plain) + _ANSWERING_ROLE
     return Chat(messages=messages, text=text, **fields)

@@ -1,4 +1,4 @@
-"""`extproc simulate`: a worker, or several, in a process of its own until it is told to stop.
+"""`extproc simulate`: runs one or more workers in one process until a signal stops it.
 
 Standard output carries one line for every worker, printed when all of them listen, so that
 scripts can wait for it and read the ports; logs go to standard error.
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=1,
         metavar="N",
-        help="so many in this process, on ports in a row from those given (default 1)",
+        help="number of workers, on consecutive ports from the given ones (default 1)",
     )
     for name, text in _HELP.items():
         default = getattr(_DEFAULTS, name)
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-events-port",
         type=int,
-        help="publish KV events and load, from this base port on; 0 picks a free one",
+        help="publish KV events and load from this base port; 0 picks a free one",
     )
     parser.add_argument("--no-replay", action="store_true", help="publish KV events once only")
     parser.add_argument("--no-load-events", action="store_true", help="publish no load")
@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT; 0 then, 2 for bad settings, 1 when it can not listen."""
+    """Serve until SIGTERM or SIGINT; returns 0 then, 2 for bad settings, 1 if it cannot listen."""
     names = SimulatorSettings.__struct_fields__
     try:
         settings = SimulatorSettings(**{name: getattr(args, name) for name in names})
@@ -139,7 +139,7 @@ def _count(text: str) -> int:
 
 
 def in_a_row(settings: SimulatorSettings, number: int) -> SimulatorSettings:
-    """The settings of one of several workers; what was to be a free port stays that."""
+    """The settings of one of several workers; port 0 (any free port) stays 0."""
     ranks = settings.dp_size
     ports = {
         name: port + number * ports_each
@@ -157,7 +157,7 @@ def in_a_row(settings: SimulatorSettings, number: int) -> SimulatorSettings:
 
 
 def _line(simulator: RunningSimulator) -> str:
-    """What scripts read: where a worker is, where it publishes and where it hands out KV."""
+    """The line that scripts read: the worker's URL, its KV event ports and its transfer port."""
     line = f"simulator ready url={simulator.url} model={simulator.settings.model}"
     if simulator.kv_ports is not None:
         named = msgspec.structs.asdict(simulator.kv_ports)

@@ -1,4 +1,4 @@
-"""The paths beside the work: health, introspection, load, aborts, and the test's own levers."""
+"""Handles all paths but inference: health, introspection, load, aborts, test controls."""
 
 import asyncio
 import time
@@ -26,7 +26,7 @@ _faults_decoder = msgspec.json.Decoder(WorkerFaults)
 
 
 class Control:
-    """Handlers that read or steer the worker without asking its engine for tokens."""
+    """Handlers that read or control the worker without generating tokens."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -58,7 +58,7 @@ class Control:
         return await self._probe("health") or web.Response()
 
     async def health_generate(self, request: web.Request) -> web.Response:
-        """Answers after one token's time, or at once when the engine is visibly at work."""
+        """Answers after the time of one token, or at once while the engine runs requests."""
         answer = await self._probe("health")
         if answer is None and self._worker.engine.is_idle:
             await asyncio.sleep(self._worker.engine.seconds_per_token)
@@ -157,7 +157,7 @@ class Control:
         return web.Response()
 
     async def switch_role(self, request: web.Request) -> web.Response:
-        """From prefill to decode or back, while nothing runs or waits in a room."""
+        """Switch between prefill and decode, only while no request runs or waits in a room."""
         body = decode(await request.read(), _role_decoder)
         if self._worker.mode == "null":
             raise ApiError(400, "the worker is not disaggregated")
@@ -170,9 +170,9 @@ class Control:
         return json_answer({"success": True, "disaggregation_mode": self._worker.mode})
 
     async def stats(self, request: web.Request) -> web.Response:
-        """What arrived and how it ended; `max_running` is the most that ever ran at once.
+        """Requests that arrived and their outcomes; `max_running` is the most at one time.
 
-        `rooms` are open now; `pd` says how those before ended. Both count prompts, of which a
+        `rooms` counts open rooms; `pd` counts closed ones by outcome. Both count prompts, and a
         batch has several.
         """
         engine, journal, pd = self._worker.engine, self._worker.journal, self._worker.pd
@@ -218,7 +218,7 @@ class Control:
         return await self.get_faults(request)
 
     async def _probe(self, name: str, *, fails_while_starting: bool = True) -> web.Response | None:
-        """The answer a fault or a late start has for this path, None for the usual one."""
+        """The answer that a fault or a late start gives for this path; None without one."""
         fault = self._worker.faults.faults.probe(name)
         await hang(fault)
         status = fault.status

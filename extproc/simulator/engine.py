@@ -2,7 +2,7 @@
 
 A rank has a FIFO queue and a prefix cache, prefills one prompt at a time, in the time that
 `TimeModel` gives for what the cache lacks, and decodes up to `max_running_requests` sequences
-at once. A full cache delays nobody: what finds no room is only not kept.
+at once. A full cache delays no request: pages that do not fit are not kept.
 
 Every moment is an absolute deadline on the event loop's clock: a prefill starts where the
 previous one ended, and token n is due at the first token's time plus n steps, so a busy
@@ -17,7 +17,7 @@ __all__ = ["Engine", "FinishReason", "Generation", "Job", "Observer", "RankLoad"
 
 
 class Engine:
-    """The ranks of one worker and what they have done so far."""
+    """The ranks of one worker and their counters."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Engine:
         ]
 
     def submit(self, job: Job) -> Generation:
-        """A place for this request, taken when its context is entered.
+        """A place in the queue for this request, taken when its context is entered.
 
         Raises LookupError when the job names a rank the worker does not have.
         """
@@ -46,7 +46,7 @@ class Engine:
         return Generation(rank, job)
 
     def abort(self, rid: str | None) -> int:
-        """End the requests whose ids begin so, or all for None; gives how many there were."""
+        """End the requests whose ids have this prefix, or all for None; returns their number."""
         prefix = rid or ""
         doomed = [item for rank in self._ranks for item in rank if item.job.rid.startswith(prefix)]
         for generation in doomed:
@@ -54,7 +54,7 @@ class Engine:
         return len(doomed)
 
     def flush_cache(self) -> bool:
-        """Empty the caches; refused, with False, while requests use them."""
+        """Empty the caches; returns False and changes nothing while requests use them."""
         if not self.is_idle:
             return False
         for rank in self._ranks:
@@ -62,7 +62,7 @@ class Engine:
         return True
 
     def announce(self) -> None:
-        """Tell the observer how every rank stands, empty caches included."""
+        """Report the state of every rank to the observer, empty caches included."""
         for rank in self._ranks:
             rank.report()
 
@@ -74,7 +74,7 @@ class Engine:
         return [rank.load() for rank in self._ranks]
 
     def cached_tokens(self) -> list[tuple[int, int]]:
-        """What the cache of each rank holds on the device and on the host."""
+        """Tokens that the cache of each rank holds on the device and on the host."""
         return [rank.cached_tokens() for rank in self._ranks]
 
     @property

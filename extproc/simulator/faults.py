@@ -1,4 +1,4 @@
-"""Trouble on demand: how a worker can be told to misbehave, for one request or for many.
+"""Faults on demand: makes a worker misbehave, for one request or for many.
 
 One request: the header `x-simulator-fault: die-after-tokens=3, reset`, comma-separated
 names with JSON scalars as values, a bare name meaning true. The whole worker: a JSON object
@@ -22,16 +22,16 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 class RequestFault(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """What goes wrong with a request, in the order in which it is looked at.
+    """The faults of one request, in the order in which they are applied.
 
-    * `hang`: true never answers; seconds wait before anything else happens.
+    * `hang`: true never answers; a number waits that many seconds first.
     * `die_before_headers`: the TCP connection is closed without an answer.
     * `status`: this status with an error envelope; `retry_after` (seconds) adds the header
       and means 503 when it comes alone.
     * `slow_token`: seconds per token instead of the worker's pace.
     * `die_after_tokens`, `error_after_tokens`, `stall_after_tokens`: after so many tokens
-      break the TCP connection, send an error event, or fall silent. Without streaming
-      nothing has been sent by then: no answer, a 500, no answer for ever.
+      break the TCP connection, send an error event, or send nothing more. Without streaming
+      the client has received nothing by then: it gets no answer, a 500, or waits for ever.
     * `reset`: connections die with a TCP reset, as behind a failed host, instead of a FIN.
     """
 
@@ -47,7 +47,7 @@ class RequestFault(
 
     @property
     def answer_status(self) -> int | None:
-        """The status to answer with instead of asking the engine, if any."""
+        """The status of an immediate error answer; None without one."""
         if self.status is None and self.retry_after is not None:
             return 503
         return self.status
@@ -57,15 +57,15 @@ NO_FAULT = RequestFault()
 
 
 class WorkerFaults(RequestFault, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A fault for every request, or the next `count`, and for the paths a router probes.
+    """Faults of every request or of the next `count`, and of the paths that a router probes.
 
-    The probes' faults stay until they are cleared, whatever `count` says. Those of the KV wire
-    hit every rank:
+    The faults of probes stay until they are cleared, whatever `count` says. Faults of KV events
+    apply to every rank:
 
     * `kv_drop_batches`: the next batches are not sent, a gap that replay can fill.
     * `kv_wrong_token_counts`: the next stored events carry one token too few.
-    * `kv_garbage_frames`: so many messages no consumer can read, at once.
-    * `kv_unknown_removals`: a batch, at once, that removes so many hashes never stored.
+    * `kv_garbage_frames`: sends that many unreadable messages at once.
+    * `kv_unknown_removals`: sends at once a batch that removes that many unknown hashes.
     """
 
     count: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -88,7 +88,7 @@ class WorkerFaults(RequestFault, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def parse_header(value: str) -> RequestFault:
-    """The fault a request asks for; raises ValueError for names and values that are none."""
+    """The fault that a request names; raises ValueError for unknown names and values."""
     fields: dict[str, Any] = {}
     for item in value.split(","):
         name, equals, scalar = item.strip().partition("=")
@@ -97,7 +97,7 @@ def parse_header(value: str) -> RequestFault:
 
 
 class FaultBoard:
-    """The worker's present faults and how many requests they still hit."""
+    """The worker's present faults and the number of requests that they still affect."""
 
     def __init__(self) -> None:
         self._faults = WorkerFaults()
@@ -115,7 +115,7 @@ class FaultBoard:
         self.set(WorkerFaults())
 
     def take(self) -> RequestFault:
-        """The fault for the request that just arrived, counted."""
+        """The fault of a request that has just arrived; counts the request."""
         if self._left == 0:
             return NO_FAULT
         if self._left is not None:

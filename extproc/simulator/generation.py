@@ -1,4 +1,4 @@
-"""One request in the engine: what is asked, and its way from the queue to the last token."""
+"""One request in the engine, from the queue to the last token."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -17,12 +17,12 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine has to know of a request.
+    """The data of a request that the engine needs.
 
     `prompts` are token ids; `sequences` are decoded in step and count as one request;
     `seconds_per_token` replaces the worker's own pace; `rank` is the data-parallel rank, None
-    for the least loaded. The KV of a `transferred` request is computed by another worker: it
-    waits until it has arrived and costs no prefill.
+    for the least loaded one. The KV of a `transferred` request is computed by another worker:
+    the request waits until its KV has arrived, and costs no prefill.
     """
 
     rid: str
@@ -67,18 +67,18 @@ class Scheduler(Protocol):
 class Generation:
     """One request in the engine: a context manager that holds its place in the rank.
 
-    Leaving the context gives the place back at once, in whatever state the request is:
-    that is all an abort on a client's disconnect needs.
+    Leaving the context frees the place at once, in every state of the request. An abort on a
+    client's disconnect needs nothing else.
     """
 
     def __init__(self, rank: Scheduler, job: Job) -> None:
         self.job = job
         self.holding = rank.holding(job)
         self.prompt_tokens = job.prompt_tokens
-        self.uncached_tokens = self.prompt_tokens  # as far as is known; what prefill computes
+        self.uncached_tokens = self.prompt_tokens  # tokens that prefill computes, as far as known
         self.produced = 0
         self.prefill_starts_at = 0.0
-        self.arrived_at = 0.0  # in the queue: with its KV, if that is transferred
+        self.arrived_at = 0.0  # in the queue; if the KV is transferred, when it arrived
         self.keeps_blocks = False
         self._rank = rank
         self._first_token_at: float | None = None
@@ -105,7 +105,7 @@ class Generation:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the output ended; None while it has not."""
+        """Why the output ended; None while it goes on."""
         if self._aborted:
             return "abort"
         if self._first_token_at is None or self.produced < self.job.max_tokens:
@@ -126,7 +126,7 @@ class Generation:
         return self.holding.cached_tokens
 
     def abort(self) -> None:
-        """End the output where it stands and wake whoever waits for more of it."""
+        """End the output at this token and wake the task that waits for the next one."""
         self._aborted = True
         self.wake()
 
@@ -148,7 +148,7 @@ class Generation:
             self._rank.prefilled(self, prefilled_at)
 
     async def next_token(self) -> bool:
-        """True when one more token is out, False when `finish_reason` says why there is none."""
+        """True after one more token; False at the end, when `finish_reason` says why."""
         await self.prefill()
         if self.finish_reason is not None or self._first_token_at is None:
             return False
@@ -163,7 +163,7 @@ class Generation:
         return True
 
     async def unless_aborted(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do this work; an abort of the request cancels it and returns at once.
+        """Await this work; an abort of the request cancels it and returns at once.
 
         Raises what the work raises.
         """
@@ -180,7 +180,7 @@ class Generation:
             task.result()
 
     def kv_arrived(self) -> None:
-        """The KV of a transferred request is here: it queues for its tokens now."""
+        """The KV of a transferred request has arrived: the request joins the queue now."""
         self.arrived_at = asyncio.get_running_loop().time()
         self._rank.kv_arrived(self)
 

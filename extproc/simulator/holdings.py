@@ -1,8 +1,8 @@
-"""A request's prompts in the cache of its rank, from the queue to the last token.
+"""The pages of one request in the cache of its rank, from the queue to the last token.
 
-A prompt's pages are held from the start of its prefill, and can be found by others when the
-prefill ends, as in the engine. A batch is prefilled as one, so its prompts share nothing
-with each other that was not there before.
+A prompt's pages are held from the start of its prefill. Other requests find them when the
+prefill ends, as in the engine. The prompts of a batch are prefilled together, so they share
+only pages that were cached before.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ __all__ = ["Holding"]
 
 
 class Holding:
-    """What one request holds; `cached_tokens` is known once it is acquired."""
+    """The pages that one request holds; `cached_tokens` is known after `acquire`."""
 
     def __init__(
         self,
@@ -40,17 +40,17 @@ class Holding:
         return self._reusable(found)
 
     def acquire(self, now: float) -> None:
-        """Hold what is cached; the prefill begins."""
+        """Hold the cached pages; the prefill begins."""
         self._leases = [self._cache.acquire(pages, now, self._namespace) for pages in self._pages]
         self.cached_tokens = self._reusable(lease.cached.tokens for lease in self._leases)
 
     def insert(self, now: float) -> None:
-        """Hold all of the prompts; the prefill has ended."""
+        """Hold all pages of the prompts; the prefill has ended."""
         for lease, pages in zip(self._leases, self._pages, strict=True):
             self._cache.insert(lease, pages, now)
 
     def release(self, now: float, output: Sequence[int] | None) -> None:
-        """Let go, keeping prompts and output for later; None keeps only what is there."""
+        """Release the pages. The cache keeps prompts and output; with None only what it has."""
         held = zip(self._leases, self._prompts, self._pages, strict=bool(self._leases))
         for lease, prompt, pages in held:
             grown = None if output is None else self._grown(prompt, pages, output)

@@ -1,7 +1,7 @@
 """The aiohttp application of one worker, and a running instance of it for tests.
 
-aiohttp cancels a handler when its client leaves only with `handler_cancellation`, which is
-why a runner must be made here: an application alone cannot ask for it.
+aiohttp cancels the handler of a client that disconnects only with `handler_cancellation`.
+An application cannot set that option, so this module makes the runner too.
 """
 
 import hmac
@@ -24,7 +24,7 @@ __all__ = ["RunningSimulator", "create_app", "start"]
 
 _BODY_LIMIT_BYTES = 64 * 1024 * 1024
 _BACKLOG_CONNECTIONS = 4096
-_SHUTDOWN_SECONDS = 1.0  # for handlers that were cancelled already
+_SHUTDOWN_SECONDS = 1.0  # handlers were cancelled already
 _WORKER = web.AppKey("worker", Worker)
 _OPEN_PATHS = frozenset({"/health", "/health_generate"})
 
@@ -61,9 +61,9 @@ def create_app(settings: SimulatorSettings) -> web.Application:
 
 
 class RunningSimulator:
-    """A worker that listens; as an async context manager it stops at the end.
+    """A listening worker; as an async context manager it stops at the end.
 
-    `stop` breaks off running requests, so that to their clients the worker has died.
+    `stop` aborts running requests: their clients see connections that break.
     """
 
     def __init__(self, settings: SimulatorSettings, runner: web.AppRunner, worker: Worker) -> None:
@@ -75,32 +75,32 @@ class RunningSimulator:
 
     @property
     def url(self) -> str:
-        """Where clients on this machine reach it, without a trailing slash."""
+        """The URL for clients on this machine, without a trailing slash."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self.port}"
 
     @property
     def publisher(self) -> KvPublisher | None:
-        """What publishes KV events now; None when nothing does."""
+        """The present publisher of KV events; None if the worker publishes none."""
         return None if self._runner.app is None else self._runner.app[_WORKER].publisher
 
     @property
     def kv_ports(self) -> KvPorts | None:
-        """Where rank 0 publishes; None when it does not."""
+        """The ports of rank 0; None if the worker publishes no KV events."""
         return None if self.publisher is None else self.publisher.ports
 
     @property
     def side_channel_port(self) -> int | None:
-        """Where other workers fetch KV by NIXL; None without that protocol."""
+        """The port at which other workers fetch KV by NIXL; None without that protocol."""
         return self._worker.side_channel_port
 
     @property
     def bootstrap_port(self) -> int:
-        """Where decode workers meet it: the real port of a prefill worker."""
+        """The real bootstrap port of a prefill worker, for decode workers."""
         return self._worker.bootstrap_port
 
     async def restart(self) -> None:
-        """What `POST /simulator/restart` does: see `Worker.restart`."""
+        """Same as `POST /simulator/restart`: see `Worker.restart`."""
         if self._runner.app is None:
             raise RuntimeError("the worker has stopped")
         await self._worker.restart()
@@ -121,7 +121,7 @@ class RunningSimulator:
 
 
 async def start(settings: SimulatorSettings) -> RunningSimulator:
-    """Listen and serve; raises OSError when the address can not be used."""
+    """Listen and serve; raises OSError when the address cannot be used."""
     app = create_app(settings)
     runner = web.AppRunner(
         app,
@@ -149,7 +149,7 @@ def _tracked(worker: Worker) -> Middleware:
 def _enveloped() -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Every error leaves in the envelope clients expect, aiohttp's own included."""
+        """Put every error into the envelope that clients expect, aiohttp's own errors too."""
         try:
             return await handler(request)
         except ApiError as error:

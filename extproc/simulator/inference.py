@@ -1,4 +1,4 @@
-"""The paths that do work: from a body to an answer, with faults and aborts on the way.
+"""Serves the inference paths: from a body to an answer, with faults and aborts.
 
 A streamed answer sends its headers together with its first token, after queue and prefill,
 as the real engine does; a router that waits for headers therefore waits for the prefill.
@@ -52,7 +52,7 @@ def json_answer(data: object, status: int = 200) -> web.Response:
 
 
 def listening_port(request: web.Request) -> int:
-    """The local port of the request's connection; 0 when the client is gone already."""
+    """The local port of the request's connection; 0 if the client has disconnected."""
     name = request.transport.get_extra_info("sockname") if request.transport else None
     return int(name[1]) if name else 0
 
@@ -67,7 +67,7 @@ async def serve(worker: Worker, request: web.Request) -> web.StreamResponse:
         worker.journal.close(entry, "aborted")
         raise
     except ConnectionError:
-        # The connection breaks under a write a moment before its loss cancels this handler.
+        # A write fails a moment before the lost connection cancels this handler.
         worker.journal.close(entry, "aborted")
         await _forever()
     except Exception:
@@ -90,7 +90,7 @@ async def serve(worker: Worker, request: web.Request) -> web.StreamResponse:
 
 
 async def hang(fault: RequestFault) -> None:
-    """Wait as long as the fault says; for ever ends when the client leaves."""
+    """Wait as long as the fault says; an endless wait ends when the client disconnects."""
     if fault.hang is True:
         await _forever()
     elif fault.hang:
@@ -126,7 +126,7 @@ async def _answer(worker: Worker, request: web.Request, entry: Entry) -> web.Str
 
 
 def _note(worker: Worker, asked: InferenceRequest, entry: Entry) -> None:
-    """What tests compare of the two legs of a request."""
+    """Note the fields by which tests compare the two legs of a request."""
     entry.role = worker.mode
     entry.bootstrap_host = asked.bootstrap_host
     entry.bootstrap_port = asked.bootstrap_port
@@ -147,7 +147,7 @@ def _tokens(worker: Worker, prompt: Prompt, asked: InferenceRequest) -> Sequence
 
 
 def _namespace(worker: Worker, asked: InferenceRequest) -> Namespace:
-    """Where the request may share pages; `model:adapter` names any adapter of the model."""
+    """The cache namespace of the request; `model:adapter` names any adapter of the model."""
     model, lora_name = worker.settings.model, asked.lora_name
     if asked.model not in (None, model):
         base, _, lora_name = asked.model.rpartition(":")
@@ -190,7 +190,7 @@ def _fault_answer(status: int, fault: RequestFault) -> web.Response:
 
 
 def _rank(request: web.Request, asked: InferenceRequest) -> int | None:
-    """The rank that is asked for; the header wins over the body."""
+    """The rank that the request names; the header overrides the body."""
     header = request.headers.get(_RANK_HEADER)
     if header is None:
         return asked.dp_rank
@@ -224,7 +224,7 @@ def _job(
 
 @contextlib.contextmanager
 def _submit(worker: Worker, leg: Leg, job: Job) -> Iterator[Output]:
-    """The request in the engine, as long as the context lasts."""
+    """The request in the engine, until the context ends."""
     try:
         parts = [worker.engine.submit(each) for each in leg.jobs(job)]
     except LookupError as error:
@@ -236,7 +236,7 @@ def _submit(worker: Worker, leg: Leg, job: Job) -> Iterator[Output]:
 
 
 class _Run:
-    """One request's way through the engine and onto the wire."""
+    """Runs one request through the engine and writes its answer."""
 
     def __init__(
         self,
@@ -297,14 +297,14 @@ class _Run:
         self._entry.rank = generation.rank
 
     def _finish(self, generation: Output) -> tuple[FinishReason, dict[str, Any]]:
-        """Why the output ended, and what the answer has besides it."""
+        """The finish reason and the further fields of the answer."""
         reason = generation.finish_reason or "abort"
         if reason == "abort":
             self._worker.journal.close(self._entry, "aborted")
         return reason, self._leg.finish(generation)
 
     async def _strike(self, produced: int) -> bool:
-        """Do what the fault says at this token; True when the answer is to fail here."""
+        """Apply the fault at this token; True if the answer must fail here."""
         fault = self._fault
         if produced == fault.die_after_tokens:
             await _die(self._worker, self._request, self._entry, fault)
@@ -314,11 +314,11 @@ class _Run:
 
 
 async def _die(worker: Worker, request: web.Request, entry: Entry, fault: RequestFault) -> NoReturn:
-    """Break the connection, after what was written before has left, and end this handler."""
+    """Send what is in the buffer, break the connection and end this handler."""
     worker.journal.close(entry, "failed")
     transport = request.transport
     if transport is not None:
-        # A transport has no event for an empty buffer.
+        # A transport has no event for an empty write buffer.
         while transport.get_write_buffer_size():  # noqa: ASYNC110
             await asyncio.sleep(_FLUSH_POLL_SECONDS)
         if fault.reset:
@@ -330,11 +330,11 @@ async def _die(worker: Worker, request: web.Request, entry: Entry, fault: Reques
 def _reset_on_close(transport: asyncio.Transport) -> None:
     connection = transport.get_extra_info("socket")
     if connection is not None:
-        with contextlib.suppress(OSError):  # the client was quicker
+        with contextlib.suppress(OSError):  # the client has already closed
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
 
 
 async def _forever() -> NoReturn:
-    """Wait until this handler is cancelled, which the loss of its connection does."""
+    """Wait until this handler is cancelled; a lost connection cancels it."""
     while True:
         await asyncio.get_running_loop().create_future()

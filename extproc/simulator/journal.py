@@ -1,4 +1,4 @@
-"""What arrived and how it ended, so that tests can ask the worker instead of guessing."""
+"""Records requests and their outcomes, so that tests can read them from the worker."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ _KEPT_REQUESTS = 100
 class Entry(msgspec.Struct, kw_only=True):
     """One inference request as the worker saw it; `outcome` is None while it runs.
 
-    `role` is the worker's when it came; the fields of disaggregation are as they came, None
-    where there were none.
+    `role` is the worker's role at arrival. Fields of disaggregation are unchecked; None stands
+    for a field that was not sent.
     """
 
     path: str
@@ -50,14 +50,14 @@ class Journal:
         self.recent: deque[Entry] = deque(maxlen=_KEPT_REQUESTS)
 
     def open(self, path: str, headers: Mapping[str, str]) -> Entry:
-        """Note a request's arrival; repeated headers are joined by commas."""
+        """Record a request's arrival; repeated headers are joined by commas."""
         self.received += 1
         entry = Entry(path=path, headers=_joined(headers), request_id=headers.get("x-request-id"))
         self.recent.append(entry)
         return entry
 
     def close(self, entry: Entry, outcome: Outcome) -> None:
-        """Note how it ended; the first word counts, whatever the clean-up meets later."""
+        """Record its outcome; only the first call counts."""
         if entry.outcome is not None:
             return
         entry.outcome = outcome

@@ -1,4 +1,4 @@
-"""What an engine's KV events and load reports look like as bytes.
+"""Encodes KV events and load reports as an engine does.
 
 Two generations of events: tagged maps (SGLang since autumn 2026) and arrays (before). Maps
 leave out optional fields that are None; arrays do not, and carry a salt or an adapter in a
@@ -68,14 +68,14 @@ WireEvent: TypeAlias = msgspec.Struct
 
 
 class EventEncoder:
-    """Events of a cache in the form their consumers read; pages must be those of `pages_of`."""
+    """Encodes cache events for consumers; pages must come from `pages_of`."""
 
     def __init__(self, wire_format: WireFormat, block_size: int) -> None:
         self._is_array = wire_format == "array"
         self._block_size = block_size
 
     def wire_event(self, event: CacheEvent, *, missing_tokens: int = 0) -> WireEvent:
-        """`missing_tokens` are left out at the end, as no engine should."""
+        """Encode one event. `missing_tokens` drops tokens at its end: a fault for tests."""
         if isinstance(event, Stored):
             token_ids = _token_ids(event.pages)
             return self._stored(event, token_ids[: len(token_ids) - missing_tokens])

@@ -1,8 +1,8 @@
-"""KV events, their replay, and load reports over ZMQ, as an engine publishes them.
+"""Publishes KV events, their replay and load reports over ZMQ, as an engine does.
 
 One PUB socket for events, one ROUTER for replay and one PUB for load on every rank, each at
-its base port plus the rank. All of it happens on the event loop, so that replay is served
-between two publishes and never in the middle of one; sending on these sockets never waits.
+its base port plus the rank. All work happens on the event loop, so a replay is served
+between two publishes and never during one. Sending on these sockets never blocks.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ _TOPIC: Final = b""
 _LOAD_TOPIC: Final = b"load"
 _REPLAYED_BATCHES: Final = 10_000
 _END_SEQ: Final = b"\xff" * 8
-_LOAD_INTERVAL_SECONDS: Final = 0.9  # a report a second is due, however late the timer
+_LOAD_INTERVAL_SECONDS: Final = 0.9  # one report a second is due, also when the timer is late
 
 
 class KvPorts(msgspec.Struct, frozen=True, kw_only=True):
-    """The ports of rank 0; None for what is not published."""
+    """The ports of rank 0; None for a socket that is not used."""
 
     events: int
     replay: int | None
@@ -40,9 +40,9 @@ class KvPorts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KvPublisher:
-    """What the ranks of one worker publish, from `start` to `stop`; an engine's observer.
+    """Publishes for the ranks of one worker, from `start` to `stop`; an engine's observer.
 
-    What is reported to it outside of that time is lost, as with an engine that is down.
+    Reports before `start` and after `stop` are lost, as with an engine that is down.
     """
 
     def __init__(self, settings: SimulatorSettings) -> None:
@@ -54,7 +54,7 @@ class KvPublisher:
         self.ports: KvPorts | None = None
 
     async def start(self, load_of: Callable[[int], RankLoad], ports: KvPorts | None = None) -> None:
-        """Bind, at `ports` rather than those of the settings; raises OSError if it can not.
+        """Bind, at `ports` instead of those of the settings; raises OSError if that fails.
 
         `load_of` gives the load of a rank whenever a report is due.
         """
@@ -77,7 +77,7 @@ class KvPublisher:
         self._report_loads()
 
     def stop(self) -> None:
-        """Close everything at once; what was not sent is lost."""
+        """Close all sockets at once; unsent messages are lost."""
         if self._load_timer is not None:
             self._load_timer.cancel()
         for rank in self._ranks:
@@ -86,7 +86,7 @@ class KvPublisher:
             socket.close(linger=0)
         self._ranks, self._sockets = [], []
         if self._context is not None:
-            self._context.term()  # returns when the ports are free again
+            self._context.term()  # close() returns after the ports are free
             self._context = None
 
     def cache_changed(self, rank: int, events: list[CacheEvent]) -> None:
@@ -98,7 +98,7 @@ class KvPublisher:
             self._ranks[rank].report_load_soon()
 
     def misbehave(self, faults: WorkerFaults) -> None:
-        """Take over the faults of the KV wire; those that need no batch happen now."""
+        """Take over the KV event faults; those that need no batch apply now."""
         for rank in self._ranks:
             rank.misbehave(faults)
 
@@ -155,7 +155,7 @@ class KvPublisher:
 
 
 class _RankSockets:
-    """The three sockets of a rank, their sequence numbers and what can be replayed."""
+    """The three sockets of a rank, their sequence numbers and the replay buffer."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _RankSockets:
         self._to_shorten = 0
         self._loop = asyncio.get_running_loop()
         if replay is not None:
-            # The descriptor signals edges: it is read until nothing is left, now and always.
+            # The descriptor is edge-triggered: read until the queue is empty.
             self._loop.add_reader(replay.fileno(), self._serve_replays)
             self._serve_replays()
 
@@ -192,7 +192,7 @@ class _RankSockets:
             self._loop.remove_reader(self._replay.fileno())
 
     def publish(self, events: list[CacheEvent], *, garbled: bool = False) -> None:
-        """Send one batch, or what is left of it after the present faults."""
+        """Send one batch, changed by the present faults."""
         wire_events = [self._wire_event(event) for event in events]
         payload = encode_batch(time.time(), wire_events, self._rank)
         seq = self._seq.to_bytes(8, "big")
@@ -204,7 +204,7 @@ class _RankSockets:
         self._send([_TOPIC, seq, b"\xc1" if garbled else payload])
 
     def report_load_soon(self) -> None:
-        """Report once for all changes of the present turn of the event loop."""
+        """Report once for all changes in the present turn of the event loop."""
         if self._load is not None and self._load_call is None:
             self._load_call = self._loop.call_soon(self.report_load)
 
@@ -240,9 +240,9 @@ class _RankSockets:
         return self._encoder.wire_event(event)
 
     def _send_garbage(self, number: int) -> None:
-        """In turn: a frame missing, a short sequence number, a payload that is no msgpack.
+        """Send in turn: a missing frame, a short sequence number, a payload that is not msgpack.
 
-        The last takes a sequence number, for which replay has an empty batch.
+        The last one uses a sequence number; its replay is an empty batch.
         """
         if number % 3 == 0:
             self._send([_TOPIC, b"garbage"])
@@ -266,9 +266,9 @@ class _RankSockets:
                 self._answer_replay(self._replay, frames[0], frames[2])
 
     def _answer_replay(self, socket: "zmq.Socket[bytes]", client: bytes, start: bytes) -> None:
-        # Engines that publish arrays leave the topic out.
+        # Engines that publish arrays omit the topic.
         head = [client, b""] if self._settings.wire_format == "array" else [client, b"", _TOPIC]
         for seq, payload in self._sent:
-            if seq >= start:  # big-endian bytes compare as the numbers do
+            if seq >= start:  # big-endian bytes compare like the numbers
                 socket.send_multipart([*head, seq, payload], zmq.NOBLOCK)
         socket.send_multipart([*head, _END_SEQ, b""], zmq.NOBLOCK)

@@ -1,4 +1,4 @@
-"""ZMQ sockets on the ports of a worker's ranks."""
+"""Binds ZMQ sockets on the ports of a worker's ranks."""
 
 import errno
 import random
@@ -8,9 +8,9 @@ import zmq
 __all__ = ["bind_ranks"]
 
 _ATTEMPTS = 50
-# Below the ports that connections take: on a busy machine hardly two of those in a row are free.
+# Below the ephemeral ports: on a busy machine few of those are free side by side.
 _QUIET_PORTS = range(10_000, 30_000)
-_HIGH_WATER_MARK_MESSAGES = 100_000  # the engine's; a whole replay fits ten times
+_HIGH_WATER_MARK_MESSAGES = 100_000  # as in the engine; room for ten whole replays
 
 
 def bind_ranks(
@@ -18,7 +18,7 @@ def bind_ranks(
 ) -> tuple[list["zmq.Socket[bytes]"], int]:
     """One bound socket for every rank, rank r at `base` + r, and that base.
 
-    `base` 0 picks as many free ports in a row. What waits to be sent does not delay a close.
+    `base` 0 picks consecutive free ports. Unsent messages do not delay a close.
     Raises zmq.ZMQError when a port is taken.
     """
     for attempt in range(1, _ATTEMPTS + 1):

@@ -1,7 +1,7 @@
-"""What becomes of a request on its way through a worker, as one of two legs or as a whole.
+"""How a worker processes a request: as a whole, or as one of two legs.
 
-Whole, it is computed and answered here. Disaggregated, one worker computes its prompt and
-another its output; how the KV gets from one to the other is told where the protocols are.
+A whole request is computed and answered by one worker. A disaggregated one is prefilled by
+one worker and decoded by another; `sglang_pd` and `nixl_pd` transfer the KV between them.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ __all__ = ["KvExchange", "Leg", "RemotePrefill", "TransferError", "Transfers", "
 
 
 class TransferError(Exception):
-    """KV that is not to be had, and waiting would not help."""
+    """The KV cannot be fetched, and waiting would not help."""
 
 
 class Wait:
-    """One request that waits in its rooms; `done` of them have their KV transferred."""
+    """One request that waits in its rooms; `done` counts rooms whose KV was transferred."""
 
     def __init__(self, rooms: int) -> None:
         self.rooms = rooms
@@ -32,7 +32,7 @@ class Wait:
 
 
 class Transfers:
-    """How many rooms are open on a worker, and how those before them ended."""
+    """Counts a worker's open rooms, and closed ones by outcome."""
 
     def __init__(self, timeout_seconds: float) -> None:
         self.rooms = 0
@@ -43,9 +43,9 @@ class Transfers:
 
     @contextmanager
     def waiting(self, rooms: int) -> Iterator[Wait]:
-        """Count what becomes of so many rooms, which are open in this context.
+        """Count this number of rooms as open until the context ends, then by outcome.
 
-        A room that is left without an error and without its KV belongs to an aborted request.
+        A room that is left without an error and without its KV belonged to an aborted request.
         """
         wait = Wait(rooms)
         self.rooms += rooms
@@ -72,26 +72,26 @@ class Transfers:
 
 
 class Leg:
-    """A whole request: what a worker of its own makes of each."""
+    """A whole request: the worker prefills and decodes it."""
 
     def jobs(self, job: Job) -> list[Job]:
-        """What the engine is to do; more than one for a batch on several ranks."""
+        """The jobs for the engine; more than one for a batch on several ranks."""
         return [job]
 
     async def prefill(self, generation: Output) -> None:
-        """Return when the first token may leave, or the request is aborted.
+        """Return when the first token may be sent, or the request is aborted.
 
-        Raises ApiError when it never will.
+        Raises ApiError if neither can happen.
         """
         await generation.prefill()
 
     def finish(self, generation: Output) -> dict[str, Any]:
-        """What the answer has besides; called when the last token is out."""
+        """The further fields of the answer; called after the last token."""
         return {}
 
 
 class RemotePrefill(Leg):
-    """The leg that decodes what another worker has computed."""
+    """The leg that decodes a prompt that another worker has prefilled."""
 
     def __init__(self, transfers: Transfers, rooms: int) -> None:
         self._transfers = transfers
@@ -109,30 +109,30 @@ class RemotePrefill(Leg):
             await generation.prefill()
 
     async def _fetch(self, wait: Wait) -> None:
-        """Get the KV; raises TransferError when there is none."""
+        """Fetch the KV; raises TransferError when that fails."""
         raise NotImplementedError
 
 
 class KvExchange(Protocol):
-    """How a worker hands KV to others and takes it from them."""
+    """Transfers KV between this worker and others."""
 
     transfers: Transfers
 
     @property
     def port(self) -> int:
-        """Where others fetch KV: the real port once it has listened, else the setting."""
+        """The port at which others fetch KV: the real one once it listens, else the setting."""
 
     @property
     def held_requests(self) -> int:
-        """Requests that are answered and whose blocks wait to be fetched."""
+        """Number of answered requests whose blocks wait to be fetched."""
 
     async def start(self) -> None:
-        """Raises OSError when a port can not be had."""
+        """Raises OSError when a port cannot be bound."""
 
     async def stop(self) -> None: ...
 
     async def switch(self, mode: str) -> None:
-        """Take that role from now on; raises OSError and stays in the old one."""
+        """Take that role; on failure raises OSError and keeps the old one."""
 
     def leg(self, asked: InferenceRequest) -> Leg:
-        """Raises ApiError 400 for fields that make no sense."""
+        """The leg that this worker runs; raises ApiError 400 for contradictory fields."""

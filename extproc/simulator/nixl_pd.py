@@ -1,7 +1,7 @@
-"""Prefill and decode legs as vLLM's NIXL connector couples them: one after the other.
+"""Prefill and decode legs as with vLLM's NIXL connector: one after the other.
 
-The answer of the first leg says where its blocks are; the second leg fetches them from there,
-after which they are free. Blocks that nobody fetches are freed when patience ends.
+The answer of the first leg says where its blocks are. The second leg fetches them there,
+then they are freed. Blocks that are not fetched are freed after a time-out.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class _Params(msgspec.Struct, kw_only=True):
 
 
 class _Blocks(msgspec.Struct, frozen=True):
-    """What is fetched in one go: all blocks of a request."""
+    """All blocks of a request, fetched together."""
 
     engine_id: str
     block_ids: tuple[int, ...]
@@ -52,10 +52,10 @@ class _Held(msgspec.Struct):
 
 
 class NixlPd:
-    """Both sides of the protocol, which one request after the other chooses for itself."""
+    """Both sides of the protocol; each request chooses its side."""
 
     def __init__(self, settings: SimulatorSettings, port: int) -> None:
-        """`port` is that of the side channel; 0 picks a free one, once."""
+        """`port` is the side channel's; 0 picks a free one at the first start."""
         self.transfers = Transfers(settings.bootstrap_timeout_seconds)
         self._settings = settings
         self._engine_id = str(uuid.uuid4())
@@ -87,7 +87,7 @@ class NixlPd:
             await self._client.close()
 
     async def switch(self, mode: str) -> None:
-        """Every worker does both, whatever its role is called."""
+        """Do nothing: every worker runs both legs, whatever its role."""
 
     def leg(self, asked: InferenceRequest) -> Leg:
         if asked.kv_transfer_params is None:
@@ -101,7 +101,7 @@ class NixlPd:
         return _PrefillLeg(self) if params.do_remote_decode else Leg()
 
     def hold(self, generation: Output, prompt_tokens: int) -> dict[str, Any]:
-        """Keep a request's blocks until they are fetched; gives what the other leg is to know."""
+        """Keep a request's blocks until they are fetched; returns the fields for the other leg."""
         blocks = max(1, -(-prompt_tokens // self._settings.page_size))
         ids = tuple(itertools.islice(self._numbers, blocks))
         generation.keep_blocks()
@@ -137,7 +137,7 @@ class NixlPd:
 
 
 class _PrefillLeg(Leg):
-    """Computes what is asked for and keeps the blocks."""
+    """Computes the prompt and keeps its blocks."""
 
     def __init__(self, pd: NixlPd) -> None:
         self._pd = pd

@@ -1,4 +1,4 @@
-"""Answers beside the OpenAI text APIs: SGLang's own, Anthropic's, Responses, and scores."""
+"""Answers of the other APIs: SGLang's own, Anthropic's, Responses, embeddings and scores."""
 
 import base64
 import struct
@@ -197,7 +197,7 @@ class _ResponsesAnswer(Answer):
 
 
 class _UnaryAnswer(Answer):
-    """APIs that only read their input; they never stream."""
+    """APIs without generated text; they never stream."""
 
     streams = False
 
@@ -214,7 +214,7 @@ class _UnaryAnswer(Answer):
 
 
 class _EmbeddingAnswer(_UnaryAnswer):
-    """`/v1/embeddings`: the same small vector for whatever is asked."""
+    """`/v1/embeddings`: the same small vector for every input."""
 
     def whole(self, produced: int, reason: FinishReason) -> Any:
         vector: str | tuple[float, ...] = _EMBEDDING

@@ -1,17 +1,18 @@
-"""A rank's prefix cache: which pages it holds, in which memory, and what it tells of them.
+"""A rank's prefix cache: the pages it holds, their memory tier, and its events.
 
-Pure, and cheap enough for benchmarks that run millions of pages in simulated time: moments
-are passed in, and a page is any hashable, so a bench hands over one opaque id per page where
-the worker hands over the page's token ids (`pages_of`).
+It does no I/O and is fast enough for benchmarks with millions of pages in simulated time.
+The caller passes the time. A page is any hashable value: benchmarks pass one opaque id per
+page, the worker passes the page's token ids (`pages_of`).
 
 The cache is a tree of single pages. Two facts keep the work per request small: only leaves
 are evicted, so pinning and touching the deepest page of a request holds and refreshes all
 pages before it; and a page that loses its last child takes over that child's time of use.
 
 A page is in device memory or, after a demotion, in host memory, never in both; an engine may
-keep a host copy of a device page, which to its consumers makes no difference. Pages on the
+keep a host copy of a device page, which makes no difference to consumers. Pages on the
 device are closed under prefixes, and so are all pages together, after every single event.
-What finds no room because everything is pinned is not kept: capacities are never exceeded.
+Pages that do not fit because all others are pinned are not kept: capacities are never
+exceeded.
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ __all__ = ["Lease", "Match", "RadixCache"]
 
 
 class Match(msgspec.Struct, frozen=True):
-    """How many leading tokens of a prompt are held, and where; `host` continues `gpu`."""
+    """Number of leading prompt tokens that are held, by tier; `host` continues `gpu`."""
 
     gpu: int
     host: int
@@ -54,7 +55,7 @@ class Match(msgspec.Struct, frozen=True):
 class Lease:
     """A request's hold on its pages, until it is released.
 
-    `cached` is what was there when it was taken; the host part of it is on the device now.
+    `cached` is the match at the time of `acquire`; its host part is on the device now.
     """
 
     __slots__ = ("_depth", "_node", "_root", "cached")
@@ -63,15 +64,15 @@ class Lease:
         self.cached = Match(0, 0)
         self._root = root
         self._node: Node = root
-        self._depth = 0  # pages up to and with the node
+        self._depth = 0  # number of pages up to and including the node
 
 
 class RadixCache:
     """The pages of one rank, evicted least recently used first, and only from the leaves.
 
-    Capacities are in tokens; `host_capacity_tokens` 0 means evicted pages are gone. Events
-    collect until `take_events`; with `record_events` False none are made. As an engine does,
-    it begins by saying that it is empty.
+    Capacities are in tokens; with `host_capacity_tokens` 0 evicted pages are lost. Events
+    collect until `take_events`; with `record_events` False there are no events. As in an
+    engine, the first event says that the cache is empty.
     """
 
     def __init__(
@@ -99,12 +100,12 @@ class RadixCache:
         return self._host_pages * self.page_size
 
     def take_events(self) -> list[CacheEvent]:
-        """What changed since the last call, in order."""
+        """The events since the last call, in order."""
         events, self._events = self._events, []
         return events
 
     def flush(self) -> None:
-        """Forget everything; leases taken before hold nothing and may still be released."""
+        """Empty the cache; earlier leases hold nothing then and may still be released."""
         self._roots: dict[Namespace, Root] = {}
         self._gpu_pages = 0
         self._host_pages = 0
@@ -114,7 +115,7 @@ class RadixCache:
             self._events.append(Cleared())
 
     def match(self, pages: Sequence[Page], namespace: Namespace = DEFAULT_NAMESPACE) -> Match:
-        """How much of it is held now; changes nothing."""
+        """The match of these pages now; changes nothing."""
         node: Node | None = self._roots.get(namespace)
         gpu = host = 0
         for page in pages:
@@ -129,7 +130,7 @@ class RadixCache:
     def acquire(
         self, pages: Sequence[Page], now: float, namespace: Namespace = DEFAULT_NAMESPACE
     ) -> Lease:
-        """Hold what is there of these pages, bringing host pages back to the device.
+        """Hold the cached part of these pages; host pages are moved back to the device.
 
         The order of eviction is as good as the `now` of this and the other methods.
         """
@@ -145,19 +146,19 @@ class RadixCache:
         return lease
 
     def insert(self, lease: Lease, pages: Sequence[Page], now: float) -> None:
-        """Keep, and hold, these pages too: they begin with those that the lease has."""
+        """Store and hold these pages, which begin with those that the lease holds."""
         if not self._is_live(lease):
             return
         self._descend(lease, pages)
         lease._node.used_at = now
         self._promote(lease, pages, now)
         new = pages[lease._depth :]
-        # A host page that found no room on the device ends what can be kept.
+        # A host page that does not fit on the device ends the chain that can be stored.
         if new and new[0] not in lease._node.children:
             self._append(lease, new[: self._make_room(len(new))], now)
 
     def release(self, lease: Lease, now: float, pages: Sequence[Page] | None = None) -> None:
-        """Let go; `pages`, of prompt and output together, are kept as `insert` would."""
+        """Release the lease; `pages`, of prompt and output together, are stored as by `insert`."""
         if not self._is_live(lease):
             return
         if pages is not None:
@@ -170,7 +171,7 @@ class RadixCache:
         return self._roots.get(lease._root.namespace) is lease._root
 
     def _descend(self, lease: Lease, pages: Sequence[Page]) -> int:
-        """Move the lease down to the last of the pages on the device; gives its depth."""
+        """Move the lease down to the last of the pages on the device; returns its depth."""
         node = lease._node
         depth = lease._depth
         for page in pages[depth:]:
@@ -190,7 +191,7 @@ class RadixCache:
         self._unpin(left)
 
     def _promote(self, lease: Lease, pages: Sequence[Page], now: float) -> None:
-        """Bring the host pages that continue the lease to the device, as many as find room."""
+        """Move the host pages that continue the lease to the device, as many as fit."""
         wanted: list[Node] = []
         node = lease._node
         for page in pages[lease._depth :]:
@@ -203,7 +204,7 @@ class RadixCache:
             return
         wanted[-1].used_at = now
         self._host_pages -= len(wanted)
-        for node in wanted:  # in neither memory, so that making room can not push them out
+        for node in wanted:  # in neither memory, so that eviction cannot choose them
             node.on_host = False
         room = self._make_room(len(wanted))
         self._take_back(wanted[room:])
@@ -215,7 +216,7 @@ class RadixCache:
             chain[-1].used_at = now
 
     def _take_back(self, chain: list[Node]) -> None:
-        """Leave on the host what the device had no room for, if the host still has any."""
+        """Put the pages that did not fit on the device back on the host, if they fit there."""
         self._host_pages += len(chain)
         for node in chain:
             node.on_host = True
@@ -224,7 +225,7 @@ class RadixCache:
         self._drop_from_host(self._host_pages - self._host_capacity)
 
     def _append(self, lease: Lease, pages: Sequence[Page], now: float) -> None:
-        """Add new pages below the lease, for which there is room."""
+        """Add new pages below the lease; the caller has made room for them."""
         node = lease._node
         chain = []
         for page in pages:
@@ -239,7 +240,7 @@ class RadixCache:
             self._move(lease, node, lease._depth + len(chain))
 
     def _make_room(self, pages: int) -> int:
-        """Evict until so many pages fit on the device; gives how many of them do."""
+        """Evict until this number of pages fits on the device; returns how many fit."""
         missing = pages - (self._capacity - self._gpu_pages)
         if missing > 0:
             self._evict(missing)
@@ -258,7 +259,7 @@ class RadixCache:
             node = leaves.pop_or(parent) if is_gpu_leaf(parent) else leaves.pop()
         if not victims:
             return
-        # The deepest come first: those the host has no room for can go before their parents.
+        # The deepest come first: pages that do not fit on the host leave before their parents.
         lost = max(0, len(victims) - self._host_capacity)
         self._drop_from_host(len(victims) - lost + self._host_pages - self._host_capacity)
         self._demote(victims[lost:])
@@ -297,7 +298,7 @@ class RadixCache:
             node.parent.gpu_children += 1
 
     def _leave_gpu(self, node: Node) -> Node:
-        """Gives its parent, which may be a leaf now."""
+        """Remove the page from the device; returns its parent, which may be a leaf now."""
         node.on_gpu = False
         self._gpu_pages -= 1
         parent = node.parent
@@ -308,7 +309,7 @@ class RadixCache:
         return parent
 
     def _detach(self, node: Node) -> None:
-        """Forget a page that has no children."""
+        """Remove a page without children from the tree."""
         parent = node.parent
         assert parent is not None  # noqa: S101  # roots are never leaves
         node.parent = None
@@ -328,7 +329,7 @@ class RadixCache:
         self._offer(node)
 
     def _offer(self, node: Node) -> None:
-        """Line a page up for eviction if it is a free leaf on the device."""
+        """Queue a page for eviction if it is an unpinned leaf on the device."""
         if is_gpu_leaf(node):
             self._gpu_leaves.push(node)
 

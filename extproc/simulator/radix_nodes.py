@@ -1,4 +1,4 @@
-"""The tree that a prefix cache keeps its pages in, and the order in which leaves are evicted."""
+"""The page tree of a prefix cache, and the order in which its leaves are evicted."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from extproc.simulator.cache_events import Namespace, Page
 
 __all__ = ["LeafQueue", "Node", "Root", "is_gpu_leaf", "is_host_leaf", "root_of"]
 
-_SPARE_ENTRIES = 1024  # a queue is tidied when it has doubled, but not for fewer than these
+_SPARE_ENTRIES = 1024  # a queue is compacted when it has doubled, but not below this size
 
 
 class Node:
-    """One page; `used_at` is exact where it matters, on the deepest page of every request."""
+    """One page; `used_at` is exact on the deepest page of every request."""
 
     __slots__ = (
         *("children", "gpu_children", "hash", "on_gpu", "on_host"),
@@ -22,7 +22,7 @@ class Node:
     )
 
     def __init__(self, parent: "Node | None", page: Page, hash_: int, used_at: float) -> None:
-        self.parent = parent  # None for a root, and for a page that is held no more
+        self.parent = parent  # None for a root, and for a page that was removed
         self.page = page
         self.hash = hash_
         self.used_at = used_at
@@ -34,7 +34,7 @@ class Node:
 
 
 class Root(Node):
-    """Where the pages of one namespace hang; its hash keeps them apart from all others."""
+    """The root of one namespace's pages; its hash separates them from all others."""
 
     __slots__ = ("namespace",)
 
@@ -62,10 +62,10 @@ def is_host_leaf(node: Node) -> bool:
 
 
 class LeafQueue:
-    """Leaves, the one used longest ago first.
+    """Leaves, the least recently used first.
 
-    A leaf is pushed whenever it becomes one and never taken out when it ceases to be one, or
-    is used again: such entries are skipped when they come up.
+    A page is pushed whenever it becomes a leaf. An entry stays when the page is used again or
+    gets a child; such stale entries are skipped when they come up.
     """
 
     def __init__(self, is_leaf: Callable[[Node], bool]) -> None:
@@ -91,9 +91,9 @@ class LeafQueue:
         return None
 
     def pop_or(self, leaf: Node) -> Node | None:
-        """`leaf`, which is not in the queue, or else the one that was used before it.
+        """The less recently used of `leaf`, which is not in the queue, and the queue's first.
 
-        Whole branches go this way, page after page, without a place in the queue.
+        Whole branches are evicted this way, page after page, without entering the queue.
         """
         if self._heap and self._heap[0][0] < leaf.used_at:
             self.push(leaf)

@@ -1,4 +1,4 @@
-"""The ranks of an engine: the queue of each, its prefix cache, its prefill and what decodes."""
+"""A rank of an engine: its queue, its prefix cache, its prefill and its running requests."""
 
 import asyncio
 from collections import deque
@@ -22,15 +22,15 @@ class RankLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     running: int
     waiting: int
-    used_tokens: int  # prompts and output of what runs
-    waiting_tokens: int  # prompts of what waits
-    waiting_uncached_tokens: int  # the part of them that was not cached when they came
-    prefilled_tokens: int  # ever, without what was cached
-    prefill_microseconds: int  # that this took
+    used_tokens: int  # prompts and output of running requests
+    waiting_tokens: int  # prompts of waiting requests
+    waiting_uncached_tokens: int  # the part of them that was not cached at arrival
+    prefilled_tokens: int  # since the start, without cached tokens
+    prefill_microseconds: int  # time spent on them
 
 
 class Observer(Protocol):
-    """Who is told, at once, what changes on a rank."""
+    """Receives every change of a rank at once."""
 
     def cache_changed(self, rank: int, events: list[CacheEvent]) -> None: ...
 
@@ -41,7 +41,7 @@ OutputIds = Callable[[int], Sequence[int]]
 
 
 class Rank:
-    """One scheduler: who waits, who is in prefill, who runs."""
+    """One scheduler with its waiting, prefilling and running requests."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class Rank:
         self._waiting: deque[Generation] = deque()
         self._prefilling: Generation | None = None
         self._running: set[Generation] = set()  # the one in prefill included
-        self._awaiting_kv: set[Generation] = set()  # that another worker is to send
-        self._keeping: set[Generation] = set()  # done, with blocks that wait to be fetched
+        self._awaiting_kv: set[Generation] = set()  # wait for KV from another worker
+        self._keeping: set[Generation] = set()  # finished; their blocks wait to be fetched
 
     def __iter__(self) -> Iterator[Generation]:
         yield from self._running
@@ -112,7 +112,7 @@ class Rank:
         self.report()
 
     def report(self) -> None:
-        """Tell the observer what has changed; nothing of it is kept here."""
+        """Report the changes to the observer; they are not kept here."""
         if self._observer is None:
             return
         if events := self._cache.take_events():
@@ -164,7 +164,7 @@ class Rank:
         self.report()
 
     def free_blocks(self, generation: Generation) -> None:
-        """Let go of what `leave` has kept; a second time does nothing."""
+        """Release the blocks that `leave` has kept; a second call does nothing."""
         if generation in self._keeping:
             self._keeping.remove(generation)
             self._release(generation, asyncio.get_running_loop().time())

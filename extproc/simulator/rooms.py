@@ -1,8 +1,8 @@
-"""Where the two legs of a request meet, on the side of the prefill and without sockets.
+"""The rooms in which the two legs of a request meet: the prefill side, without sockets.
 
 A leg offers the KV it computes under its rank and the number of its room; a decode worker asks
-for the same pair. Who comes first waits. Neither is told when the other goes away: as in the
-engine, only the end of its own patience ends the wait.
+for the same pair. The first one waits. Neither learns when the other goes away: as in the
+engine, only its own time-out ends the wait.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ RoomKey = tuple[int, int]  # rank, number of the room
 
 
 class RoomTakenError(Exception):
-    """Two prefill legs in one room."""
+    """A second prefill leg came into the same room."""
 
 
 class Offer:
-    """The KV of one prompt, to be had once it is computed."""
+    """The KV of one prompt, available after it is computed."""
 
     def __init__(self) -> None:
         self.is_computed = False
@@ -37,7 +37,7 @@ class Offer:
 
 
 class Rooms:
-    """The offers of one worker and who waits for them; both end with their contexts."""
+    """The offers of one worker and the requests that wait for them."""
 
     def __init__(self) -> None:
         self._offers: dict[RoomKey, Offer] = {}
@@ -48,7 +48,7 @@ class Rooms:
 
     @contextmanager
     def offer(self, key: RoomKey) -> Iterator[Offer]:
-        """A room for KV that is still to be computed; raises RoomTakenError."""
+        """A room for KV that will be computed, until the context ends; raises RoomTakenError."""
         if key in self._offers:
             raise RoomTakenError(f"bootstrap room {key[1]} is in use on rank {key[0]}")
         offer = self._offers[key] = Offer()
@@ -62,7 +62,7 @@ class Rooms:
         self._match(key)
 
     async def take(self, key: RoomKey) -> None:
-        """Wait, for ever if need be, for KV that nobody else has taken."""
+        """Wait without a time limit for KV that no other request has taken."""
         taker: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._takers.setdefault(key, []).append(taker)
         self._match(key)

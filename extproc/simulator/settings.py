@@ -1,4 +1,4 @@
-"""What one simulated worker is told, checked once, read everywhere else without checks."""
+"""The settings of one simulated worker. They are checked once, here."""
 
 from typing import Literal
 
@@ -21,18 +21,18 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     `startup_delay_seconds` have not passed, health, introspection and inference answer 503.
 
     KV events and load are published when `kv_events_port` is given. Rank r uses each of the
-    three ports plus r; 0 picks free ones. `wire_format` "array" is that of older engines, whose
-    replays have no topic frame either.
+    three ports plus r; 0 picks free ones. `wire_format` "array" is the format of older engines;
+    their replays have no topic frame.
 
     A "prefill" worker listens at `disaggregation_bootstrap_port`, which is also where a "decode"
     worker looks for the other leg of a request that names no port. With `pd_protocol` "nixl", as
-    in vLLM, every worker listens at `nixl_side_channel_port` and plays both parts. 0 picks free
+    in vLLM, every worker listens at `nixl_side_channel_port` and runs both legs. 0 picks free
     ports. The legs wait `bootstrap_timeout_seconds` for each other.
 
     `tokenizer_path` names a `tokenizer.json`, or a model's folder with one, whose chat template
     is then applied to chats. Without it a token is a byte.
 
-    Raises ValueError, naming the setting, for a value no worker can have.
+    Raises ValueError, which names the setting, for an invalid value.
     """
 
     host: str = "127.0.0.1"
@@ -40,10 +40,10 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "simulated-model"
     prefill_tokens_per_second: float = 8000.0
     decode_milliseconds_per_token: float = 20.0
-    max_running_requests: int = 32  # of each rank; more wait in its queue
+    max_running_requests: int = 32  # of each rank; further requests wait in its queue
     default_max_tokens: int = 64
     max_total_num_tokens: int = 524_288  # the prefix cache of each rank
-    host_cache_tokens: int = 0  # of each rank, for what is evicted; 0 for none
+    host_cache_tokens: int = 0  # of each rank, for evicted pages; 0 means no host cache
     context_length: int = 131_072  # reported only
     page_size: int = 64
     dp_size: int = 1
@@ -104,6 +104,6 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def caches_bigrams(self) -> bool:
-        """Whether pages are made of pairs of tokens."""
+        """True if pages are made of pairs of tokens."""
         name = self.speculative_algorithm
         return name is not None and name.upper() in _BIGRAM_ALGORITHMS

@@ -1,10 +1,10 @@
-"""Prefill and decode legs as SGLang couples them: sent at once, they meet in a room.
+"""Prefill and decode legs as in SGLang: sent at the same time, they meet in a room.
 
 A prefill worker listens at its bootstrap port. The decode worker connects there, learns how
-many ranks there are and asks for a room on the rank that it takes the prefill to be on; the
-answer comes when the KV does. Made as nasty as the engine is: legs on different ranks or in
-different rooms wait until their patience ends, and so does a leg whose other half has failed,
-has left or never came. Only a prefill worker that can not be reached at all is known at once.
+many ranks there are and asks for a room on the rank where it expects the prefill. The answer
+comes with the KV. It fails as the engine does: legs on different ranks or in different rooms
+wait until their time-out, and so does a leg whose other half has failed, has left or never
+came. Only an unreachable prefill worker is noticed at once.
 """
 
 import asyncio
@@ -36,10 +36,10 @@ class _PrefillInfo(msgspec.Struct):
 
 
 class SglangPd:
-    """Both sides of the protocol; which one is played goes by the worker's role."""
+    """Both sides of the protocol; the worker's role decides which one it runs."""
 
     def __init__(self, settings: SimulatorSettings, port: int) -> None:
-        """`port` is where to listen as a prefill worker; 0 picks a free one, once."""
+        """`port` is a prefill worker's bootstrap port; 0 picks a free one at the first start."""
         self.transfers = Transfers(settings.bootstrap_timeout_seconds)
         self._settings = settings
         self._mode: str = settings.disaggregation_mode
@@ -100,7 +100,7 @@ class SglangPd:
         return web.Response(body=msgspec.json.encode(info), content_type="application/json")
 
     async def _take(self, request: web.Request) -> web.Response:
-        """Answers when the room's KV is there."""
+        """Answers when the KV of the room is ready."""
         await self._rooms.take((int(request.match_info["rank"]), int(request.match_info["room"])))
         return web.Response()
 
@@ -190,7 +190,7 @@ class _DecodeLeg(RemotePrefill):
                 for place in self._places:
                     group.create_task(self._fetch_one(place, wait))
         except ExceptionGroup as failed:
-            # The first failure has cancelled the others.
+            # The first failure has cancelled the other tasks.
             raise failed.exceptions[0] from None
 
     async def _fetch_one(self, place: Meeting, wait: Wait) -> None:
@@ -202,7 +202,7 @@ class _DecodeLeg(RemotePrefill):
         wait.done += 1
 
     async def _connect(self, place: Meeting) -> tuple[URL, int]:
-        """Where the prefill worker is, and how many ranks it has; raises TransferError."""
+        """Ask the prefill worker for its ranks; raises TransferError."""
         port = self._default_port if place.port is None else place.port
         host = (place.host or "").strip("[]")
         try:
@@ -215,7 +215,7 @@ class _DecodeLeg(RemotePrefill):
         return address, max(1, info.dp_size)
 
     async def _has_kv(self, room: URL) -> bool:
-        """Waits as long as the prefill side lives, whose end is no news either."""
+        """Wait for the KV of a room without a time limit; the end of the prefill is not noticed."""
         try:
             async with self._client.post(room) as response:
                 return response.status == 200

@@ -1,4 +1,4 @@
-"""A port beside the worker's own, at which other workers fetch KV, and their client for it."""
+"""A second server of a worker at which other workers fetch KV, and the client for it."""
 
 import asyncio
 from collections.abc import Iterable
@@ -12,19 +12,19 @@ from extproc.simulator.binding import listen
 
 __all__ = ["UNREACHABLE", "SideServer", "patient_client"]
 
-# Failures of a connection, and of an address that is none.
+# Failures of a connection, and invalid addresses.
 UNREACHABLE: Final = (aiohttp.ClientError, OSError, ValueError)
-_SHUTDOWN_SECONDS = 1.0  # for handlers that were cancelled already
+_SHUTDOWN_SECONDS = 1.0  # handlers were cancelled already
 
 
 class SideServer:
     """Serves these routes between `start` and `stop`; `port` is the real one after the start.
 
-    A client that leaves cancels its handler, and a stop breaks off those that run.
+    A client that disconnects cancels its handler; a stop cancels all of them.
     """
 
     def __init__(self, setting: str, host: str, port: int, routes: Iterable[web.RouteDef]) -> None:
-        """`setting` is the port's name in errors; `port` 0 picks a free one, once for all."""
+        """`setting` names the port in errors; `port` 0 picks a free one at the first start."""
         self.port = port
         self._setting = setting
         self._host = host
@@ -33,7 +33,7 @@ class SideServer:
         self._handlers: set[asyncio.Task[object]] = set()
 
     async def start(self) -> None:
-        """Listen; raises OSError, which names the setting, when the port can not be had."""
+        """Listen; raises OSError, which names the setting, when the port cannot be bound."""
         app = web.Application(middlewares=[self._tracked])
         app.add_routes(self._routes)
         app.on_shutdown.append(self._break_off)
@@ -73,7 +73,7 @@ class SideServer:
 
 
 def patient_client() -> aiohttp.ClientSession:
-    """A client that waits for answers as long as it is let, each on a connection of its own."""
+    """A client without a time-out that uses a new connection for each request."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None),

@@ -1,4 +1,4 @@
-"""One batch whose prompts run on several ranks, as prefill legs do: their rooms name the ranks."""
+"""A batch whose prompts run on several ranks: the rooms of prefill legs name the ranks."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -10,9 +10,9 @@ __all__ = ["Output", "SplitGeneration"]
 
 
 class SplitGeneration:
-    """Several generations in step, like one; those who made them enter and leave them.
+    """Several generations that advance together; their creator enters and leaves them.
 
-    All of them have the id of the request, so that an abort ends them together.
+    All of them have the id of the request, so an abort ends them together.
     """
 
     def __init__(self, parts: Sequence[Generation]) -> None:
@@ -20,7 +20,7 @@ class SplitGeneration:
 
     @property
     def rank(self) -> int:
-        """That of the first prompt."""
+        """The rank of the first prompt."""
         return self.parts[0].rank
 
     @property

@@ -1,11 +1,11 @@
-"""From text to token ids: the tokenizer of a real model, or one that needs no file.
+"""Turns text into token ids: with a real model's tokenizer, or without any file.
 
-Without a file a token is a byte of the text in UTF-8, so a test can count tokens by eye. A chat
-is then, and with a file alone, no template's work: role and content of one message after the
-other, then the role of the answer. A model's folder brings its template along.
+Without a file a token is a byte of the text in UTF-8, so tests are easy to count. Without a
+model's folder there is no template: a chat becomes role and content of each message, then the
+role of the answer. A model's folder brings its template.
 
-An output of n tokens has the ids of the first n tokens of its text: what a next turn repeats
-of it is found in the cache, although its text makes more tokens than were produced.
+An output of n tokens has the ids of the first n tokens of its text. The next turn, which
+repeats that text, therefore finds it in the cache.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _CONFIG_FILE = "tokenizer_config.json"
 class Tokenizer:
     """`path` names a `tokenizer.json`, or a folder with one and a chat template.
 
-    Raises ValueError when it is neither.
+    Raises ValueError for anything else.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -38,26 +38,26 @@ class Tokenizer:
             return
         try:
             self._load(Path(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower class
             raise ValueError(f"tokenizer_path: {path}: {error}") from error
 
     def encode(self, text: str, *, special_tokens: bool = False) -> Sequence[int]:
-        """At least one token; `special_tokens` adds those that the model's file asks for."""
+        """At least one token; `special_tokens` adds the special tokens of the model's file."""
         return self._ids(text, special_tokens) or [0]
 
     def encode_chat(self, chat: Chat) -> Sequence[int]:
-        """At least one token; raises ChatTemplateError when the template refuses the chat."""
+        """At least one token; raises ChatTemplateError if the template refuses the chat."""
         if self._template is None:
             return self.encode(chat.text)
         text, begun = self._template.render(chat)
         ids = [*self._ids(text, False)]
-        if begun:  # encoded on its own, as a text that begins with a BOS if the file says so
+        if begun:  # encoded separately, as a text that begins with a BOS if the file says so
             continued = self._ids(begun, True)
             ids += continued[1:] if self._begins_with_bos(continued) else continued
         return ids or [0]
 
     def output(self, produced: int) -> Sequence[int]:
-        """The ids of an output of so many tokens."""
+        """The ids of an output of this length."""
         return self.encode(text_of(produced))[:produced]
 
     def _load(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The state of one simulated worker: what a process of the engine holds, and its restarts."""
+"""The state of one simulated worker, which stands for one engine process, and its restarts."""
 
 import asyncio
 import time
@@ -29,8 +29,8 @@ class Worker:
         self._handlers: set[asyncio.Task[object]] = set()
         self._reviving = asyncio.Lock()
         self._revivals: set[asyncio.Task[None]] = set()
-        self._kv_ports: KvPorts | None = None  # those of the first start, for all that follow
-        self._pd_port: int | None = None  # likewise
+        self._kv_ports: KvPorts | None = None  # of the first start; restarts use them again
+        self._pd_port: int | None = None  # of the first start, too
         self._renew()
 
     def _renew(self) -> None:
@@ -50,9 +50,9 @@ class Worker:
         return SglangPd(settings, settings.disaggregation_bootstrap_port if port is None else port)
 
     async def start(self) -> None:
-        """Begin to publish and to hand out KV, if it is to.
+        """Begin to publish KV events and to serve KV, where configured.
 
-        Raises OSError when a port can not be used; nothing is left running then.
+        Raises OSError when a port cannot be used, and then leaves nothing running.
         """
         try:
             await self._listen()
@@ -80,7 +80,7 @@ class Worker:
         await self.pd.stop()
 
     async def switch_role(self, mode: DisaggregationMode) -> None:
-        """Play the other part from now on; raises OSError when the port for it is taken."""
+        """Switch to the other role; raises OSError when the port for it is taken."""
         await self.pd.switch(mode)
         self.mode = mode
         self._pd_port = self.pd.port
@@ -97,12 +97,12 @@ class Worker:
         return self.pd.port if self.settings.pd_protocol == "nixl" else None
 
     async def restart(self) -> None:
-        """Die and come back at the same ports with nothing remembered but the journal.
+        """Restart at the same ports; only the journal is kept.
 
-        Clients of requests that run, health checks among them, see their connections break.
-        Raises OSError when somebody else has taken a port of the worker's.
+        The connections of running requests, health checks included, break. Raises OSError
+        when another process has taken a port of the worker.
         """
-        # Whoever asked for it may leave before it is done.
+        # The client of the restart may disconnect before it is done.
         revival = asyncio.create_task(self._revive(asyncio.current_task()))
         self._revivals.add(revival)
         revival.add_done_callback(self._revivals.discard)
@@ -126,7 +126,7 @@ class Worker:
 
     @contextmanager
     def handling(self) -> Iterator[None]:
-        """The present task handles a request here, which `break_off` would have to end."""
+        """Register the present task as a request that `break_off` must end."""
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("requests are handled in tasks")
@@ -137,6 +137,6 @@ class Worker:
             self._handlers.discard(task)
 
     def break_off(self) -> None:
-        """End all running requests at once, as a worker does that is killed."""
+        """End all running requests at once, like a killed worker."""
         for task in self._handlers:
             task.cancel()

@@ -1,8 +1,8 @@
 """Starts the service and Envoy as processes on free loopback ports.
 
 The parts are the real ones, as an operator starts them: `extproc serve`, `extproc
-envoy-config` and the `envoy` binary. Their output goes to files that are shown when one of
-them does not come up.
+envoy-config` and the `envoy` binary. Their output goes to files, whose end is shown when a
+part does not start. The demo, the end-to-end tests and the benchmarks use it.
 """
 
 import asyncio
@@ -86,7 +86,7 @@ class ManagedProcess:
             )
 
     async def wait_ready(self, check: Callable[[], Awaitable[bool]]) -> None:
-        """Poll until check() is true; raises StackError with the output if it never is."""
+        """Poll until check() is true; raises StackError with the output if that takes too long."""
 
         async def check_alive() -> bool:
             if self.returncode is not None:
@@ -103,7 +103,7 @@ class ManagedProcess:
             os.kill(self.pid, number)
 
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Signal, wait, kill if it does not go; returns the exit code."""
+        """Signal, wait, kill the process if it does not end; returns the exit code."""
         process = self._process
         if process is None:
             return 0
@@ -216,7 +216,7 @@ class Stack:
         self.config_file.write_text(yaml.safe_dump(self.config, sort_keys=False))
 
     async def start_service(self) -> None:
-        """Start the service and wait until it says that it is ready."""
+        """Start the service and wait until it is ready."""
         await self.service.start()
         await self.service.wait_ready(lambda: self._answers(f"{self.admin_url}/readyz"))
 
@@ -236,7 +236,7 @@ class Stack:
             self._bootstrap_file.write_text(yaml.safe_dump(bootstrap, sort_keys=False))
 
     async def envoy_sees_service(self) -> bool:
-        """True once Envoy's health check has found the service."""
+        """True once Envoy's health check of the service has passed."""
         return (
             await self._answers(f"{self.envoy_admin_url}/clusters", text="extproc::")
             and await self._extproc_healthy()

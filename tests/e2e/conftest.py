@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import aiohttp
 import pytest
 
-from extproc.simulator import RunningSimulator, SimulatorSettings, start
+from extproc.simulator.http import RunningSimulator, start
+from extproc.simulator.settings import SimulatorSettings
 from extproc.testing.stack import Stack
 
 __all__ = ["Fleet", "Launch", "Running"]

@@ -8,7 +8,8 @@ from typing import Any
 
 import aiohttp
 
-from extproc.simulator import RunningSimulator, SimulatorSettings, start
+from extproc.simulator.http import RunningSimulator, start
+from extproc.simulator.settings import SimulatorSettings
 from extproc.testing.stack import Stack
 from tests.e2e.conftest import Fleet, Running
 

@@ -8,7 +8,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from extproc.simulator import SimulatorSettings, start
+from extproc.simulator.http import start
+from extproc.simulator.settings import SimulatorSettings
 from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 

@@ -9,7 +9,8 @@ import pytest
 import trustme
 from aiohttp import web
 
-from extproc.simulator import SimulatorSettings, create_app
+from extproc.simulator.http import create_app
+from extproc.simulator.settings import SimulatorSettings
 from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from extproc.simulator import RunningSimulator
+from extproc.simulator.http import RunningSimulator
 from tests.e2e.pd_fleet import PdRunning, pd_stack
 
 MODES = ["two_pass", "inline"]

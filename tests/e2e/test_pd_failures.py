@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from extproc.simulator import RunningSimulator, start
+from extproc.simulator.http import RunningSimulator, start
 from tests.e2e.pd_fleet import PdRunning, pd_stack
 
 # The event itself takes this long in the simulated worker.

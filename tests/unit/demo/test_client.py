@@ -10,7 +10,8 @@ from extproc.demo.client import hold_conversations
 from extproc.demo.figures import Outcome
 from extproc.demo.tiny_model import write_model_folder
 from extproc.demo.workload import Conversation, Turn
-from extproc.simulator import SimulatorSettings, start
+from extproc.simulator.http import start
+from extproc.simulator.settings import SimulatorSettings
 
 SYSTEM = "sea " * 40
 

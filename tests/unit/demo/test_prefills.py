@@ -7,7 +7,8 @@ import aiohttp
 import pytest
 
 from extproc.demo.prefills import Prefilled, prefilled
-from extproc.simulator import RunningSimulator, SimulatorSettings, start
+from extproc.simulator.http import RunningSimulator, start
+from extproc.simulator.settings import SimulatorSettings
 
 PROMPT = "sea " * 20  # as many tokens as bytes
 FAKE_HOST = "2.2.2.2"  # nothing is transferred, so that no other worker is needed

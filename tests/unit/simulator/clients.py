@@ -8,7 +8,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from extproc.simulator import RunningSimulator, SimulatorSettings
+from extproc.simulator.http import RunningSimulator
+from extproc.simulator.settings import SimulatorSettings
 
 CHAT = "/v1/chat/completions"
 FOREVER_MILLISECONDS = 3_600_000.0

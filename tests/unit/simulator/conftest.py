@@ -6,7 +6,8 @@ from contextlib import AsyncExitStack
 import aiohttp
 import pytest
 
-from extproc.simulator import SimulatorSettings, start
+from extproc.simulator.http import start
+from extproc.simulator.settings import SimulatorSettings
 
 from .clients import Launch, SimulatedWorker
 from .kv_clients import Connect, KvClient

@@ -8,7 +8,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from extproc.simulator import SimulatorSettings
+from extproc.simulator.settings import SimulatorSettings
 
 from .clients import SimulatedWorker, endless
 

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from extproc.simulator import SimulatorSettings
+from extproc.simulator.settings import SimulatorSettings
 
 from .clients import Launch, SimulatedWorker
 

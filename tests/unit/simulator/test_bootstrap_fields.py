@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from extproc.simulator import SimulatorSettings
+from extproc.simulator.settings import SimulatorSettings
 
 from .clients import CHAT, Launch, chat
 from .pd_clients import COMPLETIONS, GENERATE, sided

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from extproc.simulator import SimulatorSettings
 from extproc.simulator.chats import chat as chat_of
+from extproc.simulator.settings import SimulatorSettings
 from extproc.simulator.tokens import Tokenizer
 
 from .clients import CHAT, Launch, chat

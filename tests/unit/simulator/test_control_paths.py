@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from extproc.simulator import SimulatorSettings, start
+from extproc.simulator.http import start
+from extproc.simulator.settings import SimulatorSettings
 
 from .clients import CHAT, Launch, SimulatedWorker, chat, endless
 

@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from extproc.simulator import SimulatorSettings, start
+from extproc.simulator.http import start
+from extproc.simulator.settings import SimulatorSettings
 
 from .clients import CHAT, Launch, SimulatedWorker, chat
 from .kv_clients import (

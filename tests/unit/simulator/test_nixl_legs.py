@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from extproc.simulator import SimulatorSettings
+from extproc.simulator.settings import SimulatorSettings
 
 from .clients import CHAT, FOREVER_MILLISECONDS, Launch, SimulatedWorker, chat
 from .pd_clients import COMPLETIONS, SOON_SECONDS, pd

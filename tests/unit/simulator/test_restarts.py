@@ -7,7 +7,7 @@ from contextlib import closing
 import aiohttp
 import pytest
 
-from extproc.simulator import start
+from extproc.simulator.http import start
 
 from .clients import CHAT, Launch, SimulatedWorker, chat
 from .kv_clients import CLEARED, Batch, Connect, endless_fields, generate, publishing

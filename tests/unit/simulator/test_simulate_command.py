@@ -12,7 +12,9 @@ import aiohttp
 import pytest
 
 import extproc
-from extproc.simulator import SimulatorSettings, cli, start
+from extproc.simulator import cli
+from extproc.simulator.http import start
+from extproc.simulator.settings import SimulatorSettings
 
 from .clients import broken_off, events
 

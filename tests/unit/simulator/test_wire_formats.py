@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from extproc.simulator import SimulatorSettings
+from extproc.simulator.settings import SimulatorSettings
 
 from .clients import CHAT, Launch, SimulatedWorker, chat, endless, events
 
