@@ -39,9 +39,8 @@ from extproc.server.stream import Decider, Streams, StreamSettings
 from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
-from extproc.workers.introspection_client import IntrospectionClient
+from extproc.workers.engine_calls import IntrospectionClient, PrefillClient
 from extproc.workers.manager import WorkerManager
-from extproc.workers.prefill_client import PrefillClient
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.resolver import SystemResolver
 from extproc.workers.tickets import Tickets

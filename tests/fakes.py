@@ -21,7 +21,7 @@ from extproc.routing.request import Request, find_endpoint
 from extproc.routing.router import Router
 from extproc.worker_url import WorkerUrl, format_endpoint, parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
-from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
+from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent
 from extproc.workers.tickets import Tickets

@@ -9,12 +9,14 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
-from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt
-from tenacity.wait import wait_exponential
 
 from extproc.clock import Clock
 from extproc.worker_url import WorkerUrl
-from extproc.workers.introspection_client import EngineUnreachableError, IntrospectionClient
+from extproc.workers.engine_calls import (
+    EngineAnswer,
+    EngineUnreachableError,
+    IntrospectionClient,
+)
 from extproc.workers.kv_announcement import read_kv_events
 from extproc.workers.worker import KvEvents, Role, WorkerSpec
 
@@ -63,25 +65,28 @@ class Introspection(Struct, frozen=True, kw_only=True):
     problem: str = ""
 
 
-class _TryAgainError(Exception):
-    """A network error or 5xx: worth another attempt."""
+class _NoAnswerError(Exception):
+    """Every attempt ended in a network error or a 5xx."""
 
 
 async def introspect(
     client: IntrospectionClient, url: WorkerUrl, clock: Clock, attempts: int = 3
 ) -> Introspection:
-    """Ask the worker who it is: so many attempts of 2 s on network errors and 5xx, else one."""
+    """Ask a worker about itself; after a network error or a 5xx again, up to `attempts` times.
+
+    Without a usable answer, `problem` of the result says why.
+    """
     try:
-        status, body = await _get(client, url, "/server_info", clock, attempts)
-        if status in (404, 405):
+        answer = await _get(client, url, "/server_info", clock, attempts)
+        if answer.status in (404, 405):
             return await _from_model_list(client, url, clock, attempts)
-    except RetryError as error:
-        return Introspection(problem=str(error.last_attempt.exception()))
-    if status != 200:
-        return Introspection(problem=f"/server_info answered {status}")
+    except _NoAnswerError as error:
+        return Introspection(problem=str(error))
+    if answer.status != 200:
+        return Introspection(problem=f"/server_info answered {answer.status}")
     try:
-        body.decode()  # fields that are not read are not looked at by the parser
-        info = msgspec.json.decode(body, type=_ServerInfo)
+        answer.body.decode()  # the parser does not look at fields that are not read
+        info = msgspec.json.decode(answer.body, type=_ServerInfo)
     except _NOT_DECODABLE:
         return Introspection(problem="/server_info is not a JSON object")
     return _with_kv_events(_read(info), info, url)
@@ -89,32 +94,32 @@ async def introspect(
 
 async def _get(
     client: IntrospectionClient, url: WorkerUrl, path: str, clock: Clock, attempts: int
-) -> tuple[int, bytes]:
-    retrying = AsyncRetrying(
-        stop=stop_after_attempt(attempts),
-        wait=wait_exponential(multiplier=_FIRST_WAIT_SECONDS),
-        retry=retry_if_exception_type(_TryAgainError),
-        sleep=clock.sleep,
-    )
-    async for attempt in retrying:
-        with attempt:
-            try:
-                answer = await client.get(url, path, _TIMEOUT_SECONDS)
-            except EngineUnreachableError as error:
-                raise _TryAgainError(f"{path}: {error}") from None
-            if answer.status >= 500:
-                raise _TryAgainError(f"{path} answered {answer.status}")
-    return answer.status, answer.body
+) -> EngineAnswer:
+    """The first answer below 500; raises _NoAnswerError after the last attempt."""
+    wait_seconds = _FIRST_WAIT_SECONDS
+    for attempt in range(attempts):
+        if attempt:
+            await clock.sleep(wait_seconds)
+            wait_seconds *= 2
+        try:
+            answer = await client.get(url, path, _TIMEOUT_SECONDS)
+        except EngineUnreachableError as error:
+            problem = f"{path}: {error}"
+            continue
+        if answer.status < 500:
+            return answer
+        problem = f"{path} answered {answer.status}"
+    raise _NoAnswerError(problem)
 
 
 async def _from_model_list(
     client: IntrospectionClient, url: WorkerUrl, clock: Clock, attempts: int
 ) -> Introspection:
-    status, body = await _get(client, url, "/v1/models", clock, attempts)
-    if status != 200:
-        return Introspection(problem=f"no /server_info, and /v1/models answered {status}")
+    answer = await _get(client, url, "/v1/models", clock, attempts)
+    if answer.status != 200:
+        return Introspection(problem=f"no /server_info, and /v1/models answered {answer.status}")
     try:
-        models = msgspec.json.decode(body, type=_ModelList)
+        models = msgspec.json.decode(answer.body, type=_ModelList)
     except _NOT_DECODABLE:
         return Introspection(problem="no /server_info, and /v1/models is not a list of models")
     names = [card.id for card in models.data if _is_name(card.id)]

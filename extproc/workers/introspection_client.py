@@ -1,44 +1,17 @@
-"""HTTP to the engines: one shared session, behind a seam that tests can fake."""
+"""Asks engines about themselves over HTTP, with aiohttp; one session for all workers."""
 
 import ssl
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import aiohttp
 
 from extproc.worker_url import WorkerUrl
+from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError
 
-__all__ = [
-    "AiohttpIntrospectionClient",
-    "EngineAnswer",
-    "EngineUnreachableError",
-    "IntrospectionClient",
-]
+__all__ = ["AiohttpIntrospectionClient"]
 
 _ANSWER_MAX_BYTES = 8 * 1024 * 1024
-
-
-class EngineUnreachableError(Exception):
-    """No complete HTTP answer: refused, timed out, broken off or far too large."""
-
-
-class EngineAnswer:
-    """Status and body of an engine's answer, and those of its headers that matter to clients."""
-
-    __slots__ = ("body", "headers", "status")
-
-    def __init__(self, status: int, body: bytes, headers: tuple[tuple[str, str], ...] = ()) -> None:
-        self.status = status
-        self.body = body
-        self.headers = headers
-
-
-class IntrospectionClient(Protocol):
-    """What the rest of the package asks of a worker over HTTP."""
-
-    async def get(self, url: WorkerUrl, path: str, timeout_seconds: float) -> EngineAnswer:
-        """GET a path; raises EngineUnreachableError."""
-        ...
 
 
 class AiohttpIntrospectionClient:

@@ -17,8 +17,8 @@ from extproc.clock import Clock
 from extproc.config.schema import TOKEN_POLICIES, CircuitBreakerConfig, ModelConfig
 from extproc.metrics.service import Metrics
 from extproc.workers.circuit_breaker import CircuitBreaker
+from extproc.workers.engine_calls import IntrospectionClient
 from extproc.workers.introspection import Introspection, apply_introspection, introspect
-from extproc.workers.introspection_client import IntrospectionClient
 from extproc.workers.keyed_tasks import KeyedTasks
 from extproc.workers.kv_announcement import configured_kv_events
 from extproc.workers.registry import MixedRolesError, WorkerRegistry

@@ -13,22 +13,22 @@ import math
 import ssl
 from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
 from extproc.worker_url import WorkerUrl
-from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
+from extproc.workers.engine_calls import (
+    EngineAnswer,
+    EngineTimeoutError,
+    EngineUnreachableError,
+    PrefillCall,
+    PrefillClientOverloadedError,
+)
 
-__all__ = [
-    "AiohttpPrefillClient",
-    "EngineTimeoutError",
-    "PrefillCall",
-    "PrefillClient",
-    "PrefillClientOverloadedError",
-]
+__all__ = ["AiohttpPrefillClient"]
 
 _READ_BYTES: Final = 64 * 1024
 _CLIENT_ERROR: Final = 400
@@ -36,53 +36,6 @@ _SERVER_ERROR: Final = 500
 _REFUSAL_SECONDS: Final = 1.0
 # Larger bodies are written in pieces, so that one of them does not hold up the loop.
 _PIECEMEAL_BYTES: Final = 256 * 1024
-
-
-class EngineTimeoutError(EngineUnreachableError):
-    """The engine did not answer in time."""
-
-
-class PrefillClientOverloadedError(Exception):
-    """This process has no more sockets; no engine is to blame."""
-
-
-class PrefillCall(Protocol):
-    """A request whose connection was made; the engine has it, or is about to."""
-
-    async def answer(self) -> EngineAnswer:
-        """Status and body, of which only `keep_bytes` are kept; the rest is read and dropped.
-
-        Of a failure nothing is waited for but its headers, and of a refusal little more.
-
-        Raises EngineUnreachableError, EngineTimeoutError.
-        """
-        ...
-
-    def cancel(self) -> None:
-        """Close the connection, which makes the engine give the request up; idempotent."""
-        ...
-
-
-class PrefillClient(Protocol):
-    """Sends requests to engines."""
-
-    async def post(
-        self,
-        url: WorkerUrl,
-        path: str,
-        headers: Iterable[tuple[str, str]],
-        body: bytes,
-        *,
-        connect_seconds: float,
-        answer_seconds: float,
-        keep_bytes: int,
-    ) -> PrefillCall:
-        """Returns as soon as the connection is made.
-
-        Raises EngineUnreachableError if it is not made, PrefillClientOverloadedError if this
-        service has no file descriptor left for it.
-        """
-        ...
 
 
 class _AiohttpCall:

@@ -14,8 +14,12 @@ import structlog
 from extproc.errors import RouterError, prefill_failed, prefill_refused
 from extproc.routing.decision import Decision
 from extproc.routing.lease import Lease, WorkerOutcomes
-from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
-from extproc.workers.prefill_client import EngineTimeoutError, PrefillCall
+from extproc.workers.engine_calls import (
+    EngineAnswer,
+    EngineTimeoutError,
+    EngineUnreachableError,
+    PrefillCall,
+)
 from extproc.workers.tickets import Ticket
 from extproc.workers.worker import Worker
 

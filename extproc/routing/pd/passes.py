@@ -38,8 +38,12 @@ from extproc.routing.placement import Placed
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import ClientHeaders, Request
 from extproc.routing.usable import UsableWorkers
-from extproc.workers.introspection_client import EngineUnreachableError
-from extproc.workers.prefill_client import PrefillCall, PrefillClient, PrefillClientOverloadedError
+from extproc.workers.engine_calls import (
+    EngineUnreachableError,
+    PrefillCall,
+    PrefillClient,
+    PrefillClientOverloadedError,
+)
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Role, Worker
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from extproc.config.schema import CircuitBreakerConfig, ModelConfig
 from extproc.metrics.service import Metrics
-from extproc.workers.introspection_client import EngineAnswer
+from extproc.workers.engine_calls import EngineAnswer
 from extproc.workers.manager import WorkerFollower, WorkerManager
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent

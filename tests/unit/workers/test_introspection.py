@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.worker_url import parse_worker_url
+from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError
 from extproc.workers.introspection import Introspection, apply_introspection, introspect
-from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
 from extproc.workers.worker import Role
 from tests.fakes import FakeClock, FakeEngineClient, make_spec
 

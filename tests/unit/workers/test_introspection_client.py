@@ -8,7 +8,8 @@ import pytest
 from aiohttp import web
 
 from extproc.worker_url import WorkerUrl, parse_worker_url
-from extproc.workers.introspection_client import AiohttpIntrospectionClient, EngineUnreachableError
+from extproc.workers.engine_calls import EngineUnreachableError
+from extproc.workers.introspection_client import AiohttpIntrospectionClient
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

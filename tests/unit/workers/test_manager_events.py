@@ -6,7 +6,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from extproc.workers.circuit_breaker import BreakerState
-from extproc.workers.introspection_client import EngineAnswer
+from extproc.workers.engine_calls import EngineAnswer
 from extproc.workers.source import Added, Listed, Removed, RoleChanged
 from tests.fakes import FakeEngineClient, make_spec, settle
 

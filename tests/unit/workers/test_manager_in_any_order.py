@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extproc.workers.introspection_client import EngineAnswer
+from extproc.workers.engine_calls import EngineAnswer
 from extproc.workers.source import Added, Removed, RoleChanged
 from extproc.workers.worker import Role
 from tests.fakes import make_spec

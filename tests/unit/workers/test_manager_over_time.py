@@ -4,7 +4,7 @@ import pytest
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
+from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError
 from extproc.workers.source import Added, Removed
 from tests.fakes import FakeEngineClient, make_spec, settle
 

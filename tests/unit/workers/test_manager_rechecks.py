@@ -7,7 +7,7 @@ from structlog.testing import capture_logs
 
 from extproc.config.schema import KvEventsConfig, ModelConfig
 from extproc.workers.circuit_breaker import BreakerState
-from extproc.workers.introspection_client import EngineAnswer
+from extproc.workers.engine_calls import EngineAnswer
 from extproc.workers.source import Added, Removed, RoleChanged
 from extproc.workers.worker import Role, Worker
 from tests.fakes import FakeEngineClient, make_spec, settle

@@ -11,13 +11,13 @@ from aiohttp import web
 
 from extproc.testing.stack import free_ports
 from extproc.worker_url import WorkerUrl, parse_worker_url
-from extproc.workers.introspection_client import EngineUnreachableError
-from extproc.workers.prefill_client import (
-    AiohttpPrefillClient,
+from extproc.workers.engine_calls import (
     EngineTimeoutError,
+    EngineUnreachableError,
     PrefillCall,
     PrefillClientOverloadedError,
 )
+from extproc.workers.prefill_client import AiohttpPrefillClient
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

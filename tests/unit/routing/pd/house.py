@@ -31,8 +31,7 @@ from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.encoder import Encoded
 from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import BreakerState
-from extproc.workers.introspection_client import EngineUnreachableError
-from extproc.workers.prefill_client import PrefillCall
+from extproc.workers.engine_calls import EngineUnreachableError, PrefillCall
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Role, Worker

@@ -12,8 +12,7 @@ from extproc.routing.decision import Decision
 from extproc.routing.lease import Lease
 from extproc.routing.pd.pair import Pair, Pairs, PrefillLeg, Reservation
 from extproc.workers.circuit_breaker import BreakerState
-from extproc.workers.introspection_client import EngineAnswer, EngineUnreachableError
-from extproc.workers.prefill_client import EngineTimeoutError
+from extproc.workers.engine_calls import EngineAnswer, EngineTimeoutError, EngineUnreachableError
 from extproc.workers.tickets import RankBooking
 from extproc.workers.worker import Worker
 from tests.fakes import make_router, make_worker, settle

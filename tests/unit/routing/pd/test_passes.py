@@ -13,8 +13,7 @@ from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.routing.pd.passes import Chosen
 from extproc.routing.request import Request, find_endpoint
 from extproc.workers.circuit_breaker import BreakerState
-from extproc.workers.introspection_client import EngineUnreachableError
-from extproc.workers.prefill_client import EngineTimeoutError, PrefillCall
+from extproc.workers.engine_calls import EngineTimeoutError, EngineUnreachableError, PrefillCall
 from extproc.workers.worker import KvEvents, Worker
 from tests.fakes import settle
 from tests.unit.routing.pd.house import (

@@ -13,8 +13,7 @@ from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.routing.pd.handoff import KV_PREFILL_MEMBERS
 from extproc.routing.pd.pair import Pair
 from extproc.workers.circuit_breaker import BreakerState
-from extproc.workers.introspection_client import EngineUnreachableError
-from extproc.workers.prefill_client import EngineTimeoutError
+from extproc.workers.engine_calls import EngineTimeoutError, EngineUnreachableError
 from tests.fakes import settle
 from tests.unit.routing.pd.house import (
     ADDRESSES,
