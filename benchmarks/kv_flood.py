@@ -72,22 +72,15 @@ def payloads(
 def apply_rate(batches: list[bytes], pages: int, page_size: int) -> float:
     """Pages a second, decoding included."""
     index = PrefixIndex(PrefixHasher(), 10_000_000)
-    holder = index.add("w", page_size)
-    sink = EventApplier(
-        index,
-        holder,
-        index.hasher.seed,
-        on_clear=lambda: None,
-        on_trust=lambda trusted: None,
-        on_load=lambda load: None,
-    )
+    rank_pages = index.add("w", page_size)
+    applier = EventApplier(index, rank_pages, index.hasher.seed, lambda load: None)
     started = time.perf_counter()
     for payload in batches:
-        for _ in sink.apply(payload):
+        for _ in applier.apply(payload):
             pass
     seconds = time.perf_counter() - started
-    if holder.pages != pages:
-        raise RuntimeError(f"{holder.pages} pages arrived instead of {pages}")
+    if rank_pages.pages != pages:
+        raise RuntimeError(f"{rank_pages.pages} pages arrived instead of {pages}")
     return pages / seconds
 
 
@@ -164,25 +157,26 @@ async def flooded(shape: int, rounds: int, seconds: float) -> None:
     publisher = context.Process(target=publish, args=(other, shape, seconds), daemon=True)
     publisher.start()
     port = await asyncio.to_thread(pipe.recv)
-    picture = KvIndexer(SystemClock(), max_pages=100_000_000)
-    running = asyncio.create_task(picture.run())
+    indexer = KvIndexer(SystemClock(), max_pages=100_000_000)
+    running = asyncio.create_task(indexer.run())
     random = np.random.default_rng(1)
     prompts = [random.integers(0, _VOCABULARY, _PROMPT_TOKENS).astype(np.uint64) for _ in range(16)]
-    holders = [picture.index.add(str(number), page_size) for number in range(16)]
-    for holder in holders:
+    quiet_ranks = [indexer.index.add(str(number), page_size) for number in range(16)]
+    for rank_pages in quiet_ranks:
         for prompt in prompts:
             ids = random.integers(0, 2**63, _PROMPT_TOKENS // page_size).tolist()
-            picture.index.store(holder, ids, None, prompt, page_size)
-    source = RankSource(endpoint=EventEndpoint("127.0.0.1", port), page_size=page_size)
-    flooded_holder = picture.follow("flooded", source, lambda load: None)
+            indexer.index.store(rank_pages, ids, None, prompt, page_size)
+    endpoint = EventEndpoint("127.0.0.1", port)
+    source = RankSource(worker="flooded", dp_rank=0, endpoint=endpoint, page_size=page_size)
+    flooded_rank = indexer.follow(source, lambda load: None)
     growths = []
     for _ in range(rounds):
         await asyncio.to_thread(pipe.recv)
-        quiet = await probe(picture.index, holders, prompts, seconds)
+        quiet = await probe(indexer.index, quiet_ranks, prompts, seconds)
         pipe.send(True)
-        before, started = flooded_holder.pages, time.monotonic()
-        loaded = await probe(picture.index, holders, prompts, seconds)
-        arrived = (flooded_holder.pages - before) / (time.monotonic() - started)
+        before, started = flooded_rank.pages, time.monotonic()
+        loaded = await probe(indexer.index, quiet_ranks, prompts, seconds)
+        arrived = (flooded_rank.pages - before) / (time.monotonic() - started)
         await asyncio.to_thread(pipe.recv)
         p99s = [float(np.percentile(delays, 99)) for delays in (quiet, loaded)]
         growths.append(p99s[1] - p99s[0])
@@ -195,7 +189,7 @@ async def flooded(shape: int, rounds: int, seconds: float) -> None:
     await asyncio.to_thread(pipe.recv)
     pipe.send(False)
     running.cancel()
-    await picture.close()
+    await indexer.close()
     await asyncio.to_thread(publisher.join)
 
 

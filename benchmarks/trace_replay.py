@@ -105,21 +105,23 @@ class KvRouter:
                 0,
                 order=number,
                 load=RankLoad(self._placement.model_speed),
-                holder=self._index.add(str(number), settings.page_tokens),
+                pages=self._index.add(str(number), settings.page_tokens),
             )
             for number in range(settings.workers)
         ]
+        for rank in self._ranks:
+            assert rank.pages is not None
+            rank.pages.trusted = True
 
     def route(self, request: TraceRequest, now: float) -> tuple[int, Ticket]:
         placed = self._placement.place(self._ranks, tokens_of(request), 0, now)
         return placed.rank.order, placed.book(now)
 
     def cache_changed(self, worker: int, events: Sequence[CacheEvent]) -> None:
-        rank = self._ranks[worker]
-        assert rank.holder is not None
-        apply_events(self._index, rank.holder, events)
+        pages = self._ranks[worker].pages
+        assert pages is not None
+        apply_events(self._index, pages, events)
         if any(isinstance(event, Cleared) for event in events):
-            self._placement.forget(rank)
             while self._index.scrub(_PAGES_MAX):
                 pass
 

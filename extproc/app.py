@@ -138,7 +138,7 @@ class App:
             await stack.enter_async_context(self._client)
             self._prefill_client.open()
             stack.push_async_callback(self._prefill_client.close)
-            stack.push_async_callback(self.ranks.picture.close)
+            stack.push_async_callback(self.ranks.indexer.close)
             stack.push_async_callback(self.server.stop)
             self.server.bind()
             stack.push_async_callback(self._admin.stop)
@@ -149,7 +149,7 @@ class App:
                 self.tickets.run_janitor(),
                 self._serve_when_workers_are_known(),
                 self._probe_lag(),
-                self.ranks.picture.run(),
+                self.ranks.indexer.run(),
             ]
             if self.config.load.release == "estimate":
                 background.append(self.tickets.run_estimates())

@@ -125,7 +125,7 @@ def build_kv(config: Config, shared: Shared) -> Kv:
             continue
         placement = placements[model.id] = Placement(
             create_kv_policy(model, shared.random),
-            ranks.picture.index,
+            ranks.indexer.index,
             prefill_tokens_per_second=model.min_ttft.prefill_tokens_per_second,
         )
         ranks.serve(model.id, placement)

@@ -15,7 +15,7 @@ from extproc.config.schema import ServerConfig
 from extproc.errors import ConfigError
 from extproc.kv.indexer import RankState
 from extproc.routing.rank import Rank
-from extproc.routing.ranks import RankKey, Ranks
+from extproc.routing.ranks import Ranks
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker
@@ -97,9 +97,7 @@ class AdminServer:
         events = worker.spec.kv_events
         return {
             "page_size": None if events is None else events.block_size,
-            "ranks": [
-                _describe_rank(rank, ranks.picture.state(RankKey.of(rank))) for rank in found
-            ],
+            "ranks": [_describe_rank(rank, ranks.state(rank)) for rank in found],
         }
 
 

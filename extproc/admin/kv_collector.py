@@ -73,7 +73,7 @@ class KvCollector(Collector):
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        totals = self._ranks.picture.totals()
+        totals = self._ranks.indexer.totals()
         for name, text, read in _COUNTERS:
             yield CounterMetricFamily(f"extproc_{name}", text, value=read(totals))
         yield from self._events(totals)
@@ -139,15 +139,15 @@ class KvCollector(Collector):
         )
         now = self._clock.monotonic()
         seen: set[tuple[str, str]] = set()
-        for key, rank in self._ranks:
-            values = (key.url, str(key.dp_rank))
+        for rank in self._ranks:
+            values = (rank.worker.url, str(rank.dp_rank))
             if values in seen:
                 continue  # two ids share a URL while a pod is replaced
             seen.add(values)
             requests.add_metric(values, rank.load.requests(now))
             ahead.add_metric(values, rank.load.prefill_tokens_ahead(now))
             speed.add_metric(values, rank.load.prefill_tokens_per_second)
-            state = self._ranks.picture.state(key)
+            state = self._ranks.state(rank)
             if state is None:
                 continue
             trusted.add_metric(values, state.trusted)

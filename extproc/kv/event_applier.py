@@ -39,31 +39,25 @@ _TIERS: Final = (0, 1, 2, 2)
 
 
 class EventApplier:
-    """Where the subscriber puts what one rank tells; an EventSink.
+    """Applies the events of one rank to its pages, and keeps their trust; an Applier.
 
-    `on_clear` is called whenever all that was held is void, by a restart or by the engine's own
-    word; `on_trust` when `trusted` has changed.
+    `seed` gives the start of a namespace's prefix hashes. `report_load` takes the engine's load
+    reports.
     """
 
     def __init__(
         self,
         index: PrefixIndex,
-        holder: RankPages,
+        pages: RankPages,
         seed: Callable[[str | None, str | int | None], int],
-        *,
-        on_clear: Callable[[], None],
-        on_trust: Callable[[bool], None],
-        on_load: Callable[[LoadStat], None],
+        report_load: Callable[[LoadStat], None],
     ) -> None:
-        self.holder = holder
+        self.pages = pages
         self.counts = RankStats()
-        self.trusted = False
-        self.reason = "connecting"
         self._index = index
         self._seed = seed
-        self._on_clear = on_clear
-        self._on_trust = on_trust
-        self._on_load = on_load
+        self._report_load = report_load
+        self._log = _log.bind(worker=pages.worker, rank=pages.dp_rank)
         self._warned: set[str] = set()
 
     def apply(self, payload: bytes) -> Iterator[None]:
@@ -77,7 +71,7 @@ class EventApplier:
             for event in batch.events:
                 if isinstance(event, AllBlocksCleared):
                     self.counts.cleared_events += 1
-                    self._forget()
+                    self._index.clear(self.pages)
                     continue
                 if len(event.block_hashes) <= _PAGES_A_STEP:
                     self._apply_event(event)
@@ -105,13 +99,10 @@ class EventApplier:
         return batch
 
     def clear(self, reason: str) -> None:
-        self._forget()
+        self._index.clear(self.pages)
 
     def set_trusted(self, trusted: bool, reason: str) -> None:
-        self.reason = reason
-        if trusted != self.trusted:
-            self.trusted = trusted
-            self._on_trust(trusted)
+        self.pages.trusted, self.pages.reason = trusted, reason
 
     def on_load(self, payload: bytes) -> None:
         try:
@@ -119,18 +110,14 @@ class EventApplier:
         except WireError:
             self.counts.unreadable_loads += 1
         else:
-            self._on_load(load)
-
-    def _forget(self) -> None:
-        self._index.clear(self.holder)
-        self._on_clear()
+            self._report_load(load)
 
     def _apply_event(self, event: BlockStored | BlockRemoved) -> None:
         ids, tier, counts = event.block_hashes, _TIERS[event.medium], self.counts
         if isinstance(event, BlockRemoved):
             counts.removed_events += 1
             counts.removed_pages[tier] += len(ids)
-            self._index.remove(self.holder, ids, tier)
+            self._index.remove(self.pages, ids, tier)
             return
         counts.stored_events += 1
         counts.stored_pages[tier] += len(ids)
@@ -138,19 +125,19 @@ class EventApplier:
             parent, seed = event.parent_block_hash, 0
             if parent is None and (event.cache_salt is not None or event.lora is not None):
                 seed = self._seed(event.cache_salt, event.lora)
-            self._index.store(self.holder, ids, parent, event.tokens, event.block_size, tier, seed)
+            self._index.store(self.pages, ids, parent, event.tokens, event.block_size, tier, seed)
 
     def _fits(self, event: BlockStored) -> bool:
-        """Whether the event's pages can stand beside those held; the holder learns from it."""
-        holder = self.holder
-        if event.bigram != holder.bigram and event.block_hashes:
-            if holder.pages or holder.has_holes:
+        """Whether the event's pages can stand beside those held; page size and units are learnt."""
+        pages = self.pages
+        if event.bigram != pages.bigram and event.block_hashes:
+            if pages.pages or pages.has_holes:
                 self.counts.foreign_unit_pages += len(event.block_hashes)
-                self._warn("kv_units_mixed", pairs_held=holder.bigram)
+                self._warn("kv_units_mixed", pairs_held=pages.bigram)
                 return False
             self._warn("kv_units_differ", pairs_published=event.bigram)
-            holder.bigram = event.bigram
-        if event.block_size != holder.page_size:
+            pages.bigram = event.bigram
+        if event.block_size != pages.page_size:
             self._learn_page_size(event)
         return True
 
@@ -159,21 +146,21 @@ class EventApplier:
 
         Sums do not depend on pages, so what is stored already stays right.
         """
-        holder, size = self.holder, event.block_size
+        pages, size = self.pages, event.block_size
         self.counts.odd_sized_events += 1
         if (
-            size > holder.page_size
+            size > pages.page_size
             or len(event.block_hashes) > 1
-            or self._index.ends_within_page(holder, event.parent_block_hash)
+            or self._index.ends_within_page(pages, event.parent_block_hash)
         ):
-            self._warn("kv_page_size_differs", expected=holder.page_size, published=size)
-            holder.page_size = size
+            self._warn("kv_page_size_differs", expected=pages.page_size, published=size)
+            pages.page_size = size
 
     def _warn(self, event: str, **fields: object) -> None:
         """Once for each rank: the engine will go on."""
         if event not in self._warned:
             self._warned.add(event)
-            _log.warning(event, worker=self.holder.name, **fields)
+            self._log.warning(event, **fields)
 
 
 def _parts(event: BlockStored | BlockRemoved) -> Iterator[BlockStored | BlockRemoved]:

@@ -58,29 +58,36 @@ class PrefixIndex:
 
     # -- holders
 
-    def add(self, name: str, page_size: int, *, bigram: bool = False) -> RankPages:
+    def add(
+        self, worker: str, page_size: int, *, dp_rank: int = 0, bigram: bool = False
+    ) -> RankPages:
         """A new, empty holder; `page_size` in tokens (bigram: in pairs of tokens)."""
         if page_size < 1:
             raise ValueError("a page has at least one token")
-        holder = RankPages(name, page_size, bigram)
+        holder = RankPages(worker, dp_rank, page_size, bigram)
         self._tables.enter(holder)
         return holder
 
     def drop(self, holder: RankPages) -> None:
         """Forget the holder and all it holds, at once; idempotent."""
+        holder.generation += 1
         if self._tables.has(holder):
-            self.pages -= holder.pages
-            self.missing_pages -= len(holder.tombstones)
-            self._tables.retire(holder)
+            self._retire(holder)
 
     def clear(self, holder: RankPages) -> None:
         """Forget what the holder holds, at once; nothing of a dropped one."""
+        holder.generation += 1
         if self._tables.has(holder) and (holder.pages or holder.tombstones):
-            self.drop(holder)
+            self._retire(holder)
             self._tables.enter(holder)
             if self._tables.retired_holders > _RETIRED_HOLDERS:
                 # An engine that clears all the time pays for it itself.
                 self.scrub(_SCRUBBED_BY_A_CLEAR)
+
+    def _retire(self, holder: RankPages) -> None:
+        self.pages -= holder.pages
+        self.missing_pages -= len(holder.tombstones)
+        self._tables.retire(holder)
 
     def scrub(self, max_pages: int) -> bool:
         """Sweep up to that many pages of dropped holders out; True while there is more."""

@@ -7,10 +7,10 @@ slices too.
 """
 
 import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from copy import copy
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from msgspec import Struct
 
@@ -34,17 +34,22 @@ _SEEDS_KEPT: Final = 4096
 _SLICE_SECONDS: Final = 0.001
 _REST_SECONDS: Final = 0.004
 _SCRUB_STEP_PAGES: Final = 128
+# Clears and ranks that leave are rare, and what they leave is not asked for any more.
+_SWEEP_EVERY_SECONDS: Final = 0.05
 _TIDY_EVERY_SECONDS: Final = 5.0
 # Measured at a million pages, with all that the index keeps about them.
 _PAGE_BYTES: Final = 250
 
 
 class RankSource(Struct, frozen=True, kw_only=True):
-    """Where a rank publishes and in which pages; `page_size` in tokens (bigram: in pairs).
+    """A rank to follow: `worker` is the worker's URL, `dp_rank` its data-parallel rank.
 
-    Page size and bigram are what is expected: the rank's events have the last word.
+    `page_size` (in tokens; bigram: in pairs) and `bigram` are what is expected: the rank's events
+    have the last word.
     """
 
+    worker: str
+    dp_rank: int
     endpoint: EventEndpoint
     page_size: int
     bigram: bool = False
@@ -53,13 +58,10 @@ class RankSource(Struct, frozen=True, kw_only=True):
 class RankState(Struct, frozen=True, kw_only=True):
     """One rank, as it is now.
 
-    `pages_by_tier` counts every page once, where it lies best: device, host, below. `reason` is
-    why it is trusted ("complete", "partial") or not ("connecting", "disconnected", "replaying",
-    "verifying", "gap", "behind", "restarted", "unreadable"). `stream` and `counts` go on counting.
+    `trusted` and `reason` are those of its pages. `pages_by_tier` counts every page once, where
+    it lies best: device, host, below. `stream` and `counts` go on counting.
     """
 
-    holder: RankPages
-    endpoint: EventEndpoint
     connected: bool
     trusted: bool
     reason: str
@@ -88,26 +90,15 @@ class KvTotals(Struct, frozen=True, kw_only=True):
     index: IndexStats
 
 
-class _Rank:
-    __slots__ = ("endpoint", "sink", "stream")
-
-    def __init__(
-        self, sink: EventApplier, endpoint: EventEndpoint, stream: SubscriptionState
-    ) -> None:
-        self.sink = sink
-        self.endpoint = endpoint
-        self.stream = stream
-
-
-def _ignore(*_: object) -> None:
-    pass
+class _Followed(NamedTuple):
+    applier: EventApplier
+    stream: SubscriptionState
 
 
 class KvIndexer:
     """All ranks and the index of what they hold; made and used on one running event loop.
 
-    `on_clear` is called when what a rank held is void, `on_trust` when a rank begins or ceases
-    to be trusted; both at once, with the rank's key, and only for ranks that are followed.
+    A followed rank is named by its pages, which say whether they can be trusted.
     """
 
     def __init__(
@@ -117,8 +108,6 @@ class KvIndexer:
         max_pages: int,
         hasher: PrefixHasher | None = None,
         settings: SubscriberSettings | None = None,
-        on_clear: Callable[[Hashable], None] = _ignore,
-        on_trust: Callable[[Hashable, bool], None] = _ignore,
     ) -> None:
         """`max_pages` bounds the (page, rank) pairs kept; about 250 bytes each."""
         hasher = hasher or PrefixHasher()
@@ -126,74 +115,45 @@ class KvIndexer:
         self._clock = clock
         self._subscriber = KvSubscriber(clock, settings)
         self._seed = lru_cache(_SEEDS_KEPT)(hasher.seed)
-        self._on_clear = on_clear
-        self._on_trust = on_trust
-        self._ranks: dict[Hashable, _Rank] = {}
-        self._trusted: dict[Hashable, RankPages] = {}
+        self._followed: dict[RankPages, _Followed] = {}
         # Of ranks that are followed no more.
         self._past_streams = StreamStats()
         self._past_events = RankStats()
-        self._something_to_scrub = asyncio.Event()
 
-    def follow(
-        self, key: Hashable, source: RankSource, on_load: Callable[[LoadStat], None]
-    ) -> RankPages:
-        """Subscribe to a rank; its holder is the same object until it is unfollowed.
+    def follow(self, source: RankSource, report_load: Callable[[LoadStat], None]) -> RankPages:
+        """Subscribe to a rank; its pages are the same object until it is unfollowed.
 
-        `on_load` gets the newest of the engine's load reports. Raises ValueError when the rank
-        is followed already, and RuntimeError after `close`.
+        `report_load` takes the newest of the engine's load reports. Raises RuntimeError after
+        `close`.
         """
-        if key in self._ranks:
-            raise ValueError(f"already followed: {key}")
-        holder = self.index.add(str(key), source.page_size, bigram=source.bigram)
-
-        def on_clear() -> None:
-            self._something_to_scrub.set()
-            self._on_clear(key)
-
-        def on_trust(trusted: bool) -> None:
-            if trusted:
-                self._trusted[key] = holder
-            else:
-                self._trusted.pop(key, None)
-            self._on_trust(key, trusted)
-
-        sink = EventApplier(
-            self.index,
-            holder,
-            self._seed,
-            on_clear=on_clear,
-            on_trust=on_trust,
-            on_load=on_load,
+        pages = self.index.add(
+            source.worker, source.page_size, dp_rank=source.dp_rank, bigram=source.bigram
         )
+        applier = EventApplier(self.index, pages, self._seed, report_load)
         try:
-            stream = self._subscriber.add(key, source.endpoint, sink)
+            stream = self._subscriber.add(source.endpoint, applier)
         except BaseException:
-            self.index.drop(holder)
+            self.index.drop(pages)
             raise
-        self._ranks[key] = _Rank(sink, source.endpoint, stream)
-        return holder
+        self._followed[pages] = _Followed(applier, stream)
+        return pages
 
-    async def unfollow(self, key: Hashable) -> None:
+    async def unfollow(self, pages: RankPages) -> None:
         """End the subscription, then forget what was held; idempotent.
 
-        From the call on the rank is neither trusted nor told of, and may be followed anew.
+        From the call on the pages are not trusted.
         """
-        rank = self._ranks.pop(key, None)
-        if rank is None:
+        followed = self._followed.pop(pages, None)
+        if followed is None:
             return
-        self._trusted.pop(key, None)
+        applier, stream = followed
+        pages.trusted, pages.reason = False, "unfollowed"
         try:
-            await self._subscriber.remove(key)
+            await self._subscriber.remove(applier)
         finally:
-            self._past_streams = summed(StreamStats, [self._past_streams, rank.stream])
-            self._past_events = summed(RankStats, [self._past_events, rank.sink.counts])
-            self.index.drop(rank.sink.holder)
-            self._something_to_scrub.set()
-
-    def trusted_holder(self, key: Hashable) -> RankPages | None:
-        """The rank's holder while what it holds can be believed."""
-        return self._trusted.get(key)
+            self._past_streams = summed(StreamStats, [self._past_streams, stream])
+            self._past_events = summed(RankStats, [self._past_events, applier.counts])
+            self.index.drop(pages)
 
     def seed(self, cache_salt: str | None, lora: str | int | None) -> int:
         """Where the prefix hashes of a namespace start."""
@@ -207,13 +167,13 @@ class KvIndexer:
 
     async def close(self) -> None:
         """End all subscriptions; what is held stays, untrusted."""
-        self._trusted.clear()
+        for pages in self._followed:
+            pages.trusted, pages.reason = False, "unfollowed"
         await self._subscriber.close()
 
     async def _sweep(self) -> None:
         while True:
-            await self._something_to_scrub.wait()
-            self._something_to_scrub.clear()
+            await self._clock.sleep(_SWEEP_EVERY_SECONDS)
             while self._scrub_slice():
                 await self._clock.sleep(_REST_SECONDS)
 
@@ -235,46 +195,46 @@ class KvIndexer:
 
     # -- what can be seen
 
-    def state(self, key: Hashable) -> RankState | None:
+    def state(self, pages: RankPages) -> RankState | None:
         """How a rank is now, or None if it is not followed."""
-        rank = self._ranks.get(key)
-        return None if rank is None else self._state(rank)
+        followed = self._followed.get(pages)
+        return None if followed is None else self._state(pages, *followed)
 
-    def states(self) -> dict[Hashable, RankState]:
-        """How all ranks are now, by key."""
-        return {key: self._state(rank) for key, rank in self._ranks.items()}
+    def states(self) -> dict[RankPages, RankState]:
+        """How all ranks are now."""
+        return {pages: self._state(pages, *one) for pages, one in self._followed.items()}
 
     def totals(self) -> KvTotals:
         """All ranks together, in a value of its own."""
-        ranks = self._ranks.values()
+        followed = self._followed.values()
         pages, retired_pages = self.index.pages, self.index.retired_pages
         return KvTotals(
-            ranks=len(ranks),
-            connected_ranks=sum(rank.stream.connected for rank in ranks),
-            trusted_ranks=len(self._trusted),
+            ranks=len(followed),
+            connected_ranks=sum(one.stream.connected for one in followed),
+            trusted_ranks=sum(pages.trusted for pages in self._followed),
             pages=pages,
             retired_pages=retired_pages,
             estimated_bytes=(pages + retired_pages) * _PAGE_BYTES,
-            streams=summed(StreamStats, [self._past_streams, *(rank.stream for rank in ranks)]),
-            events=summed(RankStats, [self._past_events, *(rank.sink.counts for rank in ranks)]),
+            streams=summed(StreamStats, [self._past_streams, *(one.stream for one in followed)]),
+            events=summed(
+                RankStats, [self._past_events, *(one.applier.counts for one in followed)]
+            ),
             index=copy(self.index.counts),
         )
 
-    def _state(self, rank: _Rank) -> RankState:
-        sink, stream = rank.sink, rank.stream
-        holder = sink.holder
-        _, below_device, below_host = holder.pages_below
+    def _state(
+        self, pages: RankPages, applier: EventApplier, stream: SubscriptionState
+    ) -> RankState:
+        _, below_device, below_host = pages.pages_below
         last = stream.last_event_at
         return RankState(
-            holder=holder,
-            endpoint=rank.endpoint,
             connected=stream.connected,
-            trusted=sink.trusted,
-            reason=sink.reason,
+            trusted=pages.trusted,
+            reason=pages.reason,
             partial=stream.partial,
-            pages=holder.pages,
-            pages_by_tier=(holder.pages - below_device, below_device - below_host, below_host),
+            pages=pages.pages,
+            pages_by_tier=(pages.pages - below_device, below_device - below_host, below_host),
             last_event_age_seconds=None if last is None else self._clock.monotonic() - last,
             stream=stream,
-            counts=sink.counts,
+            counts=applier.counts,
         )

@@ -24,10 +24,15 @@ class Overlap(NamedTuple):
 
 
 class RankPages:
-    """What one (worker, rank) holds; made by PrefixIndex.add and changed by the index alone.
+    """The pages that one rank of a worker holds, and whether that can be trusted.
 
-    Pages are numbered by slots of parallel arrays: a page costs some 20 bytes there instead of
-    an object of 100.
+    PrefixIndex.add makes it and the index alone changes its pages. Pages are numbered by slots of
+    parallel arrays: a page costs some 20 bytes there instead of an object of 100.
+
+    `worker` is the worker's URL, `dp_rank` its data-parallel rank. `trusted` and `reason` are set
+    from the rank's event stream: routing may rely on the pages while `trusted` is true, and
+    `reason` says why it is or is not. `generation` rises whenever everything held became void,
+    so that others can see that what they derived from it is void, too.
     """
 
     __slots__ = (
@@ -35,26 +40,37 @@ class RankPages:
         "bit",
         "children",
         "copies",
+        "dp_rank",
         "ends",
         "ever_lower",
         "free",
+        "generation",
         "marks",
-        "name",
         "page_size",
         "pages",
         "pages_below",
         "parents",
+        "reason",
         "slots",
         "sums",
         "tiers",
         "tombstones",
+        "trusted",
+        "worker",
     )
 
-    def __init__(self, name: str, page_size: int, bigram: bool) -> None:
-        self.name = name
+    def __init__(self, worker: str, dp_rank: int, page_size: int, bigram: bool) -> None:
+        self.worker = worker
+        self.dp_rank = dp_rank
+        self.trusted = False
+        self.reason = "connecting"
+        self.generation = 0
         self.page_size = page_size
         self.bigram = bigram
         self.reset()
+
+    def __repr__(self) -> str:
+        return f"RankPages({self.worker}, rank {self.dp_rank})"
 
     def reset(self) -> None:
         # Of no use without one.

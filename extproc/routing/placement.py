@@ -27,11 +27,15 @@ _Shape = tuple[int, bool]
 
 
 class _Candidate(Struct, gc=False):
-    """A rank beside a prompt; see policies.base.KvCandidate."""
+    """A rank beside a prompt; see policies.base.KvCandidate.
+
+    `pages` are those of a rank whose pages are trusted.
+    """
 
     rank: Rank
     order: int
     load: RankLoad
+    pages: RankPages | None = None
     has_events: bool = False
     prompt_pages: int = 0
     held_pages: int = 0
@@ -52,8 +56,8 @@ class _Prompt:
         prefixes: TokenIds,
         cap: int,
         held: dict[RankPages, Overlap],
-        predictions: Predictions[Rank],
-        predicted: dict[Rank, int],
+        predictions: Predictions,
+        predicted: dict[RankPages, int],
     ) -> None:
         self.prefixes = prefixes
         self.pages = len(prefixes)
@@ -68,7 +72,7 @@ class PlacedBooking:
 
     __slots__ = ("_booking", "_prediction")
 
-    def __init__(self, booking: Booking, prediction: Prediction[Rank] | None) -> None:
+    def __init__(self, booking: Booking, prediction: Prediction | None) -> None:
         self._booking = booking
         self._prediction = prediction
 
@@ -114,16 +118,16 @@ class Placed:
 
     def book(self, now: float, *, streamed: bool = True) -> PlacedBooking:
         """Count the request on its rank, and expect its pages there."""
-        load, prompt = self.rank.load, self._prompt
+        load, pages, prompt = self.rank.load, self.rank.pages, self._prompt
         ends_at = None
         if prompt is not None and not streamed:
             work = load.prefill_tokens_ahead(now) + self.prefill_tokens
             seconds = work / load.prefill_tokens_per_second
             ends_at = now + seconds + prompt.predictions.grace_seconds
         booking = load.book(self.prefill_tokens, now, streamed=streamed)
-        if prompt is None:
+        if prompt is None or pages is None:
             return PlacedBooking(booking, None)
-        prediction = prompt.predictions.add(self.rank, prompt.prefixes, ends_at)
+        prediction = prompt.predictions.add(pages, prompt.prefixes, ends_at)
         return PlacedBooking(booking, prediction)
 
 
@@ -144,7 +148,7 @@ class Placement:
         self.model_speed = PrefillSpeed(default_tokens_per_second=prefill_tokens_per_second)
         self._index = index
         self._model = model
-        self._predictions: dict[_Shape, Predictions[Rank]] = {}
+        self._predictions: dict[_Shape, Predictions] = {}
 
     def place(
         self,
@@ -168,10 +172,10 @@ class Placement:
         query = KvQuery(self._model, now, total, expected_tokens)
         chosen, reason = self.policy.choose(candidates, query)
         cached = chosen.device_tokens + chosen.host_tokens + chosen.disk_tokens
-        rank, holder = chosen.rank, chosen.rank.holder
-        prompt = prompts.get((holder.page_size, holder.bigram)) if holder is not None else None
+        pages = chosen.pages
+        prompt = prompts[pages.page_size, pages.bigram] if pages is not None else None
         return Placed(
-            rank,
+            chosen.rank,
             reason,
             cached_tokens=cached,
             total_tokens=total,
@@ -180,11 +184,6 @@ class Placement:
             ),
             prompt=prompt if prompt is not None and chosen.held_pages < prompt.pages else None,
         )
-
-    def forget(self, rank: Rank) -> None:
-        """Its cache was cleared, its engine was started anew, or it is gone."""
-        for predictions in self._predictions.values():
-            predictions.forget(rank)
 
     def _look_up(
         self,
@@ -197,32 +196,31 @@ class Placement:
         """Fill in what each candidate holds."""
         masks: dict[_Shape, int] = {}
         for candidate in candidates:
-            holder = candidate.rank.holder
-            if holder is not None:
-                shape = (holder.page_size, holder.bigram)
-                masks[shape] = masks.get(shape, 0) | holder.bit
+            pages = candidate.rank.pages
+            if pages is not None and pages.trusted:
+                candidate.pages, candidate.has_events = pages, True
+                shape = (pages.page_size, pages.bigram)
+                masks[shape] = masks.get(shape, 0) | pages.bit
         for shape, mask in masks.items():
             prompts[shape] = self._cut(shape, mask, tokens, seed, now)
         for candidate in candidates:
-            rank = candidate.rank
-            holder = rank.holder
-            if holder is None:
+            pages = candidate.pages
+            if pages is None:
                 continue
-            page_size = holder.page_size
-            prompt = prompts[page_size, holder.bigram]
-            candidate.has_events = True
+            page_size = pages.page_size
+            prompt = prompts[page_size, pages.bigram]
             candidate.prompt_pages = prompt.pages
-            overlap = prompt.held.get(holder)
+            overlap = prompt.held.get(pages)
             if overlap is not None:
                 cap = prompt.cap
-                pages, device, host = overlap
-                candidate.held_pages = pages
+                held, device, host = overlap
+                candidate.held_pages = held
                 candidate.device_tokens = device = min(device * page_size, cap)
-                if pages * page_size > device:
+                if held * page_size > device:
                     host = min(host * page_size, cap)
                     candidate.host_tokens = host - device
-                    candidate.disk_tokens = min(pages * page_size, cap) - host
-            predicted = prompt.predicted.get(rank)
+                    candidate.disk_tokens = min(held * page_size, cap) - host
+            predicted = prompt.predicted.get(pages)
             if predicted is not None:
                 candidate.predicted_pages = predicted
                 candidate.predicted_tokens = min(predicted * page_size, prompt.cap)

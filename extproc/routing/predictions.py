@@ -10,16 +10,14 @@ common prefix is underestimated by a fifth at most, for 40 entries instead of 2 
 """
 
 from bisect import bisect_right
-from collections.abc import Hashable
 from functools import lru_cache
 from heapq import heappop, heappush
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 from extproc.kv.prefix_hash import TokenIds
+from extproc.kv.rank_pages import RankPages
 
 __all__ = ["Prediction", "Predictions"]
-
-HolderT = TypeVar("HolderT", bound=Hashable)
 
 # Until the events of a finished prefill have arrived.
 GRACE_SECONDS: Final = 2.0
@@ -37,33 +35,28 @@ def _mark_counts() -> list[int]:
 _MARKS: Final = _mark_counts()
 
 
-class _Seat(Generic[HolderT]):
-    """A holder with live predictions, and its bit."""
+class _Seat:
+    """A rank with live predictions, and its bit; void once the rank's pages are of a later time."""
 
-    __slots__ = ("bit", "holder", "live")
+    __slots__ = ("bit", "generation", "live", "pages")
 
-    def __init__(self, holder: HolderT, bit: int) -> None:
-        self.holder = holder
+    def __init__(self, pages: RankPages, bit: int) -> None:
+        self.pages = pages
+        self.generation = pages.generation
         self.bit = bit
         self.live = 0
 
 
-class Prediction(Generic[HolderT]):
-    """One prompt on its way into one holder's cache."""
+class Prediction:
+    """One prompt on its way into one rank's cache."""
 
     __slots__ = ("_marks", "_predictions", "_seat", "_started")
 
-    def __init__(
-        self, predictions: "Predictions[HolderT]", seat: _Seat[HolderT], marks: list[int]
-    ) -> None:
+    def __init__(self, predictions: "Predictions", seat: _Seat, marks: list[int]) -> None:
         self._predictions = predictions
         self._seat = seat
         self._marks = marks
         self._started = False
-
-    @property
-    def holder(self) -> HolderT:
-        return self._seat.holder
 
     def started(self, now: float) -> None:
         """The response has begun: the prompt is prefilled, its events are on their way."""
@@ -77,10 +70,11 @@ class Prediction(Generic[HolderT]):
             self._predictions._end(self)
 
 
-class Predictions(Generic[HolderT]):
-    """All predictions for the holders of one page size; a holder is any hashable.
+class Predictions:
+    """All predictions for the ranks of one page size.
 
-    At most `max_predictions` live at a time, the oldest give way.
+    At most `max_predictions` live at a time, the oldest give way. A rank's predictions are void
+    when its pages are of another generation: its cache was cleared, or it is gone.
     """
 
     def __init__(
@@ -88,28 +82,31 @@ class Predictions(Generic[HolderT]):
     ) -> None:
         self.grace_seconds = grace_seconds
         self._max = max_predictions
-        self._live: dict[Prediction[HolderT], None] = {}  # oldest first
-        self._ends: list[tuple[float, int, Prediction[HolderT]]] = []  # a heap
+        self._live: dict[Prediction, None] = {}  # oldest first
+        self._ends: list[tuple[float, int, Prediction]] = []  # a heap
         self._ends_pushed = 0
-        self._seats: dict[HolderT, _Seat[HolderT]] = {}
-        self._by_bit: dict[int, _Seat[HolderT]] = {}
+        self._seats: dict[RankPages, _Seat] = {}
+        self._by_bit: dict[int, _Seat] = {}
         self._free_bits: list[int] = []
-        self._masks: dict[int, int] = {}  # prefix -> bits of holders
+        self._masks: dict[int, int] = {}  # prefix -> bits of ranks
         self._more: dict[tuple[int, int], int] = {}  # (prefix, bit) -> predictions beyond one
 
     def __len__(self) -> int:
         return len(self._live)
 
-    def add(
-        self, holder: HolderT, prefixes: TokenIds, ends_at: float | None = None
-    ) -> Prediction[HolderT]:
-        """The holder will have these pages; `prefixes` are PrefixIndex.prefixes of the prompt.
+    def add(self, pages: RankPages, prefixes: TokenIds, ends_at: float | None = None) -> Prediction:
+        """The rank will hold these pages; `prefixes` are PrefixIndex.prefixes of the prompt.
 
         It ends at `ends_at` at the latest, for requests whose start will not tell.
         """
         key = prefixes.item
         marks = [key(count - 1) for count in _marks_of(len(prefixes))]
-        seat = self._seats.get(holder) or self._take_seat(holder)
+        seat = self._seats.get(pages)
+        if seat is not None and seat.generation != pages.generation:
+            self._end_all(seat)
+            seat = None
+        if seat is None:
+            seat = self._take_seat(pages)
         prediction = Prediction(self, seat, marks)
         masks, bit = self._masks, seat.bit
         for prefix in marks:
@@ -126,11 +123,11 @@ class Predictions(Generic[HolderT]):
             self._end_at(prediction, ends_at)
         return prediction
 
-    def match(self, prefixes: TokenIds, now: float) -> dict[HolderT, int]:
-        """How many of these pages each holder is going to have; those with none are left out."""
+    def match(self, prefixes: TokenIds, now: float) -> dict[RankPages, int]:
+        """How many of these pages each rank is going to hold; those with none are left out."""
         if self._ends and self._ends[0][0] <= now:
             self._expire(now)
-        found: dict[HolderT, int] = {}
+        found: dict[RankPages, int] = {}
         if not self._masks:
             return found
         key, get = prefixes.item, self._masks.get
@@ -141,22 +138,22 @@ class Predictions(Generic[HolderT]):
                 open_bits ^= mask
                 while mask:
                     bit = mask & -mask
-                    found[self._by_bit[bit].holder] = count
+                    seat = self._by_bit[bit]
+                    if seat.generation == seat.pages.generation:
+                        found[seat.pages] = count
                     mask ^= bit
         return found
 
-    def forget(self, holder: HolderT) -> None:
-        """Its cache was cleared, or it is gone."""
-        if holder in self._seats:
-            for prediction in [one for one in self._live if one.holder == holder]:
-                self._end(prediction)
+    def _end_all(self, seat: _Seat) -> None:
+        for prediction in [one for one in self._live if one._seat is seat]:
+            self._end(prediction)
 
-    def _take_seat(self, holder: HolderT) -> _Seat[HolderT]:
+    def _take_seat(self, pages: RankPages) -> _Seat:
         bit = self._free_bits.pop() if self._free_bits else 1 << len(self._seats)
-        seat = self._seats[holder] = self._by_bit[bit] = _Seat(holder, bit)
+        seat = self._seats[pages] = self._by_bit[bit] = _Seat(pages, bit)
         return seat
 
-    def _end_at(self, prediction: Prediction[HolderT], ends_at: float) -> None:
+    def _end_at(self, prediction: Prediction, ends_at: float) -> None:
         if prediction in self._live:
             self._ends_pushed += 1
             heappush(self._ends, (ends_at, self._ends_pushed, prediction))
@@ -165,7 +162,7 @@ class Predictions(Generic[HolderT]):
         while self._ends and self._ends[0][0] <= now:
             self._end(heappop(self._ends)[2])
 
-    def _end(self, prediction: Prediction[HolderT]) -> None:
+    def _end(self, prediction: Prediction) -> None:
         if prediction not in self._live:
             return
         del self._live[prediction]
@@ -183,7 +180,7 @@ class Predictions(Generic[HolderT]):
                 del masks[prefix]
         seat.live -= 1
         if not seat.live:
-            del self._seats[seat.holder], self._by_bit[bit]
+            del self._seats[seat.pages], self._by_bit[bit]
             self._free_bits.append(bit)
 
 

@@ -10,11 +10,11 @@ __all__ = ["Rank"]
 class Rank:
     """One data-parallel rank of a worker, for as long as the worker is registered.
 
-    `order` rises with registration and is unique among ranks. `holder` is what the rank
-    holds, None while nothing that could be trusted is known of it.
+    `order` rises with registration and is unique among ranks. `pages` are those it
+    holds, to be relied on while they are trusted; None if its KV events are not followed.
     """
 
-    __slots__ = ("dp_rank", "holder", "load", "order", "worker")
+    __slots__ = ("dp_rank", "load", "order", "pages", "worker")
 
     def __init__(
         self,
@@ -23,13 +23,13 @@ class Rank:
         *,
         order: int,
         load: RankLoad,
-        holder: RankPages | None = None,
+        pages: RankPages | None = None,
     ) -> None:
         self.worker = worker
         self.dp_rank = dp_rank
         self.order = order
         self.load = load
-        self.holder = holder
+        self.pages = pages
 
     def __repr__(self) -> str:
         return f"Rank({self.worker.url}, rank {self.dp_rank})"

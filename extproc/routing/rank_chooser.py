@@ -101,7 +101,7 @@ class RankChooser:
         # The engine, too, takes the adapter in the model's name before the field.
         adapter = adapter or prompt.lora
         if prompt.cache_salt is not None or adapter is not None:
-            seed = self._ranks.picture.seed(prompt.cache_salt, adapter)
+            seed = self._ranks.indexer.seed(prompt.cache_salt, adapter)
         return PromptTokens(encoded.ids, seed, len(request.body) // _BYTES_PER_TOKEN)
 
     def place(

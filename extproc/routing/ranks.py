@@ -6,13 +6,12 @@ held is dropped, so that nothing that arrives late can be taken for something it
 """
 
 import asyncio
-from collections.abc import Hashable, Iterator
-from typing import NamedTuple, Self
+from collections.abc import Iterator
 
 import structlog
 
 from extproc.clock import Clock
-from extproc.kv.indexer import KvIndexer, RankSource
+from extproc.kv.indexer import KvIndexer, RankSource, RankState
 from extproc.kv.subscriptions.subscriber import EventEndpoint, SubscriberSettings
 from extproc.kv.wire import LoadStat
 from extproc.routing.placement import Placement
@@ -20,24 +19,9 @@ from extproc.routing.rank import Rank
 from extproc.workers.rank_load import RankLoad
 from extproc.workers.worker import KvEvents, Worker
 
-__all__ = ["RankKey", "Ranks"]
+__all__ = ["Ranks"]
 
 _log = structlog.get_logger()
-
-
-class RankKey(NamedTuple):
-    """A holder's name; two workers with one URL, while a pod is replaced, are told apart."""
-
-    worker_id: str
-    url: str
-    dp_rank: int
-
-    def __str__(self) -> str:
-        return f"{self.url} rank {self.dp_rank}"
-
-    @classmethod
-    def of(cls, rank: Rank) -> Self:
-        return cls(rank.worker.id, rank.worker.url, rank.dp_rank)
 
 
 class Ranks:
@@ -52,24 +36,20 @@ class Ranks:
         self._clock = clock
         self._placements: dict[str, Placement] = {}
         self._of_worker: dict[Worker, tuple[Rank, ...]] = {}
-        self._by_key: dict[Hashable, Rank] = {}
         self._next_order = 0
-        self.picture = KvIndexer(
-            clock,
-            max_pages=max_pages,
-            settings=settings,
-            on_clear=self._on_clear,
-            on_trust=self._on_trust,
-        )
+        self.indexer = KvIndexer(clock, max_pages=max_pages, settings=settings)
 
     def serve(self, model: str, placement: Placement) -> None:
         """Make ranks of the workers of this model that join from now on."""
         self._placements[model] = placement
 
-    def __iter__(self) -> Iterator[tuple[RankKey, Rank]]:
+    def __iter__(self) -> Iterator[Rank]:
         for ranks in self._of_worker.values():
-            for rank in ranks:
-                yield RankKey.of(rank), rank
+            yield from ranks
+
+    def state(self, rank: Rank) -> RankState | None:
+        """What is known of the rank's KV cache, or None if its KV events are not followed."""
+        return None if rank.pages is None else self.indexer.state(rank.pages)
 
     def of(self, worker: Worker) -> tuple[Rank, ...]:
         """The worker's ranks; empty if no KV-aware policy has use for it."""
@@ -91,8 +71,7 @@ class Ranks:
         self._of_worker[worker] = tuple(ranks)
 
     def _follow(self, rank: Rank, events: KvEvents) -> None:
-        worker, dp_rank = rank.worker, rank.dp_rank
-        key = RankKey.of(rank)
+        worker, dp_rank = rank.worker.url, rank.dp_rank
         replay, load_port = events.replay_port, events.load_port
         endpoint = EventEndpoint(
             host=events.host,
@@ -102,28 +81,31 @@ class Ranks:
             load_port=None if load_port is None else load_port + dp_rank,
             load_topic=events.load_topic,
         )
-        source = RankSource(endpoint=endpoint, page_size=events.block_size, bigram=events.bigram)
+        source = RankSource(
+            worker=worker,
+            dp_rank=dp_rank,
+            endpoint=endpoint,
+            page_size=events.block_size,
+            bigram=events.bigram,
+        )
         load, clock = rank.load, self._clock
 
-        def on_load(stat: LoadStat) -> None:
+        def report_load(stat: LoadStat) -> None:
             load.report(stat, clock.monotonic())
 
-        self._by_key[key] = rank
         try:
-            self.picture.follow(key, source, on_load)
+            rank.pages = self.indexer.follow(source, report_load)
         except (RuntimeError, ValueError) as error:
             # The worker can be routed to all the same, by its load.
-            del self._by_key[key]
-            _log.error("kv_events_not_followed", worker=worker.url, rank=dp_rank, reason=str(error))
+            _log.error("kv_events_not_followed", worker=worker, rank=dp_rank, error=str(error))
 
     async def left(self, worker: Worker) -> None:
-        ranks = self._of_worker.pop(worker, ())
-        keys = [RankKey.of(rank) for rank in ranks]
-        for key, rank in zip(keys, ranks, strict=True):
-            rank.holder = None
-            self._by_key.pop(key, None)
-            self._forget(rank)
-        await asyncio.gather(*(self.picture.unfollow(key) for key in keys))
+        followed = []
+        for rank in self._of_worker.pop(worker, ()):
+            if rank.pages is not None:
+                followed.append(rank.pages)
+                rank.pages = None
+        await asyncio.gather(*(self.indexer.unfollow(pages) for pages in followed))
 
     def _placement(self, worker: Worker) -> Placement | None:
         """Of the first of its models that has one; a worker's models share its ranks."""
@@ -131,16 +113,3 @@ class Ranks:
             if placement := self._placements.get(model):
                 return placement
         return None
-
-    def _forget(self, rank: Rank) -> None:
-        for model in rank.worker.model_ids:
-            if placement := self._placements.get(model):
-                placement.forget(rank)
-
-    def _on_clear(self, key: Hashable) -> None:
-        if rank := self._by_key.get(key):
-            self._forget(rank)
-
-    def _on_trust(self, key: Hashable, trusted: bool) -> None:
-        if rank := self._by_key.get(key):
-            rank.holder = self.picture.trusted_holder(key) if trusted else None

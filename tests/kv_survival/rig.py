@@ -1,4 +1,4 @@
-"""An engine process in a test's hands, and a picture to compare with what it holds."""
+"""An engine process in a test's hands, and an indexer to compare with what it holds."""
 
 import asyncio
 import contextlib
@@ -94,34 +94,38 @@ class EngineProcess:
 
 
 class Watched:
-    """A picture that follows one rank, and what it was told about it."""
+    """An indexer that follows one rank, and the rank's load reports."""
 
-    def __init__(self, picture: KvIndexer, key: str = "worker/0") -> None:
-        self.picture = picture
-        self.key = key
-        self.holder: RankPages | None = None
+    def __init__(self, indexer: KvIndexer, worker: str = "http://worker:1") -> None:
+        self.indexer = indexer
+        self.worker = worker
+        self._rank_pages: RankPages | None = None
         self.loads: list[LoadStat] = []
 
     def follow(self, engine: EngineProcess, *, replay: bool = True) -> None:
         endpoint = EventEndpoint(
             "127.0.0.1", engine.port, replay_port=engine.replay_port if replay else None
         )
-        self.holder = self.picture.follow(
-            self.key, RankSource(endpoint=endpoint, page_size=PAGE), self.loads.append
-        )
+        source = RankSource(worker=self.worker, dp_rank=0, endpoint=endpoint, page_size=PAGE)
+        self._rank_pages = self.indexer.follow(source, self.loads.append)
+
+    @property
+    def rank_pages(self) -> RankPages:
+        assert self._rank_pages is not None
+        return self._rank_pages
 
     @property
     def state(self) -> RankState:
-        state = self.picture.state(self.key)
+        state = self.indexer.state(self.rank_pages)
         assert state is not None
         return state
 
     def pages(self) -> list[int]:
-        """What routing would be told, of each prompt; nothing of a rank that is not trusted."""
-        holder = self.picture.trusted_holder(self.key)
-        if holder is None:
+        """What routing would find of each prompt; nothing of a rank that is not trusted."""
+        pages = self.rank_pages
+        if not pages.trusted:
             return [0] * PROMPTS
-        found = [self.picture.index.match(tokens, [holder]).get(holder) for tokens in _TOKENS]
+        found = [self.indexer.index.match(tokens, [pages]).get(pages) for tokens in _TOKENS]
         return [overlap.pages if overlap else 0 for overlap in found]
 
     def is_right(self, truth: Truth) -> bool:
@@ -151,14 +155,14 @@ async def watching(
     replay: bool = True,
     settings: SubscriberSettings | None = None,
 ) -> AsyncIterator[Watched]:
-    picture = KvIndexer(SystemClock(), max_pages=1_000_000, settings=settings)
-    sweeping = asyncio.create_task(picture.run())
-    watched = Watched(picture)
+    indexer = KvIndexer(SystemClock(), max_pages=1_000_000, settings=settings)
+    sweeping = asyncio.create_task(indexer.run())
+    watched = Watched(indexer)
     try:
         watched.follow(engine, replay=replay)
         yield watched
     finally:
-        await asyncio.wait_for(picture.close(), 10)
+        await asyncio.wait_for(indexer.close(), 10)
         sweeping.cancel()
         await asyncio.gather(sweeping, return_exceptions=True)
 

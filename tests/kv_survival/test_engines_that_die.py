@@ -88,4 +88,4 @@ async def test_an_engine_that_never_comes_back_is_not_believed() -> None:
         await first.kill()
         await until(lambda: not watched.state.trusted)
         assert watched.state.reason == "disconnected"
-        assert watched.picture.trusted_holder(watched.key) is None
+        assert not watched.rank_pages.trusted

@@ -61,7 +61,7 @@ async def test_a_flood_on_one_rank_leaves_the_others_current() -> None:
         await EngineProcess.start() as loud,
         watching(loud) as flooded,
     ):
-        watched = Watched(flooded.picture, "quiet/0")
+        watched = Watched(flooded.indexer, "http://quiet:1")
         watched.follow(quiet)
         await until(lambda: flooded.state.trusted and watched.state.trusted)
         await loud.do("flood", on=True)

@@ -93,22 +93,21 @@ async def test_a_worker_leaves_while_its_replay_runs() -> None:
     async with await EngineProcess.start() as engine:
         await engine.do("publish", batches=9000)
         async with watching(engine) as watched:
-            index = watched.picture.index
+            index = watched.indexer.index
             await until(lambda: watched.state.stream.batches > 10)
-            holder = watched.holder
-            assert holder is not None
+            pages = watched.rank_pages
             assert watched.state.stream.batches < 9000
-            leaving = asyncio.create_task(watched.picture.unfollow(watched.key))
+            leaving = asyncio.create_task(watched.indexer.unfollow(pages))
             await asyncio.sleep(0)
             # At once, before the sockets are gone.
-            assert watched.picture.trusted_holder(watched.key) is None
+            assert not pages.trusted
             await leaving
-            await watched.picture.unfollow(watched.key)
+            await watched.indexer.unfollow(pages)
             assert index.pages == 0
             await engine.do("publish", batches=50)
             assert index.pages == 0
             await until(lambda: index.retired_pages == 0)
             # It may come back.
             watched.follow(engine)
-            assert watched.holder is not holder
+            assert watched.rank_pages is not pages
             await watched.becomes_right(engine)

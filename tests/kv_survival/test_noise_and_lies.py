@@ -46,7 +46,7 @@ async def test_a_lie_changes_nothing_of_the_rest(name: str) -> None:
         await engine.do("publish", batches=50)
         await watched.becomes_right(engine)
         assert watched.state.stream.clears == 0
-        totals = watched.picture.totals()
+        totals = watched.indexer.totals()
         seen = {
             "tokens missing": totals.index.mismatched,
             "too many tokens": totals.index.mismatched,

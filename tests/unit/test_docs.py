@@ -48,7 +48,7 @@ async def test_every_metric_is_documented_and_nothing_else() -> None:
         metric.name + ("_total" if metric.type == "counter" else "")
         for metric in registry.collect()
     }
-    await ranks.picture.close()
+    await ranks.indexer.close()
     rows = re.findall(r"^\| (`extproc_[^|]*)\|", (DOCS / "metrics.md").read_text(), re.M)
     documented = {name for row in rows for name in re.findall(r"`(extproc_\w+)`", row)}
     assert documented == names

@@ -8,7 +8,7 @@ before or after, and each new connection makes the rank prove that it is still t
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final
 
 import structlog
@@ -26,7 +26,6 @@ from extproc.kv.sequence import (
     RequestReplay,
     Trust,
 )
-from extproc.kv.sink import EventSink
 from extproc.kv.subscriptions.sockets import (
     RECONNECT_MAX_SECONDS,
     RECONNECT_MIN_SECONDS,
@@ -38,7 +37,7 @@ from extproc.kv.subscriptions.sockets import (
     parse_live,
     parse_reply,
 )
-from extproc.kv.subscriptions.subscription import SubscriberSettings, SubscriptionState
+from extproc.kv.subscriptions.subscription import Applier, SubscriberSettings, SubscriptionState
 
 __all__ = ["RankStream", "Shared"]
 
@@ -52,7 +51,7 @@ _PILED_UP_MESSAGES: Final = _LIVE_QUEUE_MESSAGES // 2
 # After the last of them, before it is asked whether there were more.
 _CATCH_UP_SECONDS: Final = 0.3
 _CLEAR_LOG_SECONDS: Final = 10.0
-_SINK_LOG_SECONDS: Final = 30.0
+_ERROR_LOG_SECONDS: Final = 30.0
 
 
 class Shared(Struct):
@@ -75,10 +74,9 @@ class Shared(Struct):
 class RankStream:
     """One rank: feeds what its sockets bring to its sequence, and does what that says."""
 
-    def __init__(
-        self, shared: Shared, holder_key: Hashable, endpoint: EventEndpoint, sink: EventSink
-    ) -> None:
-        self.holder_key = holder_key
+    def __init__(self, shared: Shared, endpoint: EventEndpoint, applier: Applier) -> None:
+        pages = applier.pages
+        self.log = _log.bind(worker=pages.worker, rank=pages.dp_rank)
         self.state = SubscriptionState()
         self.queued = False
         self._shared = shared
@@ -87,7 +85,7 @@ class RankStream:
         self._endpoint = endpoint
         self._topic = endpoint.topic.encode()
         self._load_topic = endpoint.load_topic.encode()
-        self._sink = sink
+        self._applier = applier
         self._sequence = RankSequence(
             has_replay=endpoint.replay_port is not None, limits=shared.limits
         )
@@ -104,7 +102,7 @@ class RankStream:
         self._live_ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._without_pause = 0
-        self._log_sink_at = -math.inf
+        self._log_error_at = -math.inf
         self._replay_failing = False
         self._closed = False
 
@@ -117,7 +115,7 @@ class RankStream:
         self._feed(self._sequence.disconnected())  # gives back what it held
         self._actions.clear()
         self._applying = None
-        self.state.connected = self.state.trusted = False
+        self.state.connected = False
         for channel in (self._live, self._load):
             if channel is not None:
                 channel.close()
@@ -148,10 +146,9 @@ class RankStream:
         message of forbidden size.
         """
         if self._shared.ranks.locked():
-            _log.error(
+            self.log.error(
                 "kv_descriptors_short",
-                worker=str(self.holder_key),
-                advice="this rank waits for another to leave: raise the limit of open files",
+                fix="this rank waits for another to leave: raise the limit of open files",
             )
         async with self._shared.ranks:
             await self._connect_again_and_again()
@@ -168,7 +165,7 @@ class RankStream:
                 await self._live_ended.wait()
             except zmq.ZMQError as error:
                 if delay == RECONNECT_MIN_SECONDS:
-                    _log.error("kv_socket_failed", worker=str(self.holder_key), error=str(error))
+                    self.log.error("kv_socket_failed", error=str(error))
             if self._clock.monotonic() - opened_at > 2 * RECONNECT_MAX_SECONDS:
                 delay = RECONNECT_MIN_SECONDS
             await self._clock.sleep(delay)
@@ -275,7 +272,7 @@ class RankStream:
                 self.state.malformed += 1
         if newest:
             self.state.load_reports += 1
-            self._tell_sink(self._sink.on_load, newest.payload)
+            self._tell(self._applier.on_load, newest.payload)
 
     def _feed(self, actions: list[Action]) -> None:
         """Enqueue what the sequence decided; a replay it has no use for ends at once."""
@@ -296,10 +293,9 @@ class RankStream:
             case Clear(reason):
                 self.state.clears += 1
                 self._log_clear(reason)
-                self._tell_sink(self._sink.clear, reason)
+                self._tell(self._applier.clear, reason)
             case Trust(trusted, reason):
-                self.state.trusted = trusted
-                self._tell_sink(self._sink.set_trusted, trusted, reason)
+                self._tell(self._applier.set_trusted, trusted, reason)
             case RequestReplay(start):
                 self._drop_replay()
                 self.state.replays += 1
@@ -312,11 +308,11 @@ class RankStream:
         now = self._clock.monotonic()
         if now >= self._log_clear_at:
             self._log_clear_at = now + _CLEAR_LOG_SECONDS
-            _log.info("kv_cleared", worker=str(self.holder_key), reason=reason)
+            self.log.info("kv_cleared", reason=reason)
 
     def _apply(self, payload: bytes) -> None:
         try:
-            steps = self._sink.apply(payload)
+            steps = self._applier.apply(payload)
         except Exception as error:
             self._apply_failed(payload, error)
         else:
@@ -333,7 +329,7 @@ class RankStream:
             self._apply_failed(payload, error)
 
     def _apply_failed(self, payload: bytes, error: Exception) -> None:
-        self._count_sink_error(error)
+        self._count_error(error)
         now = self._clock.monotonic()
         actions = self._sequence.unreadable(payload, ask=now >= self._ask_again_at)
         if actions and isinstance(actions[0], Clear):
@@ -342,19 +338,19 @@ class RankStream:
             self._ask_again_at = now + self._settings.replay_cool_down_seconds
         self._feed(actions)
 
-    def _tell_sink(self, method: Callable[..., None], *arguments: object) -> None:
+    def _tell(self, method: Callable[..., None], *arguments: object) -> None:
         try:
             method(*arguments)
         except Exception as error:
-            self._count_sink_error(error)
+            self._count_error(error)
 
-    def _count_sink_error(self, error: Exception) -> None:
+    def _count_error(self, error: Exception) -> None:
         self.state.sink_errors += 1
         now = self._clock.monotonic()
-        if now >= self._log_sink_at:
-            self._log_sink_at = now + _SINK_LOG_SECONDS
+        if now >= self._log_error_at:
+            self._log_error_at = now + _ERROR_LOG_SECONDS
             # The message of the error may quote a prompt.
-            _log.warning("kv_sink_failed", worker=str(self.holder_key), error=type(error).__name__)
+            self.log.warning("kv_events_not_applied", error=type(error).__name__)
 
     async def _run_replay(self, start: int) -> None:
         """Ask; who reads the end of the answer cancels this."""
@@ -365,7 +361,7 @@ class RankStream:
         self._feed(self._sequence.replay_failed())
         self._wake()
         if self._sequence.degraded:
-            self._warn_of_replay(start, "no answer in time")
+            self._warn_of_replay(start, reason="timeout")
             await self._clock.sleep(self._settings.replay_cool_down_seconds)
             self._feed(self._sequence.retry())
             self._wake()
@@ -383,18 +379,16 @@ class RankStream:
                 self._clock, shared.slots, self._settings.replay_timeout_seconds
             )
         except zmq.ZMQError as error:
-            self._warn_of_replay(start, str(error))
+            self._warn_of_replay(start, reason="socket", error=str(error))
         finally:
             if replay is not None:
                 replay.channel.close()
 
-    def _warn_of_replay(self, start: int, reason: str) -> None:
+    def _warn_of_replay(self, start: int, **fields: str) -> None:
         """Once until a replay succeeds: it is tried again for ever."""
         if not self._replay_failing:
             self._replay_failing = True
-            _log.warning(
-                "kv_replay_failed", worker=str(self.holder_key), start=start, reason=reason
-            )
+            self.log.warning("kv_replay_failed", start=start, **fields)
 
     def _drop_replay(self) -> None:
         if self._replay is not None:

@@ -7,30 +7,26 @@ sockets' queues and finally with the publishers.
 
 import asyncio
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-import structlog
 import zmq
 
 from extproc.clock import Clock
 from extproc.kv.sequence import ReorderLimits
-from extproc.kv.sink import EventSink
 from extproc.kv.subscriptions.fd_budget import FdBudget, raise_descriptor_limit
 from extproc.kv.subscriptions.rank_stream import RankStream, Shared
 from extproc.kv.subscriptions.sockets import Context, EventEndpoint
-from extproc.kv.subscriptions.subscription import SubscriberSettings, SubscriptionState
+from extproc.kv.subscriptions.subscription import Applier, SubscriberSettings, SubscriptionState
 
 __all__ = [
+    "Applier",
     "EventEndpoint",
-    "EventSink",
     "KvSubscriber",
     "SubscriberSettings",
     "SubscriptionState",
 ]
-
-_log = structlog.get_logger()
 
 _SLICE_SECONDS: Final = 0.002
 _REST_SECONDS: Final = 0.001
@@ -64,46 +60,44 @@ class KvSubscriber:
             opening=asyncio.Lock(),
             wake=self._wake,
         )
-        self._streams: dict[Hashable, RankStream] = {}
-        self._states: dict[Hashable, SubscriptionState] = {}
+        self._streams: dict[Applier, RankStream] = {}
+        self._states: dict[Applier, SubscriptionState] = {}
         self._ready: deque[RankStream] = deque()
         self._woken = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
     @property
-    def states(self) -> Mapping[Hashable, SubscriptionState]:
-        """A live view of every subscription, by holder key."""
+    def states(self) -> Mapping[Applier, SubscriptionState]:
+        """A live view of every subscription, by what applies its events."""
         return MappingProxyType(self._states)
 
-    def add(
-        self, holder_key: Hashable, endpoint: EventEndpoint, sink: EventSink
-    ) -> SubscriptionState:
-        """Subscribe for ever; raises ValueError when the holder has a subscription.
+    def add(self, endpoint: EventEndpoint, applier: Applier) -> SubscriptionState:
+        """Subscribe until `remove`.
 
-        And RuntimeError after `close`.
+        Raises ValueError when the applier has a subscription, and RuntimeError after `close`.
         """
         if self._context.closed:
             raise RuntimeError("the subscriber is closed")
-        if holder_key in self._streams:
-            raise ValueError(f"already subscribed: {holder_key}")
+        if applier in self._streams:
+            raise ValueError(f"already subscribed: {applier.pages}")
         if self._reader is None:
             self._reader = asyncio.create_task(self._read())
-        stream = RankStream(self._shared, holder_key, endpoint, sink)
-        self._streams[holder_key] = stream
-        self._states[holder_key] = stream.state
+        stream = RankStream(self._shared, endpoint, applier)
+        self._streams[applier] = stream
+        self._states[applier] = stream.state
         stream.start()
         return stream.state
 
-    async def remove(self, holder_key: Hashable) -> None:
-        """End a subscription, if there is one; its sink is not called any more."""
-        self._states.pop(holder_key, None)
-        stream = self._streams.pop(holder_key, None)
+    async def remove(self, applier: Applier) -> None:
+        """End a subscription, if there is one; its applier is not called any more."""
+        self._states.pop(applier, None)
+        stream = self._streams.pop(applier, None)
         if stream is not None:
             await stream.close()
 
     async def close(self) -> None:
         """End everything; nothing can be added afterwards."""
-        await asyncio.gather(*(self.remove(key) for key in list(self._streams)))
+        await asyncio.gather(*(self.remove(applier) for applier in list(self._streams)))
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
@@ -130,7 +124,7 @@ class KvSubscriber:
                     unfinished = stream.work(until)
                 except Exception:
                     # One stream's surprise must not stop the others.
-                    _log.exception("kv_stream_failed", worker=str(stream.holder_key))
+                    stream.log.exception("kv_stream_failed")
                 else:
                     if unfinished:
                         self._wake(stream)

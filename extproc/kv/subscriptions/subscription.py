@@ -1,10 +1,44 @@
 """What a subscription is given, and what it shows of itself."""
 
+from collections.abc import Iterator
+from typing import Protocol
+
 from msgspec import Struct
 
+from extproc.kv.rank_pages import RankPages
 from extproc.kv.stats import StreamStats
 
-__all__ = ["SubscriberSettings", "SubscriptionState"]
+__all__ = ["Applier", "SubscriberSettings", "SubscriptionState"]
+
+
+class Applier(Protocol):
+    """Takes what one rank's event stream brings. What these raise is counted, not passed on."""
+
+    @property
+    def pages(self) -> RankPages:
+        """The pages of the rank; logs name the rank by them."""
+        ...
+
+    def apply(self, payload: bytes) -> Iterator[None] | None:
+        """Apply the next batch, as it was published.
+
+        If it is taken in step by step, with rests between, the steps; nothing else is called
+        before the last of them. Raises, in a step too, when the batch cannot be used: then it
+        is given once more, or what was applied until now is cleared.
+        """
+        ...
+
+    def clear(self, reason: str) -> None:
+        """Forget what was applied until now: it no longer holds."""
+        ...
+
+    def set_trusted(self, trusted: bool, reason: str) -> None:
+        """Trusted: what was applied holds, if not all ("partial"), and is kept up to date."""
+        ...
+
+    def on_load(self, payload: bytes) -> None:
+        """Take the engine's newest load report; older ones are left out."""
+        ...
 
 
 class SubscriberSettings(Struct, frozen=True):
@@ -24,6 +58,5 @@ class SubscriptionState(StreamStats):
     """What is known of one rank's stream; counts since it was added, times monotonic."""
 
     connected: bool = False
-    trusted: bool = False
     partial: bool = False
     last_event_at: float | None = None

@@ -27,23 +27,21 @@ async def ranks() -> AsyncIterator[Ranks]:
     """A book with one worker of two ranks; nobody listens at their ports."""
     book = Ranks(FakeClock(), max_pages=10_000)
     model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
-    book.serve("m", Placement(create_kv_policy(model, Random(0)), book.picture.index))
+    book.serve("m", Placement(create_kv_policy(model, Random(0)), book.indexer.index))
     events = KvEvents(host="127.0.0.1", port=1, block_size=4, dp_size=2)
     book.joined(make_worker(URL, kv_events=events))
     yield book
-    await book.picture.close()
+    await book.indexer.close()
 
 
 async def test_ranks_are_shown_while_they_are_followed(ranks: Ranks) -> None:
     registry = CollectorRegistry()
     registry.register(KvCollector(ranks, FakeClock()))
-    (_, rank), _ = list(ranks)
-    key = next(iter(ranks.picture.states()))
-    state = ranks.picture.state(key)
-    assert state is not None
+    rank, _ = ranks
+    assert rank.pages is not None
     tokens = np.arange(8, dtype=np.uint64)
-    ranks.picture.index.store(state.holder, [1, 2], None, tokens, 4)
-    ranks.picture.index.store(state.holder, [3], 7, tokens[:4], 4)  # of a parent nobody knows
+    ranks.indexer.index.store(rank.pages, [1, 2], None, tokens, 4)
+    ranks.indexer.index.store(rank.pages, [3], 7, tokens[:4], 4)  # of a parent nobody knows
     rank.load.book(500, 0.0)
 
     def sample(name: str, **labels: str) -> float | None:

@@ -1,6 +1,5 @@
 """One rank's batches, as engines encode them, into the index."""
 
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,34 +16,24 @@ from extproc.kv.wire import LoadStat, WireError
 _CLEARED = {"type": "AllBlocksCleared"}
 
 
-class Rank:
-    """A sink with an index of its own, and what it has told."""
+class OneRank:
+    """An applier with an index of its own, and the load reports it passed on."""
 
     def __init__(self, page_size: int = 4, *, bigram: bool = False) -> None:
         self.index = PrefixIndex(PrefixHasher(secret=3), 1_000_000)
-        self.holder = self.index.add("w/0", page_size, bigram=bigram)
-        self.clears = 0
-        self.trust: list[bool] = []
+        self.pages = self.index.add("http://w:1", page_size, dp_rank=3, bigram=bigram)
         self.loads: list[LoadStat] = []
-        self.sink = EventApplier(
-            self.index,
-            self.holder,
-            self.index.hasher.seed,
-            on_clear=self._on_clear,
-            on_trust=self.trust.append,
-            on_load=self.loads.append,
+        self.applier = EventApplier(
+            self.index, self.pages, self.index.hasher.seed, self.loads.append
         )
 
-    def _on_clear(self) -> None:
-        self.clears += 1
-
-    def tell(self, *events: Any) -> int:
+    def apply(self, *events: Any) -> int:
         """Apply a batch; gives in how many steps."""
-        return 1 + sum(1 for _ in self.sink.apply(msgspec.msgpack.encode([1.5, events, 0])))
+        return 1 + sum(1 for _ in self.applier.apply(msgspec.msgpack.encode([1.5, events, 0])))
 
     def match(self, tokens: range, seed: int = 0) -> Overlap:
-        found = self.index.match(np.array(tokens, np.uint64), [self.holder], seed)
-        return found.get(self.holder, Overlap(0, 0, 0))
+        found = self.index.match(np.array(tokens, np.uint64), [self.pages], seed)
+        return found.get(self.pages, Overlap(0, 0, 0))
 
 
 def stored(ids: range, first: int = 0, size: int = 4, **fields: Any) -> dict[str, Any]:
@@ -64,100 +53,103 @@ def removed(ids: range, **fields: Any) -> dict[str, Any]:
 
 
 def test_stores_and_removals_of_all_media() -> None:
-    rank = Rank()
-    rank.tell(stored(range(1, 9)), stored(range(9, 11), first=32, parent_block_hash=8))
+    rank = OneRank()
+    rank.apply(stored(range(1, 9)), stored(range(9, 11), first=32, parent_block_hash=8))
     assert rank.match(range(40)) == (10, 10, 10)
     for name, place in (("CPU_PINNED", 6), ("DISK", 8), ("EXTERNAL", 9)):
         moved = range(place + 1, 11)
-        rank.tell(stored(moved, 4 * place, parent_block_hash=place, medium=name))
-    rank.tell(removed(range(10, 6, -1)))
-    rank.tell(removed(range(10, 8, -1), medium="CPU_PINNED"))
+        rank.apply(stored(moved, 4 * place, parent_block_hash=place, medium=name))
+    rank.apply(removed(range(10, 6, -1)))
+    rank.apply(removed(range(10, 8, -1), medium="CPU_PINNED"))
     assert rank.match(range(40)) == (10, 6, 8)
-    rank.tell(removed(range(10, 9, -1), medium="EXTERNAL"))
+    rank.apply(removed(range(10, 9, -1), medium="EXTERNAL"))
     assert rank.match(range(40)) == (9, 6, 8)
-    counts = rank.sink.counts
+    counts = rank.applier.counts
     assert (counts.stored_events, counts.removed_events) == (5, 3)
     assert (counts.stored_pages, counts.removed_pages) == ([10, 4, 3], [4, 2, 1])
 
 
 def test_namespaces_are_seeded() -> None:
-    rank = Rank()
-    rank.tell(stored(range(1, 3), cache_salt="tenant", lora_name="a"))
+    rank = OneRank()
+    rank.apply(stored(range(1, 3), cache_salt="tenant", lora_name="a"))
     assert rank.match(range(8)).pages == 0
     assert rank.match(range(8), rank.index.hasher.seed("tenant", "a")).pages == 2
 
 
 def test_an_engine_that_clears_its_cache_is_told_of() -> None:
-    rank = Rank()
-    holder = rank.holder
-    rank.tell(stored(range(1, 3)), _CLEARED, stored(range(5, 6)))
-    assert (rank.match(range(8)).pages, rank.clears) == (1, 1)
-    rank.sink.clear("restarted")
-    assert (holder.pages, rank.clears) == (0, 2)
-    assert rank.holder is holder
+    rank = OneRank()
+    pages = rank.pages
+    rank.apply(stored(range(1, 3)), _CLEARED, stored(range(5, 6)))
+    assert (rank.match(range(8)).pages, pages.generation) == (1, 1)
+    rank.applier.clear("restarted")
+    assert (pages.pages, pages.generation) == (0, 2)
+    rank.applier.clear(
+        "restarted"
+    )  # nothing is held; what is expected of the engine is void all the same
+    assert (pages.pages, pages.generation) == (0, 3)
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["many pages", "many tokens"])
 def test_a_huge_batch_comes_in_steps(large: bool) -> None:
     size = 64 if large else 1
-    rank = Rank(size)
+    rank = OneRank(size)
     pages = 20_000
-    steps = rank.tell(stored(range(1, pages + 1), size=size))
+    steps = rank.apply(stored(range(1, pages + 1), size=size))
     assert steps > 20
     assert rank.match(range(pages * size)).pages == pages
-    assert rank.tell(removed(range(pages, 0, -1))) > 20
-    assert rank.holder.pages == 0
-    assert rank.sink.counts.stored_events >= 1
+    assert rank.apply(removed(range(pages, 0, -1))) > 20
+    assert rank.pages.pages == 0
+    assert rank.applier.counts.stored_events >= 1
 
 
 def test_a_huge_lie_is_counted_once_for_each_page() -> None:
-    rank = Rank()
-    rank.tell(stored(range(1, 20_001), token_ids=[1, 2, 3]))
+    rank = OneRank()
+    rank.apply(stored(range(1, 20_001), token_ids=[1, 2, 3]))
     assert (rank.index.counts.mismatched, rank.index.pages) == (20_000, 0)
 
 
 def test_pairs_are_followed_if_nothing_is_held_yet() -> None:
-    rank = Rank()
+    rank = OneRank()
     pairs = [[n, n + 1] for n in range(8)]
     with capture_logs() as logs:
-        rank.tell(stored(range(1, 3), token_ids=pairs))
+        rank.apply(stored(range(1, 3), token_ids=pairs))
         assert rank.match(range(9)).pages == 2
-        assert rank.holder.bigram
-        rank.tell(stored(range(5, 7)), stored(range(7, 9)))
-    assert rank.sink.counts.foreign_unit_pages == 4
+        assert rank.pages.bigram
+        rank.apply(stored(range(5, 7)), stored(range(7, 9)))
+    assert rank.applier.counts.foreign_unit_pages == 4
     assert rank.index.pages == 2
     assert [line["event"] for line in logs] == ["kv_units_differ", "kv_units_mixed"]
     # After a clear it may be otherwise.
-    rank.tell(_CLEARED, stored(range(1, 3)))
+    rank.apply(_CLEARED, stored(range(1, 3)))
     assert rank.match(range(8)).pages == 2
-    assert not rank.holder.bigram
+    assert not rank.pages.bigram
 
 
 @pytest.mark.parametrize("expected", [1, 2, 3, 8, 64])
 def test_the_page_size_is_what_events_say(expected: int) -> None:
-    rank = Rank(expected)
+    rank = OneRank(expected)
     with capture_logs() as logs:
-        rank.tell(stored(range(1, 4)))
-        rank.tell(stored(range(4, 6), first=12, parent_block_hash=3))
-    assert rank.holder.page_size == 4
+        rank.apply(stored(range(1, 4)))
+        rank.apply(stored(range(4, 6), first=12, parent_block_hash=3))
+    assert rank.pages.page_size == 4
     assert rank.match(range(20)).pages == 5
-    assert rank.sink.counts.odd_sized_events == 1
+    assert rank.applier.counts.odd_sized_events == 1
     assert [line["event"] for line in logs] == ["kv_page_size_differs"]
 
 
 def test_single_small_pages_are_believed_when_others_follow_them() -> None:
-    rank = Rank(16)
-    rank.tell(stored(range(1, 2)))
-    assert rank.holder.page_size == 16  # it may be the short end of a prompt
-    rank.tell(stored(range(2, 3), first=4, parent_block_hash=1))
-    assert rank.holder.page_size == 4
+    rank = OneRank(16)
+    rank.apply(stored(range(1, 2)))
+    assert rank.pages.page_size == 16  # it may be the short end of a prompt
+    rank.apply(stored(range(2, 3), first=4, parent_block_hash=1))
+    assert rank.pages.page_size == 4
     assert rank.match(range(8)).pages == 2
 
 
 def test_a_short_page_at_the_end_teaches_nothing() -> None:
-    rank = Rank()
-    rank.tell(stored(range(1, 3)), stored(range(3, 4), first=8, size=3, parent_block_hash=2))
-    assert rank.holder.page_size == 4
+    rank = OneRank()
+    rank.apply(stored(range(1, 3)), stored(range(3, 4), first=8, size=3, parent_block_hash=2))
+    assert rank.pages.page_size == 4
     assert rank.match(range(11)).pages == 2
 
 
@@ -165,51 +157,54 @@ def test_a_short_page_at_the_end_teaches_nothing() -> None:
     "event", [removed(range(1, 3), medium=3), {"type": "BlockRemoved"}, None, 7], ids=str
 )
 def test_a_batch_that_may_hide_a_removal_is_not_applied(event: Any) -> None:
-    rank = Rank()
+    rank = OneRank()
     with pytest.raises(WireError):
-        rank.tell(stored(range(1, 3)), event)
+        rank.apply(stored(range(1, 3)), event)
     assert rank.index.pages == 0
-    assert rank.sink.counts.unreadable_batches == 1
+    assert rank.applier.counts.unreadable_batches == 1
 
 
 def test_what_no_removal_can_be_is_left_out_and_counted() -> None:
-    rank = Rank()
-    rank.tell(stored(range(1, 3)), {"type": "New"}, stored(range(3, 4), token_ids="x"))
+    rank = OneRank()
+    rank.apply(stored(range(1, 3)), {"type": "New"}, stored(range(3, 4), token_ids="x"))
     assert rank.match(range(8)).pages == 2
-    assert rank.sink.counts.skipped_events == 2
+    assert rank.applier.counts.skipped_events == 2
 
 
-def test_trust_is_told_when_it_changes() -> None:
-    rank = Rank()
+def test_trust_is_kept_on_the_pages_and_outlives_a_clear() -> None:
+    rank = OneRank()
+    assert (rank.pages.trusted, rank.pages.reason) == (False, "connecting")
     for trusted, reason in ((False, "replaying"), (True, "partial"), (True, "complete")):
-        rank.sink.set_trusted(trusted, reason)
-        assert (rank.sink.trusted, rank.sink.reason) == (trusted, reason)
-    assert rank.trust == [True]
+        rank.applier.set_trusted(trusted, reason)
+        assert (rank.pages.trusted, rank.pages.reason) == (trusted, reason)
+    rank.apply(stored(range(1, 3)), _CLEARED)
+    assert (rank.pages.trusted, rank.pages.reason) == (True, "complete")
 
 
 def test_load_reports() -> None:
-    rank = Rank()
-    rank.sink.on_load(msgspec.msgpack.encode(["LoadStat", 1, 2, 3, 4, 0]))
-    rank.sink.on_load(b"no report")
+    rank = OneRank()
+    rank.applier.on_load(msgspec.msgpack.encode(["LoadStat", 1, 2, 3, 4, 0]))
+    rank.applier.on_load(b"no report")
     assert rank.loads == [LoadStat(1, 2, 3, 4, 0)]
-    assert rank.sink.counts.unreadable_loads == 1
+    assert rank.applier.counts.unreadable_loads == 1
 
 
-def test_what_a_callback_raises_is_passed_on() -> None:
-    """The subscriber counts it, and clears."""
+def test_what_the_owner_of_load_reports_raises_is_passed_on() -> None:
+    """The subscriber counts it."""
 
-    def fail() -> None:
+    def fail(load: LoadStat) -> None:
         raise RuntimeError
 
-    callback: Callable[[], None] = fail
-    rank = Rank()
-    sink = EventApplier(
-        rank.index,
-        rank.holder,
-        rank.index.hasher.seed,
-        on_clear=callback,
-        on_trust=rank.trust.append,
-        on_load=rank.loads.append,
-    )
+    rank = OneRank()
+    applier = EventApplier(rank.index, rank.pages, rank.index.hasher.seed, fail)
     with pytest.raises(RuntimeError):
-        list(sink.apply(msgspec.msgpack.encode([1.5, [_CLEARED], 0])))
+        applier.on_load(msgspec.msgpack.encode(["LoadStat", 1, 2, 3, 4, 0]))
+
+
+def test_log_lines_name_the_worker_and_the_rank_in_fields_of_their_own() -> None:
+    rank = OneRank(expected_page_size := 8)
+    with capture_logs() as logs:
+        rank.apply(stored(range(1, 4)))
+    (line,) = logs
+    assert (line["worker"], line["rank"]) == ("http://w:1", 3)
+    assert line["expected"] == expected_page_size

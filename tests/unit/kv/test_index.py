@@ -150,7 +150,7 @@ def test_each_holder_has_its_own_longest_prefix() -> None:
         if pages:
             _chain(index, holder, tokens[: pages * 16])
     found = index.match(tokens, holders)
-    assert {int(holder.name): overlap.pages for holder, overlap in found.items()} == {
+    assert {int(holder.worker): overlap.pages for holder, overlap in found.items()} == {
         pages: pages for pages in range(1, 41)
     }
 

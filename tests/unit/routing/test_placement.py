@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from extproc.kv.index import PrefixIndex, Tier
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
+from extproc.kv.rank_pages import RankPages
 from extproc.policies.base import Choice, KvCandidate, KvCandidateT, KvPolicy, KvQuery
 from extproc.policies.cache_aware_zmq import CacheAwareZmq
 from extproc.policies.min_ttft import MinTtft
@@ -54,16 +55,16 @@ class Fleet(Struct, kw_only=True):
         self, number: int, tokens: TokenIds, *, tier: Tier = 0, skip: int = 0, seed: int = 0
     ) -> None:
         """The rank has the whole pages of these tokens, from page `skip` on stored on `tier`."""
-        holder = self.ranks[number].holder
-        assert holder is not None
-        size = holder.page_size
+        rank_pages = self.ranks[number].pages
+        assert rank_pages is not None
+        size = rank_pages.page_size
         units = tokens
-        if holder.bigram:
+        if rank_pages.bigram:
             units = tokens[:-1] | tokens[1:] << np.uint64(32)
         pages = len(units) // size
         ids = [hash((seed, tokens[0], page)) for page in range(pages)]
         self.index.store(
-            holder,
+            rank_pages,
             ids[skip:],
             ids[skip - 1] if skip else None,
             units[skip * size : pages * size],
@@ -71,6 +72,12 @@ class Fleet(Struct, kw_only=True):
             tier,
             seed,
         )
+
+    def clear(self, number: int) -> None:
+        """The engine has cleared its cache."""
+        rank_pages = self.ranks[number].pages
+        assert rank_pages is not None
+        self.index.clear(rank_pages)
 
     def place(
         self,
@@ -90,8 +97,14 @@ class Fleet(Struct, kw_only=True):
         return [candidate.predicted_pages for candidate in self.policy.seen]
 
 
+def trusted_pages(index: PrefixIndex, order: int, size: int, *, bigram: bool) -> RankPages:
+    pages = index.add(str(order), size, bigram=bigram)
+    pages.trusted = True
+    return pages
+
+
 def make_fleet(*pages: int | None, bigram: bool = False, policy: KvPolicy | None = None) -> Fleet:
-    """A rank for each page size; None = not trusted, hence without a holder."""
+    """A rank for each page size; None = its KV events are not followed."""
     index, noting = PrefixIndex(PrefixHasher(secret=1), 100_000), Noting()
     placement = Placement(policy or noting, index, model="m", prefill_tokens_per_second=SPEED)
     ranks = [
@@ -100,7 +113,7 @@ def make_fleet(*pages: int | None, bigram: bool = False, policy: KvPolicy | None
             0,
             order=order,
             load=RankLoad(placement.model_speed),
-            holder=None if size is None else index.add(str(order), size, bigram=bigram),
+            pages=None if size is None else trusted_pages(index, order, size, bigram=bigram),
         )
         for order, size in enumerate(pages)
     ]
@@ -198,13 +211,13 @@ def test_pages_of_pairs_of_tokens() -> None:
 def test_tiers_add_up_to_what_is_held() -> None:
     fleet = make_fleet(PAGE)
     fleet.hold(0, some_tokens(100))
-    holder = fleet.ranks[0].holder
-    assert holder is not None
+    rank_pages = fleet.ranks[0].pages
+    assert rank_pages is not None
     ids = [hash((0, some_tokens(1)[0], page)) for page in range(6)]
     # Pages 0 and 1 stay on the device, 2 and 3 are on the host, 4 and 5 further down.
     fleet.hold(0, some_tokens(64), tier=1, skip=2)
     fleet.hold(0, some_tokens(96), tier=2, skip=4)
-    fleet.index.remove(holder, ids[2:], 0)
+    fleet.index.remove(rank_pages, ids[2:], 0)
     placed = fleet.place(some_tokens(100))
     (seen,) = fleet.policy.seen
     assert (seen.device_tokens, seen.host_tokens, seen.disk_tokens) == (32, 32, 32)
@@ -237,8 +250,12 @@ def test_namespaces_do_not_share_pages() -> None:
 # -- what is not known
 
 
-def test_of_a_rank_that_is_not_trusted_nothing_is_known() -> None:
-    fleet = make_fleet(None, PAGE)
+@pytest.mark.parametrize("followed", [True, False])
+def test_of_a_rank_that_is_not_trusted_nothing_is_known(followed: bool) -> None:
+    fleet = make_fleet(PAGE if followed else None, PAGE)
+    if (pages := fleet.ranks[0].pages) is not None:
+        fleet.hold(0, some_tokens(100))
+        pages.trusted = False
     fleet.hold(1, some_tokens(100))
     fleet.place(some_tokens(100)).book(NOW)
     placed = fleet.place(some_tokens(100))
@@ -253,10 +270,12 @@ def test_of_a_rank_that_is_not_trusted_nothing_is_known() -> None:
 def test_trust_may_come_and_go() -> None:
     fleet = make_fleet(PAGE)
     fleet.hold(0, some_tokens(100))
-    rank = fleet.ranks[0]
-    holder, rank.holder = rank.holder, None
+    pages = fleet.ranks[0].pages
+    assert pages is not None
+    pages.trusted = False
     assert fleet.place(some_tokens(100)).cached_tokens == 0
-    rank.holder = holder
+    assert not fleet.policy.seen[0].has_events
+    pages.trusted = True
     assert fleet.place(some_tokens(100)).cached_tokens == 96
 
 
@@ -411,11 +430,11 @@ def test_a_rank_that_lost_its_cache_is_forgotten_in_every_namespace_and_no_other
     for takes in range(3):
         fleet.place(some_tokens(100), takes=takes).book(NOW)
         fleet.place(some_tokens(100), takes=takes, seed=salted).book(NOW)
-    fleet.placement.forget(fleet.ranks[0])
+    fleet.clear(0)
     assert fleet.predicted(some_tokens(100)) == [0, 3, 6]
     assert fleet.predicted(some_tokens(100), seed=salted) == [0, 3, 6]
-    fleet.placement.forget(fleet.ranks[1])
-    fleet.placement.forget(fleet.ranks[1])
+    fleet.clear(1)
+    fleet.clear(1)
     assert fleet.predicted(some_tokens(100)) == [0, 0, 6]
 
 
@@ -439,7 +458,8 @@ def test_a_second_request_follows_the_first_and_a_holder_is_found(
     assert placed_on(fleet, 2000) == (first.rank.order, "predicted")
     fleet.hold(first.rank.order, some_tokens(2000))
     assert placed_on(fleet, 2000) == (first.rank.order, "hit")
-    fleet.placement.forget(first.rank)
+    fleet.clear(first.rank.order)
+    fleet.hold(first.rank.order, some_tokens(2000))
     assert placed_on(fleet, 2000) == (first.rank.order, "hit")
 
 

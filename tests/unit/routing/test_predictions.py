@@ -1,4 +1,4 @@
-"""What holders will have soon: by marks, for a while, and without a trace afterwards."""
+"""What ranks will hold soon: by marks, for a while, and without a trace afterwards."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
+from extproc.kv.rank_pages import RankPages
 from extproc.routing.predictions import GRACE_SECONDS, PREDICTIONS_MAX, Prediction, Predictions
 
 # A page is a token, so that a prompt of some pages is as many numbers.
 INDEX = PrefixIndex(PrefixHasher(secret=1), 1)
+A, B, C, D = (RankPages(f"http://{name}:1", 0, 1, bigram=False) for name in "abcd")
 # The marks of the first pages; beyond each is the fourth part above the one before.
 MARKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 33, 41, 51)
 
@@ -27,7 +29,7 @@ def first(pages: int, *, then: int = 0, otherwise: int = 1) -> TokenIds:
     return prompt([7] * pages + [1000 + otherwise] * then)
 
 
-def is_empty(predictions: Predictions[str]) -> bool:
+def is_empty(predictions: Predictions) -> bool:
     """Whether no table has anything left; a bit that is free again may be remembered."""
     tables = (
         predictions._live,
@@ -44,7 +46,7 @@ def is_empty(predictions: Predictions[str]) -> bool:
 
 
 def test_nothing_is_predicted_of_nobody() -> None:
-    predictions = Predictions[str]()
+    predictions = Predictions()
     assert predictions.match(first(5), 0.0) == {}
     assert len(predictions) == 0
     assert predictions.match(first(0), 0.0) == {}
@@ -52,20 +54,20 @@ def test_nothing_is_predicted_of_nobody() -> None:
 
 @pytest.mark.parametrize("pages", [1, 2, 7, 8, 9, 10, 11, 100, 2500])
 def test_the_same_prompt_again_is_predicted_in_full(pages: int) -> None:
-    predictions = Predictions[str]()
-    predictions.add("a", first(pages))
-    assert predictions.match(first(pages), 0.0) == {"a": pages}
+    predictions = Predictions()
+    predictions.add(A, first(pages))
+    assert predictions.match(first(pages), 0.0) == {A: pages}
 
 
 def test_a_prompt_with_nothing_in_common_is_not_predicted() -> None:
-    predictions = Predictions[str]()
-    predictions.add("a", prompt([1, 2, 3]))
+    predictions = Predictions()
+    predictions.add(A, prompt([1, 2, 3]))
     assert predictions.match(prompt([2, 2, 3]), 0.0) == {}
 
 
 def test_a_prompt_without_a_whole_page_predicts_nothing() -> None:
-    predictions = Predictions[str]()
-    prediction = predictions.add("a", first(0))
+    predictions = Predictions()
+    prediction = predictions.add(A, first(0))
     assert predictions.match(first(5), 0.0) == {}
     prediction.release()
     assert is_empty(predictions)
@@ -92,26 +94,24 @@ def test_a_prompt_without_a_whole_page_predicts_nothing() -> None:
 def test_what_two_prompts_share_is_known_to_the_mark(
     sent: int, asked: int, common: int, predicted: int
 ) -> None:
-    predictions = Predictions[str]()
-    predictions.add("a", first(common, then=sent - common, otherwise=1))
-    assert predictions.match(first(common, then=asked - common, otherwise=2), 0.0) == {
-        "a": predicted
-    }
+    predictions = Predictions()
+    predictions.add(A, first(common, then=sent - common, otherwise=1))
+    assert predictions.match(first(common, then=asked - common, otherwise=2), 0.0) == {A: predicted}
 
 
 @given(common=st.integers(1, 3000), more_sent=st.integers(0, 200), more_asked=st.integers(0, 200))
 def test_a_common_prefix_is_underestimated_by_a_fifth_at_most(
     common: int, more_sent: int, more_asked: int
 ) -> None:
-    predictions = Predictions[str]()
-    predictions.add("a", first(common, then=more_sent, otherwise=1))
+    predictions = Predictions()
+    predictions.add(A, first(common, then=more_sent, otherwise=1))
     (found,) = predictions.match(first(common, then=more_asked, otherwise=2), 0.0).values()
     assert 0.8 * common <= found <= common
 
 
 def test_a_long_prompt_takes_few_entries() -> None:
-    predictions = Predictions[str]()
-    predictions.add("a", first(2500))
+    predictions = Predictions()
+    predictions.add(A, first(2500))
     assert len(predictions._masks) <= 40
 
 
@@ -119,29 +119,29 @@ def test_a_long_prompt_takes_few_entries() -> None:
 
 
 def test_a_prediction_outlives_its_start_by_the_grace() -> None:
-    predictions = Predictions[str]()
-    prediction = predictions.add("a", first(5))
-    assert predictions.match(first(5), 1e6) == {"a": 5}  # however long the queue is
+    predictions = Predictions()
+    prediction = predictions.add(A, first(5))
+    assert predictions.match(first(5), 1e6) == {A: 5}  # however long the queue is
     prediction.started(1e6)
-    assert predictions.match(first(5), 1e6 + GRACE_SECONDS - 0.01) == {"a": 5}
+    assert predictions.match(first(5), 1e6 + GRACE_SECONDS - 0.01) == {A: 5}
     assert predictions.match(first(5), 1e6 + GRACE_SECONDS) == {}
     assert is_empty(predictions)
 
 
 def test_a_second_start_does_not_prolong_it() -> None:
-    predictions = Predictions[str](grace_seconds=3.0)
-    prediction = predictions.add("a", first(5))
+    predictions = Predictions(grace_seconds=3.0)
+    prediction = predictions.add(A, first(5))
     prediction.started(10.0)
     prediction.started(12.0)
-    assert predictions.match(first(5), 12.9) == {"a": 5}
+    assert predictions.match(first(5), 12.9) == {A: 5}
     assert predictions.match(first(5), 13.0) == {}
     prediction.started(20.0)
     assert is_empty(predictions)
 
 
 def test_a_request_that_never_began_an_answer_leaves_nothing() -> None:
-    predictions = Predictions[str]()
-    prediction = predictions.add("a", first(5))
+    predictions = Predictions()
+    prediction = predictions.add(A, first(5))
     prediction.release()
     assert predictions.match(first(5), 0.0) == {}
     assert is_empty(predictions)
@@ -151,132 +151,135 @@ def test_a_request_that_never_began_an_answer_leaves_nothing() -> None:
 
 
 def test_the_end_of_an_answer_is_not_the_end_of_its_pages() -> None:
-    predictions = Predictions[str](grace_seconds=3.0)
-    prediction = predictions.add("a", first(5))
+    predictions = Predictions(grace_seconds=3.0)
+    prediction = predictions.add(A, first(5))
     prediction.started(10.0)
     prediction.release()
-    assert predictions.match(first(5), 12.9) == {"a": 5}
+    assert predictions.match(first(5), 12.9) == {A: 5}
     assert predictions.match(first(5), 13.0) == {}
     assert is_empty(predictions)
 
 
 def test_one_whose_start_will_not_tell_ends_at_its_time() -> None:
-    predictions = Predictions[str](grace_seconds=3.0)
-    predictions.add("a", first(5), 20.0)
-    assert predictions.match(first(5), 19.9) == {"a": 5}
+    predictions = Predictions(grace_seconds=3.0)
+    predictions.add(A, first(5), 20.0)
+    assert predictions.match(first(5), 19.9) == {A: 5}
     assert predictions.match(first(5), 20.0) == {}
     assert is_empty(predictions)
 
 
 def test_of_two_ends_the_earlier_counts() -> None:
-    predictions = Predictions[str](grace_seconds=3.0)
-    predictions.add("a", first(5), 20.0).started(10.0)  # to 13
-    predictions.add("b", first(5), 20.0).started(19.0)  # to 22, but for its end
-    assert predictions.match(first(5), 12.9) == {"a": 5, "b": 5}
-    assert predictions.match(first(5), 13.0) == {"b": 5}
+    predictions = Predictions(grace_seconds=3.0)
+    predictions.add(A, first(5), 20.0).started(10.0)  # to 13
+    predictions.add(B, first(5), 20.0).started(19.0)  # to 22, but for its end
+    assert predictions.match(first(5), 12.9) == {A: 5, B: 5}
+    assert predictions.match(first(5), 13.0) == {B: 5}
     assert predictions.match(first(5), 20.0) == {}
     assert predictions.match(first(5), 22.0) == {}
     assert is_empty(predictions)
 
 
 def test_predictions_end_in_the_order_of_their_times() -> None:
-    predictions = Predictions[str]()
-    for holder, ends_at in (("a", 3.0), ("b", 1.0), ("c", 2.0)):
-        predictions.add(holder, first(5), ends_at)
-    assert set(predictions.match(first(5), 0.0)) == {"a", "b", "c"}
-    assert set(predictions.match(first(5), 1.0)) == {"a", "c"}
-    assert set(predictions.match(first(5), 2.0)) == {"a"}
+    predictions = Predictions()
+    for pages, ends_at in ((A, 3.0), (B, 1.0), (C, 2.0)):
+        predictions.add(pages, first(5), ends_at)
+    assert set(predictions.match(first(5), 0.0)) == {A, B, C}
+    assert set(predictions.match(first(5), 1.0)) == {A, C}
+    assert set(predictions.match(first(5), 2.0)) == {A}
     assert set(predictions.match(first(5), 3.0)) == set()
 
 
-def test_a_holder_that_lost_its_cache_is_forgotten_and_no_other() -> None:
-    predictions = Predictions[str]()
-    lost = predictions.add("a", first(5))
-    predictions.add("a", first(9))
-    kept = predictions.add("b", first(5))
-    predictions.forget("a")
-    predictions.forget("nobody")
-    assert predictions.match(first(9), 0.0) == {"b": 5}
-    # What is said of the forgotten one later is of no account.
+def test_what_was_predicted_before_a_rank_lost_its_cache_is_void_and_nothing_else() -> None:
+    predictions = Predictions()
+    lost, longer = predictions.add(A, first(5)), predictions.add(A, first(9))
+    kept = predictions.add(B, first(5))
+    A.generation += 1
+    assert predictions.match(first(9), 0.0) == {B: 5}
+    # A response that begins later changes nothing.
     lost.started(0.0)
-    lost.release()
+    longer.release()
+    assert predictions.match(first(9), 0.0) == {B: 5}
+    assert predictions.match(first(9), GRACE_SECONDS) == {B: 5}
     assert len(predictions) == 1
     kept.release()
     assert is_empty(predictions)
 
 
-def test_a_forgotten_holder_may_come_again() -> None:
-    predictions = Predictions[str]()
-    before = predictions.add("a", first(5), 10.0)
-    predictions.forget("a")
-    predictions.add("a", first(3))
+def test_new_predictions_of_a_rank_that_lost_its_cache_replace_the_void_ones() -> None:
+    predictions = Predictions()
+    before = predictions.add(A, first(5), 10.0)
+    A.generation += 1
+    predictions.add(A, first(3))
+    assert len(predictions) == 1
     before.release()
-    assert predictions.match(first(5), 10.0) == {"a": 3}
+    before.started(0.0)
+    assert predictions.match(first(5), 10.0) == {A: 3}
 
 
 def test_the_oldest_give_way_when_there_are_too_many() -> None:
-    predictions = Predictions[str](max_predictions=2)
-    oldest = predictions.add("a", first(3))
-    predictions.add("b", first(3))
-    predictions.add("c", first(3))
+    predictions = Predictions(max_predictions=2)
+    oldest = predictions.add(A, first(3))
+    predictions.add(B, first(3))
+    predictions.add(C, first(3))
     assert len(predictions) == 2
-    assert predictions.match(first(3), 0.0) == {"b": 3, "c": 3}
+    assert predictions.match(first(3), 0.0) == {B: 3, C: 3}
     oldest.started(0.0)
     oldest.release()
-    assert predictions.match(first(3), 0.0) == {"b": 3, "c": 3}
+    assert predictions.match(first(3), 0.0) == {B: 3, C: 3}
 
 
 def test_there_is_room_for_thousands() -> None:
-    predictions = Predictions[int]()
-    for holder in range(PREDICTIONS_MAX + 3):
-        predictions.add(holder, first(2))
+    predictions = Predictions()
+    ranks = [RankPages("http://w:1", n, 1, bigram=False) for n in range(PREDICTIONS_MAX + 3)]
+    for pages in ranks:
+        predictions.add(pages, first(2))
     assert len(predictions) == PREDICTIONS_MAX
-    assert set(predictions.match(first(2), 0.0)) == set(range(3, PREDICTIONS_MAX + 3))
+    assert set(predictions.match(first(2), 0.0)) == set(ranks[3:])
 
 
 # -- several
 
 
-def test_each_holder_has_its_own_depth() -> None:
-    predictions = Predictions[str]()
-    predictions.add("a", first(4))
-    predictions.add("b", first(8))
-    predictions.add("c", first(6, then=6, otherwise=3))
-    predictions.add("d", prompt([9, 9]))
-    assert predictions.match(first(8), 0.0) == {"a": 4, "b": 8, "c": 6}
-    assert predictions.match(first(3), 0.0) == {"a": 3, "b": 3, "c": 3}
+def test_each_rank_has_its_own_depth() -> None:
+    predictions = Predictions()
+    predictions.add(A, first(4))
+    predictions.add(B, first(8))
+    predictions.add(C, first(6, then=6, otherwise=3))
+    predictions.add(D, prompt([9, 9]))
+    assert predictions.match(first(8), 0.0) == {A: 4, B: 8, C: 6}
+    assert predictions.match(first(3), 0.0) == {A: 3, B: 3, C: 3}
 
 
-def test_of_two_predictions_of_a_holder_the_deeper_counts_and_each_ends_alone() -> None:
-    predictions = Predictions[str]()
-    shallow, deep = predictions.add("a", first(4)), predictions.add("a", first(8))
-    same = predictions.add("a", first(8))
-    assert predictions.match(first(8), 0.0) == {"a": 8}
+def test_of_two_predictions_of_a_rank_the_deeper_counts_and_each_ends_alone() -> None:
+    predictions = Predictions()
+    shallow, deep = predictions.add(A, first(4)), predictions.add(A, first(8))
+    same = predictions.add(A, first(8))
+    assert predictions.match(first(8), 0.0) == {A: 8}
     deep.release()
-    assert predictions.match(first(8), 0.0) == {"a": 8}
+    assert predictions.match(first(8), 0.0) == {A: 8}
     same.release()
-    assert predictions.match(first(8), 0.0) == {"a": 4}
+    assert predictions.match(first(8), 0.0) == {A: 4}
     shallow.release()
     assert predictions.match(first(8), 0.0) == {}
     assert is_empty(predictions)
 
 
-def test_the_place_of_a_gone_holder_is_taken_by_a_new_one() -> None:
-    predictions = Predictions[str]()
-    for generation in range(100):
-        for name in "abc":
-            predictions.add(f"{name}{generation}", first(3))
-        for name in "bac":
-            predictions.forget(f"{name}{generation}")
-    predictions.add("z", first(3))
+def test_the_bit_of_a_gone_rank_is_taken_by_a_new_one() -> None:
+    predictions = Predictions()
+    for number in range(100):
+        ranks = [RankPages(f"http://{number}:1", n, 1, bigram=False) for n in range(3)]
+        a, b, c = (predictions.add(pages, first(3)) for pages in ranks)
+        for prediction in (b, a, c):
+            prediction.release()
+    predictions.add(D, first(3))
     (bit,) = predictions._by_bit
-    assert bit <= 1 << 2  # masks are as long as holders were at a time
-    assert predictions.match(first(3), 0.0) == {"z": 3}
+    assert bit <= 1 << 2  # masks are as long as there were ranks at a time
+    assert predictions.match(first(3), 0.0) == {D: 3}
 
 
 # -- against a naive model
 
-_HOLDERS = st.sampled_from(["a", "b", "c"])
+_RANKS = st.sampled_from([A, B, C])
 # Few prompts, so that they share prefixes of all lengths.
 _PROMPTS = st.builds(
     lambda branch, at, length: [7] * min(at, length) + [branch] * max(0, length - at),
@@ -288,10 +291,11 @@ _MAX = 6
 
 
 class Naive:
-    """A prompt, whole, and when it ends."""
+    """A prompt, whole, when it ends, and whether its rank has lost its cache since."""
 
-    def __init__(self, holder: str, pages: list[int], ends_at: float) -> None:
-        self.holder = holder
+    def __init__(self, rank: RankPages, pages: list[int], ends_at: float) -> None:
+        self.rank = rank
+        self.is_void = False
         self.marks = {
             tuple(pages[:mark]) for mark in (*MARKS, len(pages)) if 0 < mark <= len(pages)
         }
@@ -307,25 +311,29 @@ class PredictionsAndModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.predictions = Predictions[str](grace_seconds=2.0, max_predictions=_MAX)
+        self.predictions = Predictions(grace_seconds=2.0, max_predictions=_MAX)
         self.model: list[Naive] = []
+        self.made: list[Prediction] = []
 
     @rule(
         target=added,
-        holder=_HOLDERS,
+        rank=_RANKS,
         pages=_PROMPTS,
         ends_in=st.none() | st.sampled_from([1.0, 5.0]),
     )
     def add(
-        self, holder: str, pages: list[int], ends_in: float | None
-    ) -> tuple[Prediction[str], Naive]:
+        self, rank: RankPages, pages: list[int], ends_in: float | None
+    ) -> tuple[Prediction, Naive]:
         ends_at = None if ends_in is None else self.now + ends_in
-        naive = Naive(holder, pages, float("inf") if ends_at is None else ends_at)
+        naive = Naive(rank, pages, float("inf") if ends_at is None else ends_at)
+        self.model = [one for one in self.model if not (one.rank is rank and one.is_void)]
         self.model = [*self.model, naive][-_MAX:]
-        return self.predictions.add(holder, prompt(pages), ends_at), naive
+        prediction = self.predictions.add(rank, prompt(pages), ends_at)
+        self.made.append(prediction)
+        return prediction, naive
 
     @rule(one=added)
-    def start(self, one: tuple[Prediction[str], Naive]) -> None:
+    def start(self, one: tuple[Prediction, Naive]) -> None:
         prediction, naive = one
         prediction.started(self.now)
         if not naive.started:
@@ -333,16 +341,17 @@ class PredictionsAndModel(RuleBasedStateMachine):
             naive.ends_at = min(naive.ends_at, self.now + 2.0)
 
     @rule(one=added)
-    def release(self, one: tuple[Prediction[str], Naive]) -> None:
+    def release(self, one: tuple[Prediction, Naive]) -> None:
         prediction, naive = one
         prediction.release()
         if not naive.started and naive in self.model:
             self.model.remove(naive)
 
-    @rule(holder=_HOLDERS)
-    def forget(self, holder: str) -> None:
-        self.predictions.forget(holder)
-        self.model = [one for one in self.model if one.holder != holder]
+    @rule(rank=_RANKS)
+    def lose_the_cache(self, rank: RankPages) -> None:
+        rank.generation += 1
+        for one in self.model:
+            one.is_void = one.is_void or one.rank is rank
 
     @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 5.0]), pages=_PROMPTS)
     def ask_later(self, seconds: float, pages: list[int]) -> None:
@@ -352,22 +361,22 @@ class PredictionsAndModel(RuleBasedStateMachine):
     @rule(pages=_PROMPTS)
     def ask(self, pages: list[int]) -> None:
         self.model = [one for one in self.model if one.ends_at > self.now]
-        expected: dict[str, int] = {}
+        expected: dict[RankPages, int] = {}
         for mark in sorted({len(pages), *MARKS}):
             prefix = tuple(pages[:mark])
             for one in self.model:
-                if 0 < mark <= len(pages) and prefix in one.marks:
-                    expected[one.holder] = mark
+                if 0 < mark <= len(pages) and prefix in one.marks and not one.is_void:
+                    expected[one.rank] = mark
         assert self.predictions.match(prompt(pages), self.now) == expected
 
     @invariant()
     def as_many_live(self) -> None:
         assert len(self.predictions) == len(self.model)
-        assert set(self.predictions._seats) == {one.holder for one in self.model}
+        assert set(self.predictions._seats) == {one.rank for one in self.model}
 
     def teardown(self) -> None:
-        for holder in "abc":
-            self.predictions.forget(holder)
+        for prediction in self.made:
+            prediction.release()
         self.predictions.match(prompt([1]), float("inf"))
         assert len(self.predictions) == 0
         assert is_empty(self.predictions)

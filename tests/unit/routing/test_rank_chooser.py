@@ -20,7 +20,7 @@ from extproc.routing.lease import Lease, WorkerOutcomes
 from extproc.routing.placement import Placement
 from extproc.routing.rank import Rank
 from extproc.routing.rank_chooser import RankChooser
-from extproc.routing.ranks import RankKey, Ranks
+from extproc.routing.ranks import Ranks
 from extproc.routing.request import Request, find_endpoint
 from extproc.routing.router import Router
 from extproc.tokenization.bodies.prompts import Prompt, read_prompt
@@ -76,13 +76,14 @@ class Fleet(Struct, kw_only=True):
 
     def hold(self, text: str, worker: int, dp_rank: int = 0, salt: str | None = None) -> None:
         """The rank is trusted and holds the whole pages of this text."""
-        index, rank = self.ranks.picture.index, self.rank(worker, dp_rank)
-        if rank.holder is None:
-            rank.holder = index.add(f"{worker}-{dp_rank}", PAGE)
+        index, rank = self.ranks.indexer.index, self.rank(worker, dp_rank)
+        if rank.pages is None:
+            rank.pages = index.add(self.workers[worker].url, PAGE, dp_rank=dp_rank)
+        rank.pages.trusted = True
         ids = tokens(text)[: len(text) // PAGE * PAGE]
-        seed = self.ranks.picture.seed(salt, None)
+        seed = self.ranks.indexer.seed(salt, None)
         names = [hash((salt, text[: end * PAGE])) for end in range(1, len(ids) // PAGE + 1)]
-        index.store(rank.holder, names, None, ids, PAGE, seed=seed)
+        index.store(rank.pages, names, None, ids, PAGE, seed=seed)
 
     async def route(self, text: str, **fields: Any) -> Lease:
         body = json.dumps({"model": "m", "prompt": text} | fields).encode()
@@ -110,7 +111,7 @@ async def make_fleet(
     metrics, registry = Metrics(prometheus), WorkerRegistry()
     ranks = Ranks(clock, max_pages=10_000)
     model = ModelConfig(id="m", policy=policy, tokenizer_path="-")
-    placement = Placement(create_kv_policy(model, random), ranks.picture.index)
+    placement = Placement(create_kv_policy(model, random), ranks.indexer.index)
     ranks.serve("m", placement)
     workers = []
     for order, url in enumerate(urls):
@@ -164,7 +165,7 @@ async def fleet() -> AsyncIterator[MakeFleet]:
 
     yield make
     for one in made:
-        await one.ranks.picture.close()
+        await one.ranks.indexer.close()
 
 
 @pytest.mark.parametrize("policy", ["cache_aware_zmq", "min_ttft"])
@@ -331,11 +332,11 @@ async def test_a_worker_that_left_is_no_target_and_keeps_no_hope(fleet: MakeFlee
     rank = pool.rank(left)
     await pool.ranks.left(pool.workers[left])
     assert pool.ranks.of(pool.workers[left]) == ()
-    assert rank.holder is None
+    assert rank.pages is None
     pool.registry.remove(pool.workers[left].id)
     assert (await pool.route(TEXT)).decision.reason == "below_threshold"
     lease.close()  # its books may outlive it
-    assert [RankKey.of(one).url for _, one in pool.ranks] == [pool.workers[1 - left].url]
+    assert [one.worker.url for one in pool.ranks] == [pool.workers[1 - left].url]
 
 
 async def test_workers_of_other_models_are_not_followed(fleet: MakeFleet) -> None:
@@ -344,7 +345,7 @@ async def test_workers_of_other_models_are_not_followed(fleet: MakeFleet) -> Non
     stranger = make_worker(A, model_ids=("other",), kv_events=events)
     pool.ranks.joined(stranger)
     assert pool.ranks.of(stranger) == ()
-    assert pool.ranks.picture.states() == {}
+    assert pool.ranks.indexer.states() == {}
     await pool.ranks.left(stranger)
 
 
@@ -354,7 +355,7 @@ async def test_a_worker_that_comes_back_is_followed_anew(fleet: MakeFleet) -> No
     worker = make_worker(A, kv_events=events)
     for _ in range(2):
         pool.ranks.joined(worker)
-        assert len(pool.ranks.picture.states()) == 2
+        assert len(pool.ranks.indexer.states()) == 2
         assert [rank.dp_rank for rank in pool.ranks.of(worker)] == [0, 1]
         await pool.ranks.left(worker)
-        assert pool.ranks.picture.states() == {}
+        assert pool.ranks.indexer.states() == {}

@@ -1,4 +1,4 @@
-"""Real publishers, real sockets: what reaches the sink, and when it is void."""
+"""Real publishers, real sockets: what reaches the applier, and when it is void."""
 
 import asyncio
 import contextlib
@@ -12,6 +12,7 @@ import zmq
 from structlog.testing import capture_logs
 
 from extproc.clock import SystemClock
+from extproc.kv.rank_pages import RankPages
 from extproc.kv.subscriptions.subscriber import (
     EventEndpoint,
     KvSubscriber,
@@ -23,10 +24,11 @@ from tests.unit.kv.publisher import Publisher
 _SOON = SubscriberSettings(replay_timeout_seconds=0.3, replay_cool_down_seconds=60)
 
 
-class RecordingSink:
-    """What holds now, and everything that was told."""
+class RecordingApplier:
+    """What holds now, and every call."""
 
-    def __init__(self) -> None:
+    def __init__(self, dp_rank: int = 0) -> None:
+        self.pages = RankPages("http://w:1", dp_rank, 4, bigram=False)
         self.held: list[bytes] = []
         self.clears: list[str] = []
         self.trust: list[tuple[bool, str]] = []
@@ -50,6 +52,7 @@ class RecordingSink:
     def set_trusted(self, trusted: bool, reason: str) -> None:
         self.calls += 1
         self.trust.append((trusted, reason))
+        self.pages.trusted = trusted
 
     def on_load(self, payload: bytes) -> None:
         self.calls += 1
@@ -83,12 +86,12 @@ async def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
 
 async def follow(
     made: KvSubscriber, publisher: Publisher, *, replay: bool = True, topic: str = ""
-) -> tuple[RecordingSink, SubscriptionState]:
+) -> tuple[RecordingApplier, SubscriptionState]:
     """Subscribed, and past the replay."""
-    sink = RecordingSink()
-    state = made.add("w/0", endpoint(publisher, replay=replay, topic=topic), sink)
-    await until(lambda: publisher.subscribed == 1 and state.trusted)
-    return sink, state
+    applier = RecordingApplier()
+    state = made.add(endpoint(publisher, replay=replay, topic=topic), applier)
+    await until(lambda: publisher.subscribed == 1 and applier.pages.trusted)
+    return applier, state
 
 
 @pytest.mark.parametrize("topic_in_replies", [True, False], ids=["with topic", "without"])
@@ -96,26 +99,26 @@ async def test_a_late_joiner_gets_what_was_published_before(topic_in_replies: bo
     async with Publisher(topic_in_replies=topic_in_replies, topic=b"kv") as engine:
         engine.publish(50)
         async with subscriber() as made:
-            sink, state = await follow(made, engine, topic="kv")
+            applier, state = await follow(made, engine, topic="kv")
             engine.publish(5)
-            await until(lambda: len(sink.held) == 55)
-            assert sink.held == engine.payloads()
-            assert sink.clears == []
-            assert sink.trust[-1] == (True, "complete")
+            await until(lambda: len(applier.held) == 55)
+            assert applier.held == engine.payloads()
+            assert applier.clears == []
+            assert applier.trust[-1] == (True, "complete")
             assert (state.batches, state.replays, state.gaps) == (55, 1, 0)
             assert state.connected
             assert not state.partial
-            assert state.bytes == sum(map(len, sink.held))
+            assert state.bytes == sum(map(len, applier.held))
             assert state.last_event_at is not None
 
 
 async def test_a_buffer_that_does_not_go_back_to_the_start_gives_a_part() -> None:
     async with Publisher(buffered=10) as engine, subscriber() as made:
         engine.publish(30)
-        sink, state = await follow(made, engine)
-        assert sink.held == engine.payloads(start=20)
+        applier, state = await follow(made, engine)
+        assert applier.held == engine.payloads(start=20)
         assert state.partial
-        assert sink.trust[-1] == (True, "partial")
+        assert applier.trust[-1] == (True, "partial")
         assert (state.replay_failures, state.gaps) == (0, 0)
 
 
@@ -123,88 +126,88 @@ async def test_subscribed_before_the_engine_is_there() -> None:
     async with Publisher() as gone:
         place = gone
     async with subscriber() as made:
-        sink = RecordingSink()
-        made.add("w/0", endpoint(place), sink)
+        applier = RecordingApplier()
+        made.add(endpoint(place), applier)
         await asyncio.sleep(0.3)
         async with place.successor() as engine:
             engine.publish(3)
-            await until(lambda: sink.held == engine.payloads())
+            await until(lambda: applier.held == engine.payloads())
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 5), (20, 1), (20, 100)])
 async def test_a_restarted_engine_is_learnt_anew(before: int, after: int) -> None:
     async with subscriber() as made:
         async with Publisher() as first:
-            sink, state = await follow(made, first)
+            applier, state = await follow(made, first)
             first.publish(before)
-            await until(lambda: len(sink.held) == before)
+            await until(lambda: len(applier.held) == before)
         async with first.successor() as second:
             second.publish(after)
-            await until(lambda: sink.held == second.payloads())
-            await until(lambda: state.trusted)
-            assert sink.clears == ["restarted"]
+            await until(lambda: applier.held == second.payloads())
+            await until(lambda: applier.pages.trusted)
+            assert applier.clears == ["restarted"]
             assert state.restarts == 1
             second.publish()
-            await until(lambda: sink.held == second.payloads())
+            await until(lambda: applier.held == second.payloads())
 
 
 async def test_the_first_event_after_a_reconnect_is_not_lost() -> None:
     """Nobody publishes until the subscription is there, then one batch and silence."""
     async with subscriber() as made:
         async with Publisher() as first:
-            sink, state = await follow(made, first, replay=False)
+            applier, state = await follow(made, first, replay=False)
         await until(lambda: not state.connected)
         for _ in range(3):
             async with Publisher(port=first.port) as engine:
                 await until(lambda: engine.subscribed == 1)
                 engine.publish()
-                await until(lambda: sink.held == engine.payloads())
+                await until(lambda: applier.held == engine.payloads())
 
 
 async def test_a_lost_connection_to_the_same_engine_costs_nothing_but_the_missed() -> None:
     async with Publisher() as engine:
         proxy = await TcpProxy.start(engine.port)
         async with subscriber() as made:
-            sink = RecordingSink()
+            applier = RecordingApplier()
             place = EventEndpoint("127.0.0.1", proxy.port, replay_port=engine.replay_port)
-            state = made.add("w/0", place, sink)
+            state = made.add(place, applier)
             engine.publish(10)
-            await until(lambda: len(sink.held) == 10 and state.trusted)
+            await until(lambda: len(applier.held) == 10 and applier.pages.trusted)
             proxy.cut()
             await until(lambda: not state.connected)
-            assert sink.trust[-1] == (False, "disconnected")
+            assert applier.trust[-1] == (False, "disconnected")
             engine.publish(5)
-            await until(lambda: sink.held == engine.payloads())
-            await until(lambda: state.trusted)
-            assert sink.clears == []
+            await until(lambda: applier.held == engine.payloads())
+            await until(lambda: applier.pages.trusted)
+            assert applier.clears == []
             assert engine.requests[-1] == 9
         await proxy.stop()
 
 
 async def test_a_gap_is_filled_from_the_replay() -> None:
     async with Publisher() as engine, subscriber() as made:
-        sink, state = await follow(made, engine)
+        applier, state = await follow(made, engine)
         engine.publish(3)
         engine.publish(4, lost=True)
         engine.publish(1)
-        await until(lambda: sink.held == engine.payloads())
-        await until(lambda: state.trusted)
-        assert (state.gaps, state.replays, sink.clears) == (1, 2, [])
+        await until(lambda: applier.held == engine.payloads())
+        await until(lambda: applier.pages.trusted)
+        assert (state.gaps, state.replays, applier.clears) == (1, 2, [])
         assert engine.requests == [0, 3]
 
 
 @pytest.mark.parametrize("replay", [True, False], ids=["out of the buffer", "no replay"])
 async def test_a_gap_that_can_not_be_filled_clears(replay: bool) -> None:
     async with Publisher() as engine, subscriber() as made:
-        sink, state = await follow(made, engine, replay=replay)
+        applier, state = await follow(made, engine, replay=replay)
         engine.publish(3)
-        await until(lambda: len(sink.held) == 3)
+        await until(lambda: len(applier.held) == 3)
         engine.publish(4, lost=True, buffered=False)
         engine.publish(2)
-        await until(lambda: sink.held == engine.payloads(start=7))
-        await until(lambda: state.trusted)
-        assert sink.clears == ["gap"]
-        assert (False, "gap") in sink.trust
+        await until(lambda: applier.held == engine.payloads(start=7))
+        await until(lambda: applier.pages.trusted)
+        assert applier.clears == ["gap"]
+        assert (False, "gap") in applier.trust
         assert state.partial
         assert state.gaps > 0
 
@@ -212,37 +215,37 @@ async def test_a_gap_that_can_not_be_filled_clears(replay: bool) -> None:
 async def test_a_reconnect_without_replay_clears() -> None:
     async with subscriber() as made:
         async with Publisher() as first:
-            sink, _ = await follow(made, first, replay=False)
+            applier, _ = await follow(made, first, replay=False)
             first.publish(3)
-            await until(lambda: len(sink.held) == 3)
+            await until(lambda: len(applier.held) == 3)
         async with first.successor() as second:
             await until(lambda: second.subscribed == 1)
             second.publish(3, lost=True)
             second.publish(2)  # 3 would have been the next of the first engine too
-            await until(lambda: sink.held == second.payloads(start=3))
-            assert sink.clears == ["reconnected"]
+            await until(lambda: applier.held == second.payloads(start=3))
+            assert applier.clears == ["reconnected"]
 
 
 async def test_events_during_a_replay_are_applied_once_and_in_order() -> None:
     async with Publisher() as engine, subscriber() as made:
         engine.publish(5000)
-        sink = RecordingSink()
-        state = made.add("w/0", endpoint(engine), sink)
-        while not (state.trusted and len(sink.held) >= 5000):
+        applier = RecordingApplier()
+        state = made.add(endpoint(engine), applier)
+        while not (applier.pages.trusted and len(applier.held) >= 5000):
             engine.publish(3)
             await asyncio.sleep(0.001)
-        await until(lambda: len(sink.held) == engine.seq)
-        assert sink.held == engine.payloads()
+        await until(lambda: len(applier.held) == engine.seq)
+        assert applier.held == engine.payloads()
         assert state.batches == engine.seq
 
 
 async def test_an_engine_whose_replay_socket_drops_is_asked_again() -> None:
     async with Publisher(router_queue=100) as engine, subscriber(_SOON) as made:
         engine.publish(2000)
-        sink = RecordingSink()
-        state = made.add("w/0", endpoint(engine), sink)
-        await until(lambda: sink.held == engine.payloads())
-        assert sink.clears == []
+        applier = RecordingApplier()
+        state = made.add(endpoint(engine), applier)
+        await until(lambda: applier.held == engine.payloads())
+        assert applier.clears == []
         assert state.batches == 2000
         assert state.replays > 1
 
@@ -250,16 +253,16 @@ async def test_an_engine_whose_replay_socket_drops_is_asked_again() -> None:
 async def test_a_replay_without_answer_ends_in_a_part() -> None:
     async with Publisher(answers=False) as engine, subscriber(_SOON) as made:
         engine.publish(5, lost=True)
-        sink = RecordingSink()
-        state = made.add("w/0", endpoint(engine), sink)
+        applier = RecordingApplier()
+        state = made.add(endpoint(engine), applier)
         await until(lambda: engine.subscribed == 1)
         engine.publish(2)
-        await until(lambda: sink.held == engine.payloads(start=5))
+        await until(lambda: applier.held == engine.payloads(start=5))
         assert (state.replays, state.replay_failures, state.partial) == (1, 1, True)
         # A gap is not asked about again so soon.
         engine.publish(1, lost=True)
         engine.publish(1)
-        await until(lambda: sink.held == engine.payloads(start=8))
+        await until(lambda: applier.held == engine.payloads(start=8))
         assert state.replays == 1
 
 
@@ -267,15 +270,15 @@ async def test_a_failed_replay_is_tried_again_later() -> None:
     settings = SubscriberSettings(replay_timeout_seconds=0.2, replay_cool_down_seconds=0.2)
     async with Publisher(answers=False) as engine, subscriber(settings) as made:
         engine.publish(5, lost=True)
-        sink = RecordingSink()
-        state = made.add("w/0", endpoint(engine), sink)
+        applier = RecordingApplier()
+        state = made.add(endpoint(engine), applier)
         await until(lambda: engine.subscribed == 1)
         engine.publish(2)
-        await until(lambda: sink.held == engine.payloads(start=5))
+        await until(lambda: applier.held == engine.payloads(start=5))
         engine.answers = True
-        await until(lambda: sink.held == engine.payloads())
-        await until(lambda: state.trusted)
-        assert sink.clears == ["rebuilding"]
+        await until(lambda: applier.held == engine.payloads())
+        await until(lambda: applier.pages.trusted)
+        assert applier.clears == ["rebuilding"]
         assert not state.partial
 
 
@@ -283,19 +286,19 @@ async def test_a_replay_port_where_nobody_listens() -> None:
     async with Publisher() as gone:
         closed_port = gone.replay_port
     async with Publisher() as engine, subscriber(_SOON) as made:
-        sink = RecordingSink()
+        applier = RecordingApplier()
         place = EventEndpoint("127.0.0.1", engine.port, replay_port=closed_port)
-        state = made.add("w/0", place, sink)
+        state = made.add(place, applier)
         await until(lambda: engine.subscribed == 1)
         engine.publish(2)
-        await until(lambda: sink.held == engine.payloads())
+        await until(lambda: applier.held == engine.payloads())
         assert state.replay_failures == 1
-        assert state.trusted
+        assert applier.pages.trusted
 
 
 async def test_a_flood_does_not_hold_up_the_loop() -> None:
     async with Publisher() as engine, subscriber() as made:
-        sink, _ = await follow(made, engine)
+        applier, _ = await follow(made, engine)
         worst = 0.0
 
         async def probe() -> None:
@@ -309,10 +312,10 @@ async def test_a_flood_does_not_hold_up_the_loop() -> None:
         for _ in range(400):
             engine.publish(50)
             await asyncio.sleep(0)
-        await until(lambda: len(sink.held) == 20_000, 10)
+        await until(lambda: len(applier.held) == 20_000, 10)
         probing.cancel()
         await asyncio.gather(probing, return_exceptions=True)
-        assert sink.held == engine.payloads()
+        assert applier.held == engine.payloads()
         # Slices are 2 ms; the bound is for a machine with other things to do.
         assert worst < 0.5
 
@@ -320,7 +323,7 @@ async def test_a_flood_does_not_hold_up_the_loop() -> None:
 async def test_garbage_is_counted_and_skipped() -> None:
     seq = (0).to_bytes(8, "big")
     async with Publisher(topic=b"kv") as engine, subscriber() as made:
-        sink, state = await follow(made, engine, topic="kv")
+        applier, state = await follow(made, engine, topic="kv")
         for frames in (
             [b"kv"],
             [b"kv", seq],
@@ -333,7 +336,7 @@ async def test_garbage_is_counted_and_skipped() -> None:
             engine.send(frames)
         engine.send([b"kv2", seq, b"another topic"])
         engine.publish(2)
-        await until(lambda: sink.held == engine.payloads())
+        await until(lambda: applier.held == engine.payloads())
         assert state.malformed == 7
         assert (state.gaps, state.restarts) == (0, 0)
 
@@ -350,75 +353,76 @@ async def test_garbage_in_an_answer_is_counted_and_skipped() -> None:
             [b"", b"kv", seq, b"x", b"five"],
             [b"", b"kv2", seq, b"another topic"],
         ]
-        sink, state = await follow(made, engine, topic="kv")
-        assert sink.held == engine.payloads()
+        applier, state = await follow(made, engine, topic="kv")
+        assert applier.held == engine.payloads()
         assert (state.malformed, state.restarts) == (5, 0)
 
 
 async def test_a_message_of_forbidden_size_is_not_taken_in() -> None:
     async with Publisher() as engine, subscriber() as made:
-        sink, state = await follow(made, engine)
+        applier, state = await follow(made, engine)
         engine.publish(2)
-        await until(lambda: len(sink.held) == 2)
+        await until(lambda: len(applier.held) == 2)
         engine.send([b"", (2).to_bytes(8, "big"), bytes(40 << 20)])
         await until(lambda: not state.connected)
         engine.publish(2)
-        await until(lambda: sink.held == engine.payloads())
-        assert sink.clears == []
+        await until(lambda: applier.held == engine.payloads())
+        assert applier.clears == []
 
 
 async def test_a_number_from_nowhere_heals() -> None:
     async with Publisher() as engine, subscriber() as made:
-        sink, _ = await follow(made, engine)
+        applier, _ = await follow(made, engine)
         engine.publish(2)
         engine.send([b"", (1 << 60).to_bytes(8, "big"), b"x"])
-        await until(lambda: b"x" in sink.held)
+        await until(lambda: b"x" in applier.held)
         engine.publish(2)
-        await until(lambda: sink.held == engine.payloads())
+        await until(lambda: applier.held == engine.payloads())
 
 
 async def test_what_the_sink_raises_ends_nothing() -> None:
     async with Publisher() as engine, subscriber() as made:
-        sink, state = await follow(made, engine, replay=False)
-        sink.failures = 3
+        applier, state = await follow(made, engine, replay=False)
+        applier.failures = 3
         with capture_logs() as logs:
             engine.publish(3)
             await until(lambda: state.sink_errors == 3)
         # One line for all, without what the error quotes.
         assert [(line["event"], line.get("error")) for line in logs] == [
-            ("kv_sink_failed", "ValueError"),
+            ("kv_events_not_applied", "ValueError"),
             ("kv_cleared", None),
         ]
+        assert {(line["worker"], line["rank"]) for line in logs} == {("http://w:1", 0)}
         engine.publish(2)
-        await until(lambda: sink.held == engine.payloads(start=3))
+        await until(lambda: applier.held == engine.payloads(start=3))
         # What came before them may have been removed by them.
-        assert sink.clears == ["unreadable"] * 3
+        assert applier.clears == ["unreadable"] * 3
         assert state.partial
-        assert state.trusted
+        assert applier.pages.trusted
 
 
 async def test_a_batch_that_can_not_be_used_is_asked_for_once_more() -> None:
     async with Publisher() as engine, subscriber() as made:
-        sink, state = await follow(made, engine)
+        applier, state = await follow(made, engine)
         engine.publish(3)
-        await until(lambda: len(sink.held) == 3)
-        sink.failures = 1
+        await until(lambda: len(applier.held) == 3)
+        applier.failures = 1
         engine.publish()
-        await until(lambda: sink.held == engine.payloads() and state.trusted)
-        assert (sink.clears, engine.requests) == ([], [0, 3])
-        assert (False, "unreadable") in sink.trust
+        await until(lambda: applier.held == engine.payloads() and applier.pages.trusted)
+        assert (applier.clears, engine.requests) == ([], [0, 3])
+        assert (False, "unreadable") in applier.trust
         # Not again so soon.
-        sink.failures = 1
+        applier.failures = 1
         engine.publish()
-        await until(lambda: sink.clears == ["unreadable"])
-        assert (engine.requests, state.trusted, state.partial) == ([0, 3], True, True)
+        await until(lambda: applier.clears == ["unreadable"])
+        assert (engine.requests, applier.pages.trusted, state.partial) == ([0, 3], True, True)
 
 
 async def test_a_batch_is_taken_in_step_by_step() -> None:
     """Neither the next batch nor anything else comes between its steps."""
     told: list[str] = []
 
-    class Stepping(RecordingSink):
+    class Stepping(RecordingApplier):
         def apply(self, payload: bytes) -> Iterator[None]:
             for step in range(500):
                 told.append(f"{payload.decode()} {step}")
@@ -428,8 +432,9 @@ async def test_a_batch_is_taken_in_step_by_step() -> None:
             told.append(reason)
 
     async with Publisher() as engine, subscriber() as made:
-        state = made.add("w/0", endpoint(engine, replay=False), Stepping())
-        await until(lambda: engine.subscribed == 1 and state.trusted)
+        applier = Stepping()
+        made.add(endpoint(engine, replay=False), applier)
+        await until(lambda: engine.subscribed == 1 and applier.pages.trusted)
         engine.publish()
         engine.publish(lost=True)
         engine.publish()
@@ -440,59 +445,59 @@ async def test_a_batch_is_taken_in_step_by_step() -> None:
         assert told[501:] == [f"{third} {step}" for step in range(500)]
         engine.publish()
         await until(lambda: len(told) > 1001)
-        await made.remove("w/0")
+        await made.remove(applier)
         count = len(told)
         await asyncio.sleep(0.02)
         assert len(told) == count
 
 
 async def test_load_is_told_under_a_flood_of_events() -> None:
-    """A sink that has work for ever does not keep the engine's word on its load waiting."""
+    """A applier that has work for ever does not keep the engine's word on its load waiting."""
 
-    class Endless(RecordingSink):
+    class Endless(RecordingApplier):
         def apply(self, payload: bytes) -> Iterator[None]:
             while True:
                 yield
 
     async with Publisher() as engine, Publisher(topic=b"load") as load, subscriber() as made:
-        sink = Endless()
-        made.add("w/0", EventEndpoint("127.0.0.1", engine.port, load_port=load.port), sink)
+        applier = Endless()
+        made.add(EventEndpoint("127.0.0.1", engine.port, load_port=load.port), applier)
         await until(lambda: engine.subscribed == 1 and load.subscribed == 1)
         engine.publish()
         load.publish()
-        await until(lambda: sink.loads == load.payloads())
+        await until(lambda: applier.loads == load.payloads())
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["answering", "silent"])
 async def test_nothing_is_told_after_removal_during_a_replay(answers: bool) -> None:
     async with Publisher(answers=answers) as engine, subscriber() as made:
         engine.publish(9_000)
-        sink = RecordingSink()
-        made.add("w/0", endpoint(engine), sink)
-        await until(lambda: len(sink.held) > 0 if answers else len(engine.requests) > 0)
-        await made.remove("w/0")
-        calls = sink.calls
+        applier = RecordingApplier()
+        made.add(endpoint(engine), applier)
+        await until(lambda: len(applier.held) > 0 if answers else len(engine.requests) > 0)
+        await made.remove(applier)
+        calls = applier.calls
         assert calls < 9_000
         engine.publish(10)
         await asyncio.sleep(0.1)
-        assert sink.calls == calls
+        assert applier.calls == calls
         assert made.states == {}
         # The same holder may come back.
         engine.answers = True
-        again = RecordingSink()
-        made.add("w/0", endpoint(engine), again)
+        again = RecordingApplier()
+        made.add(endpoint(engine), again)
         await until(lambda: again.held == engine.payloads())
 
 
 async def test_only_the_newest_load_report_counts() -> None:
     async with Publisher() as engine, Publisher(topic=b"load") as load, subscriber() as made:
-        sink = RecordingSink()
+        applier = RecordingApplier()
         place = EventEndpoint("127.0.0.1", engine.port, load_port=load.port)
-        state = made.add("w/0", place, sink)
+        state = made.add(place, applier)
         await until(lambda: load.subscribed == 1)
         load.send([b"load", b"bad"])
         load.publish(30)
-        await until(lambda: sink.loads[-1:] == load.payloads(start=29))
+        await until(lambda: applier.loads[-1:] == load.payloads(start=29))
         assert state.load_reports <= 30
         assert state.malformed == 1
         assert state.batches == 0
@@ -501,13 +506,13 @@ async def test_only_the_newest_load_report_counts() -> None:
 async def test_three_hundred_ranks() -> None:
     async with Publisher() as engine, subscriber() as made:
         engine.publish(3)
-        sinks = [RecordingSink() for _ in range(300)]
-        for rank, sink in enumerate(sinks):
-            made.add(("w", rank), endpoint(engine), sink)
-        await until(lambda: all(state.trusted for state in made.states.values()), 10)
+        appliers = [RecordingApplier(rank) for rank in range(300)]
+        for applier in appliers:
+            made.add(endpoint(engine), applier)
+        await until(lambda: all(applier.pages.trusted for applier in appliers), 10)
         await until(lambda: engine.subscribed == 300)
         engine.publish(3)
-        await until(lambda: all(sink.held == engine.payloads() for sink in sinks))
+        await until(lambda: all(applier.held == engine.payloads() for applier in appliers))
         assert all(state.replay_failures == 0 for state in made.states.values())
 
 
@@ -515,12 +520,12 @@ def test_the_loop_of_production() -> None:
     async def restart() -> None:
         async with subscriber() as made:
             async with Publisher() as first:
-                sink, _ = await follow(made, first)
+                applier, _ = await follow(made, first)
                 first.publish(100)
-                await until(lambda: sink.held == first.payloads())
+                await until(lambda: applier.held == first.payloads())
             async with first.successor() as second:
                 second.publish(100)
-                await until(lambda: sink.held == second.payloads())
+                await until(lambda: applier.held == second.payloads())
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(restart())
@@ -532,10 +537,10 @@ async def test_an_ipv6_host() -> None:
     except zmq.ZMQError:
         pytest.skip("no IPv6 here")
     async with engine, subscriber() as made:
-        sink = RecordingSink()
-        made.add("w/0", EventEndpoint("::1", engine.port, replay_port=engine.replay_port), sink)
+        applier = RecordingApplier()
+        made.add(EventEndpoint("::1", engine.port, replay_port=engine.replay_port), applier)
         engine.publish(3)
-        await until(lambda: sink.held == engine.payloads())
+        await until(lambda: applier.held == engine.payloads())
 
 
 async def test_closing_leaves_no_task_and_no_socket() -> None:
@@ -549,14 +554,14 @@ async def test_closing_leaves_no_task_and_no_socket() -> None:
         assert made.states == {}
 
 
-async def test_a_holder_has_one_subscription() -> None:
+async def test_an_applier_has_one_subscription() -> None:
     async with Publisher() as engine, subscriber() as made:
-        await follow(made, engine)
+        applier, _ = await follow(made, engine)
         with pytest.raises(ValueError, match="already subscribed"):
-            made.add("w/0", endpoint(engine), RecordingSink())
+            made.add(endpoint(engine), applier)
         await made.close()
         with pytest.raises(RuntimeError, match="closed"):
-            made.add("w/1", endpoint(engine), RecordingSink())
+            made.add(endpoint(engine), RecordingApplier())
 
 
 @pytest.mark.parametrize("port", [0, 65_536])

@@ -171,7 +171,7 @@ class Fleet:
         self.registry = WorkerRegistry()
         self.ranks = Ranks(self.clock, max_pages=10_000)
         model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
-        placement = Placement(create_kv_policy(model, random), self.ranks.picture.index)
+        placement = Placement(create_kv_policy(model, random), self.ranks.indexer.index)
         self.ranks.serve("m", placement)
         self.prefills = [
             pd_worker(url, "prefill", order, threshold=threshold, bootstrap_port=port)
@@ -217,7 +217,7 @@ class Fleet:
         )
 
     async def close(self) -> None:
-        await self.ranks.picture.close()
+        await self.ranks.indexer.close()
 
     # -- requests
 
@@ -282,13 +282,14 @@ class Fleet:
 
     def hold(self, text: str, worker: Worker) -> None:
         """The worker is trusted and holds the whole pages of this text."""
-        index, (rank,) = self.ranks.picture.index, self.ranks.of(worker)
-        if rank.holder is None:
-            rank.holder = index.add(worker.url, PAGE)
+        index, (rank,) = self.ranks.indexer.index, self.ranks.of(worker)
+        if rank.pages is None:
+            rank.pages = index.add(worker.url, PAGE)
+        rank.pages.trusted = True
         ids = np.frombuffer(text.encode(), np.uint8).astype(np.uint64)
         ids = ids[: len(text) // PAGE * PAGE]
         names = [hash(text[: end * PAGE]) for end in range(1, len(ids) // PAGE + 1)]
-        index.store(rank.holder, names, None, ids, PAGE, seed=0)
+        index.store(rank.pages, names, None, ids, PAGE, seed=0)
 
     # -- what is left
 
