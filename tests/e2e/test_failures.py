@@ -36,7 +36,7 @@ async def test_a_dead_first_choice_is_served_by_the_next(launch: Launch) -> None
     await wait_until(lambda: no_load(running), "load released")
 
 
-async def test_all_workers_dead_is_503_and_recovers(launch: Launch) -> None:
+async def test_with_all_workers_dead_clients_get_503_until_they_recover(launch: Launch) -> None:
     cool_down = {"circuit_breaker": {"threshold": 1, "cool_down_secs": 1}}
     running = await launch(2, settings={"models": [{"id": "m", **cool_down}]})
     for worker in running.fleet.workers:
@@ -57,7 +57,7 @@ async def test_all_workers_dead_is_503_and_recovers(launch: Launch) -> None:
         await again.stop()
 
 
-async def test_a_worker_that_dies_before_its_answer_gives_an_envelope(launch: Launch) -> None:
+async def test_clients_get_our_error_when_a_worker_dies_before_its_answer(launch: Launch) -> None:
     running = await launch(1)
     async with running.chat(fault="die-before-headers") as response:
         assert await running.error(response) == (503, "upstream_unreachable")
@@ -65,7 +65,7 @@ async def test_a_worker_that_dies_before_its_answer_gives_an_envelope(launch: La
     await wait_until(lambda: no_load(running), "load released")
 
 
-async def test_a_worker_that_dies_in_mid_stream_cuts_the_stream(launch: Launch) -> None:
+async def test_the_stream_breaks_when_its_worker_dies(launch: Launch) -> None:
     running = await launch(1)
     async with running.chat(stream=True, tokens=10, fault="die-after-tokens=3") as response:
         assert response.status == 200
@@ -82,7 +82,7 @@ async def test_an_engines_own_5xx_passes_through_untouched(launch: Launch) -> No
         assert "error" in await response.json()
 
 
-async def test_a_client_that_leaves_ends_the_upstream_request(launch: Launch) -> None:
+async def test_a_client_disconnect_ends_the_upstream_request(launch: Launch) -> None:
     running = await launch(1)
     response = await running.chat(stream=True, tokens=100_000).__aenter__()
     await response.content.readline()
@@ -96,7 +96,9 @@ async def test_a_client_that_leaves_ends_the_upstream_request(launch: Launch) ->
     await wait_until(lambda: no_load(running), "load released", 15)
 
 
-async def test_a_client_that_leaves_while_waiting_ends_the_request_too(launch: Launch) -> None:
+async def test_a_client_disconnect_before_the_answer_ends_the_upstream_request(
+    launch: Launch,
+) -> None:
     running = await launch(1)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(1):
@@ -126,7 +128,7 @@ async def test_a_request_that_is_too_old_is_ended(launch: Launch) -> None:
     assert await running.sample("extproc_stale_requests_total") == 2
 
 
-async def test_long_streams_are_not_cut_as_long_as_they_move(launch: Launch) -> None:
+async def test_long_streams_go_on_while_tokens_arrive(launch: Launch) -> None:
     """Every limit but the idle time-out is shorter than the stream; a 10-minute one is alike."""
     running = await launch(
         1,
@@ -158,7 +160,9 @@ CONTROL_HEADERS = {
 
 
 @pytest.mark.parametrize("fail_open", [False, True])
-async def test_control_headers_of_a_client_gain_nothing(launch: Launch, fail_open: bool) -> None:
+async def test_control_headers_from_a_client_have_no_effect(
+    launch: Launch, fail_open: bool
+) -> None:
     patient = {"id": "m", "circuit_breaker": {"threshold": 1000}}
     running = await launch(2, settings={"models": [patient]})
     target = f"127.0.0.1:{running.fleet.workers[1].port}"
@@ -183,7 +187,7 @@ async def test_control_headers_of_a_client_gain_nothing(launch: Launch, fail_ope
             assert name not in request["headers"]
 
 
-async def test_bad_input_is_answered_and_touches_nobody_else(launch: Launch) -> None:
+async def test_bad_input_gets_an_error_and_affects_no_other_request(launch: Launch) -> None:
     running = await launch(1, settings={"server": {"max_body_bytes": 2_000_000}})
     secret = "a-secret-in-the-prompt"
 

@@ -97,7 +97,7 @@ async def test_errors_are_answered_in_every_body_mode(launch: Launch, mode: str)
         assert await running.error(response) == (400, "bad_request")
 
 
-async def test_two_models_can_not_be_told_apart_without_the_body(launch: Launch) -> None:
+async def test_requests_for_two_models_are_refused_without_a_visible_body(launch: Launch) -> None:
     running = await launch(
         1, models=("a", "b"), edit_bootstrap=with_modes(request_body_mode="NONE")
     )
@@ -105,7 +105,7 @@ async def test_two_models_can_not_be_told_apart_without_the_body(launch: Launch)
         assert await running.error(response) == (503, "body_mode_unsupported")
 
 
-async def test_an_estimated_release_for_gateways_that_close_at_the_headers(
+async def test_load_is_released_by_estimate_when_the_gateway_closes_at_the_headers(
     launch: Launch,
 ) -> None:
     running = await launch(

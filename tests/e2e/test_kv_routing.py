@@ -133,7 +133,9 @@ async def test_a_chat_goes_where_its_prefix_was_stored(pool: StartPool, policy: 
         ("/generate", {"input_ids": list(range(200))}),
     ],
 )
-async def test_other_paths_are_tokens_too(pool: StartPool, path: str, body: dict[str, Any]) -> None:
+async def test_completions_and_generate_are_routed_by_tokens(
+    pool: StartPool, path: str, body: dict[str, Any]
+) -> None:
     fleet = await pool(2)
     limit = {"sampling_params": {"max_new_tokens": 2}} if path == "/generate" else {"max_tokens": 2}
     await fleet.post(path, body | limit, fleet.urls[1])
@@ -142,7 +144,7 @@ async def test_other_paths_are_tokens_too(pool: StartPool, path: str, body: dict
     assert (shown["worker"], shown["reason"]) == (fleet.urls[1], "hit")
 
 
-async def test_what_a_worker_has_dropped_is_no_reason_any_more(pool: StartPool) -> None:
+async def test_evicted_pages_no_longer_attract_requests(pool: StartPool) -> None:
     fleet = await pool(2)
     await fleet.chat(LONG, fleet.urls[1])
     await fleet.settled()
@@ -154,7 +156,7 @@ async def test_what_a_worker_has_dropped_is_no_reason_any_more(pool: StartPool) 
     assert shown["overlap"].startswith("0/")
 
 
-async def test_an_engine_that_restarts_holds_nothing(pool: StartPool) -> None:
+async def test_a_restarted_engine_holds_no_pages(pool: StartPool) -> None:
     fleet = await pool(2)
     await fleet.chat(LONG, fleet.urls[0])
     await fleet.settled()
@@ -204,13 +206,13 @@ async def test_the_engine_is_told_which_rank_holds_the_prefix(pool: StartPool, m
     assert body["usage"]["prompt_tokens"] > 300_000
 
 
-async def test_without_a_body_in_sight_load_decides(pool: StartPool) -> None:
+async def test_without_a_visible_body_load_decides(pool: StartPool) -> None:
     fleet = await pool(2, edit_bootstrap=with_modes(**MODES["none"]))
     _, shown = await fleet.chat(LONG)
     assert shown["reason"] == "no_tokens"
 
 
-async def test_siblings_of_a_new_prefix_meet_on_one_worker(pool: StartPool) -> None:
+async def test_requests_with_the_same_new_prefix_go_to_one_worker(pool: StartPool) -> None:
     """Nobody holds the prefix yet: the first request is still in prefill when others come."""
     fleet = await pool(4, "min_ttft", worker={"prefill_tokens_per_second": 2000.0})
     first = asyncio.create_task(fleet.chat(LONG, stream=False))
@@ -221,7 +223,7 @@ async def test_siblings_of_a_new_prefix_meet_on_one_worker(pool: StartPool) -> N
     assert len({one["worker"] for one in shown}) == 1
 
 
-async def test_workers_that_announce_nothing_are_followed_by_configuration(
+async def test_kv_events_are_followed_by_configuration_when_workers_do_not_announce_them(
     launch: Launch, tmp_path: Path
 ) -> None:
     """Like vLLM: no /server_info, so where it publishes comes from the configuration."""

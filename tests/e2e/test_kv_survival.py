@@ -126,7 +126,7 @@ async def rig(folder: Path, engines: int = 2) -> AsyncIterator[Rig]:
         yield started
 
 
-async def test_an_engine_that_is_killed_under_traffic_comes_back_with_nothing(
+async def test_an_engine_killed_under_traffic_comes_back_with_an_empty_cache(
     tmp_path: Path,
 ) -> None:
     async with rig(tmp_path) as running:
@@ -168,7 +168,7 @@ async def test_an_engine_that_is_killed_under_traffic_comes_back_with_nothing(
         assert await running.stack.in_flight() == 0
 
 
-async def test_an_engine_that_never_comes_back_is_left_alone(tmp_path: Path) -> None:
+async def test_a_dead_engine_gets_no_requests(tmp_path: Path) -> None:
     async with rig(tmp_path) as running:
         for tenant in TENANTS:
             await running.chat(tenant)

@@ -45,7 +45,7 @@ async def test_a_chat_is_served_by_a_pair(tmp_path: Path, mode: str, stream: boo
         assert await running.sample("extproc_destination_missed_total") == 0
 
 
-async def test_the_body_is_untouched_but_for_what_is_added(tmp_path: Path) -> None:
+async def test_the_body_changes_only_by_added_members(tmp_path: Path) -> None:
     body = (
         b' {"model" :"m",  "max_tokens":2, "unknown":{"b":1,"a":12345678901234567890123},\n'
         b'"temperature":1.10,"messages":[{"role":"user","content":"\\u00e9 \xc3\xa9"}] } \n'
@@ -143,7 +143,7 @@ async def test_large_prompts(tmp_path: Path) -> None:
         await running.at_rest()
 
 
-async def test_clients_choose_no_worker(tmp_path: Path) -> None:
+async def test_clients_cannot_choose_a_worker(tmp_path: Path) -> None:
     async with pd_stack(tmp_path, decodes=2) as running:
         evil = {
             "x-extproc-decode-order": "1;h;p;127.0.0.1:1",
@@ -200,7 +200,9 @@ async def switch(running: PdRunning, worker: RunningSimulator, role: str) -> Non
 QUICK = {"discovery": {"introspection_interval_secs": 0.2}}
 
 
-async def test_a_model_without_one_half_says_which(tmp_path: Path) -> None:
+async def test_a_model_without_prefill_or_decode_workers_says_which_are_missing(
+    tmp_path: Path,
+) -> None:
     async with pd_stack(tmp_path, settings=QUICK) as running:
         (prefill,), (decode,) = running.prefills, running.decodes
         await switch(running, decode, "prefill")

@@ -49,7 +49,7 @@ async def timed(running: PdRunning, stream: bool) -> tuple[int, str, float]:
         ({"hang": EVENT_SECONDS, "status": 422}, (422, "prefill_refused")),
     ],
 )
-async def test_a_failed_prefill_is_told_at_once(
+async def test_a_failed_prefill_is_answered_at_once(
     tmp_path: Path, fault: dict[str, Any], expected: tuple[int, str], mode: str, stream: bool
 ) -> None:
     async with pd_stack(tmp_path, settings={"pd": {"decode": mode}}) as running:
@@ -68,7 +68,7 @@ async def test_a_failed_prefill_is_told_at_once(
         assert await running.sample(name) == 1
 
 
-async def test_the_engines_own_words_about_a_bad_request_are_passed_on(tmp_path: Path) -> None:
+async def test_the_engines_error_for_a_bad_request_is_passed_on(tmp_path: Path) -> None:
     async with pd_stack(tmp_path) as running:
         await running.fault(running.prefills[0], status=422)
         async with running.chat() as response:
@@ -77,7 +77,7 @@ async def test_the_engines_own_words_about_a_bad_request_are_passed_on(tmp_path:
             assert response.headers["content-type"] == "application/json"
 
 
-async def test_a_prefill_that_takes_too_long(tmp_path: Path) -> None:
+async def test_a_prefill_that_takes_too_long_is_answered_with_an_error(tmp_path: Path) -> None:
     async with pd_stack(tmp_path, settings={"pd": {"prefill_timeout_secs": 0.5}}) as running:
         await running.fault(running.prefills[0], hang=True)
         status, code, seconds = await timed(running, False)
@@ -88,7 +88,7 @@ async def test_a_prefill_that_takes_too_long(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_hung_prefill_worker_costs_no_decode_worker_its_breaker(
+async def test_a_hung_prefill_worker_opens_no_breaker_of_a_decode_worker(
     tmp_path: Path, mode: str
 ) -> None:
     """One of two prefill workers hangs, and decode workers give up before we do."""
@@ -122,7 +122,7 @@ async def test_a_hung_prefill_worker_costs_no_decode_worker_its_breaker(
         await running.at_rest()
 
 
-async def test_refusing_prefill_workers_are_passed_over(tmp_path: Path) -> None:
+async def test_prefill_workers_that_refuse_connections_are_skipped(tmp_path: Path) -> None:
     async with pd_stack(tmp_path, prefills=3) as running:
         await running.prefills[0].stop()
         await running.prefills[1].stop()
@@ -136,7 +136,7 @@ async def test_refusing_prefill_workers_are_passed_over(tmp_path: Path) -> None:
         await running.at_rest()
 
 
-async def test_all_prefill_workers_gone(tmp_path: Path) -> None:
+async def test_clients_get_503_when_all_prefill_workers_are_gone(tmp_path: Path) -> None:
     async with pd_stack(tmp_path) as running:
         await running.prefills[0].stop()
         running.fleet.workers.remove(running.prefills[0])
@@ -147,7 +147,7 @@ async def test_all_prefill_workers_gone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_refusing_decode_worker_is_passed_over(
+async def test_a_decode_worker_that_refuses_connections_is_skipped(
     tmp_path: Path, mode: str, stream: bool
 ) -> None:
     settings = {"pd": {"decode": mode}}
@@ -163,7 +163,7 @@ async def test_a_refusing_decode_worker_is_passed_over(
         await running.at_rest()
 
 
-async def test_all_decode_workers_refuse(tmp_path: Path) -> None:
+async def test_clients_get_503_when_all_decode_workers_refuse(tmp_path: Path) -> None:
     async with pd_stack(tmp_path, decodes=2) as running:
         for worker in running.decodes:
             await worker.stop()
@@ -203,7 +203,7 @@ async def test_a_decode_worker_that_fails_ends_the_prefill(
 
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_client_that_leaves_ends_both_legs(tmp_path: Path, mode: str, stream: bool) -> None:
+async def test_a_client_disconnect_ends_both_legs(tmp_path: Path, mode: str, stream: bool) -> None:
     settings = {"pd": {"decode": mode, "prefill_linger_secs": 0.2}}
     async with pd_stack(tmp_path, settings=settings) as running:
         await running.fault(running.prefills[0], hang=True)
@@ -214,7 +214,7 @@ async def test_a_client_that_leaves_ends_both_legs(tmp_path: Path, mode: str, st
         await running.at_rest()
 
 
-async def test_a_service_that_stops_tells_its_clients(tmp_path: Path) -> None:
+async def test_a_stopping_service_answers_clients_whose_prefill_runs(tmp_path: Path) -> None:
     async with pd_stack(tmp_path) as running:
         await running.fault(running.prefills[0], hang=True)
         chat = asyncio.create_task(timed(running, False))
@@ -237,7 +237,7 @@ async def test_a_service_that_is_killed_leaves_no_client_hanging(tmp_path: Path)
         assert seconds < 4
 
 
-async def test_chaos(tmp_path: Path) -> None:
+async def test_random_failures_leave_nothing_behind(tmp_path: Path) -> None:
     """Workers die and come back while 500 requests are made, 50 at a time."""
     worker = {"bootstrap_timeout_seconds": 3.0}
     settings = {

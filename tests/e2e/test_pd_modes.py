@@ -48,13 +48,13 @@ async def test_pairs_in_every_body_mode(tmp_path: Path, mode: str, decode: str) 
         await running.at_rest()
 
 
-async def test_without_a_body_in_sight_nobody_can_be_paired(tmp_path: Path) -> None:
+async def test_without_a_visible_body_pairs_are_refused(tmp_path: Path) -> None:
     unseen = with_modes(**MODES["none"])
     async with pd_stack(tmp_path, edit_bootstrap=unseen) as running, running.chat() as response:
         assert await running.error(response) == (503, "body_mode_unsupported")
 
 
-async def test_a_gateway_that_knows_one_destination_only(tmp_path: Path) -> None:
+async def test_pairs_work_in_a_gateway_with_one_destination(tmp_path: Path) -> None:
     settings = {"pd": {"decode": "inline"}, "envoy": {"destination": "single"}}
     async with pd_stack(tmp_path, decodes=3, settings=settings) as running:
         async with running.chat() as response:
@@ -220,7 +220,7 @@ async def vllm(tmp_path: Path, **more: Any) -> AsyncIterator[PdRunning]:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("decode", ["two_pass", "inline"])
-async def test_a_nixl_pair(tmp_path: Path, decode: str, stream: bool) -> None:
+async def test_a_nixl_pair_serves_a_request(tmp_path: Path, decode: str, stream: bool) -> None:
     async with vllm(tmp_path, settings={"pd": {"decode": decode}}) as running:
         usage: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
         async with running.chat(tokens=7, stream=stream, min_tokens=3, **usage) as response:
@@ -246,7 +246,7 @@ async def test_a_nixl_pair(tmp_path: Path, decode: str, stream: bool) -> None:
         ({"die_before_headers": True}, (502, "prefill_failed")),
     ],
 )
-async def test_a_nixl_prefill_that_fails(
+async def test_a_failed_nixl_prefill_is_answered_at_once(
     tmp_path: Path, fault: dict[str, Any], expected: tuple[int, str]
 ) -> None:
     async with vllm(tmp_path) as running:

@@ -47,7 +47,7 @@ async def test_kill_9_in_mid_stream_then_the_pool_serves_then_routing_resumes(
     assert time.monotonic() - started < 3
 
 
-async def test_with_two_models_nothing_is_guessed(launch: Launch) -> None:
+async def test_with_two_models_requests_never_fail_open(launch: Launch) -> None:
     running = await launch(1, models=("a", "b"))
     await running.stack.service.stop(signal.SIGKILL)
     await wait_until(lambda: bypassed(running), "Envoy notices", 10)
@@ -78,7 +78,7 @@ async def test_sigterm_drains_without_losing_a_request(launch: Launch) -> None:
     assert await streaming == 33
 
 
-async def test_a_restart_in_between_is_not_noticed_by_clients(launch: Launch) -> None:
+async def test_clients_do_not_notice_a_restart_of_the_service(launch: Launch) -> None:
     running = await launch(2)
     stop = asyncio.Event()
 

@@ -85,7 +85,7 @@ async def test_every_path_is_served(launch: Launch, path: str, body: dict[str, A
     assert request["path"] == path
 
 
-async def test_two_models_never_meet_each_others_workers(launch: Launch) -> None:
+async def test_requests_never_reach_workers_of_another_model(launch: Launch) -> None:
     running = await launch(2, models=("a", "b"))
     for model in "abab":
         async with running.chat(model) as response:
@@ -184,7 +184,7 @@ async def test_a_body_of_three_megabytes_reaches_the_worker_whole(launch: Launch
     assert request["body_bytes"] > 3_000_000
 
 
-async def test_the_access_log_holds_the_decision_and_nothing_of_the_prompt(
+async def test_the_access_log_holds_the_decision_and_no_prompt_text(
     launch: Launch,
 ) -> None:
     running = await launch(1)

@@ -48,7 +48,7 @@ def test_the_version_is_printed() -> None:
     "arguments",
     [[], ["nonsense"], ["serve"], ["check"], ["envoy-config"], ["check", "--config", "f", "--x"]],
 )
-def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2

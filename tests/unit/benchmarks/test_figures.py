@@ -76,7 +76,7 @@ def test_ratios_are_taken_pair_by_pair() -> None:
     assert ratio.median == pytest.approx(1.2)
 
 
-def test_added_latency_leaves_out_what_no_filter_costs() -> None:
+def test_added_latency_excludes_the_latency_without_a_filter() -> None:
     runs = [
         run(Arm.NONE, p50_us=100),
         run(Arm.BARE, p50_us=1100),
@@ -86,7 +86,7 @@ def test_added_latency_leaves_out_what_no_filter_costs() -> None:
     assert ratio.values == pytest.approx((1.2,))  # (1300 - 100) / (1100 - 100)
 
 
-def test_a_run_with_errors_is_in_no_figure() -> None:
+def test_a_run_with_errors_is_excluded_from_all_figures() -> None:
     runs = [
         *(run(Arm.NONE), run(Arm.BARE), run(Arm.OURS, errors={"status": 1})),
         *(run(Arm.NONE, 1), run(Arm.BARE, 1), run(Arm.OURS, 1, requests=500)),
@@ -101,6 +101,6 @@ def test_a_run_without_an_answer_is_not_valid() -> None:
     assert not run(Arm.BARE, requests=0).valid
 
 
-def test_nothing_to_divide_by_gives_no_ratio() -> None:
+def test_a_zero_divisor_gives_no_ratio() -> None:
     runs = [run(Arm.NONE), run(Arm.BARE, cpu_us=0), run(Arm.OURS)]
     assert [each.name for each in ratios(runs)] == [THROUGHPUT]

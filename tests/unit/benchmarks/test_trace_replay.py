@@ -116,7 +116,7 @@ def write_trace(folder: Path, *lines: tuple[float, int, int, Sequence[int]]) -> 
     return path
 
 
-def test_the_small_trace_is_as_its_recipe_makes_it() -> None:
+def test_the_small_trace_matches_its_recipe() -> None:
     text = SMALL.read_text()
     assert text == small_trace()
     assert len(text) < 60_000
@@ -125,7 +125,7 @@ def test_the_small_trace_is_as_its_recipe_makes_it() -> None:
 # -- what is printed
 
 
-def test_json_is_a_row_for_each_policy_and_number_of_workers_and_nothing_else(
+def test_json_has_one_row_for_each_policy_and_number_of_workers(
     replay: Replay,
 ) -> None:
     rows = replay("--workers", "1", "3")
@@ -158,7 +158,7 @@ def test_without_json_a_table_is_printed(capsys: pytest.CaptureFixture[str]) -> 
     assert {len(line.split()) for line in [head, *lines]} == {10}
 
 
-def test_one_seed_gives_the_same_figures_and_another_one_others(replay: Replay) -> None:
+def test_figures_depend_on_the_seed(replay: Replay) -> None:
     arguments = ("--workers", "4", "--policy", "random", "power_of_two", *KV_POLICIES)
     rows = replay(*arguments, "--seed", "3")
     assert replay(*arguments, "--seed", "3") == rows
@@ -170,7 +170,7 @@ def test_one_seed_gives_the_same_figures_and_another_one_others(replay: Replay) 
 # -- figures
 
 
-def test_one_worker_without_end_caches_as_much_as_can_be(replay: Replay) -> None:
+def test_one_worker_with_unlimited_cache_reaches_the_upper_bound(replay: Replay) -> None:
     rows = replay("--workers", "1", "--capacity-tokens", ENDLESS)
     assert len(rows) == len(POLICIES)
     for row in rows:
@@ -179,7 +179,7 @@ def test_one_worker_without_end_caches_as_much_as_can_be(replay: Replay) -> None
 
 
 @pytest.mark.parametrize("load_stat", [False, True])
-def test_no_policy_caches_more_than_one_cache_without_end(replay: Replay, load_stat: bool) -> None:
+def test_no_policy_exceeds_the_upper_bound(replay: Replay, load_stat: bool) -> None:
     more = ["--load-stat"] if load_stat else []
     rows = replay("--workers", "2", "8", "--capacity-tokens", ENDLESS, *more)
     assert {row["policy"] for row in rows} == set(POLICIES)
@@ -188,7 +188,7 @@ def test_no_policy_caches_more_than_one_cache_without_end(replay: Replay, load_s
         assert 0 < row["cached_ratio"] <= row["bound_ratio"]
 
 
-def test_who_looks_at_caches_finds_more_in_them(replay: Replay) -> None:
+def test_cache_aware_policies_find_more_cached_tokens(replay: Replay) -> None:
     cached = {row["policy"]: row["cached_ratio"] for row in replay("--workers", "4")}
     blind = max(cached[policy] for policy in POLICIES if policy not in KV_POLICIES)
     assert all(cached[policy] > blind for policy in KV_POLICIES)
@@ -201,7 +201,7 @@ def test_a_small_cache_holds_less(replay: Replay) -> None:
     assert small["bound_ratio"] < large["bound_ratio"]
 
 
-def test_load_reports_are_something_to_go_by(replay: Replay) -> None:
+def test_load_reports_improve_the_result(replay: Replay) -> None:
     # So little room, and decoding so slow, that who is full shows in reports alone.
     arguments = ["--workers", "3", "--capacity-tokens", "30000", "--decode-ms", "50"]
     arguments += ["--policy", *KV_POLICIES]
@@ -281,7 +281,7 @@ class Listener:
 
 
 @pytest.mark.parametrize("load_stat", [False, True])
-def test_a_worker_tells_of_its_work_a_moment_late(load_stat: bool) -> None:
+def test_events_and_reports_arrive_late(load_stat: bool) -> None:
     settings = FleetSettings(
         workers=1,
         capacity_tokens=8192,
@@ -347,7 +347,7 @@ def test_timestamps_are_milliseconds_and_requests_in_their_order(tmp_path: Path)
     ]
 
 
-def test_a_trace_may_count_from_any_moment_on(replay: Replay, tmp_path: Path) -> None:
+def test_a_trace_may_start_at_any_timestamp(replay: Replay, tmp_path: Path) -> None:
     def figures(start_ms: int) -> list[float]:
         lines = [(start_ms + 700 * n, 1024, 50, (n % 2, 2 + n)) for n in range(20)]
         trace = write_trace(tmp_path, *lines)
@@ -408,7 +408,7 @@ def test_a_line_that_is_not_text_is_named(
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])
-def test_a_trace_has_requests(
+def test_an_empty_trace_is_refused(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "empty.jsonl"
@@ -435,7 +435,7 @@ def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("--event-delay-ms", "-1"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(
+def test_invalid_options_are_refused(
     options: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_refused([str(SMALL), *options], "error: ", capsys)
@@ -500,7 +500,7 @@ def hash_of_last_page(pages: Sequence[int]) -> int:
     return stored.hashes[-1]
 
 
-def test_tokens_are_64_bit() -> None:
+def test_token_ids_are_64_bit() -> None:
     request = TraceRequest(arrived_at=0.0, input_tokens=2, output_tokens=1, blocks=(1 << 47,))
     assert tokens_of(request).dtype == np.uint64
 

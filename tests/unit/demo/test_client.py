@@ -31,7 +31,7 @@ async def held(url: str, *planned: Conversation) -> list[Outcome]:
     return outcomes
 
 
-async def test_a_turn_repeats_what_was_said_before(tmp_path: Path) -> None:
+async def test_a_turn_repeats_all_earlier_messages(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path / "model")
     async with await start(worker(tokenizer_path=str(folder))) as simulator:
         first, second = await held(simulator.url, conversation(0, 0))
@@ -44,7 +44,7 @@ async def test_a_turn_repeats_what_was_said_before(tmp_path: Path) -> None:
     assert second.prompt_tokens > second.cached_tokens
 
 
-async def test_the_first_token_is_what_is_timed() -> None:
+async def test_ttft_is_the_time_to_the_first_token() -> None:
     settings = worker(prefill_tokens_per_second=1000.0, decode_milliseconds_per_token=100.0)
     async with await start(settings) as simulator:
         began = time.monotonic()
@@ -67,7 +67,7 @@ async def test_turns_wait_until_they_are_due() -> None:
 @pytest.mark.parametrize(
     "fault", [{"status": 503}, {"die_before_headers": True}, {"die_after_tokens": 2}]
 )
-async def test_a_conversation_ends_with_what_fails(fault: dict[str, object]) -> None:
+async def test_a_conversation_ends_with_a_failed_turn(fault: dict[str, object]) -> None:
     async with await start(worker()) as simulator:
         async with (
             aiohttp.ClientSession(simulator.url) as session,

@@ -42,7 +42,7 @@ def test_policies_are_repeated() -> None:
         ["now"],
     ],
 )
-def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["demo", *arguments])
     assert caught.value.code == 2
@@ -57,7 +57,7 @@ def test_pairs_need_two_workers(arguments: list[str], capsys: pytest.CaptureFixt
     assert "--workers: with --pd at least 2" in capsys.readouterr().err
 
 
-def test_a_part_that_does_not_start_is_1(
+def test_a_part_that_does_not_start_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def demo(_: argparse.Namespace) -> int:
@@ -77,7 +77,7 @@ async def demo(*arguments: str, seconds: int = 2) -> asyncio.subprocess.Process:
     )
 
 
-async def test_a_round_and_out() -> None:
+async def test_the_demo_ends_after_one_round_with_once() -> None:
     process = await demo("--once")
     out, err = await process.communicate()
     assert (process.returncode, err) == (0, b"")
@@ -92,7 +92,7 @@ async def test_a_round_and_out() -> None:
     assert "still serving" not in text
 
 
-async def test_a_round_of_pairs() -> None:
+async def test_a_round_with_pairs_ends_well() -> None:
     process = await demo("--pd", "--once", seconds=4)
     out, err = await process.communicate()
     assert (process.returncode, err) == (0, b"")
@@ -111,7 +111,7 @@ async def test_a_round_of_pairs() -> None:
     assert "0 requests went elsewhere than decided; load left over: 0" in text
 
 
-async def test_without_once_it_serves_until_it_is_told_to_stop() -> None:
+async def test_without_once_the_demo_serves_until_a_signal() -> None:
     process = await demo("--policy", "round_robin")
     assert process.stdout is not None
     lines = []

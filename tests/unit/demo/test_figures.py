@@ -27,7 +27,7 @@ def test_percentiles(values: list[float], percent: int, expected: float) -> None
     assert percentile(values, percent) == pytest.approx(expected)
 
 
-def test_nothing_is_known_before_the_first_answer() -> None:
+def test_figures_are_unknown_before_the_first_answer() -> None:
     tally = Tally("p", 2)
     assert (tally.hit_rate, tally.spread, tally.ttft_seconds(50)) == (None, None, None)
     tally.add(outcome(good=False))
@@ -57,7 +57,7 @@ def test_an_even_spread_is_one() -> None:
     assert tally.spread == pytest.approx(1.0)
 
 
-def test_what_fails_counts_as_nothing_else() -> None:
+def test_failed_requests_count_only_as_failed() -> None:
     tally = Tally("p", 1)
     tally.add(outcome(ttft=1.0))
     tally.add(outcome(ttft=9.0, good=False))

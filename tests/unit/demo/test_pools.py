@@ -15,9 +15,7 @@ def test_plain_workers_do_both() -> None:
 @pytest.mark.parametrize(
     ("workers", "prefill", "decode"), [(2, 1, 1), (3, 2, 1), (4, 2, 2), (15, 8, 7), (16, 8, 8)]
 )
-def test_half_of_the_workers_prefill_and_the_odd_one(
-    workers: int, prefill: int, decode: int
-) -> None:
+def test_half_of_the_workers_prefill_rounded_up(workers: int, prefill: int, decode: int) -> None:
     pool = divided_pool(workers)
     assert [part.workers for part in pool.parts] == [prefill, decode]
     modes = [part.options["--disaggregation-mode"] for part in pool.parts]

@@ -33,7 +33,7 @@ async def prefill(session: aiohttp.ClientSession, worker: RunningSimulator, name
         assert response.status == 200
 
 
-async def test_every_request_is_told_apart(worker: RunningSimulator) -> None:
+async def test_each_request_gets_its_own_figures(worker: RunningSimulator) -> None:
     async with aiohttp.ClientSession() as session:
         await prefill(session, worker, "first")
         await prefill(session, worker, "second")
@@ -47,7 +47,7 @@ async def test_every_request_is_told_apart(worker: RunningSimulator) -> None:
     assert (second.prompt_tokens, second.cached_tokens) == (tokens, tokens - 1)
 
 
-async def test_one_that_runs_is_waited_for(worker: RunningSimulator) -> None:
+async def test_a_running_prefill_is_waited_for(worker: RunningSimulator) -> None:
     async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
         group.create_task(prefill(session, worker, "slow"))
         asked = group.create_task(prefilled(session, worker.url, "slow"))

@@ -36,14 +36,14 @@ def test_a_row_for_every_policy() -> None:
     assert second == ["min_ttft", "1/5", "1", "75.0%", "250", "ms", "250", "ms", "2.00"]
 
 
-def test_a_table_of_nothing() -> None:
+def test_a_table_without_figures() -> None:
     text = shown(tally("round_robin"))
     assert "0/5" in text
     assert text.splitlines()[4].split() == ["round_robin", "0/5", "0", "-", "-", "-", "-"]
 
 
 @pytest.mark.parametrize("width", [80, 60])
-def test_it_fits(width: int) -> None:
+def test_the_table_fits_80_columns(width: int) -> None:
     rows = [tally(name, 12.3456) for name in ("round_robin", "cache_aware_zmq", "min_ttft")]
     text = shown(*rows, width=width)
     assert all(len(line) <= width for line in text.splitlines())
@@ -78,17 +78,17 @@ def test_the_summary_of_fully_cached_answers() -> None:
     assert "nothing to measure against round_robin" in text
 
 
-def test_the_summary_owns_up_to_failures() -> None:
+def test_the_summary_mentions_failures() -> None:
     text = summary([tally("round_robin", 0.5, failed=1), tally("random", failed=2)], 3, 3, "2")
     assert text.endswith("3 requests failed, which ended their conversations.")
     assert "random" not in text
 
 
-def test_the_summary_of_nothing() -> None:
+def test_the_summary_without_figures() -> None:
     assert summary([tally("round_robin", failed=3)], 3, 1, "2") == "No request was answered."
 
 
-def test_the_legend_says_whose_figures_they_are() -> None:
+def test_the_legend_names_the_measured_workers() -> None:
     console = Console(file=io.StringIO(), width=200)
     console.print(table([], 5, apart=True))
     assert isinstance(console.file, io.StringIO)

@@ -34,7 +34,7 @@ async def test_disconnects_in_prefill_and_in_the_queue(launch: Launch) -> None:
     await worker.until(aborted=2, running=0)
 
 
-async def test_a_place_given_back_goes_to_the_next(launch: Launch) -> None:
+async def test_a_freed_place_goes_to_the_next_request(launch: Launch) -> None:
     worker = await launch(endless(max_running_requests=1))
     first = asyncio.ensure_future(worker.post(CHAT, chat()))
     await worker.until(running=1)
@@ -59,7 +59,7 @@ async def test_a_body_that_never_ends(launch: Launch) -> None:
 @pytest.mark.parametrize(
     "fault", ["", "die-before-headers, reset", "die-after-tokens=1, reset", "error-after-tokens=1"]
 )
-async def test_resets_at_any_moment_are_no_news(
+async def test_resets_at_any_moment_are_handled_silently(
     launch: Launch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     worker = await launch(endless(decode_milliseconds_per_token=0))
@@ -119,7 +119,7 @@ async def test_an_abort_needs_an_id(launch: Launch) -> None:
     assert (await worker.post("/abort_request", {"rid": ""}))[0] == 400
 
 
-async def test_a_stop_breaks_off_what_runs(launch: Launch) -> None:
+async def test_a_stop_aborts_running_requests(launch: Launch) -> None:
     worker = await launch(endless(decode_milliseconds_per_token=FOREVER_MILLISECONDS))
     async with worker.session.post(CHAT, json=chat(stream=True)) as response:
         hanging = asyncio.ensure_future(worker.post(CHAT, chat(), fault="hang"))

@@ -117,7 +117,7 @@ async def test_the_fake_host_skips_the_transfer(launch: Launch, mode: str) -> No
     assert stats["pd"] == {"transferred": 0, "timed_out": 0, "aborted": 0}
 
 
-async def test_a_plain_worker_does_not_look_at_them(launch: Launch) -> None:
+async def test_a_plain_worker_ignores_bootstrap_fields(launch: Launch) -> None:
     worker = await launch(SimulatorSettings(decode_milliseconds_per_token=0))
     fields = {"bootstrap_host": 5, "bootstrap_port": "x", "bootstrap_room": [1]}
     status, answer = await worker.post(CHAT, chat(max_tokens=2) | fields)
@@ -128,7 +128,7 @@ async def test_a_plain_worker_does_not_look_at_them(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
-async def test_what_generates_nothing_needs_no_room(launch: Launch, mode: str) -> None:
+async def test_paths_without_generation_need_no_room(launch: Launch, mode: str) -> None:
     worker = await launch(sided(mode))
     assert (await worker.get("/v1/models"))[0] == 200
     assert (await worker.post("/v1/embeddings", {"input": "a"}))[0] == 200

@@ -113,7 +113,7 @@ def test_templates_that_loop_get_parts(tmp_path: Path, loop: str, said: str) -> 
     assert text(folder, [{"role": "user", "content": parts}]) == (said or "!")
 
 
-def test_what_has_no_content_and_what_tools_say(tmp_path: Path) -> None:
+def test_messages_without_content_and_tool_messages(tmp_path: Path) -> None:
     function = {"name": "weather", "arguments": '{"where": "Köln", "days": 2}'}
     messages: list[dict[str, Any]] = [
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": function}]},
@@ -141,7 +141,7 @@ def test_messages_and_calls_are_printed_as_the_engine_models_them(tmp_path: Path
     )
 
 
-def test_a_last_answer_is_gone_on_with_or_taken_for_a_question(tmp_path: Path) -> None:
+def test_a_trailing_assistant_message_is_continued_or_answered(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, adds_bos=True)
     messages = [USER, {"role": "assistant", "content": "\nWell"}]
     begun = Tokenizer(folder).encode("\nWell")
@@ -213,7 +213,7 @@ async def test_events_carry_the_tokens_of_the_template(launch: Launch, tmp_path:
         },
     ],
 )
-async def test_what_a_template_can_not_do_is_a_400(
+async def test_a_template_failure_is_a_400(
     launch: Launch, tmp_path: Path, body: dict[str, Any]
 ) -> None:
     worker = await launch(SimulatorSettings(tokenizer_path=model_folder(tmp_path, PARTS)))

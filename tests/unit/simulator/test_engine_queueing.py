@@ -102,7 +102,7 @@ def test_a_request_may_have_its_own_pace(runner: asyncio.Runner) -> None:
     assert together(runner, engine(), job(seconds_per_token=0.5)) == [[1.0, 1.5, 2.0]]
 
 
-def test_one_that_leaves_in_prefill_makes_room_at_once(runner: asyncio.Runner) -> None:
+def test_an_abort_in_prefill_frees_the_place_at_once(runner: asyncio.Runner) -> None:
     async def run() -> list[float]:
         busy = engine()
         first = asyncio.ensure_future(token_times(busy, job(prompt_tokens=10_000)))
@@ -114,7 +114,7 @@ def test_one_that_leaves_in_prefill_makes_room_at_once(runner: asyncio.Runner) -
     assert runner.run(run())[0] == 1.25
 
 
-def test_one_that_leaves_the_queue_is_forgotten(runner: asyncio.Runner) -> None:
+def test_an_abort_in_the_queue_removes_the_request(runner: asyncio.Runner) -> None:
     async def run() -> Engine:
         busy = engine(max_running_requests=1)
         tasks = [asyncio.ensure_future(token_times(busy, job())) for _ in range(3)]
@@ -234,7 +234,7 @@ def test_the_output_is_cached_for_the_next_turn(runner: asyncio.Runner) -> None:
     assert together(runner, busy, job(prompts=[turn], max_tokens=1))[0][0] == pytest.approx(0.3)
 
 
-def test_one_that_leaves_in_prefill_has_cached_nothing(runner: asyncio.Runner) -> None:
+def test_an_abort_in_prefill_caches_no_pages(runner: asyncio.Runner) -> None:
     async def run() -> int:
         busy = engine(page_size=100)
         item = job(prompts=[range(1000)])

@@ -25,12 +25,12 @@ def test_a_header_names_faults(header: str, fault: RequestFault) -> None:
 @pytest.mark.parametrize(
     "header", ["", "explode", "status=9", "status=abc", "hang=-1", "die-after-tokens=1.5", "status"]
 )
-def test_a_header_that_names_none_is_refused(header: str) -> None:
+def test_a_header_without_a_known_fault_is_refused(header: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_header(header)
 
 
-def test_one_second_is_not_for_ever() -> None:
+def test_a_number_of_seconds_differs_from_true() -> None:
     assert parse_header("hang=1").hang is not True
 
 

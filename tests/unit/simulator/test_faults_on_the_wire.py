@@ -90,7 +90,7 @@ async def test_a_death_in_mid_stream_has_no_clean_end(worker: SimulatedWorker, f
     await worker.until(failed=1, running=0, aborted=0)
 
 
-async def test_a_death_loses_nothing_that_was_written_before(worker: SimulatedWorker) -> None:
+async def test_bytes_written_before_a_death_are_delivered(worker: SimulatedWorker) -> None:
     body = msgspec.json.encode(chat(stream=True, n=128, max_tokens=1000))
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"

@@ -60,7 +60,7 @@ def stored(
         ("array", 0, Cleared(), "93cb3ff80000000000009191b0416c6c426c6f636b73436c656172656400"),
     ],
 )
-def test_events_are_those_of_the_engine(
+def test_events_match_those_of_the_engine(
     wire_format: WireFormat, rank: int, event: CacheEvent, expected: str
 ) -> None:
     wire_event = EventEncoder(wire_format, 3).wire_event(event)

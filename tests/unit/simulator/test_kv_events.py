@@ -44,7 +44,7 @@ async def test_a_prompt_is_stored_as_one_chain(launch: Launch, connect: Connect)
     assert (grown["parent_block_hash"], grown["token_ids"]) == (hashes[-1], [9, 10, 11, 12])
 
 
-async def test_subscribers_hear_what_is_replayed(launch: Launch, connect: Connect) -> None:
+async def test_live_events_and_replay_are_equal(launch: Launch, connect: Connect) -> None:
     worker = await launch(publishing())
     client = connect(worker)
     socket = await client.subscribed()
@@ -128,7 +128,7 @@ async def test_server_info_names_the_ports(launch: Launch, connect: Connect) -> 
     }
 
 
-async def test_load_may_not_be_published(launch: Launch, connect: Connect) -> None:
+async def test_load_publishing_can_be_switched_off(launch: Launch, connect: Connect) -> None:
     worker = await launch(publishing(no_load_events=True))
     _, info = await worker.get("/server_info")
     assert not [name for name in info["kv_events"] if name.startswith("load")]
@@ -343,7 +343,7 @@ async def test_garbage_on_the_wire(launch: Launch, connect: Connect) -> None:
         msgspec.msgpack.decode(garbled[2])
 
 
-async def test_events_that_can_not_be_true(launch: Launch, connect: Connect) -> None:
+async def test_impossible_events_can_be_published(launch: Launch, connect: Connect) -> None:
     worker = await launch(publishing())
     faults = {"kv_unknown_removals": 2, "kv_wrong_token_counts": 1}
     await worker.post("/simulator/faults", faults)

@@ -61,7 +61,7 @@ async def test_legs_in_different_rooms(launch: Launch) -> None:
     await legs.is_empty()
 
 
-async def test_a_room_of_a_batch_that_nobody_enters(launch: Launch) -> None:
+async def test_a_batch_fails_when_one_of_its_rooms_stays_empty(launch: Launch) -> None:
     legs = await pair(launch, SOON, SOON)
     both = {"text": ["a", "b"]}
     answers = await asyncio.gather(
@@ -77,7 +77,9 @@ async def test_a_room_of_a_batch_that_nobody_enters(launch: Launch) -> None:
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "no-such-host.invalid", "", "not a host", "http://127.0.0.1", None]
 )
-async def test_a_prefill_worker_that_can_not_be_reached(launch: Launch, host: str | None) -> None:
+async def test_an_unreachable_prefill_worker_is_noticed_at_once(
+    launch: Launch, host: str | None
+) -> None:
     legs = await pair(launch)
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
@@ -96,7 +98,7 @@ async def test_a_port_of_something_else(launch: Launch) -> None:
     assert (await legs.decode.post(GENERATE, body))[0] == 500
 
 
-async def test_one_room_of_a_batch_that_can_not_be_reached(launch: Launch) -> None:
+async def test_a_batch_fails_when_one_of_its_rooms_is_unreachable(launch: Launch) -> None:
     legs = await pair(launch)
     ports = [legs.prefill.simulator.bootstrap_port, legs.decode.simulator.port]
     body = legs.body([1, 2], text=["a", "b"], bootstrap_port=ports)
@@ -106,7 +108,9 @@ async def test_one_room_of_a_batch_that_can_not_be_reached(launch: Launch) -> No
 
 @pytest.mark.parametrize("how", ["leaves", "aborted"])
 @pytest.mark.parametrize("leaving", ["prefill", "decode"])
-async def test_the_other_leg_is_not_told(launch: Launch, leaving: str, how: str) -> None:
+async def test_the_other_leg_does_not_notice_a_failure(
+    launch: Launch, leaving: str, how: str
+) -> None:
     legs = await pair(launch, {"prefill_tokens_per_second": 0.001})
     workers = (legs.prefill, legs.decode)
     goes, stays = workers if leaving == "prefill" else workers[::-1]
@@ -154,7 +158,7 @@ async def test_two_prefill_legs_in_one_room(launch: Launch) -> None:
     await legs.is_empty()
 
 
-async def test_a_prefill_worker_that_dies_is_no_news(launch: Launch) -> None:
+async def test_the_decode_leg_does_not_notice_a_dead_prefill_worker(launch: Launch) -> None:
     legs = await pair(launch, decode=SOON)
     waiting = await task(legs.decode, legs.body())
     await legs.prefill.simulator.stop()

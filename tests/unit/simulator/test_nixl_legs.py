@@ -93,7 +93,7 @@ async def test_a_stream_of_the_second_leg(launch: Launch) -> None:
         assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
-async def test_blocks_nobody_fetches_are_freed(launch: Launch) -> None:
+async def test_unfetched_blocks_are_freed_after_a_time_out(launch: Launch) -> None:
     worker = await launch(nixl(bootstrap_timeout_seconds=SOON_SECONDS))
     params = await computed(worker)
     assert pd(await worker.until(held_blocks_requests=0)) == (0, 1, 0)
@@ -125,7 +125,7 @@ async def test_blocks_that_are_not_there(launch: Launch, wrong: dict[str, Any]) 
     await worker.until(held_blocks_requests=1, rooms=0, running=0, waiting=0)
 
 
-async def test_a_worker_that_can_not_be_reached(launch: Launch) -> None:
+async def test_an_unreachable_worker_fails_the_decode_leg(launch: Launch) -> None:
     worker = await launch(nixl())
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
@@ -178,7 +178,7 @@ async def test_parameters_of_a_wrong_kind(launch: Launch, params: Any) -> None:
     assert (await worker.post(COMPLETIONS, body))[0] == 400
 
 
-async def test_other_workers_do_not_look_at_them(launch: Launch) -> None:
+async def test_other_workers_ignore_transfer_parameters(launch: Launch) -> None:
     worker = await launch(SimulatorSettings(decode_milliseconds_per_token=0))
     status, answer = await worker.post(COMPLETIONS, first_leg(max_tokens=3))
     assert (status, answer["usage"]["completion_tokens"]) == (200, 3)

@@ -146,7 +146,7 @@ async def test_the_room_names_the_rank(launch: Launch, fields: dict[str, Any], r
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_batch_meets_in_as_many_rooms(launch: Launch, stream: bool) -> None:
+async def test_a_batch_uses_one_room_for_each_prompt(launch: Launch, stream: bool) -> None:
     legs = await pair(launch, {"dp_size": 2})
     rooms, port = [4, 5, 8], legs.prefill.simulator.bootstrap_port
     body = legs.body(

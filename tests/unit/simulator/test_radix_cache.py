@@ -91,7 +91,7 @@ def test_a_parent_is_as_fresh_as_the_children_it_lost() -> None:
     assert held.match("x").tokens == 0
 
 
-def test_pages_in_use_stay_and_what_finds_no_room_is_not_kept() -> None:
+def test_pages_in_use_stay_and_pages_that_do_not_fit_are_dropped() -> None:
     held = cache(3)
     lease = held.acquire("ab", 1)
     held.insert(lease, "ab", 1)
@@ -149,7 +149,7 @@ def test_a_hit_on_the_host_brings_the_pages_back() -> None:
     held.release(lease, 4)
 
 
-def test_what_the_host_has_no_room_for_is_gone() -> None:
+def test_pages_that_do_not_fit_on_the_host_are_lost() -> None:
     held = cache(2, host=1)
     keep(held, "ab", 1)
     names = hashes_of(held.take_events())
@@ -173,7 +173,7 @@ def test_a_flush_voids_leases() -> None:
     assert held.take_events() == []
 
 
-def test_without_events_none_are_made() -> None:
+def test_without_recording_no_events_are_made() -> None:
     held = cache(2, record_events=False)
     keep(held, "abc", 1)
     held.flush()
@@ -241,7 +241,7 @@ steps = st.lists(
 
 @settings(max_examples=400)
 @given(capacity=st.integers(0, 8), host=st.integers(0, 5), steps=steps)
-def test_events_tell_exactly_what_is_held(
+def test_events_describe_exactly_the_held_pages(
     capacity: int, host: int, steps: list[tuple[str, str, object]]
 ) -> None:
     held, mirror = cache(capacity, host), Mirror()

@@ -52,7 +52,7 @@ async def test_another_rank_or_room_is_another_place() -> None:
     assert len(rooms) == 0
 
 
-async def test_kv_is_taken_by_one_who_still_waits() -> None:
+async def test_kv_goes_to_a_request_that_still_waits() -> None:
     rooms = Rooms()
     gone, first, second = [await started(rooms) for _ in range(3)]
     gone.cancel()
@@ -67,7 +67,7 @@ async def test_kv_is_taken_by_one_who_still_waits() -> None:
     assert len(rooms) == 0
 
 
-async def test_an_offer_that_is_withdrawn_is_not_had() -> None:
+async def test_a_withdrawn_offer_cannot_be_taken() -> None:
     rooms = Rooms()
     with rooms.offer(KEY):
         rooms.computed(KEY)

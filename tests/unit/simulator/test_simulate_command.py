@@ -47,7 +47,7 @@ async def spawn() -> AsyncIterator[Spawn]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_it_says_when_it_listens_and_stops_when_told(
+async def test_it_prints_a_line_when_it_listens_and_stops_on_a_signal(
     spawn: Spawn, number: signal.Signals
 ) -> None:
     process = await spawn("--model", "m", "--log-requests")
@@ -100,14 +100,14 @@ async def test_bad_settings_name_the_setting(spawn: Spawn) -> None:
     assert err.startswith(b"page_size:")
 
 
-async def test_a_file_that_is_no_tokenizer_names_the_setting(spawn: Spawn) -> None:
+async def test_a_file_without_a_tokenizer_names_the_setting(spawn: Spawn) -> None:
     process = await spawn("--tokenizer-path", "/nowhere/tokenizer.json")
     out, err = await process.communicate()
     assert (process.returncode, out) == (2, b"")
     assert err.startswith(b"tokenizer_path:")
 
 
-async def test_it_says_where_it_publishes(spawn: Spawn) -> None:
+async def test_it_prints_its_kv_event_ports(spawn: Spawn) -> None:
     options = ("--kv-events-port", "0", "--wire-format", "array", "--host-cache-tokens", "640")
     process = await spawn(*options)
     assert process.stdout is not None
@@ -175,7 +175,7 @@ def test_workers_in_a_row_have_ports_in_a_row() -> None:
         (("--pd-protocol", "nixl"), "nixl_side_channel_port"),
     ],
 )
-async def test_it_says_where_it_hands_out_kv(
+async def test_it_prints_its_transfer_port(
     spawn: Spawn, options: tuple[str, ...], name: str
 ) -> None:
     process = await spawn("--workers", "2", "--bootstrap-timeout-seconds", "1.5", *options)
@@ -206,7 +206,9 @@ async def test_a_taken_bootstrap_port_is_named(spawn: Spawn) -> None:
 
 
 @pytest.mark.parametrize("options", [("--workers", "0"), ("--workers", "2", "--port", "65535")])
-async def test_workers_there_can_not_be(spawn: Spawn, options: tuple[str, ...]) -> None:
+async def test_impossible_numbers_of_workers_are_refused(
+    spawn: Spawn, options: tuple[str, ...]
+) -> None:
     process = await spawn(*options)
     out, err = await process.communicate()
     assert (process.returncode, out) == (2, b"")
@@ -267,7 +269,7 @@ def test_the_defaults_are_those_of_the_settings() -> None:
         {"api_key": ""},
     ],
 )
-def test_settings_no_worker_can_have(fields: dict[str, object]) -> None:
+def test_invalid_settings_are_refused(fields: dict[str, object]) -> None:
     (name,) = fields
     with pytest.raises(ValueError, match=name):
         SimulatorSettings(**fields)  # type: ignore[arg-type]

@@ -113,7 +113,7 @@ async def test_messages(worker: SimulatedWorker) -> None:
         ("/v1/embeddings", {"input": [[1, 2], [3]]}, "data", 2),
     ],
 )
-async def test_apis_that_only_read(
+async def test_apis_without_generation(
     worker: SimulatedWorker, path: str, body: dict[str, Any], field: str | None, expected: int
 ) -> None:
     status, answer = await worker.post(path, body)
@@ -152,7 +152,7 @@ async def test_a_bad_body_is_a_400_in_the_envelope(worker: SimulatedWorker, body
         ("/generate", {"text": []}),
     ],
 )
-async def test_a_prompt_that_is_none_is_a_400(
+async def test_an_invalid_prompt_is_a_400(
     worker: SimulatedWorker, path: str, body: dict[str, Any]
 ) -> None:
     status, _ = await worker.post(path, body)
