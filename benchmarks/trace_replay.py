@@ -39,7 +39,7 @@ from benchmarks.trace_fleet import (
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher
 from extproc.kv.wire import LoadStat
-from extproc.policies.base import KvPolicy, Policy, Query
+from extproc.policies.base import KvPolicy, Policy
 from extproc.policies.cache_aware_zmq import CacheAwareZmq
 from extproc.policies.least_load import LeastLoad
 from extproc.policies.min_ttft import MinTtft
@@ -67,11 +67,10 @@ class PlainRouter:
 
     def __init__(self, policy: Policy, workers: int) -> None:
         self._policy = policy
-        self._query = Query(_MODEL)
         self._workers = [_worker(number) for number in range(workers)]
 
     def route(self, request: TraceRequest, now: float) -> tuple[int, Ticket]:
-        chosen = self._policy.choose(self._workers, self._query).candidate
+        chosen = self._policy.choose(self._workers).candidate
         chosen.in_flight += 1
         return chosen.order, _PlainTicket(chosen)
 
@@ -98,7 +97,7 @@ class KvRouter:
 
     def __init__(self, policy: KvPolicy, settings: FleetSettings, seed: int) -> None:
         self._index = PrefixIndex(PrefixHasher(secret=seed), _PAGES_MAX)
-        self._placement = Placement(policy, self._index, model=_MODEL)
+        self._placement = Placement(policy, self._index)
         self._ranks = [
             Rank(
                 _worker(number),

@@ -30,7 +30,6 @@ from extproc.routing.placement import Placement
 from extproc.routing.rank_chooser import Encoder, RankChooser
 from extproc.routing.ranks import Ranks
 from extproc.routing.router import Router
-from extproc.routing.usable import UsableWorkers
 from extproc.server.grpc_server import ExtProcServer
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
@@ -189,7 +188,7 @@ def build_router(
         outcomes,
         shared.tickets,
         prefill_client,
-        UsableWorkers(shared.registry),
+        shared.registry,
         kv.ranks,
         shared.random,
         recheck=recheck,

@@ -19,7 +19,6 @@ __all__ = [
     "KvPolicy",
     "KvQuery",
     "Policy",
-    "Query",
     "RankPressure",
     "TierWeights",
     "least_loaded",
@@ -43,12 +42,6 @@ class Candidate(Protocol):
 CandidateT = TypeVar("CandidateT", bound=Candidate)
 
 
-class Query(Struct, frozen=True):
-    """What a policy may know of the request."""
-
-    model: str
-
-
 ChosenT = TypeVar("ChosenT")
 
 
@@ -64,7 +57,7 @@ class Policy(Protocol):
 
     name: str
 
-    def choose(self, candidates: Sequence[CandidateT], query: Query) -> Choice[CandidateT]:
+    def choose(self, candidates: Sequence[CandidateT]) -> Choice[CandidateT]:
         """Pick one of at least one candidate, given in ascending `order`."""
         ...
 
@@ -150,10 +143,11 @@ class KvCandidate(Protocol):
 KvCandidateT = TypeVar("KvCandidateT", bound=KvCandidate)
 
 
-class KvQuery(Query, frozen=True):
-    """`prompt_tokens` is 0 when the tokens are not known, else their exact number.
+class KvQuery(Struct, frozen=True):
+    """What a policy knows of the request.
 
-    `expected_tokens` is then a guess, 0 for none.
+    `prompt_tokens` is the exact number of tokens, 0 if it is not known. `expected_tokens` is then
+    a guess, 0 if there is no guess either.
     """
 
     now: float

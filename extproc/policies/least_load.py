@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from random import Random
 
-from extproc.policies.base import CandidateT, Choice, Query, least_loaded
+from extproc.policies.base import CandidateT, Choice, least_loaded
 
 __all__ = ["LeastLoad"]
 
@@ -16,5 +16,5 @@ class LeastLoad:
     def __init__(self, random: Random) -> None:
         self._random = random
 
-    def choose(self, candidates: Sequence[CandidateT], query: Query) -> Choice[CandidateT]:
+    def choose(self, candidates: Sequence[CandidateT]) -> Choice[CandidateT]:
         return Choice(least_loaded(candidates, self._random), "least_load")

@@ -5,7 +5,7 @@ when several routers see the same loads.
 from collections.abc import Sequence
 from random import Random
 
-from extproc.policies.base import CandidateT, Choice, Query
+from extproc.policies.base import CandidateT, Choice
 
 __all__ = ["PowerOfTwo"]
 
@@ -18,7 +18,7 @@ class PowerOfTwo:
     def __init__(self, random: Random) -> None:
         self._random = random
 
-    def choose(self, candidates: Sequence[CandidateT], query: Query) -> Choice[CandidateT]:
+    def choose(self, candidates: Sequence[CandidateT]) -> Choice[CandidateT]:
         if len(candidates) == 1:
             return Choice(candidates[0], "only_one")
         first, second = self._random.sample(candidates, 2)

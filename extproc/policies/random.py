@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from random import Random
 
-from extproc.policies.base import CandidateT, Choice, Query
+from extproc.policies.base import CandidateT, Choice
 
 __all__ = ["RandomPolicy"]
 
@@ -16,5 +16,5 @@ class RandomPolicy:
     def __init__(self, random: Random) -> None:
         self._random = random
 
-    def choose(self, candidates: Sequence[CandidateT], query: Query) -> Choice[CandidateT]:
+    def choose(self, candidates: Sequence[CandidateT]) -> Choice[CandidateT]:
         return Choice(self._random.choice(candidates), "random")

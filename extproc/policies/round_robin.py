@@ -7,7 +7,7 @@ for a moment. Remembering who came last and taking the next in the stable order 
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from extproc.policies.base import Candidate, CandidateT, Choice, Query
+from extproc.policies.base import Candidate, CandidateT, Choice
 
 __all__ = ["RoundRobin"]
 
@@ -21,7 +21,7 @@ class RoundRobin:
         self._last_order = -1
         self._last_index = -1
 
-    def choose(self, candidates: Sequence[CandidateT], query: Query) -> Choice[CandidateT]:
+    def choose(self, candidates: Sequence[CandidateT]) -> Choice[CandidateT]:
         index = self._last_index
         if index < len(candidates) and candidates[index].order == self._last_order:
             index += 1  # the same candidates as last time, nearly always

@@ -139,7 +139,6 @@ class Placement:
         policy: KvPolicy,
         index: PrefixIndex,
         *,
-        model: str = "",
         prefill_tokens_per_second: float = SPEED_DEFAULT_TOKENS_PER_SECOND,
     ) -> None:
         """`prefill_tokens_per_second` is assumed of its ranks until one was seen at work."""
@@ -147,7 +146,6 @@ class Placement:
         # For the RankLoad of every rank of this model.
         self.model_speed = PrefillSpeed(default_tokens_per_second=prefill_tokens_per_second)
         self._index = index
-        self._model = model
         self._predictions: dict[_Shape, Predictions] = {}
 
     def place(
@@ -169,7 +167,7 @@ class Placement:
         candidates = [_Candidate(rank, rank.order, rank.load) for rank in ranks]
         if tokens is not None and total:
             self._look_up(candidates, prompts, tokens, seed, now)
-        query = KvQuery(self._model, now, total, expected_tokens)
+        query = KvQuery(now, total, expected_tokens)
         chosen, reason = self.policy.choose(candidates, query)
         cached = chosen.device_tokens + chosen.host_tokens + chosen.disk_tokens
         pages = chosen.pages

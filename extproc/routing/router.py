@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 
 from extproc.errors import model_not_found, no_healthy_workers
-from extproc.policies.base import Policy, Query
+from extproc.policies.base import Policy
 from extproc.routing.decision import Decision
 from extproc.routing.lease import Lease, WorkerOutcomes
 from extproc.routing.local_endpoints import Answer, LocalEndpoints
@@ -12,7 +12,6 @@ from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import Chosen, Disaggregation
 from extproc.routing.rank_chooser import PromptTokens, RankChooser
 from extproc.routing.request import Request
-from extproc.routing.usable import UsableWorkers
 from extproc.workers.tickets import RankBooking, Tickets
 from extproc.workers.worker import Worker
 
@@ -41,7 +40,6 @@ class Router:
         can not walk a list.
         """
         self._policies = dict(policies)
-        self._queries = {model: Query(model) for model in policies}
         self._only_model = next(iter(policies)) if len(policies) == 1 else None
         self._active_load = active_load
         self._books = books
@@ -51,7 +49,6 @@ class Router:
         self._kv = kv
         self._token_endpoints = token_endpoints or LocalEndpoints({})
         self._pd = pd
-        self._usable = UsableWorkers(books.registry)
 
     @property
     def model_ids(self) -> list[str]:
@@ -93,7 +90,7 @@ class Router:
         prompt = await self._read(request, model, adapter)
         if prompt is not None and pd.may_decode_alone(model):
             now = self._books.clock.monotonic()
-            decodes = self._usable(model, "decode", now)
+            decodes = self._books.registry.candidates(model, "decode", now)
             if decodes:
                 chosen = self._choose(model, decodes, prompt, now)
                 if chosen.placed is not None and pd.decode_alone(model, chosen.placed):
@@ -123,7 +120,7 @@ class Router:
     ) -> Chosen:
         policy = self._policies[model]
         if policy is not None:
-            worker, reason = policy.choose(candidates, self._queries[model])
+            worker, reason = policy.choose(candidates)
             return Chosen(worker, policy.name, reason)
         kv = self._kv
         assert kv is not None and prompt is not None  # noqa: S101, PT018 (see _read)
@@ -188,7 +185,7 @@ class Router:
 
     def _candidates(self, model: str, now: float) -> list[Worker]:
         """The workers that may be tried; raises RouterError 503 when there are none."""
-        candidates = self._usable(model, "plain", now)
+        candidates = self._books.registry.candidates(model, "plain", now)
         if not candidates:
             raise no_healthy_workers()
         return candidates

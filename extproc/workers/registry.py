@@ -10,11 +10,14 @@ from typing import Final
 
 import msgspec
 
+from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Role, Worker, WorkerSpec
 
 __all__ = ["MixedRolesError", "WorkerRegistry"]
 
 _ROLES: Final[tuple[Role, ...]] = ("plain", "prefill", "decode")
+# Looked up once: an enum member costs more than the comparison.
+_CLOSED: Final = BreakerState.CLOSED
 
 
 class MixedRolesError(Exception):
@@ -53,6 +56,14 @@ class WorkerRegistry:
     def pool_of(self, model: str, role: Role) -> tuple[Worker, ...]:
         """The model's workers in that role that have an address, in registration order."""
         return self._pools[role].get(model, ())
+
+    def candidates(self, model: str, role: Role, now: float) -> list[Worker]:
+        """The workers of `pool_of` whose circuit breaker lets a request through at `now`."""
+        return [
+            worker
+            for worker in self._pools[role].get(model, ())
+            if worker.breaker.state is _CLOSED or worker.breaker.would_allow(now)
+        ]
 
     def is_disaggregated(self, model: str) -> bool:
         """A worker of the model prefills or decodes only, whether or not it has an address."""

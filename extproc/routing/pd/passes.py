@@ -37,13 +37,13 @@ from extproc.routing.pd.pair import Pair, Pairs, PrefillLeg, Reservation
 from extproc.routing.placement import Placed
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import ClientHeaders, Request
-from extproc.routing.usable import UsableWorkers
 from extproc.workers.engine_calls import (
     EngineUnreachableError,
     PrefillCall,
     PrefillClient,
     PrefillClientOverloadedError,
 )
+from extproc.workers.registry import WorkerRegistry
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Role, Worker
 
@@ -138,7 +138,7 @@ class Disaggregation:
         books: WorkerOutcomes,
         active_load: Tickets,
         caller: PrefillClient,
-        usable: UsableWorkers,
+        registry: WorkerRegistry,
         ranks: Ranks,
         random: Random,
         *,
@@ -149,7 +149,7 @@ class Disaggregation:
         self._books = books
         self._active_load = active_load
         self._caller = caller
-        self._usable = usable
+        self._registry = registry
         self._ranks = ranks
         self._affinity = DecodeAffinity(random)
         self._recheck = recheck
@@ -164,9 +164,9 @@ class Disaggregation:
         if not request.body:
             raise unsupported_body_mode()
         now = self._books.clock.monotonic()
-        if not self._usable(model, "prefill", now):
+        if not self._registry.candidates(model, "prefill", now):
             raise no_prefill_workers()
-        if not self._usable(model, "decode", now):
+        if not self._registry.candidates(model, "decode", now):
             raise no_decode_workers()
 
     def decode_alone(self, model: str, placed: Placed) -> bool:
@@ -215,11 +215,11 @@ class Disaggregation:
         headers = self._headers(forwarded)
         while True:
             now = self._books.clock.monotonic()
-            usable = self._usable(model, "prefill", now)
+            usable = self._registry.candidates(model, "prefill", now)
             candidates = [worker for worker in usable if worker not in tried]
             if not candidates:
                 raise no_prefill_workers()
-            if not self._usable(model, "decode", now):
+            if not self._registry.candidates(model, "decode", now):
                 raise no_decode_workers()
             chosen = choose(candidates, now)
             worker = chosen.worker
@@ -297,7 +297,7 @@ class Disaggregation:
     ) -> Pair:
         books, settings = self._books, self._settings
         now = books.clock.monotonic()
-        candidates = self._decode_candidates(self._usable(model, "decode", now), now)
+        candidates = self._decode_candidates(self._registry.candidates(model, "decode", now), now)
         if not candidates:
             raise no_decode_workers()
         host = leg.worker.spec.url.host
@@ -361,7 +361,11 @@ class Disaggregation:
             pair.release_reservation()
         now = books.clock.monotonic()
         hand = set(order.attempt_group(query.attempt))
-        usable = [worker for worker in self._usable(model, "decode", now) if worker.address in hand]
+        usable = [
+            worker
+            for worker in self._registry.candidates(model, "decode", now)
+            if worker.address in hand
+        ]
         if not usable:
             raise no_decode_workers()
         choice = self._affinity.choose(self._decode_candidates(usable, now), order.prefill_host)

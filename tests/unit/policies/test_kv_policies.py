@@ -98,7 +98,7 @@ def chosen(policy: KvPolicy, candidates: Sequence[Rank], query: KvQuery) -> tupl
 
 
 def query(tokens: int = 1000, expected: int = 0) -> KvQuery:
-    return KvQuery("m", NOW, tokens, expected)
+    return KvQuery(NOW, tokens, expected)
 
 
 # -- cache_aware_zmq

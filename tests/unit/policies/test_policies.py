@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.config.schema import TOKEN_POLICIES, ModelConfig, PolicyName
-from extproc.policies.base import Policy, Query
+from extproc.policies.base import Policy
 from extproc.policies.factory import create_kv_policy, create_policy
 
-QUERY = Query("m")
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 PLAIN = tuple(name for name in POLICIES if name not in TOKEN_POLICIES)
 
@@ -29,7 +28,7 @@ def ranks(*loads: int) -> list[Rank]:
 
 
 def picks(policy: Policy, candidates: Sequence[Rank], count: int) -> list[int]:
-    return [policy.choose(candidates, QUERY).candidate.order for _ in range(count)]
+    return [policy.choose(candidates).candidate.order for _ in range(count)]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -49,7 +48,7 @@ def test_every_configurable_policy_exists_under_its_name(name: PolicyName) -> No
 @pytest.mark.parametrize("load", [0, 1000])
 def test_one_candidate_is_always_the_choice(name: PolicyName, load: int) -> None:
     only = Rank(7, load)
-    choice = create_policy(name, Random(0)).choose([only], QUERY)
+    choice = create_policy(name, Random(0)).choose([only])
     assert choice.candidate is only
     assert choice.reason
 
@@ -66,7 +65,7 @@ def test_the_choice_is_one_of_the_candidates(
     candidates = [Rank(start + 2 * index, load) for index, load in enumerate(loads)]
     policy = create_policy(name, Random(seed))
     for _ in range(5):
-        assert policy.choose(candidates, QUERY).candidate in candidates
+        assert policy.choose(candidates).candidate in candidates
 
 
 def test_models_do_not_share_a_turn() -> None:
@@ -154,7 +153,7 @@ def test_power_of_two_draws_two_distinct_and_takes_the_lower() -> None:
     random = Drawing()
     policy, candidates = create_policy("power_of_two", random), ranks(3, 1, 4, 1, 5)
     for _ in range(200):
-        choice = policy.choose(candidates, QUERY)
+        choice = policy.choose(candidates)
         first, second = random.drawn[-1]
         assert first.order != second.order
         if first.in_flight == second.in_flight:

@@ -36,7 +36,7 @@ class Noting:
     def __init__(self) -> None:
         self.takes = 0
         self.seen: Sequence[KvCandidate] = ()
-        self.query = KvQuery("", 0.0)
+        self.query = KvQuery(0.0)
 
     def choose(self, candidates: Sequence[KvCandidateT], query: KvQuery) -> Choice[KvCandidateT]:
         self.seen, self.query = candidates, query
@@ -106,7 +106,7 @@ def trusted_pages(index: PrefixIndex, order: int, size: int, *, bigram: bool) ->
 def make_fleet(*pages: int | None, bigram: bool = False, policy: KvPolicy | None = None) -> Fleet:
     """A rank for each page size; None = its KV events are not followed."""
     index, noting = PrefixIndex(PrefixHasher(secret=1), 100_000), Noting()
-    placement = Placement(policy or noting, index, model="m", prefill_tokens_per_second=SPEED)
+    placement = Placement(policy or noting, index, prefill_tokens_per_second=SPEED)
     ranks = [
         Rank(
             make_worker(f"http://10.0.0.{order + 1}:8000", order=order),
@@ -302,7 +302,7 @@ def test_the_exact_number_of_tokens_is_preferred_to_a_guess() -> None:
 def test_the_policy_is_told_of_the_request() -> None:
     fleet = make_fleet(PAGE)
     fleet.place(some_tokens(100), now=7.0, expected_tokens=9)
-    assert fleet.policy.query == KvQuery("m", 7.0, 100, 9)
+    assert fleet.policy.query == KvQuery(7.0, 100, 9)
     (seen,) = fleet.policy.seen
     assert (seen.order, seen.load) == (0, fleet.ranks[0].load)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from extproc.errors import RouterError
-from extproc.policies.base import CandidateT, Choice, Query
+from extproc.policies.base import CandidateT, Choice
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker
 from tests.fakes import Routing, make_router, make_worker
@@ -128,7 +128,7 @@ async def test_a_policy_that_breaks_neither_books_nor_claims() -> None:
     class Broken:
         name = "broken"
 
-        def choose(self, candidates: Sequence[CandidateT], query: Query) -> Choice[CandidateT]:
+        def choose(self, candidates: Sequence[CandidateT]) -> Choice[CandidateT]:
             raise RuntimeError("boom")
 
     (worker,) = pool(1)

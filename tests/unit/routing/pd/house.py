@@ -26,7 +26,6 @@ from extproc.routing.rank_chooser import RankChooser
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import ClientHeaders, Request, find_endpoint
 from extproc.routing.router import Router
-from extproc.routing.usable import UsableWorkers
 from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.encoder import Encoded
 from extproc.worker_url import WorkerUrl
@@ -193,7 +192,7 @@ class Fleet:
             self.books,
             self.active_load,
             self.caller,
-            UsableWorkers(self.registry),
+            self.registry,
             self.ranks,
             random,
             recheck=self.rechecked.append,
