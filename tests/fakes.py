@@ -1,4 +1,4 @@
-"""Fakes for the seams, and small builders: time, engines, names and discovery in a test's hands."""
+"""Fakes for time, engines, names and discovery, and small builders for tests."""
 
 import asyncio
 import heapq
@@ -71,7 +71,7 @@ class FakeClock:
         return self._now
 
     def tick(self, seconds: float) -> None:
-        """Move time without waking anybody, for tests that have no tasks."""
+        """Move time without waking sleepers, for tests that have no tasks."""
         self._now += seconds
 
     async def sleep(self, seconds: float) -> None:

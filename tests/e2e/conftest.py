@@ -1,6 +1,6 @@
-"""End to end: the real Envoy and the real service as processes, workers over real TCP.
+"""Starts an installation for end-to-end tests: real Envoy, real service, workers over TCP.
 
-The workers run in the test's own loop, so that a test can stop one like a dying host.
+The workers run in the test's own event loop, so that a test can stop one like a dying host.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,7 +33,7 @@ class Fleet:
             return found
 
     async def requests(self) -> list[dict[str, Any]]:
-        """What arrived at any worker, oldest first within a worker."""
+        """The requests of all workers, oldest first within a worker."""
         return [request for stats in await self.stats() for request in stats["requests"]]
 
 
@@ -88,7 +88,7 @@ class Running:
         return sum(value for key, value in metrics.items() if key.startswith(name))
 
 
-# Of the service, beside models and workers; some depend on the workers' ports.
+# Settings of the service besides models and workers; some depend on the workers' ports.
 Settings = dict[str, Any] | Callable[[list[RunningSimulator]], dict[str, Any]] | None
 
 
@@ -107,7 +107,7 @@ class Launch(Protocol):
 
 @pytest.fixture
 async def launch(tmp_path: Path) -> AsyncIterator[Launch]:
-    """Start a stack with so many workers per model; everything is stopped at the end."""
+    """Start a stack with this number of workers per model; stop everything at the end."""
     async with AsyncExitStack() as exits:
 
         async def run(

@@ -1,4 +1,4 @@
-"""Prefill and decode workers behind the real Envoy and the real service."""
+"""Starts prefill and decode workers behind the real Envoy and the real service."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -48,7 +48,7 @@ class PdRunning(Running):
         return [one for worker in workers for one in (await self.stats_of(worker))["requests"]]
 
     async def at_rest(self, seconds: float = 10.0) -> None:
-        """Nothing is left over: no ticket, no leg, no room; fails after that many seconds."""
+        """Wait until no ticket, leg or room is left; fails after this many seconds."""
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
             async with self.http.get(f"{self.stack.admin_url}/workers") as answer:

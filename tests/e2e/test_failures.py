@@ -1,4 +1,4 @@
-"""Workers, clients and limits that fail: each ends in a clear answer, and nothing is left."""
+"""Failing workers, clients and limits: each gets a clear answer and leaves nothing behind."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ async def test_a_dead_first_choice_is_served_by_the_next(launch: Launch) -> None
     assert await running.sample("extproc_fallback_served_total") == 3
     assert await running.sample("extproc_destination_missed_total") == 0
     workers = {worker["url"]: worker for worker in await running.stack.workers()}
-    # Three refused connections, the breaker's threshold: it is not asked again.
+    # Three refused connections are the breaker's threshold: it gets no further requests.
     assert workers[dead.url]["breaker"] == "open"
     async with running.chat() as response:
         assert response.status == 200
@@ -129,7 +129,7 @@ async def test_a_request_that_is_too_old_is_ended(launch: Launch) -> None:
 
 
 async def test_long_streams_go_on_while_tokens_arrive(launch: Launch) -> None:
-    """Every limit but the idle time-out is shorter than the stream; a 10-minute one is alike."""
+    """All limits but the idle time-out are shorter than the stream, as with a 10-minute stream."""
     running = await launch(
         1,
         settings={
@@ -174,12 +174,12 @@ async def test_control_headers_from_a_client_have_no_effect(
             return not await running.stack.envoy_sees_service()
 
         await wait_until(noticed, "Envoy notices")
-    # Enough for a random pick among two to show both.
+    # Enough for a random choice between two to show both.
     for _ in range(20):
         async with running.chat(headers=headers, fault="status=500") as response:
             assert response.status == 500
     received = [stats["received"] for stats in await running.fleet.stats()]
-    # No retries on 5xx, and not all at the endpoint that was asked for.
+    # No retries on 5xx, and not all requests at the endpoint that the client named.
     assert sum(received) == 20
     assert received[0] > 0
     for request in await running.fleet.requests():

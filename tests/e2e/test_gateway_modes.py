@@ -1,4 +1,4 @@
-"""Other processing modes and transports on the real Envoy: what other gateways will use."""
+"""Processing modes and transports of other gateways, on the real Envoy."""
 
 import ssl
 from collections.abc import Callable

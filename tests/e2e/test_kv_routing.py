@@ -50,7 +50,7 @@ class Pool:
         return await self.post("/v1/chat/completions", body | fields, url)
 
     async def ranks(self) -> list[dict[str, Any]]:
-        """What the service says of every rank, workers in order."""
+        """The service's view of every rank, in the order of workers."""
         by_url = {worker["url"]: worker for worker in await self.running.stack.workers()}
         return [rank for url in self.urls for rank in by_url[url]["kv"]["ranks"]]
 
@@ -186,7 +186,7 @@ async def test_the_engine_is_told_which_rank_holds_the_prefix(pool: StartPool, m
     )
     await fleet.chat(LONG, fleet.urls[0], routed_dp_rank=2)
     await fleet.settled()
-    # The client's own wish does not count.
+    # The client's own choice has no effect.
     for fields in ({}, {"routed_dp_rank": 1}):
         body, shown = await fleet.chat(LONG, **fields)
         assert shown["reason"] == "hit"
@@ -213,7 +213,7 @@ async def test_without_a_visible_body_load_decides(pool: StartPool) -> None:
 
 
 async def test_requests_with_the_same_new_prefix_go_to_one_worker(pool: StartPool) -> None:
-    """Nobody holds the prefix yet: the first request is still in prefill when others come."""
+    """No worker holds the prefix yet: the first request is in prefill when others come."""
     fleet = await pool(4, "min_ttft", worker={"prefill_tokens_per_second": 2000.0})
     first = asyncio.create_task(fleet.chat(LONG, stream=False))
     await asyncio.sleep(0.1)
@@ -226,7 +226,7 @@ async def test_requests_with_the_same_new_prefix_go_to_one_worker(pool: StartPoo
 async def test_kv_events_are_followed_by_configuration_when_workers_do_not_announce_them(
     launch: Launch, tmp_path: Path
 ) -> None:
-    """Like vLLM: no /server_info, so where it publishes comes from the configuration."""
+    """As with vLLM: there is no /server_info, so the configuration names the ports."""
     folder = tmp_path / "model"
     folder.mkdir()
     path = model_folder(folder)

@@ -1,4 +1,4 @@
-"""Engines that die, restart and lie under traffic: routing is right again, requests are served."""
+"""Engines die and restart under traffic: routing becomes right again, requests are served."""
 
 import asyncio
 import signal
@@ -18,7 +18,7 @@ TENANTS = [f"tenant {number}: " + "the same long instructions " * 30 for number 
 
 
 class Engine:
-    """A simulated worker in a process of its own, that comes back at the same ports."""
+    """A simulated worker in its own process, which restarts at the same ports."""
 
     def __init__(self, folder: Path, model: str) -> None:
         self.port, self.events, self.replay, self.load = free_ports(4)
@@ -62,7 +62,7 @@ class Rig:
     async def chat(
         self, text: str, engine: Engine | None = None
     ) -> tuple[int, dict[str, str], dict[str, Any]]:
-        """Through Envoy, or straight to one engine."""
+        """Send a chat through Envoy, or directly to one engine."""
         body = {"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": text}]}
         url = engine.url if engine is not None else self.stack.url
         async with self.http.post(
@@ -82,7 +82,7 @@ class Rig:
         return rank
 
     async def is_right(self) -> bool:
-        """Every overlap that the service reports is what the engine has really reused."""
+        """True if every overlap that the service reports equals the engine's reused tokens."""
         for tenant in TENANTS:
             status, shown, usage = await self.chat(tenant + "question")
             if status != 200 or shown["worker"] == "unknown":
@@ -160,7 +160,7 @@ async def test_an_engine_killed_under_traffic_comes_back_with_an_empty_cache(
         stop.set()
         await asyncio.gather(*clients)
         assert len(statuses) > 50
-        # Refused connections went to the other engine; what broke off in mid-request did not.
+        # Refused connections went to the other engine; requests that broke midway did not.
         assert statuses.count(200) > 0.9 * len(statuses)
         assert set(statuses) <= {200, 503}
         metrics = await running.stack.metrics()

@@ -1,4 +1,4 @@
-"""Prefill and decode apart, end to end: who gets which request, and what is in it."""
+"""Prefill and decode on separate workers, end to end: destinations and contents of requests."""
 
 import asyncio
 import io
@@ -166,7 +166,7 @@ async def test_clients_cannot_choose_a_worker(tmp_path: Path) -> None:
 
 
 async def spread(running: PdRunning, count: int) -> list[int]:
-    """Requests, all at once; how many each decode worker got."""
+    """Send requests at the same time; returns the number of each decode worker."""
 
     async def send() -> None:
         async with running.chat(tokens=20) as response:
@@ -187,7 +187,7 @@ async def test_decode_load_is_spread(tmp_path: Path, mode: str) -> None:
 
 
 async def switch(running: PdRunning, worker: RunningSimulator, role: str) -> None:
-    """Give a worker another role, and wait until that is known."""
+    """Give a worker another role, and wait until the service knows it."""
     body = {"new_role": role}
     async with running.http.post(f"{worker.url}/pd_role_switch", json=body) as answer:
         assert answer.status == 200, await answer.text()
@@ -212,7 +212,7 @@ async def test_a_model_without_prefill_or_decode_workers_says_which_are_missing(
         await switch(running, decode, "decode")
         async with running.chat() as response:
             assert await running.error(response) == (503, "no_prefill_workers_available")
-        # No leg was sent for nothing.
+        # No leg was sent in vain.
         assert await running.legs([prefill, decode]) == []
 
 

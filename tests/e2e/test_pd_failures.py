@@ -1,4 +1,4 @@
-"""Every way in which one half of a pair can fail: an answer at once, and nothing left over."""
+"""All failures of one worker of a pair: the client gets an answer at once, nothing is left."""
 
 import asyncio
 import contextlib
@@ -176,7 +176,7 @@ async def test_clients_get_503_when_all_decode_workers_refuse(tmp_path: Path) ->
                 await response.read()
         before = len(await running.legs(running.prefills))
         async with running.chat() as response:
-            # Their breakers are open: nothing is sent to the prefill worker either.
+            # Their breakers are open, so the prefill worker gets no request either.
             assert await running.error(response) == (503, "no_decode_workers_available")
         assert len(await running.legs(running.prefills)) == before
         await running.at_rest()
@@ -194,7 +194,7 @@ async def test_a_decode_worker_that_fails_ends_the_prefill(
         status, code, seconds = await timed(running, False)
         assert (status, code) == ((500, "") if "status" in fault else (503, "upstream_unreachable"))
         assert seconds < 2
-        # One attempt: the room is used up. And the prefill does not wait for anybody.
+        # One attempt uses the room up, and the prefill does not wait for another.
         assert sum([len(await running.legs([worker])) for worker in running.decodes]) == 1
         await running.at_rest()
         name = 'extproc_pd_pairs_total{model="m",outcome="decode_failed"}'
@@ -295,7 +295,7 @@ async def test_random_failures_leave_nothing_behind(tmp_path: Path) -> None:
             (503, "no_decode_workers_available"),
             (503, "upstream_unreachable"),
             (504, "upstream_timeout"),
-            (500, ""),  # the engine's own: its partner was gone
+            (500, ""),  # the engine's own error: its partner was gone
             (0, "cut"),
         }
         assert set(seen) <= allowed, seen

@@ -1,4 +1,4 @@
-"""Prefill and decode apart in other gateways, with other engines, and over several replicas."""
+"""Prefill and decode workers with other gateways, other engines and several replicas."""
 
 import asyncio
 import contextlib
@@ -182,7 +182,7 @@ async def test_the_prefill_goes_where_the_prefix_is(tmp_path: Path) -> None:
             for turn in range(3):
                 assert await ask(f"{text} and then {turn}") == (first, "hit")
                 leg = (await running.legs([holder]))[-1]
-                # The room tells the rank to both sides.
+                # Both sides derive the rank from the room.
                 assert leg["rank"] == rank == leg["bootstrap_room"] % 2
                 assert leg["cached_tokens"] > 500
         await running.at_rest()
@@ -193,7 +193,7 @@ async def test_the_prefill_goes_where_the_prefix_is(tmp_path: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def vllm(tmp_path: Path, **more: Any) -> AsyncIterator[PdRunning]:
-    """Workers that say nothing of their roles, which the configuration tells."""
+    """Workers that do not announce their roles; the configuration names them."""
     found: list[str] = []
     decodes = more.get("decodes", 1)
 

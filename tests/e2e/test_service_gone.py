@@ -1,4 +1,4 @@
-"""What clients see when the routing service dies, drains or comes back."""
+"""Clients while the routing service dies, drains or comes back."""
 
 import asyncio
 import signal
@@ -97,5 +97,5 @@ async def test_clients_do_not_notice_a_restart_of_the_service(launch: Launch) ->
         await asyncio.sleep(0.5)
         await running.stack.start_service()
     stop.set()
-    # A request that was being asked about at the very moment may fail open, never hang.
+    # A request in the filter at that moment may fail open but must not hang.
     assert set().union(*await asyncio.gather(*clients)) == {200}

@@ -1,4 +1,4 @@
-"""Requests that go well: who serves them, and that answers stream as they are made."""
+"""Successful requests: the right worker serves them, and answers stream token by token."""
 
 import asyncio
 import io

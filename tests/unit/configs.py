@@ -42,7 +42,7 @@ def at(path: str, value: object) -> dict[str, Any]:
 
 
 def problems_of(raw: object) -> list[str]:
-    """What is wrong with it; fails when nothing is."""
+    """The problems of a configuration; fails if it has none."""
     with pytest.raises(ConfigError) as caught:
         parse_config(raw)
     assert caught.value.problems
@@ -50,6 +50,6 @@ def problems_of(raw: object) -> list[str]:
 
 
 def problem_of(raw: object) -> str:
-    """The one thing that is wrong with it."""
+    """The only problem of a configuration."""
     (problem,) = problems_of(raw)
     return problem

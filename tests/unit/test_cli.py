@@ -1,4 +1,4 @@
-"""The command line as its users meet it: exit codes, and what goes to which stream."""
+"""The command line: exit codes, and the contents of standard output and standard error."""
 
 import json
 import signal
@@ -165,7 +165,7 @@ def test_serve_says_that_it_started_and_ends_well_by_sigterm(tmp_path: Path) -> 
         for each in (first, second):
             each.bind(("127.0.0.1", 0))
         server = {"port": first.getsockname()[1], "admin_port": second.getsockname()[1]}
-    # Nobody listens at the worker's port: starting does not depend on workers.
+    # The worker's port is closed: the start does not depend on workers.
     raw = raw_config(
         server=server,
         observability={"log_format": "json"},

@@ -252,11 +252,11 @@ def test_pages_smaller_than_blocks_find_no_less(replay: Replay) -> None:
     assert small["cached_ratio"] == small["bound_ratio"] >= large["cached_ratio"]
 
 
-# -- what gets out of a worker
+# -- events and reports of a worker
 
 
 class Listener:
-    """A router that has one worker, and notes what it is told and when, to the millisecond."""
+    """A router with one worker; it records events and their times, to the millisecond."""
 
     def __init__(self) -> None:
         self.events: list[str] = []

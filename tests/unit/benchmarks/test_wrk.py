@@ -1,4 +1,4 @@
-"""What wrk is told and what is read from its output."""
+"""The script for wrk, and reading its output."""
 
 import json
 

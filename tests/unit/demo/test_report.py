@@ -1,4 +1,4 @@
-"""The table and the paragraph, at any width and whatever is known."""
+"""The table and the paragraph, at any width and with any figures missing."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The consumer's side of the KV wire, as plain as it can be: real sockets, decoded msgpack."""
+"""A simple consumer of KV events: real sockets, decoded msgpack."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -61,13 +61,13 @@ class KvClient:
         return socket
 
     async def subscribed(self) -> zmq.asyncio.Socket:
-        """A subscriber that is known to hear rank 0, and has read all there is to hear."""
+        """A subscriber that receives from rank 0 and has read all messages so far."""
         socket = self._connected(zmq.SUB, self.ports.events)
         await self.heard(socket)
         return socket
 
     async def heard(self, socket: zmq.asyncio.Socket) -> Batch:
-        """Flush the cache until the socket hears of it; the last batch that it got."""
+        """Flush the cache until the socket receives the event; returns its last batch."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not await socket.poll(50):
                 async with self._worker.session.post("/flush_cache") as response:
@@ -78,7 +78,7 @@ class KvClient:
         return batch(*last[1:])
 
     async def loads(self, count: int, during: Callable[[], Awaitable[Any]]) -> list[list[Any]]:
-        """So many load reports of rank 0 that follow the first one heard."""
+        """This number of load reports of rank 0 after the first one."""
         assert self.ports.load is not None
         socket = self._connected(zmq.SUB, self.ports.load)
         await received(socket)
@@ -97,7 +97,7 @@ class KvClient:
         return decoded
 
     async def replay(self, start: int = 0, rank: int = 0) -> list[Batch]:
-        """What is replayed from there on; engines that send arrays leave the topic out."""
+        """The replay from this number on; engines that send arrays omit the topic."""
         assert self.ports.replay is not None
         socket = self._connected(zmq.DEALER, self.ports.replay + rank)
         await socket.send_multipart([b"", start.to_bytes(8, "big")])

@@ -31,7 +31,7 @@ class Pair:
         self.decode = decode
 
     def body(self, room: Any = 7, **fields: Any) -> dict[str, Any]:
-        """What both legs of one request are sent."""
+        """The body that both legs of one request are sent."""
         defaults = {
             "text": "x" * 130,
             "sampling_params": {"max_new_tokens": 3},
@@ -47,7 +47,7 @@ class Pair:
         return [*await asyncio.gather(*(worker.post(path, body) for worker in workers))]
 
     async def is_empty(self) -> None:
-        """Waits until nothing of either leg is left."""
+        """Wait until nothing of either leg is left."""
         for worker in (self.prefill, self.decode):
             await worker.until(rooms=0, running=0, waiting=0)
 

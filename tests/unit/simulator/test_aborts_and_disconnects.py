@@ -1,4 +1,4 @@
-"""A client that leaves, an abort by id, and a worker that stops: who gets its place back."""
+"""Disconnects, aborts by id and stopping workers free the place of a request."""
 
 import asyncio
 import socket

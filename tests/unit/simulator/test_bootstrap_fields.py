@@ -1,4 +1,4 @@
-"""What a disaggregated worker makes of the fields that name a meeting."""
+"""How a disaggregated worker reads the bootstrap fields of a body."""
 
 from typing import Any
 

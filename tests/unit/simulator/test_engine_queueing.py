@@ -1,4 +1,4 @@
-"""The queue and the time model alone: no sockets, and a loop whose clock is moved by hand."""
+"""The queue and the time model without sockets, on an event loop with a fake clock."""
 
 import asyncio
 import itertools

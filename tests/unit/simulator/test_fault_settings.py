@@ -1,4 +1,4 @@
-"""What a fault header and a fault object mean, without a worker."""
+"""The meaning of fault headers and fault objects, without a worker."""
 
 import pytest
 

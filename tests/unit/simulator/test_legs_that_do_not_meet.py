@@ -1,4 +1,4 @@
-"""Legs that fail, leave or never come: nobody is told, and nothing is left behind."""
+"""Legs that fail, leave or never come: the other leg does not notice; nothing is left."""
 
 import asyncio
 import socket
@@ -207,7 +207,7 @@ async def test_requests_that_wait_for_kv_are_load(launch: Launch) -> None:
 
 
 async def faulty(launch: Launch, faults: dict[str, Any]) -> Pair:
-    """The next prefill leg fails so; the decode leg has little patience."""
+    """The next prefill leg fails this way; the decode leg has a short time-out."""
     legs = await pair(launch, decode=SOON)
     await legs.prefill.post("/simulator/faults", {"count": 1, **faults})
     return legs

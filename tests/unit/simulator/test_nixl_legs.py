@@ -1,4 +1,4 @@
-"""Legs coupled as by vLLM's NIXL connector: the first answers where the second finds the KV."""
+"""Legs as with vLLM's NIXL connector: the first answer says where the second finds the KV."""
 
 import asyncio
 import socket
@@ -31,7 +31,7 @@ def first_leg(**fields: Any) -> dict[str, Any]:
 
 
 async def computed(worker: SimulatedWorker) -> dict[str, Any]:
-    """The parameters that the answer of a first leg has for the second."""
+    """The parameters for the second leg in the answer of the first."""
     status, answer = await worker.post(COMPLETIONS, first_leg())
     assert status == 200
     params: dict[str, Any] = answer["kv_transfer_params"]

@@ -269,7 +269,7 @@ def test_events_describe_exactly_the_held_pages(
         check(held, mirror, leases, capacity, host)
     for lease, _, _ in leases:
         held.release(lease, 1000)
-    if capacity:  # nothing stays pinned: everything can make room
+    if capacity:  # no page stays pinned: all can be evicted
         keep(held, [f"p{n}" for n in range(capacity)], 1001)
         assert held.match([f"p{n}" for n in range(capacity)]).gpu == capacity * PAGE
 

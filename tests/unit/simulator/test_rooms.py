@@ -1,4 +1,4 @@
-"""Who meets whom in a room, without sockets."""
+"""Which legs meet in a room, without sockets."""
 
 import asyncio
 
@@ -60,7 +60,7 @@ async def test_kv_goes_to_a_request_that_still_waits() -> None:
         rooms.computed(KEY)
         await first
         assert not second.done()
-    with rooms.offer(KEY):  # nobody told the second that the first offer is gone
+    with rooms.offer(KEY):  # the second does not notice that the first offer is gone
         rooms.computed(KEY)
         await second
     await asyncio.wait([gone])

@@ -1,4 +1,4 @@
-"""Bodies, headers and events as bytes on the wire, beyond what an SDK looks at."""
+"""Bodies, headers and events as bytes on the wire, in more detail than an SDK checks."""
 
 import asyncio
 from typing import Any
