@@ -1,10 +1,12 @@
-"""Writes docs/configuration.md from the configuration structs: `make docs`.
+"""Writes the generated pages of the documentation: `make docs`.
 
-The structs carry every key's type, default, bounds and meaning; a test compares the page with
-what this renders, so the two can not drift.
+docs/configuration.md comes from the configuration structs, the tables of docs/metrics.md from the
+table of metrics. Tests compare the pages with what this renders, so that they cannot drift.
 """
 
+import re
 import sys
+import textwrap
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -14,8 +16,11 @@ from msgspec import NODEFAULT, Meta, Struct, UnsetType
 
 from extproc.config.loading import section_type
 from extproc.config.schema import Config
+from extproc.metrics.specs import Label, Section, Spec
+from extproc.metrics.table import TABLE
 
-PAGE = Path(__file__).resolve().with_name("configuration.md")
+DOCS = Path(__file__).resolve().parent
+PAGE_COLUMNS = 100
 
 INTRODUCTION = """\
 # Configuration
@@ -64,8 +69,8 @@ discovery:
 """
 
 
-def render() -> str:
-    """The whole page."""
+def render_configuration() -> str:
+    """docs/configuration.md."""
     return "\n".join([INTRODUCTION, *_section(Config, "", "")]).rstrip() + "\n"
 
 
@@ -145,6 +150,45 @@ def _type(hint: Any) -> str:
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
+def render_metrics() -> str:
+    """docs/metrics.md: the text around the tables stays as it is in the file."""
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    begin, end = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    tables = "".join(_metrics_section(section) for section in TABLE)
+    return f"{before}{begin}\n{tables}{end}{after}"
+
+
+def _metrics_section(section: Section) -> str:
+    text = f"{textwrap.fill(section.text, PAGE_COLUMNS)}\n\n" if section.text else ""
+    rows = "".join(f"{_metrics_row(spec)}\n" for spec in section.specs)
+    return (
+        f"### {section.title}\n\n{text}| metric | type | labels | meaning |\n"
+        f"|---|---|---|---|\n{rows}\n"
+    )
+
+
+def _metrics_row(spec: Spec) -> str:
+    labels = ", ".join(f"`{name}`" for name in spec.label_names)
+    notes = [note for label in spec.labels if (note := _label_note(label))]
+    # Names in a help text have no back-ticks: it is read in other places, too.
+    text = re.sub(r"(?<!`)\b(extproc_\w+|\w+\.\w+_\w+)", r"`\1`", spec.text)
+    return f"| `{spec.name}` | {spec.kind} | {labels} | {' '.join([text, *notes])} |"
+
+
+def _label_note(label: Label) -> str:
+    values = [
+        f"`{value}` ({meaning})" if meaning else f"`{value}`"
+        for value, meaning in label.values.items()
+    ]
+    listed = [f"`{label.name}`: {', '.join(values)}."] if values else []
+    return " ".join([*listed, *([label.note] if label.note else [])])
+
+
+PAGES = {"configuration.md": render_configuration, "metrics.md": render_metrics}
+
 if __name__ == "__main__":
-    PAGE.write_text(render(), encoding="utf-8")
-    sys.stdout.write(f"{PAGE.name} written\n")
+    for name, render in PAGES.items():
+        (DOCS / name).write_text(render(), encoding="utf-8")
+        sys.stdout.write(f"{name} written\n")

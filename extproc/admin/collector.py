@@ -1,12 +1,12 @@
-"""Gauges of the workers, read at scrape time: a worker that left has no series left behind."""
+"""Gauges of the workers, read at a scrape, so that a worker that left leaves no series behind."""
 
 from collections import Counter
 from collections.abc import Iterator
 
 from prometheus_client import Metric
-from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from extproc.metrics import table
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.tickets import Tickets
 
@@ -24,17 +24,9 @@ class WorkerCollector(Collector):
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        in_flight = GaugeMetricFamily(
-            "extproc_worker_in_flight", "Requests in flight per worker.", labels=["worker"]
-        )
-        breaker = GaugeMetricFamily(
-            "extproc_worker_breaker_state",
-            "Circuit breaker per worker: 0 closed, 1 open, 2 half-open.",
-            labels=["worker"],
-        )
-        workers = GaugeMetricFamily(
-            "extproc_workers", "Registered workers by model and role.", labels=["model", "role"]
-        )
+        in_flight = table.WORKER_IN_FLIGHT.family()
+        breaker = table.WORKER_BREAKER_STATE.family()
+        workers = table.WORKERS.family()
         counts: Counter[tuple[str, str]] = Counter()
         loads: Counter[str] = Counter()
         states: dict[str, int] = {}
@@ -47,11 +39,7 @@ class WorkerCollector(Collector):
         for url, load in loads.items():
             in_flight.add_metric([url], load)
             breaker.add_metric([url], states[url])
-        for (model, role), count in counts.items():
-            workers.add_metric([model, role], count)
-        yield in_flight
-        yield breaker
-        yield workers
-        yield GaugeMetricFamily(
-            "extproc_tickets_open", "Open load tickets.", value=len(self._active_load)
-        )
+        for labels, count in counts.items():
+            workers.add_metric(labels, count)
+        yield from (in_flight, breaker, workers)
+        yield table.TICKETS_OPEN.family(len(self._active_load))

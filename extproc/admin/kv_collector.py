@@ -1,195 +1,143 @@
-"""What is known of the workers' KV caches, read at scrape time.
+"""Metrics of KV pages and of tokenization, read at a scrape.
 
-Counters are of all ranks together and include ranks that are gone, so that they never go back;
-gauges are per rank and vanish with it.
+Counters are sums over all ranks. They include ranks that are gone, so that they never fall.
+Gauges are per rank and vanish with the rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from extproc.clock import Clock
 from extproc.kv.indexer import KvTotals
+from extproc.metrics import kv_table as table
+from extproc.metrics.specs import CounterSpec, GaugeSpec
 from extproc.routing.ranks import Ranks
 from extproc.tokenization.encoder import PromptEncoder
 
 __all__ = ["EncoderCollector", "KvCollector"]
 
 _TIERS: Final = ("device", "host", "below")
-_COUNTERS: Final[tuple[tuple[str, str, Callable[[KvTotals], int]], ...]] = (
-    ("kv_batches", "Batches of KV events that were applied.", lambda all_: all_.streams.batches),
-    ("kv_bytes", "Bytes of these batches.", lambda all_: all_.streams.bytes),
-    ("kv_gaps", "Gaps in the numbers of batches.", lambda all_: all_.streams.gaps),
-    ("kv_restarts", "Engines found to have restarted.", lambda all_: all_.streams.restarts),
-    ("kv_replays", "Replays asked for.", lambda all_: all_.streams.replays),
-    ("kv_replay_failures", "Replays without an end.", lambda all_: all_.streams.replay_failures),
-    ("kv_malformed_messages", "Messages that are none.", lambda all_: all_.streams.malformed),
-    (
-        "kv_dropped_batches",
-        "Batches let go while they waited for a replay.",
-        lambda all_: all_.streams.dropped,
-    ),
-    ("kv_load_reports", "Load reports of engines.", lambda all_: all_.streams.load_reports),
-    (
-        "kv_unreadable_load_reports",
-        "Load reports that could not be read.",
-        lambda all_: all_.events.unreadable_loads,
-    ),
-    (
-        "kv_unreadable_batches",
-        "Batches that could not be read, or not all that they removed.",
-        lambda all_: all_.events.unreadable_batches,
-    ),
-    (
-        "kv_skipped_events",
-        "Events of unknown kind, malformed or beyond a limit.",
-        lambda all_: all_.events.skipped_events,
-    ),
-    (
-        "kv_odd_sized_events",
-        "Events with pages of another size than announced.",
-        lambda all_: all_.events.odd_sized_events,
-    ),
+_Read = Callable[[KvTotals], int]
+
+_COUNTERS: Final[tuple[tuple[CounterSpec, _Read], ...]] = (
+    (table.KV_BATCHES, lambda totals: totals.streams.batches),
+    (table.KV_BYTES, lambda totals: totals.streams.bytes),
+    (table.KV_GAPS, lambda totals: totals.streams.gaps),
+    (table.KV_RESTARTS, lambda totals: totals.streams.restarts),
+    (table.KV_CLEARS, lambda totals: totals.streams.clears),
+    (table.KV_REPLAYS, lambda totals: totals.streams.replays),
+    (table.KV_REPLAY_FAILURES, lambda totals: totals.streams.replay_failures),
+    (table.KV_MALFORMED_MESSAGES, lambda totals: totals.streams.malformed),
+    (table.KV_DROPPED_BATCHES, lambda totals: totals.streams.dropped),
+    (table.KV_APPLY_ERRORS, lambda totals: totals.streams.sink_errors),
+    (table.KV_LOAD_REPORTS, lambda totals: totals.streams.load_reports),
+    (table.KV_UNREADABLE_LOAD_REPORTS, lambda totals: totals.events.unreadable_loads),
+    (table.KV_UNREADABLE_BATCHES, lambda totals: totals.events.unreadable_batches),
+    (table.KV_SKIPPED_EVENTS, lambda totals: totals.events.skipped_events),
+    (table.KV_ODD_SIZED_EVENTS, lambda totals: totals.events.odd_sized_events),
+    (table.KV_UNKNOWN_REMOVALS, lambda totals: totals.index.unknown_removals),
 )
-_KEPT_OUT: Final[tuple[tuple[str, Callable[[KvTotals], int]], ...]] = (
-    ("unknown_parent", lambda all_: all_.index.orphans),
-    ("token_count", lambda all_: all_.index.mismatched),
-    ("over_limit", lambda all_: all_.index.over_limit),
-    ("other_units", lambda all_: all_.events.foreign_unit_pages),
+_GAUGES: Final[tuple[tuple[GaugeSpec, _Read], ...]] = (
+    (table.KV_PAGES, lambda totals: totals.pages),
+    (table.KV_INDEX_BYTES, lambda totals: totals.estimated_bytes),
+    (table.KV_RANKS, lambda totals: totals.ranks),
+    (table.KV_RANKS_CONNECTED, lambda totals: totals.connected_ranks),
+    (table.KV_RANKS_UNTRUSTED, lambda totals: totals.ranks - totals.trusted_ranks),
+)
+_EVENTS: Final[tuple[tuple[str, _Read], ...]] = (
+    ("stored", lambda totals: totals.events.stored_events),
+    ("removed", lambda totals: totals.events.removed_events),
+    ("cleared", lambda totals: totals.events.cleared_events),
+)
+_KEPT_OUT: Final[tuple[tuple[str, _Read], ...]] = (
+    ("unknown_parent", lambda totals: totals.index.orphans),
+    ("token_count", lambda totals: totals.index.mismatched),
+    ("over_limit", lambda totals: totals.index.over_limit),
+    ("other_units", lambda totals: totals.events.foreign_unit_pages),
 )
 
 
 class KvCollector(Collector):
-    """Streams, events, pages and trust."""
+    """KV event streams, events, pages, trust and load of all ranks."""
 
     def __init__(self, ranks: Ranks, clock: Clock) -> None:
         self._ranks = ranks
         self._clock = clock
 
     def describe(self) -> Iterator[Metric]:
+        """Nothing: the state of ranks is not read before the first scrape."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
         totals = self._ranks.indexer.totals()
-        for name, text, read in _COUNTERS:
-            yield CounterMetricFamily(f"extproc_{name}", text, value=read(totals))
-        yield from self._events(totals)
-        yield from self._index(totals)
+        for counter, read in _COUNTERS:
+            yield counter.family(read(totals))
+        for gauge, read in _GAUGES:
+            yield gauge.family(read(totals))
+        for spec, by_label in ((table.KV_EVENTS, _EVENTS), (table.KV_PAGES_KEPT_OUT, _KEPT_OUT)):
+            family = spec.family()
+            for value, read in by_label:
+                family.add_metric([value], read(totals))
+            yield family
+        yield self._event_pages(totals)
         yield from self._per_rank()
 
-    def _events(self, totals: KvTotals) -> Iterator[Metric]:
+    def _event_pages(self, totals: KvTotals) -> Metric:
+        pages = table.KV_EVENT_PAGES.family()
         events = totals.events
-        kinds = CounterMetricFamily("extproc_kv_events", "KV events by kind.", labels=["kind"])
-        kinds.add_metric(["stored"], events.stored_events)
-        kinds.add_metric(["removed"], events.removed_events)
-        kinds.add_metric(["cleared"], events.cleared_events)
-        yield kinds
-        pages = CounterMetricFamily(
-            "extproc_kv_event_pages", "Pages that events named.", labels=["kind", "tier"]
-        )
         for kind, counts in (("stored", events.stored_pages), ("removed", events.removed_pages)):
             for tier, count in zip(_TIERS, counts, strict=True):
                 pages.add_metric([kind, tier], count)
-        yield pages
-
-    def _index(self, totals: KvTotals) -> Iterator[Metric]:
-        kept_out = CounterMetricFamily(
-            "extproc_kv_pages_kept_out", "Stored pages that were not kept.", labels=["why"]
-        )
-        for why, read in _KEPT_OUT:
-            kept_out.add_metric([why], read(totals))
-        yield kept_out
-        yield CounterMetricFamily(
-            "extproc_kv_unknown_removals",
-            "Removed pages that were not known.",
-            value=totals.index.unknown_removals,
-        )
-        for name, text, value in (
-            ("kv_pages", "Pages held, summed over ranks.", totals.pages),
-            ("kv_index_bytes", "Estimated memory of the index.", totals.estimated_bytes),
-            ("kv_ranks", "Ranks that are followed.", totals.ranks),
-            ("kv_ranks_untrusted", "Ranks not believed now.", totals.ranks - totals.trusted_ranks),
-        ):
-            yield GaugeMetricFamily(f"extproc_{name}", text, value=value)
+        return pages
 
     def _per_rank(self) -> Iterator[Metric]:
-        labels = ["worker", "rank"]
-        trusted = GaugeMetricFamily(
-            "extproc_kv_rank_trusted", "1 if what the rank holds is believed.", labels=labels
-        )
-        pages = GaugeMetricFamily(
-            "extproc_kv_rank_pages",
-            "Pages the rank holds, each where it lies best.",
-            labels=[*labels, "tier"],
-        )
-        age = GaugeMetricFamily(
-            "extproc_kv_last_event_age_seconds", "Time since the last batch.", labels=labels
-        )
-        requests = GaugeMetricFamily(
-            "extproc_rank_requests", "Requests on the rank, as far as is known.", labels=labels
-        )
-        ahead = GaugeMetricFamily(
-            "extproc_rank_prefill_tokens_ahead", "Tokens it has to prefill first.", labels=labels
-        )
-        speed = GaugeMetricFamily(
-            "extproc_rank_prefill_tokens_per_second", "Prefill speed learnt.", labels=labels
-        )
+        trusted = table.KV_RANK_TRUSTED.family()
+        pages = table.KV_RANK_PAGES.family()
+        age = table.KV_LAST_EVENT_AGE_SECONDS.family()
+        requests = table.RANK_REQUESTS.family()
+        ahead = table.RANK_PREFILL_TOKENS_AHEAD.family()
+        speed = table.RANK_PREFILL_TOKENS_PER_SECOND.family()
         now = self._clock.monotonic()
         seen: set[tuple[str, str]] = set()
         for rank in self._ranks:
-            values = (rank.worker.url, str(rank.dp_rank))
-            if values in seen:
+            labels = (rank.worker.url, str(rank.dp_rank))
+            if labels in seen:
                 continue  # two ids share a URL while a pod is replaced
-            seen.add(values)
-            requests.add_metric(values, rank.load.requests(now))
-            ahead.add_metric(values, rank.load.prefill_tokens_ahead(now))
-            speed.add_metric(values, rank.load.prefill_tokens_per_second)
+            seen.add(labels)
+            requests.add_metric(labels, rank.load.requests(now))
+            ahead.add_metric(labels, rank.load.prefill_tokens_ahead(now))
+            speed.add_metric(labels, rank.load.prefill_tokens_per_second)
             state = self._ranks.state(rank)
             if state is None:
                 continue
-            trusted.add_metric(values, state.trusted)
+            trusted.add_metric(labels, state.trusted)
             for tier, count in zip(_TIERS, state.pages_by_tier, strict=True):
-                pages.add_metric([*values, tier], count)
+                pages.add_metric([*labels, tier], count)
             if state.last_event_age_seconds is not None:
-                age.add_metric(values, state.last_event_age_seconds)
+                age.add_metric(labels, state.last_event_age_seconds)
         yield from (trusted, pages, age, requests, ahead, speed)
 
 
 class EncoderCollector(Collector):
-    """Text to tokens, by model; models that share a tokenizer show the same figures."""
+    """Tokenization by model; models that share a tokenizer show the same figures."""
 
     def __init__(self, encoders: Mapping[str, PromptEncoder]) -> None:
         self._encoders = encoders
 
     def describe(self) -> Iterator[Metric]:
+        """Nothing, as for KvCollector."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        encoded = CounterMetricFamily(
-            "extproc_tokenizations",
-            "Prompts encoded at once on the event loop, or in a thread.",
-            labels=["model", "place"],
-        )
-        busy = CounterMetricFamily(
-            "extproc_tokenization_busy_seconds", "Time spent on that.", labels=["model"]
-        )
-        segments = CounterMetricFamily(
-            "extproc_token_segments", "Pieces of text looked up.", labels=["model", "result"]
-        )
-        evictions = CounterMetricFamily(
-            "extproc_token_cache_evictions", "Pieces dropped for want of room.", labels=["model"]
-        )
-        size = GaugeMetricFamily(
-            "extproc_token_cache_bytes", "Memory of the pieces kept.", labels=["model"]
-        )
-        enabled = GaugeMetricFamily(
-            "extproc_token_cache_enabled",
-            "0 where pieces of a text can not be encoded one by one.",
-            labels=["model"],
-        )
+        encoded = table.TOKENIZATIONS.family()
+        busy = table.TOKENIZATION_BUSY_SECONDS.family()
+        segments = table.TOKEN_SEGMENTS.family()
+        evictions = table.TOKEN_CACHE_EVICTIONS.family()
+        size = table.TOKEN_CACHE_BYTES.family()
+        enabled = table.TOKEN_CACHE_ENABLED.family()
         for model, encoder in self._encoders.items():
             stats = encoder.stats
             encoded.add_metric([model, "loop"], stats.inline)

@@ -156,7 +156,6 @@ class PrefixIndex:
             slot = holder.find(key)
             if slot is not None:
                 self._retier(holder, slot, holder.tiers[slot] | 1 << tier)
-                self.counts.stored += 1
             elif not known:
                 self.counts.orphans += 1
                 continue
@@ -250,7 +249,6 @@ class PrefixIndex:
             self._tables.below[level].add_all(prefixes, holder.bit)
         holder.pages += count
         self.pages += count
-        self.counts.stored += count
 
     def remove(self, holder: RankPages, ids: Iterable[int], tier: Tier | None = None) -> None:
         """Pages have left `tier`, or every tier."""
@@ -260,7 +258,6 @@ class PrefixIndex:
             if slot is None or not holder.tiers[slot]:
                 self.counts.unknown_removals += 1
                 continue
-            self.counts.removed += 1
             left = 0 if tier is None else holder.tiers[slot] & ~(1 << tier)
             self._retier(holder, slot, left)
             if left:

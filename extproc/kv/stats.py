@@ -70,10 +70,8 @@ class RankStats(Struct):
 
 
 class IndexStats(Struct):
-    """What the index was told and what it kept out, in pages, since the start."""
+    """What the index kept out, in pages, since the start."""
 
-    stored: int = 0
-    removed: int = 0
     # Their parent was never stored, or is gone: their place is unknown.
     orphans: int = 0
     # Removed without having been stored.

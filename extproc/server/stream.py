@@ -250,7 +250,6 @@ class Streams:
         # Streams with a running deadline. One task looks at all of them: a timer per request
         # would cost more than the decision.
         self._watched: dict[Stream, None] = {}
-        metrics.streams_open.set_function(lambda: float(len(self._open)))
 
     def __len__(self) -> int:
         """The number of open streams."""
@@ -270,22 +269,24 @@ class Streams:
         """Serve one gRPC stream to its end; returns to end it with status OK."""
         stream = Stream(self, context, session)
         self._open.add(stream)
+        self.metrics.streams_open.set(len(self._open))
         self.last_opened_at = time.monotonic()
-        end = "ok"
+        outcome = "ok"
         try:
             await stream.serve()
         except asyncio.CancelledError:
             if not stream.ending:
-                end = "cancelled"  # how Envoy ends most streams
+                outcome = "cancelled"  # how Envoy ends most streams
                 raise
             _uncancel()
         except Exception:
-            end = "error"
+            outcome = "error"
             raise
         finally:
             stream.close()
             self._open.discard(stream)
-            self.metrics.streams(end).inc()
+            self.metrics.streams_open.set(len(self._open))
+            self.metrics.streams(outcome).inc()
 
     def end_idle(self) -> None:
         """End the streams whose request is decided; their responses go on without us."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from extproc.clock import Clock
 from extproc.errors import RouterError, stale_request_expired
-from extproc.metrics.service import Counter
+from extproc.metrics.instruments import Counter
 from extproc.workers.worker import Worker
 
 __all__ = ["RankBooking", "Ticket", "TicketOwner", "Tickets"]

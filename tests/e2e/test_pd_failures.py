@@ -131,7 +131,7 @@ async def test_prefill_workers_that_refuse_connections_are_skipped(tmp_path: Pat
         for _ in range(6):
             async with running.chat() as response:
                 assert response.status == 200, await response.text()
-        name = 'extproc_pd_prefill_failures_total{cause="connect",model="m"}'
+        name = 'extproc_pd_prefill_failures_total{model="m",reason="connect"}'
         assert 3 <= await running.sample(name) <= 6
         await running.at_rest()
 

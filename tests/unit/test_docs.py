@@ -1,17 +1,20 @@
 """The pages that describe the code say what the code says."""
 
+import contextlib
 import importlib.util
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import ModuleType
+from typing import get_args
 
-from prometheus_client import CollectorRegistry
+import pytest
+from prometheus_client import CollectorRegistry, Metric
 
 from extproc import errors
-from extproc.admin.collector import WorkerCollector
-from extproc.admin.kv_collector import EncoderCollector, KvCollector
+from extproc.app import App
 from extproc.envoy_config.routes import FAIL_OPEN_PATHS
-from extproc.metrics.service import Metrics
-from extproc.routing.ranks import Ranks
+from extproc.metrics.table import TABLE
 from extproc.routing.request import (
     DETOKENIZE_PATH,
     ENDPOINT_PATHS,
@@ -19,39 +22,73 @@ from extproc.routing.request import (
     TOKENIZE_PATH,
     find_endpoint,
 )
-from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import Tickets
-from tests.fakes import FakeClock
+from extproc.tokenization import reasons
+from extproc.workers.worker import Role
+from tests.unit.configs import config
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
 
-def test_the_configuration_page_is_what_the_structs_render_to() -> None:
+def generator() -> ModuleType:
+    """docs/generate.py, which is not part of a package."""
     spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
     assert spec is not None
     assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    assert (DOCS / "configuration.md").read_text() == generate.render(), "run `make docs`"
+    return generate
 
 
-async def test_every_metric_is_documented_and_nothing_else() -> None:
-    registry = CollectorRegistry()
-    metrics = Metrics(registry)
-    load = Tickets(FakeClock(), 1.0, metrics.stale_requests)
-    registry.register(WorkerCollector(WorkerRegistry(), load))
-    ranks = Ranks(FakeClock(), max_pages=1000)
-    registry.register(KvCollector(ranks, FakeClock()))
-    registry.register(EncoderCollector({}))
-    names = {
-        metric.name + ("_total" if metric.type == "counter" else "")
-        for metric in registry.collect()
+@pytest.mark.parametrize("page", ["configuration.md", "metrics.md"])
+def test_generated_pages_are_up_to_date(page: str) -> None:
+    render = generator().PAGES[page]
+    assert (DOCS / page).read_text() == render(), "run `make docs`"
+
+
+async def test_the_metrics_page_names_what_a_service_exposes() -> None:
+    exposed = {}
+    async with built_service() as registry:
+        for metric in registry.collect():
+            name = metric.name + ("_total" if metric.type == "counter" else "")
+            if name.startswith("extproc_"):
+                exposed[name] = (metric.type, sorted(label_names(metric)), metric.documentation)
+    page = (DOCS / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(extproc_\w+)` \| (\w+) \| (.*) \| (.*) \|$", page, re.M)
+    documented = {
+        name: (kind, sorted(re.findall(r"`(\w+)`", labels)), meaning)
+        for name, kind, labels, meaning in rows
     }
-    await ranks.indexer.close()
-    rows = re.findall(r"^\| (`extproc_[^|]*)\|", (DOCS / "metrics.md").read_text(), re.M)
-    documented = {name for row in rows for name in re.findall(r"`(extproc_\w+)`", row)}
-    assert documented == names
+    assert documented.keys() == exposed.keys()
+    for name, (kind, labels, text) in exposed.items():
+        assert documented[name][:2] == (kind, labels), name
+        assert documented[name][2].replace("`", "").startswith(text), name
+
+
+@contextlib.asynccontextmanager
+async def built_service() -> AsyncIterator[CollectorRegistry]:
+    """The metrics of a service with every part, which does not run."""
+    app = App(config(), {})
+    yield app.metrics.registry
+    await app.server.stop()
+    await app.ranks.indexer.close()
+
+
+def label_names(metric: Metric) -> set[str]:
+    """Those of its samples; where there are none yet, those it was declared with."""
+    found = {name for sample in metric.samples for name in sample.labels} - {"le"}
+    return found or set(getattr(metric, "_labelnames", ()))
+
+
+def test_reasons_in_the_metrics_page_are_those_of_the_code() -> None:
+    documented = {
+        spec.name: {label.name: set(label.values) for label in spec.labels}
+        for section in TABLE
+        for spec in section.specs
+    }
+    without_tokens = documented["extproc_prompts_without_tokens_total"]["reason"]
+    assert without_tokens == {*reasons.REASONS, "body_not_visible"}
+    assert documented["extproc_workers"]["role"] == set(get_args(Role))
 
 
 def test_every_error_code_of_the_service_is_documented() -> None:

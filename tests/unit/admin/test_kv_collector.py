@@ -56,7 +56,8 @@ async def test_ranks_are_shown_while_they_are_followed(ranks: Ranks) -> None:
     assert sample("extproc_kv_pages") == 2
     assert sample("extproc_kv_index_bytes") == 500
     assert sample("extproc_kv_ranks") == sample("extproc_kv_ranks_untrusted") == 2
-    assert sample("extproc_kv_pages_kept_out_total", why="unknown_parent") == 1
+    assert sample("extproc_kv_ranks_connected") == 0
+    assert sample("extproc_kv_pages_kept_out_total", reason="unknown_parent") == 1
     await ranks.left(rank.worker)
     assert URL.encode() not in generate_latest(registry)
     assert sample("extproc_kv_ranks") == 0
@@ -76,8 +77,8 @@ async def test_tokenization_is_counted_by_model(tmp_path: Path) -> None:
 
     assert sample("extproc_tokenizations_total", place="loop") == 2
     assert sample("extproc_tokenizations_total", place="thread") == 0
-    hits = sample("extproc_token_segments_total", result="hit")
-    misses = sample("extproc_token_segments_total", result="miss")
+    hits = sample("extproc_token_segments_total", outcome="hit")
+    misses = sample("extproc_token_segments_total", outcome="miss")
     assert hits == misses
     assert hits
     assert (sample("extproc_token_cache_bytes") or 0) > 0

@@ -226,7 +226,7 @@ async def test_tokens_that_do_not_come_in_time_are_done_without(fleet: MakeFleet
     pool = await fleet(encoder=BusyEncoder())
     lease = await pool.route(TEXT, cache_salt="a")
     assert lease.decision.reason == "no_tokens"
-    assert pool.metric("extproc_prompts_without_tokens_total", model="m", why="busy") == 1
+    assert pool.metric("extproc_prompts_without_tokens_total", model="m", reason="busy") == 1
     lease.close()
 
 
@@ -246,7 +246,7 @@ async def test_without_tokens_load_decides_and_says_why(
     lease = await pool.send(body)
     assert lease.decision.reason == "no_tokens"
     assert lease.decision.total_tokens == 0
-    assert pool.metric("extproc_prompts_without_tokens_total", model="m", why=why) == 1
+    assert pool.metric("extproc_prompts_without_tokens_total", model="m", reason=why) == 1
 
 
 async def test_without_events_load_decides(fleet: MakeFleet) -> None:

@@ -22,7 +22,7 @@ async def test_an_added_worker_is_registered_with_what_it_told() -> None:
         assert house.pool() == [A]
         assert house.changes == 1
         assert house.client.asked(A) == ["/server_info"]
-        assert house.metric("extproc_introspections_total", result="answered") == 1
+        assert house.metric("extproc_introspections_total", outcome="answered") == 1
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ async def test_a_dead_worker_is_registered_without_a_model() -> None:
         await house.clock.advance(1.0)
         assert house.worker(A).model_ids == ()
         assert house.pool() == []
-        assert house.metric("extproc_introspections_total", result="failed") == 1
+        assert house.metric("extproc_introspections_total", outcome="failed") == 1
 
 
 async def test_a_worker_without_a_model_is_asked_again_until_it_tells_one() -> None:

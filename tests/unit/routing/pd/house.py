@@ -309,7 +309,7 @@ class Fleet:
         return self.prometheus.get_sample_value(name, labels) or 0.0
 
     def failures(self, cause: str) -> float:
-        return self.metric("extproc_pd_prefill_failures_total", model="m", cause=cause)
+        return self.metric("extproc_pd_prefill_failures_total", model="m", reason=cause)
 
     def outcomes(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}

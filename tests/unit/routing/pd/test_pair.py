@@ -156,7 +156,7 @@ class Case:
         return [
             cause
             for cause in causes
-            for _ in range(int(self.routing.metric(metric, model="m", cause=cause)))
+            for _ in range(int(self.routing.metric(metric, model="m", reason=cause)))
         ]
 
     def nothing_is_left(self) -> None:

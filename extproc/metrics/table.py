@@ -1,0 +1,218 @@
+"""Every metric of the service: name, help text, labels and buckets, in one table.
+
+Separate from the code that counts because three readers share it: `Metrics`, the collectors of
+the admin server, and `docs/generate.py`, which writes `docs/metrics.md` from it. To add a metric,
+add it here, then make it in `metrics/service.py` (counted as things happen) or in a collector of
+`admin/` (read at a scrape), and run `make docs`.
+"""
+
+from typing import Final
+
+from extproc.metrics import kv_table
+from extproc.metrics.specs import Label, Section
+
+__all__ = ["TABLE"]
+
+# Seconds. Decisions take microseconds to milliseconds.
+_DECISION_BOUNDS: Final = (
+    0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0,
+)  # fmt: skip
+# Seconds; from 0.1 on the buckets of SGLang's own time to first token.
+_TTFT_BOUNDS: Final = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100,
+    200, 400,
+)  # fmt: skip
+# Seconds from a failure to the moment the error reply is written.
+_FAIL_FAST_BOUNDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_BODY_BOUNDS: Final = (1e3, 4e3, 16e3, 64e3, 256e3, 1e6, 4e6, 16e6, 64e6)
+
+_ROLE: Final = Label("role", {"plain": "", "prefill": "", "decode": ""})
+
+_requests = Section("Requests and workers")
+
+BUILD_INFO = _requests.gauge(
+    "extproc_build_info", "Version of the service, as a label. The value is always 1.", "version"
+)
+REQUESTS = _requests.counter(
+    "extproc_requests_total",
+    "Requests by API path and by what this service did with them. A request whose prefill fails "
+    "after it was routed counts under both codes.",
+    Label("path", {"unmatched": "any path that is not served"}),
+    Label(
+        "code",
+        {
+            "routed": "",
+            "answered": "this service answered itself",
+        },
+        "Or an error code, see [errors.md](errors.md).",
+    ),
+)
+DECISIONS = _requests.counter(
+    "extproc_decisions_total",
+    "Routing decisions by model, policy and reason.",
+    "model",
+    "policy",
+    Label("reason", note="Reasons are listed in [policies.md](policies.md)."),
+)
+DECISION_SECONDS = _requests.histogram(
+    "extproc_decision_seconds",
+    "Time from a complete request body to the routing decision.",
+    bounds=_DECISION_BOUNDS,
+)
+REQUEST_BODY_BYTES = _requests.histogram(
+    "extproc_request_body_bytes", "Size of request bodies.", bounds=_BODY_BOUNDS
+)
+RESPONSE_HEADERS_SECONDS = _requests.histogram(
+    "extproc_response_headers_seconds",
+    "Time from the routing decision to the response headers. SGLang sends the headers of a "
+    "stream with its first token.",
+    "model",
+    bounds=_TTFT_BOUNDS,
+)
+WORKER_REQUESTS = _requests.counter(
+    "extproc_worker_requests_total",
+    "Requests by worker, role and outcome. The outcome is known at the response headers: later "
+    "failures are not counted.",
+    "worker",
+    "model",
+    _ROLE,
+    Label(
+        "outcome",
+        {
+            "success": "",
+            "error": "5xx, refused, broken off or timed out before the response headers",
+            "cancelled": "the client left first, or the other worker of a pair failed",
+        },
+    ),
+)
+DESTINATION_MISSED = _requests.counter(
+    "extproc_destination_missed_total",
+    "Requests that Envoy sent to an endpoint this service did not name. Should stay 0.",
+    "model",
+)
+FALLBACK_SERVED = _requests.counter(
+    "extproc_fallback_served_total",
+    "Requests that a later entry of the destination list served.",
+    "model",
+)
+STALE_REQUESTS = _requests.counter(
+    "extproc_stale_requests_total",
+    "Requests that were ended because they exceeded active_load.stale_request_timeout_secs.",
+)
+STREAMS_OPEN = _requests.gauge("extproc_streams_open", "Open ext_proc streams.")
+STREAMS = _requests.counter(
+    "extproc_streams_total",
+    "Ended ext_proc streams by outcome.",
+    Label("outcome", {"ok": "", "cancelled": "Envoy ends most streams so", "error": ""}),
+)
+INTROSPECTIONS = _requests.counter(
+    "extproc_introspections_total",
+    "Worker introspections by outcome.",
+    Label("outcome", {"answered": "", "failed": ""}),
+)
+WORKERS_REFUSED = _requests.counter(
+    "extproc_workers_refused_total",
+    "Workers that were refused because plain workers cannot be mixed with prefill and decode "
+    "workers in one model.",
+)
+EVENT_LOOP_LAG_SECONDS = _requests.gauge(
+    "extproc_event_loop_lag_seconds", "Delay of the last periodic wake-up of the event loop."
+)
+ASYNCIO_TASKS = _requests.gauge("extproc_asyncio_tasks_open", "Open asyncio tasks.")
+WORKERS = _requests.gauge(
+    "extproc_workers",
+    "Registered workers by model and role. The model is empty until a worker has reported one.",
+    "model",
+    _ROLE,
+)
+WORKER_IN_FLIGHT = _requests.gauge(
+    "extproc_worker_in_flight", "Requests in flight by worker.", "worker"
+)
+WORKER_BREAKER_STATE = _requests.gauge(
+    "extproc_worker_breaker_state",
+    "Circuit breaker by worker: 0 closed, 1 open, 2 half-open.",
+    "worker",
+)
+TICKETS_OPEN = _requests.gauge(
+    "extproc_tickets_open", "Open load tickets. Each request holds one on each of its workers."
+)
+
+_pd = Section("Prefill and decode apart", "")
+
+
+PD_PAIRS = _pd.counter(
+    "extproc_pd_pairs_total",
+    "Requests that had a prefill and a decode worker, by outcome.",
+    "model",
+    Label(
+        "outcome",
+        {
+            "ok": "",
+            "prefill_failed": "",
+            "prefill_refused": "the engine answered 4xx",
+            "decode_failed": "",
+            "cancelled": "the client left",
+            "abandoned": "a worker changed its role, or this service stopped",
+        },
+    ),
+)
+PD_PREFILL_SECONDS = _pd.histogram(
+    "extproc_pd_prefill_seconds",
+    "Time from the routing decision to a successful answer of the prefill worker.",
+    "model",
+    bounds=_TTFT_BOUNDS,
+)
+PD_PREFILL_FAILURES = _pd.counter(
+    "extproc_pd_prefill_failures_total",
+    "Failed requests to prefill workers by reason.",
+    "model",
+    Label(
+        "reason",
+        {
+            "connect": "another prefill worker was tried",
+            "status_4xx": "",
+            "status_5xx": "or any other status that is neither 2xx nor 4xx",
+            "broken": "the connection broke",
+            "timeout": "",
+            "silent": "the decode worker stopped waiting first",
+            "no_kv": "the answer held no handle of the KV cache",
+        },
+    ),
+)
+PD_FAIL_FAST_SECONDS = _pd.histogram(
+    "extproc_pd_fail_fast_seconds",
+    "Time from the failure of a prefill to the error reply to the client.",
+    bounds=_FAIL_FAST_BOUNDS,
+)
+PD_DECODE_CHOICES = _pd.counter(
+    "extproc_pd_decode_choices_total",
+    "Chosen decode workers by reason.",
+    "model",
+    Label(
+        "reason",
+        {
+            "same_host": "",
+            "peer_busy": "the prefill worker's host has a decode worker, but it is too busy",
+            "no_peer": "the prefill worker's host has no decode worker",
+        },
+    ),
+)
+PD_DECODE_RETRIES = _pd.counter(
+    "extproc_pd_decode_retries_total",
+    "Further attempts after a decode worker could not be reached.",
+    "model",
+)
+PD_DECODE_ALONE = _pd.counter(
+    "extproc_pd_decode_alone_total",
+    "Requests that a decode worker served without a prefill worker, because it lacked little of "
+    "the prompt.",
+    "model",
+)
+WORKER_ROLE_CHANGES = _pd.counter(
+    "extproc_worker_role_changes_total",
+    "Role changes of registered workers.",
+    Label("from", _ROLE.values),
+    Label("to", _ROLE.values),
+)
+
+TABLE: Final = (_requests, _pd, *kv_table.SECTIONS)
