@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
+from prometheus_client.aiohttp import make_aiohttp_handler
 
 from extproc.config.schema import ServerConfig
 from extproc.errors import ConfigError
@@ -37,7 +38,6 @@ class AdminServer:
         ranks: Ranks | None = None,
     ) -> None:
         self._config = config
-        self._metrics = metrics
         self._workers = workers
         self._is_ready = is_ready
         self._models = models
@@ -45,7 +45,7 @@ class AdminServer:
         app = web.Application(client_max_size=64 * 1024)
         app.add_routes(
             [
-                web.get("/metrics", self._get_metrics),
+                web.get("/metrics", make_aiohttp_handler(metrics)),
                 web.get("/healthz", self._get_healthz),
                 web.get("/readyz", self._get_readyz),
                 web.get("/workers", self._get_workers),
@@ -66,11 +66,6 @@ class AdminServer:
 
     async def stop(self) -> None:
         await self._runner.cleanup()
-
-    async def _get_metrics(self, request: web.Request) -> web.Response:
-        return web.Response(
-            body=generate_latest(self._metrics), headers={"content-type": CONTENT_TYPE_LATEST}
-        )
 
     async def _get_healthz(self, request: web.Request) -> web.Response:
         return web.Response()

@@ -9,21 +9,25 @@ import aiohttp
 import pytest
 from aiohttp import ClientSession
 from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.parser import text_string_to_metric_families as plain_text
 
 from extproc.admin.http import AdminServer
+from extproc.app import App
 from extproc.config.schema import ServerConfig
 from extproc.errors import ConfigError
 from extproc.workers.registry import WorkerRegistry
 from tests.fakes import make_worker
+from tests.unit.configs import config
 
 
 class Admin:
     """A running server, the state it shows, and a client for it."""
 
-    def __init__(self, session: ClientSession) -> None:
+    def __init__(self, session: ClientSession, metrics: CollectorRegistry) -> None:
         self.session = session
         self.workers = WorkerRegistry()
-        self.metrics = CollectorRegistry()
+        self.metrics = metrics
         self.ready = False
 
     async def get(self, path: str) -> tuple[int, str, bytes]:
@@ -47,10 +51,10 @@ def free_port() -> Iterator[int]:
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[Admin]:
+async def running(metrics: CollectorRegistry | None = None) -> AsyncIterator[Admin]:
     with free_port() as port:
         async with ClientSession(f"http://127.0.0.1:{port}") as session:
-            admin = Admin(session)
+            admin = Admin(session, metrics or CollectorRegistry())
             server = AdminServer(
                 ServerConfig(admin_port=port),
                 metrics=admin.metrics,
@@ -88,6 +92,69 @@ async def test_metrics_are_those_of_the_registry_whether_ready_or_not() -> None:
         assert status == 200
         assert kind.startswith("text/plain; version=")
         assert b"\nsome_total 3.0\n" in body
+
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+
+async def scrape(accept: str | None, encoding: str = "identity") -> tuple[str, str | None, str]:
+    """Content type, content encoding and text of the metrics of a whole service."""
+    app = App(config(), {})
+    metrics = app.metrics
+    metrics.requests("/v1/completions", "routed").inc()
+    metrics.worker_requests("http://10.0.0.1:8000", "m", "plain", "success").inc()
+    metrics.request_body_bytes.observe(2e6)
+    async with running(metrics.registry) as admin:
+        headers = {"accept-encoding": encoding} | ({"accept": accept} if accept else {})
+        async with admin.session.get("/metrics", headers=headers) as response:
+            assert response.status == 200
+            text = await response.text()
+            kind = response.headers["content-type"]
+            packed = response.headers.get("content-encoding")
+    await app.server.stop()
+    await app.ranks.indexer.close()
+    return kind, packed, text
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+async def test_openmetrics_is_given_to_a_client_that_accepts_it(encoding: str) -> None:
+    kind, packed, text = await scrape(OPENMETRICS, encoding)
+    assert kind.startswith("application/openmetrics-text; version=1.0.0")
+    assert packed == (None if encoding == "identity" else encoding)
+    assert text.endswith("# EOF\n")
+    # The parser is strict: names, types, units, bounds of buckets.
+    families = {family.name: family for family in openmetrics(text)}  # type: ignore[no-untyped-call]
+    assert families["extproc_requests"].type == "counter"
+    assert {"extproc_kv_pages", "extproc_tickets_open", "process_cpu_seconds"} <= families.keys()
+    bounds = [
+        sample.labels["le"]
+        for sample in families["extproc_request_body_bytes"].samples
+        if sample.name.endswith("_bucket")
+    ]
+    assert bounds[-3:] == ["1.6e+07", "6.4e+07", "+Inf"]
+
+
+@pytest.mark.parametrize("accept", [None, "*/*", "text/plain;version=0.0.4", "text/html"])
+async def test_plain_text_is_given_to_any_other_client(accept: str | None) -> None:
+    kind, packed, text = await scrape(accept)
+    assert kind.startswith("text/plain; version=0.0.4")
+    assert packed is None
+    assert "# EOF" not in text
+    families = {family.name: family.type for family in plain_text(text)}
+    assert families["extproc_requests"] == "counter"
+
+
+async def test_both_formats_show_the_same_metrics() -> None:
+    _, _, open_text = await scrape(OPENMETRICS)
+    _, _, text = await scrape(None)
+    named = [
+        {(family.name, family.type) for family in parse if family.name.startswith("extproc_")}
+        for parse in (
+            openmetrics(open_text),  # type: ignore[no-untyped-call]
+            plain_text(text),
+        )
+    ]
+    assert named[0] == named[1]
 
 
 async def test_no_workers_is_an_empty_list() -> None:
