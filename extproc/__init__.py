@@ -1,8 +1,8 @@
 """LLM request routing behind Envoy.
 
 Envoy terminates HTTP and streaming; for every request it asks this package's gRPC service
-(``ext_proc``) which worker should serve it. The rooms and their order are held by the
-import contracts in pyproject.toml.
+(``ext_proc``) which worker should serve it. docs/architecture.md is the map of the packages;
+import contracts in pyproject.toml hold their order.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -11,5 +11,5 @@ __all__ = ["__version__"]
 
 try:
     __version__ = version("llm-extproc")
-except PackageNotFoundError:  # run from a source tree that was never installed
+except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"

@@ -95,10 +95,10 @@ class App:
         self._may_serve = asyncio.Event()
 
     def is_ready(self) -> bool:
-        """After the first round: every configured model has a worker that could serve it.
+        """True after the first round if every configured model has a worker that can serve it.
 
-        Breakers do not count: readiness that flaps with them would take the last router away
-        from workers that are just recovering.
+        Breakers do not count: readiness that follows them would take the last router away
+        while workers recover.
         """
         return (
             self._manager.first_round_done
@@ -110,7 +110,7 @@ class App:
         return all(self.workers.is_served(model) for model in self.router.model_ids)
 
     def _warn_of_failing_open(self) -> None:
-        """Nobody pairs workers when we are gone, and neither half can serve alone."""
+        """Warn once: without this service no pair is made, and neither worker can serve alone."""
         config = self.config
         if not config.envoy.fail_open or len(config.models) > 1 or config.is_disaggregated:
             return
@@ -165,14 +165,14 @@ class App:
                 task.cancel()
             results = await asyncio.gather(stopping, *tasks, return_exceptions=True)
             for result in results:
-                # A background task that died is the reason we are here.
+                # A failed background task has ended the wait.
                 if isinstance(result, Exception):
                     raise result
         _log.info("stopped")
 
     async def _give_up_prefills(self) -> None:
-        """Tell clients whose prefill still runs: with us its connection ends, and nothing else
-        would tell the decode worker.
+        """Answer clients whose prefill still runs: its connection ends with this process, and the
+        decode worker would wait for it.
         """
         if len(self.pd.pairs):
             self.pd.pairs.abandon()
@@ -181,8 +181,8 @@ class App:
     async def _serve_when_workers_are_known(self) -> None:
         """Start to answer, and publish readiness from then on.
 
-        A service that answered before it has asked its workers who they are would refuse
-        requests that Envoy can place without it.
+        Before introspection has answered, the service would refuse requests that Envoy can
+        place without it.
         """
         await self._may_serve.wait()
         await self.server.start()
@@ -230,11 +230,11 @@ class App:
 def run_app(config: Config, encoders: Mapping[str, PromptEncoder]) -> None:
     """Run until SIGTERM or SIGINT; returns after a drain, raises ConfigError at start."""
 
-    # grpc forks nothing here, and its fork support costs time on every poll.
+    # This process does not fork, and gRPC's fork support costs time on every poll.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-    # What exists now lives as long as the process: the collector need not walk it again, and
-    # what requests leave behind is freed by reference counts.
+    # All objects of the start live as long as the process, so the collector need not visit
+    # them again. Objects of requests are freed by reference counts.
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GC_YOUNG_OBJECTS, 50, 100)

@@ -1,7 +1,7 @@
 """Builds the parts of the service from a Config: the one place where constructors meet.
 
-The application, the tests and the benchmarks all build through these functions, so that what
-is tested and measured is wired as what is served. Nothing here starts, opens or listens; that
+The application, the tests and the benchmarks build through these functions, so tests and
+measurements run the same wiring as the service. Nothing here starts, opens or listens; that
 is the application's life cycle (`app`).
 """
 
@@ -59,7 +59,7 @@ __all__ = [
     "worker_tls_of",
 ]
 
-# Of the time for a decision: a prompt without tokens by then is routed without them.
+# Share of the time for a decision; a prompt without tokens by then is routed by load.
 _PATIENCE_SHARE: Final = 0.5
 
 
@@ -82,7 +82,7 @@ class Kv(Struct, frozen=True, kw_only=True):
 
 
 class Routing(Struct, frozen=True, kw_only=True):
-    """The router, and the passes of models whose workers prefill and decode apart."""
+    """The router, and both passes of models with prefill and decode workers."""
 
     router: Router
     pd: Disaggregation
@@ -175,7 +175,7 @@ def build_router(
     """The router with both PD passes.
 
     `encoders` are by model id and hold every model with a placement. `recheck` is called with a
-    worker whose answer may mean that it has another role now.
+    worker whose answer may mean that its role has changed.
     """
     metrics = shared.metrics
     for model in config.models:
@@ -252,10 +252,9 @@ def build_server(
 
 
 def load_encoders(config: Config) -> dict[str, PromptEncoder]:
-    """The tokenizers that the configuration names, by model id; raises ConfigError.
+    """Load the configured tokenizers, by model id; raises ConfigError.
 
-    Models that agree in all of it share a tokenizer and its cache. Large vocabularies take
-    seconds.
+    Models with equal settings share a tokenizer and its cache. Large vocabularies take seconds.
     """
     settings = config.tokenization
     loaded: dict[object, PromptEncoder] = {}
@@ -293,14 +292,14 @@ def load_encoders(config: Config) -> dict[str, PromptEncoder]:
 
 
 def api_key_of(config: Config) -> str | None:
-    """The key for the workers, from the configuration or the file that it names."""
+    """The API key for workers, from the configuration or from the file that it names."""
     if config.workers.api_key_file is not None:
         return read_api_key(Path(config.workers.api_key_file))
     return config.workers.api_key
 
 
 def worker_tls_of(config: Config) -> ssl.SSLContext | None:
-    """What https workers are verified by; None for the system's authorities."""
+    """The certificate authorities for https workers; None for the system's."""
     if config.workers.ca_file is None:
         return None
     return ssl.create_default_context(cafile=config.workers.ca_file)

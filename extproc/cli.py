@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, text in (
         ("serve", _serve, "run the ext_proc service"),
-        ("check", _check, "check a configuration and print everything that is wrong with it"),
+        ("check", _check, "check a configuration and print all its problems"),
         ("envoy-config", _envoy_config, "render Envoy's bootstrap from a configuration"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -69,7 +69,7 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         run_app(config, encoders)
     except ConfigError as error:
-        # The configuration is sound, but this machine does not allow it: a port in use, say.
+        # The configuration is valid, but it fails on this machine: a port in use, for example.
         return _report(error, _EXIT_FAILED)
     return _EXIT_GOOD
 
@@ -89,7 +89,7 @@ def _check(options: argparse.Namespace) -> int:
                 look(config)
             except ConfigError as error:
                 more += error.problems
-        # What is wrong already needs no second sentence.
+        # Report each key once.
         named = {problem.partition(":")[0] for problem in problems}
         problems += [problem for problem in more if problem.partition(":")[0] not in named]
         if problems:
@@ -111,14 +111,14 @@ def _envoy_config(options: argparse.Namespace) -> int:
     try:
         options.output.write_text(text, encoding="utf-8")
     except OSError as error:
-        sys.stderr.write(f"--output: can not write {options.output}: {error.strerror}\n")
+        sys.stderr.write(f"--output: cannot write {options.output}: {error.strerror}\n")
         return _EXIT_FAILED
     return _EXIT_GOOD
 
 
 def _report(error: ConfigError, code: int) -> int:
     for problem in error.problems:
-        # A file can hold text that no terminal can show.
+        # A file can hold text that a terminal cannot show.
         shown = problem.encode(errors="backslashreplace").decode()
         sys.stderr.write(f"{shown}\n")
     return code

@@ -1,6 +1,6 @@
-"""The time seam: everything that waits or measures takes a Clock.
+"""The clock behind everything that waits or measures time.
 
-Without it a 600-second time-out could only be tested in 600 seconds.
+Tests replace it, so that a 600-second time-out is tested in a millisecond.
 """
 
 import asyncio
@@ -11,14 +11,14 @@ __all__ = ["Clock", "SystemClock"]
 
 
 class Clock(Protocol):
-    """What the rest of the package knows of time."""
+    """Source of time for the whole package."""
 
     def monotonic(self) -> float:
         """Seconds from an arbitrary start; never goes back."""
         ...
 
     async def sleep(self, seconds: float) -> None:
-        """Return after that many seconds of this clock."""
+        """Return after this many seconds of this clock."""
         ...
 
 

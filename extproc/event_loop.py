@@ -1,8 +1,8 @@
-"""uvloop, without a thread for every connection to an address.
+"""The uvloop event loop, without a thread for every connection to an IP address.
 
-To connect a socket, uvloop (0.22) resolves its address once more, and only where the kind of
-socket is given it sees that there is nothing to resolve. Otherwise it asks a thread, which costs
-more than the connection.
+To connect a socket, uvloop (0.22) resolves its address once more. Only if the type of socket is
+given it sees that there is nothing to resolve. Otherwise it uses a thread, which costs more than
+the connection.
 """
 
 import socket
@@ -26,7 +26,7 @@ class EventLoop(uvloop.Loop):
         proto: int = 0,
         flags: int = 0,
     ) -> Any:
-        """As the loop's own, for stream sockets where nothing else is said."""
+        """As the loop's own method, but for stream sockets unless a type is given."""
         return await super().getaddrinfo(
             host,
             port,

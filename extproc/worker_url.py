@@ -1,7 +1,7 @@
-"""Worker URLs: one parser for configuration, discovery and the rendered proxy configuration.
+"""Parses worker URLs for configuration, discovery and the rendered Envoy configuration.
 
-The exact normalised string identifies a worker, so a trailing slash or a spelled-out default
-port must not make a second worker out of one.
+The normalised string identifies a worker, so a trailing slash or an explicit default port must
+not make a second worker out of one.
 """
 
 import ipaddress
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 __all__ = ["WorkerUrl", "format_endpoint", "parse_kv_endpoint", "parse_worker_url"]
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
-# `host:port` as a whole: nothing before or behind the brackets of an IPv6 address.
+# `host:port` as a whole, without text before or behind the brackets of an IPv6 address.
 _NETLOC: Final = re.compile(r"(?:\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[A-Za-z0-9._-]+))(?::\d*)?")
 # libzmq writes IPv6 with and without brackets, and several forms of "all addresses".
 _KV_ENDPOINT: Final = re.compile(
@@ -38,7 +38,7 @@ class WorkerUrl(NamedTuple):
 
     @property
     def is_ip(self) -> bool:
-        """True for an IP literal: nothing to resolve."""
+        """True for an IP literal, which needs no resolution."""
         try:
             ipaddress.ip_address(self.host)
         except ValueError:
@@ -46,7 +46,7 @@ class WorkerUrl(NamedTuple):
         return True
 
     def __str__(self) -> str:
-        """The normalised URL, IPv6 in brackets, port always spelled out."""
+        """The normalised URL, with IPv6 in brackets and an explicit port."""
         return f"{self.scheme}://{format_endpoint(self.host, self.port)}"
 
 
@@ -62,7 +62,7 @@ def format_endpoint(host: str, port: int) -> str:
 
 
 def parse_worker_url(text: str) -> WorkerUrl:
-    """Parse `http(s)://host[:port][/]`; raises ValueError with a sentence for the operator."""
+    """Parse `http(s)://host[:port][/]`; raises ValueError with a message for the operator."""
     stripped = text.strip()
     if not stripped:
         raise ValueError("an empty URL")
@@ -86,7 +86,7 @@ def parse_worker_url(text: str) -> WorkerUrl:
             "a path, query or fragment is not supported: the client's path goes to the worker as is"
         )
     if port == 0:
-        raise ValueError("port 0 can not be dialled")
+        raise ValueError("port 0 cannot be connected to")
     return WorkerUrl(parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme])
 
 
@@ -113,9 +113,9 @@ def _is_host(netloc: str) -> bool:
 
 
 def parse_kv_endpoint(text: str) -> tuple[str | None, int]:
-    """Host without brackets, None where it stands for the worker's own, and port of `tcp://…`.
+    """Host and port of `tcp://…`; the host is without brackets, or None for the worker's own.
 
-    Raises ValueError with a sentence for the operator.
+    Raises ValueError with a message for the operator.
     """
     found = _KV_ENDPOINT.fullmatch(text)
     if found is None or not 0 < int(found["port"]) <= 65_535:

@@ -1,4 +1,4 @@
-"""Compile protos/*.proto into extproc/_protos (modules and type stubs).
+"""Compiles protos/*.proto into extproc/_protos (modules and type stubs).
 
 Run it after a change of a .proto file: `make protos`. The result is committed, so that an
 installation needs no compiler; a test compares the committed descriptors with the sources.

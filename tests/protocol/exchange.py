@@ -154,7 +154,7 @@ class Envoy:
             await self._call.write(message)
 
     async def _read(self) -> Any:
-        # A read that was given up on would lose the reply: it is kept and awaited next time.
+        # A cancelled read would lose the reply: it is kept and awaited the next time.
         if self._pending is None:
             self._pending = asyncio.ensure_future(self._call.read())
         return await asyncio.shield(self._pending)
@@ -170,7 +170,7 @@ class Envoy:
         return [await self.reply() for _ in range(count)]
 
     async def no_reply(self) -> None:
-        """Nothing comes for a while."""
+        """Check that no reply comes for a while."""
         try:
             async with asyncio.timeout(QUIET_SECONDS):
                 reply = await self._read()

@@ -1,4 +1,4 @@
-"""Worker URLs: one worker has one spelling, and what can not be dialled is refused."""
+"""Worker URLs: one worker has one spelling, and URLs without a reachable address are refused."""
 
 import pytest
 from hypothesis import given
