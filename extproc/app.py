@@ -29,8 +29,8 @@ from extproc.config.schema import Config
 from extproc.event_loop import EventLoop
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.introspection_client import AiohttpIntrospectionClient
+from extproc.workers.observer import WorkerObserver
 from extproc.workers.prefill_client import AiohttpPrefillClient
-from extproc.workers.worker import Role, Worker
 
 __all__ = ["App", "run_app"]
 
@@ -41,7 +41,7 @@ _GC_YOUNG_OBJECTS = 20_000
 _TELLING_SECONDS = 0.2
 
 
-class App:
+class App(WorkerObserver):
     """One running service."""
 
     def __init__(
@@ -69,18 +69,13 @@ class App:
         worker_tls = worker_tls_of(config)
         self._client = AiohttpIntrospectionClient(api_key_of(config), worker_tls)
         self._prefill_client = AiohttpPrefillClient(worker_tls)
-        self._manager = build_manager(
-            config,
-            shared,
-            kv,
-            self._client,
-            on_change=self._workers_changed,
-            on_role_change=self._on_role_change,
-        )
+        self._manager = build_manager(config, shared, self._client)
         routing = build_router(
             config, shared, kv, encoders, self._prefill_client, self._manager.recheck
         )
         self.router, self.pd = routing.router, routing.pd
+        for observer in (self.ranks, self.pd, self):
+            self._manager.observe(observer)
         self.server = build_server(config, shared, routing)
         self._admin = AdminServer(
             config.server,
@@ -121,10 +116,7 @@ class App:
                 "disaggregated_model_fails_open", model=model, fix="envoy.fail_open: false"
             )
 
-    def _on_role_change(self, worker: Worker, old: Role, new: Role) -> None:
-        self.pd.role_changed(worker, old, new)
-
-    def _workers_changed(self) -> None:
+    def workers_changed(self) -> None:
         self._changed.set()
         self._warn_of_failing_open()
         if self._manager.first_round_done or self._all_models_served():

@@ -38,12 +38,14 @@ from extproc.server.stream import Decider, Streams, StreamSettings
 from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
+from extproc.workers.configured_models import ConfiguredModels
 from extproc.workers.engine_calls import IntrospectionClient, PrefillClient
-from extproc.workers.manager import WorkerManager
+from extproc.workers.manager import IntrospectionSettings, WorkerManager
+from extproc.workers.membership import Membership
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.resolver import SystemResolver
 from extproc.workers.tickets import Tickets
-from extproc.workers.worker import Role, Worker
+from extproc.workers.worker import Worker
 
 __all__ = [
     "Kv",
@@ -134,33 +136,25 @@ def build_kv(config: Config, shared: Shared) -> Kv:
     return Kv(ranks=ranks, placements=placements)
 
 
-def build_manager(
-    config: Config,
-    shared: Shared,
-    kv: Kv,
-    client: IntrospectionClient,
-    *,
-    on_change: Callable[[], None],
-    on_role_change: Callable[[Worker, Role, Role], None],
-) -> WorkerManager:
+def build_manager(config: Config, shared: Shared, client: IntrospectionClient) -> WorkerManager:
     """Discovery and introspection of workers; raises ConfigError without a discovery section."""
     static_urls = config.discovery.static_urls
     if isinstance(static_urls, UnsetType):
         raise ConfigError(["discovery.static_urls: this section is needed"])
+    models = ConfiguredModels(config.models)
     return WorkerManager(
         source=StaticUrls(static_urls),
         registry=shared.registry,
+        membership=Membership(shared.registry, models, shared.metrics),
         client=client,
         resolver=SystemResolver(),
         clock=shared.clock,
-        models=config.models,
         metrics=shared.metrics,
-        retry_seconds=config.discovery.introspection_retry_secs,
-        dns_ttl_seconds=static_urls.dns_ttl_secs,
-        on_change=on_change,
-        follower=kv.ranks,
-        interval_seconds=config.discovery.introspection_interval_secs,
-        on_role_change=on_role_change,
+        settings=IntrospectionSettings(
+            retry_seconds=config.discovery.introspection_retry_secs,
+            interval_seconds=config.discovery.introspection_interval_secs,
+            dns_ttl_seconds=static_urls.dns_ttl_secs,
+        ),
     )
 
 

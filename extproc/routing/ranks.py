@@ -16,6 +16,7 @@ from extproc.kv.subscriptions.subscriber import EventEndpoint, SubscriberSetting
 from extproc.kv.wire import LoadStat
 from extproc.routing.placement import Placement
 from extproc.routing.rank import Rank
+from extproc.workers.observer import WorkerObserver
 from extproc.workers.rank_load import RankLoad
 from extproc.workers.worker import KvEvents, Worker
 
@@ -24,8 +25,8 @@ __all__ = ["Ranks"]
 _log = structlog.get_logger()
 
 
-class Ranks:
-    """The ranks of every worker of a model with a KV-aware policy; a WorkerFollower.
+class Ranks(WorkerObserver):
+    """The ranks of every worker of a model with a KV-aware policy.
 
     `max_pages` and `settings` as in KvIndexer.
     """

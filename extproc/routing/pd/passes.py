@@ -43,6 +43,7 @@ from extproc.workers.engine_calls import (
     PrefillClient,
     PrefillClientOverloadedError,
 )
+from extproc.workers.observer import WorkerObserver
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Role, Worker
@@ -129,7 +130,7 @@ class _DecodeCandidate:
         self.kv_usage = kv_usage
 
 
-class Disaggregation:
+class Disaggregation(WorkerObserver):
     """Both passes, for all models; all calls from one event loop."""
 
     def __init__(

@@ -8,8 +8,11 @@ from prometheus_client import CollectorRegistry
 
 from extproc.config.schema import CircuitBreakerConfig, ModelConfig
 from extproc.metrics.service import Metrics
+from extproc.workers.configured_models import ConfiguredModels
 from extproc.workers.engine_calls import EngineAnswer
-from extproc.workers.manager import WorkerFollower, WorkerManager
+from extproc.workers.manager import IntrospectionSettings, WorkerManager
+from extproc.workers.membership import Membership
+from extproc.workers.observer import WorkerObserver
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent
 from extproc.workers.worker import Role, Worker
@@ -28,6 +31,20 @@ MODELS = (
 )
 
 
+class _Changes(WorkerObserver):
+    """Remembers changes of roles, and counts all changes."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.roles: list[tuple[Worker, Role, Role]] = []
+
+    def role_changed(self, worker: Worker, old: Role, new: Role) -> None:
+        self.roles.append((worker, old, new))
+
+    def workers_changed(self) -> None:
+        self.count += 1
+
+
 class House:
     """The manager and everything a test sets or looks at."""
 
@@ -36,7 +53,7 @@ class House:
         models: Sequence[ModelConfig] = MODELS,
         *,
         interval_seconds: float = NEVER_SECONDS,
-        follower: WorkerFollower | None = None,
+        observers: Sequence[WorkerObserver] = (),
     ) -> None:
         self.clock = FakeClock()
         self.client = FakeEngineClient()
@@ -45,26 +62,32 @@ class House:
         self.registry = WorkerRegistry()
         self.prometheus = CollectorRegistry()
         self.metrics = Metrics(self.prometheus)
-        self.changes = 0
-        self.role_changes: list[tuple[Worker, Role, Role]] = []
+        self._changes = _Changes()
         self.manager = WorkerManager(
             source=self.source,
             registry=self.registry,
+            membership=Membership(self.registry, ConfiguredModels(models), self.metrics),
             client=self.client,
             resolver=self.resolver,
             clock=self.clock,
-            models=models,
             metrics=self.metrics,
-            retry_seconds=RETRY_SECONDS,
-            dns_ttl_seconds=DNS_TTL_SECONDS,
-            on_change=self._changed,
-            interval_seconds=interval_seconds,
-            on_role_change=lambda *change: self.role_changes.append(change),
-            follower=follower,
+            settings=IntrospectionSettings(
+                retry_seconds=RETRY_SECONDS,
+                interval_seconds=interval_seconds,
+                dns_ttl_seconds=DNS_TTL_SECONDS,
+            ),
         )
+        for observer in (*observers, self._changes):
+            self.manager.observe(observer)
 
-    def _changed(self) -> None:
-        self.changes += 1
+    @property
+    def changes(self) -> int:
+        return self._changes.count
+
+    @property
+    def role_changes(self) -> list[tuple[Worker, Role, Role]]:
+        """Every change of a role so far: the worker, its old role and its new one."""
+        return self._changes.roles
 
     async def happens(self, *events: WorkerEvent) -> None:
         self.source.push(*events)

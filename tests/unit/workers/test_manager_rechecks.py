@@ -8,6 +8,7 @@ from structlog.testing import capture_logs
 from extproc.config.schema import KvEventsConfig, ModelConfig
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineAnswer
+from extproc.workers.observer import WorkerObserver
 from extproc.workers.source import Added, Removed, RoleChanged
 from extproc.workers.worker import Role, Worker
 from tests.fakes import FakeEngineClient, make_spec, settle
@@ -23,7 +24,7 @@ PLAIN: dict[str, Any] = {"disaggregation_mode": "null"}
 KV: dict[str, Any] = {"endpoint_port_base": 5557, "block_size": 64}
 
 
-class Follower:
+class Follower(WorkerObserver):
     """Remembers who came and went."""
 
     def __init__(self) -> None:
@@ -41,7 +42,8 @@ class Follower:
 
 
 def asking(follower: Follower | None = None, **settings: Any) -> House:
-    return House(interval_seconds=INTERVAL_SECONDS, follower=follower, **settings)
+    observers = [follower] if follower is not None else []
+    return House(interval_seconds=INTERVAL_SECONDS, observers=observers, **settings)
 
 
 async def test_a_changed_role_is_noticed_within_one_interval() -> None:

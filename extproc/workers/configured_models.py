@@ -1,0 +1,55 @@
+"""What the configuration says about a worker, by the models that the worker serves."""
+
+from collections.abc import Collection, Sequence
+
+import msgspec
+
+from extproc.config.schema import TOKEN_POLICIES, CircuitBreakerConfig, ModelConfig
+from extproc.workers.introspection import Introspection, apply_introspection
+from extproc.workers.kv_announcement import configured_kv_events
+from extproc.workers.worker import KvEvents, WorkerSpec
+
+__all__ = ["ConfiguredModels"]
+
+
+class ConfiguredModels:
+    """The configured models, looked up by what a worker serves."""
+
+    def __init__(self, models: Sequence[ModelConfig]) -> None:
+        self._by_id = {model.id: model for model in models}
+
+    @property
+    def ids(self) -> Collection[str]:
+        return self._by_id.keys()
+
+    def breaker_of(self, spec: WorkerSpec) -> CircuitBreakerConfig:
+        """The breaker of the first configured model that the worker serves, else the defaults."""
+        models = self._of(spec) or [ModelConfig(id="-")]
+        return models[0].circuit_breaker
+
+    def complete(self, spec: WorkerSpec, told: Introspection) -> WorkerSpec:
+        """The spec with the worker's answer, and with configured KV events if it named none."""
+        if spec.kv_events is not None and spec.kv_events == self._kv_events(spec):
+            # Those of the models it served so far: they may not hold for its models now.
+            spec = msgspec.structs.replace(spec, kv_events=None)
+        spec = apply_introspection(spec, told)
+        if spec.kv_events is not None:
+            return spec
+        return msgspec.structs.replace(spec, kv_events=self._kv_events(spec))
+
+    def model_without_kv_events(self, spec: WorkerSpec) -> str | None:
+        """A model of the worker whose policy needs KV events, where nothing says their place."""
+        if spec.kv_events is None:
+            for model in self._of(spec):
+                if model.policy in TOKEN_POLICIES:
+                    return model.id
+        return None
+
+    def _kv_events(self, spec: WorkerSpec) -> KvEvents | None:
+        for model in self._of(spec):
+            if found := configured_kv_events(model.kv_events, spec.url):
+                return found
+        return None
+
+    def _of(self, spec: WorkerSpec) -> list[ModelConfig]:
+        return [self._by_id[model] for model in spec.model_ids if model in self._by_id]

@@ -1,0 +1,193 @@
+"""Registers workers, changes and removes them, and notifies the observers.
+
+It is separate from the manager so that one module decides what a change means, and the other
+decides when a worker is asked. All calls for one worker come one after the other.
+"""
+
+import structlog
+
+from extproc.metrics.service import Metrics
+from extproc.workers.circuit_breaker import CircuitBreaker
+from extproc.workers.configured_models import ConfiguredModels
+from extproc.workers.introspection import Introspection
+from extproc.workers.observer import WorkerObserver
+from extproc.workers.registry import MixedRolesError, WorkerRegistry
+from extproc.workers.worker import Worker, WorkerSpec
+from extproc.workers.worker_warnings import WorkerWarnings, shown_models
+
+__all__ = ["Membership"]
+
+_log = structlog.get_logger()
+
+
+class Membership:
+    """The registered workers, and those that were refused for their role.
+
+    A refused worker is never registered. It is tried again, since the workers that it did not
+    fit may have left.
+    """
+
+    def __init__(
+        self, registry: WorkerRegistry, models: ConfiguredModels, metrics: Metrics
+    ) -> None:
+        self._registry = registry
+        self._models = models
+        self._metrics = metrics
+        self._observers: list[WorkerObserver] = []
+        self._warnings = WorkerWarnings(models.ids)
+        self._refused: dict[str, WorkerSpec] = {}
+        self._next_order = 0
+
+    def observe(self, observer: WorkerObserver) -> None:
+        """Notify this observer, too; observers are notified in the order of these calls."""
+        self._observers.append(observer)
+
+    def notify_changed(self) -> None:
+        """Tell the observers that workers changed."""
+        for observer in self._observers:
+            observer.workers_changed()
+
+    def spec_of(self, worker_id: str) -> WorkerSpec | None:
+        """The spec of a registered or refused worker."""
+        worker = self._registry.get(worker_id)
+        return worker.spec if worker is not None else self._refused.get(worker_id)
+
+    def unsettled(self) -> list[str]:
+        """The ids of workers whose model is unknown, and of refused ones."""
+        unknown = [worker.id for worker in self._registry if not worker.model_ids]
+        return [*unknown, *self._refused]
+
+    def complete(self, spec: WorkerSpec, told: Introspection) -> WorkerSpec:
+        """The spec with the worker's answer and the configuration; warns of missing KV events."""
+        spec = self._models.complete(spec, told)
+        if model := self._models.model_without_kv_events(spec):
+            self._warnings.no_kv_events(spec, model)
+        return spec
+
+    def answered(self, spec: WorkerSpec, told: Introspection) -> None:
+        """A worker that is about to join, or could not so far, has answered or failed to."""
+        self._warnings.answer(spec, told)
+
+    def answered_later(self, spec: WorkerSpec, told: Introspection) -> None:
+        """A registered or refused worker was asked again."""
+        worker = self._registry.get(spec.id)
+        if worker is not None and worker.model_ids:
+            self._warnings.later_answer(spec, told)
+        else:
+            self._warnings.answer(spec, told)
+
+    async def join(self, spec: WorkerSpec, addresses: tuple[str, ...]) -> None:
+        """Register a worker; it replaces the one that had its id so far."""
+        known = self._registry.get(spec.id)
+        if known is None:
+            order = self._next_order
+            self._next_order += 1
+        else:
+            order = known.order
+        settings = self._models.breaker_of(spec)
+        worker = Worker(
+            spec,
+            order=order,
+            breaker=CircuitBreaker(settings.threshold, settings.cool_down_secs),
+            address=addresses[0] if addresses else None,
+        )
+        try:
+            self._registry.upsert(worker)
+        except MixedRolesError as error:
+            await self._refuse(spec, error)
+            return
+        self._refused.pop(spec.id, None)
+        self._warnings.addresses(spec, addresses)
+        if known is not None:
+            await self._notify_left(known)
+        self._registered(worker)
+        self.notify_changed()
+
+    async def change(self, worker: Worker, spec: WorkerSpec) -> None:
+        """Give a registered worker a new spec; its load and its breaker's state stay."""
+        before = worker.spec
+        rejoins = set(spec.model_ids) != set(before.model_ids) or spec.kv_events != before.kv_events
+        if not rejoins and (spec.role, spec.bootstrap_port) == (before.role, before.bootstrap_port):
+            return
+        if rejoins:
+            await self._notify_left(worker)
+        try:
+            if rejoins:
+                self._registry.update(worker, spec)
+            else:
+                self._registry.set_role(worker, spec.role, spec.bootstrap_port)
+        except MixedRolesError as error:
+            await self._refuse(spec, error)
+            return
+        if rejoins:
+            settings = self._models.breaker_of(spec)
+            worker.breaker.threshold = settings.threshold
+            worker.breaker.cool_down_seconds = settings.cool_down_secs
+            self._registered(worker)
+        self._compare_roles(worker, before)
+        self.notify_changed()
+
+    async def leave(self, worker_id: str) -> None:
+        """Remove a worker, whether it was registered or refused."""
+        self._warnings.forget(worker_id)
+        self._refused.pop(worker_id, None)
+        await self._remove(worker_id)
+
+    def update_addresses(self, answers: list[tuple[Worker, tuple[str, ...]]]) -> None:
+        """Take over new addresses; a worker whose name has none keeps its last address."""
+        changed = False
+        for worker, addresses in answers:
+            self._warnings.addresses(worker.spec, addresses)
+            if addresses and worker.address not in addresses:
+                _log.info("worker_address_changed", worker=worker.url, address=addresses[0])
+                worker.address = addresses[0]
+                changed = True
+        if changed:
+            self._registry.reindex()
+            self.notify_changed()
+
+    def _registered(self, worker: Worker) -> None:
+        self._warnings.joined(worker.id)
+        for observer in self._observers:
+            observer.joined(worker)
+        if worker.model_ids:
+            _log.info(
+                "worker_registered",
+                worker=worker.url,
+                models=shown_models(worker.model_ids),
+                role=worker.role,
+                address=worker.address,
+                kv_events=worker.spec.kv_events is not None,
+            )
+
+    async def _refuse(self, spec: WorkerSpec, error: MixedRolesError) -> None:
+        self._refused[spec.id] = spec
+        if self._warnings.refused(spec, str(error)):
+            self._metrics.workers_refused.inc()
+        await self._remove(spec.id)
+
+    async def _remove(self, worker_id: str) -> None:
+        worker = self._registry.remove(worker_id)
+        if worker is None:
+            return
+        await self._notify_left(worker)
+        if all(other.url != worker.url for other in self._registry):
+            self._metrics.forget_worker(worker.url)
+        _log.info("worker_removed", worker=worker.url)
+        self.notify_changed()
+
+    async def _notify_left(self, worker: Worker) -> None:
+        for observer in self._observers:
+            await observer.left(worker)
+
+    def _compare_roles(self, worker: Worker, before: WorkerSpec) -> None:
+        if not before.model_ids:
+            return  # Its role was only assumed.
+        old, new = before.role, worker.role
+        if old != new:
+            _log.info("worker_role_changed", worker=worker.url, old=old, new=new)
+            for observer in self._observers:
+                observer.role_changed(worker, old, new)
+        elif worker.spec.bootstrap_port != before.bootstrap_port:
+            port = worker.spec.bootstrap_port
+            _log.info("worker_bootstrap_port_changed", worker=worker.url, port=port)
