@@ -27,7 +27,7 @@ from extproc.kv.index import PrefixIndex
 from extproc.kv.indexer import KvIndexer, RankSource
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
 from extproc.kv.rank_pages import RankPages
-from extproc.kv.subscriptions.subscriber import EventEndpoint
+from extproc.kv.subscriptions.subscription import EventEndpoint
 
 _VOCABULARY: Final = 150_000
 _PROMPT_TOKENS: Final = 8192
@@ -79,8 +79,8 @@ def apply_rate(batches: list[bytes], pages: int, page_size: int) -> float:
         for _ in applier.apply(payload):
             pass
     seconds = time.perf_counter() - started
-    if rank_pages.pages != pages:
-        raise RuntimeError(f"{rank_pages.pages} pages arrived instead of {pages}")
+    if rank_pages.page_count != pages:
+        raise RuntimeError(f"{rank_pages.page_count} pages arrived instead of {pages}")
     return pages / seconds
 
 
@@ -120,7 +120,7 @@ def publish(pipe: Connection, shape: int, seconds: float) -> None:
 
 
 async def probe(
-    index: PrefixIndex, holders: list[RankPages], prompts: list[TokenIds], seconds: float
+    index: PrefixIndex, ranks: list[RankPages], prompts: list[TokenIds], seconds: float
 ) -> list[float]:
     """Delays in milliseconds, from the due time of the work to its end."""
     delays: list[float] = []
@@ -129,7 +129,7 @@ async def probe(
     done = loop.create_future()
 
     async def work(due: float, number: int) -> None:
-        index.match(prompts[number % len(prompts)], holders)
+        index.match(prompts[number % len(prompts)], ranks)
         await asyncio.sleep(0)
         delays.append((time.perf_counter() - due) * 1000)
         if len(delays) == count:
@@ -174,9 +174,9 @@ async def flooded(shape: int, rounds: int, seconds: float) -> None:
         await asyncio.to_thread(pipe.recv)
         quiet = await probe(indexer.index, quiet_ranks, prompts, seconds)
         pipe.send(True)
-        before, started = flooded_rank.pages, time.monotonic()
+        before, started = flooded_rank.page_count, time.monotonic()
         loaded = await probe(indexer.index, quiet_ranks, prompts, seconds)
-        arrived = (flooded_rank.pages - before) / (time.monotonic() - started)
+        arrived = (flooded_rank.page_count - before) / (time.monotonic() - started)
         await asyncio.to_thread(pipe.recv)
         p99s = [float(np.percentile(delays, 99)) for delays in (quiet, loaded)]
         growths.append(p99s[1] - p99s[0])

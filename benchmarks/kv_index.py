@@ -68,13 +68,11 @@ def requests(random: np.random.Generator) -> None:
     for spread, pages_of_each in depths.items():
         index = PrefixIndex(hasher, 10_000_000)
         for n, pages in enumerate(pages_of_each):
-            holder = index.add(str(n), _PAGE)
-            index.store(holder, _ids(random, pages), None, chain[: pages * _PAGE], _PAGE)
+            rank_pages = index.add(str(n), _PAGE)
+            index.store(rank_pages, _ids(random, pages), None, chain[: pages * _PAGE], _PAGE)
         prefixes = index.prefixes(chain, _PAGE)
         best, median = _microseconds(partial(_match, index, prefixes, everybody), 50)
-        _show(
-            f"match 2500 pages, 64 holders: {spread}", f"{best:7.1f} us best {median:7.1f} median"
-        )
+        _show(f"match 2500 pages, 64 ranks: {spread}", f"{best:7.1f} us best {median:7.1f} median")
     for name, special in (
         ("host and disk below", "lower"),
         ("out of order", "holed"),
@@ -82,38 +80,43 @@ def requests(random: np.random.Generator) -> None:
     ):
         index = PrefixIndex(hasher, 10_000_000)
         for n, pages in enumerate(random.integers(300, 2501, 64).tolist()):
-            holder = index.add(str(n), _PAGE)
+            rank_pages = index.add(str(n), _PAGE)
             ids = _ids(random, pages)
-            index.store(holder, ids, None, chain[: pages * _PAGE], _PAGE)
+            index.store(rank_pages, ids, None, chain[: pages * _PAGE], _PAGE)
             if "lower" in special:
-                _demote(index, holder, ids, chain[: pages * _PAGE], pages // 2, 1)
-                _demote(index, holder, ids, chain[: pages * _PAGE], pages * 3 // 4, 2)
+                _demote(index, rank_pages, ids, chain[: pages * _PAGE], pages // 2, 1)
+                _demote(index, rank_pages, ids, chain[: pages * _PAGE], pages * 3 // 4, 2)
             if "holed" in special:
-                index.remove(holder, ids[pages - 100 : pages - 99])
+                index.remove(rank_pages, ids[pages - 100 : pages - 99])
         prefixes = index.prefixes(chain, _PAGE)
         best, median = _microseconds(partial(_match, index, prefixes, everybody), 20)
         _show(
-            f"match 300 to 2500 pages, 64 holders: {name}",
+            f"match 300 to 2500 pages, 64 ranks: {name}",
             f"{best:7.1f} us best {median:7.1f} median",
         )
     index = PrefixIndex(hasher, 10_000_000)
-    holders = [index.add(str(n), 1) for n in range(8)]
+    ranks = [index.add(str(n), 1) for n in range(8)]
     short = _tokens(random, 4096)
-    for holder in holders:
-        index.store(holder, _ids(random, 4096), None, short, 1)
-    best, median = _microseconds(partial(index.match, short, holders), 20)
+    for rank_pages in ranks:
+        index.store(rank_pages, _ids(random, 4096), None, short, 1)
+    best, median = _microseconds(partial(index.match, short, ranks), 20)
     _show(
-        "hash and match 4096 tokens, page 1, 8 holders", f"{best:7.1f} us best {median:7.1f} median"
+        "hash and match 4096 tokens, page 1, 8 ranks", f"{best:7.1f} us best {median:7.1f} median"
     )
 
 
 def _demote(
-    index: PrefixIndex, holder: RankPages, ids: list[int], tokens: TokenIds, first: int, tier: int
+    index: PrefixIndex,
+    rank_pages: RankPages,
+    ids: list[int],
+    tokens: TokenIds,
+    first: int,
+    tier: int,
 ) -> None:
     """Move the pages from `first` on down to `tier`."""
-    index.store(holder, ids[first:], ids[first - 1], tokens[first * _PAGE :], _PAGE, tier)
-    index.remove(holder, ids[:first:-1], tier - 1)
-    index.remove(holder, ids[first : first + 1], tier - 1)
+    index.store(rank_pages, ids[first:], ids[first - 1], tokens[first * _PAGE :], _PAGE, tier)
+    index.remove(rank_pages, ids[:first:-1], tier - 1)
+    index.remove(rank_pages, ids[first : first + 1], tier - 1)
 
 
 def _match(index: PrefixIndex, prefixes: TokenIds, mask: int) -> None:
@@ -129,11 +132,11 @@ def events(random: np.random.Generator) -> None:
         best = 0.0
         for _ in range(3):
             index = PrefixIndex(PrefixHasher(), 10_000_000)
-            holder = index.add("w", page)
+            rank_pages = index.add("w", page)
             started = time.perf_counter()
             for first in range(0, count * pages, pages):
                 index.store(
-                    holder,
+                    rank_pages,
                     names[first : first + pages],
                     None,
                     tokens[first * page : (first + pages) * page],
@@ -146,20 +149,20 @@ def events(random: np.random.Generator) -> None:
 def memory(random: np.random.Generator, pages: int) -> None:
     """Resident bytes per page, from the process's memory before and after."""
     index = PrefixIndex(PrefixHasher(), 2 * pages)
-    holder = index.add("w", 16)
+    rank_pages = index.add("w", 16)
     gc.collect()
     before = _resident_bytes()
     slowest = 0.0
     for _ in range(pages // 16):
         ids, tokens = _ids(random, 16), _tokens(random, 256)
         started = time.perf_counter()
-        index.store(holder, ids, None, tokens, 16)
+        index.store(rank_pages, ids, None, tokens, 16)
         slowest = max(slowest, time.perf_counter() - started)
     gc.collect()
     _show("store them, longest event of 16", f"{slowest * 1e6:7.1f} us")
     _show(f"memory at {pages} pages", f"{(_resident_bytes() - before) / pages:7.1f} bytes/page")
     started = time.perf_counter()
-    index.drop(holder)
+    index.drop(rank_pages)
     _show("drop them", f"{(time.perf_counter() - started) * 1e6:7.1f} us")
     slowest = 0.0
     more = True

@@ -18,10 +18,10 @@ from typing import Final, Protocol
 import numpy as np
 from msgspec import Struct
 
+from extproc.kv.events import LoadStat
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import TokenIds
 from extproc.kv.rank_pages import RankPages
-from extproc.kv.wire import LoadStat
 from extproc.simulator.cache_events import CacheEvent, Cleared, Removed
 from extproc.simulator.radix_cache import Lease, RadixCache
 from extproc.simulator.time_model import TimeModel, reusable_tokens
@@ -265,16 +265,16 @@ def tokens_of(request: TraceRequest) -> TokenIds:
     return np.repeat(blocks, BLOCK_TOKENS)[: request.input_tokens]
 
 
-def apply_events(index: PrefixIndex, holder: RankPages, events: Sequence[CacheEvent]) -> None:
+def apply_events(index: PrefixIndex, rank_pages: RankPages, events: Sequence[CacheEvent]) -> None:
     """Apply the events of `pages_of` pages to the index."""
-    page_tokens = holder.page_size
+    page_tokens = rank_pages.page_size
     each = np.uint64(BLOCK_TOKENS // page_tokens)
     for event in events:
         if isinstance(event, Cleared):
-            index.clear(holder)
+            index.clear(rank_pages)
         elif isinstance(event, Removed):
-            index.remove(holder, event.hashes, 0)
+            index.remove(rank_pages, event.hashes, 0)
         else:
             blocks = np.array(event.pages, dtype=np.uint64) // each
             tokens = np.repeat(blocks, page_tokens)
-            index.store(holder, event.hashes, event.parent, tokens, page_tokens)
+            index.store(rank_pages, event.hashes, event.parent, tokens, page_tokens)

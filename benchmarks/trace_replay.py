@@ -36,9 +36,9 @@ from benchmarks.trace_fleet import (
     replay,
     tokens_of,
 )
+from extproc.kv.events import LoadStat
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher
-from extproc.kv.wire import LoadStat
 from extproc.policies.base import KvPolicy, Policy
 from extproc.policies.cache_aware_zmq import CacheAwareZmq
 from extproc.policies.least_load import LeastLoad

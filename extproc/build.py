@@ -20,7 +20,7 @@ from extproc.config.files import read_api_key
 from extproc.config.schema import TOKEN_POLICIES, Config
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
-from extproc.kv.subscriptions.subscriber import SubscriberSettings
+from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
 from extproc.routing.lease import WorkerOutcomes

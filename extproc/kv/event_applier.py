@@ -13,18 +13,18 @@ from typing import Final
 import structlog
 from msgspec.structs import replace
 
-from extproc.kv.index import PrefixIndex
-from extproc.kv.rank_pages import RankPages
-from extproc.kv.stats import RankStats
-from extproc.kv.wire import (
+from extproc.kv.events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     EventBatch,
     LoadStat,
     WireError,
-    decode_load,
 )
+from extproc.kv.index import PrefixIndex
+from extproc.kv.rank_pages import RankPages
+from extproc.kv.stats import RankStats
+from extproc.kv.wire import decode_load
 from extproc.kv.wire_chunks import decode_in_parts
 
 __all__ = ["EventApplier"]
@@ -131,7 +131,7 @@ class EventApplier:
         """Whether the event's pages can stand beside those held; page size and units are learnt."""
         pages = self.pages
         if event.bigram != pages.bigram and event.block_hashes:
-            if pages.pages or pages.has_holes:
+            if pages.page_count or pages.has_holes:
                 self.counts.foreign_unit_pages += len(event.block_hashes)
                 self._warn("kv_units_mixed", pairs_held=pages.bigram)
                 return False

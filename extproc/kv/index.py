@@ -1,12 +1,12 @@
-"""Which worker holds how much of a prompt: prefix hashes to holders.
+"""Which worker holds how much of a prompt: prefix hashes to ranks.
 
-A holder is one (worker, rank). All holders share one table from the hash of a prefix to a bit
+A rank is one (worker, rank). All ranks share one table from the hash of a prefix to a bit
 mask of those that hold its last page, so that one walk answers for all of them: whoever holds
 page i holds all before it (engines evict leaves first), hence a binary search that splits the
-holders at every probe. A holder that broke that order is walked page by page until it is
+ranks at every probe. A rank that broke that order is walked page by page until it is
 whole again.
 
-Engines name pages by hashes of their own. These are opaque ids, kept per holder only to find
+Engines name pages by hashes of their own. These are opaque ids, kept per rank only to find
 a page again when a child or a removal names it.
 """
 
@@ -20,7 +20,7 @@ from extproc.kv.prefix_hash import POSITION_MAX_TOKENS, PrefixHasher, TokenIds
 from extproc.kv.rank_pages import ID_SHARDS, Overlap, RankPages
 from extproc.kv.stats import IndexStats
 
-__all__ = ["IndexStats", "PrefixIndex", "Tier"]
+__all__ = ["PrefixIndex", "Tier"]
 
 _KEY: Final = PREFIX_BITS
 _KEY_ARRAY: Final = np.uint64(_KEY)
@@ -36,82 +36,82 @@ _TIERS: Final = 3
 _BEST_TIER: Final = (3, 0, 1, 0, 2, 0, 1, 0)
 _NOT_HELD: Final = 3
 # Their bits make all masks longer.
-_RETIRED_HOLDERS: Final = 64
+_RETIRED_RANKS: Final = 64
 _SCRUBBED_BY_A_CLEAR: Final = 512
 
 
 class PrefixIndex:
-    """The pages of all holders."""
+    """The pages of all ranks."""
 
     def __init__(self, hasher: PrefixHasher, max_pages: int) -> None:
-        """`max_pages` bounds the (page, holder) pairs kept; about 250 bytes each.
+        """`max_pages` bounds the (page, pages) pairs kept; about 250 bytes each.
 
-        Pages of dropped holders count until they are swept out.
+        Pages of dropped ranks count until they are swept out.
         """
         self.hasher = hasher
         self.counts = IndexStats()
-        self.pages = 0
+        self.page_count = 0
         # Not held any more, and still the way to pages that are.
         self.missing_pages = 0
         self._max_pages = max_pages
-        self._tables = Ownership()
+        self._ownership = Ownership()
 
-    # -- holders
+    # -- ranks
 
     def add(
         self, worker: str, page_size: int, *, dp_rank: int = 0, bigram: bool = False
     ) -> RankPages:
-        """A new, empty holder; `page_size` in tokens (bigram: in pairs of tokens)."""
+        """A new, empty rank; `page_size` in tokens (bigram: in pairs of tokens)."""
         if page_size < 1:
             raise ValueError("a page has at least one token")
-        holder = RankPages(worker, dp_rank, page_size, bigram)
-        self._tables.enter(holder)
-        return holder
+        pages = RankPages(worker, dp_rank, page_size, bigram)
+        self._ownership.enter(pages)
+        return pages
 
-    def drop(self, holder: RankPages) -> None:
-        """Forget the holder and all it holds, at once; idempotent."""
-        holder.generation += 1
-        if self._tables.has(holder):
-            self._retire(holder)
+    def drop(self, pages: RankPages) -> None:
+        """Forget the rank and all it holds, at once; idempotent."""
+        pages.generation += 1
+        if self._ownership.has(pages):
+            self._retire(pages)
 
-    def clear(self, holder: RankPages) -> None:
-        """Forget what the holder holds, at once; nothing of a dropped one."""
-        holder.generation += 1
-        if self._tables.has(holder) and (holder.pages or holder.tombstones):
-            self._retire(holder)
-            self._tables.enter(holder)
-            if self._tables.retired_holders > _RETIRED_HOLDERS:
+    def clear(self, pages: RankPages) -> None:
+        """Forget what the rank holds, at once; nothing of a dropped one."""
+        pages.generation += 1
+        if self._ownership.has(pages) and (pages.page_count or pages.tombstones):
+            self._retire(pages)
+            self._ownership.enter(pages)
+            if self._ownership.retired_ranks > _RETIRED_RANKS:
                 # An engine that clears all the time pays for it itself.
                 self.scrub(_SCRUBBED_BY_A_CLEAR)
 
-    def _retire(self, holder: RankPages) -> None:
-        self.pages -= holder.pages
-        self.missing_pages -= len(holder.tombstones)
-        self._tables.retire(holder)
+    def _retire(self, pages: RankPages) -> None:
+        self.page_count -= pages.page_count
+        self.missing_pages -= len(pages.tombstones)
+        self._ownership.retire(pages)
 
     def scrub(self, max_pages: int) -> bool:
-        """Sweep up to that many pages of dropped holders out; True while there is more."""
-        return self._tables.scrub(max_pages)
+        """Sweep up to that many pages of dropped ranks out; True while there is more."""
+        return self._ownership.scrub(max_pages)
 
     def tidy(self) -> Iterator[None]:
         """Give memory back that is not used any more; to be gone through bit by bit."""
-        return self._tables.tidy()
+        return self._ownership.tidy()
 
     @property
     def retired_pages(self) -> int:
-        """Pages of dropped holders that are not swept out yet."""
-        return self._tables.retired_pages
+        """Pages of dropped ranks that are not swept out yet."""
+        return self._ownership.retired_pages
 
-    def ends_within_page(self, holder: RankPages, page: int | None) -> bool:
-        """Whether the holder has that page, and it ends where none of its size can end."""
-        slot = None if page is None else holder.find(page & _KEY)
-        return slot is not None and bool((holder.ends[slot] - holder.bigram) % holder.page_size)
+    def ends_within_page(self, pages: RankPages, page: int | None) -> bool:
+        """Whether the rank has that page, and it ends where none of its size can end."""
+        slot = None if page is None else pages.find(page & _KEY)
+        return slot is not None and bool((pages.ends[slot] - pages.bigram) % pages.page_size)
 
     # -- what engines tell
 
     def store(
         self,
-        holder: RankPages,
+        pages: RankPages,
         ids: Sequence[int],
         parent: int | None,
         tokens: TokenIds,
@@ -121,21 +121,21 @@ class PrefixIndex:
     ) -> None:
         """A chain of pages is now on `tier`: `ids` name them in order, 64 bits each.
 
-        `tokens` (uint64) are all their tokens, `block_size` of them a page; for a bigram holder
+        `tokens` (uint64) are all their tokens, `block_size` of them a page; for a bigram rank
         units `first | second << 32`. `parent` names the page before, None at the start of a
         sequence, whose namespace `seed` is.
         """
-        if block_size < 1 or len(tokens) != len(ids) * block_size or not holder.bit:
+        if block_size < 1 or len(tokens) != len(ids) * block_size or not pages.bit:
             self.counts.mismatched += len(ids)
             return
         start, end, parent_slot = seed, 0, _NO_PARENT
         known = parent is None
         if parent is not None:
-            found = holder.find(parent & _KEY)
+            found = pages.find(parent & _KEY)
             if found is not None:
                 known = True
-                start, end, parent_slot = holder.sums[found], holder.ends[found], found
-        if holder.bigram and len(tokens):
+                start, end, parent_slot = pages.sums[found], pages.ends[found], found
+        if pages.bigram and len(tokens):
             if parent is None:
                 start, end = self.hasher.extend(seed, 0, tokens[:1] & _FIRST_TOKEN), 1
             tokens = tokens >> _SECOND_TOKEN_SHIFT
@@ -143,19 +143,19 @@ class PrefixIndex:
             self.counts.over_limit += len(ids)
             return
         keys = [engine_id & _KEY for engine_id in ids]
-        room = self._max_pages - self.pages - self.missing_pages - self.retired_pages
+        room = self._max_pages - self.page_count - self.missing_pages - self.retired_pages
         if known and 1 < len(keys) <= room:
-            slots = self._free_slots(holder, len(keys))
-            if holder.name_all(keys, slots):
+            slots = self._free_slots(pages, len(keys))
+            if pages.name_all(keys, slots):
                 sums = self.hasher.page_sums(start, end, tokens, block_size)
-                self._append_chain(holder, slots, sums, end, parent_slot, block_size, tier)
+                self._append_chain(pages, slots, sums, end, parent_slot, block_size, tier)
                 if tier:
-                    self._tables.mark(holder)
+                    self._ownership.mark(pages)
                 return
         for number, key in enumerate(keys):
-            slot = holder.find(key)
+            slot = pages.find(key)
             if slot is not None:
-                self._retier(holder, slot, holder.tiers[slot] | 1 << tier)
+                self._retier(pages, slot, pages.tiers[slot] | 1 << tier)
             elif not known:
                 self.counts.orphans += 1
                 continue
@@ -168,15 +168,15 @@ class PrefixIndex:
                 if len(keys) > 1:
                     page = tokens[number * block_size : (number + 1) * block_size]
                 start = self.hasher.extend(start, end, page)
-                slot = self._append(holder, key, start, end + block_size, parent_slot, tier)
+                slot = self._append(pages, key, start, end + block_size, parent_slot, tier)
                 room -= 1
             known = True
-            start, end, parent_slot = holder.sums[slot], holder.ends[slot], slot
-        self._tables.mark(holder)
+            start, end, parent_slot = pages.sums[slot], pages.ends[slot], slot
+        self._ownership.mark(pages)
 
     def _append_chain(
         self,
-        holder: RankPages,
+        pages: RankPages,
         slots: Sequence[int],
         sums: TokenIds,
         end: int,
@@ -188,149 +188,149 @@ class PrefixIndex:
         count = len(slots)
         ends = range(end + block_size, end + count * block_size + 1, block_size)
         if parent_slot >= 0:
-            holder.children[parent_slot] += 1
-        if slots[0] == len(holder.sums):
-            holder.sums.frombytes(sums.tobytes())
-            holder.ends.extend(ends)
-            holder.parents.append(parent_slot)
-            holder.parents.extend(slots[:-1])
-            holder.children.extend([1] * (count - 1))
-            holder.children.append(0)
-            holder.tiers.frombytes(bytes((1 << tier,)) * count)
+            pages.children[parent_slot] += 1
+        if slots[0] == len(pages.sums):
+            pages.sums.frombytes(sums.tobytes())
+            pages.ends.extend(ends)
+            pages.parents.append(parent_slot)
+            pages.parents.extend(slots[:-1])
+            pages.children.extend([1] * (count - 1))
+            pages.children.append(0)
+            pages.tiers.frombytes(bytes((1 << tier,)) * count)
         else:
-            del holder.free[len(holder.free) - count :]
+            del pages.free[len(pages.free) - count :]
             for slot, total, page_end in zip(slots, sums.tolist(), ends, strict=True):
-                holder.sums[slot] = total
-                holder.ends[slot] = page_end
-                holder.parents[slot] = parent_slot
-                holder.children[slot] = 1
-                holder.tiers[slot] = 1 << tier
+                pages.sums[slot] = total
+                pages.ends[slot] = page_end
+                pages.parents[slot] = parent_slot
+                pages.children[slot] = 1
+                pages.tiers[slot] = 1 << tier
                 parent_slot = slot
-            holder.children[parent_slot] = 0
-        self._enter(holder, (sums & _KEY_ARRAY).tolist(), tier)
+            pages.children[parent_slot] = 0
+        self._enter(pages, (sums & _KEY_ARRAY).tolist(), tier)
 
-    def _free_slots(self, holder: RankPages, count: int) -> Sequence[int]:
+    def _free_slots(self, pages: RankPages, count: int) -> Sequence[int]:
         """The last of the free ones, or else new ones in a row behind all others."""
-        free = holder.free
+        free = pages.free
         if len(free) < count:
-            return range(len(holder.sums), len(holder.sums) + count)
+            return range(len(pages.sums), len(pages.sums) + count)
         return free[len(free) - count :].tolist()
 
     def _append(
-        self, holder: RankPages, key: int, total: int, end: int, parent_slot: int, tier: Tier
+        self, pages: RankPages, key: int, total: int, end: int, parent_slot: int, tier: Tier
     ) -> int:
-        if holder.free:
-            slot = holder.free.pop()
-            holder.sums[slot] = total
-            holder.ends[slot] = end
-            holder.parents[slot] = parent_slot
-            holder.tiers[slot] = 1 << tier
+        if pages.free:
+            slot = pages.free.pop()
+            pages.sums[slot] = total
+            pages.ends[slot] = end
+            pages.parents[slot] = parent_slot
+            pages.tiers[slot] = 1 << tier
         else:
-            slot = len(holder.sums)
-            holder.sums.append(total)
-            holder.ends.append(end)
-            holder.parents.append(parent_slot)
-            holder.children.append(0)
-            holder.tiers.append(1 << tier)
-        holder.slots[key & _ID_SHARD][key] = slot
+            slot = len(pages.sums)
+            pages.sums.append(total)
+            pages.ends.append(end)
+            pages.parents.append(parent_slot)
+            pages.children.append(0)
+            pages.tiers.append(1 << tier)
+        pages.slots[key & _ID_SHARD][key] = slot
         if parent_slot >= 0:
-            holder.children[parent_slot] += 1
-        self._enter(holder, [total & _KEY], tier)
+            pages.children[parent_slot] += 1
+        self._enter(pages, [total & _KEY], tier)
         return slot
 
-    def _enter(self, holder: RankPages, prefixes: list[int], tier: Tier) -> None:
+    def _enter(self, pages: RankPages, prefixes: list[int], tier: Tier) -> None:
         """Pages that have come to be held."""
-        for prefix in self._tables.held.add_all(prefixes, holder.bit):
-            holder.copies[prefix] = holder.copies.get(prefix, 0) + 1
+        for prefix in self._ownership.held.add_all(prefixes, pages.bit):
+            pages.copies[prefix] = pages.copies.get(prefix, 0) + 1
         count = len(prefixes)
         for level in range(1, tier + 1):
-            holder.ever_lower = True
-            holder.pages_below[level] += count
-            self._tables.below[level].add_all(prefixes, holder.bit)
-        holder.pages += count
-        self.pages += count
+            pages.ever_lower = True
+            pages.pages_below[level] += count
+            self._ownership.below[level].add_all(prefixes, pages.bit)
+        pages.page_count += count
+        self.page_count += count
 
-    def remove(self, holder: RankPages, ids: Iterable[int], tier: Tier | None = None) -> None:
+    def remove(self, pages: RankPages, ids: Iterable[int], tier: Tier | None = None) -> None:
         """Pages have left `tier`, or every tier."""
         for engine_id in ids:
             key = engine_id & _KEY
-            slot = holder.find(key)
-            if slot is None or not holder.tiers[slot]:
+            slot = pages.find(key)
+            if slot is None or not pages.tiers[slot]:
                 self.counts.unknown_removals += 1
                 continue
-            left = 0 if tier is None else holder.tiers[slot] & ~(1 << tier)
-            self._retier(holder, slot, left)
+            left = 0 if tier is None else pages.tiers[slot] & ~(1 << tier)
+            self._retier(pages, slot, left)
             if left:
                 continue
-            if holder.children[slot]:
+            if pages.children[slot]:
                 # Pages that follow it are still there, and it may come back before them.
-                holder.tombstones[slot] = key
+                pages.tombstones[slot] = key
                 self.missing_pages += 1
             else:
-                self._forget(holder, key, slot)
-        self._tables.mark(holder)
+                self._forget(pages, key, slot)
+        self._ownership.mark(pages)
 
-    def _forget(self, holder: RankPages, key: int, slot: int) -> None:
+    def _forget(self, pages: RankPages, key: int, slot: int) -> None:
         """Free the slot of a page that is gone, and of missing pages only it still needed."""
         while True:
-            del holder.slots[key & _ID_SHARD][key]
-            holder.free.append(slot)
-            parent = holder.parents[slot]
+            del pages.slots[key & _ID_SHARD][key]
+            pages.free.append(slot)
+            parent = pages.parents[slot]
             if parent < 0:
                 return
-            holder.children[parent] -= 1
-            if holder.children[parent] or parent not in holder.tombstones:
+            pages.children[parent] -= 1
+            if pages.children[parent] or parent not in pages.tombstones:
                 return
-            key, slot = holder.tombstones.pop(parent), parent
+            key, slot = pages.tombstones.pop(parent), parent
             self.missing_pages -= 1
 
-    def _retier(self, holder: RankPages, slot: int, tiers: int) -> None:
-        """Set the tiers of a page, as bits, in the holder and in the tables."""
-        before = holder.tiers[slot]
+    def _retier(self, pages: RankPages, slot: int, tiers: int) -> None:
+        """Set the tiers of a page, as bits, in the rank and in the tables."""
+        before = pages.tiers[slot]
         if before == tiers:
             return
-        holder.tiers[slot] = tiers
-        prefix = holder.sums[slot] & _KEY
+        pages.tiers[slot] = tiers
+        prefix = pages.sums[slot] & _KEY
         if not before:
-            if holder.tombstones.pop(slot, None) is not None:
+            if pages.tombstones.pop(slot, None) is not None:
                 self.missing_pages -= 1
-            if not self._tables.held.add(prefix, holder.bit):
-                holder.copies[prefix] = holder.copies.get(prefix, 0) + 1
-            holder.pages += 1
-            self.pages += 1
+            if not self._ownership.held.add(prefix, pages.bit):
+                pages.copies[prefix] = pages.copies.get(prefix, 0) + 1
+            pages.page_count += 1
+            self.page_count += 1
         elif not tiers:
-            copies = holder.copies.pop(prefix, 0)
+            copies = pages.copies.pop(prefix, 0)
             if not copies:
-                self._tables.held.discard(prefix, holder.bit)
+                self._ownership.held.discard(prefix, pages.bit)
             elif copies > 1:
-                holder.copies[prefix] = copies - 1
-            holder.pages -= 1
-            self.pages -= 1
+                pages.copies[prefix] = copies - 1
+            pages.page_count -= 1
+            self.page_count -= 1
         was, now = _BEST_TIER[before], _BEST_TIER[tiers]
         for level in range(1, _TIERS):
             lay_below = level <= was < _NOT_HELD
             lies_below = level <= now < _NOT_HELD
             if lies_below and not lay_below:
-                holder.ever_lower = True
-                self._tables.below[level].add(prefix, holder.bit)
-                holder.pages_below[level] += 1
+                pages.ever_lower = True
+                self._ownership.below[level].add(prefix, pages.bit)
+                pages.pages_below[level] += 1
             elif lay_below and not lies_below:
-                self._tables.below[level].discard(prefix, holder.bit)
-                holder.pages_below[level] -= 1
+                self._ownership.below[level].discard(prefix, pages.bit)
+                pages.pages_below[level] -= 1
 
     # -- what requests ask
 
     def match(
-        self, tokens: TokenIds, holders: Iterable[RankPages], seed: int = 0
+        self, tokens: TokenIds, ranks: Iterable[RankPages], seed: int = 0
     ) -> dict[RankPages, Overlap]:
-        """The longest prefix of `tokens` (uint64) that each of the holders has.
+        """The longest prefix of `tokens` (uint64) that each of the ranks has.
 
         Holders without any page of it, or no longer in the index, are left out.
         """
         shapes: dict[tuple[int, bool], int] = {}
-        for holder in holders:
-            shape = (holder.page_size, holder.bigram)
-            shapes[shape] = shapes.get(shape, 0) | holder.bit
+        for pages in ranks:
+            shape = (pages.page_size, pages.bigram)
+            shapes[shape] = shapes.get(shape, 0) | pages.bit
         found: dict[RankPages, Overlap] = {}
         for (page_size, bigram), mask in shapes.items():
             prefixes = self.prefixes(tokens, page_size, bigram=bigram, seed=seed)
@@ -351,5 +351,5 @@ class PrefixIndex:
     def match_prefixes(
         self, prefixes: TokenIds, mask: int, found: dict[RankPages, Overlap]
     ) -> None:
-        """Fill `found` for the holders whose bits are in `mask`; see `match`."""
-        self._tables.match(prefixes, mask, found)
+        """Fill `found` for the ranks whose bits are in `mask`; see `match`."""
+        self._ownership.match(prefixes, mask, found)

@@ -1,7 +1,7 @@
 """What every rank of every worker holds, kept current from the events they publish.
 
 Ties the room together: the subscriber reads the sockets in slices, a EventApplier for each rank
-puts what it brings into the one index, and the holder's trust tells routing whether to
+puts what it brings into the one index, and the rank's trust tells routing whether to
 believe it. What dropped and restarted ranks leave behind in the index is swept out here, in
 slices too.
 """
@@ -16,17 +16,17 @@ from msgspec import Struct
 
 from extproc.clock import Clock
 from extproc.kv.event_applier import EventApplier
+from extproc.kv.events import LoadStat
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher
 from extproc.kv.rank_pages import RankPages
 from extproc.kv.stats import IndexStats, RankStats, StreamStats, summed
-from extproc.kv.subscriptions.subscriber import (
+from extproc.kv.subscriptions.subscriber import KvSubscriber
+from extproc.kv.subscriptions.subscription import (
     EventEndpoint,
-    KvSubscriber,
     SubscriberSettings,
     SubscriptionState,
 )
-from extproc.kv.wire import LoadStat
 
 __all__ = ["KvIndexer", "KvTotals", "RankSource", "RankState"]
 
@@ -207,7 +207,7 @@ class KvIndexer:
     def totals(self) -> KvTotals:
         """All ranks together, in a value of its own."""
         followed = self._followed.values()
-        pages, retired_pages = self.index.pages, self.index.retired_pages
+        pages, retired_pages = self.index.page_count, self.index.retired_pages
         return KvTotals(
             ranks=len(followed),
             connected_ranks=sum(one.stream.connected for one in followed),
@@ -232,8 +232,8 @@ class KvIndexer:
             trusted=pages.trusted,
             reason=pages.reason,
             partial=stream.partial,
-            pages=pages.pages,
-            pages_by_tier=(pages.pages - below_device, below_device - below_host, below_host),
+            pages=pages.page_count,
+            pages_by_tier=(pages.page_count - below_device, below_device - below_host, below_host),
             last_event_age_seconds=None if last is None else self._clock.monotonic() - last,
             stream=stream,
             counts=applier.counts,

@@ -1,9 +1,14 @@
-"""Who holds which prefix: all holders' bits in shared tables, and the walk that answers for all.
+"""Which ranks own which prefix: a bit mask for each prefix, and the walk that answers for all.
 
-Dropping a holder is one step: its bit stops being asked for. Sweeping the bit out of the tables
-is done in slices by `scrub`, and only then does another holder get it.
+A table maps the hash of a prefix to the ranks that have it, as bits. It consists of many small
+dicts: a Python dict that grows moves all of its entries at once, which at a million of them holds
+the event loop up for 100 ms.
+
+Dropping a rank is one step: its bit stops being asked for. Sweeping the bit out of the tables
+is done in slices by `scrub`, and only then does another rank get it.
 """
 
+import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,7 +16,6 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from extproc.kv.prefix_hash import TokenIds
-from extproc.kv.prefix_table import PrefixTable, tidied
 from extproc.kv.rank_pages import Overlap, RankPages
 
 __all__ = ["PREFIX_BITS", "Ownership"]
@@ -21,10 +25,116 @@ __all__ = ["PREFIX_BITS", "Ownership"]
 PREFIX_BITS: Final = (1 << 60) - 1
 _MEMBERS_KEPT: Final = 4096
 _WHOLE_KEPT: Final = 8192
+_SHARDS: Final = 1024
+_SHARD: Final = _SHARDS - 1
+# A dict that has just the room it needs has 40 to 60 for each entry.
+_LOOSE_BYTES_PER_ENTRY: Final = 70
+_DICT_BYTES: Final = 300
+
+
+class PrefixTable:
+    """Prefixes are integers of 60 bits, of which any few are as good as random."""
+
+    __slots__ = ("_shards",)
+
+    def __init__(self) -> None:
+        self._shards: list[dict[int, int]] = [{} for _ in range(_SHARDS)]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._shards))
+
+    def get(self, prefix: int) -> int:
+        return self._shards[prefix & _SHARD].get(prefix, 0)
+
+    def add(self, prefix: int, bit: int) -> bool:
+        """False if the bit was there."""
+        shard = self._shards[prefix & _SHARD]
+        mask = shard.get(prefix)
+        if mask is None:
+            shard[prefix] = bit
+        elif mask & bit:
+            return False
+        else:
+            shard[prefix] = mask | bit
+        return True
+
+    def add_all(self, prefixes: Iterable[int], bit: int) -> list[int]:
+        """Gives those that had the bit already."""
+        shards = self._shards
+        had: list[int] = []
+        # Neighbours in a chain mostly have the same ranks: they share one integer.
+        last = merged = 0
+        for prefix in prefixes:
+            shard = shards[prefix & _SHARD]
+            mask = shard.get(prefix)
+            if mask is None:
+                shard[prefix] = bit
+            elif mask & bit:
+                had.append(prefix)
+            else:
+                if mask != last:
+                    last, merged = mask, mask | bit
+                shard[prefix] = merged
+        return had
+
+    def discard(self, prefix: int, bit: int) -> None:
+        shard = self._shards[prefix & _SHARD]
+        mask = shard.get(prefix)
+        if mask is None or not mask & bit:
+            return
+        if mask == bit:
+            del shard[prefix]
+        else:
+            shard[prefix] = mask ^ bit
+
+    def discard_all(self, prefixes: Iterable[int], bit: int) -> None:
+        shards = self._shards
+        for prefix in prefixes:
+            shard = shards[prefix & _SHARD]
+            mask = shard.get(prefix)
+            if mask is not None and mask & bit:
+                if mask == bit:
+                    del shard[prefix]
+                else:
+                    shard[prefix] = mask ^ bit
+
+    def tidy(self) -> Iterator[None]:
+        """Give back what deletions have left unused, a part at a time."""
+        return _tidied(self._shards)
+
+    def depths(
+        self, prefixes: "memoryview[int]", low: int, high: int, mask: int, *, present: bool
+    ) -> list[tuple[int, int]]:
+        """How many leading prefixes each of the ranks in `mask` has; or, not `present`, lacks.
+
+        That is known to be `low` at least and `high` at most, and once it ends not to come
+        back: a binary search that splits the ranks at every probe. Gives pairs of a number
+        and the ranks whose it is.
+        """
+        shards = self._shards
+        flip = 0 if present else -1
+        found: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int, int]] = []
+        while True:
+            while low < high:
+                middle = (low + high) >> 1
+                prefix = prefixes[middle]
+                having = mask & (shards[prefix & _SHARD].get(prefix, 0) ^ flip)
+                if having == mask:
+                    low = middle + 1
+                elif having:
+                    ranges.append((low, middle, mask ^ having))
+                    low, mask = middle + 1, having
+                else:
+                    high = middle
+            found.append((low, mask))
+            if not ranges:
+                return found
+            low, high, mask = ranges.pop()
 
 
 class _Retired(NamedTuple):
-    """What a holder that is gone has left in the tables."""
+    """What a rank that is gone has left in the tables."""
 
     bit: int
     sums: "array[int]"
@@ -41,70 +151,70 @@ class Ownership:
     """Bits and tables; which pages are entered is decided by the index."""
 
     def __init__(self) -> None:
-        # prefix -> holders that have it
+        # prefix -> ranks that have it
         self.held = PrefixTable()
-        # prefix -> holders that have it on no better tier than this one; [0] is not used.
+        # prefix -> ranks that have it on no better tier than this one; [0] is not used.
         self.below = (PrefixTable(), PrefixTable(), PrefixTable())
         # Holders of which a page is missing before others, and those with pages not on the
         # device, and not on the host either: as bits.
         self._holed = 0
         self._lower = 0
         self._deep = 0
-        self._holders: dict[int, RankPages] = {}  # by bit
+        self._ranks: dict[int, RankPages] = {}  # by bit
         self._members: dict[int, tuple[RankPages, ...]] = {}  # by mask, made when first met
         self._free_bits: list[int] = []
         self._next_bit = 1
         # The oldest last.
         self._retired: deque[_Retired] = deque()
-        # Of holders that are gone, still to be swept out; slots, so a few more than pages.
+        # Of ranks that are gone, still to be swept out; slots, so a few more than pages.
         self.retired_pages = 0
 
-    # -- holders
+    # -- ranks
 
-    def has(self, holder: RankPages) -> bool:
-        return self._holders.get(holder.bit) is holder
+    def has(self, rank_pages: RankPages) -> bool:
+        return self._ranks.get(rank_pages.bit) is rank_pages
 
-    def enter(self, holder: RankPages) -> None:
-        """Give a new or emptied holder a bit."""
+    def enter(self, rank_pages: RankPages) -> None:
+        """Give a new or emptied rank a bit."""
         if self._free_bits:
             bit = self._free_bits.pop()
         else:
             bit = self._next_bit
             self._next_bit <<= 1
-        holder.bit = bit
-        self._holders[bit] = holder
+        rank_pages.bit = bit
+        self._ranks[bit] = rank_pages
 
-    def retire(self, holder: RankPages) -> None:
+    def retire(self, rank_pages: RankPages) -> None:
         """Take its bit and its pages away, at once."""
-        bit = holder.bit
-        del self._holders[bit]
-        tables = (self.held, *self.below[1:]) if holder.ever_lower else (self.held,)
-        self._retired.appendleft(_Retired(bit, holder.sums, holder.slots, tables))
-        self.retired_pages += len(holder.sums)
+        bit = rank_pages.bit
+        del self._ranks[bit]
+        tables = (self.held, *self.below[1:]) if rank_pages.ever_lower else (self.held,)
+        self._retired.appendleft(_Retired(bit, rank_pages.sums, rank_pages.slots, tables))
+        self.retired_pages += len(rank_pages.sums)
         self._holed &= ~bit
         self._lower &= ~bit
         self._deep &= ~bit
         self._members.clear()
-        holder.reset()
+        rank_pages.reset()
 
-    def mark(self, holder: RankPages) -> None:
-        """Note whether a match has to look closer at the holder."""
-        _, lower, deep = holder.pages_below
-        marks = bool(holder.tombstones), lower > 0, deep > 0
-        if marks != holder.marks:
-            holder.marks = marks
-            bit = holder.bit
+    def mark(self, rank_pages: RankPages) -> None:
+        """Note whether a match has to look closer at the rank_pages."""
+        _, lower, deep = rank_pages.pages_below
+        marks = bool(rank_pages.tombstones), lower > 0, deep > 0
+        if marks != rank_pages.marks:
+            rank_pages.marks = marks
+            bit = rank_pages.bit
             holed, has_lower, has_deep = marks
             self._holed = self._holed | bit if holed else self._holed & ~bit
             self._lower = self._lower | bit if has_lower else self._lower & ~bit
             self._deep = self._deep | bit if has_deep else self._deep & ~bit
 
     @property
-    def retired_holders(self) -> int:
+    def retired_ranks(self) -> int:
         return len(self._retired)
 
     def scrub(self, max_pages: int) -> bool:
-        """Sweep up to that many pages of dropped holders out; True while there is more."""
+        """Sweep up to that many pages of dropped ranks out; True while there is more."""
         while self._retired and max_pages > 0:
             gone = self._retired[-1]
             first = max(0, len(gone.sums) - max_pages)
@@ -118,7 +228,7 @@ class Ownership:
             self.retired_pages -= count
             if not gone.sums:
                 self._retired.pop()
-                # Only now can no entry be left that a new holder would inherit.
+                # Only now can no entry be left that a new rank would inherit.
                 self._free_bits.append(gone.bit)
         return bool(self._retired)
 
@@ -126,13 +236,13 @@ class Ownership:
         """Give memory back that is not used any more; yields often."""
         for table in (self.held, *self.below[1:]):
             yield from table.tidy()
-        for holder in list(self._holders.values()):
-            yield from tidied(holder.slots)
+        for rank_pages in list(self._ranks.values()):
+            yield from _tidied(rank_pages.slots)
 
     # -- what requests ask
 
     def match(self, prefixes: TokenIds, mask: int, found: dict[RankPages, Overlap]) -> None:
-        """Fill `found` for the holders whose bits are in `mask`."""
+        """Fill `found` for the ranks whose bits are in `mask`."""
         if not len(prefixes):
             return
         view: memoryview[int] = memoryview(prefixes)  # type: ignore[arg-type]
@@ -163,7 +273,7 @@ class Ownership:
     def _match_lower(
         self, view: "memoryview[int]", pages: int, mask: int, found: dict[RankPages, Overlap]
     ) -> None:
-        """For holders that have these pages, and not all of theirs on the device.
+        """For ranks that have these pages, and not all of theirs on the device.
 
         Engines move leaves down first, so what lies on a better tier comes first.
         """
@@ -176,8 +286,8 @@ class Ownership:
                     self._tell(found, some, Overlap(pages, device, host))
 
     def _tell(self, found: dict[RankPages, Overlap], mask: int, overlap: Overlap) -> None:
-        if (holder := self._holders.get(mask)) is not None:
-            found[holder] = overlap
+        if (rank_pages := self._ranks.get(mask)) is not None:
+            found[rank_pages] = overlap
         elif mask:
             members = self._members.get(mask)
             found.update(dict.fromkeys(members or self._members_of(mask), overlap))
@@ -185,7 +295,7 @@ class Ownership:
     def _members_of(self, mask: int) -> tuple[RankPages, ...]:
         if len(self._members) >= _MEMBERS_KEPT:
             self._members.clear()
-        members = tuple([holder for bit, holder in self._holders.items() if bit & mask])
+        members = tuple([rank_pages for bit, rank_pages in self._ranks.items() if bit & mask])
         self._members[mask] = members
         return members
 
@@ -198,3 +308,15 @@ def _free(ids: Iterable[dict[int, int]], count: int) -> None:
             count -= 1
         if not count:
             return
+
+
+def _tidied(shards: list[dict[int, int]]) -> Iterator[None]:
+    """Replace dicts that take more memory than their entries need; yields after each.
+
+    A dict keeps a place for every deleted entry until it grows, and then takes thrice what it
+    has entries for.
+    """
+    for number, shard in enumerate(shards):
+        if sys.getsizeof(shard) > _LOOSE_BYTES_PER_ENTRY * len(shard) + _DICT_BYTES:
+            shards[number] = dict(shard)
+        yield

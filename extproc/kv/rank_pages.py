@@ -1,4 +1,4 @@
-"""What one worker's rank holds, in columns: the index's book of a single holder."""
+"""What one worker's rank holds, in columns: the index's book of a single rank."""
 
 from array import array
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from typing import Final, NamedTuple
 
 __all__ = ["ID_SHARDS", "Overlap", "RankPages"]
 
-# A dict that grows moves all of its entries at once, so the ids of a holder are spread.
+# A dict that grows moves all of its entries at once, so the ids of a rank are spread.
 ID_SHARDS: Final = 64
 _SHARD: Final = ID_SHARDS - 1
 
 
 class Overlap(NamedTuple):
-    """The longest prefix that a holder has, in whole pages.
+    """The longest prefix that a rank has, in whole pages.
 
     The first `device_pages` lie in device memory, the first `host_pages` there or in the
     host's; the rest of `pages` is further down.
@@ -46,8 +46,8 @@ class RankPages:
         "free",
         "generation",
         "marks",
+        "page_count",
         "page_size",
-        "pages",
         "pages_below",
         "parents",
         "reason",
@@ -76,7 +76,7 @@ class RankPages:
         # Of no use without one.
         self.bit = 0
         # Pages held, and how many of them not on the device (1) and not on the host either (2).
-        self.pages = 0
+        self.page_count = 0
         self.pages_below = [0, 0, 0]
         # Engine ids to slots; the id's lowest bits tell in which part.
         self.slots: list[dict[int, int]] = [{} for _ in range(ID_SHARDS)]

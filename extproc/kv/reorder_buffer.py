@@ -8,13 +8,13 @@ __all__ = ["ReorderBuffer", "ReorderLimits"]
 class ReorderLimits(Struct):
     """How much may wait for a replay to end: for one rank, and in bytes for all that share this.
 
-    `total_held_bytes` is the sum now.
+    `waiting_bytes` is the sum now.
     """
 
     rank_batches: int = 4096
     rank_bytes: int = 16 << 20
     total_bytes: int = 256 << 20
-    total_held_bytes: int = 0
+    waiting_bytes: int = 0
 
 
 class ReorderBuffer:
@@ -33,16 +33,16 @@ class ReorderBuffer:
         room = (
             len(self._batches) < limits.rank_batches
             and self._bytes + size <= limits.rank_bytes
-            and limits.total_held_bytes + size <= limits.total_bytes
+            and limits.waiting_bytes + size <= limits.total_bytes
         )
         if not room:
             self.drop()
-        if size > limits.rank_bytes or limits.total_held_bytes + size > limits.total_bytes:
+        if size > limits.rank_bytes or limits.waiting_bytes + size > limits.total_bytes:
             self.dropped += 1
             return False
         self._batches.append((seq, payload))
         self._bytes += size
-        limits.total_held_bytes += size
+        limits.waiting_bytes += size
         return room
 
     def drop(self) -> None:
@@ -51,6 +51,6 @@ class ReorderBuffer:
     def take(self) -> list[tuple[int, bytes]]:
         """All of them; nothing is held afterwards."""
         batches, self._batches = self._batches, []
-        self._limits.total_held_bytes -= self._bytes
+        self._limits.waiting_bytes -= self._bytes
         self._bytes = 0
         return batches

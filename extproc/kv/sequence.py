@@ -20,16 +20,7 @@ from typing import Final
 from extproc.kv.actions import Action, Apply, CancelReplay, Clear, RequestReplay, Trust
 from extproc.kv.reorder_buffer import ReorderBuffer, ReorderLimits
 
-__all__ = [
-    "Action",
-    "Apply",
-    "CancelReplay",
-    "Clear",
-    "RankSequence",
-    "ReorderLimits",
-    "RequestReplay",
-    "Trust",
-]
+__all__ = ["RankSequence"]
 
 _BEFORE_FIRST: Final = -1
 # In place of a number: whichever comes next will do.
@@ -73,7 +64,7 @@ class RankSequence:
         self._first = 0
         self._next = _ANY
         self._last_live = _BEFORE_FIRST
-        self._held = ReorderBuffer(limits)
+        self._buffer = ReorderBuffer(limits)
         self._overflowed = False
         # The replay under way has brought something new.
         self._answered = False
@@ -90,7 +81,7 @@ class RankSequence:
     @property
     def dropped(self) -> int:
         """Batches that were let go while they waited for a replay."""
-        return self._held.dropped
+        return self._buffer.dropped
 
     def connected(self) -> list[Action]:
         """A new connection delivers from now on; it may lead to a new engine process."""
@@ -121,7 +112,7 @@ class RankSequence:
                 self._forget("unreadable")
             self._phase = _Phase.LOST
             self._rebuild_asked = False
-            self._held.drop()
+            self._buffer.drop()
         self._tell(False, "disconnected")
         return self._take()
 
@@ -131,12 +122,12 @@ class RankSequence:
             return []
         if seq <= self._last_live:
             # A publisher never repeats itself: another one speaks through the same connection.
-            self._held.drop()
+            self._buffer.drop()
             self._restart()
         self._last_live = seq
         if self._phase is _Phase.FOLLOWING:
             self._follow(seq, payload)
-        elif not self._held.add(seq, payload):
+        elif not self._buffer.add(seq, payload):
             self._overflowed = True
         return self._take()
 
@@ -238,7 +229,7 @@ class RankSequence:
             self.gaps += 1
             self._tell(False, "gap")
             if self._has_replay and not self.degraded:
-                self._held.add(seq, payload)
+                self._buffer.add(seq, payload)
                 self._phase = _Phase.FILLING
                 self._rebuild_asked = False
                 self._request(self._next)
@@ -283,12 +274,12 @@ class RankSequence:
 
     def _settle(self, *, refetch: bool) -> None:
         """No more comes from the replay: go on with the live batches that have waited."""
-        held = self._held.take()
+        waiting = self._buffer.take()
         self._phase = _Phase.FOLLOWING
         if self._asked_again:
             self._forget("unreadable")
             self.partial = True
-        for place, (seq, payload) in enumerate(held):
+        for place, (seq, payload) in enumerate(waiting):
             if self._next == _ANY:
                 self._begin_at(seq)
             if seq < self._next:
@@ -296,8 +287,8 @@ class RankSequence:
             if seq > self._next:
                 if refetch:
                     self._phase = _Phase.FILLING
-                    for kept in held[place:]:
-                        self._held.add(*kept)
+                    for kept in waiting[place:]:
+                        self._buffer.add(*kept)
                     self._request(self._next)
                     return
                 self._tell(False, "gap")

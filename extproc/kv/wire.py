@@ -21,11 +21,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from extproc.kv.events import (
-    BLOCKS_MAX_PER_EVENT,
-    EVENTS_MAX_PER_BATCH,
-    NAME_MAX_CHARS,
     PAYLOAD_MAX_BYTES,
-    TOKENS_MAX_PER_EVENT,
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
@@ -51,23 +47,7 @@ from extproc.kv.wire_schema import (
     parse,
 )
 
-__all__ = [
-    "BLOCKS_MAX_PER_EVENT",
-    "EVENTS_MAX_PER_BATCH",
-    "NAME_MAX_CHARS",
-    "PAYLOAD_MAX_BYTES",
-    "TOKENS_MAX_PER_EVENT",
-    "AllBlocksCleared",
-    "BlockRemoved",
-    "BlockStored",
-    "EventBatch",
-    "KvEvent",
-    "LoadStat",
-    "Medium",
-    "WireError",
-    "decode_events",
-    "decode_load",
-]
+__all__ = ["decode_events", "decode_load"]
 
 _HASH_MASK: Final = (1 << 64) - 1
 _HASH_BYTES: Final = 8

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import structlog
 
 from extproc.clock import Clock
+from extproc.kv.events import LoadStat
 from extproc.kv.indexer import KvIndexer, RankSource, RankState
-from extproc.kv.subscriptions.subscriber import EventEndpoint, SubscriberSettings
-from extproc.kv.wire import LoadStat
+from extproc.kv.subscriptions.subscription import EventEndpoint, SubscriberSettings
 from extproc.routing.placement import Placement
 from extproc.routing.rank import Rank
 from extproc.workers.observer import WorkerObserver

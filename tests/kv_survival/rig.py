@@ -12,10 +12,10 @@ import numpy as np
 from msgspec import Struct
 
 from extproc.clock import SystemClock
+from extproc.kv.events import LoadStat
 from extproc.kv.indexer import KvIndexer, RankSource, RankState
 from extproc.kv.rank_pages import RankPages
-from extproc.kv.subscriptions.subscriber import EventEndpoint, SubscriberSettings
-from extproc.kv.wire import LoadStat
+from extproc.kv.subscriptions.subscription import EventEndpoint, SubscriberSettings
 from tests.kv_survival.prompts import PAGE, PROMPT_PAGES, PROMPTS, page_tokens
 
 __all__ = ["EngineProcess", "Truth", "Watched", "until", "watching"]

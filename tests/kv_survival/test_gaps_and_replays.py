@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from extproc.kv.subscriptions.subscriber import SubscriberSettings
+from extproc.kv.subscriptions.subscription import SubscriberSettings
 from tests.kv_survival.rig import EngineProcess, until, watching
 
 _IMPATIENT = SubscriberSettings(replay_timeout_seconds=0.3, replay_cool_down_seconds=0.5)
@@ -103,9 +103,9 @@ async def test_a_worker_leaves_while_its_replay_runs() -> None:
             assert not pages.trusted
             await leaving
             await watched.indexer.unfollow(pages)
-            assert index.pages == 0
+            assert index.page_count == 0
             await engine.do("publish", batches=50)
-            assert index.pages == 0
+            assert index.page_count == 0
             await until(lambda: index.retired_pages == 0)
             # It may come back.
             watched.follow(engine)

@@ -16,28 +16,25 @@ import zmq
 from msgspec import Struct
 
 from extproc.clock import Clock
-from extproc.kv.sequence import (
-    Action,
-    Apply,
-    CancelReplay,
-    Clear,
-    RankSequence,
-    ReorderLimits,
-    RequestReplay,
-    Trust,
-)
+from extproc.kv.actions import Action, Apply, CancelReplay, Clear, RequestReplay, Trust
+from extproc.kv.reorder_buffer import ReorderLimits
+from extproc.kv.sequence import RankSequence
 from extproc.kv.subscriptions.sockets import (
     RECONNECT_MAX_SECONDS,
     RECONNECT_MIN_SECONDS,
     Channel,
     Context,
-    EventEndpoint,
     Replay,
     ReplayEnd,
     parse_live,
     parse_reply,
 )
-from extproc.kv.subscriptions.subscription import Applier, SubscriberSettings, SubscriptionState
+from extproc.kv.subscriptions.subscription import (
+    Applier,
+    EventEndpoint,
+    SubscriberSettings,
+    SubscriptionState,
+)
 
 __all__ = ["RankStream", "Shared"]
 

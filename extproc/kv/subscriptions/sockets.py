@@ -21,7 +21,6 @@ __all__ = [
     "Batch",
     "Channel",
     "Context",
-    "EventEndpoint",
     "Replay",
     "ReplayEnd",
     "parse_live",
@@ -39,7 +38,6 @@ _SEQ_BYTES: Final = 8
 _END_SEQ: Final = b"\xff" * _SEQ_BYTES
 # A rank that counts further has sent random bytes.
 _SEQ_MAX: Final = 1 << 63
-_PORT_MAX: Final = 65_535
 # A dead peer is noticed after about twice this.
 _HEARTBEAT_SECONDS: Final = 10
 # The engine keeps 10 000 batches and its socket drops what finds no room on the way.
@@ -58,30 +56,6 @@ class Batch(Struct):
 
 class ReplayEnd(Struct):
     """The marker after the last buffered batch."""
-
-
-class EventEndpoint(Struct, frozen=True):
-    """Where one rank publishes; ports are the rank's own, `host` without brackets.
-
-    Raises ValueError for a port that is none.
-    """
-
-    host: str
-    port: int
-    topic: str = ""
-    replay_port: int | None = None
-    load_port: int | None = None
-    load_topic: str = "load"
-
-    def __post_init__(self) -> None:
-        for port in (self.port, self.replay_port, self.load_port):
-            if port is not None and not 0 < port <= _PORT_MAX:
-                raise ValueError(f"not a TCP port: {port}")
-
-    def address(self, port: int) -> str:
-        """In the form libzmq connects to."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"tcp://{host}:{port}"
 
 
 def parse_live(frames: list[bytes], topic: bytes) -> Batch | None:

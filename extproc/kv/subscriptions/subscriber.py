@@ -14,19 +14,18 @@ from typing import Final
 import zmq
 
 from extproc.clock import Clock
-from extproc.kv.sequence import ReorderLimits
+from extproc.kv.reorder_buffer import ReorderLimits
 from extproc.kv.subscriptions.fd_budget import FdBudget, raise_descriptor_limit
 from extproc.kv.subscriptions.rank_stream import RankStream, Shared
-from extproc.kv.subscriptions.sockets import Context, EventEndpoint
-from extproc.kv.subscriptions.subscription import Applier, SubscriberSettings, SubscriptionState
+from extproc.kv.subscriptions.sockets import Context
+from extproc.kv.subscriptions.subscription import (
+    Applier,
+    EventEndpoint,
+    SubscriberSettings,
+    SubscriptionState,
+)
 
-__all__ = [
-    "Applier",
-    "EventEndpoint",
-    "KvSubscriber",
-    "SubscriberSettings",
-    "SubscriptionState",
-]
+__all__ = ["KvSubscriber"]
 
 _SLICE_SECONDS: Final = 0.002
 _REST_SECONDS: Final = 0.001
@@ -49,9 +48,9 @@ class KvSubscriber:
             clock=clock,
             settings=settings,
             limits=ReorderLimits(
-                rank_batches=settings.held_batches,
-                rank_bytes=settings.held_bytes,
-                total_bytes=settings.held_total_bytes,
+                rank_batches=settings.reorder_batches,
+                rank_bytes=settings.reorder_bytes,
+                total_bytes=settings.reorder_total_bytes,
             ),
             context=self._context,
             slots=asyncio.Semaphore(settings.replays_at_once),

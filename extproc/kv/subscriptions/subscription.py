@@ -1,14 +1,40 @@
 """What a subscription is given, and what it shows of itself."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 from msgspec import Struct
 
 from extproc.kv.rank_pages import RankPages
 from extproc.kv.stats import StreamStats
 
-__all__ = ["Applier", "SubscriberSettings", "SubscriptionState"]
+__all__ = ["Applier", "EventEndpoint", "SubscriberSettings", "SubscriptionState"]
+
+_PORT_MAX: Final = 65_535
+
+
+class EventEndpoint(Struct, frozen=True):
+    """Where one rank publishes; ports are the rank's own, `host` without brackets.
+
+    Raises ValueError for a port that is none.
+    """
+
+    host: str
+    port: int
+    topic: str = ""
+    replay_port: int | None = None
+    load_port: int | None = None
+    load_topic: str = "load"
+
+    def __post_init__(self) -> None:
+        for port in (self.port, self.replay_port, self.load_port):
+            if port is not None and not 0 < port <= _PORT_MAX:
+                raise ValueError(f"not a TCP port: {port}")
+
+    def address(self, port: int) -> str:
+        """In the form libzmq connects to."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp://{host}:{port}"
 
 
 class Applier(Protocol):
@@ -49,9 +75,9 @@ class SubscriberSettings(Struct, frozen=True):
     # Before a failed replay is tried again.
     replay_cool_down_seconds: float = 30.0
     replays_at_once: int = 16
-    held_batches: int = 4096
-    held_bytes: int = 16 << 20
-    held_total_bytes: int = 256 << 20
+    reorder_batches: int = 4096
+    reorder_bytes: int = 16 << 20
+    reorder_total_bytes: int = 256 << 20
 
 
 class SubscriptionState(StreamStats):

@@ -27,9 +27,9 @@ from benchmarks.trace_fleet import (
 )
 from benchmarks.trace_fleet import replay as replay_trace
 from benchmarks.trace_replay import load_trace, main
+from extproc.kv.events import LoadStat
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher
-from extproc.kv.wire import LoadStat
 from extproc.simulator.cache_events import CacheEvent, Cleared, Removed
 from extproc.simulator.radix_cache import RadixCache
 from extproc.simulator.time_model import TimeModel
@@ -465,18 +465,18 @@ def test_a_block_is_512_tokens_of_its_number() -> None:
 @pytest.mark.parametrize("page", [512, 128])
 def test_the_index_learns_what_a_worker_holds(page: int) -> None:
     index = PrefixIndex(PrefixHasher(secret=1), 1000)
-    holder = index.add("w", page)
+    rank_pages = index.add("w", page)
     cache = RadixCache(capacity_tokens=4096, page_size=page)
     one = TraceRequest(arrived_at=0.0, input_tokens=1500, output_tokens=1, blocks=(1, 2, 3))
     other = TraceRequest(arrived_at=0.0, input_tokens=1024, output_tokens=1, blocks=(1, 4))
     for now, request in enumerate((one, other)):
         pages = pages_of(request, page)
         cache.release(cache.acquire(pages, now), now, pages)
-        apply_events(index, holder, cache.take_events())
+        apply_events(index, rank_pages, cache.take_events())
 
     def held(request: TraceRequest) -> int:
-        found = index.match(tokens_of(request), [holder])
-        return found[holder].pages if found else 0
+        found = index.match(tokens_of(request), [rank_pages])
+        return found[rank_pages].pages if found else 0
 
     assert held(one) == 1500 // page
     assert held(other) == 1024 // page
@@ -484,9 +484,9 @@ def test_the_index_learns_what_a_worker_holds(page: int) -> None:
     stranger = TraceRequest(arrived_at=0.0, input_tokens=1024, output_tokens=1, blocks=(1, 3))
     assert held(stranger) == 512 // page
     last = hash_of_last_page(pages_of(other, page))
-    apply_events(index, holder, [Removed(hashes=[last], medium="GPU")])
+    apply_events(index, rank_pages, [Removed(hashes=[last], medium="GPU")])
     assert held(other) == 1024 // page - 1
-    apply_events(index, holder, [Cleared()])
+    apply_events(index, rank_pages, [Cleared()])
     assert held(one) == 0
 
 

@@ -8,10 +8,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from extproc.kv.event_applier import EventApplier
+from extproc.kv.events import LoadStat, WireError
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher
 from extproc.kv.rank_pages import Overlap
-from extproc.kv.wire import LoadStat, WireError
 
 _CLEARED = {"type": "AllBlocksCleared"}
 
@@ -82,11 +82,11 @@ def test_an_engine_that_clears_its_cache_is_told_of() -> None:
     rank.apply(stored(range(1, 3)), _CLEARED, stored(range(5, 6)))
     assert (rank.match(range(8)).pages, pages.generation) == (1, 1)
     rank.applier.clear("restarted")
-    assert (pages.pages, pages.generation) == (0, 2)
+    assert (pages.page_count, pages.generation) == (0, 2)
     rank.applier.clear(
         "restarted"
     )  # nothing is held; what is expected of the engine is void all the same
-    assert (pages.pages, pages.generation) == (0, 3)
+    assert (pages.page_count, pages.generation) == (0, 3)
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["many pages", "many tokens"])
@@ -98,14 +98,14 @@ def test_a_huge_batch_comes_in_steps(large: bool) -> None:
     assert steps > 20
     assert rank.match(range(pages * size)).pages == pages
     assert rank.apply(removed(range(pages, 0, -1))) > 20
-    assert rank.pages.pages == 0
+    assert rank.pages.page_count == 0
     assert rank.applier.counts.stored_events >= 1
 
 
 def test_a_huge_lie_is_counted_once_for_each_page() -> None:
     rank = OneRank()
     rank.apply(stored(range(1, 20_001), token_ids=[1, 2, 3]))
-    assert (rank.index.counts.mismatched, rank.index.pages) == (20_000, 0)
+    assert (rank.index.counts.mismatched, rank.index.page_count) == (20_000, 0)
 
 
 def test_pairs_are_followed_if_nothing_is_held_yet() -> None:
@@ -117,7 +117,7 @@ def test_pairs_are_followed_if_nothing_is_held_yet() -> None:
         assert rank.pages.bigram
         rank.apply(stored(range(5, 7)), stored(range(7, 9)))
     assert rank.applier.counts.foreign_unit_pages == 4
-    assert rank.index.pages == 2
+    assert rank.index.page_count == 2
     assert [line["event"] for line in logs] == ["kv_units_differ", "kv_units_mixed"]
     # After a clear it may be otherwise.
     rank.apply(_CLEARED, stored(range(1, 3)))
@@ -160,7 +160,7 @@ def test_a_batch_that_may_hide_a_removal_is_not_applied(event: Any) -> None:
     rank = OneRank()
     with pytest.raises(WireError):
         rank.apply(stored(range(1, 3)), event)
-    assert rank.index.pages == 0
+    assert rank.index.page_count == 0
     assert rank.applier.counts.unreadable_batches == 1
 
 

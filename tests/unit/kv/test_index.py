@@ -31,13 +31,13 @@ def _index(max_pages: int = 1_000_000) -> PrefixIndex:
 
 
 class _Model(RuleBasedStateMachine):
-    """Three holders with pages of two tokens; any order of events an engine may send."""
+    """Three ranks with pages of two tokens; any order of events an engine may send."""
 
     def __init__(self) -> None:
         super().__init__()
         self.index = _index()
-        self.holders = [self.index.add(f"worker-{n}", _PAGE) for n in range(3)]
-        # For each holder: prefix -> tiers it lies on.
+        self.ranks = [self.index.add(f"worker-{n}", _PAGE) for n in range(3)]
+        # For each rank_pages: prefix -> tiers it lies on.
         self.held: list[dict[tuple[int, ...], set[int]]] = [{}, {}, {}]
 
     def _known(self, who: int, prefix: tuple[int, ...]) -> bool:
@@ -51,7 +51,7 @@ class _Model(RuleBasedStateMachine):
         skip = min(skip, pages - 1)
         prefixes = [tuple(prompt[: (n + 1) * _PAGE]) for n in range(pages)]
         self.index.store(
-            self.holders[who],
+            self.ranks[who],
             [_name(prefix) for prefix in prefixes[skip:]],
             _name(prefixes[skip - 1]) if skip else None,
             _ids(*prompt[skip * _PAGE : pages * _PAGE]),
@@ -69,7 +69,7 @@ class _Model(RuleBasedStateMachine):
         """Any page, even in the middle, even one that is not held."""
         choices = [*self.held[who], (9, 9)]
         prefix = data.draw(st.sampled_from(choices))
-        self.index.remove(self.holders[who], [_name(prefix)], tier)
+        self.index.remove(self.ranks[who], [_name(prefix)], tier)
         tiers = self.held[who].get(prefix, set())
         tiers.difference_update({0, 1, 2} if tier is None else {tier})
         if not tiers:
@@ -77,13 +77,13 @@ class _Model(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 2))
     def clear(self, who: int) -> None:
-        self.index.clear(self.holders[who])
+        self.index.clear(self.ranks[who])
         self.held[who].clear()
 
     @rule(who=st.integers(0, 2))
     def restart_as_another(self, who: int) -> None:
-        self.index.drop(self.holders[who])
-        self.holders[who] = self.index.add("again", _PAGE)
+        self.index.drop(self.ranks[who])
+        self.ranks[who] = self.index.add("again", _PAGE)
         self.held[who].clear()
 
     @precondition(lambda self: self.index.retired_pages)
@@ -102,32 +102,32 @@ class _Model(RuleBasedStateMachine):
         self._check([*data.draw(st.sampled_from(held)), *more])
 
     def _check(self, prompt: list[int]) -> None:
-        found = self.index.match(_ids(*prompt), self.holders)
+        found = self.index.match(_ids(*prompt), self.ranks)
         prefixes = [tuple(prompt[: n * _PAGE]) for n in range(1, len(prompt) // _PAGE + 1)]
-        for who, holder in enumerate(self.holders):
+        for who, rank_pages in enumerate(self.ranks):
             held = self.held[who]
             pages = 0
             while pages < len(prefixes) and prefixes[pages] in held:
                 pages += 1
-            assert found.get(holder, Overlap(0, 0, 0)).pages == pages
+            assert found.get(rank_pages, Overlap(0, 0, 0)).pages == pages
 
     @invariant()
     def pages_are_counted(self) -> None:
-        for holder, held in zip(self.holders, self.held, strict=True):
-            assert holder.pages == len(held)
-            assert holder.pages_below[1] == sum(0 not in tiers for tiers in held.values())
-            assert holder.pages_below[2] == sum(min(tiers) == 2 for tiers in held.values())
-        assert self.index.pages == sum(len(held) for held in self.held)
+        for rank_pages, held in zip(self.ranks, self.held, strict=True):
+            assert rank_pages.page_count == len(held)
+            assert rank_pages.pages_below[1] == sum(0 not in tiers for tiers in held.values())
+            assert rank_pages.pages_below[2] == sum(min(tiers) == 2 for tiers in held.values())
+        assert self.index.page_count == sum(len(held) for held in self.held)
 
     def teardown(self) -> None:
-        """Nothing is left once all holders are gone and swept out."""
-        for holder in self.holders:
-            self.index.drop(holder)
+        """Nothing is left once all ranks are gone and swept out."""
+        for rank_pages in self.ranks:
+            self.index.drop(rank_pages)
         while self.index.scrub(2):
             pass
-        assert self.index.pages == 0
+        assert self.index.page_count == 0
         assert (self.index.missing_pages, self.index.retired_pages) == (0, 0)
-        tables = self.index._tables
+        tables = self.index._ownership
         assert [len(table) for table in (tables.held, *tables.below)] == [0, 0, 0, 0]
 
 
@@ -135,22 +135,22 @@ _Model.TestCase.settings = settings(max_examples=200, stateful_step_count=40, de
 TestAgainstModel: Any = _Model.TestCase
 
 
-def _chain(index: PrefixIndex, holder: RankPages, tokens: TokenIds, tier: int = 0) -> list[int]:
-    size = holder.page_size
+def _chain(index: PrefixIndex, rank_pages: RankPages, tokens: TokenIds, tier: int = 0) -> list[int]:
+    size = rank_pages.page_size
     ids = [_name(tuple(tokens[: n + size].tolist())) for n in range(0, len(tokens), size)]
-    index.store(holder, ids, None, tokens, size, tier)
+    index.store(rank_pages, ids, None, tokens, size, tier)
     return ids
 
 
-def test_each_holder_has_its_own_longest_prefix() -> None:
+def test_each_rank_has_its_own_longest_prefix() -> None:
     index = _index()
     tokens = np.arange(640, dtype=np.uint64)
-    holders = [index.add(str(pages), 16) for pages in range(41)]
-    for pages, holder in enumerate(holders):
+    ranks = [index.add(str(pages), 16) for pages in range(41)]
+    for pages, rank_pages in enumerate(ranks):
         if pages:
-            _chain(index, holder, tokens[: pages * 16])
-    found = index.match(tokens, holders)
-    assert {int(holder.worker): overlap.pages for holder, overlap in found.items()} == {
+            _chain(index, rank_pages, tokens[: pages * 16])
+    found = index.match(tokens, ranks)
+    assert {int(rank_pages.worker): overlap.pages for rank_pages, overlap in found.items()} == {
         pages: pages for pages in range(1, 41)
     }
 
@@ -167,40 +167,40 @@ def test_workers_with_different_page_sizes_stand_side_by_side() -> None:
 
 def test_bigram_pages_match_one_token_further() -> None:
     index = _index()
-    holder = index.add("eagle", 4, bigram=True)
+    rank_pages = index.add("eagle", 4, bigram=True)
     tokens = np.arange(1, 20, dtype=np.uint64)
     units = tokens[:-1] | tokens[1:] << np.uint64(32)
-    index.store(holder, [1, 2], None, units[:8], 4)
-    index.store(holder, [3], 2, units[8:12], 4)
+    index.store(rank_pages, [1, 2], None, units[:8], 4)
+    index.store(rank_pages, [3], 2, units[8:12], 4)
     # 13 tokens make 12 units: three pages; 12 tokens only two.
-    assert index.match(tokens[:13], [holder])[holder].pages == 3
-    assert index.match(tokens[:12], [holder])[holder].pages == 2
+    assert index.match(tokens[:13], [rank_pages])[rank_pages].pages == 3
+    assert index.match(tokens[:12], [rank_pages])[rank_pages].pages == 2
 
 
 def test_namespaces_do_not_see_each_other() -> None:
     index = _index()
-    holder = index.add("w", 2)
+    rank_pages = index.add("w", 2)
     salted = index.hasher.seed("tenant")
-    index.store(holder, [1], None, _ids(1, 2), 2, seed=salted)
-    assert not index.match(_ids(1, 2), [holder])
-    assert index.match(_ids(1, 2), [holder], salted)[holder].pages == 1
+    index.store(rank_pages, [1], None, _ids(1, 2), 2, seed=salted)
+    assert not index.match(_ids(1, 2), [rank_pages])
+    assert index.match(_ids(1, 2), [rank_pages], salted)[rank_pages].pages == 1
     # Children go on from their parent, and so stay in its namespace.
-    index.store(holder, [2], 1, _ids(3, 4), 2)
-    assert index.match(_ids(1, 2, 3, 4), [holder], salted)[holder].pages == 2
+    index.store(rank_pages, [2], 1, _ids(3, 4), 2)
+    assert index.match(_ids(1, 2, 3, 4), [rank_pages], salted)[rank_pages].pages == 2
 
 
 def test_tiers_are_told_apart() -> None:
     index = _index()
-    holder = index.add("w", 1)
-    ids = _chain(index, holder, np.arange(10, dtype=np.uint64))
-    index.store(holder, ids[6:], ids[5], np.arange(6, 10, dtype=np.uint64), 1, tier=1)
-    index.remove(holder, ids[:5:-1], tier=0)
-    index.store(holder, ids[9:], ids[8], _ids(9), 1, tier=2)
-    index.remove(holder, ids[9:], tier=1)
-    assert index.match(np.arange(10, dtype=np.uint64), [holder])[holder] == (10, 6, 9)
+    rank_pages = index.add("w", 1)
+    ids = _chain(index, rank_pages, np.arange(10, dtype=np.uint64))
+    index.store(rank_pages, ids[6:], ids[5], np.arange(6, 10, dtype=np.uint64), 1, tier=1)
+    index.remove(rank_pages, ids[:5:-1], tier=0)
+    index.store(rank_pages, ids[9:], ids[8], _ids(9), 1, tier=2)
+    index.remove(rank_pages, ids[9:], tier=1)
+    assert index.match(np.arange(10, dtype=np.uint64), [rank_pages])[rank_pages] == (10, 6, 9)
 
 
-def test_a_dropped_holder_is_gone_at_once_and_its_place_is_not_inherited() -> None:
+def test_a_dropped_rank_is_gone_at_once_and_its_place_is_not_inherited() -> None:
     index = _index()
     tokens = np.arange(64, dtype=np.uint64)
     old = index.add("old", 1)
@@ -212,32 +212,32 @@ def test_a_dropped_holder_is_gone_at_once_and_its_place_is_not_inherited() -> No
     while index.scrub(10):
         assert not index.match(tokens, [index.add("next", 1)])
     assert not index.match(tokens, [index.add("last", 1)])
-    # Late events of a holder that is gone change nothing.
+    # Late events of a rank that is gone change nothing.
     index.store(old, [1], None, _ids(1), 1)
-    assert index.pages == 0
+    assert index.page_count == 0
 
 
 def test_pages_over_the_limit_are_kept_out_and_counted() -> None:
     index = _index(max_pages=3)
-    holder = index.add("w", 1)
-    ids = _chain(index, holder, np.arange(5, dtype=np.uint64))
-    assert index.match(np.arange(5, dtype=np.uint64), [holder])[holder].pages == 3
-    assert (index.pages, index.counts.over_limit, index.counts.orphans) == (3, 1, 1)
+    rank_pages = index.add("w", 1)
+    ids = _chain(index, rank_pages, np.arange(5, dtype=np.uint64))
+    assert index.match(np.arange(5, dtype=np.uint64), [rank_pages])[rank_pages].pages == 3
+    assert (index.page_count, index.counts.over_limit, index.counts.orphans) == (3, 1, 1)
     # A page that is there may move all the same.
-    index.store(holder, ids[2:3], ids[1], _ids(2), 1, tier=1)
-    index.remove(holder, ids[2:3], tier=0)
-    assert index.match(np.arange(5, dtype=np.uint64), [holder])[holder] == (3, 2, 3)
+    index.store(rank_pages, ids[2:3], ids[1], _ids(2), 1, tier=1)
+    index.remove(rank_pages, ids[2:3], tier=0)
+    assert index.match(np.arange(5, dtype=np.uint64), [rank_pages])[rank_pages] == (3, 2, 3)
 
 
 def test_a_prefix_held_under_two_names_stays_until_both_are_gone() -> None:
     index = _index()
-    holder = index.add("w", 1)
+    rank_pages = index.add("w", 1)
     for names in ([1, 2], [11, 12]):
-        index.store(holder, names, None, _ids(5, 6), 1)
-    index.remove(holder, [2, 1])
-    assert index.match(_ids(5, 6), [holder])[holder].pages == 2
-    index.remove(holder, [12, 11])
-    assert not index.match(_ids(5, 6), [holder])
+        index.store(rank_pages, names, None, _ids(5, 6), 1)
+    index.remove(rank_pages, [2, 1])
+    assert index.match(_ids(5, 6), [rank_pages])[rank_pages].pages == 2
+    index.remove(rank_pages, [12, 11])
+    assert not index.match(_ids(5, 6), [rank_pages])
 
 
 @pytest.mark.parametrize(
@@ -246,16 +246,16 @@ def test_a_prefix_held_under_two_names_stays_until_both_are_gone() -> None:
 )
 def test_lies_about_sizes_store_nothing(ids: list[int], tokens: int, block_size: int) -> None:
     index = _index()
-    holder = index.add("w", 2)
-    index.store(holder, ids, None, np.ones(tokens, dtype=np.uint64), block_size)
-    assert index.pages == 0
+    rank_pages = index.add("w", 2)
+    index.store(rank_pages, ids, None, np.ones(tokens, dtype=np.uint64), block_size)
+    assert index.page_count == 0
     assert index.counts.mismatched == len(ids)
 
 
 def test_removals_of_what_was_never_stored_are_counted() -> None:
     index = _index()
-    holder = index.add("w", 2)
-    index.remove(holder, [1, 2, 3])
+    rank_pages = index.add("w", 2)
+    index.remove(rank_pages, [1, 2, 3])
     assert index.counts.unknown_removals == 3
 
 

@@ -86,7 +86,7 @@ class EnginesAndIndex(RuleBasedStateMachine):
         self.limited = limited
         self.index = PrefixIndex(PrefixHasher(secret=3), self.limit)
         self.engines = [_Engine(*shape) for shape in _SHAPES]
-        self.holders = [self._add(engine) for engine in self.engines]
+        self.ranks = [self._add(engine) for engine in self.engines]
         hasher = self.index.hasher
         self.seeds = {"": 0, "tenant": hasher.seed("tenant")}
 
@@ -99,7 +99,7 @@ class EnginesAndIndex(RuleBasedStateMachine):
         parent = engine.parent(pages[0])
         units = [unit for page in pages for unit in engine.units(page)]
         self.index.store(
-            self.holders[who],
+            self.ranks[who],
             [_name(page) for page in pages],
             None if parent is None else _name(parent),
             np.array(units, np.uint64),
@@ -111,7 +111,7 @@ class EnginesAndIndex(RuleBasedStateMachine):
             engine.tiers.setdefault(page, set()).add(tier)
 
     def _leave(self, who: int, page: _Page, tier: int) -> None:
-        self.index.remove(self.holders[who], [_name(page)], tier)
+        self.index.remove(self.ranks[who], [_name(page)], tier)
         tiers = self.engines[who].tiers[page]
         tiers.discard(tier)
         if not tiers:
@@ -173,13 +173,13 @@ class EnginesAndIndex(RuleBasedStateMachine):
 
     @rule(who=_WHO)
     def clear(self, who: int) -> None:
-        self.index.clear(self.holders[who])
+        self.index.clear(self.ranks[who])
         self._forget(who)
 
     @rule(who=_WHO)
     def restart_as_another(self, who: int) -> None:
-        self.index.drop(self.holders[who])
-        self.holders[who] = self._add(self.engines[who])
+        self.index.drop(self.ranks[who])
+        self.ranks[who] = self._add(self.engines[who])
         self._forget(who)
 
     def _forget(self, who: int) -> None:
@@ -211,9 +211,9 @@ class EnginesAndIndex(RuleBasedStateMachine):
 
     def _check(self, namespace: str, tokens: list[int]) -> None:
         prompt: TokenIds = np.array(tokens, np.uint64)
-        found = self.index.match(prompt, self.holders, self.seeds[namespace])
-        for engine, holder in zip(self.engines, self.holders, strict=True):
-            told = found.get(holder, Overlap(0, 0, 0))
+        found = self.index.match(prompt, self.ranks, self.seeds[namespace])
+        for engine, rank_pages in zip(self.engines, self.ranks, strict=True):
+            told = found.get(rank_pages, Overlap(0, 0, 0))
             true = engine.overlap(namespace, tokens)
             if self.limited:
                 assert told.pages <= true.pages
@@ -225,10 +225,10 @@ class EnginesAndIndex(RuleBasedStateMachine):
     @invariant()
     def the_limit_holds(self) -> None:
         index = self.index
-        assert index.pages == sum(holder.pages for holder in self.holders)
-        assert index.pages + index.missing_pages <= self.limit
+        assert index.page_count == sum(rank_pages.page_count for rank_pages in self.ranks)
+        assert index.page_count + index.missing_pages <= self.limit
         if not self.limited:
-            assert index.pages == sum(len(engine.tiers) for engine in self.engines)
+            assert index.page_count == sum(len(engine.tiers) for engine in self.engines)
             assert index.counts.over_limit == index.counts.orphans == 0
             assert index.counts.unknown_removals == 0
 

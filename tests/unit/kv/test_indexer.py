@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from extproc.clock import SystemClock
+from extproc.kv.events import LoadStat
 from extproc.kv.index import PrefixIndex
 from extproc.kv.indexer import KvIndexer, RankSource
 from extproc.kv.prefix_hash import PrefixHasher
 from extproc.kv.rank_pages import RankPages
-from extproc.kv.subscriptions.subscriber import EventEndpoint
-from extproc.kv.wire import LoadStat
+from extproc.kv.subscriptions.subscription import EventEndpoint
 from tests.unit.kv.publisher import Publisher
 from tests.unit.kv.subscriptions.test_subscriber import until
 

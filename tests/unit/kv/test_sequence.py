@@ -2,16 +2,9 @@
 
 import pytest
 
-from extproc.kv.sequence import (
-    Action,
-    Apply,
-    CancelReplay,
-    Clear,
-    RankSequence,
-    ReorderLimits,
-    RequestReplay,
-    Trust,
-)
+from extproc.kv.actions import Action, Apply, CancelReplay, Clear, RequestReplay, Trust
+from extproc.kv.reorder_buffer import ReorderLimits
+from extproc.kv.sequence import RankSequence
 
 
 def sequence(*, has_replay: bool = True, limits: ReorderLimits | None = None) -> RankSequence:
@@ -226,13 +219,13 @@ def test_what_can_not_be_held_is_asked_for_again(limits: ReorderLimits) -> None:
     for seq in range(5):
         made.live(seq, payload(seq))
     assert made.dropped == 3
-    assert limits.total_held_bytes == 4
+    assert limits.waiting_bytes == 4
     made.replayed(0, payload(0))
     assert made.replay_ended() == [RequestReplay(1)]
     for seq in range(1, 5):
         assert made.replayed(seq, payload(seq)) == [Apply(payload(seq))]
     assert made.replay_ended() == [Trust(True, "complete")]
-    assert limits.total_held_bytes == 0
+    assert limits.waiting_bytes == 0
 
 
 def test_what_came_and_was_dropped_after_an_empty_answer_was_made_is_asked_for() -> None:
@@ -248,7 +241,7 @@ def test_a_batch_larger_than_all_that_may_wait_is_dropped() -> None:
     made = sequence(limits=limits)
     made.connected()
     made.live(0, b"1234567")
-    assert (made.dropped, limits.total_held_bytes) == (1, 0)
+    assert (made.dropped, limits.waiting_bytes) == (1, 0)
     assert made.replay_ended() == [Trust(True, "complete")]
     assert made.live(1, b"1") == [Trust(False, "gap"), RequestReplay(0)]
 

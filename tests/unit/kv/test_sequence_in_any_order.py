@@ -10,16 +10,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from extproc.kv.sequence import (
-    Action,
-    Apply,
-    CancelReplay,
-    Clear,
-    RankSequence,
-    ReorderLimits,
-    RequestReplay,
-    Trust,
-)
+from extproc.kv.actions import Action, Apply, CancelReplay, Clear, RequestReplay, Trust
+from extproc.kv.reorder_buffer import ReorderLimits
+from extproc.kv.sequence import RankSequence
 
 _BUFFERED = 8
 _Batch = tuple[int, int]  # (engine process, number)
@@ -43,7 +36,7 @@ class EngineAndNetwork(RuleBasedStateMachine):
         self.asked: int | None = None
         self.connected = False
         # The sink.
-        self.held: list[_Batch] = []
+        self.applied: list[_Batch] = []
         self.trusted = False
         self.failed = False
         self.clears = 0
@@ -69,7 +62,10 @@ class EngineAndNetwork(RuleBasedStateMachine):
                     batch = (int(process), int(seq))
                     # In order, at most once, and never two engines' batches side by side.
                     assert self.unseen in (None, batch)
-                    assert not self.held or batch == (self.held[-1][0], self.held[-1][1] + 1)
+                    assert not self.applied or batch == (
+                        self.applied[-1][0],
+                        self.applied[-1][1] + 1,
+                    )
                     if self.garbles:
                         self.garbles = False
                         self.unseen = batch
@@ -80,9 +76,9 @@ class EngineAndNetwork(RuleBasedStateMachine):
                         waiting += asked
                     else:
                         self.unseen = None
-                        self.held.append(batch)
+                        self.applied.append(batch)
                 case Clear():
-                    assert self.held or self.unseen or self.cleared_unseen, "nothing to clear"
+                    assert self.applied or self.unseen or self.cleared_unseen, "nothing to clear"
                     self.clear()
                 case Trust(trusted, reason):
                     self.trusted = trusted
@@ -96,7 +92,7 @@ class EngineAndNetwork(RuleBasedStateMachine):
     def clear(self) -> None:
         self.cleared_unseen = self.unseen is not None
         self.unseen = None
-        self.held.clear()
+        self.applied.clear()
         self.clears += 1
 
     @rule(asks=st.booleans())
@@ -195,9 +191,9 @@ class EngineAndNetwork(RuleBasedStateMachine):
         self.deliver_all()
         assert self.trusted
         assert self.unseen is None
-        assert self.held[-1] == (self.process, self.published - 1)
-        assert self.sequence.partial == (self.held[0][1] > 0)
-        assert self.limits.total_held_bytes == 0
+        assert self.applied[-1] == (self.process, self.published - 1)
+        assert self.sequence.partial == (self.applied[0][1] > 0)
+        assert self.limits.waiting_bytes == 0
 
     def deliver_all(self) -> None:
         for _ in range(50):
@@ -214,9 +210,9 @@ class EngineAndNetwork(RuleBasedStateMachine):
         if self.trusted:
             assert self.connected
             assert self.unseen is None
-            assert all(process == self.process for process, _ in self.held)
-            if not self.sequence.partial and self.held:
-                assert self.held[0][1] == 0
+            assert all(process == self.process for process, _ in self.applied)
+            if not self.sequence.partial and self.applied:
+                assert self.applied[0][1] == 0
 
 
 TestEngineAndNetwork = EngineAndNetwork.TestCase

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extproc.kv import wire
-from extproc.kv.wire import (
+from extproc.kv import events as kv_events
+from extproc.kv.events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
@@ -21,9 +21,8 @@ from extproc.kv.wire import (
     LoadStat,
     Medium,
     WireError,
-    decode_events,
-    decode_load,
 )
+from extproc.kv.wire import decode_events, decode_load
 
 _VECTORS = json.loads(
     (Path(__file__).parents[2] / "fixtures" / "kv-event-vectors.json").read_text()
@@ -381,7 +380,7 @@ def test_errors_quote_nothing() -> None:
 
 
 def test_names_have_a_limit() -> None:
-    most = "x" * wire.NAME_MAX_CHARS
+    most = "x" * kv_events.NAME_MAX_CHARS
     assert _only(_stored(cache_salt=most, lora_name=most)).cache_salt == most
     for field in ("cache_salt", "lora_name", "lora_id", "medium"):
         assert _decoded(_CLEARED, _stored(**{field: most + "x"})).skipped == 1
@@ -390,17 +389,17 @@ def test_names_have_a_limit() -> None:
 
 
 def test_tokens_and_blocks_have_limits() -> None:
-    tokens = [1] * wire.TOKENS_MAX_PER_EVENT
-    assert len(_only(_stored(token_ids=tokens)).tokens) == wire.TOKENS_MAX_PER_EVENT
+    tokens = [1] * kv_events.TOKENS_MAX_PER_EVENT
+    assert len(_only(_stored(token_ids=tokens)).tokens) == kv_events.TOKENS_MAX_PER_EVENT
     assert _decoded(_stored(token_ids=[*tokens, 1]), _CLEARED).skipped == 1
-    blocks = [1] * (wire.BLOCKS_MAX_PER_EVENT + 1)
+    blocks = [1] * (kv_events.BLOCKS_MAX_PER_EVENT + 1)
     batch = _decoded(_stored(block_hashes=blocks), _removed(block_hashes=blocks), _CLEARED)
     assert batch == EventBatch(1.5, [AllBlocksCleared()], 0, 2, removals_lost=True)
 
 
 def test_events_have_a_limit() -> None:
     one = _encode(_CLEARED_ARRAY)
-    most = wire.EVENTS_MAX_PER_BATCH
+    most = kv_events.EVENTS_MAX_PER_BATCH
 
     def batch(count: int) -> bytes:
         return b"\x92\x00\xdd" + count.to_bytes(4, "big") + one * count
@@ -413,7 +412,7 @@ def test_events_have_a_limit() -> None:
 def test_payloads_have_a_limit() -> None:
     for decode in (decode_events, decode_load):
         with pytest.raises(WireError, match="larger than"):
-            decode(bytes(wire.PAYLOAD_MAX_BYTES + 1))
+            decode(bytes(kv_events.PAYLOAD_MAX_BYTES + 1))
 
 
 @pytest.mark.parametrize("head", [b"\x91", b"\x81\xa1x", b"\x81\xa4type"], ids=repr)

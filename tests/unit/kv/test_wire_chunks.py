@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.kv import wire_chunks
-from extproc.kv.wire import (
+from extproc.kv.events import (
     PAYLOAD_MAX_BYTES,
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     KvEvent,
     WireError,
-    decode_events,
 )
+from extproc.kv.wire import decode_events
 from extproc.kv.wire_chunks import decode_in_parts
 
 _encode = msgspec.msgpack.encode

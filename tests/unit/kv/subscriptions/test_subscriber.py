@@ -13,9 +13,9 @@ from structlog.testing import capture_logs
 
 from extproc.clock import SystemClock
 from extproc.kv.rank_pages import RankPages
-from extproc.kv.subscriptions.subscriber import (
+from extproc.kv.subscriptions.subscriber import KvSubscriber
+from extproc.kv.subscriptions.subscription import (
     EventEndpoint,
-    KvSubscriber,
     SubscriberSettings,
     SubscriptionState,
 )
@@ -29,7 +29,7 @@ class RecordingApplier:
 
     def __init__(self, dp_rank: int = 0) -> None:
         self.pages = RankPages("http://w:1", dp_rank, 4, bigram=False)
-        self.held: list[bytes] = []
+        self.applied: list[bytes] = []
         self.clears: list[str] = []
         self.trust: list[tuple[bool, str]] = []
         self.loads: list[bytes] = []
@@ -41,12 +41,12 @@ class RecordingApplier:
         if self.failures:
             self.failures -= 1
             raise ValueError(payload)
-        self.held.append(payload)
+        self.applied.append(payload)
         return None
 
     def clear(self, reason: str) -> None:
         self.calls += 1
-        self.held.clear()
+        self.applied.clear()
         self.clears.append(reason)
 
     def set_trusted(self, trusted: bool, reason: str) -> None:
@@ -101,14 +101,14 @@ async def test_a_late_joiner_gets_what_was_published_before(topic_in_replies: bo
         async with subscriber() as made:
             applier, state = await follow(made, engine, topic="kv")
             engine.publish(5)
-            await until(lambda: len(applier.held) == 55)
-            assert applier.held == engine.payloads()
+            await until(lambda: len(applier.applied) == 55)
+            assert applier.applied == engine.payloads()
             assert applier.clears == []
             assert applier.trust[-1] == (True, "complete")
             assert (state.batches, state.replays, state.gaps) == (55, 1, 0)
             assert state.connected
             assert not state.partial
-            assert state.bytes == sum(map(len, applier.held))
+            assert state.bytes == sum(map(len, applier.applied))
             assert state.last_event_at is not None
 
 
@@ -116,7 +116,7 @@ async def test_a_buffer_that_does_not_go_back_to_the_start_gives_a_part() -> Non
     async with Publisher(buffered=10) as engine, subscriber() as made:
         engine.publish(30)
         applier, state = await follow(made, engine)
-        assert applier.held == engine.payloads(start=20)
+        assert applier.applied == engine.payloads(start=20)
         assert state.partial
         assert applier.trust[-1] == (True, "partial")
         assert (state.replay_failures, state.gaps) == (0, 0)
@@ -131,7 +131,7 @@ async def test_subscribed_before_the_engine_is_there() -> None:
         await asyncio.sleep(0.3)
         async with place.successor() as engine:
             engine.publish(3)
-            await until(lambda: applier.held == engine.payloads())
+            await until(lambda: applier.applied == engine.payloads())
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 5), (20, 1), (20, 100)])
@@ -140,15 +140,15 @@ async def test_a_restarted_engine_is_learnt_anew(before: int, after: int) -> Non
         async with Publisher() as first:
             applier, state = await follow(made, first)
             first.publish(before)
-            await until(lambda: len(applier.held) == before)
+            await until(lambda: len(applier.applied) == before)
         async with first.successor() as second:
             second.publish(after)
-            await until(lambda: applier.held == second.payloads())
+            await until(lambda: applier.applied == second.payloads())
             await until(lambda: applier.pages.trusted)
             assert applier.clears == ["restarted"]
             assert state.restarts == 1
             second.publish()
-            await until(lambda: applier.held == second.payloads())
+            await until(lambda: applier.applied == second.payloads())
 
 
 async def test_the_first_event_after_a_reconnect_is_not_lost() -> None:
@@ -161,7 +161,7 @@ async def test_the_first_event_after_a_reconnect_is_not_lost() -> None:
             async with Publisher(port=first.port) as engine:
                 await until(lambda: engine.subscribed == 1)
                 engine.publish()
-                await until(lambda: applier.held == engine.payloads())
+                await until(lambda: applier.applied == engine.payloads())
 
 
 async def test_a_lost_connection_to_the_same_engine_costs_nothing_but_the_missed() -> None:
@@ -172,12 +172,12 @@ async def test_a_lost_connection_to_the_same_engine_costs_nothing_but_the_missed
             place = EventEndpoint("127.0.0.1", proxy.port, replay_port=engine.replay_port)
             state = made.add(place, applier)
             engine.publish(10)
-            await until(lambda: len(applier.held) == 10 and applier.pages.trusted)
+            await until(lambda: len(applier.applied) == 10 and applier.pages.trusted)
             proxy.cut()
             await until(lambda: not state.connected)
             assert applier.trust[-1] == (False, "disconnected")
             engine.publish(5)
-            await until(lambda: applier.held == engine.payloads())
+            await until(lambda: applier.applied == engine.payloads())
             await until(lambda: applier.pages.trusted)
             assert applier.clears == []
             assert engine.requests[-1] == 9
@@ -190,7 +190,7 @@ async def test_a_gap_is_filled_from_the_replay() -> None:
         engine.publish(3)
         engine.publish(4, lost=True)
         engine.publish(1)
-        await until(lambda: applier.held == engine.payloads())
+        await until(lambda: applier.applied == engine.payloads())
         await until(lambda: applier.pages.trusted)
         assert (state.gaps, state.replays, applier.clears) == (1, 2, [])
         assert engine.requests == [0, 3]
@@ -201,10 +201,10 @@ async def test_a_gap_that_can_not_be_filled_clears(replay: bool) -> None:
     async with Publisher() as engine, subscriber() as made:
         applier, state = await follow(made, engine, replay=replay)
         engine.publish(3)
-        await until(lambda: len(applier.held) == 3)
+        await until(lambda: len(applier.applied) == 3)
         engine.publish(4, lost=True, buffered=False)
         engine.publish(2)
-        await until(lambda: applier.held == engine.payloads(start=7))
+        await until(lambda: applier.applied == engine.payloads(start=7))
         await until(lambda: applier.pages.trusted)
         assert applier.clears == ["gap"]
         assert (False, "gap") in applier.trust
@@ -217,12 +217,12 @@ async def test_a_reconnect_without_replay_clears() -> None:
         async with Publisher() as first:
             applier, _ = await follow(made, first, replay=False)
             first.publish(3)
-            await until(lambda: len(applier.held) == 3)
+            await until(lambda: len(applier.applied) == 3)
         async with first.successor() as second:
             await until(lambda: second.subscribed == 1)
             second.publish(3, lost=True)
             second.publish(2)  # 3 would have been the next of the first engine too
-            await until(lambda: applier.held == second.payloads(start=3))
+            await until(lambda: applier.applied == second.payloads(start=3))
             assert applier.clears == ["reconnected"]
 
 
@@ -231,11 +231,11 @@ async def test_events_during_a_replay_are_applied_once_and_in_order() -> None:
         engine.publish(5000)
         applier = RecordingApplier()
         state = made.add(endpoint(engine), applier)
-        while not (applier.pages.trusted and len(applier.held) >= 5000):
+        while not (applier.pages.trusted and len(applier.applied) >= 5000):
             engine.publish(3)
             await asyncio.sleep(0.001)
-        await until(lambda: len(applier.held) == engine.seq)
-        assert applier.held == engine.payloads()
+        await until(lambda: len(applier.applied) == engine.seq)
+        assert applier.applied == engine.payloads()
         assert state.batches == engine.seq
 
 
@@ -244,7 +244,7 @@ async def test_an_engine_whose_replay_socket_drops_is_asked_again() -> None:
         engine.publish(2000)
         applier = RecordingApplier()
         state = made.add(endpoint(engine), applier)
-        await until(lambda: applier.held == engine.payloads())
+        await until(lambda: applier.applied == engine.payloads())
         assert applier.clears == []
         assert state.batches == 2000
         assert state.replays > 1
@@ -257,12 +257,12 @@ async def test_a_replay_without_answer_ends_in_a_part() -> None:
         state = made.add(endpoint(engine), applier)
         await until(lambda: engine.subscribed == 1)
         engine.publish(2)
-        await until(lambda: applier.held == engine.payloads(start=5))
+        await until(lambda: applier.applied == engine.payloads(start=5))
         assert (state.replays, state.replay_failures, state.partial) == (1, 1, True)
         # A gap is not asked about again so soon.
         engine.publish(1, lost=True)
         engine.publish(1)
-        await until(lambda: applier.held == engine.payloads(start=8))
+        await until(lambda: applier.applied == engine.payloads(start=8))
         assert state.replays == 1
 
 
@@ -274,9 +274,9 @@ async def test_a_failed_replay_is_tried_again_later() -> None:
         state = made.add(endpoint(engine), applier)
         await until(lambda: engine.subscribed == 1)
         engine.publish(2)
-        await until(lambda: applier.held == engine.payloads(start=5))
+        await until(lambda: applier.applied == engine.payloads(start=5))
         engine.answers = True
-        await until(lambda: applier.held == engine.payloads())
+        await until(lambda: applier.applied == engine.payloads())
         await until(lambda: applier.pages.trusted)
         assert applier.clears == ["rebuilding"]
         assert not state.partial
@@ -291,7 +291,7 @@ async def test_a_replay_port_where_nobody_listens() -> None:
         state = made.add(place, applier)
         await until(lambda: engine.subscribed == 1)
         engine.publish(2)
-        await until(lambda: applier.held == engine.payloads())
+        await until(lambda: applier.applied == engine.payloads())
         assert state.replay_failures == 1
         assert applier.pages.trusted
 
@@ -312,10 +312,10 @@ async def test_a_flood_does_not_hold_up_the_loop() -> None:
         for _ in range(400):
             engine.publish(50)
             await asyncio.sleep(0)
-        await until(lambda: len(applier.held) == 20_000, 10)
+        await until(lambda: len(applier.applied) == 20_000, 10)
         probing.cancel()
         await asyncio.gather(probing, return_exceptions=True)
-        assert applier.held == engine.payloads()
+        assert applier.applied == engine.payloads()
         # Slices are 2 ms; the bound is for a machine with other things to do.
         assert worst < 0.5
 
@@ -336,7 +336,7 @@ async def test_garbage_is_counted_and_skipped() -> None:
             engine.send(frames)
         engine.send([b"kv2", seq, b"another topic"])
         engine.publish(2)
-        await until(lambda: applier.held == engine.payloads())
+        await until(lambda: applier.applied == engine.payloads())
         assert state.malformed == 7
         assert (state.gaps, state.restarts) == (0, 0)
 
@@ -354,7 +354,7 @@ async def test_garbage_in_an_answer_is_counted_and_skipped() -> None:
             [b"", b"kv2", seq, b"another topic"],
         ]
         applier, state = await follow(made, engine, topic="kv")
-        assert applier.held == engine.payloads()
+        assert applier.applied == engine.payloads()
         assert (state.malformed, state.restarts) == (5, 0)
 
 
@@ -362,11 +362,11 @@ async def test_a_message_of_forbidden_size_is_not_taken_in() -> None:
     async with Publisher() as engine, subscriber() as made:
         applier, state = await follow(made, engine)
         engine.publish(2)
-        await until(lambda: len(applier.held) == 2)
+        await until(lambda: len(applier.applied) == 2)
         engine.send([b"", (2).to_bytes(8, "big"), bytes(40 << 20)])
         await until(lambda: not state.connected)
         engine.publish(2)
-        await until(lambda: applier.held == engine.payloads())
+        await until(lambda: applier.applied == engine.payloads())
         assert applier.clears == []
 
 
@@ -375,9 +375,9 @@ async def test_a_number_from_nowhere_heals() -> None:
         applier, _ = await follow(made, engine)
         engine.publish(2)
         engine.send([b"", (1 << 60).to_bytes(8, "big"), b"x"])
-        await until(lambda: b"x" in applier.held)
+        await until(lambda: b"x" in applier.applied)
         engine.publish(2)
-        await until(lambda: applier.held == engine.payloads())
+        await until(lambda: applier.applied == engine.payloads())
 
 
 async def test_what_the_sink_raises_ends_nothing() -> None:
@@ -394,7 +394,7 @@ async def test_what_the_sink_raises_ends_nothing() -> None:
         ]
         assert {(line["worker"], line["rank"]) for line in logs} == {("http://w:1", 0)}
         engine.publish(2)
-        await until(lambda: applier.held == engine.payloads(start=3))
+        await until(lambda: applier.applied == engine.payloads(start=3))
         # What came before them may have been removed by them.
         assert applier.clears == ["unreadable"] * 3
         assert state.partial
@@ -405,10 +405,10 @@ async def test_a_batch_that_can_not_be_used_is_asked_for_once_more() -> None:
     async with Publisher() as engine, subscriber() as made:
         applier, state = await follow(made, engine)
         engine.publish(3)
-        await until(lambda: len(applier.held) == 3)
+        await until(lambda: len(applier.applied) == 3)
         applier.failures = 1
         engine.publish()
-        await until(lambda: applier.held == engine.payloads() and applier.pages.trusted)
+        await until(lambda: applier.applied == engine.payloads() and applier.pages.trusted)
         assert (applier.clears, engine.requests) == ([], [0, 3])
         assert (False, "unreadable") in applier.trust
         # Not again so soon.
@@ -474,7 +474,7 @@ async def test_nothing_is_told_after_removal_during_a_replay(answers: bool) -> N
         engine.publish(9_000)
         applier = RecordingApplier()
         made.add(endpoint(engine), applier)
-        await until(lambda: len(applier.held) > 0 if answers else len(engine.requests) > 0)
+        await until(lambda: len(applier.applied) > 0 if answers else len(engine.requests) > 0)
         await made.remove(applier)
         calls = applier.calls
         assert calls < 9_000
@@ -482,11 +482,11 @@ async def test_nothing_is_told_after_removal_during_a_replay(answers: bool) -> N
         await asyncio.sleep(0.1)
         assert applier.calls == calls
         assert made.states == {}
-        # The same holder may come back.
+        # The same rank may come back.
         engine.answers = True
         again = RecordingApplier()
         made.add(endpoint(engine), again)
-        await until(lambda: again.held == engine.payloads())
+        await until(lambda: again.applied == engine.payloads())
 
 
 async def test_only_the_newest_load_report_counts() -> None:
@@ -512,7 +512,7 @@ async def test_three_hundred_ranks() -> None:
         await until(lambda: all(applier.pages.trusted for applier in appliers), 10)
         await until(lambda: engine.subscribed == 300)
         engine.publish(3)
-        await until(lambda: all(applier.held == engine.payloads() for applier in appliers))
+        await until(lambda: all(applier.applied == engine.payloads() for applier in appliers))
         assert all(state.replay_failures == 0 for state in made.states.values())
 
 
@@ -522,10 +522,10 @@ def test_the_loop_of_production() -> None:
             async with Publisher() as first:
                 applier, _ = await follow(made, first)
                 first.publish(100)
-                await until(lambda: applier.held == first.payloads())
+                await until(lambda: applier.applied == first.payloads())
             async with first.successor() as second:
                 second.publish(100)
-                await until(lambda: applier.held == second.payloads())
+                await until(lambda: applier.applied == second.payloads())
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(restart())
@@ -540,7 +540,7 @@ async def test_an_ipv6_host() -> None:
         applier = RecordingApplier()
         made.add(EventEndpoint("::1", engine.port, replay_port=engine.replay_port), applier)
         engine.publish(3)
-        await until(lambda: applier.held == engine.payloads())
+        await until(lambda: applier.applied == engine.payloads())
 
 
 async def test_closing_leaves_no_task_and_no_socket() -> None:

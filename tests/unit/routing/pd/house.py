@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from extproc.config.schema import LoadConfig, ModelConfig
 from extproc.errors import RouterError
-from extproc.kv.wire import LoadStat
+from extproc.kv.events import LoadStat
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
 from extproc.routing.lease import Lease, WorkerOutcomes
