@@ -1,9 +1,26 @@
-"""Errors a client may see, and the one envelope they all travel in.
+"""The errors of this service: what a client may see, and what stays inside.
 
-Every error has a code that is stable, a status and a message that names no worker and
-quotes nothing of the request but the model's name. The table of codes is part of the
-service's contract; Envoy's own local replies are mapped to the same envelope in
-envoy_config.
+    Exception
+    ├── RouterError                          a reply to a client; made by the functions below
+    └── ServiceError                         never reaches a client as it is
+        ├── ConfigError                      the configuration cannot be used
+        ├── WireError                        (kv.events) a KV message cannot be decoded
+        ├── TokenizerError                   (tokenization) a tokenizer cannot be loaded
+        ├── TextTooLongError                 (tokenization)
+        ├── UnknownTokenError                (tokenization)
+        ├── EncodeFailedError                (tokenization)
+        ├── EncoderBusyError                 (tokenization)
+        ├── UnmappableError                  (tokenization) a request has no tokens, and the reason
+        ├── EngineUnreachableError           (workers) an engine gave no complete HTTP answer
+        │   └── EngineTimeoutError           (workers)
+        ├── PrefillClientOverloadedError     (workers) no file descriptor for a connection
+        ├── MixedRolesError                  (workers) a role does not fit the other workers
+        ├── BodyTooLargeError                (server)
+        └── StackError                       (testing) a process of the test stack failed
+
+Every RouterError has a code that is stable, a status, and a message that names no worker and
+quotes nothing of the request but the model's name. `docs/errors.md` lists the codes; they are part
+of the service's contract. Envoy's own local replies get the same envelope in `envoy_config`.
 """
 
 from typing import Any, Final
@@ -16,7 +33,9 @@ __all__ = [
     "ErrorBody",
     "ErrorEnvelope",
     "RouterError",
+    "ServiceError",
     "bad_request",
+    "body_over_gateway_buffer",
     "body_required",
     "envelope",
     "internal_error",
@@ -25,6 +44,7 @@ __all__ = [
     "no_decode_workers",
     "no_healthy_workers",
     "no_prefill_workers",
+    "no_tokenizer",
     "not_disaggregated",
     "not_found",
     "payload_too_large",
@@ -37,18 +57,22 @@ __all__ = [
     "unsupported_body_mode",
 ]
 
-# What a client is told to wait after a 503: a worker comes back within a few introspection
-# or health rounds, not within milliseconds.
+# The `retry-after` of a 503: a worker comes back within a few introspections or health checks,
+# not within milliseconds.
 RETRY_AFTER_SECONDS: Final = 1
 
 _MODEL_NAME_SHOWN_CHARS = 200
 
 
-class ConfigError(Exception):
-    """A configuration that can not be used; `problems` lists every `key: what is wrong`.
+class ServiceError(Exception):
+    """Base of the exceptions that stay inside the service."""
 
-    `partial` is what is left of it without the broken parts, for looking further; never for
-    running.
+
+class ConfigError(ServiceError):
+    """A configuration that cannot be used; `problems` lists each problem as `key: sentence`.
+
+    `partial` is the configuration without its broken parts. It serves for further checks, never
+    for running.
     """
 
     def __init__(self, problems: list[str], partial: Any = None) -> None:
@@ -58,7 +82,7 @@ class ConfigError(Exception):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The inner object of the OpenAI-style envelope."""
+    """The inner object of the envelope."""
 
     type: str
     code: str
@@ -67,16 +91,16 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 class ErrorEnvelope(msgspec.Struct, frozen=True):
-    """`{"error": {...}}` as clients of the OpenAI API expect it."""
+    """`{"error": {...}}`, as clients of the OpenAI API expect it."""
 
     error: ErrorBody
 
 
 class RouterError(Exception):
-    """A request that ends here: `code` and `message` for the envelope, `status` for HTTP.
+    """Ends a request: `code` and `message` go into the envelope, `status` is the HTTP status.
 
-    `headers` are added to the reply (`allow` on a 405, say). `body` is an engine's own answer,
-    to be passed on instead of the envelope.
+    `headers` are added to the reply (`allow` on a 405, for instance). `body` is an engine's own
+    answer, which replaces the envelope.
     """
 
     def __init__(
@@ -101,40 +125,51 @@ _encoder = msgspec.json.Encoder()
 
 
 def envelope(code: str, status: int, message: Any, request_id: str = "") -> bytes:
-    """The JSON body for an error: 4xx are the client's (`invalid_request_error`), else ours."""
+    """The JSON body of an error reply; `type` is `invalid_request_error` for a 4xx."""
     kind = "invalid_request_error" if 400 <= status < 500 else "server_error"
     return _encoder.encode(ErrorEnvelope(ErrorBody(kind, code, message, request_id)))
 
 
 def bad_request(what: str) -> RouterError:
-    """400; `what` is our own sentence, never a parser's text or a piece of the body."""
+    """400; `what` is a sentence of this service, never a parser's text or a part of the body."""
     return RouterError("bad_request", 400, f"bad request: {what}")
 
 
 def body_required() -> RouterError:
+    """400: the body is missing or is no JSON object."""
     return bad_request("a JSON object is expected as the request body")
 
 
+def not_disaggregated() -> RouterError:
+    """400: the path cannot be served by a pair of workers."""
+    return bad_request(
+        "this path is not available for a model with separate prefill and decode workers"
+    )
+
+
 def model_not_found(model: str) -> RouterError:
-    """404; the name is shortened, since a client can send a model of any length."""
+    """404; a long name is shortened, because a client can send a name of any length."""
     if len(model) > _MODEL_NAME_SHOWN_CHARS:
         model = model[:_MODEL_NAME_SHOWN_CHARS] + "…"
     return RouterError("model_not_found", 404, f"model not found: {model}")
 
 
 def not_found() -> RouterError:
+    """404: the path is not served."""
     return RouterError("not_found", 404, "no such path")
 
 
-def method_not_allowed(allow: str) -> RouterError:
+def no_tokenizer(model: str) -> RouterError:
+    """404: the model has no `tokenizer_path`."""
     return RouterError(
-        "method_not_allowed", 405, "method not allowed for this path", (("allow", allow),)
+        "tokenizer_not_configured", 404, f"no tokenizer is configured for the model {model}"
     )
 
 
-def payload_too_large(limit_bytes: int) -> RouterError:
+def method_not_allowed(allow: str) -> RouterError:
+    """405; `allow` lists the allowed methods."""
     return RouterError(
-        "payload_too_large", 413, f"the request body is over the limit of {limit_bytes} bytes"
+        "method_not_allowed", 405, "method not allowed for this path", (("allow", allow),)
     )
 
 
@@ -143,67 +178,75 @@ def request_timeout() -> RouterError:
     return RouterError("request_timeout", 408, "the request body did not arrive in time")
 
 
-def no_healthy_workers() -> RouterError:
+def payload_too_large(limit_bytes: int) -> RouterError:
+    """413: the body is larger than this service accepts."""
     return RouterError(
-        "no_healthy_workers", 503, "no healthy workers available for the requested model"
+        "payload_too_large", 413, f"the request body is over the limit of {limit_bytes} bytes"
     )
 
 
-def no_prefill_workers() -> RouterError:
-    """503: there are decode workers, but none that prefills."""
+def body_over_gateway_buffer() -> RouterError:
+    """413: the gateway sent only the beginning of the body."""
     return RouterError(
-        "no_prefill_workers_available", 503, "no prefill workers available for the requested model"
+        "payload_too_large", 413, "the request body does not fit the gateway's buffer"
     )
 
 
-def no_decode_workers() -> RouterError:
-    """503: there are prefill workers, but none that decodes."""
-    return RouterError(
-        "no_decode_workers_available", 503, "no decode workers available for the requested model"
-    )
-
-
-def not_disaggregated() -> RouterError:
-    return RouterError(
-        "bad_request",
-        400,
-        "bad request: this path is not available for a model with separate prefill and decode "
-        "workers",
-    )
+def internal_error() -> RouterError:
+    """500: a fault of this service."""
+    return RouterError("internal_error", 500, "internal error")
 
 
 def prefill_failed() -> RouterError:
-    """502: the half of the request that the client does not see has failed."""
+    """502: the prefill worker failed."""
     return RouterError("prefill_failed", 502, "the prefill of the request failed")
 
 
 def prefill_refused(
     status: int, body: bytes, headers: tuple[tuple[str, str], ...] = ()
 ) -> RouterError:
-    """The engine's own 4xx, told by the prefill worker: the client's fault."""
+    """4xx: the prefill worker's own answer to a request that is at fault."""
     return RouterError("prefill_refused", status, "the engine refused the request", headers, body)
 
 
+def no_healthy_workers() -> RouterError:
+    """503: the model has no worker that may be tried."""
+    return RouterError(
+        "no_healthy_workers", 503, "no healthy workers available for the requested model"
+    )
+
+
+def no_prefill_workers() -> RouterError:
+    """503: the model has decode workers, but no prefill worker."""
+    return RouterError(
+        "no_prefill_workers_available", 503, "no prefill workers available for the requested model"
+    )
+
+
+def no_decode_workers() -> RouterError:
+    """503: the model has prefill workers, but no decode worker."""
+    return RouterError(
+        "no_decode_workers_available", 503, "no decode workers available for the requested model"
+    )
+
+
 def routing_timeout() -> RouterError:
-    """503: no decision within our own deadline; the proxy must not be the one to find out."""
+    """503: no decision within this service's deadline, which ends before the gateway's."""
     return RouterError("routing_timeout", 503, "no routing decision in time")
 
 
 def service_overloaded() -> RouterError:
-    """503: too much is waiting already for the same kind of work."""
+    """503: too many requests wait for the same kind of work."""
     return RouterError("service_overloaded", 503, "the service is overloaded, try again later")
 
 
 def unsupported_body_mode() -> RouterError:
-    """503: the gateway does not show us the body before it wants a decision."""
+    """503: the gateway does not send the body before it needs a decision."""
     return RouterError(
         "body_mode_unsupported", 503, "the gateway is not configured to route by request body"
     )
 
 
 def stale_request_expired() -> RouterError:
+    """504: the request is older than `active_load.stale_request_timeout_secs`."""
     return RouterError("stale_request_expired", 504, "request expired before completion")
-
-
-def internal_error() -> RouterError:
-    return RouterError("internal_error", 500, "internal error")

@@ -7,6 +7,8 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
+from extproc.errors import ServiceError
+
 __all__ = [
     "BLOCKS_MAX_PER_EVENT",
     "BLOCK_MAX_TOKENS",
@@ -40,7 +42,7 @@ NAME_MAX_CHARS: Final = 1024
 _COUNT_MAX: Final = (1 << 63) - 1
 
 
-class WireError(ValueError):
+class WireError(ServiceError, ValueError):
     """The payload can not be read at all; the text quotes nothing of it."""
 
 

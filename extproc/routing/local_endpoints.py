@@ -9,7 +9,7 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from extproc.errors import RouterError, bad_request, service_overloaded
+from extproc.errors import bad_request, no_tokenizer, service_overloaded
 from extproc.routing.request import DETOKENIZE_PATH, Request
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.tokenization.errors import EncoderBusyError, TextTooLongError, UnknownTokenError
@@ -51,7 +51,7 @@ class LocalEndpoints:
         """Raises RouterError: 400 for another body than documented, 404 without a tokenizer."""
         encoder = self._encoders.get(model)
         if encoder is None:
-            raise _no_tokenizer(model)
+            raise no_tokenizer(model)
         if request.endpoint.path == DETOKENIZE_PATH:
             wanted = _decode(request.body, _Detokenize, "`tokens` (a list of token ids)")
             try:
@@ -77,9 +77,3 @@ def _decode(body: bytes | bytearray, kind: type[_BodyT], needed: str) -> _BodyT:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         allowed = ", ".join(field.name for field in msgspec.structs.fields(kind))
         raise bad_request(f"{needed} is needed, and no fields but {allowed}") from None
-
-
-def _no_tokenizer(model: str) -> RouterError:
-    return RouterError(
-        "tokenizer_not_configured", 404, f"no tokenizer is configured for the model {model}"
-    )

@@ -21,13 +21,14 @@ from functools import lru_cache
 from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
+from extproc.errors import ServiceError
 
 __all__ = ["BodyMode", "BodyTooLargeError", "RequestBody", "body_mode"]
 
 _Mode = pb.ProcessingMode
 
 
-class BodyTooLargeError(Exception):
+class BodyTooLargeError(ServiceError):
     """More bytes than the configured limit."""
 
 

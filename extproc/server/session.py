@@ -20,6 +20,7 @@ from msgspec import Struct
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.errors import (
     RouterError,
+    body_over_gateway_buffer,
     body_required,
     no_decode_workers,
     payload_too_large,
@@ -246,9 +247,7 @@ class Session:
         except RouterError:
             if cut:
                 # The gateway's buffer was smaller than the body.
-                raise RouterError(
-                    "payload_too_large", 413, "the request body does not fit the gateway's buffer"
-                ) from None
+                raise body_over_gateway_buffer() from None
             raise
         self._state = SessionState.ROUTING
 

@@ -19,6 +19,8 @@ from typing import Any, Self
 import aiohttp
 import yaml
 
+from extproc.errors import ServiceError
+
 __all__ = ["ManagedProcess", "Stack", "StackError", "find_envoy", "free_ports", "wait_until"]
 
 _START_SECONDS = 60.0
@@ -27,7 +29,7 @@ _POLL_SECONDS = 0.05
 _LOG_TAIL_BYTES = 4000
 
 
-class StackError(Exception):
+class StackError(ServiceError):
     """A part did not start; the message holds the end of its output."""
 
 

@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from msgspec import Struct
 
+from extproc.errors import ServiceError
 from extproc.tokenization.bodies.messages import for_template
 from extproc.tokenization.bodies.openai_chat import ChatPrompt
 from extproc.tokenization.errors import TokenizerError, UnmappableError
@@ -129,7 +130,7 @@ class ChatTemplates:
         return {"reasoning_effort": effort, **kwargs}
 
 
-class _TemplateFailedError(Exception):
+class _TemplateFailedError(ServiceError):
     """Whatever a template raised, without its words."""
 
 

@@ -1,5 +1,7 @@
 """What the tokenization room raises; no text quotes a prompt."""
 
+from extproc.errors import ServiceError
+
 __all__ = [
     "EncodeFailedError",
     "EncoderBusyError",
@@ -10,27 +12,27 @@ __all__ = [
 ]
 
 
-class TokenizerError(Exception):
+class TokenizerError(ServiceError):
     """A tokenizer that can not be loaded; the text names the file and what is wrong with it."""
 
 
-class TextTooLongError(ValueError):
+class TextTooLongError(ServiceError, ValueError):
     """More text than the settings allow."""
 
 
-class UnknownTokenError(ValueError):
+class UnknownTokenError(ServiceError, ValueError):
     """A token id that the vocabulary does not have."""
 
 
-class EncodeFailedError(Exception):
+class EncodeFailedError(ServiceError):
     """The tokenizer refused a text; its own words would quote it."""
 
 
-class EncoderBusyError(Exception):
+class EncoderBusyError(ServiceError):
     """Too many long texts are waiting; to be tried again."""
 
 
-class UnmappableError(Exception):
+class UnmappableError(ServiceError):
     """A request that does not map to tokens; `why` is one of the reasons."""
 
     def __init__(self, why: str) -> None:

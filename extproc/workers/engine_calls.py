@@ -9,6 +9,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from extproc.errors import ServiceError
 from extproc.worker_url import WorkerUrl
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 
-class EngineUnreachableError(Exception):
+class EngineUnreachableError(ServiceError):
     """There is no complete HTTP answer: refused, timed out, broken off or far too large."""
 
 
@@ -30,7 +31,7 @@ class EngineTimeoutError(EngineUnreachableError):
     """The engine did not answer in time."""
 
 
-class PrefillClientOverloadedError(Exception):
+class PrefillClientOverloadedError(ServiceError):
     """This process has no file descriptor left for a connection; the engine is not to blame."""
 
 

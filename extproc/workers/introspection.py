@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from extproc.clock import Clock
+from extproc.errors import ServiceError
 from extproc.worker_url import WorkerUrl
 from extproc.workers.engine_calls import (
     EngineAnswer,
@@ -65,7 +66,7 @@ class Introspection(Struct, frozen=True, kw_only=True):
     problem: str = ""
 
 
-class _NoAnswerError(Exception):
+class _NoAnswerError(ServiceError):
     """Every attempt ended in a network error or a 5xx."""
 
 

@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from extproc.errors import ServiceError
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Role, Worker, WorkerSpec
 
@@ -20,7 +21,7 @@ _ROLES: Final[tuple[Role, ...]] = ("plain", "prefill", "decode")
 _CLOSED: Final = BreakerState.CLOSED
 
 
-class MixedRolesError(Exception):
+class MixedRolesError(ServiceError):
     """The worker's role does not fit those already serving the model."""
 
     def __init__(self, model: str, role: Role) -> None:

@@ -1,8 +1,10 @@
 """The pages that describe the code say what the code says."""
 
+import ast
 import contextlib
 import importlib.util
 import re
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +13,9 @@ from typing import get_args
 import pytest
 from prometheus_client import CollectorRegistry, Metric
 
-from extproc import errors
 from extproc.app import App
+from extproc.envoy_config import local_replies
+from extproc.envoy_config.local_replies import LocalError
 from extproc.envoy_config.routes import FAIL_OPEN_PATHS
 from extproc.metrics.table import TABLE
 from extproc.routing.request import (
@@ -25,6 +28,7 @@ from extproc.routing.request import (
 from extproc.tokenization import reasons
 from extproc.workers.worker import Role
 from tests.unit.configs import config
+from tests.unit.error_factories import error_factories
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -91,26 +95,33 @@ def test_reasons_in_the_metrics_page_are_those_of_the_code() -> None:
     assert documented["extproc_workers"]["role"] == set(get_args(Role))
 
 
-def test_every_error_code_of_the_service_is_documented() -> None:
+def test_the_errors_page_names_every_code_its_status_and_its_source() -> None:
+    sent: dict[str, set[tuple[int, str]]] = defaultdict(set)
+    for error in (make() for make in error_factories()):
+        sent[error.code].add((error.status, "engine" if error.body else "service"))
+    for local in vars(local_replies).values():
+        if isinstance(local, LocalError):
+            sent[local.code].add((local.status, "Envoy"))
     page = (DOCS / "errors.md").read_text()
-    documented = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.M))
-    made = [
-        errors.bad_request("x"),
-        errors.body_required(),
-        errors.model_not_found("m"),
-        errors.not_found(),
-        errors.method_not_allowed("POST"),
-        errors.payload_too_large(1),
-        errors.request_timeout(),
-        errors.no_healthy_workers(),
-        errors.routing_timeout(),
-        errors.service_overloaded(),
-        errors.unsupported_body_mode(),
-        errors.stale_request_expired(),
-        errors.internal_error(),
-    ]
-    for error in made:
-        assert documented[error.code] == str(error.status)
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| .* \| ([\w, ]+) \|$", page, re.M)
+    assert {code for code, _, _ in rows} == sent.keys()
+    for code, status, sources in rows:
+        assert {source for _, source in sent[code]} == set(sources.split(", ")), code
+        assert {shown_status(number, status) for number, _ in sent[code]} == {status}, code
+
+
+def shown_status(status: int, documented: str) -> str:
+    return f"{status // 100}xx" if documented.endswith("xx") else str(status)
+
+
+def test_messages_of_errors_are_made_in_one_module_only() -> None:
+    for path in (ROOT / "extproc").rglob("*.py"):
+        made = [
+            node.lineno
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("RouterError")
+        ]
+        assert not made or path.name == "errors.py", f"{path}: {made}"
 
 
 def test_the_paths_that_fail_open_are_those_that_are_routed() -> None:

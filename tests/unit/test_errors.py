@@ -1,11 +1,17 @@
 """Errors as a client sees them: the envelope, the codes, and what they do not tell."""
 
+import importlib
+import inspect
 import json
+import pkgutil
+import re
 
 import pytest
 
+import extproc
 from extproc import errors
-from extproc.errors import ConfigError, RouterError, envelope
+from extproc.errors import ConfigError, RouterError, ServiceError, envelope
+from tests.unit.error_factories import error_factories
 
 
 @pytest.mark.parametrize(
@@ -13,17 +19,45 @@ from extproc.errors import ConfigError, RouterError, envelope
     [
         (errors.bad_request("x is y"), "bad_request", 400, "bad request: x is y"),
         (errors.body_required(), "bad_request", 400, "bad request: "),
+        (
+            errors.not_disaggregated(),
+            "bad_request",
+            400,
+            "bad request: this path is not available for a model with separate prefill and decode "
+            "workers",
+        ),
         (errors.model_not_found("m"), "model_not_found", 404, "model not found: m"),
         (errors.not_found(), "not_found", 404, ""),
+        (
+            errors.no_tokenizer("m"),
+            "tokenizer_not_configured",
+            404,
+            "no tokenizer is configured for the model m",
+        ),
         (errors.method_not_allowed("POST"), "method_not_allowed", 405, ""),
         (errors.request_timeout(), "request_timeout", 408, ""),
         (errors.payload_too_large(1024), "payload_too_large", 413, "1024"),
+        (errors.body_over_gateway_buffer(), "payload_too_large", 413, "buffer"),
+        (errors.prefill_refused(422, b"{}"), "prefill_refused", 422, ""),
         (errors.internal_error(), "internal_error", 500, "internal error"),
+        (errors.prefill_failed(), "prefill_failed", 502, ""),
         (
             errors.no_healthy_workers(),
             "no_healthy_workers",
             503,
             "no healthy workers available for the requested model",
+        ),
+        (
+            errors.no_prefill_workers(),
+            "no_prefill_workers_available",
+            503,
+            "no prefill workers available for the requested model",
+        ),
+        (
+            errors.no_decode_workers(),
+            "no_decode_workers_available",
+            503,
+            "no decode workers available for the requested model",
         ),
         (errors.routing_timeout(), "routing_timeout", 503, ""),
         (errors.service_overloaded(), "service_overloaded", 503, ""),
@@ -45,6 +79,29 @@ def test_codes_and_statuses_are_the_contract(
     assert error.message
     assert ("retry-after" in dict(error.headers)) is (status == 503)
     assert isinstance(error, Exception)
+
+
+def test_every_error_has_a_message_and_a_retry_after_if_it_is_a_503() -> None:
+    made = [make() for make in error_factories()]
+    assert len({error.message for error in made}) == len(made)
+    for error in made:
+        assert error.message
+        assert ("retry-after" in dict(error.headers)) is (error.status == 503)
+
+
+def test_every_exception_of_the_service_is_in_the_drawn_tree() -> None:
+    """Those of the simulator are not: it stands for engines."""
+    drawn = set(re.findall(r"[├└]── (\w+)", errors.__doc__ or ""))
+    found = set()
+    for info in pkgutil.walk_packages(extproc.__path__, "extproc."):
+        if info.name.startswith(("extproc.simulator", "extproc.__main__", "extproc._protos")):
+            continue
+        module = importlib.import_module(info.name)
+        for name, kind in inspect.getmembers(module, inspect.isclass):
+            if issubclass(kind, Exception) and kind.__module__ == info.name:
+                assert issubclass(kind, RouterError | ServiceError), kind
+                found |= {name} if not name.startswith("_") else set()
+    assert found == drawn
 
 
 def test_a_503_says_when_to_come_back_in_whole_seconds() -> None:
