@@ -14,12 +14,8 @@ from extproc.kv.rank_pages import Overlap, RankPages
 from extproc.policies.base import KvPolicy, KvQuery
 from extproc.routing.predictions import Prediction, Predictions
 from extproc.routing.rank import Rank
-from extproc.workers.rank_load import (
-    SPEED_DEFAULT_TOKENS_PER_SECOND,
-    Booking,
-    PrefillSpeed,
-    RankLoad,
-)
+from extproc.workers.prefill_speed import SPEED_DEFAULT_TOKENS_PER_SECOND, PrefillSpeed
+from extproc.workers.rank_load import Booking, RankLoad
 
 __all__ = ["Placed", "PlacedBooking", "Placement"]
 

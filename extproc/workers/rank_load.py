@@ -13,20 +13,9 @@ from collections import deque
 from typing import Final
 
 from extproc.workers.load_report import EngineState, LoadReport, RunningPrefill
+from extproc.workers.prefill_speed import EngineCounters, PrefillSpeed
 
-__all__ = ["Booking", "PrefillSpeed", "RankLoad"]
-
-SPEED_DEFAULT_TOKENS_PER_SECOND: Final = 8000.0
-_SPEED_MIN_TOKENS_PER_SECOND: Final = 50.0
-_SPEED_MAX_TOKENS_PER_SECOND: Final = 2_000_000.0
-# What a rank does in less is overhead, not speed.
-_SPEED_SAMPLE_MIN_TOKENS: Final = 256
-# One sample says no more than that, as a factor, above or below what was known.
-_SPEED_SAMPLE_MAX_SLOWER: Final = 4.0
-_SPEED_SAMPLE_MAX_FASTER: Final = 8.0
-# How much busy time is remembered, and how much of it a rank starts with.
-_SPEED_WINDOW_SECONDS: Final = 30.0
-_SPEED_PRIOR_SECONDS: Final = 0.25
+__all__ = ["Booking", "RankLoad"]
 
 # Engines report at least every second.
 _REPORT_FRESH_SECONDS: Final = 3.0
@@ -34,71 +23,12 @@ _REPORT_FRESH_SECONDS: Final = 3.0
 # ends that are remembered for it.
 _REPORT_DELAY_SECONDS: Final = 0.25
 _RELEASES_MAX: Final = 256
-# While the engine tells its speed, what we measure from outside only blurs it.
-_ENGINE_SPEED_FRESH_SECONDS: Final = 60.0
-_ENGINE_SPEED_MIN_TOKENS: Final = 256
 # No rank has so many; a report beyond is a fault of its sender.
 _REQUESTS_MAX: Final = 100_000
 _TOKENS_MAX: Final = 1 << 40
 # How long a request decodes, until some have been seen to end, and how slowly that is forgotten.
 _DECODE_DEFAULT_SECONDS: Final = 5.0
 _DECODE_WEIGHT: Final = 1 / 32
-
-
-class PrefillSpeed:
-    """How fast prompts are prefilled: tokens by the busy time they took, the older ones fading.
-
-    Sums, and not an average of speeds: an engine that prefills several prompts as one batch
-    answers them at once, which says nothing about each but all about their sum. A new rank
-    begins with the average of its model.
-    """
-
-    __slots__ = ("_default", "_known", "_prior", "_seconds", "_tokens")
-
-    def __init__(
-        self,
-        prior: "PrefillSpeed | None" = None,
-        *,
-        default_tokens_per_second: float = SPEED_DEFAULT_TOKENS_PER_SECOND,
-    ) -> None:
-        self._prior = prior
-        self._default = default_tokens_per_second
-        self._tokens = 0.0
-        self._seconds = 0.0
-        self._known: float | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        known = self._known
-        if known is not None:
-            return known
-        if self._prior is not None:
-            return self._prior.tokens_per_second
-        return self._default
-
-    def observe(self, tokens: int, seconds: float) -> bool:
-        """Learn from a prefill; returns False if it says nothing."""
-        if not (_SPEED_SAMPLE_MIN_TOKENS <= tokens <= _TOKENS_MAX and seconds > 0):
-            return False
-        speed = self.tokens_per_second
-        if not self._seconds:
-            self._seconds = _SPEED_PRIOR_SECONDS
-            self._tokens = _SPEED_PRIOR_SECONDS * speed
-        expected = tokens / speed
-        self._seconds += min(
-            max(seconds, expected / _SPEED_SAMPLE_MAX_FASTER), expected * _SPEED_SAMPLE_MAX_SLOWER
-        )
-        self._tokens += tokens
-        if self._seconds > _SPEED_WINDOW_SECONDS:
-            self._tokens *= _SPEED_WINDOW_SECONDS / self._seconds
-            self._seconds = _SPEED_WINDOW_SECONDS
-        self._known = min(
-            max(self._tokens / self._seconds, _SPEED_MIN_TOKENS_PER_SECOND),
-            _SPEED_MAX_TOKENS_PER_SECOND,
-        )
-        if self._prior is not None:
-            self._prior.observe(tokens, seconds)
-        return True
 
 
 class Booking:
@@ -140,8 +70,8 @@ class RankLoad:
     """The load book of one (worker, data-parallel rank)."""
 
     __slots__ = (
+        "_counters",
         "_decode_seconds",
-        "_engine_speed_at",
         "_head_exact",
         "_head_since",
         "_max_running",
@@ -159,12 +89,11 @@ class RankLoad:
         "_reported_waiting_tokens",
         "_running_prefill",
         "_speed",
-        "_speed_counters",
         "_strangers",
         "_tokens_booked",
     )
 
-    def __init__(self, model_speed: PrefillSpeed | None = None) -> None:
+    def __init__(self, model_speed: PrefillSpeed) -> None:
         """`model_speed` is shared by the ranks of a model: where a new rank starts from."""
         self._speed = PrefillSpeed(model_speed)
         self._open = 0
@@ -190,8 +119,7 @@ class RankLoad:
         # Own bookings less own releases, and tokens booked, since the report.
         self._net_booked = 0
         self._tokens_booked = 0
-        self._speed_counters: tuple[int, int] | None = None
-        self._engine_speed_at = float("-inf")
+        self._counters = EngineCounters(self._speed)
 
     # -- what is told
 
@@ -244,9 +172,7 @@ class RankLoad:
         self._strangers = running + waiting > self._open + len(self._released_at)
         limit = stat.max_running_requests
         self._max_running = limit if limit is not None and 0 < limit <= _REQUESTS_MAX else None
-        self._learn_from_counters(
-            stat.total_prefill_uncached_tokens, stat.total_prefill_busy_us, now
-        )
+        self._counters.read(stat.total_prefill_uncached_tokens, stat.total_prefill_busy_us, now)
 
     # -- what is asked
 
@@ -387,20 +313,5 @@ class RankLoad:
     # -- speed
 
     def _learn(self, tokens: int, seconds: float, now: float) -> None:
-        if now - self._engine_speed_at > _ENGINE_SPEED_FRESH_SECONDS:
+        if not self._counters.are_fresh(now):
             self._speed.observe(tokens, seconds)
-
-    def _learn_from_counters(self, tokens: int | None, busy_us: int | None, now: float) -> None:
-        if tokens is None or busy_us is None:
-            return
-        before, counters = self._speed_counters, (tokens, busy_us)
-        if before is None:
-            self._speed_counters = counters
-            return
-        more_tokens, more_us = tokens - before[0], busy_us - before[1]
-        if more_tokens < 0 or more_us < 0:  # the engine was started anew
-            self._speed_counters = counters
-        elif more_tokens >= _ENGINE_SPEED_MIN_TOKENS and more_us > 0:
-            self._speed_counters = counters
-            if self._speed.observe(more_tokens, more_us / 1e6):
-                self._engine_speed_at = now

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from extproc.workers.load_report import EngineState, RunningPrefill
-from extproc.workers.rank_load import PrefillSpeed, RankLoad
+from extproc.workers.prefill_speed import PrefillSpeed
+from extproc.workers.rank_load import RankLoad
 
 SPEED = 100.0
 

@@ -6,7 +6,8 @@ Prompts of less than 256 tokens teach no speed, so that 100 stays 100 where it i
 import pytest
 from msgspec import Struct
 
-from extproc.workers.rank_load import SPEED_DEFAULT_TOKENS_PER_SECOND, PrefillSpeed, RankLoad
+from extproc.workers.prefill_speed import SPEED_DEFAULT_TOKENS_PER_SECOND, PrefillSpeed
+from extproc.workers.rank_load import RankLoad
 
 SPEED = 100.0
 
@@ -317,7 +318,7 @@ def test_a_new_rank_begins_with_the_average_of_its_model() -> None:
 
 
 def test_a_rank_without_a_model_has_the_default_speed() -> None:
-    assert RankLoad().prefill_tokens_per_second == SPEED_DEFAULT_TOKENS_PER_SECOND
+    assert RankLoad(PrefillSpeed()).prefill_tokens_per_second == SPEED_DEFAULT_TOKENS_PER_SECOND
 
 
 def test_nothing_is_learnt_from_what_was_not_seen() -> None:

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from msgspec import Struct
 
-from extproc.workers.rank_load import Booking, PrefillSpeed, RankLoad
+from extproc.workers.prefill_speed import PrefillSpeed
+from extproc.workers.rank_load import Booking, RankLoad
 
 # Reports count for 3 s.
 _STALE_SECONDS = 4.0

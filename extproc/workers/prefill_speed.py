@@ -1,0 +1,113 @@
+"""Learns how fast a rank prefills prompts, from its responses or from its engine's counters.
+
+It is separate from the load of a rank because a model has such a speed, too: the one that its
+new ranks begin with.
+"""
+
+from typing import Final
+
+__all__ = ["SPEED_DEFAULT_TOKENS_PER_SECOND", "EngineCounters", "PrefillSpeed"]
+
+SPEED_DEFAULT_TOKENS_PER_SECOND: Final = 8000.0
+_SPEED_MIN_TOKENS_PER_SECOND: Final = 50.0
+_SPEED_MAX_TOKENS_PER_SECOND: Final = 2_000_000.0
+# What a rank does in less is overhead, not speed.
+_SPEED_SAMPLE_MIN_TOKENS: Final = 256
+_SPEED_SAMPLE_MAX_TOKENS: Final = 1 << 40
+# One sample says no more than that, as a factor, above or below what was known.
+_SPEED_SAMPLE_MAX_SLOWER: Final = 4.0
+_SPEED_SAMPLE_MAX_FASTER: Final = 8.0
+# How much busy time is remembered, and how much of it a rank starts with.
+_SPEED_WINDOW_SECONDS: Final = 30.0
+_SPEED_PRIOR_SECONDS: Final = 0.25
+
+# While the engine tells its speed, what we measure from outside only blurs it.
+_ENGINE_SPEED_FRESH_SECONDS: Final = 60.0
+_ENGINE_SPEED_MIN_TOKENS: Final = 256
+
+
+class PrefillSpeed:
+    """How fast prompts are prefilled: tokens by the busy time they took, the older ones fading.
+
+    Sums, and not an average of speeds: an engine that prefills several prompts as one batch
+    answers them at once, which says nothing about each but all about their sum. A new rank
+    begins with the average of its model.
+    """
+
+    __slots__ = ("_default", "_known", "_prior", "_seconds", "_tokens")
+
+    def __init__(
+        self,
+        prior: "PrefillSpeed | None" = None,
+        *,
+        default_tokens_per_second: float = SPEED_DEFAULT_TOKENS_PER_SECOND,
+    ) -> None:
+        self._prior = prior
+        self._default = default_tokens_per_second
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._known: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        known = self._known
+        if known is not None:
+            return known
+        if self._prior is not None:
+            return self._prior.tokens_per_second
+        return self._default
+
+    def observe(self, tokens: int, seconds: float) -> bool:
+        """Learn from a prefill; returns False if it says nothing."""
+        if not (_SPEED_SAMPLE_MIN_TOKENS <= tokens <= _SPEED_SAMPLE_MAX_TOKENS and seconds > 0):
+            return False
+        speed = self.tokens_per_second
+        if not self._seconds:
+            self._seconds = _SPEED_PRIOR_SECONDS
+            self._tokens = _SPEED_PRIOR_SECONDS * speed
+        expected = tokens / speed
+        self._seconds += min(
+            max(seconds, expected / _SPEED_SAMPLE_MAX_FASTER), expected * _SPEED_SAMPLE_MAX_SLOWER
+        )
+        self._tokens += tokens
+        if self._seconds > _SPEED_WINDOW_SECONDS:
+            self._tokens *= _SPEED_WINDOW_SECONDS / self._seconds
+            self._seconds = _SPEED_WINDOW_SECONDS
+        self._known = min(
+            max(self._tokens / self._seconds, _SPEED_MIN_TOKENS_PER_SECOND),
+            _SPEED_MAX_TOKENS_PER_SECOND,
+        )
+        if self._prior is not None:
+            self._prior.observe(tokens, seconds)
+        return True
+
+
+class EngineCounters:
+    """Learns the speed of one rank from what its engine has prefilled in what busy time."""
+
+    __slots__ = ("_before", "_learnt_at", "_speed")
+
+    def __init__(self, speed: PrefillSpeed) -> None:
+        self._speed = speed
+        self._before: tuple[int, int] | None = None
+        self._learnt_at = float("-inf")
+
+    def are_fresh(self, now: float) -> bool:
+        """The speed was learnt from the engine lately, so our own measurements are not needed."""
+        return now - self._learnt_at <= _ENGINE_SPEED_FRESH_SECONDS
+
+    def read(self, tokens: int | None, busy_us: int | None, now: float) -> None:
+        """Learn from the counters of a report: tokens and microseconds since the engine's start."""
+        if tokens is None or busy_us is None:
+            return
+        before, counters = self._before, (tokens, busy_us)
+        if before is None:
+            self._before = counters
+            return
+        more_tokens, more_us = tokens - before[0], busy_us - before[1]
+        if more_tokens < 0 or more_us < 0:  # the engine was restarted
+            self._before = counters
+        elif more_tokens >= _ENGINE_SPEED_MIN_TOKENS and more_us > 0:
+            self._before = counters
+            if self._speed.observe(more_tokens, more_us / 1e6):
+                self._learnt_at = now
