@@ -19,7 +19,8 @@ import grpc.aio
 import uvloop
 from grpc_health.v1 import health, health_pb2_grpc
 
-from extproc.config.schema import EnvoyConfig, ProxyConfig, ServerConfig
+from extproc.config.envoy import EnvoyConfig
+from extproc.config.schema import ProxyConfig, ServerConfig
 from extproc.routing.decision import Decision
 from extproc.server import replies
 from extproc.server.grpc_server import SERVICE, grpc_options

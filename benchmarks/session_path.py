@@ -20,7 +20,8 @@ from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.clock import SystemClock
-from extproc.config.schema import EnvoyConfig, LoadConfig
+from extproc.config.envoy import EnvoyConfig
+from extproc.config.schema import LoadConfig
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_policy
 from extproc.routing.lease import WorkerOutcomes

@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry
 
 from extproc.clock import Clock, SystemClock
 from extproc.config.files import read_api_key
-from extproc.config.schema import TOKEN_POLICIES, Config
+from extproc.config.models import TOKEN_POLICIES
+from extproc.config.schema import Config
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
 from extproc.kv.subscriptions.subscription import SubscriberSettings

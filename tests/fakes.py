@@ -12,7 +12,8 @@ from typing import Any, Final
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
-from extproc.config.schema import LoadConfig, PolicyName
+from extproc.config.models import PolicyName
+from extproc.config.schema import LoadConfig
 from extproc.metrics.service import Metrics
 from extproc.policies.base import Policy
 from extproc.policies.factory import create_policy

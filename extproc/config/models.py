@@ -5,10 +5,11 @@ Apart from config because it is what grows with each policy.
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, field
+
+from extproc.config.section import SECONDS, Section, Text
 
 __all__ = [
-    "SECONDS",
     "TOKEN_POLICIES",
     "CacheAwareConfig",
     "CircuitBreakerConfig",
@@ -17,22 +18,13 @@ __all__ = [
     "ModelConfig",
     "PdModelConfig",
     "PolicyName",
-    "Section",
-    "Text",
 ]
-
-SECONDS = 1.0
 
 PolicyName = Literal[
     "round_robin", "random", "power_of_two", "least_load", "cache_aware_zmq", "min_ttft"
 ]
 # Those that look at the tokens of a prompt.
 TOKEN_POLICIES = ("cache_aware_zmq", "min_ttft")
-Text = Annotated[str, Meta(min_length=1)]
-
-
-class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of every section: immutable once loaded."""
 
 
 class CircuitBreakerConfig(Section, frozen=True, kw_only=True):

@@ -8,7 +8,8 @@ from typing import Final
 
 from msgspec import UnsetType
 
-from extproc.config.schema import TOKEN_POLICIES, Config, ModelConfig
+from extproc.config.models import TOKEN_POLICIES, ModelConfig
+from extproc.config.schema import Config
 from extproc.headers import (
     DEBUG_HEADER,
     DECODE_ORDER_HEADER,

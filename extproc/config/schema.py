@@ -10,42 +10,18 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType, field
 
-from extproc.config.models import (
-    SECONDS,
-    TOKEN_POLICIES,
-    CacheAwareConfig,
-    CircuitBreakerConfig,
-    KvEventsConfig,
-    MinTtftConfig,
-    ModelConfig,
-    PdModelConfig,
-    PolicyName,
-    Section,
-    Text,
-)
-from extproc.headers import DEFAULT_CLUSTER_HEADER, DEFAULT_MODEL_HEADER
+from extproc.config.envoy import EnvoyConfig
+from extproc.config.models import ModelConfig, PdModelConfig
+from extproc.config.section import KIBIBYTE, MEBIBYTE, SECONDS, Port, Seconds, Section, Text
 
 __all__ = [
-    "KIBIBYTE",
-    "MEBIBYTE",
-    "SECONDS",
-    "TOKEN_POLICIES",
     "ActiveLoadConfig",
-    "CacheAwareConfig",
-    "CircuitBreakerConfig",
     "Config",
     "DiscoveryConfig",
-    "EnvoyConfig",
-    "ExtprocEndpointConfig",
     "KvConfig",
-    "KvEventsConfig",
     "LoadConfig",
-    "MinTtftConfig",
-    "ModelConfig",
     "ObservabilityConfig",
     "PdConfig",
-    "PdModelConfig",
-    "PolicyName",
     "ProxyConfig",
     "ServerConfig",
     "ServerTlsConfig",
@@ -54,12 +30,7 @@ __all__ = [
     "WorkersConfig",
 ]
 
-KIBIBYTE = 1024
-MEBIBYTE = 1024 * 1024
-
 _PREFILL_SHARE = 0.8
-_Port = Annotated[int, Meta(ge=1, le=65535)]
-_Seconds = Annotated[float, Meta(ge=0.001, le=604800)]
 
 
 class ServerTlsConfig(Section, frozen=True, kw_only=True):
@@ -75,7 +46,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     host: Annotated[
         Text, Meta(description="Address of the gRPC server; `0.0.0.0` or `::` for all.")
     ] = "127.0.0.1"
-    port: Annotated[_Port, Meta(description="Port of the gRPC server.")] = 9002
+    port: Annotated[Port, Meta(description="Port of the gRPC server.")] = 9002
     unix_socket: Annotated[
         str | None,
         Meta(
@@ -86,7 +57,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     admin_host: Annotated[
         Text, Meta(description="Address of the admin HTTP server (`/metrics`, `/workers`, …).")
     ] = "127.0.0.1"
-    admin_port: Annotated[_Port, Meta(description="Port of the admin HTTP server.")] = 9090
+    admin_port: Annotated[Port, Meta(description="Port of the admin HTTP server.")] = 9090
     max_body_bytes: Annotated[
         int,
         Meta(
@@ -96,7 +67,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 32 * MEBIBYTE
     step_deadline_secs: Annotated[
-        _Seconds,
+        Seconds,
         Meta(
             description="Our own limit for one routing decision; must be shorter than "
             "`envoy.message_timeout_secs`, so that a client always gets our answer."
@@ -152,7 +123,7 @@ class StaticUrlsConfig(Section, frozen=True, kw_only=True):
         list[str], Meta(description="Those of `urls` that decode what others have prefilled.")
     ] = field(default_factory=list)
     dns_ttl_secs: Annotated[
-        _Seconds, Meta(description="How often host names are resolved again.")
+        Seconds, Meta(description="How often host names are resolved again.")
     ] = 30 * SECONDS
 
 
@@ -162,11 +133,11 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
         StaticUrlsConfig | UnsetType, Meta(description="Needed for backend `static_urls`.")
     ] = UNSET
     introspection_retry_secs: Annotated[
-        _Seconds,
+        Seconds,
         Meta(description="How often a worker that has told no model yet is asked again."),
     ] = 30 * SECONDS
     introspection_interval_secs: Annotated[
-        _Seconds,
+        Seconds,
         Meta(
             description="How often a worker is asked again who it is, so that a changed role is "
             "noticed."
@@ -197,11 +168,11 @@ class WorkersConfig(Section, frozen=True, kw_only=True):
 
 class ProxyConfig(Section, frozen=True, kw_only=True):
     request_timeout_secs: Annotated[
-        _Seconds,
+        Seconds,
         Meta(description="Limit for requests that are not streamed, and for a body to arrive."),
     ] = 300 * SECONDS
     connect_timeout_secs: Annotated[
-        _Seconds, Meta(description="Limit for a TCP connection to a worker.")
+        Seconds, Meta(description="Limit for a TCP connection to a worker.")
     ] = 5 * SECONDS
     fallback_workers: Annotated[
         int,
@@ -216,7 +187,7 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
 
 class ActiveLoadConfig(Section, frozen=True, kw_only=True):
     stale_request_timeout_secs: Annotated[
-        _Seconds,
+        Seconds,
         Meta(
             description="Age at which any request is ended: 504 before the response headers, "
             "a cut stream after them."
@@ -234,7 +205,7 @@ class LoadConfig(Section, frozen=True, kw_only=True):
         ),
     ] = "stream_end"
     estimated_stream_secs: Annotated[
-        _Seconds,
+        Seconds,
         Meta(
             description="With `estimate`: how long a streamed response counts as load after "
             "its headers."
@@ -253,10 +224,10 @@ class KvConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 8_000_000
     replay_timeout_secs: Annotated[
-        _Seconds, Meta(description="A replay without a frame for this long has failed.")
+        Seconds, Meta(description="A replay without a frame for this long has failed.")
     ] = 5 * SECONDS
     replay_retry_secs: Annotated[
-        _Seconds, Meta(description="Time before a failed replay is asked for again.")
+        Seconds, Meta(description="Time before a failed replay is asked for again.")
     ] = 30 * SECONDS
 
 
@@ -270,7 +241,7 @@ class PdConfig(Section, frozen=True, kw_only=True):
         ),
     ] = "two_pass"
     response_timeout_secs: Annotated[
-        _Seconds,
+        Seconds,
         Meta(
             description="Longest silence of a decode worker, before its response and in it, but "
             "never more than half of `envoy.stream_idle_timeout_secs`. It ends what nobody else "
@@ -278,7 +249,7 @@ class PdConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 120 * SECONDS
     prefill_timeout_secs: Annotated[
-        _Seconds,
+        Seconds,
         Meta(
             description="Longest time for a prefill worker's answer. With the protocol `sglang`, "
             "never more than four fifths of the decode worker's time, so that it is known who was "
@@ -286,7 +257,7 @@ class PdConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 90 * SECONDS
     prefill_linger_secs: Annotated[
-        _Seconds,
+        Seconds,
         Meta(
             description="How long a prefill worker may still take to answer when the decode "
             "worker's response has ended well; its connection is then closed."
@@ -313,84 +284,6 @@ class TokenizationConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 4096
     threads: Annotated[int, Meta(ge=1, le=64, description="Threads for that, per model.")] = 2
-
-
-class ExtprocEndpointConfig(Section, frozen=True, kw_only=True):
-    host: Annotated[
-        str | None,
-        Meta(
-            description="Host at which Envoy finds this service; absent = `server.host`, or "
-            "127.0.0.1 where that is a wildcard."
-        ),
-    ] = None
-    ca_file: Annotated[
-        str | None,
-        Meta(description="CA bundle with which Envoy verifies us; needed with `server.tls`."),
-    ] = None
-    cert_file: Annotated[
-        str | None, Meta(description="Client certificate Envoy shows; needed for mTLS.")
-    ] = None
-    key_file: Annotated[
-        str | None, Meta(description="Key of that certificate; needed for mTLS.")
-    ] = None
-
-
-class EnvoyConfig(Section, frozen=True, kw_only=True):
-    host: Annotated[Text, Meta(description="Address of Envoy's listener.")] = "127.0.0.1"
-    port: Annotated[_Port, Meta(description="Port of Envoy's listener.")] = 8080
-    admin_port: Annotated[
-        _Port, Meta(description="Port of Envoy's admin interface, on 127.0.0.1.")
-    ] = 9901
-    fail_open: Annotated[
-        bool,
-        Meta(
-            description="With exactly one model: when this service is gone, Envoy balances over "
-            "the workers by itself; otherwise requests are answered with 503."
-        ),
-    ] = True
-    message_timeout_secs: Annotated[
-        _Seconds,
-        Meta(description="How long Envoy waits for one of our replies."),
-    ] = 10 * SECONDS
-    stream_idle_timeout_secs: Annotated[
-        _Seconds,
-        Meta(
-            description="A stream without a byte in either direction for this long is cut; must "
-            "be longer than `proxy.request_timeout_secs`. The length of a stream has no limit "
-            "in Envoy."
-        ),
-    ] = 660 * SECONDS
-    worker_idle_timeout_secs: Annotated[
-        _Seconds,
-        Meta(
-            description="Idle connections to workers are closed after this; keep it below the "
-            "engine's own keep-alive time-out (5 s in SGLang), or requests are lost on "
-            "connections that the engine is just closing."
-        ),
-    ] = 3 * SECONDS
-    destination: Annotated[
-        Literal["list", "single"],
-        Meta(
-            description="`list` names the chosen worker and its fallbacks; `single` only the "
-            "chosen one, for gateways with ORIGINAL_DST clusters."
-        ),
-    ] = "list"
-    cluster: Annotated[
-        Text, Meta(description="Name of the cluster with the workers, put into the header.")
-    ] = "workers"
-    cluster_header: Annotated[Text, Meta(description="Request header that names the cluster.")] = (
-        DEFAULT_CLUSTER_HEADER
-    )
-    model_header: Annotated[Text, Meta(description="Request header that names the model.")] = (
-        DEFAULT_MODEL_HEADER
-    )
-    access_log: Annotated[
-        Text | None,
-        Meta(description="File of the JSON access log; `null` for none."),
-    ] = "/dev/stdout"
-    extproc: Annotated[
-        ExtprocEndpointConfig, Meta(description="How Envoy reaches this service.")
-    ] = field(default_factory=ExtprocEndpointConfig)
 
 
 class Config(Section, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from extproc.config.schema import PolicyName
+from extproc.config.models import PolicyName
 from extproc.demo.client import hold_conversations
 from extproc.demo.figures import Tally
 from extproc.demo.fleet import Fleet

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from extproc.config.schema import ModelConfig, PolicyName
+from extproc.config.models import ModelConfig, PolicyName
 from extproc.policies.base import KvPolicy, Policy
 from extproc.policies.cache_aware_zmq import CacheAwareZmq
 from extproc.policies.least_load import LeastLoad

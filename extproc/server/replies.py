@@ -10,7 +10,7 @@ from typing import Final
 from google.protobuf.struct_pb2 import Struct, Value
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.config.schema import EnvoyConfig
+from extproc.config.envoy import EnvoyConfig
 from extproc.errors import RouterError, envelope
 from extproc.headers import (
     AUTHORIZATION_HEADER,

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from extproc.config.schema import TOKEN_POLICIES, CircuitBreakerConfig, ModelConfig
+from extproc.config.models import TOKEN_POLICIES, CircuitBreakerConfig, ModelConfig
 from extproc.workers.introspection import Introspection, apply_introspection
 from extproc.workers.kv_announcement import configured_kv_events
 from extproc.workers.worker import KvEvents, WorkerSpec

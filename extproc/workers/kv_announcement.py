@@ -7,7 +7,7 @@ wildcard, and no answer of a worker may make us dial somebody else.
 from collections.abc import Sequence
 from typing import Any, Final
 
-from extproc.config.schema import KvEventsConfig
+from extproc.config.models import KvEventsConfig
 from extproc.worker_url import WorkerUrl, parse_kv_endpoint, parse_worker_url
 from extproc.workers.worker import KvEvents
 

@@ -17,7 +17,9 @@ from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.clock import Clock, SystemClock
-from extproc.config.schema import EnvoyConfig, LoadConfig, PolicyName, ServerConfig
+from extproc.config.envoy import EnvoyConfig
+from extproc.config.models import PolicyName
+from extproc.config.schema import LoadConfig, ServerConfig
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_policy
 from extproc.routing.lease import Lease, WorkerOutcomes

@@ -8,7 +8,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.config.schema import EnvoyConfig
+from extproc.config.envoy import EnvoyConfig
 from tests.protocol.exchange import (
     Service,
     destination,

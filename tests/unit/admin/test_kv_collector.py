@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
-from extproc.config.schema import ModelConfig
+from extproc.config.models import ModelConfig
 from extproc.policies.factory import create_kv_policy
 from extproc.routing.placement import Placement
 from extproc.routing.ranks import Ranks

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.config.schema import PdConfig, PdModelConfig, StaticUrlsConfig
+from extproc.config.models import PdModelConfig
+from extproc.config.schema import PdConfig, StaticUrlsConfig
 from tests.unit.configs import at, config, problem_of, problems_of, raw_config
 
 A, B, C = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.config.schema import TOKEN_POLICIES, ModelConfig, PolicyName
+from extproc.config.models import TOKEN_POLICIES, ModelConfig, PolicyName
 from extproc.policies.base import Policy
 from extproc.policies.factory import create_kv_policy, create_policy
 

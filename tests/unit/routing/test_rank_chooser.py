@@ -11,7 +11,8 @@ import pytest
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
-from extproc.config.schema import LoadConfig, ModelConfig, PolicyName
+from extproc.config.models import ModelConfig, PolicyName
+from extproc.config.schema import LoadConfig
 from extproc.errors import RouterError
 from extproc.kv.prefix_hash import TokenIds
 from extproc.metrics.service import Metrics

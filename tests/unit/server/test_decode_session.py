@@ -10,7 +10,7 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.config.schema import EnvoyConfig
+from extproc.config.envoy import EnvoyConfig
 from extproc.errors import RouterError, no_decode_workers, stale_request_expired
 from extproc.metrics.service import Metrics
 from extproc.routing.decision import Decision

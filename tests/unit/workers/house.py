@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry
 
-from extproc.config.schema import CircuitBreakerConfig, ModelConfig
+from extproc.config.models import CircuitBreakerConfig, ModelConfig
 from extproc.metrics.service import Metrics
 from extproc.workers.configured_models import ConfiguredModels
 from extproc.workers.engine_calls import EngineAnswer

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from extproc.config.schema import KvEventsConfig
+from extproc.config.models import KvEventsConfig
 from extproc.worker_url import parse_worker_url
 from extproc.workers.kv_announcement import configured_kv_events, read_kv_events
 from extproc.workers.worker import KvEvents

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from extproc.config.schema import KvEventsConfig, ModelConfig
+from extproc.config.models import KvEventsConfig, ModelConfig
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineAnswer
 from extproc.workers.observer import WorkerObserver

@@ -12,7 +12,8 @@ import pytest
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
-from extproc.config.schema import LoadConfig, ModelConfig
+from extproc.config.models import ModelConfig
+from extproc.config.schema import LoadConfig
 from extproc.errors import RouterError
 from extproc.kv.events import LoadStat
 from extproc.metrics.service import Metrics

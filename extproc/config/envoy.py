@@ -1,0 +1,88 @@
+"""The configuration of the Envoy that `extproc envoy-config` renders."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, field
+
+from extproc.config.section import SECONDS, Port, Seconds, Section, Text
+from extproc.headers import DEFAULT_CLUSTER_HEADER, DEFAULT_MODEL_HEADER
+
+__all__ = ["EnvoyConfig", "ExtprocEndpointConfig"]
+
+
+class ExtprocEndpointConfig(Section, frozen=True, kw_only=True):
+    host: Annotated[
+        str | None,
+        Meta(
+            description="Host at which Envoy finds this service; absent = `server.host`, or "
+            "127.0.0.1 where that is a wildcard."
+        ),
+    ] = None
+    ca_file: Annotated[
+        str | None,
+        Meta(description="CA bundle with which Envoy verifies us; needed with `server.tls`."),
+    ] = None
+    cert_file: Annotated[
+        str | None, Meta(description="Client certificate Envoy shows; needed for mTLS.")
+    ] = None
+    key_file: Annotated[
+        str | None, Meta(description="Key of that certificate; needed for mTLS.")
+    ] = None
+
+
+class EnvoyConfig(Section, frozen=True, kw_only=True):
+    host: Annotated[Text, Meta(description="Address of Envoy's listener.")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="Port of Envoy's listener.")] = 8080
+    admin_port: Annotated[
+        Port, Meta(description="Port of Envoy's admin interface, on 127.0.0.1.")
+    ] = 9901
+    fail_open: Annotated[
+        bool,
+        Meta(
+            description="With exactly one model: when this service is gone, Envoy balances over "
+            "the workers by itself; otherwise requests are answered with 503."
+        ),
+    ] = True
+    message_timeout_secs: Annotated[
+        Seconds,
+        Meta(description="How long Envoy waits for one of our replies."),
+    ] = 10 * SECONDS
+    stream_idle_timeout_secs: Annotated[
+        Seconds,
+        Meta(
+            description="A stream without a byte in either direction for this long is cut; must "
+            "be longer than `proxy.request_timeout_secs`. The length of a stream has no limit "
+            "in Envoy."
+        ),
+    ] = 660 * SECONDS
+    worker_idle_timeout_secs: Annotated[
+        Seconds,
+        Meta(
+            description="Idle connections to workers are closed after this; keep it below the "
+            "engine's own keep-alive time-out (5 s in SGLang), or requests are lost on "
+            "connections that the engine is just closing."
+        ),
+    ] = 3 * SECONDS
+    destination: Annotated[
+        Literal["list", "single"],
+        Meta(
+            description="`list` names the chosen worker and its fallbacks; `single` only the "
+            "chosen one, for gateways with ORIGINAL_DST clusters."
+        ),
+    ] = "list"
+    cluster: Annotated[
+        Text, Meta(description="Name of the cluster with the workers, put into the header.")
+    ] = "workers"
+    cluster_header: Annotated[Text, Meta(description="Request header that names the cluster.")] = (
+        DEFAULT_CLUSTER_HEADER
+    )
+    model_header: Annotated[Text, Meta(description="Request header that names the model.")] = (
+        DEFAULT_MODEL_HEADER
+    )
+    access_log: Annotated[
+        Text | None,
+        Meta(description="File of the JSON access log; `null` for none."),
+    ] = "/dev/stdout"
+    extproc: Annotated[
+        ExtprocEndpointConfig, Meta(description="How Envoy reaches this service.")
+    ] = field(default_factory=ExtprocEndpointConfig)
