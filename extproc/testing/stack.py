@@ -1,8 +1,8 @@
 """Starts the service and Envoy as processes on free loopback ports.
 
-The parts are the real ones, as an operator starts them: `extproc serve`, `extproc
-envoy-config` and the `envoy` binary. Their output goes to files, whose end is shown when a
-part does not start. The demo, the end-to-end tests and the benchmarks use it.
+The parts are the real ones, as an operator starts them: `extproc serve` and the `envoy`
+binary, with the file that `extproc envoy-config` renders. Their output goes to files; their end
+is shown when a part does not start. The demo, the end-to-end tests and the benchmarks use it.
 """
 
 import asyncio
@@ -19,7 +19,9 @@ from typing import Any, Self
 import aiohttp
 import yaml
 
-from extproc.errors import ServiceError
+from extproc.config.loading import load_config
+from extproc.envoy_config.bootstrap import render_yaml
+from extproc.errors import ConfigError, ServiceError
 
 __all__ = ["ManagedProcess", "Stack", "StackError", "find_envoy", "free_ports", "wait_until"]
 
@@ -202,8 +204,8 @@ class Stack:
     async def __aenter__(self) -> Self:
         try:
             self.write_config()
+            self.render_bootstrap()
             await self.start_service()
-            await self.render_bootstrap()
             await self.envoy.start()
             await self.envoy.wait_ready(self.envoy_sees_service)
         except BaseException:
@@ -222,20 +224,21 @@ class Stack:
         await self.service.start()
         await self.service.wait_ready(lambda: self._answers(f"{self.admin_url}/readyz"))
 
-    async def render_bootstrap(self) -> None:
-        """Render Envoy's configuration through the command line."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "extproc", "envoy-config"),
-            *("--config", str(self.config_file), "--output", str(self._bootstrap_file)),
-            stderr=asyncio.subprocess.PIPE,
-        )
-        _, stderr = await process.communicate()
-        if process.returncode != 0:
-            raise StackError(f"envoy-config failed: {stderr.decode(errors='replace')}")
+    def render_bootstrap(self) -> None:
+        """Render Envoy's configuration from the service's configuration file.
+
+        It is rendered in this process, since a further one costs two seconds of CPU time.
+        Raises StackError.
+        """
+        try:
+            text = render_yaml(load_config(self.config_file))
+        except ConfigError as error:
+            raise StackError(f"Envoy's configuration: {'; '.join(error.problems)}") from None
         if self._edit_bootstrap is not None:
-            bootstrap = yaml.safe_load(self._bootstrap_file.read_text())
+            bootstrap = yaml.safe_load(text)
             self._edit_bootstrap(bootstrap)
-            self._bootstrap_file.write_text(yaml.safe_dump(bootstrap, sort_keys=False))
+            text = yaml.safe_dump(bootstrap, sort_keys=False)
+        self._bootstrap_file.write_text(text)
 
     async def envoy_sees_service(self) -> bool:
         """True once Envoy's health check of the service has passed."""
