@@ -102,6 +102,7 @@ def build(workers: int) -> tuple[SessionContext, Router]:
         models_body=b"{}",
         only_model=_MODEL,
         debug_headers=False,
+        prompt_max_bytes=0,
     )
     return context, router
 

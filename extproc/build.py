@@ -234,6 +234,7 @@ def build_server(
         models_body=_models_body(router.model_ids),
         only_model=router.only_model,
         debug_headers=config.observability.debug_headers,
+        prompt_max_bytes=_prompt_max_bytes(config),
         model_header=config.envoy.model_header,
         pick_decode=pd.pick_decode,
     )
@@ -302,6 +303,12 @@ def worker_tls_of(config: Config) -> ssl.SSLContext | None:
 
 def _forwarded_authorization(config: Config) -> str | None:
     return f"Bearer {api_key_of(config)}" if config.workers.forward_api_key else None
+
+
+def _prompt_max_bytes(config: Config) -> int:
+    if all(model.policy not in TOKEN_POLICIES for model in config.models):
+        return 0
+    return EncoderSettings().inline_body_bytes
 
 
 def _models_body(model_ids: list[str]) -> bytes:

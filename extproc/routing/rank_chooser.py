@@ -15,6 +15,7 @@ from extproc.routing.placement import Placed, Placement
 from extproc.routing.rank import Rank
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import Request
+from extproc.tokenization.bodies.openai_chat import BodyFields
 from extproc.tokenization.bodies.prompts import Prompt
 from extproc.tokenization.encoder import Encoded
 from extproc.tokenization.reasons import BUSY
@@ -32,8 +33,8 @@ _LATE = Encoded(None, BUSY)
 class Encoder(Protocol):
     """What is asked of a model's tokenizer here."""
 
-    async def read(self, path: str, body: bytes | bytearray) -> Prompt:
-        """The prompt in a body, or why there is none."""
+    async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
+        """The prompt in a body, whose decoded `fields` are given or None; or why there is none."""
         ...
 
     async def encode(self, prompt: Prompt) -> Encoded:
@@ -89,7 +90,9 @@ class RankChooser:
         prompt, encoded = Prompt(why=BUSY), _LATE
         try:
             async with asyncio.timeout(self._patience_seconds):
-                prompt = await encoder.read(request.endpoint.path, request.body)
+                prompt = await encoder.read(
+                    request.endpoint.path, request.body, request.take_fields()
+                )
                 encoded = await encoder.encode(prompt)
         except TimeoutError:
             pass

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Raw, Struct
 
 from extproc.errors import (
     bad_request,
@@ -17,6 +17,8 @@ from extproc.errors import (
     method_not_allowed,
     not_found,
 )
+from extproc.tokenization.bodies.openai_chat import BodyFields
+from extproc.tokenization.bodies.prompts import decode_fields
 
 __all__ = [
     "DETOKENIZE_PATH",
@@ -29,6 +31,9 @@ __all__ = [
     "find_endpoint",
     "parse_body",
 ]
+
+
+_NULL: Final = Raw(b"null")
 
 
 class Endpoint(Struct, frozen=True, kw_only=True):
@@ -57,11 +62,13 @@ def _nothing_forwarded() -> ClientHeaders:
     return ClientHeaders("", ())
 
 
-class Request(Struct, frozen=True):
+class Request(Struct):
     """A request that can be routed. `model` None: the only configured one is meant.
 
-    `body` is empty where the gateway has not shown it. `forwarded` is only called for who needs
-    it, since reading headers costs more than most decisions.
+    `body` is empty where the gateway has not shown it. `forwarded` reads the headers only when it
+    is called, since that costs more than most decisions. `prompts` is the JSON of the field that
+    may have several prompts, on the endpoints where a prefill and a decode worker can serve such
+    a batch.
     """
 
     endpoint: Endpoint
@@ -69,25 +76,44 @@ class Request(Struct, frozen=True):
     stream: bool
     body: bytes | bytearray = b""
     forwarded: Callable[[], ClientHeaders] = _nothing_forwarded
+    prompts: Raw = _NULL
+    fields: BodyFields | None = None
+
+    def take_fields(self) -> BodyFields | None:
+        """The decoded fields of the prompt, if the body was decoded for them.
+
+        They are given once and not kept: the objects are several times as large as the body, and
+        a request may wait for minutes while its prefill runs.
+        """
+        fields, self.fields = self.fields, None
+        return fields
 
 
-class _Body(Struct):
-    """Any, not str and bool: the sentence of a 400 names the field, not the parser."""
+class _Head(Struct):
+    """Any, not str and bool: the sentence of a 400 names the field, not the parser.
+
+    The prompts stay bytes, which costs no more than skipping them.
+    """
 
     model: Any = UNSET
     stream: Any = None
+    prompt: Raw = _NULL
+    text: Raw = _NULL
+    input_ids: Raw = _NULL
 
 
 MODELS_PATH: Final = "/v1/models"
 TOKENIZE_PATH: Final = "/v1/tokenize"
 DETOKENIZE_PATH: Final = "/v1/detokenize"
+_COMPLETIONS_PATH: Final = "/v1/completions"
+_GENERATE_PATH: Final = "/generate"
 
 _ENDPOINTS: Final = {
     endpoint.path: endpoint
     for endpoint in (
         Endpoint(path="/v1/chat/completions", generates=True),
-        Endpoint(path="/v1/completions", generates=True),
-        Endpoint(path="/generate", model_optional=True, generates=True),
+        Endpoint(path=_COMPLETIONS_PATH, generates=True),
+        Endpoint(path=_GENERATE_PATH, model_optional=True, generates=True),
         Endpoint(path="/v1/embeddings"),
         Endpoint(path="/v1/responses"),
         Endpoint(path="/v1/messages"),
@@ -100,7 +126,7 @@ _ENDPOINTS: Final = {
     )
 }
 ENDPOINT_PATHS: Final = tuple(_ENDPOINTS)
-_decoder: Final = msgspec.json.Decoder(_Body)
+_head_decoder: Final = msgspec.json.Decoder(_Head)
 
 
 def find_endpoint(method: str, path: str) -> Endpoint:
@@ -119,24 +145,34 @@ def find_endpoint(method: str, path: str) -> Endpoint:
 def parse_body(
     endpoint: Endpoint,
     body: bytes | bytearray,
-    forwarded: Callable[[], ClientHeaders] = _nothing_forwarded,
+    forwarded: Callable[[], ClientHeaders],
+    *,
+    prompt_max_bytes: int,
 ) -> Request:
-    """Decode what is needed of a complete body; raises RouterError 400."""
+    """Decode what is needed of a complete body; raises RouterError 400.
+
+    Bodies up to `prompt_max_bytes` are decoded with the fields of their prompt: 0 where no
+    model's policy looks at tokens.
+    """
     if not body:
         raise body_required()
+    fields = None
     try:
         # Skipped strings are not validated by the parser; an engine would refuse them later,
         # with one more hop and a worse message.
         if not body.isascii():
             body.decode()
-        fields = _decoder.decode(body)
+        if len(body) <= prompt_max_bytes:
+            fields = decode_fields(endpoint.path, body)
+        # What has no readable prompt may still be routed: less is read of it.
+        head = fields or _head_decoder.decode(body)
     except msgspec.ValidationError:
         if body.lstrip(b" \t\r\n").startswith(b"{"):
             raise bad_request("`model` must be a string and `stream` a boolean") from None
         raise body_required() from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise bad_request("the body is not valid JSON") from None
-    model, stream = fields.model, fields.stream
+    model, stream = head.model, head.stream
     if type(model) is not str:
         if model is not UNSET and model is not None:
             raise bad_request("`model` must be a string")
@@ -147,4 +183,15 @@ def parse_body(
         raise bad_request("`model` must not be empty")
     if stream is not None and type(stream) is not bool:
         raise bad_request("`stream` must be a boolean")
-    return Request(endpoint, model, stream is True, body, forwarded)
+    return Request(
+        endpoint, model, stream is True, body, forwarded, _prompts(endpoint, head), fields
+    )
+
+
+def _prompts(endpoint: Endpoint, head: Any) -> Raw:
+    prompts = _NULL
+    if endpoint.path == _COMPLETIONS_PATH:
+        prompts = head.prompt
+    elif endpoint.path == _GENERATE_PATH:
+        prompts = head.text if bytes(memoryview(head.text)[:1]) == b"[" else head.input_ids
+    return prompts

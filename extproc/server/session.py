@@ -88,6 +88,8 @@ class SessionContext(Struct, frozen=True):
     models_body: bytes
     only_model: str | None
     debug_headers: bool
+    # Larger bodies are not decoded for their prompts; 0 where no model's policy needs tokens.
+    prompt_max_bytes: int
     model_header: str = DEFAULT_MODEL_HEADER
     pick_decode: Callable[[DecodeQuery], Lease] = _pick_nothing
 
@@ -243,7 +245,12 @@ class Session:
         data = body.peek()
         self._context.metrics.request_body_bytes.observe(len(data))
         try:
-            self.to_route = parse_body(self._endpoint, data, self._forwarded)
+            self.to_route = parse_body(
+                self._endpoint,
+                data,
+                self._forwarded,
+                prompt_max_bytes=self._context.prompt_max_bytes,
+            )
         except RouterError:
             if cut:
                 # The gateway's buffer was smaller than the body.

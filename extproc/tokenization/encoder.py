@@ -16,7 +16,8 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from extproc.clock import Clock, SystemClock
-from extproc.tokenization.bodies.prompts import Prompt, read_prompt
+from extproc.tokenization.bodies.openai_chat import BodyFields
+from extproc.tokenization.bodies.prompts import Prompt, prompt_of, read_prompt
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.errors import (
     EncodeFailedError,
@@ -174,8 +175,14 @@ class PromptEncoder:
             raise TokenizerError(f"{path}: {error}") from error
         return cls(texts, templates, vocabulary, settings, clock or SystemClock())
 
-    async def read(self, path: str, body: bytes | bytearray) -> Prompt:
-        """`read_prompt`, off the loop for a large body; says so in `why` when that is busy."""
+    async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
+        """The prompt in a body, from its decoded `fields` where they are given.
+
+        Without them the body is decoded here: in a thread if it is large, and not at all if it
+        is larger than `max_body_bytes` or all threads are busy. Then `why` has the reason.
+        """
+        if fields is not None:
+            return prompt_of(path, fields, len(body))
         if len(body) <= self._settings.inline_body_bytes:
             return read_prompt(path, body)
         if len(body) > self._settings.max_body_bytes:

@@ -109,6 +109,7 @@ class Service:
             models_body=json.dumps({"data": list(models)}).encode(),
             only_model=self.router.only_model,
             debug_headers=debug_headers,
+            prompt_max_bytes=0,
         )
         settings = StreamSettings(
             step_deadline_seconds=self.config.step_deadline_secs,

@@ -5,6 +5,7 @@ engine takes the prefill rank from the room (room mod dp_size), so that a room t
 both sides. vLLM: `kv_transfer_params`, asked for with the prefill and passed on to decode.
 """
 
+import re
 import secrets
 from typing import Any, Final
 
@@ -17,8 +18,6 @@ from extproc.routing.request import Request
 __all__ = ["KV_PREFILL_MEMBERS", "bootstrap_members", "kv_decode_members", "prompts_of_a_batch"]
 
 _ROOMS: Final = 1 << 63
-_GENERATE: Final = "/generate"
-_COMPLETIONS: Final = "/v1/completions"
 _BATCH_MAX: Final = 4096
 
 # One token, in one piece: what comes of the prefill is its cache. Behind the client's own
@@ -30,21 +29,13 @@ KV_PREFILL_MEMBERS: Final = (
 )
 
 
-class _Batch(Struct):
-    text: Any = None
-    input_ids: Any = None
-
-
-class _Prompts(Struct):
-    prompt: Any = None
-
-
 class _Answer(Struct):
     kv_transfer_params: Raw | UnsetType = UNSET
 
 
-_batch_decoder: Final = msgspec.json.Decoder(_Batch)
-_prompts_decoder: Final = msgspec.json.Decoder(_Prompts)
+_prompts_decoder: Final = msgspec.json.Decoder(list[Raw])
+# No list, an empty one, or a list of numbers, which is one prompt.
+_NOT_A_BATCH: Final = re.compile(rb"(?!\[)|\[\s*[\]\-0-9]")
 _answer_decoder: Final = msgspec.json.Decoder(_Answer)
 
 
@@ -53,20 +44,9 @@ def prompts_of_a_batch(request: Request) -> int | None:
 
     Raises RouterError for one that is too large.
     """
-    path = request.endpoint.path
-    try:
-        if path == _COMPLETIONS:
-            prompts = _prompts_decoder.decode(request.body).prompt
-        elif path == _GENERATE:
-            fields = _batch_decoder.decode(request.body)
-            prompts = fields.text if isinstance(fields.text, list) else fields.input_ids
-        else:
-            return None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    if _NOT_A_BATCH.match(request.prompts):
         return None
-    # A list of numbers is one prompt.
-    if not isinstance(prompts, list) or not prompts or type(prompts[0]) is int:
-        return None
+    prompts = _prompts_decoder.decode(request.prompts)
     if len(prompts) > _BATCH_MAX:
         raise bad_request(f"a batch of more than {_BATCH_MAX} prompts")
     return len(prompts)

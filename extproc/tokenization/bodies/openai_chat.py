@@ -6,7 +6,7 @@ as the engine does, and share `chat_prompt`.
 
 from typing import Any, Final
 
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct
 
 from extproc.tokenization.bodies.messages import Message, chat_messages
 from extproc.tokenization.bodies.tools import Tool, chosen_tools, function_tools
@@ -68,8 +68,12 @@ class ChatPrompt(Struct, frozen=True, kw_only=True, eq=False):
 
 
 class BodyFields(Struct):
-    """Fields of every body that select a part of the cache or change what is in it."""
+    """Fields of every body: model and stream, and those that select a part of the cache or
+    change what is in it.
+    """
 
+    model: Any = UNSET
+    stream: Any = None
     cache_salt: Any = None
     lora_path: Any = None
     extra_key: Any = None

@@ -8,7 +8,7 @@ whatever is not certain is "unsupported".
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ from extproc.tokenization.bodies.responses import ResponsesBody, responses_chat
 from extproc.tokenization.errors import UnmappableError
 from extproc.tokenization.reasons import BATCH, MALFORMED, MULTIMODAL, NO_TEXT, UNSUPPORTED
 
-__all__ = ["Prompt", "read_prompt"]
+__all__ = ["Prompt", "decode_fields", "prompt_of", "read_prompt"]
 
 _TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 32)]
 
@@ -56,10 +56,10 @@ class _EmbeddingFields(BodyFields):
 class _GenerateFields(BodyFields):
     text: Raw = Raw(b"null")
     input_ids: Raw = Raw(b"null")
-    input_embeds: Any = None
-    image_data: Any = None
-    video_data: Any = None
-    audio_data: Any = None
+    input_embeds: Raw = Raw(b"null")
+    image_data: Raw = Raw(b"null")
+    video_data: Raw = Raw(b"null")
+    audio_data: Raw = Raw(b"null")
 
 
 _Prompts: TypeAlias = str | list[_TokenId | str | list[_TokenId]] | None
@@ -70,86 +70,109 @@ _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
 _NULL: Final = Raw(b"null")
 
 
-def read_prompt(path: str, body: bytes | bytearray) -> Prompt:
-    """The prompt of a complete body sent to `path`, with or without a query."""
-    reader = _READERS.get(path) or _READERS.get(path.partition("?")[0])
+def decode_fields(path: str, body: bytes | bytearray) -> BodyFields | None:
+    """Decode the fields of `body` that its prompt, model and stream are read from.
+
+    None where a body sent to `path` has no known prompt, or where a field cannot be decoded.
+    Values are not checked, so this may accept a body that `prompt_of` rejects.
+    """
+    reader = _READERS.get(path)
     if reader is None:
-        return Prompt(why=UNSUPPORTED, body_bytes=len(body))
+        return None
     try:
-        return reader(body)
-    except UnmappableError as refused:
-        why = refused.why
+        fields: BodyFields = reader.decoder.decode(body)
     except _UNREADABLE:
-        why = MALFORMED
-    return Prompt(why=why, body_bytes=len(body))
+        return None
+    return fields
+
+
+def prompt_of(path: str, fields: BodyFields, body_bytes: int) -> Prompt:
+    """The prompt in the decoded fields of a body of `body_bytes` sent to `path`."""
+    try:
+        return _READERS[path].prompt(fields, body_bytes)
+    except UnmappableError as refused:
+        reason = refused.why
+    except _UNREADABLE:
+        reason = MALFORMED
+    return Prompt(why=reason, body_bytes=body_bytes)
+
+
+def read_prompt(path: str, body: bytes | bytearray) -> Prompt:
+    """The prompt in a complete body sent to `path`, with or without a query."""
+    path = path.partition("?")[0]
+    if path not in _READERS:
+        return Prompt(why=UNSUPPORTED, body_bytes=len(body))
+    fields = decode_fields(path, body)
+    if fields is None:
+        return Prompt(why=MALFORMED, body_bytes=len(body))
+    return prompt_of(path, fields, len(body))
 
 
 # -- one reader for each kind of body
 
-_chat_decoder: Final = msgspec.json.Decoder(ChatBody)
-_responses_decoder: Final = msgspec.json.Decoder(ResponsesBody)
-_anthropic_decoder: Final = msgspec.json.Decoder(AnthropicBody)
-_completion_decoder: Final = msgspec.json.Decoder(_CompletionFields)
-_embedding_decoder: Final = msgspec.json.Decoder(_EmbeddingFields)
-_generate_decoder: Final = msgspec.json.Decoder(_GenerateFields)
+
+class _Reader(NamedTuple):
+    """Decodes one kind of body, and builds the prompt from the decoded fields."""
+
+    decoder: msgspec.json.Decoder[Any]
+    prompt: Callable[[Any, int], Prompt]
 
 
-def _read_chat(body: bytes | bytearray) -> Prompt:
-    fields = _chat_decoder.decode(body)
+def _chat_prompt(fields: ChatBody, size: int) -> Prompt:
     if fields.input_ids != _NULL:
         ids = _ids_decoder.decode(fields.input_ids)
         if ids is not None:
-            return _prompt(fields, len(body), ids=_token_ids(ids))
-    return _prompt(fields, len(body), chat=openai_chat(fields))
+            return _prompt(fields, size, ids=_token_ids(ids))
+    return _prompt(fields, size, chat=openai_chat(fields))
 
 
-def _read_responses(body: bytes | bytearray) -> Prompt:
-    fields = _responses_decoder.decode(body)
-    return _prompt(fields, len(body), chat=responses_chat(fields))
+def _responses_prompt(fields: ResponsesBody, size: int) -> Prompt:
+    return _prompt(fields, size, chat=responses_chat(fields))
 
 
-def _read_anthropic(body: bytes | bytearray) -> Prompt:
-    fields = _anthropic_decoder.decode(body)
-    return _prompt(fields, len(body), chat=anthropic_chat(fields))
+def _anthropic_prompt(fields: AnthropicBody, size: int) -> Prompt:
+    return _prompt(fields, size, chat=anthropic_chat(fields))
 
 
-def _read_completion(body: bytes | bytearray) -> Prompt:
-    fields = _completion_decoder.decode(body)
+def _completion_prompt(fields: _CompletionFields, size: int) -> Prompt:
     # What becomes of a suffix depends on a template that only the engine has.
     if fields.suffix:
         raise UnmappableError(UNSUPPORTED)
-    return _one_of(fields, len(body), fields.prompt)
+    return _one_of(fields, size, fields.prompt)
 
 
-def _read_embedding(body: bytes | bytearray) -> Prompt:
-    fields = _embedding_decoder.decode(body)
-    return _one_of(fields, len(body), fields.input)
+def _embedding_prompt(fields: _EmbeddingFields, size: int) -> Prompt:
+    return _one_of(fields, size, fields.input)
 
 
-def _read_generate(body: bytes | bytearray) -> Prompt:
-    fields = _generate_decoder.decode(body)
-    if fields.image_data or fields.video_data or fields.audio_data:
+def _generate_prompt(fields: _GenerateFields, size: int) -> Prompt:
+    if any(map(_is_given, (fields.image_data, fields.video_data, fields.audio_data))):
         raise UnmappableError(MULTIMODAL)
-    if fields.input_embeds is not None:
+    if fields.input_embeds != _NULL:
         raise UnmappableError(UNSUPPORTED)
     if fields.input_ids == _NULL:
-        return _one_of(fields, len(body), fields.text)
+        return _one_of(fields, size, fields.text)
     if fields.text != _NULL:
         raise UnmappableError(MALFORMED)
-    return _one_of(fields, len(body), fields.input_ids)
+    return _one_of(fields, size, fields.input_ids)
 
 
-_READERS: Final[dict[str, Callable[[bytes | bytearray], Prompt]]] = {
-    "/v1/chat/completions": _read_chat,
-    "/v1/completions": _read_completion,
-    "/v1/embeddings": _read_embedding,
-    "/v1/responses": _read_responses,
-    "/v1/messages": _read_anthropic,
-    "/generate": _read_generate,
+_READERS: Final = {
+    "/v1/chat/completions": _Reader(msgspec.json.Decoder(ChatBody), _chat_prompt),
+    "/v1/completions": _Reader(msgspec.json.Decoder(_CompletionFields), _completion_prompt),
+    "/v1/embeddings": _Reader(msgspec.json.Decoder(_EmbeddingFields), _embedding_prompt),
+    "/v1/responses": _Reader(msgspec.json.Decoder(ResponsesBody), _responses_prompt),
+    "/v1/messages": _Reader(msgspec.json.Decoder(AnthropicBody), _anthropic_prompt),
+    "/generate": _Reader(msgspec.json.Decoder(_GenerateFields), _generate_prompt),
 }
 
 
 # -- what they share
+
+
+def _is_given(raw: Raw) -> bool:
+    """True for a value that the engine does not take for empty."""
+    return raw != _NULL and bool(msgspec.json.decode(raw))
 
 
 def _one_of(fields: BodyFields, size: int, raw: Raw) -> Prompt:

@@ -24,6 +24,7 @@ from extproc.routing.rank_chooser import RankChooser
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import Request, find_endpoint
 from extproc.routing.router import Router
+from extproc.tokenization.bodies.openai_chat import BodyFields
 from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.encoder import Encoded
 from extproc.workers.registry import WorkerRegistry
@@ -40,7 +41,7 @@ TEXT = "0123456789abcdefghij"
 class ByteEncoder:
     """A token is a byte of a completion's prompt."""
 
-    async def read(self, path: str, body: bytes | bytearray) -> Prompt:
+    async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
         return read_prompt(path, body)
 
     async def encode(self, prompt: Prompt) -> Encoded:

@@ -3,12 +3,22 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.errors import RouterError
-from extproc.routing.request import MODELS_PATH, Endpoint, Request, find_endpoint, parse_body
+from extproc.routing.request import (
+    MODELS_PATH,
+    ClientHeaders,
+    Endpoint,
+    Request,
+    find_endpoint,
+    parse_body,
+)
+from extproc.tokenization.bodies.openai_chat import ChatBody
+from extproc.tokenization.bodies.prompts import read_prompt
 
 POST_PATHS = [
     "/v1/chat/completions",
@@ -26,17 +36,42 @@ GENERATE = find_endpoint("POST", "/generate")
 DEEP = 100_000
 
 
+def no_headers() -> ClientHeaders:
+    return ClientHeaders("", ())
+
+
+def parse_twice(endpoint: Endpoint, body: bytes | bytearray) -> list[Request | RouterError]:
+    """The request without the fields of its prompt and with them, or the errors."""
+    results: list[Request | RouterError] = []
+    for limit in (0, len(body)):
+        try:
+            results.append(parse_body(endpoint, body, no_headers, prompt_max_bytes=limit))
+        except RouterError as error:
+            results.append(error)
+    return results
+
+
 def parse(body: Any, endpoint: Any = CHAT) -> Request:
-    return parse_body(endpoint, body if isinstance(body, bytes) else json.dumps(body).encode())
+    """The request, which is the same whether the prompt's fields are decoded or not."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    skipped, decoded = parse_twice(endpoint, raw)
+    assert isinstance(skipped, Request)
+    assert isinstance(decoded, Request)
+    assert msgspec.structs.replace(decoded, fields=None) == skipped
+    return skipped
 
 
 def refused(body: Any, endpoint: Any = CHAT) -> str:
-    """The message of the 400."""
-    with pytest.raises(RouterError) as caught:
-        parse(body, endpoint)
-    assert (caught.value.code, caught.value.status) == ("bad_request", 400)
-    assert caught.value.__cause__ is None
-    return caught.value.message
+    """The message of the 400, which is the same whether the prompt's fields are decoded or not."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    skipped, decoded = parse_twice(endpoint, raw)
+    assert isinstance(skipped, RouterError)
+    assert isinstance(decoded, RouterError)
+    for error in (skipped, decoded):
+        assert (error.code, error.status) == ("bad_request", 400)
+        assert error.__cause__ is None
+    assert skipped.message == decoded.message
+    return skipped.message
 
 
 # -- paths
@@ -101,7 +136,7 @@ def test_model_and_stream_are_read_on_every_path(path: str) -> None:
     endpoint = find_endpoint("POST", path)
     body = {"messages": [{"role": "user", "content": "hi"}], "model": "m", "stream": True}
     parsed = parse(body, endpoint)
-    assert parsed == Request(endpoint, "m", True, parsed.body)
+    assert parsed == Request(endpoint, "m", True, parsed.body, no_headers)
     assert json.loads(parsed.body) == body
 
 
@@ -143,7 +178,7 @@ def test_a_name_is_taken_as_it_is(model: str) -> None:
 
 def test_the_last_of_duplicate_keys_counts_as_in_the_engine() -> None:
     body = b'{"model": "a", "stream": true, "model": "b", "stream": false}'
-    assert parse(body) == Request(CHAT, "b", False, body)
+    assert parse(body) == Request(CHAT, "b", False, body, no_headers)
     assert json.loads(body)["model"] == "b"
 
 
@@ -189,8 +224,9 @@ def test_a_body_that_is_no_json_is_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize("body", [b"", bytearray()])
 def test_an_empty_body_is_refused(body: bytes) -> None:
-    with pytest.raises(RouterError, match="bad_request"):
-        parse_body(CHAT, body)
+    for error in parse_twice(CHAT, body):
+        assert isinstance(error, RouterError)
+        assert error.code == "bad_request"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +260,52 @@ def test_a_model_of_a_megabyte_is_still_a_name() -> None:
 
 def test_a_bytearray_is_as_good_as_bytes() -> None:
     body = bytearray('{"prompt": "größe", "model": "m"}'.encode())
-    assert parse_body(CHAT, body).model == "m"
+    for request in parse_twice(CHAT, body):
+        assert isinstance(request, Request)
+        assert request.model == "m"
+
+
+# -- the fields of the prompt
+
+BODY = b'{"model": "m", "messages": [{"role": "user", "content": "hi"}]}'
+
+
+def parse_with_limit(body: bytes, limit: int, path: str = "/v1/chat/completions") -> Request:
+    return parse_body(find_endpoint("POST", path), body, no_headers, prompt_max_bytes=limit)
+
+
+def test_the_prompt_is_decoded_with_the_model_up_to_the_limit() -> None:
+    fields = parse_with_limit(BODY, len(BODY)).fields
+    assert isinstance(fields, ChatBody)
+    assert fields.messages == [{"role": "user", "content": "hi"}]
+
+
+def test_the_prompt_of_a_body_over_the_limit_is_not_decoded() -> None:
+    for limit in (0, len(BODY) - 1):
+        request = parse_with_limit(BODY, limit)
+        assert (request.model, request.fields) == ("m", None)
+
+
+def test_the_decoded_fields_are_given_once_and_not_kept() -> None:
+    request = parse_with_limit(BODY, len(BODY))
+    assert request.take_fields() is not None
+    assert request.take_fields() is None
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v1/score", "/v1/classify"])
+def test_an_endpoint_without_a_known_prompt_is_parsed_without_its_fields(path: str) -> None:
+    request = parse_with_limit(BODY, len(BODY), path)
+    assert (request.model, request.fields) == ("m", None)
+
+
+@pytest.mark.parametrize(
+    "messages", [b'[{"content": 1e999}]', b"[-1e999]"], ids=["number", "negative-number"]
+)
+def test_a_prompt_that_cannot_be_decoded_is_routed_without_its_fields(messages: bytes) -> None:
+    body = b'{"messages": ' + messages + b', "model": "m", "stream": true}'
+    request = parse_with_limit(body, len(body))
+    assert (request.model, request.stream, request.fields) == ("m", True, None)
+    assert read_prompt(CHAT.path, body).why == "malformed"
 
 
 _SECRET = "s3cretprompt"
@@ -233,11 +314,14 @@ _JSONISH = st.text(alphabet='{}[]":,\\truefalsn0123456789.eE-+ \n' + "\u00e9\ud8
 
 def error_of(endpoint: Endpoint, body: bytes) -> RouterError | None:
     """Our error for the body, if any; another error is a test's failure."""
-    try:
-        request = parse_body(endpoint, body)
-    except RouterError as error:
-        return error
-    assert request.model is None or request.model
+    skipped, decoded = parse_twice(endpoint, body)
+    if isinstance(skipped, RouterError):
+        assert isinstance(decoded, RouterError)
+        assert (skipped.status, skipped.message) == (decoded.status, decoded.message)
+        return skipped
+    assert isinstance(decoded, Request)
+    assert decoded.model == skipped.model
+    assert skipped.model is None or skipped.model
     return None
 
 

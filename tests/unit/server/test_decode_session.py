@@ -127,6 +127,7 @@ def make_case(
         models_body=b"",
         only_model="m",
         debug_headers=True,
+        prompt_max_bytes=0,
         pick_decode=pick or pick_decode,
     )
     return Case(
@@ -276,6 +277,7 @@ def test_where_nothing_can_be_picked_it_is_503() -> None:
         models_body=b"",
         only_model=None,
         debug_headers=False,
+        prompt_max_bytes=0,
     )
     session = DecodeSession(plain)
     (raw,) = session.receive(headers().SerializeToString())
@@ -295,6 +297,7 @@ def test_another_model_header_is_read_where_it_is_configured() -> None:
             models_body=b"",
             only_model=None,
             debug_headers=False,
+            prompt_max_bytes=0,
             model_header="x-model",
             pick_decode=context.pick_decode,
         )

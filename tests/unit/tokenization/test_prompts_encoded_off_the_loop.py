@@ -151,7 +151,7 @@ async def test_large_bodies_are_read_and_rendered_in_threads(
     monkeypatch.setattr(encoder._templates, "render", noting)
     for content in ("short", _words(500)):
         body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
-        prompt = await encoder.read("/v1/chat/completions", body)
+        prompt = await encoder.read("/v1/chat/completions", body, None)
         encoded = await encoder.encode(prompt)
         assert encoded.ids is not None
         direct = await encoder.encode(_chat(content))
@@ -166,8 +166,8 @@ async def test_large_bodies_are_read_and_rendered_in_threads(
 
 async def test_odd_large_bodies(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path, inline_body_bytes=1000, max_body_bytes=2000)
-    assert (await encoder.read("/v1/completions", b"{" * 2000)).why == "malformed"
-    assert (await encoder.read("/v1/completions", b"{" * 2001)).why == "too_long"
+    assert (await encoder.read("/v1/completions", b"{" * 2000, None)).why == "malformed"
+    assert (await encoder.read("/v1/completions", b"{" * 2001, None)).why == "too_long"
 
 
 # -- a pool that is full
@@ -255,7 +255,7 @@ async def test_a_busy_encoder_says_so(tmp_path: Path, gate: _Gate) -> None:
     long = _words(100)
     assert await encoder.encode(_text(long)) == (None, "busy")
     assert await encoder.encode(_chat(_words(1000))) == (None, "busy")
-    assert (await encoder.read("/v1/completions", b" " * 6000)).why == "busy"
+    assert (await encoder.read("/v1/completions", b" " * 6000, None)).why == "busy"
     assert encoder.stats.rejected_busy == 2
     with pytest.raises(EncoderBusyError):
         await encoder.tokenize(long)

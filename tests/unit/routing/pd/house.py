@@ -25,8 +25,9 @@ from extproc.routing.pd.passes import DecodeQuery, Disaggregation, PdSettings
 from extproc.routing.placement import Placement
 from extproc.routing.rank_chooser import RankChooser
 from extproc.routing.ranks import Ranks
-from extproc.routing.request import ClientHeaders, Request, find_endpoint
+from extproc.routing.request import ClientHeaders, Request, find_endpoint, parse_body
 from extproc.routing.router import Router
+from extproc.tokenization.bodies.openai_chat import BodyFields
 from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.encoder import Encoded
 from extproc.worker_url import WorkerUrl
@@ -114,7 +115,7 @@ class FakeCaller:
 class ByteEncoder:
     """A token is a byte of a completion's prompt."""
 
-    async def read(self, path: str, body: bytes | bytearray) -> Prompt:
+    async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
         return read_prompt(path, body)
 
     async def encode(self, prompt: Prompt) -> Encoded:
@@ -238,7 +239,13 @@ class Fleet:
             return ClientHeaders(path, tuple(headers))
 
         endpoint = find_endpoint("POST", path)
-        return await self.router.route(Request(endpoint, "m", stream, body, forwarded))
+        request = Request(endpoint, "m", stream, body, forwarded)
+        if body:
+            # Most bodies of these tests have no `model`.
+            nameless = msgspec.structs.replace(endpoint, model_optional=True)
+            parsed = parse_body(nameless, body, forwarded, prompt_max_bytes=len(body))
+            request.prompts, request.fields = parsed.prompts, parsed.fields
+        return await self.router.route(request)
 
     async def refused(self, body: bytes = BODY, **request: Any) -> RouterError:
         with pytest.raises(RouterError) as caught:

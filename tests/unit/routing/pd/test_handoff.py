@@ -16,7 +16,7 @@ from extproc.routing.pd.handoff import (
     kv_decode_members,
     prompts_of_a_batch,
 )
-from extproc.routing.request import find_endpoint, parse_body
+from extproc.routing.request import ClientHeaders, find_endpoint, parse_body
 
 HOST = "10.0.0.1"
 
@@ -36,8 +36,17 @@ def members(
 
 
 def prompts_in(path: str, **body: Any) -> int | None:
-    request = parse_body(find_endpoint("POST", path), json.dumps({"model": "m"} | body).encode())
-    return prompts_of_a_batch(request)
+    raw, endpoint = json.dumps({"model": "m"} | body).encode(), find_endpoint("POST", path)
+    skipped, decoded = (
+        prompts_of_a_batch(parse_body(endpoint, raw, no_headers, prompt_max_bytes=limit))
+        for limit in (0, len(raw))
+    )
+    assert skipped == decoded
+    return skipped
+
+
+def no_headers() -> ClientHeaders:
+    return ClientHeaders("", ())
 
 
 # -- rooms
