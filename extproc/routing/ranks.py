@@ -98,7 +98,9 @@ class Ranks(WorkerObserver):
             rank.pages = self.indexer.follow(source, report_load)
         except (RuntimeError, ValueError) as error:
             # The worker can be routed to all the same, by its load.
-            _log.error("kv_events_not_followed", worker=worker, rank=dp_rank, error=str(error))
+            _log.error(
+                "kv_events_not_followed", worker=rank.worker.url, rank=dp_rank, error=str(error)
+            )
 
     async def left(self, worker: Worker) -> None:
         followed = []

@@ -5,7 +5,7 @@ The worker's own answer beats what discovery believed. Nothing here fails a regi
 worker that tells nothing is registered without a model and asked again later.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -21,7 +21,7 @@ from extproc.workers.engine_calls import (
 from extproc.workers.kv_announcement import read_kv_events
 from extproc.workers.worker import KvEvents, Role, WorkerSpec
 
-__all__ = ["Introspection", "apply_introspection", "introspect"]
+__all__ = ["Introspection", "IntrospectionWarning", "apply_introspection", "introspect"]
 
 _TIMEOUT_SECONDS = 2.0
 _FIRST_WAIT_SECONDS = 0.1
@@ -31,6 +31,9 @@ _MODELS_MAX = 32
 _NULL = msgspec.Raw(b"null")
 # What decoding an answer that is not as promised can raise.
 _NOT_DECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+IntrospectionWarning = Literal["no_bootstrap_port", "unknown_role"]
 
 
 class _ServerInfo(Struct):
@@ -62,7 +65,7 @@ class Introspection(Struct, frozen=True, kw_only=True):
     bootstrap_port: int | None = None
     kv_events: KvEvents | None = None
     kv_problem: str = ""
-    warning: str = ""
+    warning: IntrospectionWarning | None = None
     problem: str = ""
 
 
@@ -156,12 +159,12 @@ def _read(info: _ServerInfo) -> Introspection:
             return Introspection(
                 model_ids=model_ids,
                 role="prefill",
-                warning="a prefill worker without a bootstrap port",
+                warning="no_bootstrap_port",
             )
         case "decode":
             return Introspection(model_ids=model_ids, role="decode")
         case _:
-            return Introspection(model_ids=model_ids, warning="an unknown disaggregation_mode")
+            return Introspection(model_ids=model_ids, warning="unknown_role")
 
 
 def _with_kv_events(told: Introspection, info: _ServerInfo, url: WorkerUrl) -> Introspection:

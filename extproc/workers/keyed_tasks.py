@@ -1,4 +1,7 @@
-"""Tasks in lanes: those of one lane run one after the other, lanes run side by side."""
+"""Runs tasks by key: tasks of one key run one after the other, and keys run side by side.
+
+It is separate from the manager, whose keys are the ids of workers, to be tested alone.
+"""
 
 import asyncio
 from collections.abc import Coroutine
@@ -12,40 +15,40 @@ _log = structlog.get_logger()
 
 
 class KeyedTasks:
-    """Holds every task until it has ended, so that none is left behind."""
+    """Holds every task until it has ended, so that no task outlives `close`."""
 
     def __init__(self) -> None:
-        # The last task of each lane, and all that have not ended.
-        self._tails: dict[str, asyncio.Task[None]] = {}
+        # The last task of each key, and all tasks that have not ended.
+        self._last: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    def is_busy(self, lane: str) -> bool:
-        """Something runs or waits in the lane."""
-        return lane in self._tails
+    def is_busy(self, key: str) -> bool:
+        """True while a task of the key runs or waits."""
+        return key in self._last
 
-    def tails(self) -> list[asyncio.Task[None]]:
-        """The last task of every lane that is busy."""
-        return list(self._tails.values())
+    def last_tasks(self) -> list[asyncio.Task[None]]:
+        """The last task of every busy key."""
+        return list(self._last.values())
 
-    def start(self, lane: str, work: Coroutine[Any, Any, None]) -> None:
-        """Run the work after what was started before in the lane; nothing after `close`."""
+    def start(self, key: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run the work after the earlier tasks of the key; after `close` it is dropped."""
         if self._closed:
             work.close()
             return
-        task = asyncio.create_task(_after(self._tails.get(lane), work))
-        self._tails[lane] = task
+        task = asyncio.create_task(_run(key, self._last.get(key), work))
+        self._last[key] = task
         self._tasks.add(task)
 
         def forget(done: asyncio.Task[None]) -> None:
             self._tasks.discard(done)
-            if self._tails.get(lane) is done:
-                del self._tails[lane]
+            if self._last.get(key) is done:
+                del self._last[key]
 
         task.add_done_callback(forget)
 
     async def close(self) -> None:
-        """Cancel what has not ended, and wait for its end."""
+        """Cancel all tasks, and wait until they have ended."""
         self._closed = True
         tasks = list(self._tasks)
         for task in tasks:
@@ -53,13 +56,15 @@ class KeyedTasks:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _after(before: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]) -> None:
+async def _run(
+    key: str, before: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]
+) -> None:
     try:
         if before is not None:
             await asyncio.wait([before])
         await work
     except Exception:
-        # One worker's surprise must not stop the others from joining.
-        _log.exception("worker_event_failed")
+        # An unexpected error of one worker must not keep the others from joining.
+        _log.exception("worker_task_failed", worker_id=key)
     finally:
         work.close()

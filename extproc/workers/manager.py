@@ -119,7 +119,7 @@ class WorkerManager:
             case RoleChanged(worker_id, role):
                 self._tasks.start(worker_id, self._ask_again(worker_id, role))
             case Listed():
-                self._tasks.start("", self._finish_first_round(self._tasks.tails()))
+                self._tasks.start("", self._finish_first_round(self._tasks.last_tasks()))
 
     async def _finish_first_round(self, pending: list[asyncio.Task[None]]) -> None:
         if pending:

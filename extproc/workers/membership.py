@@ -129,7 +129,7 @@ class Membership:
 
     async def leave(self, worker_id: str) -> None:
         """Remove a worker, whether it was registered or refused."""
-        self._warnings.forget(worker_id)
+        self._warnings.left(worker_id)
         self._refused.pop(worker_id, None)
         await self._remove(worker_id)
 
@@ -147,7 +147,7 @@ class Membership:
             self.notify_changed()
 
     def _registered(self, worker: Worker) -> None:
-        self._warnings.joined(worker.id)
+        self._warnings.joined(worker.spec)
         for observer in self._observers:
             observer.joined(worker)
         if worker.model_ids:
@@ -162,7 +162,7 @@ class Membership:
 
     async def _refuse(self, spec: WorkerSpec, error: MixedRolesError) -> None:
         self._refused[spec.id] = spec
-        if self._warnings.refused(spec, str(error)):
+        if self._warnings.refused(spec, error):
             self._metrics.workers_refused.inc()
         await self._remove(spec.id)
 

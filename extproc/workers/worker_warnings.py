@@ -1,111 +1,154 @@
-"""What the operator should look at, once for each new reason.
+"""Warns of problems with workers, once for each new reason.
 
-Workers are asked again and again; one that stays dead must not fill the log.
+Workers are asked again and again. A worker that stays dead must not fill the log.
 """
 
 from collections.abc import Collection, Sequence
+from typing import Final, Literal
 
 import structlog
 
 from extproc.workers.introspection import Introspection
+from extproc.workers.registry import MixedRolesError
 from extproc.workers.worker import WorkerSpec
 
 __all__ = ["WorkerWarnings", "shown_models"]
 
 _log = structlog.get_logger()
 
-_SHOWN_CHARS = 200
+_SHOWN_CHARS: Final = 200
+
+_Subject = Literal["answer", "address", "kv_events", "kv_answer", "role"]
+_Reason = Literal[
+    "model_not_configured",
+    "no_address",
+    "no_bootstrap_port",
+    "no_model_name",
+    "several_addresses",
+    "unknown_role",
+]
+_FIXES: Final[dict[_Reason, str]] = {
+    "model_not_configured": "add a model with this id to models, or rename the served model",
+    "no_address": "check the host name in the worker's URL",
+    "no_bootstrap_port": "set disaggregation_bootstrap_port of the engine",
+    "no_model_name": "set served_model_name of the engine",
+    "several_addresses": "give each engine its own URL, since only the first address is used",
+    "unknown_role": "set disaggregation_mode of the engine to null, prefill or decode",
+}
 
 
 class WorkerWarnings:
-    """The warnings about workers; `models` are the configured ones."""
+    """The warnings about workers; `models` are the ids of the configured ones."""
 
     def __init__(self, models: Collection[str]) -> None:
         self._models = models
-        # What was last warned about, by worker and subject.
-        self._warned: dict[tuple[str, str], str] = {}
+        # The last warning about each subject of a worker.
+        self._warned: dict[tuple[str, _Subject], str] = {}
 
     def answer(self, spec: WorkerSpec, told: Introspection) -> None:
         """A worker that is about to join, or could not so far, has answered or failed to."""
-        if reason := self._unusable(spec, told):
-            self._warn(spec, "answer", reason)
+        models = told.model_ids or spec.model_ids
+        if told.problem:
+            if self._is_news(spec, "answer", told.problem):
+                _log.warning("worker_not_answering", worker=str(spec.url), error=told.problem)
+        elif not models:
+            self._not_usable(spec, "answer", "no_model_name")
+        elif not any(model in self._models for model in models):
+            self._not_usable(spec, "answer", "model_not_configured", shown_models(models))
+        elif told.warning is not None:
+            self._misconfigured(spec, "answer", told.warning)
         else:
-            self._warned.pop((spec.id, "answer"), None)
+            self._forget(spec, "answer")
         self._kv_answer(spec, told)
 
     def later_answer(self, spec: WorkerSpec, told: Introspection) -> None:
-        """The same for a worker that has a model: it serves on when it does not answer.
+        """The same for a worker that has a model: it continues to serve without an answer.
 
-        That is told once until it answers again, whatever it fails with in the meantime.
+        One warning is logged until it answers again, even if the error changes meanwhile.
         """
         if not told.problem:
             self.answer(spec, told)
         elif (spec.id, "answer") not in self._warned:
             self._warned[spec.id, "answer"] = told.problem
-            _log.warning("worker_not_answering", worker=str(spec.url), reason=told.problem)
+            _log.warning("worker_not_answering", worker=str(spec.url), error=told.problem)
 
     def addresses(self, spec: WorkerSpec, addresses: Sequence[str]) -> None:
         """The worker's host name was resolved."""
         if not addresses:
-            self._warn(spec, "address", "the host name has no address")
+            self._not_usable(spec, "address", "no_address")
         elif len(addresses) > 1:
-            self._warn(
-                spec, "address", "the host name has several addresses, the first one is used"
-            )
+            self._misconfigured(spec, "address", "several_addresses")
         else:
-            self._warned.pop((spec.id, "address"), None)
+            self._forget(spec, "address")
 
     def no_kv_events(self, spec: WorkerSpec, model: str) -> None:
-        """Nobody says where the worker publishes, though the model's policy wants to know."""
-        if self._is_news(spec.id, "kv_events", model):
-            _log.warning("kv_events_missing", worker=str(spec.url), model=model)
+        """The model's policy needs KV events, and nothing says where the worker publishes them."""
+        if self._is_news(spec, "kv_events", model):
+            _log.warning(
+                "kv_events_missing",
+                worker=str(spec.url),
+                model=model,
+                fix="let the engine publish KV events, or configure kv_events of the model",
+            )
 
-    def refused(self, spec: WorkerSpec, reason: str) -> bool:
-        """The worker can not join; True when that is news."""
-        if not self._is_news(spec.id, "role", reason):
+    def refused(self, spec: WorkerSpec, error: MixedRolesError) -> bool:
+        """The worker cannot join; returns True if that is news."""
+        if not self._is_news(spec, "role", str(error)):
             return False
-        _log.error("worker_refused", worker=str(spec.url), role=spec.role, reason=reason)
+        _log.error(
+            "worker_refused",
+            worker=str(spec.url),
+            model=error.model,
+            role=spec.role,
+            error=str(error),
+        )
         return True
 
-    def joined(self, worker_id: str) -> None:
-        """Another refusal would be news."""
-        self._warned.pop((worker_id, "role"), None)
+    def joined(self, spec: WorkerSpec) -> None:
+        """The worker was registered: another refusal will be news."""
+        self._forget(spec, "role")
 
-    def forget(self, worker_id: str) -> None:
-        """The worker has left."""
+    def left(self, worker_id: str) -> None:
+        """Discovery has removed the worker: everything about it will be news."""
         for key in [key for key in self._warned if key[0] == worker_id]:
             del self._warned[key]
 
-    def _unusable(self, spec: WorkerSpec, told: Introspection) -> str:
-        """Why the worker can not be used as it answered; empty when it can."""
-        models = told.model_ids or spec.model_ids
-        if told.problem:
-            return told.problem
-        if not models:
-            return "the worker told no served_model_name"
-        if not any(model in self._models for model in models):
-            return f"none of its models is configured: {shown_models(models)}"
-        return told.warning
-
     def _kv_answer(self, spec: WorkerSpec, told: Introspection) -> None:
         if told.kv_problem:
-            if self._is_news(spec.id, "kv_answer", told.kv_problem):
-                _log.warning("kv_events_not_usable", worker=str(spec.url), reason=told.kv_problem)
+            if self._is_news(spec, "kv_answer", told.kv_problem):
+                _log.warning("kv_events_not_usable", worker=str(spec.url), error=told.kv_problem)
         elif not told.problem:
-            self._warned.pop((spec.id, "kv_answer"), None)
+            self._forget(spec, "kv_answer")
 
-    def _warn(self, spec: WorkerSpec, subject: str, reason: str) -> None:
-        if self._is_news(spec.id, subject, reason):
-            _log.warning("worker_not_usable", worker=str(spec.url), reason=reason)
+    def _not_usable(
+        self, spec: WorkerSpec, subject: _Subject, reason: _Reason, models: str = ""
+    ) -> None:
+        if self._is_news(spec, subject, f"{reason} {models}"):
+            _log.warning(
+                "worker_not_usable",
+                worker=str(spec.url),
+                reason=reason,
+                models=models or shown_models(spec.model_ids),
+                fix=_FIXES[reason],
+            )
 
-    def _is_news(self, worker_id: str, subject: str, reason: str) -> bool:
-        if self._warned.get((worker_id, subject)) == reason:
+    def _misconfigured(self, spec: WorkerSpec, subject: _Subject, reason: _Reason) -> None:
+        if self._is_news(spec, subject, reason):
+            _log.warning(
+                "worker_misconfigured", worker=str(spec.url), reason=reason, fix=_FIXES[reason]
+            )
+
+    def _is_news(self, spec: WorkerSpec, subject: _Subject, text: str) -> bool:
+        if self._warned.get((spec.id, subject)) == text:
             return False
-        self._warned[worker_id, subject] = reason
+        self._warned[spec.id, subject] = text
         return True
+
+    def _forget(self, spec: WorkerSpec, subject: _Subject) -> None:
+        self._warned.pop((spec.id, subject), None)
 
 
 def shown_models(models: Sequence[str]) -> str:
-    """Names for the log, not longer than an operator reads."""
+    """Model ids for the log, cut to a length that an operator can read."""
     text = ",".join(models)
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

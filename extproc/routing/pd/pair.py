@@ -115,7 +115,7 @@ class PrefillLeg:
             request_id=self._request_id,
             model=self.model,
             worker=self.worker.url,
-            cause=cause,
+            reason=cause,
         )
         self._books.metrics.pd.prefill_failures(self.model, cause).inc()
         self._books.failed(self.worker, self.model, self._books.clock.monotonic())

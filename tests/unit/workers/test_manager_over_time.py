@@ -12,7 +12,13 @@ from .house import DNS_TTL_SECONDS, NAMED, RETRY_SECONDS, A, B, Gate, House, run
 
 
 def warnings(logs: list[EventDict]) -> list[str]:
-    return [str(line["reason"]) for line in logs if line["event"] == "worker_not_usable"]
+    """What the log says about workers that do not answer, or need a change."""
+    events = ("worker_not_answering", "worker_not_usable", "worker_misconfigured")
+    return [
+        f"{line.get('error', line.get('reason'))} {line.get('models', '')}"
+        for line in logs
+        if line["event"] in events
+    ]
 
 
 async def test_a_dead_worker_is_registered_without_a_model() -> None:
