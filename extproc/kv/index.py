@@ -128,13 +128,9 @@ class PrefixIndex:
         if block_size < 1 or len(tokens) != len(ids) * block_size or not pages.bit:
             self.counts.mismatched += len(ids)
             return
-        start, end, parent_slot = seed, 0, _NO_PARENT
-        known = parent is None
-        if parent is not None:
-            found = pages.find(parent & _KEY)
-            if found is not None:
-                known = True
-                start, end, parent_slot = pages.sums[found], pages.ends[found], found
+        start, end, parent_slot, known = seed, 0, _NO_PARENT, parent is None
+        if parent is not None and (found := pages.find(parent & _KEY)) is not None:
+            start, end, parent_slot, known = pages.sums[found], pages.ends[found], found, True
         if pages.bigram and len(tokens):
             if parent is None:
                 start, end = self.hasher.extend(seed, 0, tokens[:1] & _FIRST_TOKEN), 1

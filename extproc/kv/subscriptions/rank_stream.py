@@ -9,21 +9,16 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any, Final
 
 import structlog
 import zmq
-from msgspec import Struct
 
-from extproc.clock import Clock
 from extproc.kv.actions import Action, Apply, CancelReplay, Clear, RequestReplay, Trust
-from extproc.kv.reorder_buffer import ReorderLimits
 from extproc.kv.sequence import RankSequence
+from extproc.kv.subscriptions.connection import LIVE_QUEUE_MESSAGES, Connection, Shared
 from extproc.kv.subscriptions.sockets import (
-    RECONNECT_MAX_SECONDS,
-    RECONNECT_MIN_SECONDS,
-    Channel,
-    Context,
     Replay,
     ReplayEnd,
     parse_live,
@@ -32,46 +27,33 @@ from extproc.kv.subscriptions.sockets import (
 from extproc.kv.subscriptions.subscription import (
     Applier,
     EventEndpoint,
-    SubscriberSettings,
     SubscriptionState,
 )
 
-__all__ = ["RankStream", "Shared"]
+__all__ = ["RankStream"]
 
 _log = structlog.get_logger()
 
-_LIVE_QUEUE_MESSAGES: Final = 1000
-_LOAD_QUEUE_MESSAGES: Final = 64
 # So many batches in a row without a pause mean that the queue was full, and perhaps that of the
 # publisher too.
-_PILED_UP_MESSAGES: Final = _LIVE_QUEUE_MESSAGES // 2
+_PILED_UP_MESSAGES: Final = LIVE_QUEUE_MESSAGES // 2
 # After the last of them, before it is asked whether there were more.
 _CATCH_UP_SECONDS: Final = 0.3
 _CLEAR_LOG_SECONDS: Final = 10.0
 _ERROR_LOG_SECONDS: Final = 30.0
 
 
-class Shared(Struct):
-    """What all streams have in common; `wake` is called when one has something to do."""
-
-    clock: Clock
-    settings: SubscriberSettings
-    limits: ReorderLimits
-    context: Context
-    # Of replays under way.
-    slots: asyncio.Semaphore
-    # Ranks that may have sockets, and replays that may.
-    ranks: asyncio.Semaphore
-    replays: asyncio.Semaphore
-    # One socket is opened at a time, each in a turn of its own.
-    opening: asyncio.Lock
-    wake: Callable[["RankStream"], None]
-
-
 class RankStream:
     """One rank: feeds what its sockets bring to its sequence, and does what that says."""
 
-    def __init__(self, shared: Shared, endpoint: EventEndpoint, applier: Applier) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        endpoint: EventEndpoint,
+        applier: Applier,
+        wake: Callable[["RankStream"], None],
+    ) -> None:
+        """`wake` is called when there is something to do: `work` should be called then."""
         pages = applier.pages
         self.log = _log.bind(worker=pages.worker, rank=pages.dp_rank)
         self.state = SubscriptionState()
@@ -92,11 +74,10 @@ class RankStream:
         # Until then, batches that can not be used are not asked for again.
         self._ask_again_at = 0.0
         self._log_clear_at = 0.0
-        self._live: Channel | None = None
-        self._load: Channel | None = None
+        self._wake = partial(wake, self)
+        self._connection = Connection(shared, endpoint, self._wake, self.log)
         self._replay: Replay | None = None
         self._replaying: asyncio.Task[None] | None = None
-        self._live_ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._without_pause = 0
         self._log_error_at = -math.inf
@@ -104,7 +85,7 @@ class RankStream:
         self._closed = False
 
     def start(self) -> None:
-        self._spawn(self._keep_connected())
+        self._spawn(self._connection.keep())
 
     async def close(self) -> None:
         """Before the first await all is closed: no socket is read and no action done."""
@@ -113,10 +94,7 @@ class RankStream:
         self._actions.clear()
         self._applying = None
         self.state.connected = False
-        for channel in (self._live, self._load):
-            if channel is not None:
-                channel.close()
-        self._live = self._load = None
+        self._connection.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -136,74 +114,13 @@ class RankStream:
                 return True
         return False
 
-    async def _keep_connected(self) -> None:
-        """A socket for each connection in turn; libzmq itself retries only to make the first.
-
-        The wait grows with connections that do not last, such as those that break off at a
-        message of forbidden size.
-        """
-        if self._shared.ranks.locked():
-            self.log.error(
-                "kv_descriptors_short",
-                fix="this rank waits for another to leave: raise the limit of open files",
-            )
-        async with self._shared.ranks:
-            await self._connect_again_and_again()
-
-    async def _connect_again_and_again(self) -> None:
-        delay = RECONNECT_MIN_SECONDS
-        while True:
-            opened_at = self._clock.monotonic()
-            self._live_ended.clear()
-            try:
-                async with self._shared.opening:
-                    self._open()
-                    await asyncio.sleep(0)
-                await self._live_ended.wait()
-            except zmq.ZMQError as error:
-                if delay == RECONNECT_MIN_SECONDS:
-                    self.log.error("kv_socket_failed", error=str(error))
-            if self._clock.monotonic() - opened_at > 2 * RECONNECT_MAX_SECONDS:
-                delay = RECONNECT_MIN_SECONDS
-            await self._clock.sleep(delay)
-            delay = min(2 * delay, RECONNECT_MAX_SECONDS)
-
-    def _open(self) -> None:
-        endpoint, context = self._endpoint, self._shared.context
-        if endpoint.load_port is not None and self._load is None:
-            self._load = Channel(
-                context,
-                endpoint.address(endpoint.load_port),
-                self._wake,
-                topic=self._load_topic,
-                queue_messages=_LOAD_QUEUE_MESSAGES,
-                watched=False,
-            )
-        self._live = Channel(
-            context,
-            endpoint.address(endpoint.port),
-            self._wake,
-            topic=self._topic,
-            queue_messages=_LIVE_QUEUE_MESSAGES,
-        )
-
-    def _wake(self) -> None:
-        self._shared.wake(self)
-
     def _see_connection(self) -> None:
-        """Asked before each round of reads, much more often than libzmq can reconnect."""
-        live = self._live
-        if live is None:
-            return
-        live.refresh()
-        if live.lost.is_set():
-            live.close()
-            self._live = None
+        connected = self._connection.refresh()
+        if connected:
+            self._be_connected()
+        elif connected is False:
             self.state.connected = False
             self._feed(self._sequence.disconnected())
-            self._live_ended.set()
-        elif live.connected.is_set():
-            self._be_connected()
 
     def _be_connected(self) -> None:
         if not self.state.connected:
@@ -211,7 +128,7 @@ class RankStream:
             self._feed(self._sequence.connected())
 
     def _read_live(self) -> bool:
-        frames = self._live.receive() if self._live is not None and self._live.readable else None
+        frames = self._connection.receive_live()
         if frames is None:
             if self._without_pause >= _PILED_UP_MESSAGES:
                 self._spawn(self._check_caught_up(self.state.batches))
@@ -259,10 +176,7 @@ class RankStream:
     def _read_load(self) -> None:
         """Take all there is and tell the last: under a flood of events, too."""
         newest = None
-        for _ in range(_LOAD_QUEUE_MESSAGES):
-            frames = self._load.receive() if self._load and self._load.readable else None
-            if frames is None:
-                break
+        for frames in self._connection.receive_loads():
             try:
                 newest = (frames and parse_live(frames, self._load_topic)) or newest
             except ValueError:

@@ -15,8 +15,9 @@ import zmq
 
 from extproc.clock import Clock
 from extproc.kv.reorder_buffer import ReorderLimits
+from extproc.kv.subscriptions.connection import Shared
 from extproc.kv.subscriptions.fd_budget import FdBudget, raise_descriptor_limit
-from extproc.kv.subscriptions.rank_stream import RankStream, Shared
+from extproc.kv.subscriptions.rank_stream import RankStream
 from extproc.kv.subscriptions.sockets import Context
 from extproc.kv.subscriptions.subscription import (
     Applier,
@@ -57,7 +58,6 @@ class KvSubscriber:
             ranks=asyncio.Semaphore(share.ranks),
             replays=asyncio.Semaphore(share.replays),
             opening=asyncio.Lock(),
-            wake=self._wake,
         )
         self._streams: dict[Applier, RankStream] = {}
         self._states: dict[Applier, SubscriptionState] = {}
@@ -81,7 +81,7 @@ class KvSubscriber:
             raise ValueError(f"already subscribed: {applier.pages}")
         if self._reader is None:
             self._reader = asyncio.create_task(self._read())
-        stream = RankStream(self._shared, endpoint, applier)
+        stream = RankStream(self._shared, endpoint, applier, self._wake)
         self._streams[applier] = stream
         self._states[applier] = stream.state
         stream.start()
