@@ -27,7 +27,7 @@ from extproc.kv.index import PrefixIndex
 from extproc.kv.indexer import KvIndexer, RankSource
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
 from extproc.kv.rank_pages import RankPages
-from extproc.kv.subscriptions.subscription import EventEndpoint
+from extproc.kv.subscriptions.subscription import EventEndpoint, SubscriberSettings
 
 _VOCABULARY: Final = 150_000
 _PROMPT_TOKENS: Final = 8192
@@ -157,7 +157,7 @@ async def flooded(shape: int, rounds: int, seconds: float) -> None:
     publisher = context.Process(target=publish, args=(other, shape, seconds), daemon=True)
     publisher.start()
     port = await asyncio.to_thread(pipe.recv)
-    indexer = KvIndexer(SystemClock(), max_pages=100_000_000)
+    indexer = KvIndexer(SystemClock(), max_pages=100_000_000, settings=SubscriberSettings())
     running = asyncio.create_task(indexer.run())
     random = np.random.default_rng(1)
     prompts = [random.integers(0, _VOCABULARY, _PROMPT_TOKENS).astype(np.uint64) for _ in range(16)]

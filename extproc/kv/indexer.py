@@ -106,11 +106,10 @@ class KvIndexer:
         clock: Clock,
         *,
         max_pages: int,
-        hasher: PrefixHasher | None = None,
-        settings: SubscriberSettings | None = None,
+        settings: SubscriberSettings,
     ) -> None:
         """`max_pages` bounds the (page, rank) pairs kept; about 250 bytes each."""
-        hasher = hasher or PrefixHasher()
+        hasher = PrefixHasher()
         self.index = PrefixIndex(hasher, max_pages)
         self._clock = clock
         self._subscriber = KvSubscriber(clock, settings)

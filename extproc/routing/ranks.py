@@ -31,9 +31,7 @@ class Ranks(WorkerObserver):
     `max_pages` and `settings` as in KvIndexer.
     """
 
-    def __init__(
-        self, clock: Clock, *, max_pages: int, settings: SubscriberSettings | None = None
-    ) -> None:
+    def __init__(self, clock: Clock, *, max_pages: int, settings: SubscriberSettings) -> None:
         self._clock = clock
         self._placements: dict[str, Placement] = {}
         self._of_worker: dict[Worker, tuple[Rank, ...]] = {}

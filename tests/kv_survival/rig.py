@@ -26,6 +26,9 @@ _TOKENS = [
 ]
 
 
+DEFAULTS = SubscriberSettings()
+
+
 class Truth(Struct):
     """What the engine holds: pages of each prompt, and in all."""
 
@@ -153,7 +156,7 @@ async def watching(
     engine: EngineProcess,
     *,
     replay: bool = True,
-    settings: SubscriberSettings | None = None,
+    settings: SubscriberSettings = DEFAULTS,
 ) -> AsyncIterator[Watched]:
     indexer = KvIndexer(SystemClock(), max_pages=1_000_000, settings=settings)
     sweeping = asyncio.create_task(indexer.run())

@@ -39,8 +39,7 @@ class KvSubscriber:
     Raises the process's limit of open files as far as that is allowed.
     """
 
-    def __init__(self, clock: Clock, settings: SubscriberSettings | None = None) -> None:
-        settings = settings or SubscriberSettings()
+    def __init__(self, clock: Clock, settings: SubscriberSettings) -> None:
         self._clock = clock
         self._context: Context = zmq.Context(io_threads=2)
         self._context.set(zmq.MAX_SOCKETS, _SOCKETS_MAX)

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
 from extproc.config.models import ModelConfig
+from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.policies.factory import create_kv_policy
 from extproc.routing.placement import Placement
 from extproc.routing.ranks import Ranks
@@ -25,7 +26,7 @@ URL = "http://10.0.0.1:8000"
 @pytest.fixture
 async def ranks() -> AsyncIterator[Ranks]:
     """A book with one worker of two ranks; nobody listens at their ports."""
-    book = Ranks(FakeClock(), max_pages=10_000)
+    book = Ranks(FakeClock(), max_pages=10_000, settings=SubscriberSettings())
     model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
     book.serve("m", Placement(create_kv_policy(model, Random(0)), book.indexer.index))
     events = KvEvents(host="127.0.0.1", port=1, block_size=4, dp_size=2)

@@ -14,7 +14,7 @@ from extproc.kv.index import PrefixIndex
 from extproc.kv.indexer import KvIndexer, RankSource
 from extproc.kv.prefix_hash import PrefixHasher
 from extproc.kv.rank_pages import RankPages
-from extproc.kv.subscriptions.subscription import EventEndpoint
+from extproc.kv.subscriptions.subscription import EventEndpoint, SubscriberSettings
 from tests.unit.kv.publisher import Publisher
 from tests.unit.kv.subscriptions.test_subscriber import until
 
@@ -41,7 +41,7 @@ class Followers:
 
     def __init__(self) -> None:
         self.loads: list[LoadStat] = []
-        self.indexer = KvIndexer(SystemClock(), max_pages=100_000)
+        self.indexer = KvIndexer(SystemClock(), max_pages=100_000, settings=SubscriberSettings())
 
     def follow(
         self, engine: Publisher, load: Publisher | None = None, *, dp_rank: int = 0

@@ -15,6 +15,7 @@ from extproc.config.models import ModelConfig, PolicyName
 from extproc.config.schema import LoadConfig
 from extproc.errors import RouterError
 from extproc.kv.prefix_hash import TokenIds
+from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy
 from extproc.routing.lease import Lease, WorkerOutcomes
@@ -111,7 +112,7 @@ async def make_fleet(
 ) -> Fleet:
     clock, random, prometheus = FakeClock(), Random(0), CollectorRegistry()
     metrics, registry = Metrics(prometheus), WorkerRegistry()
-    ranks = Ranks(clock, max_pages=10_000)
+    ranks = Ranks(clock, max_pages=10_000, settings=SubscriberSettings())
     model = ModelConfig(id="m", policy=policy, tokenizer_path="-")
     placement = Placement(create_kv_policy(model, random), ranks.indexer.index)
     ranks.serve("m", placement)

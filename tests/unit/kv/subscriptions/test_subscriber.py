@@ -21,6 +21,7 @@ from extproc.kv.subscriptions.subscription import (
 )
 from tests.unit.kv.publisher import Publisher
 
+_DEFAULTS = SubscriberSettings()
 _SOON = SubscriberSettings(replay_timeout_seconds=0.3, replay_cool_down_seconds=60)
 
 
@@ -60,7 +61,7 @@ class RecordingApplier:
 
 
 @contextlib.asynccontextmanager
-async def subscriber(settings: SubscriberSettings | None = None) -> AsyncIterator[KvSubscriber]:
+async def subscriber(settings: SubscriberSettings = _DEFAULTS) -> AsyncIterator[KvSubscriber]:
     made = KvSubscriber(SystemClock(), settings)
     try:
         yield made
@@ -546,7 +547,7 @@ async def test_an_ipv6_host() -> None:
 async def test_closing_leaves_no_task_and_no_socket() -> None:
     async with Publisher() as engine:
         before = len(asyncio.all_tasks())
-        made = KvSubscriber(SystemClock())
+        made = KvSubscriber(SystemClock(), _DEFAULTS)
         await follow(made, engine)
         await made.close()
         await made.close()

@@ -16,6 +16,7 @@ from extproc.config.models import ModelConfig
 from extproc.config.schema import LoadConfig
 from extproc.errors import RouterError
 from extproc.kv.events import LoadStat
+from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
 from extproc.routing.lease import Lease, WorkerOutcomes
@@ -170,7 +171,7 @@ class Fleet:
         self.prometheus = CollectorRegistry()
         self.metrics = Metrics(self.prometheus)
         self.registry = WorkerRegistry()
-        self.ranks = Ranks(self.clock, max_pages=10_000)
+        self.ranks = Ranks(self.clock, max_pages=10_000, settings=SubscriberSettings())
         model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
         placement = Placement(create_kv_policy(model, random), self.ranks.indexer.index)
         self.ranks.serve("m", placement)
