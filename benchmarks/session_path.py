@@ -14,25 +14,18 @@ import json
 import pstats
 import time
 from itertools import cycle, islice
-from random import Random
-
-from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.clock import SystemClock
+from extproc.build import build_kv, build_router, build_shared
 from extproc.config.envoy import EnvoyConfig
-from extproc.config.schema import LoadConfig
-from extproc.metrics.service import Metrics
-from extproc.policies.factory import create_policy
-from extproc.routing.lease import WorkerOutcomes
+from extproc.config.loading import parse_config
 from extproc.routing.router import Router
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
 from extproc.server.session import Session, SessionContext
 from extproc.worker_url import parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
-from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import Tickets
+from extproc.workers.prefill_client import AiohttpPrefillClient
 from extproc.workers.worker import Worker, WorkerSpec
 
 _MODEL = "benchmark-model"
@@ -72,30 +65,29 @@ def _header_map(headers: dict[str, str]) -> pb.HeaderMap:
 
 def build(workers: int) -> tuple[SessionContext, Router]:
     """A router over that many workers, and what sessions share."""
-    clock = SystemClock()
-    metrics = Metrics(CollectorRegistry())
-    registry = WorkerRegistry()
-    for order in range(workers):
-        url = parse_worker_url(f"http://10.0.0.{order + 1}:8000")
+    urls = [f"http://10.0.0.{order + 1}:8000" for order in range(workers)]
+    config = parse_config(
+        {
+            "models": [{"id": _MODEL, "policy": "round_robin"}],
+            "discovery": {"backend": "static_urls", "static_urls": {"urls": urls}},
+        }
+    )
+    shared = build_shared(config)
+    for order, text in enumerate(urls):
+        url = parse_worker_url(text)
         worker = Worker(
-            WorkerSpec(id=str(url), url=url, model_ids=(_MODEL,)),
+            WorkerSpec(id=text, url=url, model_ids=(_MODEL,)),
             order=order,
             breaker=CircuitBreaker(3, 30.0),
             address=f"{url.host}:{url.port}",
         )
-        registry.upsert(worker)
-    random = Random(1)
-    router = Router(
-        policies={_MODEL: create_policy("round_robin", random)},
-        active_load=Tickets(clock, 600.0, metrics.stale_requests),
-        books=WorkerOutcomes(clock, registry, metrics, LoadConfig()),
-        random=random,
-        request_timeout_seconds=300.0,
-        destinations_max=3,
-    )
+        shared.registry.upsert(worker)
+    kv = build_kv(config, shared)
+    client = AiohttpPrefillClient(None)
+    routing = build_router(config, shared, kv, {}, client, lambda worker: None)
     context = SessionContext(
         builder=ReplyBuilder(EnvoyConfig(), None),
-        metrics=metrics,
+        metrics=shared.metrics,
         heads=RequestHeadTable(),
         responses=ResponseTable(),
         max_body_bytes=1 << 25,
@@ -104,7 +96,7 @@ def build(workers: int) -> tuple[SessionContext, Router]:
         debug_headers=False,
         prompt_max_bytes=0,
     )
-    return context, router
+    return context, routing.router
 
 
 async def run(

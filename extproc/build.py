@@ -24,9 +24,19 @@ from extproc.errors import ConfigError
 from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
-from extproc.routing.lease import WorkerOutcomes
+from extproc.routing.chooser import Chooser, WorkerChooser
+from extproc.routing.claim import Claims, WorkerRanks
+from extproc.routing.dispatch import Dispatch
+from extproc.routing.lease import LeaseParts
 from extproc.routing.local_endpoints import LocalEndpoints
-from extproc.routing.pd.passes import Disaggregation, PdSettings
+from extproc.routing.outcomes import WorkerOutcomes
+from extproc.routing.pd.decode_chooser import DecodeChooser
+from extproc.routing.pd.decode_lease import DecodeLeases
+from extproc.routing.pd.pair import Pairs
+from extproc.routing.pd.passes import Disaggregation
+from extproc.routing.pd.prefill_leg import LegParts
+from extproc.routing.pd.prefill_sender import PrefillSender
+from extproc.routing.pd.settings import PdSettings
 from extproc.routing.placement import Placement
 from extproc.routing.rank_chooser import Encoder, RankChooser
 from extproc.routing.ranks import Ranks
@@ -51,8 +61,10 @@ from extproc.workers.worker import Worker
 __all__ = [
     "Kv",
     "Routing",
+    "RoutingSettings",
     "Shared",
     "api_key_of",
+    "assemble_routing",
     "build_kv",
     "build_manager",
     "build_router",
@@ -89,7 +101,30 @@ class Routing(Struct, frozen=True, kw_only=True):
 
     router: Router
     pd: Disaggregation
-    outcomes: WorkerOutcomes
+    claims: Claims
+    lease_parts: LeaseParts
+    leg_parts: LegParts
+
+
+class RoutingSettings(Struct, frozen=True, kw_only=True):
+    """The part of the configuration that routing needs."""
+
+    request_timeout_seconds: float
+    destinations_max: int
+    estimated_stream_seconds: float | None
+    pd: PdSettings
+
+    @classmethod
+    def of(cls, config: Config) -> "RoutingSettings":
+        load = config.load
+        return cls(
+            request_timeout_seconds=config.proxy.request_timeout_secs,
+            destinations_max=config.destinations_max,
+            estimated_stream_seconds=(
+                load.estimated_stream_secs if load.release == "estimate" else None
+            ),
+            pd=PdSettings.of(config, _forwarded_authorization(config)),
+        )
 
 
 def build_shared(
@@ -170,50 +205,86 @@ def build_router(
     """The router with both PD passes.
 
     `encoders` are by model id and hold every model with a placement. `recheck` is called with a
-    worker whose answer may mean that its role has changed.
+    worker whose answer may mean that it has another role now.
     """
-    metrics = shared.metrics
     for model in config.models:
         # Alerts on a rate need the series to be there before the first event.
-        metrics.missed(model.id)
-        metrics.fallbacks(model.id)
-    outcomes = WorkerOutcomes(shared.clock, shared.registry, metrics, config.load)
-    pd = Disaggregation(
-        PdSettings.of(config, _forwarded_authorization(config)),
-        outcomes,
-        shared.tickets,
-        prefill_client,
-        shared.registry,
+        shared.metrics.missed(model.id)
+        shared.metrics.fallbacks(model.id)
+    return assemble_routing(
+        RoutingSettings.of(config),
+        shared,
         kv.ranks,
-        shared.random,
-        recheck=recheck,
-    )
-    router = Router(
-        policies={
-            model.id: None
-            if model.id in kv.placements
-            else create_policy(model.policy, shared.random)
-            for model in config.models
-        },
-        active_load=shared.tickets,
-        books=outcomes,
-        random=shared.random,
-        request_timeout_seconds=config.proxy.request_timeout_secs,
-        destinations_max=config.destinations_max,
-        kv=RankChooser(
-            kv.placements,
-            encoders,
-            kv.ranks,
-            metrics,
-            shared.clock,
-            patience_seconds=config.server.step_deadline_secs * _PATIENCE_SHARE,
-        ),
-        token_endpoints=LocalEndpoints(
+        _choosers(config, shared, kv, encoders),
+        LocalEndpoints(
             {model: one for model, one in encoders.items() if isinstance(one, PromptEncoder)}
         ),
-        pd=pd,
+        prefill_client,
+        recheck,
     )
-    return Routing(router=router, pd=pd, outcomes=outcomes)
+
+
+def _choosers(
+    config: Config, shared: Shared, kv: Kv, encoders: Mapping[str, Encoder]
+) -> dict[str, Chooser]:
+    choosers: dict[str, Chooser] = {}
+    for model in config.models:
+        placement = kv.placements.get(model.id)
+        if placement is None:
+            choosers[model.id] = WorkerChooser(create_policy(model.policy, shared.random))
+            continue
+        choosers[model.id] = RankChooser(
+            model.id,
+            encoders[model.id],
+            placement,
+            kv.ranks,
+            metrics=shared.metrics,
+            clock=shared.clock,
+            patience_seconds=config.server.step_deadline_secs * _PATIENCE_SHARE,
+        )
+    return choosers
+
+
+def assemble_routing(
+    settings: RoutingSettings,
+    shared: Shared,
+    ranks: WorkerRanks,
+    choosers: Mapping[str, Chooser],
+    local_endpoints: LocalEndpoints,
+    prefill_client: PrefillClient,
+    recheck: Callable[[Worker], None],
+) -> Routing:
+    """The router over `choosers`, which are by model id; see build_router for the others."""
+    clock, metrics = shared.clock, shared.metrics
+    outcomes = WorkerOutcomes(metrics)
+    claims = Claims(shared.tickets, ranks)
+    lease_parts = LeaseParts(
+        clock=clock,
+        registry=shared.registry,
+        metrics=metrics,
+        outcomes=outcomes,
+        estimated_stream_seconds=settings.estimated_stream_seconds,
+    )
+    leg_parts = LegParts(clock=clock, metrics=metrics.pd, outcomes=outcomes, recheck=recheck)
+    pd = Disaggregation(
+        settings.pd,
+        PrefillSender(settings.pd, shared.registry, claims, prefill_client, leg_parts),
+        DecodeChooser(ranks, shared.random),
+        DecodeLeases(lease_parts, claims, recheck),
+        Pairs(clock, metrics.pd, linger_seconds=settings.pd.linger_seconds),
+        claims,
+    )
+    dispatch = Dispatch(
+        claims,
+        lease_parts,
+        shared.random,
+        request_timeout_seconds=settings.request_timeout_seconds,
+        destinations_max=settings.destinations_max,
+    )
+    router = Router(choosers, lease_parts, dispatch, local_endpoints, pd)
+    return Routing(
+        router=router, pd=pd, claims=claims, lease_parts=lease_parts, leg_parts=leg_parts
+    )
 
 
 def build_server(

@@ -9,20 +9,30 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from random import Random
 from typing import Any, Final
 
+import msgspec
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
+from extproc import build
+from extproc.build import RoutingSettings, Shared, assemble_routing
+from extproc.clock import Clock
 from extproc.config.models import PolicyName
 from extproc.config.schema import LoadConfig
 from extproc.metrics.service import Metrics
 from extproc.policies.base import Policy
 from extproc.policies.factory import create_policy
-from extproc.routing.lease import Lease, WorkerOutcomes
+from extproc.routing.chooser import WorkerChooser
+from extproc.routing.claim import Claims
+from extproc.routing.lease import Lease, LeaseParts
+from extproc.routing.local_endpoints import LocalEndpoints
+from extproc.routing.pd.prefill_leg import LegParts
+from extproc.routing.pd.settings import PdSettings
+from extproc.routing.rank import Rank
 from extproc.routing.request import Request, find_endpoint
 from extproc.routing.router import Router
 from extproc.worker_url import WorkerUrl, format_endpoint, parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
-from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError
+from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError, PrefillCall
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source import WorkerEvent
 from extproc.workers.tickets import Tickets
@@ -33,10 +43,16 @@ __all__ = [
     "FakeEngineClient",
     "FakeResolver",
     "FakeWorkerSource",
+    "NoPrefillClient",
+    "NoRanks",
     "Routing",
     "make_router",
+    "make_shared",
     "make_spec",
     "make_worker",
+    "pd_settings",
+    "plain_routing",
+    "routing_settings",
     "settle",
 ]
 
@@ -222,6 +238,74 @@ def make_worker(
     return worker
 
 
+class NoRanks:
+    """For models without a KV-aware policy."""
+
+    def of(self, worker: Worker) -> Sequence[Rank]:
+        return ()
+
+
+class NoPrefillClient:
+    """For models without prefill workers."""
+
+    async def post(self, url: WorkerUrl, path: str, *_: Any, **__: Any) -> PrefillCall:
+        raise AssertionError(f"a prefill was sent to {url}{path}")
+
+
+def make_shared(
+    workers: Iterable[Worker] = (),
+    *,
+    clock: Clock | None = None,
+    seed: int = 0,
+    stale_seconds: float = 600.0,
+) -> Shared:
+    """What the parts of a router share; the time stands still unless a clock is given."""
+    clock, registry, prometheus = clock or FakeClock(), WorkerRegistry(), CollectorRegistry()
+    for worker in workers:
+        registry.upsert(worker)
+    metrics = Metrics(prometheus)
+    return Shared(
+        clock=clock,
+        random=Random(seed),
+        prometheus=prometheus,
+        metrics=metrics,
+        registry=registry,
+        tickets=Tickets(clock, stale_seconds, metrics.stale_requests),
+    )
+
+
+def pd_settings(**changes: Any) -> PdSettings:
+    """Settings for prefill and decode workers of model `m`."""
+    settings = PdSettings(
+        inline=False,
+        protocols={"m": "sglang"},
+        min_prefill_tokens={"m": 0},
+        decode_attempts=3,
+        connect_seconds=1.5,
+        prefill_seconds=120.0,
+        kv_seconds=120.0,
+        linger_seconds=0.0,
+        request_timeout_ms=300_000,
+    )
+    return msgspec.structs.replace(settings, **changes)
+
+
+def routing_settings(
+    *,
+    destinations_max: int = 3,
+    request_timeout_seconds: float = 300.0,
+    load: LoadConfig | None = None,
+    pd: PdSettings | None = None,
+) -> RoutingSettings:
+    estimated = load is not None and load.release == "estimate"
+    return RoutingSettings(
+        request_timeout_seconds=request_timeout_seconds,
+        destinations_max=destinations_max,
+        estimated_stream_seconds=load.estimated_stream_secs if load and estimated else None,
+        pd=pd or pd_settings(),
+    )
+
+
 class Routing(Struct, kw_only=True):
     """A router with everything around it that a test looks at."""
 
@@ -229,7 +313,10 @@ class Routing(Struct, kw_only=True):
     registry: WorkerRegistry
     active_load: Tickets
     prometheus: CollectorRegistry
-    books: WorkerOutcomes
+    metrics: Metrics
+    claims: Claims
+    lease_parts: LeaseParts
+    leg_parts: LegParts
     router: Router
 
     async def route(self, model: str | None = "m", *, stream: bool = False) -> Lease:
@@ -252,6 +339,29 @@ class Routing(Struct, kw_only=True):
         return {worker: sorted(outcomes) for worker, outcomes in found.items()}
 
 
+def plain_routing(
+    settings: RoutingSettings,
+    shared: Shared,
+    *,
+    policy: PolicyName | Policy,
+    models: Sequence[str],
+) -> build.Routing:
+    """A router over whole workers; every model has the same policy."""
+
+    def make_policy() -> Policy:
+        return create_policy(policy, shared.random) if isinstance(policy, str) else policy
+
+    return assemble_routing(
+        settings,
+        shared,
+        NoRanks(),
+        {model: WorkerChooser(make_policy()) for model in models},
+        LocalEndpoints({}),
+        NoPrefillClient(),
+        lambda worker: None,
+    )
+
+
 def make_router(
     workers: Iterable[Worker] = (),
     *,
@@ -264,29 +374,22 @@ def make_router(
     seed: int = 0,
 ) -> Routing:
     """A router over the workers; every model has the same policy, the draws are seeded."""
-    clock, random = FakeClock(), Random(seed)
-    registry, prometheus = WorkerRegistry(), CollectorRegistry()
-    for worker in workers:
-        registry.upsert(worker)
-    metrics = Metrics(prometheus)
-    active_load = Tickets(clock, stale_seconds, metrics.stale_requests)
-    books = WorkerOutcomes(clock, registry, metrics, load or LoadConfig())
-    router = Router(
-        policies={
-            model: create_policy(policy, random) if isinstance(policy, str) else policy
-            for model in models
-        },
-        active_load=active_load,
-        books=books,
-        random=random,
-        request_timeout_seconds=request_timeout_seconds,
+    clock = FakeClock()
+    shared = make_shared(workers, clock=clock, seed=seed, stale_seconds=stale_seconds)
+    settings = routing_settings(
         destinations_max=destinations_max,
+        request_timeout_seconds=request_timeout_seconds,
+        load=load,
     )
+    routing = plain_routing(settings, shared, policy=policy, models=models)
     return Routing(
         clock=clock,
-        registry=registry,
-        active_load=active_load,
-        prometheus=prometheus,
-        books=books,
-        router=router,
+        registry=shared.registry,
+        active_load=shared.tickets,
+        prometheus=shared.prometheus,
+        metrics=shared.metrics,
+        claims=routing.claims,
+        lease_parts=routing.lease_parts,
+        leg_parts=routing.leg_parts,
+        router=routing.router,
     )

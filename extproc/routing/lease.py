@@ -1,33 +1,30 @@
-"""What a routed request holds: its load ticket and, perhaps, a breaker's probe.
+"""What a routed request holds until its ext_proc stream ends.
 
-The session tells the lease what Envoy reports, and the lease settles the books of the worker
-that really served, which is not always the chosen one. Whatever happens, `close` ends it,
-and nothing is counted twice.
+The session passes on what Envoy reports. The lease records the outcome for the worker that
+really served, which is not always the chosen one. Whatever happens, `close` ends it, and no
+outcome is recorded twice.
 """
 
 from collections.abc import Callable, Sequence
 
-import structlog
+from msgspec import Struct
 
 from extproc.clock import Clock
-from extproc.config.schema import LoadConfig
 from extproc.errors import RouterError
 from extproc.metrics.service import Metrics
+from extproc.routing.claim import Claim
 from extproc.routing.decision import Decision
-from extproc.workers.circuit_breaker import BreakerState
+from extproc.routing.outcomes import WorkerOutcomes
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import RankBooking, Ticket
 from extproc.workers.worker import Worker
 
-__all__ = ["Lease", "WorkerOutcomes"]
-
-_log = structlog.get_logger()
+__all__ = ["Lease", "LeaseParts"]
 
 _CLIENT_ERROR = 400
 _SERVER_ERROR = 500
-# Envoy's word for "the upstream answered"; anything else is a local reply of Envoy's own.
+# Envoy's `response.code_details` for an answer of the upstream; others are Envoy's own replies.
 _VIA_UPSTREAM = "via_upstream"
-# Local replies of Envoy that a worker has caused: refused, broken off, silent for too long.
+# Envoy's own replies that a worker has caused: refused, broken off, silent for too long.
 _WORKER_FAILED = (
     "upstream_reset",
     "upstream_response_timeout",
@@ -39,164 +36,136 @@ _WORKER_FAILED = (
 _OVERFLOW = "overflow"
 
 
-class WorkerOutcomes:
-    """What all leases of one router share."""
+class LeaseParts(Struct, frozen=True, kw_only=True):
+    """What all leases of one service use.
 
-    __slots__ = ("clock", "load", "metrics", "registry")
+    `estimated_stream_seconds` is how long a streamed response is taken to run; None where the
+    gateway tells us its end.
+    """
 
-    def __init__(
-        self, clock: Clock, registry: WorkerRegistry, metrics: Metrics, load: LoadConfig
-    ) -> None:
-        self.clock = clock
-        self.registry = registry
-        self.metrics = metrics
-        self.load = load
-
-    def succeeded(self, worker: Worker, model: str) -> None:
-        """The worker has answered, and no 5xx."""
-        if worker.breaker.state is not BreakerState.CLOSED:
-            _log.info("breaker_closed", worker=worker.url, model=model)
-        worker.breaker.success()
-        self.count(worker, model, "success")
-
-    def failed(self, worker: Worker, model: str, now: float) -> None:
-        """The worker has answered 5xx, or not at all."""
-        breaker = worker.breaker
-        before = breaker.state
-        breaker.failure(now)
-        if breaker.state is not before:
-            _log.warning(
-                "breaker_opened",
-                worker=worker.url,
-                model=model,
-                failures=breaker.threshold,
-                cool_down_secs=breaker.cool_down_seconds,
-            )
-        self.count(worker, model, "error")
-
-    def undecided(self, worker: Worker, model: str, probe: int) -> None:
-        """Nothing was learnt of the worker: its probe, if that was one, is free again."""
-        worker.breaker.give_back(probe)
-        self.count(worker, model, "cancelled")
-
-    def count(self, worker: Worker, model: str, outcome: str) -> None:
-        self.metrics.worker_requests(worker.url, model, worker.role, outcome).inc()
+    clock: Clock
+    registry: WorkerRegistry
+    metrics: Metrics
+    outcomes: WorkerOutcomes
+    estimated_stream_seconds: float | None
 
 
 class Lease:
-    """One routed request, from the decision to the end of its stream."""
+    """One routed request, from the decision to the end of its ext_proc stream.
+
+    `served` is the worker that answered, once that is known. `on_abort` is called once, with
+    the error for the client, when the request must end before its response does.
+    """
 
     __slots__ = (
-        "_books",
         "_closed",
         "_decided_at",
         "_named",
-        "_probe",
+        "_parts",
         "_settled",
+        "claim",
         "decision",
-        "excuse",
         "on_abort",
-        "on_bad_answer",
-        "rebook",
         "served",
-        "ticket",
     )
 
     def __init__(
         self,
-        books: WorkerOutcomes,
+        parts: LeaseParts,
         decision: Decision,
         named: Sequence[Worker],
-        ticket: Ticket,
-        probe: int,
+        claim: Claim,
         decided_at: float,
     ) -> None:
         """`named` are the workers behind `decision.destinations`, in that order."""
-        self._books = books
+        self._parts = parts
         self._named = named
-        self._probe = probe
         self._decided_at = decided_at
         self._settled = False
         self._closed = False
+        self.claim = claim
         self.decision = decision
-        self.ticket = ticket
         self.served: Worker | None = None
-        # Called once, by what ends the request before its response has ended.
         self.on_abort: Callable[[RouterError], None] | None = None
-        # Asked when the worker has answered 5xx: true if that was another one's fault.
-        self.excuse: Callable[[], bool] | None = None
-        # Told of a worker that answered with an error: it may have another role by now.
-        self.on_bad_answer: Callable[[Worker], None] | None = None
-        # Books the request on a rank of another worker than the chosen one.
-        self.rebook: Callable[[Worker, float], RankBooking | None] | None = None
-        ticket.owner = self
+        claim.ticket.owner = self
+
+    @property
+    def holds_stream(self) -> bool:
+        """True while the stream must stay open though the decision is out."""
+        return False
 
     def responded(self, status: int, address: str, code_details: str, streamed: bool) -> bool:
-        """Envoy has response headers, its own or the worker's; returns False when missed.
+        """Envoy has response headers, its own or the worker's.
 
         `address` is the `ip:port` that was tried last, "" when none was; `code_details` as
-        Envoy's `response.code_details`, "" from gateways that do not send it.
+        Envoy's `response.code_details`, "" from gateways that do not send it. Returns False when
+        Envoy tried an address that the decision does not name.
         """
         if self._settled:
             return True
         self._settled = True
-        books, decision, chosen = self._books, self.decision, self._named[0]
-        now = books.clock.monotonic()
-        books.metrics.response_seconds(decision.model).observe(now - self._decided_at)
-        if streamed and books.load.release == "estimate":
-            self.ticket.release_after(books.load.estimated_stream_secs)
-        # A gateway that says nothing is trusted to have asked the worker.
+        parts, decision = self._parts, self.decision
+        now = parts.clock.monotonic()
+        parts.metrics.response_seconds(decision.model).observe(now - self._decided_at)
+        if streamed and parts.estimated_stream_seconds is not None:
+            self.claim.ticket.release_after(parts.estimated_stream_seconds)
+        # A gateway that sends no details is trusted to have asked the worker.
         answered = code_details in (_VIA_UPSTREAM, "")
         if not address:
-            self._settle(chosen, status, code_details, answered, now)
-            self.served = chosen if answered else None
-            self._start_booking(status, answered, now)
+            self._settle(self._named[0], status, code_details, answered, now)
             return True
         destinations = decision.destinations
         position = destinations.index(address) if address in destinations else -1
-        served = self._named[position] if position >= 0 else books.registry.at_address(address)
+        served = self._named[position] if position >= 0 else parts.registry.at_address(address)
         # Those before the one that served were tried first and could not be reached.
         for failed in self._named[: position if position >= 0 else 1]:
-            books.failed(failed, decision.model, now)
+            parts.outcomes.failed(failed, decision.model, now)
         if served is not None:
+            if status >= _CLIENT_ERROR:
+                self._answered_with_error(served)
+            self.claim.move(served, now)
             self._settle(served, status, code_details, answered, now)
-            if status >= _CLIENT_ERROR and self.on_bad_answer is not None:
-                self.on_bad_answer(served)
-            if self.ticket.move(served) and self.rebook is not None:
-                self._move_booking(self.rebook(served, now), now)
-            self.served = served if answered else None
-            self._start_booking(status, answered, now)
         if position > 0 and answered:
-            books.metrics.fallbacks(decision.model).inc()
+            parts.metrics.fallbacks(decision.model).inc()
         if position < 0:
-            books.metrics.missed(decision.model).inc()
+            parts.metrics.missed(decision.model).inc()
         return position >= 0
 
-    @property
-    def holds_stream(self) -> bool:
-        """Whether something of ours still depends on the stream once the decision is out."""
+    def _settle(
+        self, worker: Worker, status: int, code_details: str, answered: bool, now: float
+    ) -> None:
+        """Record what this response says about the worker."""
+        outcomes, model = self._parts.outcomes, self.decision.model
+        if answered:
+            self.served = worker
+            if status < _CLIENT_ERROR:
+                self.claim.started(now)
+            if status < _SERVER_ERROR:
+                outcomes.succeeded(worker, model)
+                return
+            if not self._failed_for_want_of_prefill():
+                outcomes.failed(worker, model, now)
+                return
+        elif code_details.startswith(_WORKER_FAILED) and _OVERFLOW not in code_details:
+            outcomes.failed(worker, model, now)
+            return
+        # Envoy's own reply, or another worker's fault.
+        self.claim.give_back_probe()
+        outcomes.undecided(worker, model)
+
+    def _failed_for_want_of_prefill(self) -> bool:
+        """True if a 5xx of the worker is another worker's fault."""
         return False
 
-    def _start_booking(self, status: int, answered: bool, now: float) -> None:
-        """A good answer has begun: its prompt is prefilled."""
-        booking = self.ticket.booking
-        if booking is not None and answered and status < _CLIENT_ERROR:
-            booking.started(now)
-
-    def _move_booking(self, booking: RankBooking | None, now: float) -> None:
-        if self.ticket.booking is not None:
-            self.ticket.booking.release(now)
-        self.ticket.booking = booking
+    def _answered_with_error(self, worker: Worker) -> None:
+        """The worker, or Envoy in its place, answered with a 4xx or 5xx."""
 
     def abort(self, error: RouterError) -> None:
-        """The request is too old, and its ext_proc stream answers with `error`.
-
-        A worker that never began to answer has failed.
-        """
+        """End the request with `error`. A worker that has not begun to answer has failed."""
         if not self._settled:
             self._settled = True
-            books = self._books
-            books.failed(self._named[0], self.decision.model, books.clock.monotonic())
+            parts = self._parts
+            parts.outcomes.failed(self._named[0], self.decision.model, parts.clock.monotonic())
         on_abort, self.on_abort = self.on_abort, None
         if on_abort is not None:
             on_abort(error)
@@ -206,29 +175,12 @@ class Lease:
         if self._closed:
             return
         self._closed = True
+        claim = self.claim
         if not self._settled:
-            # The client left before an answer: neutral, but the probe is free again.
+            # The client left before an answer: that says nothing about the worker.
             self._settled = True
-            self._books.undecided(self._named[0], self.decision.model, self._probe)
+            self._parts.outcomes.undecided(claim.worker, self.decision.model)
         self.on_abort = None
-        self.ticket.owner = None
-        if not self.ticket.estimated:
-            self.ticket.release()
-
-    def _settle(
-        self, worker: Worker, status: int, code_details: str, answered: bool, now: float
-    ) -> None:
-        """Book what this response says of the worker."""
-        if answered:
-            if status < _SERVER_ERROR:
-                self._books.succeeded(worker, self.decision.model)
-            elif self.excuse is not None and self.excuse():
-                self._books.undecided(worker, self.decision.model, self._probe)
-            else:
-                self._books.failed(worker, self.decision.model, now)
-        elif code_details.startswith(_WORKER_FAILED) and _OVERFLOW not in code_details:
-            self._books.failed(worker, self.decision.model, now)
-        else:
-            # Envoy's own reply, for a reason that says nothing of the worker.
-            self._named[0].breaker.give_back(self._probe)
-            self._books.count(worker, self.decision.model, "cancelled")
+        claim.ticket.owner = None
+        if not claim.ticket.estimated:
+            claim.release()

@@ -66,10 +66,11 @@ class _Prompt:
 class PlacedBooking:
     """A booked request: its place in the load book and, perhaps, what it is about to leave."""
 
-    __slots__ = ("_booking", "_prediction")
+    __slots__ = ("_booking", "_dp_rank", "_prediction")
 
-    def __init__(self, booking: Booking, prediction: Prediction | None) -> None:
+    def __init__(self, booking: Booking, dp_rank: int, prediction: Prediction | None) -> None:
         self._booking = booking
+        self._dp_rank = dp_rank
         self._prediction = prediction
 
     def started(self, now: float) -> None:
@@ -83,6 +84,18 @@ class PlacedBooking:
         self._booking.release(now)
         if self._prediction is not None:
             self._prediction.release()
+
+    def again(self, ranks: Sequence[Rank], now: float) -> "PlacedBooking | None":
+        """Book the same request on the same rank of another worker, of which `ranks` are all.
+
+        On its first rank if it has fewer; None if it has none.
+        """
+        if not ranks:
+            return None
+        rank = ranks[self._dp_rank if self._dp_rank < len(ranks) else 0]
+        prefill_tokens, streamed = self._booking.prefill_tokens, self._booking.streamed
+        booking = rank.load.book(prefill_tokens, now, streamed=streamed)
+        return PlacedBooking(booking, rank.dp_rank, None)
 
 
 class Placed:
@@ -122,9 +135,9 @@ class Placed:
             ends_at = now + seconds + prompt.predictions.grace_seconds
         booking = load.book(self.prefill_tokens, now, streamed=streamed)
         if prompt is None or pages is None:
-            return PlacedBooking(booking, None)
+            return PlacedBooking(booking, self.rank.dp_rank, None)
         prediction = prompt.predictions.add(pages, prompt.prefixes, ends_at)
-        return PlacedBooking(booking, prediction)
+        return PlacedBooking(booking, self.rank.dp_rank, prediction)
 
 
 class Placement:

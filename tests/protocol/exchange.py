@@ -7,37 +7,28 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from random import Random
 from typing import Any
 
 import grpc.aio
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
-from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.clock import Clock, SystemClock
 from extproc.config.envoy import EnvoyConfig
 from extproc.config.models import PolicyName
 from extproc.config.schema import LoadConfig, ServerConfig
-from extproc.metrics.service import Metrics
-from extproc.policies.factory import create_policy
-from extproc.routing.lease import Lease, WorkerOutcomes
+from extproc.routing.lease import Lease
 from extproc.routing.local_endpoints import Answer
 from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
-from extproc.routing.router import Router
 from extproc.server.grpc_server import SERVICE, ExtProcServer
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
 from extproc.server.session import SessionContext
 from extproc.server.stream import Streams, StreamSettings
 from extproc.testing.stack import free_ports
-from extproc.worker_url import parse_worker_url
-from extproc.workers.circuit_breaker import CircuitBreaker
-from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import Tickets
-from extproc.workers.worker import Worker, WorkerSpec
+from tests.fakes import make_shared, make_worker, plain_routing, routing_settings
 
 MODES = {
     "BUFFERED": pb.ProcessingMode.BUFFERED,
@@ -70,34 +61,16 @@ class Service:
         clock: Clock | None = None,
         route_seconds: float = 0.0,
     ) -> None:
+        self.workers = [
+            make_worker(f"http://10.0.0.{order + 1}:8000", order=order, model_ids=(model,))
+            for order, model in enumerate(model for model in models for _ in range(workers))
+        ]
         self.clock = clock or SystemClock()
-        self.metrics = Metrics(CollectorRegistry())
-        self.registry = WorkerRegistry()
-        self.active_load = Tickets(self.clock, stale_seconds, self.metrics.stale_requests)
-        order = 0
-        self.workers: list[Worker] = []
-        for model in models:
-            for _ in range(workers):
-                url = parse_worker_url(f"http://10.0.0.{order + 1}:8000")
-                spec = WorkerSpec(id=str(url), url=url, model_ids=(model,))
-                worker = Worker(
-                    spec,
-                    order=order,
-                    breaker=CircuitBreaker(3, 30.0),
-                    address=f"{url.host}:{url.port}",
-                )
-                self.registry.upsert(worker)
-                self.workers.append(worker)
-                order += 1
-        random = Random(7)
-        self.router = Router(
-            policies={model: create_policy(policy, random) for model in models},
-            active_load=self.active_load,
-            books=WorkerOutcomes(self.clock, self.registry, self.metrics, load or LoadConfig()),
-            random=random,
-            request_timeout_seconds=300.0,
-            destinations_max=1,
-        )
+        shared = make_shared(self.workers, clock=self.clock, seed=7, stale_seconds=stale_seconds)
+        self.metrics, self.registry = shared.metrics, shared.registry
+        self.active_load = shared.tickets
+        settings = routing_settings(destinations_max=1, load=load)
+        self.router = plain_routing(settings, shared, policy=policy, models=models).router
         self.route_seconds = route_seconds
         self.config = ServerConfig(port=free_ports(1)[0], **(server or {}))
         context = SessionContext(
@@ -111,12 +84,14 @@ class Service:
             debug_headers=debug_headers,
             prompt_max_bytes=0,
         )
-        settings = StreamSettings(
+        stream_settings = StreamSettings(
             step_deadline_seconds=self.config.step_deadline_secs,
             body_deadline_seconds=body_seconds,
             log_decisions=False,
         )
-        self.server = ExtProcServer(self.config, Streams(context, self, self.metrics, settings))
+        self.server = ExtProcServer(
+            self.config, Streams(context, self, self.metrics, stream_settings)
+        )
 
     async def answer(self, request: Request) -> Answer:
         return await self.router.answer(request)

@@ -1,7 +1,8 @@
 """A request on two workers: the prefill we have sent ourselves, and the decode Envoy carries.
 
-The first pass of the request holds the Pair. It ends the prefill when nobody needs it any more,
-and tells the client at once when it has failed: the decode worker would wait for it for minutes.
+The first pass of the request holds the Pair. It ends the prefill as soon as that is not needed
+any more, and aborts the request at once when the prefill has failed: the decode worker would wait
+for it for minutes.
 """
 
 import asyncio
@@ -9,159 +10,20 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import structlog
-
-from extproc.errors import RouterError, prefill_failed, prefill_refused
+from extproc.clock import Clock
+from extproc.errors import RouterError, prefill_failed
+from extproc.metrics.service import PdMetrics
+from extproc.routing.claim import Claim
 from extproc.routing.decision import Decision
-from extproc.routing.lease import Lease, WorkerOutcomes
-from extproc.workers.engine_calls import (
-    EngineAnswer,
-    EngineTimeoutError,
-    EngineUnreachableError,
-    PrefillCall,
-)
-from extproc.workers.tickets import Ticket
+from extproc.routing.pd.decode_lease import DecodeLease
+from extproc.routing.pd.prefill_leg import PrefillLeg
 from extproc.workers.worker import Worker
 
-__all__ = ["Pair", "Pairs", "PrefillLeg", "Reservation"]
+__all__ = ["Pair", "Pairs"]
 
-_log = structlog.get_logger()
-
-_OK: Final = 200
-_REDIRECT: Final = 300
 _CLIENT_ERROR: Final = 400
 _SERVER_ERROR: Final = 500
 _PAIR_ID_BYTES: Final = 12
-_OWN_FAILURE_SECONDS: Final = 1.0
-
-
-class PrefillLeg:
-    """The prefill worker's part: its load, its breaker's probe, and its answer."""
-
-    __slots__ = (
-        "_books",
-        "_probe",
-        "_request_id",
-        "_sent_at",
-        "_settled",
-        "call",
-        "model",
-        "ticket",
-        "worker",
-    )
-
-    def __init__(
-        self,
-        books: WorkerOutcomes,
-        model: str,
-        worker: Worker,
-        ticket: Ticket,
-        probe: int,
-        now: float,
-        *,
-        request_id: str = "",
-    ) -> None:
-        self._books = books
-        self.model = model
-        self._request_id = request_id
-        self._probe = probe
-        self._sent_at = now
-        self._settled = False
-        self.worker = worker
-        self.ticket = ticket
-        self.call: PrefillCall | None = None
-
-    @property
-    def is_open(self) -> bool:
-        return not self._settled
-
-    async def answer(self) -> EngineAnswer | str:
-        """The worker's answer, or why there is none, as the cause of a failure."""
-        assert self.call is not None  # noqa: S101 (made before)
-        try:
-            return await self.call.answer()
-        except EngineTimeoutError:
-            return "timeout"
-        except EngineUnreachableError:
-            return "broken"
-
-    def ended(self, answer: EngineAnswer | str) -> RouterError | None:
-        """Settle the books by what `answer` gave; as `answered` and `failed`."""
-        return self.failed(answer) if isinstance(answer, str) else self.answered(answer)
-
-    def answered(self, answer: EngineAnswer) -> RouterError | None:
-        """Settle the books; gives what the client is to be told, None if all is well."""
-        now = self._books.clock.monotonic()
-        status = answer.status
-        if not (_OK <= status < _REDIRECT or _CLIENT_ERROR <= status < _SERVER_ERROR):
-            return self.failed("status_5xx")
-        pd = self._books.metrics.pd
-        if status >= _CLIENT_ERROR:
-            pd.prefill_failures(self.model, "status_4xx").inc()
-        else:
-            pd.prefill_seconds(self.model).observe(now - self._sent_at)
-            if self.ticket.booking is not None:
-                self.ticket.booking.started(now)
-        self._books.succeeded(self.worker, self.model)
-        self._end()
-        if status < _CLIENT_ERROR:
-            return None
-        return prefill_refused(status, answer.body, answer.headers)
-
-    def failed(self, cause: str) -> RouterError:
-        """It has failed, and by the worker's fault; gives what the client is to be told."""
-        _log.warning(
-            "prefill_attempt_failed",
-            request_id=self._request_id,
-            model=self.model,
-            worker=self.worker.url,
-            reason=cause,
-        )
-        self._books.metrics.pd.prefill_failures(self.model, cause).inc()
-        self._books.failed(self.worker, self.model, self._books.clock.monotonic())
-        self._end()
-        return prefill_failed()
-
-    def age_seconds(self) -> float:
-        """Since it was sent."""
-        return self._books.clock.monotonic() - self._sent_at
-
-    def silent(self) -> None:
-        """The decode worker, or the proxy, has given up waiting for it."""
-        if self.call is not None:
-            self.call.cancel()
-        if not self._settled:
-            self.failed("silent")
-
-    def cancel(self) -> None:
-        """Nobody needs it any more; idempotent."""
-        if self.call is not None:
-            self.call.cancel()
-        if not self._settled:
-            self._books.undecided(self.worker, self.model, self._probe)
-            self._end()
-
-    def _end(self) -> None:
-        self._settled = True
-        self.ticket.release()
-
-
-class Reservation:
-    """A decode worker that will be picked in a moment: counted, so that others see it."""
-
-    __slots__ = ("_probe", "_ticket", "worker")
-
-    def __init__(self, worker: Worker, ticket: Ticket, probe: int) -> None:
-        self.worker = worker
-        self._ticket = ticket
-        self._probe = probe
-
-    def release(self) -> None:
-        """Idempotent."""
-        if self._probe:
-            self.worker.breaker.give_back(self._probe)
-            self._probe = 0
-        self._ticket.release()
 
 
 class Pair:
@@ -172,11 +34,9 @@ class Pair:
     """
 
     __slots__ = (
-        "_books",
         "_closed",
         "_failed_at",
         "_followed",
-        "_linger_seconds",
         "_outcome",
         "_pairs",
         "_responded",
@@ -185,26 +45,20 @@ class Pair:
         "id",
         "leg",
         "on_abort",
-        "on_recheck",
         "reservation",
     )
 
     def __init__(
         self,
-        books: WorkerOutcomes,
         pairs: "Pairs",
+        pair_id: str,
         decision: Decision,
         leg: PrefillLeg,
         *,
-        pair_id: str,
-        decode: Lease | None,
-        reservation: Reservation | None,
-        linger_seconds: float,
-        on_recheck: Callable[[Worker], None],
+        decode: DecodeLease | None,
+        reservation: Claim | None,
     ) -> None:
-        self._books = books
         self._pairs = pairs
-        self._linger_seconds = linger_seconds
         self._closed = False
         self._responded = 0
         self._outcome = ""
@@ -215,21 +69,19 @@ class Pair:
         self.leg = leg
         self.decode = decode
         self.reservation = reservation
-        # Called once, by what ends the request before its response has ended.
         self.on_abort: Callable[[RouterError], None] | None = None
-        self.on_recheck = on_recheck
         # Of its two tickets, one is enough for the janitor.
-        self.ticket.owner = self
+        self.claim.ticket.owner = self
         pairs.add(self)
 
     @property
-    def ticket(self) -> Ticket:
-        """What the janitor watches in this pass."""
-        return self.leg.ticket if self.decode is None else self.decode.ticket
+    def claim(self) -> Claim:
+        """The claim whose age is the age of the request."""
+        return self.leg.claim if self.decode is None else self.decode.claim
 
     @property
     def served(self) -> Worker | None:
-        """For the debug headers: who prefills."""
+        """The prefill worker, for the debug headers."""
         return self.leg.worker
 
     @property
@@ -250,38 +102,45 @@ class Pair:
         if not leg.is_open:
             return  # cancelled while the answer was on its way to us
         error = leg.ended(answer)
-        self._pairs.leg_ended(self)
-        if error is None:
-            return
-        self.on_recheck(leg.worker)
-        self._end(error.code)
-        self._fail(error)
+        self._leg_ended()
+        if error is not None:
+            self._end(error.code)
+            self._fail(error)
+
+    def abandon(self) -> None:
+        """The prefill is in vain: its worker has another role, or this service stops."""
+        if self.leg.is_open:
+            self.leg.cancel()
+            self._leg_ended()
+            self._end("abandoned")
+            self._fail(prefill_failed())
+
+    def _leg_ended(self) -> None:
+        if self._closed:
+            self._pairs.remove(self)
 
     def _fail(self, error: RouterError) -> None:
-        if self._closed:
-            return
-        self._failed_at = self._books.clock.monotonic()
-        self._notify(error)
+        """The prefill has failed: end the request, unless it is over."""
+        if not self._closed:
+            self._failed_at = self._pairs.clock.monotonic()
+            self._call_on_abort(error)
 
-    def _notify(self, error: RouterError) -> None:
+    def abort(self, error: RouterError) -> None:
+        """As Lease.abort."""
+        if self.decode is not None:
+            self.decode.abort(error)
+        self._call_on_abort(error)
+
+    def _call_on_abort(self, error: RouterError) -> None:
         on_abort, self.on_abort = self.on_abort, None
         if on_abort is not None:
             on_abort(error)
 
     def answer_written(self) -> None:
         """The client's answer after an abort is written."""
-        if self._failed_at is None:
-            return  # the request was too old
-        seconds = self._books.clock.monotonic() - self._failed_at
-        self._books.metrics.pd.fail_fast_seconds().observe(seconds)
-
-    def abandon(self) -> None:
-        """The prefill can come to nothing any more: its worker has another role, or we stop."""
-        if self.leg.is_open:
-            self.leg.cancel()
-            self._pairs.leg_ended(self)
-            self._end("abandoned")
-            self._fail(prefill_failed())
+        if self._failed_at is not None:
+            seconds = self._pairs.clock.monotonic() - self._failed_at
+            self._pairs.metrics.fail_fast_seconds().observe(seconds)
 
     def responded(self, status: int, address: str, code_details: str, streamed: bool) -> bool:
         """As Lease.responded, for the response of the decode worker."""
@@ -291,7 +150,7 @@ class Pair:
             known = self.decode.responded(status, address, code_details, streamed)
         if status >= _CLIENT_ERROR:
             # The other half of the request is over.
-            if status >= _SERVER_ERROR and self.waits_for_prefill():
+            if status >= _SERVER_ERROR and self.leg.explains_decode_failure():
                 self.leg.silent()
                 self._end("prefill_failed")
             else:
@@ -299,31 +158,19 @@ class Pair:
                 self._end("decode_failed")
         return known
 
-    def waits_for_prefill(self) -> bool:
-        """Whether a decode worker that fails now does so for want of the prefill.
-
-        It has nothing else to do but to wait for it; what fails at once, fails by itself.
-        """
-        return self.leg.is_open and self.leg.age_seconds() >= _OWN_FAILURE_SECONDS
-
-    def abort(self, error: RouterError) -> None:
-        """As Lease.abort."""
-        if self.decode is not None:
-            self.decode.abort(error)
-        self._notify(error)
-
     def close(self) -> None:
         """The stream has ended, in whatever way; idempotent."""
         if self._closed:
             return
         self._closed = True
         self.on_abort = None
+        self.claim.ticket.owner = None
         self.release_reservation()
         if self.decode is not None:
             self.decode.close()
-        self.ticket.owner = None
-        if self.leg.is_open and self._responded and self._linger_seconds:
-            asyncio.get_running_loop().call_later(self._linger_seconds, self._cut)
+        linger_seconds = self._pairs.linger_seconds
+        if self.leg.is_open and self._responded and linger_seconds:
+            asyncio.get_running_loop().call_later(linger_seconds, self._cut)
         else:
             self._cut()
         self._end("ok" if self._responded else "cancelled")
@@ -342,13 +189,19 @@ class Pair:
         """Count the first outcome only."""
         if not self._outcome:
             self._outcome = outcome
-            self._books.metrics.pd.pairs(self.decision.model, outcome).inc()
+            self._pairs.metrics.pairs(self.decision.model, outcome).inc()
 
 
 class Pairs:
-    """The pairs that hold something: an open stream or a prefill that still runs."""
+    """The pairs that have an open stream or a prefill that still runs.
 
-    def __init__(self) -> None:
+    `linger_seconds` is how long a prefill may run on after a good response has ended.
+    """
+
+    def __init__(self, clock: Clock, metrics: PdMetrics, *, linger_seconds: float) -> None:
+        self.clock = clock
+        self.metrics = metrics
+        self.linger_seconds = linger_seconds
         self._by_id: dict[str, Pair] = {}
 
     def __len__(self) -> int:
@@ -368,15 +221,11 @@ class Pairs:
     def add(self, pair: Pair) -> None:
         self._by_id[pair.id] = pair
 
-    def leg_ended(self, pair: Pair) -> None:
-        if pair._closed:
-            self.remove(pair)
-
     def remove(self, pair: Pair) -> None:
         self._by_id.pop(pair.id, None)
 
     def abandon(self, worker: Worker | None = None) -> None:
-        """Give up all whose prefill runs, or those on one worker."""
+        """Give up all pairs whose prefill runs, or those of one prefill worker."""
         for pair in self:
             if worker is None or pair.leg.worker is worker:
                 pair.abandon()

@@ -87,4 +87,4 @@ def test_registering_the_collector_asks_nobody_yet() -> None:
 
 
 def _stale(routing: Routing):  # type: ignore[no-untyped-def]
-    return routing.books.metrics.stale_requests
+    return routing.metrics.stale_requests

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,14 @@ import pytest
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
+from extproc.build import assemble_routing
 from extproc.config.models import ModelConfig, PolicyName
-from extproc.config.schema import LoadConfig
 from extproc.errors import RouterError
 from extproc.kv.prefix_hash import TokenIds
 from extproc.kv.subscriptions.subscription import SubscriberSettings
-from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy
-from extproc.routing.lease import Lease, WorkerOutcomes
+from extproc.routing.lease import Lease
+from extproc.routing.local_endpoints import LocalEndpoints
 from extproc.routing.placement import Placement
 from extproc.routing.rank import Rank
 from extproc.routing.rank_chooser import RankChooser
@@ -31,7 +30,13 @@ from extproc.tokenization.encoder import Encoded
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import KvEvents, Worker
-from tests.fakes import FakeClock, make_worker
+from tests.fakes import (
+    FakeClock,
+    NoPrefillClient,
+    make_shared,
+    make_worker,
+    routing_settings,
+)
 
 PAGE = 4
 A, B = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
@@ -110,11 +115,11 @@ async def make_fleet(
     destinations_max: int = 3,
     encoder: ByteEncoder | None = None,
 ) -> Fleet:
-    clock, random, prometheus = FakeClock(), Random(0), CollectorRegistry()
-    metrics, registry = Metrics(prometheus), WorkerRegistry()
+    clock = FakeClock()
+    shared = make_shared(clock=clock)
     ranks = Ranks(clock, max_pages=10_000, settings=SubscriberSettings())
     model = ModelConfig(id="m", policy=policy, tokenizer_path="-")
-    placement = Placement(create_kv_policy(model, random), ranks.indexer.index)
+    placement = Placement(create_kv_policy(model, shared.random), ranks.indexer.index)
     ranks.serve("m", placement)
     workers = []
     for order, url in enumerate(urls):
@@ -123,33 +128,34 @@ async def make_fleet(
             # Nobody listens there; what is held is up to the test.
             events = KvEvents(host="127.0.0.1", port=1, block_size=PAGE, dp_size=dp_size)
             worker = make_worker(url, order=order, kv_events=events)
-        registry.upsert(worker)
+        shared.registry.upsert(worker)
         ranks.joined(worker)
         workers.append(worker)
-    active_load = Tickets(clock, 600.0, metrics.stale_requests)
-    router = Router(
-        policies={"m": None},
-        active_load=active_load,
-        books=WorkerOutcomes(clock, registry, metrics, LoadConfig()),
-        random=random,
-        request_timeout_seconds=300.0,
-        destinations_max=destinations_max,
-        kv=RankChooser(
-            {"m": placement},
-            {"m": encoder or ByteEncoder()},
-            ranks,
-            metrics,
-            clock,
-            patience_seconds=0.05,
-        ),
+    chooser = RankChooser(
+        "m",
+        encoder or ByteEncoder(),
+        placement,
+        ranks,
+        metrics=shared.metrics,
+        clock=clock,
+        patience_seconds=0.05,
+    )
+    routing = assemble_routing(
+        routing_settings(destinations_max=destinations_max),
+        shared,
+        ranks,
+        {"m": chooser},
+        LocalEndpoints({}),
+        NoPrefillClient(),
+        lambda worker: None,
     )
     return Fleet(
         clock=clock,
         ranks=ranks,
-        registry=registry,
-        active_load=active_load,
-        prometheus=prometheus,
-        router=router,
+        registry=shared.registry,
+        active_load=shared.tickets,
+        prometheus=shared.prometheus,
+        router=routing.router,
         workers=workers,
     )
 

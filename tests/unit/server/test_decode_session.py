@@ -114,8 +114,8 @@ def make_case(
             destinations=(ADDRESS,),
             timeout_ms=0,
         )
-        ticket, probe = routing.active_load.book(worker, now), worker.breaker.claim(now)
-        return Lease(routing.books, decision, [worker], ticket, probe, now)
+        claim = routing.claims.take(worker, now)
+        return Lease(routing.lease_parts, decision, [worker], claim, now)
 
     metrics = Metrics(CollectorRegistry())
     context = SessionContext(

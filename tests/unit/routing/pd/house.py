@@ -3,41 +3,37 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
-from random import Random
 from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
 import pytest
 from msgspec import Struct
-from prometheus_client import CollectorRegistry
 
+from extproc.build import assemble_routing
 from extproc.config.models import ModelConfig
-from extproc.config.schema import LoadConfig
 from extproc.errors import RouterError
 from extproc.kv.events import LoadStat
 from extproc.kv.subscriptions.subscription import SubscriberSettings
-from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
-from extproc.routing.lease import Lease, WorkerOutcomes
+from extproc.routing.chooser import Chooser, WorkerChooser
+from extproc.routing.lease import Lease
+from extproc.routing.local_endpoints import LocalEndpoints
 from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.routing.pd.pair import Pair
-from extproc.routing.pd.passes import DecodeQuery, Disaggregation, PdSettings
+from extproc.routing.pd.passes import DecodeQuery
 from extproc.routing.placement import Placement
 from extproc.routing.rank_chooser import RankChooser
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import ClientHeaders, Request, find_endpoint, parse_body
-from extproc.routing.router import Router
 from extproc.tokenization.bodies.openai_chat import BodyFields
 from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.encoder import Encoded
 from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineUnreachableError, PrefillCall
-from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Role, Worker
-from tests.fakes import FakeClock, make_worker, settle
+from tests.fakes import FakeClock, make_shared, make_worker, pd_settings, routing_settings, settle
 from tests.unit.routing.pd.test_pair import FakeCall
 
 PREFILLS = [f"http://10.0.0.{n}:8000" for n in (1, 2, 3)]
@@ -125,21 +121,6 @@ class ByteEncoder:
         return Encoded(np.frombuffer(prompt.text.encode(), np.uint8).astype(np.uint64), "")
 
 
-def pd_settings(**changes: Any) -> PdSettings:
-    settings = PdSettings(
-        inline=False,
-        protocols={"m": "sglang"},
-        min_prefill_tokens={"m": 0},
-        decode_attempts=3,
-        connect_seconds=1.5,
-        prefill_seconds=120.0,
-        kv_seconds=120.0,
-        linger_seconds=0.0,
-        request_timeout_ms=300_000,
-    )
-    return msgspec.structs.replace(settings, **changes)
-
-
 def pd_worker(url: str, role: Role, order: int, *, threshold: int = 3, **spec: Any) -> Worker:
     worker = make_worker(url, order=order, role=role, threshold=threshold)
     worker.spec = msgspec.structs.replace(worker.spec, **spec)
@@ -166,14 +147,13 @@ class Fleet:
         **settings: Any,
     ) -> None:
         self.made.append(self)
-        random = Random(0)
         self.clock = FakeClock()
-        self.prometheus = CollectorRegistry()
-        self.metrics = Metrics(self.prometheus)
-        self.registry = WorkerRegistry()
+        shared = make_shared(clock=self.clock)
+        self.prometheus, self.metrics = shared.prometheus, shared.metrics
+        self.registry, self.active_load = shared.registry, shared.tickets
         self.ranks = Ranks(self.clock, max_pages=10_000, settings=SubscriberSettings())
         model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
-        placement = Placement(create_kv_policy(model, random), self.ranks.indexer.index)
+        placement = Placement(create_kv_policy(model, shared.random), self.ranks.indexer.index)
         self.ranks.serve("m", placement)
         self.prefills = [
             pd_worker(url, "prefill", order, threshold=threshold, bootstrap_port=port)
@@ -186,37 +166,29 @@ class Fleet:
         for worker in (*self.prefills, *self.decodes):
             self.registry.upsert(worker)
             self.ranks.joined(worker)
-        self.active_load = Tickets(self.clock, 600.0, self.metrics.stale_requests)
-        self.books = WorkerOutcomes(self.clock, self.registry, self.metrics, LoadConfig())
         self.caller = FakeCaller()
         self.rechecked: list[Worker] = []
-        self.pd = Disaggregation(
-            pd_settings(**settings),
-            self.books,
-            self.active_load,
-            self.caller,
-            self.registry,
-            self.ranks,
-            random,
-            recheck=self.rechecked.append,
-        )
-        self.router = Router(
-            policies={"m": None if min_ttft else create_policy("round_robin", random)},
-            active_load=self.active_load,
-            books=self.books,
-            random=random,
-            request_timeout_seconds=300.0,
-            destinations_max=3,
-            kv=RankChooser(
-                {"m": placement},
-                {"m": ByteEncoder()},
+        chooser: Chooser = WorkerChooser(create_policy("round_robin", shared.random))
+        if min_ttft:
+            chooser = RankChooser(
+                "m",
+                ByteEncoder(),
+                placement,
                 self.ranks,
-                self.metrics,
-                self.clock,
+                metrics=self.metrics,
+                clock=self.clock,
                 patience_seconds=0.5,
-            ),
-            pd=self.pd,
+            )
+        routing = assemble_routing(
+            routing_settings(pd=pd_settings(**settings)),
+            shared,
+            self.ranks,
+            {"m": chooser},
+            LocalEndpoints({}),
+            self.caller,
+            self.rechecked.append,
         )
+        self.pd, self.router = routing.pd, routing.router
 
     async def close(self) -> None:
         await self.ranks.indexer.close()

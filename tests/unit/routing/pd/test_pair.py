@@ -3,14 +3,16 @@
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.errors import RouterError, stale_request_expired
 from extproc.routing.decision import Decision
-from extproc.routing.lease import Lease
-from extproc.routing.pd.pair import Pair, Pairs, PrefillLeg, Reservation
+from extproc.routing.pd.decode_lease import DecodeLeases
+from extproc.routing.pd.pair import Pair, Pairs
+from extproc.routing.pd.prefill_leg import PrefillLeg
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineAnswer, EngineTimeoutError, EngineUnreachableError
 from extproc.workers.tickets import RankBooking
@@ -86,22 +88,20 @@ class Case:
         self.rechecked: list[Worker] = []
         self.failures: list[RouterError] = []
         self.call = FakeCall()
-        self.pairs = Pairs()
+        self.pairs = Pairs(self.routing.clock, self.routing.metrics.pd, linger_seconds=linger)
         if probe:
             for worker in (self.prefill, self.decode):
                 for _ in range(threshold):
                     worker.breaker.failure(self.routing.clock.monotonic())
             self.routing.clock.tick(30.0)
-        self.pair = self._make(inline, linger)
+        self.pair = self._make(inline)
         self.pair.on_abort = self.failures.append
         self.pair.follow()
 
-    def _make(self, inline: bool, linger: float) -> Pair:
-        books, load = self.routing.books, self.routing.active_load
-        now = books.clock.monotonic()
-        probe = self.prefill.breaker.claim(now)
-        ticket = load.book(self.prefill, now)
-        leg = PrefillLeg(books, "m", self.prefill, ticket, probe, now)
+    def _make(self, inline: bool) -> Pair:
+        claims, now = self.routing.claims, self.routing.clock.monotonic()
+        leg_parts = msgspec.structs.replace(self.routing.leg_parts, recheck=self.rechecked.append)
+        leg = PrefillLeg(leg_parts, "m", claims.take(self.prefill, now), now, request_id="")
         leg.call = self.call
         decision = Decision(
             model="m",
@@ -112,17 +112,14 @@ class Case:
             timeout_ms=0,
             decode_order="" if inline else f"1;10.0.0.1;x;{D_ADDRESS}",
         )
-        other, booked = self.decode.breaker.claim(now), load.book(self.decode, now)
+        leases = DecodeLeases(self.routing.lease_parts, claims, lambda worker: None)
         return Pair(
-            books,
             self.pairs,
+            Pairs.new_id(),
             decision,
             leg,
-            pair_id=Pairs.new_id(),
-            decode=Lease(books, decision, [self.decode], booked, other, now) if inline else None,
-            reservation=None if inline else Reservation(self.decode, booked, other),
-            linger_seconds=linger,
-            on_recheck=self.rechecked.append,
+            decode=leases.take(decision, [self.decode], now, leg) if inline else None,
+            reservation=None if inline else leases.reserve(self.decode, now),
         )
 
     async def answers(self, status: int, body: bytes = b"{}") -> None:
@@ -173,7 +170,7 @@ class Case:
 async def test_a_good_prefill_is_a_success_and_its_load_ends_with_it(status: int) -> None:
     case = Case()
     booking = Booking()
-    case.pair.leg.ticket.booking = booking
+    case.pair.leg.claim.ticket.booking = booking
     assert case.load == (1, 1)
     assert case.pair.holds_stream
     case.routing.clock.tick(0.3)
@@ -225,7 +222,7 @@ async def test_a_prefill_that_fails_is_the_workers_fault_and_told_at_once(
 ) -> None:
     case = Case()
     booking = Booking()
-    case.pair.leg.ticket.booking = booking
+    case.pair.leg.claim.ticket.booking = booking
     if isinstance(answer, int):
         await case.answers(answer, b"its own words")
     else:
@@ -268,7 +265,7 @@ async def test_nobody_is_told_of_a_prefill_that_ends_when_the_stream_is_over(sta
 async def test_a_client_that_leaves_ends_the_prefill_at_once(linger: float) -> None:
     case = Case(linger=linger, probe=True)
     booking = Booking()
-    case.pair.leg.ticket.booking = booking
+    case.pair.leg.claim.ticket.booking = booking
     assert case.prefill.breaker.state is HALF_OPEN
     now = case.routing.clock.monotonic()
     assert not case.prefill.breaker.would_allow(now)
@@ -449,7 +446,7 @@ async def test_inline_the_response_settles_the_decode_worker_too(
 ) -> None:
     case = Case(inline=True)
     assert case.load == (1, 1)
-    assert case.pair.ticket.worker is case.decode
+    assert case.pair.claim.worker is case.decode
     await case.answers(200)
     assert case.responds(status)
     assert case.pair.served is case.prefill
@@ -481,7 +478,7 @@ async def test_inline_a_request_that_is_too_old_is_the_decode_workers_failure() 
 
 async def test_with_two_passes_the_janitor_watches_the_prefill() -> None:
     case = Case()
-    assert case.pair.ticket is case.pair.leg.ticket
+    assert case.pair.claim is case.pair.leg.claim
     assert case.pair.served is case.prefill
     assert case.responds(200)
     case.pair.abort(stale_request_expired())
@@ -529,7 +526,7 @@ _STEPS = st.lists(
 async def _play(steps: list[Any], *, inline: bool, linger: float, probe: bool) -> None:
     case = Case(inline=inline, linger=linger, probe=probe)
     booking: RankBooking = Booking()
-    case.pair.leg.ticket.booking = booking
+    case.pair.leg.claim.ticket.booking = booking
     told_before_close = 0
     closed = responded = False
     for step in steps:
@@ -634,12 +631,12 @@ async def test_a_decode_worker_that_waited_in_vain_is_not_to_blame(
 ) -> None:
     case = Case()
     case.routing.clock.tick(seconds)
-    assert case.pair.waits_for_prefill() is blamed
+    assert case.pair.leg.explains_decode_failure() is blamed
     case.responds(500)
     await settle()
     outcome = "error" if blamed else "cancelled"
     assert case.routing.outcomes()[P] == [outcome]
-    assert case.pair.waits_for_prefill() is False
+    assert case.pair.leg.explains_decode_failure() is False
     case.pair.close()
 
 
@@ -647,7 +644,7 @@ async def test_a_decode_worker_that_fails_after_the_prefill_is_to_blame() -> Non
     case = Case()
     await case.answers(200)
     case.routing.clock.tick(5)
-    assert case.pair.waits_for_prefill() is False
+    assert case.pair.leg.explains_decode_failure() is False
     case.responds(500)
     assert case.routing.outcomes()[P] == ["success"]
     case.pair.close()

@@ -1,16 +1,16 @@
 """The first pass: which workers a request is sent to, and what is in it."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import pytest
 
 from extproc.errors import RouterError
+from extproc.routing.chooser import NO_TOKENS, Chosen, PromptTokens
 from extproc.routing.json_members import with_members
 from extproc.routing.pd.decode_order import DecodeOrder
-from extproc.routing.pd.passes import Chosen
 from extproc.routing.request import Request, find_endpoint
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineTimeoutError, EngineUnreachableError, PrefillCall
@@ -25,6 +25,25 @@ from tests.unit.routing.pd.house import (
     VIA,
     Fleet,
 )
+
+
+class Choices:
+    """A chooser that is a function of the workers."""
+
+    reads_prompts = False
+
+    def __init__(self, function: Callable[[Sequence[Worker]], Chosen]) -> None:
+        self._function = function
+
+    async def read(self, request: Request, adapter: str | None) -> PromptTokens:
+        return NO_TOKENS
+
+    def choose(self, workers: Sequence[Worker], prompt: PromptTokens, now: float) -> Chosen:
+        return self._function(workers)
+
+    def decided(self, chosen: Chosen) -> None:
+        pass
+
 
 # -- what is decided
 
@@ -61,7 +80,7 @@ async def test_inline_names_the_decode_workers_in_order() -> None:
     assert set(decision.destinations) < set(ADDRESSES)
     assert pair.reservation is None
     assert pair.decode is not None
-    assert pair.decode.ticket.worker.address == decision.destinations[0]
+    assert pair.decode.claim.worker.address == decision.destinations[0]
     assert fleet.metric("extproc_pd_decode_choices_total", model="m", reason="no_peer") == 1
     assert fleet.load[0] == [1, 0, 0]
     assert sum(fleet.load[1]) == 1
@@ -185,12 +204,12 @@ async def test_the_room_says_the_rank(rank: int) -> None:
     events = KvEvents(host="10.0.0.2", port=5557, block_size=PAGE, dp_size=8)
     worker.spec = msgspec.structs.replace(worker.spec, kv_events=events)
 
-    def choose(_: Sequence[Worker], __: float) -> Chosen:
-        return Chosen(worker, "p", "r", rank)
+    def choose(_: Sequence[Worker]) -> Chosen:
+        return Chosen(worker, "p", "r", dp_rank=rank)
 
     request = Request(find_endpoint("POST", "/generate"), "m", stream=False, body=b'{"text":"a"}')
     for _ in range(5):
-        pair = await fleet.pd.route(request, "m", choose)
+        pair = await fleet.pd.route(request, "m", Choices(choose), NO_TOKENS)
         assert fleet.caller.posts[-1].fields["bootstrap_room"] % 8 == rank
         pair.close()
     fleet.nothing_is_left()
@@ -329,13 +348,13 @@ async def test_decode_workers_that_vanish_while_prefill_is_tried_end_it() -> Non
     fleet = Fleet()
     fleet.caller.refuse(PREFILLS[0])
 
-    def choose(candidates: Sequence[Worker], _: float) -> Chosen:
+    def choose(candidates: Sequence[Worker]) -> Chosen:
         fleet.trip(*fleet.decodes)
         return Chosen(candidates[0], "p", "r")
 
     request = Request(find_endpoint("POST", "/v1/completions"), "m", False, BODY)
     with pytest.raises(RouterError, match="no_decode_workers"):
-        await fleet.pd.route(request, "m", choose)
+        await fleet.pd.route(request, "m", Choices(choose), NO_TOKENS)
     assert len(fleet.caller.posts) == 1
     fleet.nothing_is_left()
 
@@ -343,13 +362,13 @@ async def test_decode_workers_that_vanish_while_prefill_is_tried_end_it() -> Non
 async def test_decode_workers_that_vanish_meanwhile_end_the_prefill_too() -> None:
     fleet = Fleet()
 
-    def choose(candidates: Sequence[Worker], _: float) -> Chosen:
+    def choose(candidates: Sequence[Worker]) -> Chosen:
         fleet.trip(*fleet.decodes)
         return Chosen(candidates[0], "p", "r")
 
     request = Request(find_endpoint("POST", "/v1/completions"), "m", False, BODY)
     with pytest.raises(RouterError, match="no_decode_workers"):
-        await fleet.pd.route(request, "m", choose)
+        await fleet.pd.route(request, "m", Choices(choose), NO_TOKENS)
     assert [call.cancels for call in fleet.caller.calls] == [1]
     assert fleet.outcomes() == {PREFILLS[0]: ["cancelled"]}
     fleet.nothing_is_left()

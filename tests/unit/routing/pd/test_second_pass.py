@@ -3,7 +3,8 @@
 import pytest
 
 from extproc.routing.pd.decode_order import DecodeOrder
-from extproc.routing.pd.passes import DecodeQuery, PdSettings
+from extproc.routing.pd.passes import DecodeQuery
+from extproc.routing.pd.settings import PdSettings
 from extproc.workers.circuit_breaker import BreakerState
 from tests.unit.configs import config
 from tests.unit.routing.pd.house import (
@@ -138,7 +139,7 @@ async def test_a_bad_answer_makes_us_ask_the_worker_who_it_is(status: int) -> No
     fleet = Fleet(threshold=1)
     pair = await fleet.route()
     lease = fleet.pick(pair)
-    worker = lease.ticket.worker
+    worker = lease.claim.ticket.worker
     assert lease.responded(status, lease.decision.destinations[0], VIA, streamed=False)
     assert fleet.rechecked == [worker]
     assert (worker.breaker.state is BreakerState.OPEN) == (status >= 500)
@@ -151,13 +152,13 @@ async def test_a_refused_decode_worker_fails_and_the_next_attempt_takes_another(
     fleet = Fleet(threshold=1)
     pair = await fleet.route()
     lease = fleet.pick(pair, 1)
-    first = lease.ticket.worker
+    first = lease.claim.ticket.worker
     details = "upstream_reset_before_response_started{remote_connection_failure}"
     lease.responded(503, lease.decision.destinations[0], details, streamed=False)
     lease.close()
     assert first.breaker.state is BreakerState.OPEN
     second = fleet.pick(pair, 2)
-    assert second.ticket.worker is not first
+    assert second.claim.ticket.worker is not first
     assert second.responded(200, second.decision.destinations[0], VIA, streamed=False)
     assert pair.leg.is_open
     second.close()

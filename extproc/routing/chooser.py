@@ -1,0 +1,86 @@
+"""How the workers of a model are chosen: by the workers' load, or by what their ranks hold.
+
+Each model has one chooser. Routing asks it for the prompt first, without knowing whether its
+policy looks at tokens, and then to choose among the candidates of the moment, as often as a
+request needs that.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from extproc.kv.prefix_hash import TokenIds
+from extproc.policies.base import Policy
+from extproc.routing.placement import Placed
+from extproc.routing.request import Request
+from extproc.workers.worker import Worker
+
+__all__ = ["NO_TOKENS", "Chooser", "Chosen", "PromptTokens", "WorkerChooser"]
+
+
+class PromptTokens(NamedTuple):
+    """A prompt's token ids, None where they are not known, and the seed of its cache namespace.
+
+    `guess` is an estimate of the number of tokens where they are not known; 0 for no estimate.
+    """
+
+    ids: TokenIds | None
+    seed: int
+    guess: int = 0
+
+
+NO_TOKENS = PromptTokens(None, 0)
+
+
+class Chosen(NamedTuple):
+    """The chosen worker, and why.
+
+    `placed` is set by policies that look at tokens. `dp_rank` is the rank that the engine must
+    be told, None for an engine with a single rank.
+    """
+
+    worker: Worker
+    policy: str
+    reason: str
+    placed: Placed | None = None
+    dp_rank: int | None = None
+
+
+class Chooser(Protocol):
+    """Chooses the workers of one model."""
+
+    @property
+    def reads_prompts(self) -> bool:
+        """True if `read` has work to do, which is in vain without candidates."""
+        ...
+
+    async def read(self, request: Request, adapter: str | None) -> PromptTokens:
+        """Return what `choose` needs of the request; `adapter` is the one its model name has."""
+        ...
+
+    def choose(self, workers: Sequence[Worker], prompt: PromptTokens, now: float) -> Chosen:
+        """Choose one of at least one worker; books nothing."""
+        ...
+
+    def decided(self, chosen: Chosen) -> None:
+        """Count the overlap of a choice that was acted on; once for each request."""
+        ...
+
+
+class WorkerChooser:
+    """Chooses whole workers, by a policy that does not look at tokens."""
+
+    reads_prompts = False
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    async def read(self, request: Request, adapter: str | None) -> PromptTokens:
+        return NO_TOKENS
+
+    def choose(self, workers: Sequence[Worker], prompt: PromptTokens, now: float) -> Chosen:
+        policy = self._policy
+        worker, reason = policy.choose(workers)
+        return Chosen(worker, policy.name, reason)
+
+    def decided(self, chosen: Chosen) -> None:
+        pass

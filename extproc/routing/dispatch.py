@@ -1,0 +1,94 @@
+"""From a chosen worker to a decision and its lease: the request goes to that worker as it is.
+
+Others are named beside it, which Envoy tries when the chosen one refuses the connection.
+"""
+
+from collections.abc import Sequence
+from random import Random
+
+from extproc.routing.chooser import Chosen
+from extproc.routing.claim import Claims
+from extproc.routing.decision import Decision
+from extproc.routing.lease import Lease, LeaseParts
+from extproc.routing.request import Request
+from extproc.workers.worker import Worker
+
+__all__ = ["Dispatch"]
+
+
+class Dispatch:
+    """Claims chosen workers.
+
+    `destinations_max` is the number of workers named for one request, 1 for gateways that
+    cannot walk a list.
+    """
+
+    def __init__(
+        self,
+        claims: Claims,
+        lease_parts: LeaseParts,
+        random: Random,
+        *,
+        request_timeout_seconds: float,
+        destinations_max: int,
+    ) -> None:
+        self._claims = claims
+        self._lease_parts = lease_parts
+        self._decisions = lease_parts.metrics.decisions
+        self._random = random
+        self._timeout_ms = max(1, round(request_timeout_seconds * 1000))
+        self._destinations_max = destinations_max
+
+    def send(
+        self,
+        request: Request,
+        model: str,
+        chosen: Chosen,
+        candidates: Sequence[Worker],
+        now: float,
+    ) -> Lease:
+        """Claim the chosen worker; the others of `candidates` may serve instead."""
+        worker, policy, reason, placed, dp_rank = chosen
+        members = b""
+        if dp_rank is not None and request.body:
+            members = b'"routed_dp_rank":%d' % dp_rank
+            # The body is the same for all destinations, so each must have that rank.
+            of = self._claims.ranks.of
+            candidates = [other for other in candidates if dp_rank < len(of(other))]
+        named = [worker, *self._fallbacks(worker, candidates)]
+        decision = Decision(
+            model=model,
+            policy=policy,
+            reason=reason,
+            worker_url=worker.url,
+            destinations=tuple([one.address or "" for one in named]),
+            timeout_ms=0 if request.stream else self._timeout_ms,
+            cached_tokens=placed.cached_tokens if placed is not None else 0,
+            total_tokens=placed.total_tokens if placed is not None else 0,
+            body_members=members,
+        )
+        self._decisions(model, policy, reason).inc()
+        claim = self._claims.take(worker, now, placed, streamed=request.stream)
+        return Lease(self._lease_parts, decision, named, claim, now)
+
+    def _fallbacks(self, chosen: Worker, candidates: Sequence[Worker]) -> list[Worker]:
+        """The workers to try when the chosen one refuses the connection, less loaded first.
+
+        A few are taken from a random place on before the loads are compared: with a fixed
+        order every request of a dead worker would land on the same next one.
+        """
+        count = self._destinations_max - 1
+        if count <= 0 or len(candidates) == 1:
+            return []
+        start = int(self._random.random() * len(candidates))
+        wanted = min(2 * count + 1, len(candidates))
+        looked_at = [*candidates[start : start + wanted]]
+        looked_at += candidates[: wanted - len(looked_at)]
+        # By address: two names of one host must not make two attempts at it.
+        others = {worker.address: worker for worker in looked_at}
+        others.pop(chosen.address, None)
+        return sorted(others.values(), key=_in_flight)[:count]
+
+
+def _in_flight(worker: Worker) -> int:
+    return worker.in_flight

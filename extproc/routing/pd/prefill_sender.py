@@ -1,0 +1,143 @@
+"""Sends a prefill: tries prefill workers until one accepts the connection.
+
+It is the only part of routing that does requests of its own. What the worker answers later is
+the business of the leg that it returns.
+"""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from extproc.errors import no_decode_workers, no_prefill_workers, service_overloaded
+from extproc.headers import AUTHORIZATION_HEADER, CONTENT_TYPE_HEADER
+from extproc.routing.chooser import Chooser, Chosen, PromptTokens
+from extproc.routing.claim import Claims
+from extproc.routing.json_members import with_members
+from extproc.routing.pd.handoff import (
+    KV_PREFILL_MEMBERS,
+    bootstrap_members,
+    prompts_of_a_batch,
+)
+from extproc.routing.pd.prefill_leg import LegParts, PrefillLeg
+from extproc.routing.pd.settings import PdSettings
+from extproc.routing.request import ClientHeaders, Request
+from extproc.workers.engine_calls import (
+    EngineUnreachableError,
+    PrefillCall,
+    PrefillClient,
+    PrefillClientOverloadedError,
+)
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.worker import Worker
+
+__all__ = ["PrefillSender", "SentPrefill"]
+
+# Of the engine's answer: enough for its own words about a 4xx, and for a handle to its cache.
+_KEPT_BYTES: Final = 64 * 1024
+_KEPT_OF_KV_ANSWER_BYTES: Final = 1024 * 1024
+
+
+class SentPrefill(NamedTuple):
+    """A prefill under way. `members` are JSON members that the decode worker's body must get."""
+
+    leg: PrefillLeg
+    chosen: Chosen
+    members: bytes
+
+
+class PrefillSender:
+    """Sends the prefills of all models."""
+
+    def __init__(
+        self,
+        settings: PdSettings,
+        registry: WorkerRegistry,
+        claims: Claims,
+        client: PrefillClient,
+        leg_parts: LegParts,
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._claims = claims
+        self._client = client
+        self._leg_parts = leg_parts
+
+    async def send(
+        self, request: Request, model: str, chooser: Chooser, prompt: PromptTokens, *, waits: bool
+    ) -> SentPrefill:
+        """Send the request to a prefill worker; raises RouterError.
+
+        `waits`: what decode needs is in the worker's answer, which is waited for.
+        """
+        forwarded = request.forwarded()
+        headers = self._headers(forwarded)
+        prompts = None if waits else prompts_of_a_batch(request)
+        registry, clock = self._registry, self._leg_parts.clock
+        tried: set[Worker] = set()
+        while True:
+            now = clock.monotonic()
+            usable = registry.candidates(model, "prefill", now)
+            candidates = [worker for worker in usable if worker not in tried]
+            if not candidates:
+                raise no_prefill_workers()
+            if not registry.candidates(model, "decode", now):
+                raise no_decode_workers()
+            chosen = chooser.choose(candidates, prompt, now)
+            members = KV_PREFILL_MEMBERS if waits else _rooms(chosen, prompts)
+            claim = self._claims.take(chosen.worker, now, chosen.placed)
+            leg = PrefillLeg(self._leg_parts, model, claim, now, request_id=forwarded.request_id)
+            try:
+                body = with_members(request.body, members)
+                leg.call = await self._post(chosen.worker, forwarded.path, headers, body, waits)
+            except PrefillClientOverloadedError:
+                leg.cancel()
+                raise service_overloaded() from None
+            except EngineUnreachableError:
+                leg.not_connected()
+                tried.add(chosen.worker)
+            except BaseException:
+                leg.cancel()
+                raise
+            else:
+                return SentPrefill(leg, chosen, members)
+
+    async def _post(
+        self,
+        worker: Worker,
+        path: str,
+        headers: Sequence[tuple[str, str]],
+        body: bytes,
+        waits: bool,
+    ) -> PrefillCall:
+        settings = self._settings
+        return await self._client.post(
+            worker.spec.url,
+            path,
+            headers,
+            body,
+            connect_seconds=settings.connect_seconds,
+            answer_seconds=settings.kv_seconds if waits else settings.prefill_seconds,
+            keep_bytes=_KEPT_OF_KV_ANSWER_BYTES if waits else _KEPT_BYTES,
+        )
+
+    def _headers(self, forwarded: ClientHeaders) -> list[tuple[str, str]]:
+        headers = [(CONTENT_TYPE_HEADER, "application/json")]
+        authorization = self._settings.authorization
+        for name, value in forwarded.headers:
+            if name != AUTHORIZATION_HEADER or authorization is None:
+                headers.append((name, value))
+        if authorization is not None:
+            headers.append((AUTHORIZATION_HEADER, authorization))
+        return headers
+
+
+def _rooms(chosen: Chosen, prompts: int | None) -> bytes:
+    """Where a prefill and a decode worker meet; new ones for every worker that is tried."""
+    spec = chosen.worker.spec
+    events = spec.kv_events
+    return bootstrap_members(
+        spec.url.host,
+        spec.bootstrap_port,
+        dp_rank=chosen.dp_rank or 0,
+        dp_size=events.dp_size if events is not None else 1,
+        prompts=prompts,
+    )
