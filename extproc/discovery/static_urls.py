@@ -1,4 +1,4 @@
-"""Workers from a list in the configuration: all there at the start, none ever leaves."""
+"""Discovery from a list in the configuration: workers never join later or leave."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ __all__ = ["StaticUrls"]
 
 
 class StaticUrls:
-    """WorkerSource over URLs that the configuration has checked."""
+    """A WorkerSource; the configuration has checked the URLs."""
 
     def __init__(self, config: StaticUrlsConfig) -> None:
         self._urls = [parse_worker_url(url) for url in config.urls]
@@ -27,5 +27,5 @@ class StaticUrls:
             role = self._roles.get(str(url), "plain")
             yield Added(WorkerSpec(id=str(url), url=url, role=role))
         yield Listed()
-        # Nothing more will come; ending would look like a broken source.
+        # A source never ends; an end would look like a failure.
         await asyncio.Event().wait()

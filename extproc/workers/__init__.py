@@ -1,0 +1,26 @@
+"""The workers: which are registered, their models and roles, their health and their load.
+
+Begin with `registry`, which routing reads, and `manager`, which fills it: `source` delivers
+discovery's events, `introspection` asks the engines, `membership` registers, changes and
+removes workers and notifies each `observer`. A `worker` has a `circuit_breaker`, open `tickets`
+count its requests, and `rank_load` estimates the load of one of its ranks. Only
+`introspection_client` and `prefill_client` import aiohttp; `engine_calls` has their protocols.
+"""
+
+__all__ = [
+    "circuit_breaker",
+    "configured_models",
+    "engine_calls",
+    "introspection_client",
+    "manager",
+    "membership",
+    "observer",
+    "prefill_client",
+    "prefill_speed",
+    "rank_load",
+    "registry",
+    "resolver",
+    "source",
+    "tickets",
+    "worker",
+]

@@ -27,12 +27,12 @@ class ConfiguredModels:
         models = self._of(spec) or [ModelConfig(id="-")]
         return models[0].circuit_breaker
 
-    def complete(self, spec: WorkerSpec, told: Introspection) -> WorkerSpec:
+    def complete(self, spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
         """The spec with the worker's answer, and with configured KV events if it named none."""
         if spec.kv_events is not None and spec.kv_events == self._kv_events(spec):
             # Those of the models it served so far: they may not hold for its models now.
             spec = msgspec.structs.replace(spec, kv_events=None)
-        spec = apply_introspection(spec, told)
+        spec = apply_introspection(spec, answer)
         if spec.kv_events is not None:
             return spec
         return msgspec.structs.replace(spec, kv_events=self._kv_events(spec))

@@ -1,8 +1,8 @@
-"""What a worker says of itself: its model, and which role it plays.
+"""Asks a worker about itself: its model, its role, and where it publishes KV events.
 
-`/server_info` is SGLang's; an engine without it (vLLM) is asked for `/v1/models` instead.
-The worker's own answer beats what discovery believed. Nothing here fails a registration: a
-worker that tells nothing is registered without a model and asked again later.
+SGLang answers `/server_info`. An engine without it (vLLM) is asked for `/v1/models` instead.
+The worker's own answer counts more than what discovery says. No answer fails a registration: a
+worker without a usable answer is registered without a model, and is asked again later.
 """
 
 from typing import Any, Literal
@@ -29,7 +29,7 @@ _NAME_MAX_CHARS = 256
 # A base model and its adapters; each becomes a metric series.
 _MODELS_MAX = 32
 _NULL = msgspec.Raw(b"null")
-# What decoding an answer that is not as promised can raise.
+# What the decoder raises for an answer that is not as documented.
 _NOT_DECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -37,7 +37,7 @@ IntrospectionWarning = Literal["no_bootstrap_port", "unknown_role"]
 
 
 class _ServerInfo(Struct):
-    """The fields read, undecoded: a wrong type or range in one must not cost the others."""
+    """The fields that are read, undecoded: a wrong type in one must not cost the others."""
 
     served_model_name: msgspec.Raw = _NULL
     disaggregation_mode: msgspec.Raw = _NULL
@@ -55,9 +55,10 @@ class _ModelList(Struct):
 
 
 class Introspection(Struct, frozen=True, kw_only=True):
-    """A worker's answer. `role` None = it did not say; `problem` = why there is no answer.
+    """A worker's answer about itself.
 
-    `kv_problem` = why what it says of its KV events can not be used.
+    `role` is None if the answer has none. `problem` says why there is no usable answer, and
+    `kv_problem` why its KV events cannot be used; both are empty if all is well.
     """
 
     model_ids: tuple[str, ...] = ()
@@ -135,7 +136,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _value(raw: msgspec.Raw) -> Any:
-    """The value of a field; an object no field accepts where it can not be decoded."""
+    """The value of a field; an object that no field accepts if it cannot be decoded."""
     try:
         return msgspec.json.decode(raw)
     except _NOT_DECODABLE:
@@ -150,12 +151,12 @@ def _read(info: _ServerInfo) -> Introspection:
     match _value(info.disaggregation_mode):
         case None:
             return Introspection(model_ids=model_ids)
-        case "null":  # the engine's word for "not disaggregated", a string
+        case "null":  # the string by which the engine says that it is not disaggregated
             return Introspection(model_ids=model_ids, role="plain")
         case "prefill" if has_port:
             return Introspection(model_ids=model_ids, role="prefill", bootstrap_port=port)
         case "prefill":
-            # The engine has a port of its own for that case.
+            # The engine then listens on its own default port.
             return Introspection(
                 model_ids=model_ids,
                 role="prefill",
@@ -167,28 +168,28 @@ def _read(info: _ServerInfo) -> Introspection:
             return Introspection(model_ids=model_ids, warning="unknown_role")
 
 
-def _with_kv_events(told: Introspection, info: _ServerInfo, url: WorkerUrl) -> Introspection:
+def _with_kv_events(answer: Introspection, info: _ServerInfo, url: WorkerUrl) -> Introspection:
     try:
         found = read_kv_events(_value(info.kv_events), _value(info.speculative_algorithm), url)
     except ValueError as error:
-        return msgspec.structs.replace(told, kv_problem=str(error))
-    return msgspec.structs.replace(told, kv_events=found) if found else told
+        return msgspec.structs.replace(answer, kv_problem=str(error))
+    return msgspec.structs.replace(answer, kv_events=found) if found else answer
 
 
-def apply_introspection(spec: WorkerSpec, told: Introspection) -> WorkerSpec:
-    """The spec with what the worker said; what it left open stays as discovery had it."""
-    if told.role is None:
+def apply_introspection(spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
+    """The spec with the worker's answer; what the answer leaves open stays as it was."""
+    if answer.role is None:
         role, bootstrap_port = spec.role, spec.bootstrap_port
     else:
-        role = told.role
-        bootstrap_port = told.bootstrap_port
+        role = answer.role
+        bootstrap_port = answer.bootstrap_port
         if role == "prefill" and bootstrap_port is None:
             bootstrap_port = spec.bootstrap_port
     return WorkerSpec(
         id=spec.id,
         url=spec.url,
         role=role,
-        model_ids=told.model_ids or spec.model_ids,
+        model_ids=answer.model_ids or spec.model_ids,
         bootstrap_port=bootstrap_port,
-        kv_events=told.kv_events or spec.kv_events,
+        kv_events=answer.kv_events or spec.kv_events,
     )

@@ -15,7 +15,11 @@ _ANSWER_MAX_BYTES = 8 * 1024 * 1024
 
 
 class AiohttpIntrospectionClient:
-    """The one aiohttp session; use it as an async context manager."""
+    """An IntrospectionClient; it is used as an async context manager.
+
+    `api_key` is sent to every worker. `tls` verifies https workers, by default with the
+    system's authorities.
+    """
 
     def __init__(self, api_key: str | None, tls: ssl.SSLContext | None) -> None:
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
@@ -24,7 +28,7 @@ class AiohttpIntrospectionClient:
 
     async def __aenter__(self) -> Self:
         connector = aiohttp.TCPConnector(ssl=self._tls if self._tls is not None else True)
-        # Proxy settings of the environment are not for traffic inside the mesh.
+        # A proxy from the environment is not meant for traffic inside the cluster.
         self._session = aiohttp.ClientSession(
             connector=connector, headers=self._headers, trust_env=False
         )
@@ -44,7 +48,7 @@ class AiohttpIntrospectionClient:
             raise RuntimeError("the client is used outside its context")
         timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         try:
-            # A redirect would lead the API key to a host nobody configured.
+            # A redirect could send the API key to a host that is not configured.
             async with self._session.get(
                 f"{url}{path}", timeout=timeout, allow_redirects=False
             ) as response:

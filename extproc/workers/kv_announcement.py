@@ -1,7 +1,8 @@
-"""Where a worker publishes KV events: its own word in `/server_info`, else the configuration's.
+"""Where a worker publishes KV events: from its `/server_info`, else from the configuration.
 
-The host is always that of the worker's URL: an engine announces what it binds to, mostly a
-wildcard, and no answer of a worker may make us dial somebody else.
+An answer never sets the host, which is that of the worker's URL. Engines announce the address
+that they bind to, mostly a wildcard, and no answer may make this service connect to another
+host.
 """
 
 from collections.abc import Sequence
@@ -17,19 +18,20 @@ _PORT_MAX: Final = 65_535
 _RANKS_MAX: Final = 1024
 _BLOCK_MAX: Final = 65_536
 _TOPIC_MAX_CHARS: Final = 256
-# Speculative decoding with a draft model that reads pairs of tokens: pages of pairs (SGLang).
+# With these draft models SGLang caches pages of token pairs.
 _BIGRAM_ALGORITHMS: Final = frozenset(("EAGLE", "EAGLE3", "FROZEN_KV_MTP"))
 
 
 def read_kv_events(block: Any, algorithm: Any, url: WorkerUrl) -> KvEvents | None:
-    """From the fields `kv_events` and `speculative_algorithm` of an answer.
+    """Read the fields `kv_events` (`block`) and `speculative_algorithm` of an answer.
 
-    None when nothing is published; raises ValueError with what is wrong with the block.
+    Returns None if the worker publishes no events. Raises ValueError, which says what is wrong
+    with the block.
     """
     if block is None:
         return None
     if not isinstance(block, dict):
-        raise ValueError("kv_events is no object")
+        raise ValueError("kv_events is not an object")
     ranks = _number(block, "dp_size", _RANKS_MAX, default=1)
     return KvEvents(
         host=url.host,
@@ -45,7 +47,7 @@ def read_kv_events(block: Any, algorithm: Any, url: WorkerUrl) -> KvEvents | Non
 
 
 def configured_kv_events(entries: Sequence[KvEventsConfig], url: WorkerUrl) -> KvEvents | None:
-    """What the configuration says of this worker; its own entry comes before the general one."""
+    """What the configuration says about this worker; an entry with its URL comes first."""
     best: KvEventsConfig | None = None
     for entry in entries:
         if entry.url is None:

@@ -1,10 +1,10 @@
-"""What an engine says of its load, and what it is prefilling just now, which can be inferred.
+"""An engine's report of its load, and the prompt that it prefills now, which is inferred.
 
-A report has the prompts that wait and not what is left of the one at work, which on a rank
-with a short queue is most of the wait. But it shows: what has left the queue since the report
-before is what began, and a prompt that never waited comes to the tokens in use, its cached
-part included. Measured with four routers that share a fleet, this makes their estimates as
-good as those of one.
+A report counts the prompts that wait, and not the rest of the prompt whose prefill runs. On a
+rank with a short queue that rest is most of the wait. It is inferred from two reports: tokens
+that have left the queue belong to the prefill that began, and a prompt that never waited
+appears in the tokens in use, with its cached part. Measured with four routers that share a
+fleet, the estimates become as good as those of one router.
 """
 
 from typing import NamedTuple, Protocol
@@ -13,7 +13,10 @@ __all__ = ["EngineState", "LoadReport", "RunningPrefill"]
 
 
 class LoadReport(Protocol):
-    """The fields of an engine's load report that are read here; counts since the start last."""
+    """The fields that are read of an engine's load report.
+
+    The two `total_` fields count from the engine's start.
+    """
 
     @property
     def num_running_reqs(self) -> int: ...
@@ -34,19 +37,19 @@ class LoadReport(Protocol):
 
 
 class EngineState(NamedTuple):
-    """Figures of one report; None where the engine does not say."""
+    """The figures of one report; None where the engine does not report one."""
 
     running: int
     waiting: int
     waiting_tokens: int | None
     used_tokens: int | None
-    prefilled_tokens: int | None  # ever
+    prefilled_tokens: int | None  # since the engine's start
 
 
 class RunningPrefill:
-    """The prompt at work on one rank.
+    """The prompt whose prefill runs on one rank.
 
-    An engine may count what it has prefilled when a prompt is done, or after every piece of it.
+    An engine may count prefilled tokens when a prompt is done, or after every chunk of it.
     """
 
     __slots__ = ("_before", "_exact", "_since", "_tokens")
@@ -58,12 +61,12 @@ class RunningPrefill:
         self._since = 0.0
 
     def forget(self) -> None:
-        """The reports so far are too old to be compared with."""
+        """Drop the reports so far: they are too old to compare the next one with."""
         self._before = None
         self._tokens = 0
 
     def read(self, state: EngineState, now: float) -> None:
-        """The next report."""
+        """Read the next report."""
         before, self._before = self._before, state
         if before is None:
             return
@@ -79,6 +82,7 @@ class RunningPrefill:
             self._since = now
 
     def tokens_left(self, now: float, tokens_per_second: float) -> float:
+        """How many tokens of the prompt are not prefilled yet, as estimated."""
         return max(0.0, self._tokens - max(0.0, now - self._since) * tokens_per_second)
 
 

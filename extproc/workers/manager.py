@@ -128,11 +128,11 @@ class WorkerManager:
         self._membership.notify_changed()
 
     async def _add(self, spec: WorkerSpec) -> None:
-        told, addresses = await asyncio.gather(
+        answer, addresses = await asyncio.gather(
             self._ask(spec, _JOINING_ATTEMPTS), self._resolve(spec)
         )
-        self._membership.answered(spec, told)
-        await self._membership.join(self._membership.complete(spec, told), addresses)
+        self._membership.answered(spec, answer)
+        await self._membership.join(self._membership.complete(spec, answer), addresses)
 
     async def _remove(self, worker_id: str) -> None:
         self._rechecked_at.pop(worker_id, None)
@@ -141,12 +141,12 @@ class WorkerManager:
     async def _ask(self, spec: WorkerSpec, attempts: int) -> Introspection:
         """The worker's answer; an unexpected exception is a problem like any other."""
         try:
-            told = await introspect(self._client, spec.url, self._clock, attempts)
+            answer = await introspect(self._client, spec.url, self._clock, attempts)
         except Exception as error:
             _log.exception("introspection_failed", worker=str(spec.url))
-            told = Introspection(problem=f"unexpected {type(error).__name__}")
-        self._metrics.introspections("failed" if told.problem else "answered").inc()
-        return told
+            answer = Introspection(problem=f"unexpected {type(error).__name__}")
+        self._metrics.introspections("failed" if answer.problem else "answered").inc()
+        return answer
 
     async def _resolve(self, spec: WorkerSpec) -> tuple[str, ...]:
         try:
@@ -183,13 +183,13 @@ class WorkerManager:
         spec = self._membership.spec_of(worker_id)
         if spec is None or spec.role == discovered:
             return
-        told = await self._ask(spec, _LATER_ATTEMPTS)
-        self._membership.answered_later(spec, told)
+        answer = await self._ask(spec, _LATER_ATTEMPTS)
+        self._membership.answered_later(spec, answer)
         if discovered is not None:
             spec = msgspec.structs.replace(spec, role=discovered)
-        elif told.problem:
+        elif answer.problem:
             return
-        spec = self._membership.complete(spec, told)
+        spec = self._membership.complete(spec, answer)
         worker = self._registry.get(worker_id)
         if worker is None:
             await self._membership.join(spec, await self._resolve(spec))

@@ -57,24 +57,24 @@ class Membership:
         unknown = [worker.id for worker in self._registry if not worker.model_ids]
         return [*unknown, *self._refused]
 
-    def complete(self, spec: WorkerSpec, told: Introspection) -> WorkerSpec:
+    def complete(self, spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
         """The spec with the worker's answer and the configuration; warns of missing KV events."""
-        spec = self._models.complete(spec, told)
+        spec = self._models.complete(spec, answer)
         if model := self._models.model_without_kv_events(spec):
             self._warnings.no_kv_events(spec, model)
         return spec
 
-    def answered(self, spec: WorkerSpec, told: Introspection) -> None:
+    def answered(self, spec: WorkerSpec, answer: Introspection) -> None:
         """A worker that is about to join, or could not so far, has answered or failed to."""
-        self._warnings.answer(spec, told)
+        self._warnings.answered(spec, answer)
 
-    def answered_later(self, spec: WorkerSpec, told: Introspection) -> None:
+    def answered_later(self, spec: WorkerSpec, answer: Introspection) -> None:
         """A registered or refused worker was asked again."""
         worker = self._registry.get(spec.id)
         if worker is not None and worker.model_ids:
-            self._warnings.later_answer(spec, told)
+            self._warnings.answered_later(spec, answer)
         else:
-            self._warnings.answer(spec, told)
+            self._warnings.answered(spec, answer)
 
     async def join(self, spec: WorkerSpec, addresses: tuple[str, ...]) -> None:
         """Register a worker; it replaces the one that had its id so far."""

@@ -1,8 +1,8 @@
-"""Requests of our own that a client waits for: one connection each, made before anything else.
+"""Sends requests to prefill workers, with aiohttp; each request has its own new connection.
 
-A connection that was kept alive may be dead without knowing it, and whether a request was lost
-on it or has begun can then not be told. One that was just made tells at once: refused, or the
-request is on its way.
+A connection that was kept alive may be dead. When a request fails on it, nobody knows whether
+the engine has begun to work on it. A new connection shows at once whether the engine can be
+reached.
 """
 
 import asyncio
@@ -34,16 +34,16 @@ _READ_BYTES: Final = 64 * 1024
 _CLIENT_ERROR: Final = 400
 _SERVER_ERROR: Final = 500
 _REFUSAL_SECONDS: Final = 1.0
-# Larger bodies are written in pieces, so that one of them does not hold up the loop.
+# Larger bodies are written in pieces, so that one body does not block the event loop.
 _PIECEMEAL_BYTES: Final = 256 * 1024
 
 
 class _AiohttpCall:
-    """A PrefillCall; its task reads the answer whether or not anybody waits for it."""
+    """A PrefillCall; its task reads the answer even while no caller waits for it."""
 
     def __init__(self, task: "asyncio.Task[EngineAnswer]") -> None:
         self._task = task
-        # An answer nobody asks for any more is no surprise.
+        # asyncio reports exceptions that are never retrieved; here they are expected.
         task.add_done_callback(_retrieve)
 
     async def answer(self) -> EngineAnswer:
@@ -54,9 +54,9 @@ class _AiohttpCall:
 
 
 class AiohttpPrefillClient:
-    """A session for such requests; `open` and `close` belong to one event loop.
+    """A PrefillClient; `open` and `close` are called in one event loop.
 
-    It has no headers of its own: the engines' API key is not for clients' requests.
+    It adds no headers: the API key of this service must not be sent with clients' requests.
     """
 
     def __init__(self, tls: ssl.SSLContext | None) -> None:
@@ -121,11 +121,11 @@ class AiohttpPrefillClient:
         keep_bytes: int,
     ) -> EngineAnswer:
         if self._session is None:
-            raise RuntimeError("the caller is not open")
+            raise RuntimeError("the client is not open")
         kept = bytearray()
         try:
-            # The path as the client has sent it; a redirect would lead its credentials to a
-            # host nobody configured.
+            # The path stays as the client has sent it. A redirect could send the client's
+            # credentials to a host that is not configured.
             async with self._session.post(
                 URL(url, encoded=True),
                 data=body if len(body) <= _PIECEMEAL_BYTES else io.BytesIO(body),
@@ -152,7 +152,7 @@ class AiohttpPrefillClient:
 
 
 async def _refusal(response: aiohttp.ClientResponse, keep_bytes: int) -> EngineAnswer:
-    """What a client is to be told: as much of the body as comes soon, its type, when to retry."""
+    """A 4xx for the client: the body that comes within a second, its type, when to retry."""
     kept = bytearray()
     with contextlib.suppress(TimeoutError, aiohttp.ClientError):
         async with asyncio.timeout(_REFUSAL_SECONDS):

@@ -11,27 +11,27 @@ __all__ = ["SPEED_DEFAULT_TOKENS_PER_SECOND", "EngineCounters", "PrefillSpeed"]
 SPEED_DEFAULT_TOKENS_PER_SECOND: Final = 8000.0
 _SPEED_MIN_TOKENS_PER_SECOND: Final = 50.0
 _SPEED_MAX_TOKENS_PER_SECOND: Final = 2_000_000.0
-# What a rank does in less is overhead, not speed.
+# The time of smaller prompts is mostly overhead.
 _SPEED_SAMPLE_MIN_TOKENS: Final = 256
 _SPEED_SAMPLE_MAX_TOKENS: Final = 1 << 40
-# One sample says no more than that, as a factor, above or below what was known.
+# A sample counts as at most so many times slower or faster than expected.
 _SPEED_SAMPLE_MAX_SLOWER: Final = 4.0
 _SPEED_SAMPLE_MAX_FASTER: Final = 8.0
-# How much busy time is remembered, and how much of it a rank starts with.
+# How much busy time is remembered, and the weight of the speed that a rank starts with.
 _SPEED_WINDOW_SECONDS: Final = 30.0
 _SPEED_PRIOR_SECONDS: Final = 0.25
 
-# While the engine tells its speed, what we measure from outside only blurs it.
+# As long after the engine's own counters, our less precise measurements are not used.
 _ENGINE_SPEED_FRESH_SECONDS: Final = 60.0
 _ENGINE_SPEED_MIN_TOKENS: Final = 256
 
 
 class PrefillSpeed:
-    """How fast prompts are prefilled: tokens by the busy time they took, the older ones fading.
+    """The speed of prefills: tokens divided by busy time, where old samples fade.
 
-    Sums, and not an average of speeds: an engine that prefills several prompts as one batch
-    answers them at once, which says nothing about each but all about their sum. A new rank
-    begins with the average of its model.
+    Both are summed, since an average of speeds would be wrong for batches: an engine answers
+    all prompts of a batch at once, so only the sum of their tokens has a meaningful time.
+    Until it has samples, a rank has the speed of its model (`prior`).
     """
 
     __slots__ = ("_default", "_known", "_prior", "_seconds", "_tokens")
@@ -58,7 +58,7 @@ class PrefillSpeed:
         return self._default
 
     def observe(self, tokens: int, seconds: float) -> bool:
-        """Learn from a prefill; returns False if it says nothing."""
+        """Learn from a prefill; returns False if the sample is too small or implausible."""
         if not (_SPEED_SAMPLE_MIN_TOKENS <= tokens <= _SPEED_SAMPLE_MAX_TOKENS and seconds > 0):
             return False
         speed = self.tokens_per_second

@@ -1,12 +1,13 @@
-"""What one data-parallel rank has to do: this router's own bookings, and what its engine says.
+"""Estimates the load of one data-parallel rank, from our own bookings and its engine's reports.
 
-The own book is exact and at once there, but knows nothing of other routers; the engine's
-reports know everything, a moment late. So a question is answered by the larger of the two:
-reports can only add what others have sent. Whoever asks gives the time, in monotonic seconds.
+Our bookings are exact and immediate, but do not include the requests of other routers. The
+engine's reports include all requests, but come a moment late. So each figure is the larger of
+the two: a report can only add what others have sent. Callers pass the time, in monotonic
+seconds.
 
-The model of the engine is a queue: prompts are prefilled one after the other in the order
-they came, and the start of a streamed response says that its prefill is over. A response that
-is not streamed starts when all is said, so its prefill is taken to end when it should.
+The engine is modelled as a queue: it prefills prompts one after the other in the order of
+their arrival. The start of a streamed response shows that its prefill has ended. A response
+that is not streamed starts after its last token, so the end of its prefill is estimated.
 """
 
 from collections import deque
@@ -19,14 +20,14 @@ __all__ = ["Booking", "RankLoad"]
 
 # Engines report at least every second.
 _REPORT_FRESH_SECONDS: Final = 3.0
-# An end that we have seen may be missing in reports that come within that time, and the most
-# ends that are remembered for it.
+# A report may still count a request that ended up to so long before it. So many ends are
+# remembered to allow for that.
 _REPORT_DELAY_SECONDS: Final = 0.25
 _RELEASES_MAX: Final = 256
-# No rank has so many; a report beyond is a fault of its sender.
+# A report with higher figures is wrong.
 _REQUESTS_MAX: Final = 100_000
 _TOKENS_MAX: Final = 1 << 40
-# How long a request decodes, until some have been seen to end, and how slowly that is forgotten.
+# How long a request decodes: the first estimate, and the weight of each observed request.
 _DECODE_DEFAULT_SECONDS: Final = 5.0
 _DECODE_WEIGHT: Final = 1 / 32
 
@@ -47,27 +48,27 @@ class Booking:
     def __init__(self, load: "RankLoad", prefill_tokens: int, streamed: bool, report: int) -> None:
         self._load = load
         self._open = True
-        self._queued = True  # its prefill is not over yet, as far as is known
-        self._report = report  # number of the last report before it
+        self._queued = True  # its prefill has not ended, as far as we know
+        self._report = report  # the number of the last report before it
         self._started_at: float | None = None
         self.prefill_tokens = prefill_tokens
         self.streamed = streamed
 
     def started(self, now: float) -> None:
-        """A good response has begun: if it is streamed, the prompt's prefill is just over."""
+        """A successful response has begun; if it is streamed, the prefill has just ended."""
         if self._open and self._started_at is None:
             self._started_at = now
             self._load._start(self, now)
 
     def release(self, now: float) -> None:
-        """The request has ended, well or not, perhaps before its response began."""
+        """The request has ended, in whatever way, perhaps before its response began."""
         if self._open:
             self._open = False
             self._load._release(self, now)
 
 
 class RankLoad:
-    """The load book of one (worker, data-parallel rank)."""
+    """The load of one data-parallel rank of one worker."""
 
     __slots__ = (
         "_counters",
@@ -94,14 +95,14 @@ class RankLoad:
     )
 
     def __init__(self, model_speed: PrefillSpeed) -> None:
-        """`model_speed` is shared by the ranks of a model: where a new rank starts from."""
+        """`model_speed` is shared by all ranks of a model; a new rank starts with it."""
         self._speed = PrefillSpeed(model_speed)
         self._open = 0
-        # Those before their response, oldest first; some may be over already and are skipped.
+        # Bookings whose prefill has not ended, oldest first. Some have ended and are skipped.
         self._queue: deque[Booking] = deque()
         self._queued = 0
         self._queued_tokens = 0
-        # When the prefill of the first of them began, and whether that was seen or reckoned.
+        # When the prefill of the first booking began, and whether that was observed.
         self._head_since = 0.0
         self._head_exact = True
         self._decode_seconds = _DECODE_DEFAULT_SECONDS
@@ -112,19 +113,19 @@ class RankLoad:
         self._reported_waiting_tokens: int | None = None
         self._reported_tokens: tuple[int, int] | None = None  # used and capacity
         self._max_running: int | None = None
-        # What others have sent can only be inferred, and matters only if there are others.
+        # The prefill that runs is inferred; `_strangers` is True if other routers send, too.
         self._running_prefill = RunningPrefill()
         self._strangers = False
         self._released_at: deque[float] = deque(maxlen=_RELEASES_MAX)
-        # Own bookings less own releases, and tokens booked, since the report.
+        # Our bookings minus our releases, and the tokens booked, since the last report.
         self._net_booked = 0
         self._tokens_booked = 0
         self._counters = EngineCounters(self._speed)
 
-    # -- what is told
+    # -- what happens
 
     def book(self, prefill_tokens: int, now: float, *, streamed: bool = True) -> Booking:
-        """Count a request whose prompt has that many tokens to prefill; less than 1 is 1."""
+        """Count a request with so many tokens to prefill; fewer than 1 count as 1."""
         tokens = max(1, prefill_tokens)
         booking = Booking(self, tokens, streamed, self._report_number)
         if self._queued:
@@ -140,7 +141,7 @@ class RankLoad:
         return booking
 
     def report(self, stat: LoadReport, now: float) -> None:
-        """The engine's own figures; absurd ones are ignored, one by one."""
+        """Take over the engine's figures; each one that is not plausible is ignored."""
         running, waiting = stat.num_running_reqs, stat.num_waiting_reqs
         if not (0 <= running <= _REQUESTS_MAX and 0 <= waiting <= _REQUESTS_MAX):
             return
@@ -174,11 +175,11 @@ class RankLoad:
         self._max_running = limit if limit is not None and 0 < limit <= _REQUESTS_MAX else None
         self._counters.read(stat.total_prefill_uncached_tokens, stat.total_prefill_busy_us, now)
 
-    # -- what is asked
+    # -- estimates
 
     @property
     def in_flight(self) -> int:
-        """Own bookings that have not been released."""
+        """Our bookings that have not been released."""
         return self._open
 
     @property
@@ -186,13 +187,13 @@ class RankLoad:
         return self._speed.tokens_per_second
 
     def requests(self, now: float) -> int:
-        """Requests on the rank, waiting or running, those of other routers included."""
+        """Requests on the rank, waiting or running, with those of other routers."""
         if now - self._report_at > _REPORT_FRESH_SECONDS:
             return self._open
         return max(self._open, self._reported_requests + self._net_booked)
 
     def running(self, now: float) -> int:
-        """Requests whose prefill is over: they decode."""
+        """Requests whose prefill has ended: they decode."""
         if self._queued:
             self._settle_unseen(now, self._speed.tokens_per_second)
         own = self._open - self._queued
@@ -201,7 +202,7 @@ class RankLoad:
         return max(own, self._reported_running)
 
     def prefill_tokens_ahead(self, now: float) -> float:
-        """Tokens the rank has to prefill before a request that is sent now."""
+        """Tokens that the rank has to prefill before a request that is sent now."""
         queue, speed = self._queue, self._speed.tokens_per_second
         ahead: float = 0.0
         if self._queued:
@@ -220,17 +221,17 @@ class RankLoad:
         return ahead
 
     def kv_usage(self, now: float) -> float:
-        """How full the engine says its KV cache is, 0 to 1; 0 where it does not."""
+        """How full the KV cache is, from 0 to 1, as reported; 0 without a fresh report."""
         if self._reported_tokens is None or now - self._report_at > _REPORT_FRESH_SECONDS:
             return 0.0
         used, capacity = self._reported_tokens
         return used / capacity if capacity else 0.0
 
     def slot_wait_seconds(self, prompt_tokens: int, now: float) -> float:
-        """How long one more request would wait for others to end, for its place among them.
+        """How long one more request would wait until others have ended and made room for it.
 
-        Zero while the engine says neither how many it runs at once nor how full its memory is,
-        and while there is room.
+        0 while there is room, and if the engine reports neither how many requests it runs at
+        once nor how full its KV cache is.
         """
         if now - self._report_at > _REPORT_FRESH_SECONDS:
             return 0.0
@@ -268,7 +269,7 @@ class RankLoad:
                     continue
                 if earlier.streamed:
                     in_order = False
-                else:  # the engine works in order, and its start is not seen
+                else:  # the engine works in order, and this one's start is not observed
                     self._unqueue(earlier)
         self._unqueue(booking)
         self._head_since, self._head_exact = now, in_order
@@ -296,7 +297,7 @@ class RankLoad:
         self._queued_tokens -= booking.prefill_tokens
 
     def _settle_unseen(self, now: float, speed: float) -> None:
-        """Bring the queue up to date: leave a booking at its head whose prefill is under way."""
+        """Drop bookings from the head of the queue until its prefill has not ended."""
         queue = self._queue
         while queue:
             head = queue[0]

@@ -1,8 +1,8 @@
-"""Who is there, by id, by model and role, and by address.
+"""The registered workers, by id, by model and role, and by address.
 
-Routing reads a ready tuple per model and role; all work is done when membership changes. Validation
-and insertion happen in one step of the event loop, so two workers can not slip past the rule
-that plain and PD workers of one model never mix.
+Routing reads a ready tuple per model and role; all work is done when membership changes. A worker
+is checked and inserted in one step of the event loop, so two workers cannot break the rule that
+plain workers and prefill or decode workers of one model never mix.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,18 +22,18 @@ _CLOSED: Final = BreakerState.CLOSED
 
 
 class MixedRolesError(ServiceError):
-    """The worker's role does not fit those already serving the model."""
+    """The worker's role does not fit the workers that serve the model."""
 
     def __init__(self, model: str, role: Role) -> None:
         super().__init__(
-            f"a {role} worker can not join model {model}: its workers are of "
-            "the other kind (plain and prefill/decode do not mix)"
+            f"a {role} worker cannot join model {model}: plain workers and "
+            "prefill or decode workers of one model do not mix"
         )
         self.model = model
 
 
 class WorkerRegistry:
-    """The live workers. Insertion is an upsert by id; memberships of the old one go first."""
+    """The registered workers; one that is inserted replaces the worker with the same id."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, Worker] = {}
@@ -67,11 +67,11 @@ class WorkerRegistry:
         ]
 
     def is_disaggregated(self, model: str) -> bool:
-        """A worker of the model prefills or decodes only, whether or not it has an address."""
+        """True if a worker of the model has the role prefill or decode, with or without address."""
         return model in self._disaggregated
 
     def is_served(self, model: str) -> bool:
-        """There are workers for every part of a request for the model."""
+        """True if workers with an address can do every part of a request for the model."""
         pools = self._pools
         return bool(
             pools["plain"].get(model)
@@ -79,7 +79,7 @@ class WorkerRegistry:
         )
 
     def usable(self, models: Iterable[str]) -> set[Worker]:
-        """Every worker, in whatever role, in a pool of at least one of the models."""
+        """The workers, in all roles, that have an address and serve at least one of the models."""
         return {
             worker
             for model in models
@@ -88,19 +88,19 @@ class WorkerRegistry:
         }
 
     def at_address(self, address: str) -> Worker | None:
-        """The worker Envoy knows as `ip:port`."""
+        """The worker that Envoy knows as `ip:port`."""
         return self._by_address.get(address)
 
     def upsert(self, worker: Worker) -> None:
-        """Insert or replace; raises MixedRolesError and changes nothing when refused."""
+        """Insert or replace a worker; raises MixedRolesError, and then changes nothing."""
         self._check_roles(worker.spec)
         self._by_id[worker.id] = worker
         self.reindex()
 
     def update(self, worker: Worker, spec: WorkerSpec) -> None:
-        """A registered worker, which stays the same object, is by now what the spec says.
+        """Give a registered worker a new spec; the Worker object stays.
 
-        Its id and URL may not change; raises MixedRolesError like upsert.
+        Its id and URL must not change. Raises MixedRolesError like upsert.
         """
         self._check_roles(spec)
         worker.spec = spec
@@ -109,7 +109,7 @@ class WorkerRegistry:
         self.reindex()
 
     def set_role(self, worker: Worker, role: Role, bootstrap_port: int | None) -> None:
-        """Change a registered worker's role; raises MixedRolesError like upsert."""
+        """Give a registered worker a new role; raises MixedRolesError like upsert."""
         spec = msgspec.structs.replace(worker.spec, role=role, bootstrap_port=bootstrap_port)
         self.update(worker, spec)
 
@@ -130,7 +130,7 @@ class WorkerRegistry:
         return worker
 
     def reindex(self) -> None:
-        """Rebuild the look-ups after a worker's address, role or models changed in place."""
+        """Rebuild the look-ups after an address, a role or models of a worker changed."""
         pools: dict[Role, dict[str, list[Worker]]] = {role: {} for role in _ROLES}
         disaggregated: set[str] = set()
         by_address: dict[str, Worker] = {}

@@ -1,4 +1,4 @@
-"""Host names to addresses: destinations are `ip:port`, since Envoy matches hosts by address."""
+"""Resolves the host names of workers, since Envoy knows its hosts by `ip:port`."""
 
 import asyncio
 import socket
@@ -12,13 +12,15 @@ _TIMEOUT_SECONDS = 5.0
 
 
 class Resolver(Protocol):
+    """Resolves the host name in a worker's URL."""
+
     async def resolve(self, url: WorkerUrl) -> tuple[str, ...]:
-        """The worker's `ip:port` addresses, preferred first; empty when there are none."""
+        """The worker's `ip:port` addresses, the preferred one first; empty without an address."""
         ...
 
 
 class SystemResolver:
-    """The system's resolver, IPv4 first, as in the cluster that is rendered for Envoy."""
+    """The system's resolver; it prefers IPv4, like the cluster that is rendered for Envoy."""
 
     async def resolve(self, url: WorkerUrl) -> tuple[str, ...]:
         if url.is_ip:
@@ -37,6 +39,6 @@ class SystemResolver:
             for found_family, _, _, _, sockaddr in found
             if found_family == family
         ]
-        # The first of one family, in an order that does not change from answer to answer.
+        # One family, sorted, so that the same answer always gives the same first address.
         ipv4 = [address for address in addresses if not address.startswith("[")]
         return tuple(sorted(set(ipv4 or addresses)))

@@ -1,4 +1,4 @@
-"""The seam to discovery: a stream of what joined and what left."""
+"""The protocol of discovery: a stream of events about workers."""
 
 from collections.abc import AsyncIterator
 from typing import Protocol
@@ -11,34 +11,34 @@ __all__ = ["Added", "Listed", "Removed", "RoleChanged", "WorkerEvent", "WorkerSo
 
 
 class Added(Struct, frozen=True):
-    """A worker is there, for the first time or again; the same id replaces the old one."""
+    """A worker has appeared; it replaces a worker with the same id."""
 
     spec: WorkerSpec
 
 
 class Removed(Struct, frozen=True):
-    """A worker is gone."""
+    """A worker has disappeared."""
 
     id: str
 
 
 class RoleChanged(Struct, frozen=True):
-    """A worker plays another role from now on; its load and breaker stay."""
+    """A worker has a new role; its load and its breaker stay."""
 
     id: str
     role: Role
 
 
 class Listed(Struct, frozen=True):
-    """Everything that was there at the start has been named: readiness can be judged."""
+    """All workers of the start have been named, so readiness can be decided."""
 
 
 WorkerEvent = Added | Removed | RoleChanged | Listed
 
 
 class WorkerSource(Protocol):
-    """Discovery as the manager sees it."""
+    """A discovery backend."""
 
     def events(self) -> AsyncIterator[WorkerEvent]:
-        """Endless; ends only by cancellation."""
+        """The events, without end; the consumer cancels."""
         ...

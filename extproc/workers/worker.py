@@ -1,4 +1,4 @@
-"""One engine as the router sees it: who it is, how it is, what it is doing."""
+"""One engine as the router sees it: its identity, its breaker and its load."""
 
 from typing import Literal
 
@@ -13,10 +13,10 @@ Role = Literal["plain", "prefill", "decode"]
 
 
 class KvEvents(Struct, frozen=True, kw_only=True):
-    """Where a worker publishes what its KV cache holds, and in which pages.
+    """Where a worker publishes its KV events, and the size of its pages.
 
-    Rank r of `dp_size` uses each port plus r. `block_size` is in tokens, with `bigram` in pairs
-    of neighbours. None for a port: the engine does not offer that.
+    Rank r of `dp_size` ranks uses each port plus r. A port is None if the engine does not offer
+    that service. `block_size` is in tokens, or with `bigram` in pairs of neighbouring tokens.
     """
 
     host: str
@@ -31,10 +31,10 @@ class KvEvents(Struct, frozen=True, kw_only=True):
 
 
 class WorkerSpec(Struct, frozen=True, kw_only=True):
-    """What discovery says of a worker; the worker's own answers are added later.
+    """What discovery says about a worker; the worker's own answers are added later.
 
-    `id` is unique among all sources: the exact URL for static workers, a pod's uid elsewhere,
-    so that a new engine at an old address does not inherit the old one's breaker.
+    `id` is unique: the URL for static workers, for example the uid of a pod for others, so that
+    a new engine at an old address does not inherit the breaker of the old one.
     """
 
     id: str
@@ -46,11 +46,11 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
 
 
 class Worker:
-    """Live state of a registered worker.
+    """The state of a registered worker.
 
     `order` rises with registration and gives policies a stable order. `address` is the
-    `ip:port` by which Envoy knows it, None until its name was resolved. `in_flight` counts
-    open tickets and is only changed by Tickets.
+    `ip:port` by which Envoy knows the worker, None until its host name is resolved. `in_flight`
+    counts open tickets; only Tickets change it.
     """
 
     __slots__ = (

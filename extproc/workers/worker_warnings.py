@@ -45,32 +45,32 @@ class WorkerWarnings:
         # The last warning about each subject of a worker.
         self._warned: dict[tuple[str, _Subject], str] = {}
 
-    def answer(self, spec: WorkerSpec, told: Introspection) -> None:
+    def answered(self, spec: WorkerSpec, answer: Introspection) -> None:
         """A worker that is about to join, or could not so far, has answered or failed to."""
-        models = told.model_ids or spec.model_ids
-        if told.problem:
-            if self._is_news(spec, "answer", told.problem):
-                _log.warning("worker_not_answering", worker=str(spec.url), error=told.problem)
+        models = answer.model_ids or spec.model_ids
+        if answer.problem:
+            if self._is_news(spec, "answer", answer.problem):
+                _log.warning("worker_not_answering", worker=str(spec.url), error=answer.problem)
         elif not models:
             self._not_usable(spec, "answer", "no_model_name")
         elif not any(model in self._models for model in models):
             self._not_usable(spec, "answer", "model_not_configured", shown_models(models))
-        elif told.warning is not None:
-            self._misconfigured(spec, "answer", told.warning)
+        elif answer.warning is not None:
+            self._misconfigured(spec, "answer", answer.warning)
         else:
             self._forget(spec, "answer")
-        self._kv_answer(spec, told)
+        self._kv_answer(spec, answer)
 
-    def later_answer(self, spec: WorkerSpec, told: Introspection) -> None:
+    def answered_later(self, spec: WorkerSpec, answer: Introspection) -> None:
         """The same for a worker that has a model: it continues to serve without an answer.
 
         One warning is logged until it answers again, even if the error changes meanwhile.
         """
-        if not told.problem:
-            self.answer(spec, told)
+        if not answer.problem:
+            self.answered(spec, answer)
         elif (spec.id, "answer") not in self._warned:
-            self._warned[spec.id, "answer"] = told.problem
-            _log.warning("worker_not_answering", worker=str(spec.url), error=told.problem)
+            self._warned[spec.id, "answer"] = answer.problem
+            _log.warning("worker_not_answering", worker=str(spec.url), error=answer.problem)
 
     def addresses(self, spec: WorkerSpec, addresses: Sequence[str]) -> None:
         """The worker's host name was resolved."""
@@ -113,11 +113,11 @@ class WorkerWarnings:
         for key in [key for key in self._warned if key[0] == worker_id]:
             del self._warned[key]
 
-    def _kv_answer(self, spec: WorkerSpec, told: Introspection) -> None:
-        if told.kv_problem:
-            if self._is_news(spec, "kv_answer", told.kv_problem):
-                _log.warning("kv_events_not_usable", worker=str(spec.url), error=told.kv_problem)
-        elif not told.problem:
+    def _kv_answer(self, spec: WorkerSpec, answer: Introspection) -> None:
+        if answer.kv_problem:
+            if self._is_news(spec, "kv_answer", answer.kv_problem):
+                _log.warning("kv_events_not_usable", worker=str(spec.url), error=answer.kv_problem)
+        elif not answer.problem:
             self._forget(spec, "kv_answer")
 
     def _not_usable(
