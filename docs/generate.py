@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 from msgspec import NODEFAULT, Meta, Struct, UnsetType
 
+from extproc.config.json_schema import json_schema_text
 from extproc.config.loading import section_type
 from extproc.config.schema import Config
 from extproc.metrics.specs import Label, Section, Spec
@@ -31,6 +32,10 @@ Unknown keys and values are refused, and so are keys of sgl-router's file whose 
 version does not have (`discovery.k8s`): a setting that silently does nothing is worse than an
 error at start.
 Times are seconds, fractions allowed; sizes are bytes.
+
+`docs/schema.json` is a JSON Schema of this file; `extproc schema` prints the one of an installed
+version. An editor with a YAML language server completes and checks the file if its first line
+names the schema: `# yaml-language-server: $schema=schema.json`.
 
 Envoy's file is made from the same configuration, from many keys outside `envoy`, too: after a
 change, render it again with `extproc envoy-config` and let Envoy load it.
@@ -186,7 +191,11 @@ def _label_note(label: Label) -> str:
     return " ".join([*listed, *([label.note] if label.note else [])])
 
 
-PAGES = {"configuration.md": render_configuration, "metrics.md": render_metrics}
+PAGES = {
+    "configuration.md": render_configuration,
+    "metrics.md": render_metrics,
+    "schema.json": json_schema_text,
+}
 
 if __name__ == "__main__":
     for name, render in PAGES.items():

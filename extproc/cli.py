@@ -12,6 +12,7 @@ from extproc import __version__
 from extproc.app import run_app
 from extproc.build import load_encoders
 from extproc.config.files import file_problems
+from extproc.config.json_schema import json_schema_text
 from extproc.config.loading import load_config
 from extproc.demo import cli as demo_cli
 from extproc.envoy_config import render_yaml
@@ -52,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
+    text = "print the JSON Schema of the configuration, for editors"
+    command = commands.add_parser("schema", help=text, description=text)
+    command.set_defaults(run=_schema)
     options = parser.parse_args(arguments)
     run_command: Callable[[argparse.Namespace], int] = options.run
     return run_command(options)
@@ -113,6 +117,11 @@ def _envoy_config(options: argparse.Namespace) -> int:
     except OSError as error:
         sys.stderr.write(f"--output: cannot write {options.output}: {error.strerror}\n")
         return _EXIT_FAILED
+    return _EXIT_GOOD
+
+
+def _schema(_: argparse.Namespace) -> int:
+    sys.stdout.write(json_schema_text())
     return _EXIT_GOOD
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, UnsetType, field
 
 from extproc.config.envoy import EnvoyConfig
-from extproc.config.models import ModelConfig, PdModelConfig
+from extproc.config.models import TOKEN_POLICIES, ModelConfig, PdModelConfig
 from extproc.config.section import KIBIBYTE, MEBIBYTE, SECONDS, Port, Seconds, Section, Text
 
 __all__ = [
@@ -31,6 +31,15 @@ __all__ = [
 ]
 
 _PREFILL_SHARE = 0.8
+# The two rules between keys of one section, for editors; the loader has them in config.rules.
+_TOKENIZER_IS_NEEDED = {
+    "if": {"properties": {"policy": {"enum": list(TOKEN_POLICIES)}}, "required": ["policy"]},
+    "then": {"properties": {"tokenizer_path": {"type": "string"}}, "required": ["tokenizer_path"]},
+}
+_STATIC_URLS_ARE_NEEDED = {
+    "if": {"properties": {"backend": {"const": "static_urls"}}},
+    "then": {"required": ["static_urls"]},
+}
 
 
 class ServerTlsConfig(Section, frozen=True, kw_only=True):
@@ -108,8 +117,9 @@ class StaticUrlsConfig(Section, frozen=True, kw_only=True):
     urls: Annotated[
         list[str],
         Meta(
+            extra_json_schema={"minItems": 1},
             description="Worker URLs, `http(s)://host[:port]`, without a path. Models are learnt "
-            "from the workers."
+            "from the workers.",
         ),
     ]
     prefill_urls: Annotated[
@@ -294,9 +304,16 @@ class Config(Section, frozen=True, kw_only=True):
         default_factory=ObservabilityConfig
     )
     models: Annotated[
-        list[ModelConfig], Meta(description="The models that are served; at least one.")
+        list[Annotated[ModelConfig, Meta(extra_json_schema=_TOKENIZER_IS_NEEDED)]],
+        Meta(
+            extra_json_schema={"minItems": 1},
+            description="The models that are served; at least one.",
+        ),
     ]
-    discovery: Annotated[DiscoveryConfig, Meta(description="Where the workers are.")]
+    discovery: Annotated[
+        DiscoveryConfig,
+        Meta(extra_json_schema=_STATIC_URLS_ARE_NEEDED, description="Where the workers are."),
+    ]
     workers: Annotated[WorkersConfig, Meta(description="How workers are talked to.")] = field(
         default_factory=WorkersConfig
     )

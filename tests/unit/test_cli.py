@@ -61,7 +61,10 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     "arguments",
     [
         ["--help"],
-        *([name, "--help"] for name in ("serve", "check", "envoy-config", "simulate", "demo")),
+        *(
+            [name, "--help"]
+            for name in ("serve", "check", "envoy-config", "schema", "simulate", "demo")
+        ),
     ],
 )
 def test_every_command_explains_itself(

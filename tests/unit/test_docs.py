@@ -44,7 +44,7 @@ def generator() -> ModuleType:
     return generate
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "metrics.md"])
+@pytest.mark.parametrize("page", ["configuration.md", "metrics.md", "schema.json"])
 def test_generated_pages_are_up_to_date(page: str) -> None:
     render = generator().PAGES[page]
     assert (DOCS / page).read_text() == render(), "run `make docs`"
