@@ -10,7 +10,7 @@ from extproc.workers.source import Added, Listed
 from tests.fakes import make_spec, settle
 
 
-async def test_every_url_is_added_in_order_and_then_the_list_is_complete() -> None:
+async def test_every_url_is_added_in_order_before_the_list_is_complete() -> None:
     events = StaticUrls(StaticUrlsConfig(urls=["http://b:1/", "https://a"])).events()
     seen = [await anext(events) for _ in range(3)]
     assert seen == [

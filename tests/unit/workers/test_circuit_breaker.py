@@ -29,7 +29,7 @@ def probing(*, threshold: int = 3) -> tuple[CircuitBreaker, int]:
 
 
 @pytest.mark.parametrize("threshold", [1, 2, 3, 10])
-def test_it_opens_at_the_threshold_and_not_before(threshold: int) -> None:
+def test_the_breaker_opens_at_the_threshold_and_not_before(threshold: int) -> None:
     breaker = CircuitBreaker(threshold, 30.0)
     for _ in range(threshold - 1):
         breaker.failure(0.0)
@@ -52,24 +52,24 @@ def test_only_consecutive_failures_count() -> None:
 @pytest.mark.parametrize(
     ("now", "allowed"), [(0.0, False), (29.999, False), (30.0, True), (1e9, True)]
 )
-def test_it_stays_open_for_the_cool_down(now: float, allowed: bool) -> None:
+def test_the_breaker_stays_open_for_the_cool_down(now: float, allowed: bool) -> None:
     assert opened().would_allow(now) is allowed
 
 
-def test_asking_changes_nothing() -> None:
+def test_asking_whether_a_request_is_allowed_changes_nothing() -> None:
     breaker = opened()
     for _ in range(10):
         assert breaker.would_allow(30.0)
     assert breaker.state is OPEN
 
 
-def test_failures_while_open_do_not_prolong_it() -> None:
+def test_failures_of_an_open_breaker_do_not_prolong_its_cool_down() -> None:
     breaker = opened()
     breaker.failure(29.0)
     assert breaker.would_allow(30.0)
 
 
-def test_a_claim_on_a_closed_breaker_is_no_probe() -> None:
+def test_a_claim_on_a_closed_breaker_is_not_a_probe() -> None:
     breaker = CircuitBreaker(3, 30.0)
     assert breaker.claim(0.0) == NO_PROBE
     assert breaker.claim(0.0) == NO_PROBE
@@ -81,14 +81,14 @@ def test_a_claim_before_the_cool_down_changes_nothing() -> None:
     assert breaker.state is OPEN
 
 
-def test_half_open_lets_a_single_probe_through() -> None:
+def test_a_half_open_breaker_lets_one_probe_through() -> None:
     breaker, probe = probing()
     assert probe != NO_PROBE
     assert not breaker.would_allow(1e9)
     assert breaker.claim(1e9) == NO_PROBE
 
 
-def test_a_good_probe_closes_and_forgets_the_failures() -> None:
+def test_a_successful_probe_closes_the_breaker_and_resets_its_count() -> None:
     breaker, _ = probing()
     breaker.success()
     assert breaker.state is CLOSED
@@ -97,7 +97,7 @@ def test_a_good_probe_closes_and_forgets_the_failures() -> None:
     assert breaker.state is CLOSED
 
 
-def test_a_failed_probe_opens_again_at_once_for_a_whole_cool_down() -> None:
+def test_a_failed_probe_opens_the_breaker_for_a_whole_cool_down() -> None:
     breaker, _ = probing(threshold=3)
     breaker.failure(35.0)
     assert breaker.state is OPEN
@@ -131,7 +131,7 @@ def test_giving_back_twice_does_not_free_the_next_probe() -> None:
     assert not breaker.would_allow(30.0)
 
 
-def test_giving_back_no_probe_changes_nothing() -> None:
+def test_giving_back_without_a_probe_changes_nothing() -> None:
     breaker, _ = probing()
     breaker.give_back(NO_PROBE)
     assert not breaker.would_allow(30.0)
@@ -146,7 +146,7 @@ def test_success_closes_from_every_state(prepare: object) -> None:
     assert breaker.would_allow(0.0)
 
 
-def test_no_cool_down_probes_at_once() -> None:
+def test_without_a_cool_down_a_probe_is_allowed_at_once() -> None:
     breaker = opened(cool_down=0.0, at=5.0)
     assert breaker.would_allow(5.0)
     assert breaker.claim(5.0) != NO_PROBE

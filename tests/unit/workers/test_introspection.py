@@ -70,7 +70,7 @@ async def ask_for(body: Any, status: int = 200) -> Introspection:
         ({"disaggregation_mode": ["prefill"]}, None, 1234, True),
     ],
 )
-async def test_the_role_a_worker_tells(
+async def test_the_role_is_read_from_the_answer(
     believed: Role, fields: dict[str, Any], role: Role | None, port: int | None, warned: bool
 ) -> None:
     told = await ask_for({"served_model_name": "m"} | fields)
@@ -83,7 +83,7 @@ async def test_the_role_a_worker_tells(
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536, 10**30, "8998", 8998.0, True, [8998], {}])
-async def test_a_bootstrap_port_that_is_none_is_warned_about(port: object) -> None:
+async def test_an_invalid_bootstrap_port_is_warned_about(port: object) -> None:
     told = await ask_for(
         {
             "served_model_name": "m",
@@ -98,14 +98,14 @@ async def test_a_bootstrap_port_that_is_none_is_warned_about(port: object) -> No
 
 
 @pytest.mark.parametrize("name", ["", None, 5, True, ["m"], {"a": 1}, "x" * 100_000])
-async def test_a_name_that_is_none_is_ignored(name: object) -> None:
+async def test_an_invalid_model_name_is_ignored(name: object) -> None:
     told = await ask_for({"served_model_name": name, "disaggregation_mode": "decode"})
     assert told.model_ids == ()
     assert told.role == "decode"
     assert not told.problem
 
 
-async def test_only_the_known_fields_are_read() -> None:
+async def test_unknown_fields_are_ignored() -> None:
     told = await ask_for(
         {
             "model_path": "/models/other",
@@ -118,7 +118,7 @@ async def test_only_the_known_fields_are_read() -> None:
     assert told == Introspection(model_ids=("m",))
 
 
-async def test_what_the_worker_leaves_open_stays_as_discovery_had_it() -> None:
+async def test_fields_missing_in_the_answer_stay_as_discovery_had_them() -> None:
     spec = make_spec(URL, role="decode", model_ids=("from-discovery",))
     assert apply_introspection(spec, await ask_for({})) == spec
 
@@ -142,7 +142,9 @@ async def test_what_the_worker_leaves_open_stays_as_discovery_had_it() -> None:
     ],
     ids=lambda body: repr(body[:24]),
 )
-async def test_bad_json_is_a_problem_and_not_asked_twice(body: bytes) -> None:
+async def test_an_answer_that_is_not_json_is_a_problem_without_a_second_attempt(
+    body: bytes,
+) -> None:
     client = FakeEngineClient()
     client.script(URL, "/server_info", answer(body))
     told = await ask(client)
@@ -152,7 +154,7 @@ async def test_bad_json_is_a_problem_and_not_asked_twice(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("number", [b"1e999", b"9" * 5000, b"-1e999"])
-async def test_a_number_without_bounds_costs_only_its_own_field(number: bytes) -> None:
+async def test_a_huge_number_spoils_only_its_own_field(number: bytes) -> None:
     told = await ask_for(
         b'{"served_model_name": "m", "disaggregation_bootstrap_port": ' + number + b"}"
     )
@@ -160,7 +162,7 @@ async def test_a_number_without_bounds_costs_only_its_own_field(number: bytes) -
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 410, 429, 204, 301])
-async def test_an_answer_that_is_no_server_error_is_final(status: int) -> None:
+async def test_an_answer_below_500_is_final(status: int) -> None:
     client = FakeEngineClient()
     client.script(URL, "/server_info", answer({}, status))
     told = await ask(client)
@@ -171,7 +173,7 @@ async def test_an_answer_that_is_no_server_error_is_final(status: int) -> None:
 @pytest.mark.parametrize(
     "failing", [EngineUnreachableError("refused"), answer(b"", 500), answer(b"", 503)]
 )
-async def test_three_attempts_with_a_tenth_and_two_tenths_between(
+async def test_there_are_three_attempts_with_waits_of_100_and_200_ms(
     failing: EngineAnswer | Exception,
 ) -> None:
     client, clock = FakeEngineClient(), FakeClock()
@@ -183,7 +185,7 @@ async def test_three_attempts_with_a_tenth_and_two_tenths_between(
     assert {timeout for _, _, timeout in client.calls} == {2.0}
 
 
-async def test_a_worker_that_comes_back_within_the_attempts_is_heard() -> None:
+async def test_a_worker_that_answers_a_later_attempt_is_used() -> None:
     client, clock = FakeEngineClient(), FakeClock()
     client.script(
         URL,
@@ -213,7 +215,7 @@ async def test_an_engine_without_server_info_is_asked_for_its_models(status: int
     "body",
     [b"", b"[]", b"{}", b'{"data": 5}', b'{"data": [{"id": 5}]}', b'{"data": [{"id": "\xff"}]}'],
 )
-async def test_a_model_list_that_is_none_is_a_problem(body: bytes) -> None:
+async def test_an_invalid_model_list_is_a_problem(body: bytes) -> None:
     client = FakeEngineClient()
     client.script(URL, "/server_info", answer(b"", 404))
     client.script(URL, "/v1/models", answer(body))
@@ -249,7 +251,7 @@ _FIELDS = st.fixed_dictionaries(
 
 
 @given(st.binary(max_size=60) | _FIELDS.map(lambda fields: json.dumps(fields).encode()))
-def test_nothing_a_worker_says_raises(body: bytes) -> None:
+def test_no_answer_of_a_worker_raises(body: bytes) -> None:
     async def both_paths() -> None:
         for script in (
             {"/server_info": answer(body)},

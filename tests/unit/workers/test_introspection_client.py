@@ -28,7 +28,7 @@ async def engine(handler: Handler) -> AsyncIterator[WorkerUrl]:
         await runner.cleanup()
 
 
-async def test_status_and_body_come_back_whole() -> None:
+async def test_the_status_and_the_whole_body_are_returned() -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(status=418, text=request.path)
 
@@ -38,7 +38,7 @@ async def test_status_and_body_come_back_whole() -> None:
 
 
 @pytest.mark.parametrize(("key", "sent"), [(None, "none"), ("secret", "Bearer secret")])
-async def test_the_api_key_is_sent_where_there_is_one(key: str | None, sent: str) -> None:
+async def test_the_api_key_is_sent_if_there_is_one(key: str | None, sent: str) -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(text=request.headers.get("authorization", "none"))
 
@@ -58,7 +58,7 @@ async def test_a_redirect_is_not_followed() -> None:
     assert asked == ["/server_info"]
 
 
-async def test_a_far_too_large_answer_is_no_answer() -> None:
+async def test_a_far_too_large_answer_is_an_error() -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.Response(body=b"x" * (9 * 1024 * 1024))
 
@@ -67,7 +67,7 @@ async def test_a_far_too_large_answer_is_no_answer() -> None:
             await client.get(url, "/", 10.0)
 
 
-async def test_a_silent_engine_is_given_up() -> None:
+async def test_a_silent_engine_times_out() -> None:
     release = asyncio.Event()
 
     async def handler(_: web.Request) -> web.Response:
@@ -81,7 +81,7 @@ async def test_a_silent_engine_is_given_up() -> None:
     assert str(caught.value)
 
 
-async def test_an_answer_that_breaks_off_is_no_answer() -> None:
+async def test_an_answer_that_breaks_off_is_an_error() -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-length": "100"})
         await response.prepare(request)
@@ -106,6 +106,6 @@ async def test_an_engine_that_is_not_there_is_unreachable(host: str) -> None:
             await client.get(WorkerUrl("http", host, 1), "/", 5.0)
 
 
-async def test_outside_its_context_it_says_so() -> None:
+async def test_the_client_refuses_calls_outside_its_context() -> None:
     with pytest.raises(RuntimeError, match="context"):
         await AiohttpIntrospectionClient(None, None).get(parse_worker_url("http://a"), "/", 1.0)

@@ -23,7 +23,7 @@ BLOCK: dict[str, Any] = {
 }
 
 
-def test_the_block_of_an_engine_is_read() -> None:
+def test_the_kv_events_block_of_an_engine_is_read() -> None:
     assert read_kv_events(BLOCK, None, URL) == KvEvents(
         host="10.0.0.7",
         port=5557,
@@ -41,7 +41,7 @@ def test_the_host_is_always_that_of_the_url(host: object) -> None:
     assert found.host == "10.0.0.7"
 
 
-def test_replay_and_load_are_optional() -> None:
+def test_ports_for_replay_and_load_are_optional() -> None:
     block = {key: BLOCK[key] for key in ("endpoint_port_base", "block_size", "dp_size")}
     found = read_kv_events(block | {"load_endpoint_port_base": None}, None, URL)
     assert found == KvEvents(host="10.0.0.7", port=5557, block_size=64, dp_size=2)
@@ -58,13 +58,15 @@ def test_replay_and_load_are_optional() -> None:
         (5, False),
     ],
 )
-def test_some_speculative_algorithms_publish_pairs(algorithm: object, bigram: bool) -> None:
+def test_some_speculative_algorithms_publish_pages_of_token_pairs(
+    algorithm: object, bigram: bool
+) -> None:
     found = read_kv_events(BLOCK, algorithm, URL)
     assert found is not None
     assert found.bigram is bigram
 
 
-def test_an_engine_that_publishes_nothing() -> None:
+def test_an_engine_without_kv_events_has_none() -> None:
     assert read_kv_events(None, "EAGLE", URL) is None
 
 
@@ -88,7 +90,7 @@ def test_an_engine_that_publishes_nothing() -> None:
         ({"load_topic": None}, "load_topic"),
     ],
 )
-def test_a_block_that_can_not_be_used_is_named(change: Any, named: str) -> None:
+def test_the_error_names_the_field_that_cannot_be_used(change: Any, named: str) -> None:
     block = BLOCK | change if isinstance(change, dict) else change
     with pytest.raises(ValueError, match=named):
         read_kv_events(block, None, URL)
@@ -99,7 +101,7 @@ def entry(**fields: Any) -> KvEventsConfig:
     return KvEventsConfig(**given)
 
 
-def test_the_configuration_speaks_for_workers_that_say_nothing() -> None:
+def test_a_worker_without_kv_events_gets_the_configured_ones() -> None:
     found = configured_kv_events(
         [entry(replay_endpoint="tcp://*:5558", topic="kv@m", dp_size=2)], URL
     )
@@ -108,7 +110,7 @@ def test_the_configuration_speaks_for_workers_that_say_nothing() -> None:
     )
 
 
-def test_a_workers_own_entry_comes_first() -> None:
+def test_an_entry_with_the_url_of_the_worker_comes_first() -> None:
     own = entry(url="http://10.0.0.7:30000/", endpoint="tcp://10.9.9.9:7000")
     general = entry()
     for entries in ([general, own], [own, general]):

@@ -30,31 +30,31 @@ def state(
     return EngineState(running, waiting, tokens, used, done)
 
 
-def test_one_report_alone_tells_nothing() -> None:
+def test_nothing_is_inferred_from_one_report() -> None:
     assert left((0.0, state(1, 2, 900, used=500, done=7)), now=0.0) == 0
 
 
-def test_what_left_the_queue_is_at_work() -> None:
+def test_tokens_that_left_the_queue_are_being_prefilled() -> None:
     reports = [(0.0, state(1, 2, 900)), (1.0, state(1, 1, 400))]
     # 900 - 400, then 100 a second
     assert [left(*reports, now=now) for now in (1.0, 3.0, 6.0, 9.0)] == [500, 300, 0, 0]
 
 
-def test_what_comes_to_the_queue_changes_nothing() -> None:
+def test_tokens_that_join_the_queue_change_nothing() -> None:
     reports = [(0.0, state(1, 2, 900)), (1.0, state(1, 1, 400)), (2.0, state(1, 2, 700))]
     assert left(*reports, now=2.0) == 400
 
 
-def test_a_prompt_that_never_waited_comes_to_memory() -> None:
+def test_a_prompt_that_never_waited_is_found_by_the_tokens_in_use() -> None:
     reports = [(0.0, state(3, used=1000)), (1.0, state(4, used=1600))]
     assert left(*reports, now=2.0) == 500  # 600 - 100
 
 
-def test_a_request_that_ends_is_no_prompt() -> None:
+def test_a_request_that_ends_is_not_taken_for_a_prefill() -> None:
     assert left((0.0, state(4, used=1000)), (1.0, state(3, used=800)), now=1.0) == 0
 
 
-def test_a_prefill_ends_with_its_count_and_none_follows() -> None:
+def test_a_prefill_has_ended_when_its_tokens_are_counted() -> None:
     waited = [(0.0, state(0, 1, 500)), (0.0, state(1, 0, 0, done=0))]
     came = [(0.0, state(used=0, done=0)), (0.0, state(1, used=600, done=0))]
     assert left(*waited, (1.0, state(1, 0, 0, done=500)), now=1.0) == 0
@@ -62,7 +62,7 @@ def test_a_prefill_ends_with_its_count_and_none_follows() -> None:
     assert left(*came, (1.0, state(1, used=600, done=500)), now=1.0) == 0
 
 
-def test_a_prompt_prefilled_in_pieces_is_worked_off_by_them() -> None:
+def test_a_prompt_prefilled_in_chunks_shrinks_by_each_chunk() -> None:
     reports = [
         (0.0, state(0, 1, 900, done=50)),
         (0.0, state(1, 0, 0, done=50)),
@@ -72,12 +72,12 @@ def test_a_prompt_prefilled_in_pieces_is_worked_off_by_them() -> None:
     assert [left(*reports, now=now) for now in (1.0, 2.0)] == [600, 500]
 
 
-def test_a_new_engine_has_nothing_at_work() -> None:
+def test_a_restarted_engine_has_no_running_prefill() -> None:
     reports = [(0.0, state(0, 1, 900, done=50)), (0.0, state(1, 0, 0, done=50))]
     assert left(*reports, (1.0, state(1, 0, 0, done=3)), now=1.0) == 0
 
 
-def test_reports_that_are_too_old_are_not_compared_with() -> None:
+def test_a_report_is_not_compared_with_one_that_is_too_old() -> None:
     prefill = RunningPrefill()
     prefill.read(state(0, 2, 900), 0.0)
     prefill.read(state(1, 1, 400), 1.0)
@@ -92,7 +92,9 @@ _MAYBE = st.none() | st.integers(0, 5000)
 
 
 @given(st.lists(st.builds(EngineState, _COUNTS, _COUNTS, _MAYBE, _MAYBE, _MAYBE), max_size=20))
-def test_it_is_never_negative_and_no_more_than_was_ever_told(states: list[EngineState]) -> None:
+def test_the_estimate_is_never_negative_and_never_above_the_reported_tokens(
+    states: list[EngineState],
+) -> None:
     prefill = RunningPrefill()
     for number, one in enumerate(states):
         prefill.read(one, float(number))
@@ -120,7 +122,7 @@ def make_load() -> RankLoad:
     return RankLoad(PrefillSpeed(default_tokens_per_second=SPEED))
 
 
-def test_a_prompt_of_another_router_at_work_is_waited_for() -> None:
+def test_a_running_prefill_of_another_router_counts() -> None:
     load = make_load()
     load.report(Report(), 0.0)
     load.report(Report(num_running_reqs=1, num_tokens=900), 0.5)
@@ -130,7 +132,7 @@ def test_a_prompt_of_another_router_at_work_is_waited_for() -> None:
     assert load.prefill_tokens_ahead(1.5) == 830
 
 
-def test_the_prompt_at_work_and_those_that_wait_add_up() -> None:
+def test_the_running_prefill_and_the_waiting_prompts_add_up() -> None:
     load = make_load()
     load.report(Report(num_waiting_reqs=2, num_waiting_uncached_tokens=900), 0.0)
     load.report(
@@ -140,7 +142,7 @@ def test_the_prompt_at_work_and_those_that_wait_add_up() -> None:
     assert [load.prefill_tokens_ahead(now) for now in (0.0, 2.0)] == [900, 700]
 
 
-def test_of_its_own_prompts_the_book_knows_better() -> None:
+def test_our_own_prompts_are_counted_from_our_bookings() -> None:
     load = make_load()
     load.report(Report(), 0.0)
     load.book(100, 0.0)  # 800 of its 900 tokens are cached
@@ -149,7 +151,9 @@ def test_of_its_own_prompts_the_book_knows_better() -> None:
 
 
 @pytest.mark.parametrize(("since", "tokens"), [(0.2, 0.0), (0.3, 600.0)])
-def test_a_request_that_just_ended_is_nobody_elses(since: float, tokens: float) -> None:
+def test_a_request_that_has_just_ended_is_not_taken_for_another_routers(
+    since: float, tokens: float
+) -> None:
     load = make_load()
     load.report(Report(), 0.0)
     booking = load.book(100, 0.0)

@@ -13,7 +13,7 @@ from tests.fakes import FakeEngineClient, make_spec, settle
 from .house import NAMED, A, B, C, Gate, House, running
 
 
-async def test_an_added_worker_is_registered_with_what_it_told() -> None:
+async def test_an_added_worker_is_registered_with_its_answer() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m")
         await house.happens(Added(make_spec(A)))
@@ -28,7 +28,7 @@ async def test_an_added_worker_is_registered_with_what_it_told() -> None:
 @pytest.mark.parametrize(
     ("name", "threshold", "cool_down"), [("m", 3, 30.0), ("n", 7, 5.0), ("foreign", 3, 30.0)]
 )
-async def test_the_breaker_has_the_settings_of_the_model(
+async def test_the_breaker_has_the_settings_of_the_workers_model(
     name: str, threshold: int, cool_down: float
 ) -> None:
     async with running(House()) as house:
@@ -54,7 +54,7 @@ async def test_workers_join_in_parallel() -> None:
         assert sorted(house.pool()) == [A, B, C]
 
 
-async def test_removed_waits_for_added_of_the_same_worker() -> None:
+async def test_a_removal_waits_until_the_same_worker_was_added() -> None:
     async with running(House()) as house:
         gate = Gate(FakeEngineClient.info("m"))
         house.client.script(A, "/server_info", gate)
@@ -84,7 +84,7 @@ async def test_removing_an_unknown_worker_changes_nothing() -> None:
         assert house.changes == 0
 
 
-async def test_a_removed_worker_leaves_no_series_behind() -> None:
+async def test_a_removed_worker_leaves_no_metric_series() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m")
         await house.happens(Added(make_spec(A)))
@@ -111,7 +111,7 @@ async def test_a_changed_role_keeps_load_and_breaker() -> None:
         assert house.pool() == [A]
 
 
-async def test_a_changed_role_outlives_the_moment_the_worker_tells_its_model() -> None:
+async def test_a_changed_role_is_kept_when_the_worker_reports_its_model() -> None:
     async with running(House()) as house:
         house.client.tell(A, None)
         await house.happens(Added(make_spec(A)), RoleChanged(A, "decode"))
@@ -121,7 +121,7 @@ async def test_a_changed_role_outlives_the_moment_the_worker_tells_its_model() -
         assert house.worker(A).role == "decode"
 
 
-async def test_the_same_id_again_is_another_engine() -> None:
+async def test_a_worker_added_again_under_its_id_is_another_engine() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m")
         house.client.tell(B, "m")
@@ -133,7 +133,7 @@ async def test_the_same_id_again_is_another_engine() -> None:
         assert house.registry.at_address("10.0.0.1:8000") is None
 
 
-async def test_a_new_worker_never_gets_the_rank_of_an_old_one() -> None:
+async def test_a_new_worker_never_gets_the_order_of_an_old_one() -> None:
     async with running(House()) as house:
         for url in (A, B, C):
             house.client.tell(url, "m")
@@ -146,7 +146,7 @@ async def test_a_new_worker_never_gets_the_rank_of_an_old_one() -> None:
 
 
 @pytest.mark.parametrize("told", ["prefill", "decode"])
-async def test_a_worker_of_the_other_kind_is_refused_logged_and_counted(told: str) -> None:
+async def test_a_worker_whose_role_does_not_fit_is_refused_logged_and_counted(told: str) -> None:
     with capture_logs() as logs:
         async with running(House()) as house:
             house.client.tell(A, "m")
@@ -160,7 +160,7 @@ async def test_a_worker_of_the_other_kind_is_refused_logged_and_counted(told: st
     assert [(line["worker"], line["log_level"]) for line in refused] == [(B, "error")]
 
 
-async def test_a_worker_whose_answer_explodes_does_not_stop_the_others() -> None:
+async def test_an_unexpected_error_of_one_worker_does_not_stop_the_others() -> None:
     with capture_logs() as logs:
         async with running(House()) as house:
             house.client.script(A, "/server_info", RuntimeError("boom"))
@@ -171,7 +171,7 @@ async def test_a_worker_whose_answer_explodes_does_not_stop_the_others() -> None
     assert any(line["event"] == "introspection_failed" for line in logs)
 
 
-async def test_a_worker_whose_answer_exploded_is_asked_again() -> None:
+async def test_a_worker_with_an_unexpected_error_is_asked_again() -> None:
     async with running(House()) as house:
         house.client.script(A, "/server_info", RuntimeError("boom"), FakeEngineClient.info("m"))
         await house.happens(Added(make_spec(A)))
@@ -179,7 +179,7 @@ async def test_a_worker_whose_answer_exploded_is_asked_again() -> None:
         assert house.pool() == [A]
 
 
-async def test_a_name_whose_resolution_explodes_does_not_stop_the_others() -> None:
+async def test_an_unexpected_error_of_one_resolution_does_not_stop_the_others() -> None:
     async with running(House()) as house:
         house.resolver.names["name"] = ["10.0.0.9:8000"]
         house.client.tell(NAMED, "m")
@@ -212,7 +212,7 @@ async def test_an_empty_list_ends_the_first_round() -> None:
         assert house.changes == 1
 
 
-async def test_cancellation_ends_a_question_that_is_on_its_way() -> None:
+async def test_cancellation_ends_a_running_introspection() -> None:
     gate = Gate(EngineAnswer(200, b"{}"))
     async with running(House()) as house:
         house.client.script(A, "/server_info", gate)
@@ -220,7 +220,7 @@ async def test_cancellation_ends_a_question_that_is_on_its_way() -> None:
     assert gate.cancelled == 1
 
 
-async def test_cancellation_ends_what_later_events_of_the_worker_wait_for() -> None:
+async def test_cancellation_ends_an_introspection_that_later_events_wait_for() -> None:
     gate = Gate(EngineAnswer(200, b"{}"))
     async with running(House()) as house:
         house.client.script(A, "/server_info", gate)

@@ -68,7 +68,7 @@ async def _play(house: House, steps: list[Any]) -> tuple[set[str], dict[str, Rol
 
 @settings(max_examples=60, deadline=None)
 @given(steps=_STEPS)
-async def test_the_registry_comes_to_what_the_engines_are(steps: list[Any]) -> None:
+async def test_the_registry_ends_up_with_the_roles_of_the_engines(steps: list[Any]) -> None:
     async with running(House(interval_seconds=INTERVAL_SECONDS)) as house:
         present, roles = await _play(house, steps)
         await house.clock.advance(2 * (INTERVAL_SECONDS + RETRY_SECONDS))

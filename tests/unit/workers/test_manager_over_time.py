@@ -30,7 +30,7 @@ async def test_a_dead_worker_is_registered_without_a_model() -> None:
         assert house.metric("extproc_introspections_total", outcome="failed") == 1
 
 
-async def test_a_worker_without_a_model_is_asked_again_until_it_tells_one() -> None:
+async def test_a_worker_without_a_model_is_asked_again_until_it_reports_one() -> None:
     async with running(House()) as house:
         house.client.tell(A, None)
         await house.happens(Added(make_spec(A)))
@@ -45,7 +45,7 @@ async def test_a_worker_without_a_model_is_asked_again_until_it_tells_one() -> N
         assert len(house.client.asked(A)) == asked
 
 
-async def test_a_worker_that_tells_its_model_late_keeps_its_rank() -> None:
+async def test_a_worker_that_reports_its_model_late_keeps_its_order() -> None:
     async with running(House()) as house:
         house.client.tell(B, "m")
         await house.happens(Added(make_spec(A)))
@@ -56,7 +56,7 @@ async def test_a_worker_that_tells_its_model_late_keeps_its_rank() -> None:
         assert house.pool() == [A, B]
 
 
-async def test_a_model_known_from_discovery_needs_no_second_question() -> None:
+async def test_a_worker_whose_model_discovery_knows_is_not_asked_again_early() -> None:
     async with running(House()) as house:
         await house.happens(Added(make_spec(A, model_ids=("m",))))
         await house.clock.advance(1.0)
@@ -66,7 +66,7 @@ async def test_a_model_known_from_discovery_needs_no_second_question() -> None:
         assert len(house.client.asked(A)) == asked
 
 
-async def test_a_slow_answer_is_waited_for_and_not_asked_twice() -> None:
+async def test_a_worker_without_a_model_is_not_asked_again_while_its_answer_is_pending() -> None:
     async with running(House()) as house:
         gate = Gate(FakeEngineClient.info("m"))
         house.client.script(A, "/server_info", FakeEngineClient.info(None), gate)
@@ -78,7 +78,7 @@ async def test_a_slow_answer_is_waited_for_and_not_asked_twice() -> None:
         assert house.pool() == [A]
 
 
-async def test_an_answer_for_a_worker_that_left_in_the_meantime_is_dropped() -> None:
+async def test_the_answer_of_a_worker_that_has_left_is_dropped() -> None:
     async with running(House()) as house:
         gate = Gate(FakeEngineClient.info("m"))
         house.client.script(A, "/server_info", FakeEngineClient.info(None), gate)
@@ -90,7 +90,7 @@ async def test_an_answer_for_a_worker_that_left_in_the_meantime_is_dropped() -> 
         assert house.registry.get(A) is None
 
 
-async def test_a_name_is_resolved_again_and_the_new_address_is_used() -> None:
+async def test_a_host_name_is_resolved_again_and_the_new_address_is_used() -> None:
     async with running(House()) as house:
         house.client.tell(NAMED, "m")
         house.resolver.names["name"] = ["10.1.0.1:8000"]
@@ -104,7 +104,7 @@ async def test_a_name_is_resolved_again_and_the_new_address_is_used() -> None:
         assert house.changes == changes + 1
 
 
-async def test_an_address_that_is_still_among_the_answers_is_kept() -> None:
+async def test_an_address_is_kept_while_the_resolver_still_returns_it() -> None:
     async with running(House()) as house:
         house.client.tell(NAMED, "m")
         house.resolver.names["name"] = ["10.1.0.5:8000"]
@@ -116,7 +116,7 @@ async def test_an_address_that_is_still_among_the_answers_is_kept() -> None:
         assert house.changes == changes
 
 
-async def test_a_name_that_fails_keeps_its_last_address() -> None:
+async def test_a_worker_whose_name_cannot_be_resolved_any_more_keeps_its_address() -> None:
     async with running(House()) as house:
         house.client.tell(NAMED, "m")
         house.resolver.names["name"] = ["10.1.0.1:8000"]
@@ -127,7 +127,7 @@ async def test_a_name_that_fails_keeps_its_last_address() -> None:
         assert house.pool() == [NAMED]
 
 
-async def test_a_name_without_an_address_joins_the_pool_when_it_gets_one() -> None:
+async def test_a_worker_joins_its_pool_when_its_name_gets_an_address() -> None:
     async with running(House()) as house:
         house.client.tell(NAMED, "m")
         await house.happens(Added(make_spec(NAMED)))
@@ -138,7 +138,7 @@ async def test_a_name_without_an_address_joins_the_pool_when_it_gets_one() -> No
         assert house.pool() == [NAMED]
 
 
-async def test_ip_literals_are_not_resolved_again() -> None:
+async def test_ip_addresses_are_not_resolved_again() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m")
         await house.happens(Added(make_spec(A)))
@@ -155,7 +155,7 @@ async def test_a_dead_worker_is_warned_about_once() -> None:
     assert len(warnings(logs)) == 1
 
 
-async def test_a_dead_worker_whose_name_is_unknown_does_not_fill_the_log() -> None:
+async def test_a_dead_worker_with_an_unknown_host_name_does_not_fill_the_log() -> None:
     with capture_logs() as logs:
         async with running(House()) as house:
             await house.happens(Added(make_spec(NAMED)))
@@ -164,7 +164,7 @@ async def test_a_dead_worker_whose_name_is_unknown_does_not_fill_the_log() -> No
     assert len(reasons) == len(set(reasons))
 
 
-async def test_a_new_reason_and_a_relapse_are_warned_about() -> None:
+async def test_a_new_error_and_a_repeated_one_after_a_removal_are_warned_about() -> None:
     with capture_logs() as logs:
         async with running(House()) as house:
             await house.happens(Added(make_spec(A)))
@@ -180,7 +180,7 @@ async def test_a_new_reason_and_a_relapse_are_warned_about() -> None:
     assert [word in reason for word, reason in zip(("refused", "401") * 2, reasons, strict=True)]
 
 
-async def test_a_model_nobody_configured_is_warned_about_with_its_name() -> None:
+async def test_a_model_that_is_not_configured_is_warned_about_with_its_name() -> None:
     with capture_logs() as logs:
         async with running(House()) as house:
             house.client.tell(A, "foreign")
@@ -199,7 +199,7 @@ async def test_a_usable_worker_is_not_warned_about(role: str) -> None:
     assert warnings(logs) == []
 
 
-async def test_a_refused_worker_is_not_logged_as_an_error_again_and_again() -> None:
+async def test_a_refused_worker_is_logged_once() -> None:
     with capture_logs() as logs:
         async with running(House()) as house:
             house.client.tell(A, "m")
@@ -211,7 +211,7 @@ async def test_a_refused_worker_is_not_logged_as_an_error_again_and_again() -> N
     assert sum(line["event"] == "worker_refused" for line in logs) == 1
 
 
-async def test_a_refused_worker_joins_when_those_of_the_other_kind_have_left() -> None:
+async def test_a_refused_worker_joins_when_its_role_fits() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m", disaggregation_mode="decode")
         house.client.tell(B, "m")

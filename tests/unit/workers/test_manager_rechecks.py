@@ -74,7 +74,7 @@ async def test_a_changed_role_is_noticed_within_one_interval() -> None:
         ]
 
 
-async def test_a_role_may_change_and_change_back() -> None:
+async def test_a_role_can_change_and_change_back() -> None:
     async with running(asking()) as house:
         house.client.tell(A, "m", **PREFILL)
         await house.happens(Added(make_spec(A)))
@@ -91,7 +91,7 @@ async def test_a_role_may_change_and_change_back() -> None:
         ]
 
 
-async def test_another_bootstrap_port_is_a_change_but_not_of_the_role() -> None:
+async def test_a_new_bootstrap_port_is_a_change_but_not_of_the_role() -> None:
     async with running(asking()) as house:
         house.client.tell(A, "m", **PREFILL)
         await house.happens(Added(make_spec(A)))
@@ -105,7 +105,7 @@ async def test_another_bootstrap_port_is_a_change_but_not_of_the_role() -> None:
 @pytest.mark.parametrize(
     "fields", [{}, {"disaggregation_mode": "prefill"}, {"disaggregation_mode": "both"}]
 )
-async def test_an_answer_without_a_role_leaves_the_role(fields: dict[str, Any]) -> None:
+async def test_an_answer_without_a_role_does_not_change_the_role(fields: dict[str, Any]) -> None:
     async with running(asking()) as house:
         house.client.tell(A, "m", **PREFILL)
         await house.happens(Added(make_spec(A)))
@@ -116,7 +116,7 @@ async def test_an_answer_without_a_role_leaves_the_role(fields: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_a_role_only_discovery_knows_is_kept(role: Role) -> None:
+async def test_a_role_that_only_discovery_knows_is_kept(role: Role) -> None:
     async with running(asking()) as house:
         house.client.script(A, "/server_info", EngineAnswer(404, b""))
         house.client.script(A, "/v1/models", EngineAnswer(200, b'{"data": [{"id": "m"}]}'))
@@ -126,7 +126,7 @@ async def test_a_role_only_discovery_knows_is_kept(role: Role) -> None:
         assert house.worker(A).spec.bootstrap_port == 8998
 
 
-async def test_a_worker_that_does_not_answer_stays_as_it_is_and_is_logged_once() -> None:
+async def test_a_worker_that_stops_answering_stays_registered_and_is_logged_once() -> None:
     with capture_logs() as logs:
         async with running(asking()) as house:
             house.client.tell(A, "m", **DECODE)
@@ -160,7 +160,7 @@ async def test_a_worker_with_unusable_kv_events_is_warned_about_once() -> None:
     assert sorted(warned) == ["kv_events_missing", "kv_events_not_usable"]
 
 
-async def test_many_workers_are_not_asked_at_once() -> None:
+async def test_questions_to_many_workers_are_spread_over_the_interval() -> None:
     count = 500
     async with running(asking()) as house:
         urls = [f"http://10.1.{n // 250}.{n % 250}:8000" for n in range(count)]
@@ -180,7 +180,7 @@ async def test_many_workers_are_not_asked_at_once() -> None:
         assert {gate.entered for gate in gates.values()} == {1}
 
 
-async def test_a_slow_answer_is_not_asked_for_twice() -> None:
+async def test_a_worker_is_not_asked_again_while_its_answer_is_pending() -> None:
     async with running(asking()) as house:
         gate = Gate(FakeEngineClient.info("m", **DECODE))
         house.client.script(A, "/server_info", FakeEngineClient.info("m", **PREFILL), gate)
@@ -192,7 +192,7 @@ async def test_a_slow_answer_is_not_asked_for_twice() -> None:
         assert house.pool(role="decode") == [A]
 
 
-async def test_other_models_make_the_worker_join_anew() -> None:
+async def test_a_worker_with_new_models_leaves_and_joins() -> None:
     follower = Follower()
     async with running(asking(follower)) as house:
         house.client.tell(A, "m")
@@ -217,7 +217,7 @@ async def test_other_models_make_the_worker_join_anew() -> None:
     ]
 
 
-async def test_the_same_models_in_another_order_are_no_change() -> None:
+async def test_the_same_models_in_another_order_are_not_a_change() -> None:
     follower = Follower()
     async with running(asking(follower)) as house:
         house.client.script(A, "/server_info", EngineAnswer(404, b""))
@@ -245,7 +245,7 @@ async def test_the_same_models_in_another_order_are_no_change() -> None:
         {"load_endpoint_port_base": 5700},
     ],
 )
-async def test_another_place_of_kv_events_makes_the_worker_join_anew(
+async def test_a_worker_with_a_new_place_of_kv_events_leaves_and_joins(
     change: dict[str, Any],
 ) -> None:
     follower = Follower()
@@ -261,7 +261,7 @@ async def test_another_place_of_kv_events_makes_the_worker_join_anew(
         assert house.role_changes == []
 
 
-async def test_an_engine_restarted_in_another_role_may_publish_elsewhere() -> None:
+async def test_a_new_role_and_a_new_place_of_kv_events_can_come_together() -> None:
     follower = Follower()
     async with running(asking(follower)) as house:
         house.client.tell(A, "m", kv_events=KV, **PREFILL)
@@ -278,7 +278,7 @@ async def test_an_engine_restarted_in_another_role_may_publish_elsewhere() -> No
         assert house.pool(role="decode") == [A]
 
 
-async def test_a_changed_role_alone_is_nothing_to_the_follower() -> None:
+async def test_a_worker_with_only_a_new_role_does_not_leave_and_join() -> None:
     follower = Follower()
     async with running(asking(follower)) as house:
         house.client.tell(A, "m", kv_events=KV, **PREFILL)
@@ -288,7 +288,7 @@ async def test_a_changed_role_alone_is_nothing_to_the_follower() -> None:
         assert len(follower.seen) == 1
 
 
-async def test_configured_kv_events_are_those_of_the_model_it_has_now() -> None:
+async def test_configured_kv_events_follow_the_current_model_of_the_worker() -> None:
     models = [
         ModelConfig(
             id=name,
@@ -309,7 +309,7 @@ async def test_configured_kv_events_are_those_of_the_model_it_has_now() -> None:
     assert [port for what, _, _, port in follower.seen if what == "joined"] == [5001, 5002, 5557]
 
 
-async def test_a_plain_worker_that_prefills_by_now_leaves_the_plain_ones() -> None:
+async def test_a_plain_worker_whose_new_role_does_not_fit_is_removed() -> None:
     follower = Follower()
     with capture_logs() as logs:
         async with running(asking(follower)) as house:
@@ -331,7 +331,7 @@ async def test_a_plain_worker_that_prefills_by_now_leaves_the_plain_ones() -> No
     assert [line["worker"] for line in logs if line["event"] == "worker_refused"] == [A]
 
 
-async def test_a_refused_worker_that_returns_to_its_old_role_is_taken_back() -> None:
+async def test_a_refused_worker_that_returns_to_its_old_role_joins_again() -> None:
     async with running(asking()) as house:
         house.client.tell(A, "m", **PLAIN)
         house.client.tell(B, "m", **PLAIN)
@@ -343,7 +343,7 @@ async def test_a_refused_worker_that_returns_to_its_old_role_is_taken_back() -> 
         assert sorted(house.pool()) == [A, B]
 
 
-async def test_a_refused_worker_that_is_silent_does_not_join_on_its_old_word() -> None:
+async def test_a_refused_worker_that_does_not_answer_does_not_join() -> None:
     async with running(asking()) as house:
         house.client.tell(A, "m", **PLAIN)
         house.client.tell(B, "m", **PREFILL)
@@ -358,7 +358,7 @@ async def test_a_refused_worker_that_is_silent_does_not_join_on_its_old_word() -
         assert house.pool(role="prefill") == [B]
 
 
-async def test_a_worker_whose_new_model_is_of_the_other_kind_leaves() -> None:
+async def test_a_worker_whose_role_does_not_fit_its_new_model_is_removed() -> None:
     async with running(asking()) as house:
         house.client.tell(A, "m")
         house.client.tell(B, "n", **DECODE)
@@ -371,7 +371,9 @@ async def test_a_worker_whose_new_model_is_of_the_other_kind_leaves() -> None:
         assert house.pool("n") == [A]
 
 
-async def test_a_refused_worker_that_is_removed_leaves_no_series_and_does_not_return() -> None:
+async def test_a_refused_worker_that_is_removed_leaves_no_metric_series_and_does_not_return() -> (
+    None
+):
     async with running(asking()) as house:
         house.client.tell(A, "m", **PLAIN)
         house.client.tell(B, "m", **PLAIN)
@@ -387,7 +389,7 @@ async def test_a_refused_worker_that_is_removed_leaves_no_series_and_does_not_re
 
 
 @pytest.mark.parametrize("model", ["m", "n"])
-async def test_a_worker_that_is_removed_while_it_is_asked_does_not_come_back(model: str) -> None:
+async def test_a_worker_removed_during_its_introspection_does_not_come_back(model: str) -> None:
     async with running(asking()) as house:
         gate = Gate(FakeEngineClient.info(model, **DECODE))
         house.client.script(A, "/server_info", FakeEngineClient.info("m", **PREFILL), gate)
@@ -401,7 +403,7 @@ async def test_a_worker_that_is_removed_while_it_is_asked_does_not_come_back(mod
         assert gate.entered == 1
 
 
-async def test_a_recheck_asks_at_once() -> None:
+async def test_a_recheck_asks_the_worker_at_once() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m", **PREFILL)
         await house.happens(Added(make_spec(A)))
@@ -427,7 +429,7 @@ async def test_rechecks_of_one_worker_are_at_least_a_second_apart() -> None:
         assert (len(house.client.asked(A)), len(house.client.asked(B))) == (3, 2)
 
 
-async def test_rechecks_do_not_pile_up_behind_a_slow_answer() -> None:
+async def test_rechecks_do_not_pile_up_while_an_answer_is_pending() -> None:
     async with running(House()) as house:
         gate = Gate(FakeEngineClient.info("m"))
         house.client.script(A, "/server_info", FakeEngineClient.info("m"), gate)
@@ -459,7 +461,7 @@ async def test_a_recheck_of_a_worker_that_has_left_does_nothing() -> None:
     assert len(house.client.asked(A)) == asked + 1
 
 
-async def test_the_workers_word_counts_more_than_discoverys() -> None:
+async def test_the_role_that_the_worker_reports_counts_more_than_discoverys() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m", **PREFILL)
         await house.happens(Added(make_spec(A)), RoleChanged(A, "decode"))
@@ -469,7 +471,7 @@ async def test_the_workers_word_counts_more_than_discoverys() -> None:
         assert house.pool(role="decode") == [A]
 
 
-async def test_discoverys_word_counts_while_the_worker_does_not_answer() -> None:
+async def test_the_role_from_discovery_counts_while_the_worker_does_not_answer() -> None:
     async with running(House()) as house:
         house.client.tell(A, "m", **DECODE)
         await house.happens(Added(make_spec(A)))
@@ -480,7 +482,7 @@ async def test_discoverys_word_counts_while_the_worker_does_not_answer() -> None
         assert house.role_changes == [(worker, "decode", "prefill")]
 
 
-async def test_discovery_may_change_a_role_that_does_not_fit_and_change_it_back() -> None:
+async def test_discovery_can_set_a_role_that_does_not_fit_and_set_it_back() -> None:
     async with running(House()) as house:
         for url in (A, B, C):
             house.client.tell(url, "m")

@@ -109,7 +109,7 @@ async def silence(_: web.Request) -> web.Response:
 # -- when it returns
 
 
-async def test_it_returns_when_connected_and_before_the_answer(
+async def test_post_returns_when_connected_and_before_the_answer(
     caller: AiohttpPrefillClient,
 ) -> None:
     may_answer = asyncio.Event()
@@ -132,7 +132,7 @@ async def _answer(call: PrefillCall) -> tuple[int, bytes]:
     return answer.status, answer.body
 
 
-async def test_it_returns_even_if_the_server_never_reads(caller: AiohttpPrefillClient) -> None:
+async def test_post_returns_even_if_the_server_never_reads(caller: AiohttpPrefillClient) -> None:
     # The kernel accepts for a server that does nothing at all: connected is connected.
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -143,7 +143,7 @@ async def test_it_returns_even_if_the_server_never_reads(caller: AiohttpPrefillC
             await call.answer()
 
 
-async def test_an_answer_can_be_asked_for_long_after_it_came(caller: AiohttpPrefillClient) -> None:
+async def test_an_answer_can_be_read_long_after_it_came(caller: AiohttpPrefillClient) -> None:
     async with engine(echo) as server:
         call = await post(caller, server.url, body=b"[1]")
         assert await _answer(call) == (202, b"[1]")
@@ -155,7 +155,7 @@ async def test_an_answer_can_be_asked_for_long_after_it_came(caller: AiohttpPref
 # -- how it ends
 
 
-async def test_a_refused_connection_is_told_at_once(caller: AiohttpPrefillClient) -> None:
+async def test_a_refused_connection_raises_at_once(caller: AiohttpPrefillClient) -> None:
     url = WorkerUrl("http", "127.0.0.1", free_ports(1)[0])
     with pytest.raises(EngineUnreachableError) as caught:
         await post(caller, url)
@@ -163,12 +163,12 @@ async def test_a_refused_connection_is_told_at_once(caller: AiohttpPrefillClient
     assert str(caught.value)
 
 
-async def test_a_name_nobody_has_is_unreachable(caller: AiohttpPrefillClient) -> None:
+async def test_a_host_name_that_does_not_exist_is_unreachable(caller: AiohttpPrefillClient) -> None:
     with pytest.raises(EngineUnreachableError):
         await post(caller, WorkerUrl("http", "x" * 64 + ".invalid", 80))
 
 
-async def test_a_host_that_does_not_accept_in_time_is_given_up(
+async def test_a_host_that_does_not_accept_in_time_is_unreachable(
     caller: AiohttpPrefillClient,
 ) -> None:
     with (
@@ -203,7 +203,7 @@ class FullBacklog:
             client.close()
 
 
-async def test_an_engine_that_is_silent_for_too_long_has_timed_out(
+async def test_an_engine_that_stays_silent_times_out(
     caller: AiohttpPrefillClient,
 ) -> None:
     async with engine(silence) as server:
@@ -215,7 +215,7 @@ async def test_an_engine_that_is_silent_for_too_long_has_timed_out(
         await happens(server.left)
 
 
-async def test_an_answer_that_does_not_end_in_time_has_timed_out_too(
+async def test_an_answer_that_does_not_end_in_time_times_out(
     caller: AiohttpPrefillClient,
 ) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -232,7 +232,7 @@ async def test_an_answer_that_does_not_end_in_time_has_timed_out_too(
 
 
 @pytest.mark.parametrize("when", ["before", "within"])
-async def test_an_engine_that_breaks_off_is_unreachable_and_not_late(
+async def test_an_answer_that_breaks_off_is_unreachable_and_not_a_timeout(
     caller: AiohttpPrefillClient, when: str
 ) -> None:
     may_break = asyncio.Event()
@@ -255,7 +255,7 @@ async def test_an_engine_that_breaks_off_is_unreachable_and_not_late(
         assert not isinstance(caught.value, EngineTimeoutError)
 
 
-async def test_what_is_not_http_is_no_answer(caller: AiohttpPrefillClient) -> None:
+async def test_an_answer_that_is_not_http_is_an_error(caller: AiohttpPrefillClient) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         writer.write(b"220 smtp ready\r\n")
@@ -270,7 +270,7 @@ async def test_what_is_not_http_is_no_answer(caller: AiohttpPrefillClient) -> No
             await call.answer()
 
 
-async def test_a_status_of_any_kind_is_an_answer_and_redirects_are_not_followed(
+async def test_every_status_is_an_answer_and_redirects_are_not_followed(
     caller: AiohttpPrefillClient,
 ) -> None:
     asked: list[str] = []
@@ -301,7 +301,9 @@ async def test_cancelling_closes_the_connection(caller: AiohttpPrefillClient) ->
             await call.answer()
 
 
-async def test_a_call_nobody_waits_for_is_cancelled_as_well(caller: AiohttpPrefillClient) -> None:
+async def test_a_call_without_a_waiting_caller_can_be_cancelled(
+    caller: AiohttpPrefillClient,
+) -> None:
     async with engine(silence) as server:
         call = await post(caller, server.url)
         await happens(server.arrived)
@@ -313,7 +315,7 @@ async def test_a_call_nobody_waits_for_is_cancelled_as_well(caller: AiohttpPrefi
         await happens(server.left)
 
 
-async def test_giving_up_while_connecting_leaves_no_connection(
+async def test_cancelling_while_connecting_leaves_no_connection(
     caller: AiohttpPrefillClient,
 ) -> None:
     with socket.socket() as listening, FullBacklog(listening) as url:
@@ -330,7 +332,7 @@ async def test_giving_up_while_connecting_leaves_no_connection(
                 await asyncio.sleep(0.01)
 
 
-async def test_a_failure_nobody_asks_for_is_no_noise(caller: AiohttpPrefillClient) -> None:
+async def test_a_failure_that_is_never_read_is_not_logged(caller: AiohttpPrefillClient) -> None:
     noise: list[object] = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: noise.append(context))
@@ -356,7 +358,7 @@ async def test_a_failure_nobody_asks_for_is_no_noise(caller: AiohttpPrefillClien
 # -- what is sent
 
 
-async def test_every_call_has_a_connection_of_its_own(caller: AiohttpPrefillClient) -> None:
+async def test_every_call_has_its_own_connection(caller: AiohttpPrefillClient) -> None:
     async with engine(echo) as server:
         for _ in range(4):
             await (await post(caller, server.url)).answer()
@@ -366,7 +368,7 @@ async def test_every_call_has_a_connection_of_its_own(caller: AiohttpPrefillClie
         assert len(set(server.peers)) == len(server.peers) == 8
 
 
-async def test_only_the_headers_that_were_given_are_sent(caller: AiohttpPrefillClient) -> None:
+async def test_only_the_given_headers_are_sent(caller: AiohttpPrefillClient) -> None:
     seen: list[tuple[str, str]] = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -389,7 +391,7 @@ async def test_only_the_headers_that_were_given_are_sent(caller: AiohttpPrefillC
     assert not {"authorization", "accept-encoding", "cookie"} & set(found)
 
 
-async def test_the_clients_credentials_are_sent_where_given(caller: AiohttpPrefillClient) -> None:
+async def test_given_credentials_of_the_client_are_sent(caller: AiohttpPrefillClient) -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(text=request.headers["authorization"])
 
@@ -401,7 +403,7 @@ async def test_the_clients_credentials_are_sent_where_given(caller: AiohttpPrefi
 @pytest.mark.parametrize(
     "path", ["/v1/chat/completions?a=b%2Fc", "/generate?x=%41+b", "/a%20b", "/a//b/../c"]
 )
-async def test_the_path_is_sent_as_it_came(caller: AiohttpPrefillClient, path: str) -> None:
+async def test_the_path_is_sent_unchanged(caller: AiohttpPrefillClient, path: str) -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(text=request.raw_path)
 
@@ -428,7 +430,9 @@ async def test_a_body_of_any_size_arrives_whole(caller: AiohttpPrefillClient, si
 
 
 @pytest.mark.parametrize("size", [0, 99, 100, 101, 3 * MEBIBYTE])
-async def test_of_an_answer_only_so_much_is_kept(caller: AiohttpPrefillClient, size: int) -> None:
+async def test_only_the_first_bytes_of_an_answer_are_kept(
+    caller: AiohttpPrefillClient, size: int
+) -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.Response(body=b"x" * size)
 
@@ -437,7 +441,7 @@ async def test_of_an_answer_only_so_much_is_kept(caller: AiohttpPrefillClient, s
     assert (answer.status, answer.body) == (200, b"x" * min(size, 100))
 
 
-async def test_an_answer_is_taken_as_it_comes_even_if_it_calls_itself_packed(
+async def test_a_compressed_answer_is_not_decompressed(
     caller: AiohttpPrefillClient,
 ) -> None:
     async def handler(_: web.Request) -> web.Response:
@@ -450,14 +454,14 @@ async def test_an_answer_is_taken_as_it_comes_even_if_it_calls_itself_packed(
 # -- its life
 
 
-async def test_a_caller_that_was_not_opened_says_so() -> None:
+async def test_a_client_that_was_not_opened_raises() -> None:
     caller = AiohttpPrefillClient(None)
     with pytest.raises(RuntimeError, match="not open"):
         await post(caller, WorkerUrl("http", "127.0.0.1", 1))
     await caller.close()
 
 
-async def test_closing_ends_what_still_runs() -> None:
+async def test_closing_ends_running_calls() -> None:
     caller = AiohttpPrefillClient(None)
     caller.open()
     async with engine(silence) as server:
@@ -473,7 +477,9 @@ async def test_closing_ends_what_still_runs() -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503])
-async def test_a_failure_is_told_by_its_headers(caller: AiohttpPrefillClient, status: int) -> None:
+async def test_a_5xx_is_returned_with_its_headers(
+    caller: AiohttpPrefillClient, status: int
+) -> None:
     async def stalls(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(status=status, headers={"content-length": "100"})
         await response.prepare(request)
@@ -485,7 +491,9 @@ async def test_a_failure_is_told_by_its_headers(caller: AiohttpPrefillClient, st
         assert answer.status == status
 
 
-async def test_of_a_refusal_what_comes_soon_is_told(caller: AiohttpPrefillClient) -> None:
+async def test_a_4xx_is_returned_with_the_body_that_comes_soon(
+    caller: AiohttpPrefillClient,
+) -> None:
     async def stalls(request: web.Request) -> web.StreamResponse:
         headers = {"content-length": "100", "content-type": "text/plain", "retry-after": "7"}
         response = web.StreamResponse(status=429, headers=headers)
@@ -499,7 +507,7 @@ async def test_of_a_refusal_what_comes_soon_is_told(caller: AiohttpPrefillClient
         assert dict(answer.headers) == {"content-type": "text/plain", "retry-after": "7"}
 
 
-async def test_having_no_more_sockets_is_nobody_elses_fault(
+async def test_a_lack_of_sockets_is_not_the_fault_of_the_engine(
     caller: AiohttpPrefillClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*_: object, **__: object) -> None:

@@ -41,7 +41,7 @@ def ahead(load: RankLoad, *moments: float) -> list[float]:
 # -- the own book
 
 
-def test_a_new_rank_has_nothing_to_do() -> None:
+def test_a_new_rank_has_no_load() -> None:
     load = make_load()
     assert load.prefill_tokens_ahead(5.0) == 0
     assert (load.in_flight, load.requests(5.0), load.running(5.0)) == (0, 0, 0)
@@ -49,7 +49,7 @@ def test_a_new_rank_has_nothing_to_do() -> None:
     assert load.prefill_tokens_per_second == SPEED
 
 
-def test_the_head_of_the_queue_is_worked_off_and_no_more_than_the_head() -> None:
+def test_time_reduces_only_the_head_of_the_queue() -> None:
     load = make_load()
     load.book(200, 0.0)
     load.book(100, 0.0)
@@ -58,7 +58,7 @@ def test_the_head_of_the_queue_is_worked_off_and_no_more_than_the_head() -> None
     assert (load.in_flight, load.requests(9.0), load.running(9.0)) == (2, 2, 0)
 
 
-def test_a_start_ends_the_prefill_of_the_head_and_begins_the_next() -> None:
+def test_the_start_of_a_response_ends_the_first_prefill_and_begins_the_next() -> None:
     load = make_load()
     first, second = load.book(200, 0.0), load.book(100, 1.0)
     assert ahead(load, 1.0) == [200]  # 200 - 100 + 100
@@ -73,7 +73,7 @@ def test_a_start_ends_the_prefill_of_the_head_and_begins_the_next() -> None:
     assert (load.in_flight, load.requests(6.0), load.running(6.0)) == (0, 0, 0)
 
 
-def test_a_queue_that_was_empty_begins_when_something_comes() -> None:
+def test_the_first_prefill_of_an_empty_queue_begins_with_its_booking() -> None:
     load = make_load()
     load.book(100, 0.0).started(1.0)
     load.book(100, 5.0)
@@ -87,7 +87,7 @@ def test_a_request_has_at_least_a_token_to_prefill() -> None:
     assert ahead(load, 0.0) == [2]
 
 
-def test_time_that_runs_backwards_is_no_progress() -> None:
+def test_time_that_goes_back_changes_nothing() -> None:
     load = make_load()
     load.book(100, 10.0)
     assert ahead(load, 9.0) == [100]
@@ -121,7 +121,7 @@ def test_a_request_released_before_its_start_leaves_the_queue() -> None:
     assert ahead(load, 2.0) == [0]
 
 
-def test_a_start_out_of_order_leaves_the_earlier_ones_to_be_done() -> None:
+def test_a_start_out_of_order_leaves_the_earlier_prefills_in_the_queue() -> None:
     load = make_load()
     first, second, third = (load.book(tokens, 0.0) for tokens in (200, 100, 50))
     second.started(1.0)
@@ -137,7 +137,7 @@ def test_a_start_out_of_order_leaves_the_earlier_ones_to_be_done() -> None:
 # -- responses that are not streamed
 
 
-def test_a_prefill_whose_end_is_not_seen_ends_when_it_should() -> None:
+def test_an_unobserved_prefill_ends_at_its_estimated_time() -> None:
     load = make_load()
     load.book(200, 0.0, streamed=False)
     second = load.book(100, 1.0)
@@ -148,7 +148,7 @@ def test_a_prefill_whose_end_is_not_seen_ends_when_it_should() -> None:
     assert (load.in_flight, load.running(9.0)) == (2, 2)
 
 
-def test_unseen_prefills_follow_each_other() -> None:
+def test_unobserved_prefills_follow_each_other() -> None:
     load = make_load()
     for tokens in (100, 200, 50):
         load.book(tokens, 0.0, streamed=False)
@@ -158,14 +158,14 @@ def test_unseen_prefills_follow_each_other() -> None:
 
 
 @pytest.mark.parametrize(("now", "running"), [(0.5, 0), (1.0, 1), (2.9, 1), (3.0, 2), (3.5, 3)])
-def test_who_decodes_is_known_without_asking_for_the_queue_first(now: float, running: int) -> None:
+def test_running_requests_are_right_before_the_queue_was_read(now: float, running: int) -> None:
     load = make_load()
     for tokens in (100, 200, 50):
         load.book(tokens, 0.0, streamed=False)
     assert load.running(now) == running
 
 
-def test_an_unseen_prefill_behind_a_streamed_one_waits_for_its_start() -> None:
+def test_an_unobserved_prefill_begins_after_the_streamed_one_before_it() -> None:
     load = make_load()
     first = load.book(100, 0.0)
     load.book(200, 0.0, streamed=False)
@@ -174,7 +174,7 @@ def test_an_unseen_prefill_behind_a_streamed_one_waits_for_its_start() -> None:
     assert ahead(load, 6.0, 7.0) == [100, 0]
 
 
-def test_an_unseen_prefill_is_over_when_a_later_request_starts() -> None:
+def test_an_unobserved_prefill_has_ended_when_a_later_response_starts() -> None:
     load = make_load()
     unseen = load.book(200, 0.0, streamed=False)
     seen, last = load.book(50, 0.0), load.book(50, 0.0)
@@ -187,7 +187,7 @@ def test_an_unseen_prefill_is_over_when_a_later_request_starts() -> None:
     assert (load.in_flight, load.running(9.0)) == (1, 1)
 
 
-def test_an_unseen_prefill_is_over_with_its_answer() -> None:
+def test_an_unobserved_prefill_has_ended_when_its_response_starts() -> None:
     load = make_load()
     unseen = load.book(200, 0.0, streamed=False)
     load.book(100, 0.0)
@@ -197,7 +197,7 @@ def test_an_unseen_prefill_is_over_with_its_answer() -> None:
     assert load.in_flight == 1
 
 
-def test_an_unseen_prefill_that_failed_leaves_the_queue() -> None:
+def test_an_unobserved_prefill_that_failed_leaves_the_queue() -> None:
     load = make_load()
     unseen = load.book(200, 0.0, streamed=False)
     load.book(100, 0.0)
@@ -205,14 +205,14 @@ def test_an_unseen_prefill_that_failed_leaves_the_queue() -> None:
     assert ahead(load, 1.0, 1.5) == [100, 50]
 
 
-def test_a_queue_that_ran_empty_unseen_begins_with_the_next() -> None:
+def test_the_next_prefill_begins_with_its_booking_after_an_unobserved_end() -> None:
     load = make_load()
     load.book(100, 0.0, streamed=False)  # over at 1.0
     load.book(100, 5.0)
     assert ahead(load, 5.5) == [50]
 
 
-def test_a_head_released_behind_an_unseen_prefill_gives_its_turn_to_the_next() -> None:
+def test_a_prefill_released_behind_an_unobserved_one_is_skipped() -> None:
     load = make_load()
     load.book(100, 0.0, streamed=False)  # over at 1.0
     head = load.book(100, 0.0)
@@ -221,7 +221,7 @@ def test_a_head_released_behind_an_unseen_prefill_gives_its_turn_to_the_next() -
     assert ahead(load, 1.5, 1.75) == [50, 25]
 
 
-def test_a_start_says_nothing_of_who_came_later_or_has_left() -> None:
+def test_a_start_does_not_affect_later_or_released_bookings() -> None:
     load = make_load()
     load.book(200, 0.0, streamed=False)
     load.book(200, 0.0, streamed=False).release(0.0)
@@ -238,7 +238,7 @@ def test_a_start_says_nothing_of_who_came_later_or_has_left() -> None:
 # What is learnt is a sum of tokens by a sum of seconds; it begins with 0.25 s of what was known.
 
 
-def test_a_seen_prefill_teaches_its_speed() -> None:
+def test_the_speed_is_learnt_from_an_observed_prefill() -> None:
     load = make_load(1000.0)
     load.book(500, 0.0).started(0.25)
     # (0.25 * 1000 + 500) / (0.25 + 0.25) = 750 / 0.5
@@ -248,7 +248,7 @@ def test_a_seen_prefill_teaches_its_speed() -> None:
     assert load.prefill_tokens_per_second == 2000
 
 
-def test_a_queue_is_worked_off_at_the_speed_that_was_learnt() -> None:
+def test_the_queue_shrinks_at_the_learnt_speed() -> None:
     load = make_load(1000.0)
     load.book(500, 0.0).started(0.25)
     load.book(1500, 0.25)
@@ -274,16 +274,14 @@ def test_a_queue_is_worked_off_at_the_speed_that_was_learnt() -> None:
         ((1 << 40) + 1, 1.0, 1000.0),
     ],
 )
-def test_a_sample_says_no_more_than_its_size_and_its_factor_allow(
-    tokens: int, seconds: float, speed: float
-) -> None:
+def test_the_effect_of_a_sample_is_bounded(tokens: int, seconds: float, speed: float) -> None:
     learnt = PrefillSpeed(default_tokens_per_second=1000.0)
     says_something = 256 <= tokens <= 1 << 40 and seconds > 0
     assert learnt.observe(tokens, seconds) is says_something
     assert learnt.tokens_per_second == pytest.approx(speed)
 
 
-def test_what_was_seen_long_ago_fades() -> None:
+def test_old_samples_fade() -> None:
     speed = PrefillSpeed(default_tokens_per_second=1000.0)
     speed.observe(30_000, 30.0)
     assert speed.tokens_per_second == pytest.approx(1000)  # 30250 / 30.25, kept as 30000 / 30
@@ -293,7 +291,7 @@ def test_what_was_seen_long_ago_fades() -> None:
     assert speed.tokens_per_second == pytest.approx(1000)  # 60000 / 60
 
 
-def test_no_speed_is_learnt_beyond_any_engine() -> None:
+def test_the_learnt_speed_is_bounded() -> None:
     slow = PrefillSpeed(default_tokens_per_second=60.0)
     for _ in range(3):
         slow.observe(300, 3600.0)  # (15 + 300) / (0.25 + 4 * 5) = 15.6
@@ -303,7 +301,7 @@ def test_no_speed_is_learnt_beyond_any_engine() -> None:
     assert fast.tokens_per_second == 2_000_000
 
 
-def test_a_new_rank_begins_with_the_average_of_its_model() -> None:
+def test_a_new_rank_begins_with_the_speed_of_its_model() -> None:
     model = PrefillSpeed(default_tokens_per_second=1000.0)
     old, new = RankLoad(model), RankLoad(model)
     old.book(500, 0.0).started(0.25)
@@ -321,7 +319,7 @@ def test_a_rank_without_a_model_has_the_default_speed() -> None:
     assert RankLoad(PrefillSpeed()).prefill_tokens_per_second == SPEED_DEFAULT_TOKENS_PER_SECOND
 
 
-def test_nothing_is_learnt_from_what_was_not_seen() -> None:
+def test_nothing_is_learnt_from_unobserved_prefills() -> None:
     # Not streamed: its start is its end.
     load = make_load()
     load.book(1000, 0.0, streamed=False).started(1.0)
@@ -350,7 +348,7 @@ def test_nothing_is_learnt_from_what_was_not_seen() -> None:
 # -- reports
 
 
-def test_the_larger_of_book_and_report_counts() -> None:
+def test_the_larger_of_bookings_and_report_counts() -> None:
     load = make_load()
     load.book(100, 0.0)
     load.report(Report(num_running_reqs=3, num_waiting_reqs=4), 0.0)
@@ -359,7 +357,7 @@ def test_the_larger_of_book_and_report_counts() -> None:
     assert (load.requests(1.0), load.running(1.0), load.in_flight) == (1, 0, 1)
 
 
-def test_own_bookings_and_releases_go_on_from_the_report() -> None:
+def test_our_bookings_and_releases_are_added_to_the_report() -> None:
     load = make_load()
     first = load.book(100, 0.0)
     load.report(Report(num_running_reqs=3, num_waiting_reqs=4), 0.0)
@@ -370,7 +368,7 @@ def test_own_bookings_and_releases_go_on_from_the_report() -> None:
     assert load.requests(0.5) == 6
 
 
-def test_others_tokens_are_added_and_worked_off() -> None:
+def test_reported_tokens_are_added_and_shrink_with_time() -> None:
     load = make_load()
     load.book(100, 0.0)
     # 250 of others and ours; 30 come after it.
@@ -382,7 +380,7 @@ def test_others_tokens_are_added_and_worked_off() -> None:
     assert ahead(load, 2.7) == [30]
 
 
-def test_a_booking_that_never_started_is_taken_off_what_came_since_the_report() -> None:
+def test_a_booking_released_before_its_start_no_longer_adds_to_the_report() -> None:
     load = make_load()
     before = load.book(40, 0.0)
     load.report(Report(num_waiting_uncached_tokens=100), 0.0)
@@ -425,7 +423,7 @@ def test_a_stale_report_is_ignored(age: float, requests: int, tokens: int) -> No
         Report(num_waiting_reqs=100_001),
     ],
 )
-def test_an_absurd_report_leaves_the_one_before(report: Report) -> None:
+def test_an_implausible_report_is_ignored(report: Report) -> None:
     load = make_load()
     load.report(Report(num_running_reqs=5, num_waiting_uncached_tokens=1000), 0.0)
     load.book(7, 0.0)
@@ -436,7 +434,7 @@ def test_an_absurd_report_leaves_the_one_before(report: Report) -> None:
 
 
 @pytest.mark.parametrize("tokens", [-1, (1 << 40) + 1, None])
-def test_absurd_waiting_tokens_are_as_if_not_told(tokens: int | None) -> None:
+def test_implausible_waiting_tokens_are_ignored(tokens: int | None) -> None:
     load = make_load()
     load.report(Report(num_running_reqs=5, num_waiting_uncached_tokens=1000), 0.0)
     load.report(Report(num_running_reqs=6, num_waiting_uncached_tokens=tokens), 0.0)
@@ -445,7 +443,7 @@ def test_absurd_waiting_tokens_are_as_if_not_told(tokens: int | None) -> None:
     assert ahead(load, 0.0) == [7]
 
 
-def test_a_report_may_be_as_large_as_an_engine_can_be() -> None:
+def test_the_largest_plausible_report_is_used() -> None:
     load = make_load()
     tokens = 1 << 40
     load.report(
@@ -468,7 +466,7 @@ def test_a_report_may_be_as_large_as_an_engine_can_be() -> None:
 # -- the counters of reports
 
 
-def test_the_speed_an_engine_tells_is_learnt_between_two_reports() -> None:
+def test_the_speed_is_learnt_from_the_counters_of_two_reports() -> None:
     load = make_load(1000.0)
     load.report(counters(1_000_000, 5.0), 0.0)
     assert load.prefill_tokens_per_second == 1000  # since when, nobody knows
@@ -485,7 +483,7 @@ def test_small_steps_of_the_counters_add_up() -> None:
         assert load.prefill_tokens_per_second == pytest.approx(expected)
 
 
-def test_counters_that_go_back_begin_anew() -> None:
+def test_counters_that_go_back_are_those_of_a_restarted_engine() -> None:
     load = make_load(1000.0)
     load.report(counters(5000, 5.0), 0.0)
     load.report(counters(100, 0.1), 1.0)
@@ -499,7 +497,7 @@ def test_counters_that_go_back_begin_anew() -> None:
     assert load.prefill_tokens_per_second == 2000  # (750 + 1250) / (0.5 + 0.5)
 
 
-def test_counters_without_time_or_half_told_say_nothing() -> None:
+def test_incomplete_counters_are_ignored() -> None:
     load = make_load(1000.0)
     load.report(counters(0, 0.0), 0.0)
     load.report(counters(5000, 0.0), 0.1)
@@ -510,7 +508,7 @@ def test_counters_without_time_or_half_told_say_nothing() -> None:
     assert load.prefill_tokens_per_second == 1500
 
 
-def test_while_the_engine_tells_its_speed_it_is_not_measured() -> None:
+def test_no_speed_is_measured_while_the_engine_reports_counters() -> None:
     load = make_load(1000.0)
     load.report(counters(0, 0.0), 0.0)
     load.report(counters(500, 0.25), 10.0)
@@ -570,7 +568,7 @@ def test_while_the_engine_tells_its_speed_it_is_not_measured() -> None:
         (Report(num_running_reqs=3, num_tokens=-1, max_total_num_tokens=800), 0, 900, 0.0),
     ],
 )
-def test_a_full_rank_is_waited_for(
+def test_a_request_waits_for_room_on_a_full_rank(
     report: Report, booked: int, prompt_tokens: int, seconds: float
 ) -> None:
     load = make_load()
@@ -580,7 +578,7 @@ def test_a_full_rank_is_waited_for(
     assert load.slot_wait_seconds(prompt_tokens, 0.0) == pytest.approx(seconds)
 
 
-def test_how_long_requests_decode_is_learnt() -> None:
+def test_the_duration_of_decoding_is_learnt() -> None:
     load = make_load()
     streamed = load.book(100, 0.0)
     streamed.started(1.0)

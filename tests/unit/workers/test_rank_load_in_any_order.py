@@ -131,7 +131,7 @@ TestRequests.settings = settings(max_examples=150, stateful_step_count=40, deadl
         max_size=12,
     )
 )
-def test_an_engine_that_keeps_to_the_model_is_followed_exactly(
+def test_the_load_of_an_engine_that_follows_the_model_is_exact(
     prompts: list[tuple[int, float, bool]],
 ) -> None:
     """Prompts too short to teach a speed, prefilled in order at the speed that is assumed."""

@@ -22,7 +22,7 @@ def snapshot(workers: WorkerRegistry) -> tuple[list[str], dict[str, list[str]]]:
     return [worker.url for worker in workers], pools
 
 
-def test_an_empty_registry_knows_nobody() -> None:
+def test_an_empty_registry_has_no_workers() -> None:
     workers = WorkerRegistry()
     assert len(workers) == 0
     assert workers.pool("m") == ()
@@ -31,7 +31,7 @@ def test_an_empty_registry_knows_nobody() -> None:
     assert workers.remove("x") is None
 
 
-def test_the_same_id_replaces_the_worker_and_its_memberships() -> None:
+def test_a_worker_with_the_same_id_replaces_the_old_one_everywhere() -> None:
     workers = registry(make_worker(A, id="pod", model_ids=("m",)))
     new = make_worker(B, id="pod", model_ids=("n",))
     workers.upsert(new)
@@ -42,7 +42,7 @@ def test_the_same_id_replaces_the_worker_and_its_memberships() -> None:
     assert workers.at_address("10.0.0.2:8000") is new
 
 
-def test_a_pool_is_in_order_of_registration_whatever_order_upserts_come_in() -> None:
+def test_a_pool_is_in_order_of_registration() -> None:
     a, b, c = (make_worker(url, order=n) for n, url in enumerate((A, B, C)))
     workers = registry(c, a, b)
     assert workers.pool("m") == (a, b, c)
@@ -59,7 +59,7 @@ def test_a_worker_of_several_models_is_in_each_pool() -> None:
     assert workers.pool("m") == workers.pool("n") == ()
 
 
-def test_a_worker_without_a_model_is_known_but_in_no_pool() -> None:
+def test_a_worker_without_a_model_is_registered_but_in_no_pool() -> None:
     worker = make_worker(A, model_ids=())
     workers = registry(worker)
     assert workers.get(worker.id) is worker
@@ -67,7 +67,7 @@ def test_a_worker_without_a_model_is_known_but_in_no_pool() -> None:
     assert workers.at_address("10.0.0.1:8000") is worker
 
 
-def test_a_worker_without_an_address_waits_outside_the_pool() -> None:
+def test_a_worker_without_an_address_is_not_in_the_pool() -> None:
     worker = make_worker("http://name:8000", resolved=False)
     workers = registry(worker)
     assert workers.pool("m") == ()
@@ -139,7 +139,7 @@ def test_each_role_has_its_pool_in_order_of_registration() -> None:
     assert workers.usable(["n"]) == set()
 
 
-def test_a_changed_role_takes_its_bootstrap_port_along() -> None:
+def test_a_changed_role_sets_its_bootstrap_port() -> None:
     worker = make_worker(A, role="decode")
     workers = registry(worker)
     workers.set_role(worker, "prefill", 8998)
@@ -162,7 +162,7 @@ def test_a_changed_role_takes_its_bootstrap_port_along() -> None:
         (("prefill", "decode"), True),
     ],
 )
-def test_a_model_is_served_by_plain_workers_or_by_both_parts(
+def test_a_model_is_served_by_plain_workers_or_by_both_other_roles(
     roles: tuple[Role, ...], served: bool
 ) -> None:
     workers = registry(
@@ -176,7 +176,7 @@ def test_a_model_is_served_by_plain_workers_or_by_both_parts(
     assert not workers.is_served("n")
 
 
-def test_a_part_without_an_address_does_not_serve_but_tells_the_kind_of_the_model() -> None:
+def test_a_worker_without_an_address_does_not_serve_but_makes_its_model_disaggregated() -> None:
     worker = make_worker("http://name:8000", role="prefill", resolved=False)
     workers = registry(worker)
     assert workers.is_disaggregated("m")
@@ -197,7 +197,7 @@ def test_an_update_that_is_refused_changes_nothing() -> None:
     assert snapshot(workers) == before
 
 
-def test_modes_of_different_models_do_not_matter_to_each_other() -> None:
+def test_roles_of_different_models_are_independent() -> None:
     workers = registry(
         make_worker(A, model_ids=("m",)),
         make_worker(B, order=1, role="prefill", model_ids=("n",)),
@@ -206,7 +206,7 @@ def test_modes_of_different_models_do_not_matter_to_each_other() -> None:
     assert len(workers) == 3
 
 
-def test_the_only_worker_of_a_model_may_change_its_kind() -> None:
+def test_the_only_worker_of_a_model_can_change_its_role() -> None:
     workers = registry(make_worker(A, role="plain"))
     workers.upsert(make_worker(A, role="prefill"))
     assert workers.pool("m") == ()
@@ -220,7 +220,7 @@ def test_of_two_workers_at_one_address_the_first_is_found_until_it_leaves() -> N
     assert workers.at_address("10.0.0.1:8000") is new
 
 
-def test_a_pool_that_was_read_does_not_change_under_the_reader() -> None:
+def test_a_pool_that_was_read_does_not_change_later() -> None:
     a = make_worker(A)
     workers = registry(a)
     pool = workers.pool("m")

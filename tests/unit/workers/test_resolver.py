@@ -15,10 +15,10 @@ from extproc.workers.resolver import SystemResolver
         ("http://localhost:8000", "127.0.0.1:8000"),
     ],
 )
-async def test_an_address_is_written_as_envoy_writes_it(url: str, address: str) -> None:
+async def test_an_address_is_formatted_as_envoy_formats_it(url: str, address: str) -> None:
     assert await SystemResolver().resolve(parse_worker_url(url)) == (address,)
 
 
 @pytest.mark.parametrize("host", ["nobody.invalid", "a..b", "x" * 64, "x" * 300])
-async def test_a_name_without_an_address_has_none(host: str) -> None:
+async def test_a_host_name_that_cannot_be_resolved_has_no_address(host: str) -> None:
     assert await SystemResolver().resolve(WorkerUrl("http", host, 1)) == ()

@@ -70,7 +70,7 @@ def test_a_ticket_is_released_once() -> None:
     assert (worker.in_flight, len(book.load)) == (0, 0)
 
 
-def test_a_moved_ticket_counts_where_it_was_moved() -> None:
+def test_a_moved_ticket_counts_on_its_new_worker() -> None:
     book, chosen, served = Book(), make_worker(), make_worker("http://10.0.0.2:8000")
     ticket = book.book(chosen)
     ticket.move(served)
@@ -81,7 +81,7 @@ def test_a_moved_ticket_counts_where_it_was_moved() -> None:
     assert (chosen.in_flight, served.in_flight) == (0, 0)
 
 
-def test_a_released_ticket_can_not_be_moved() -> None:
+def test_a_released_ticket_cannot_be_moved() -> None:
     book, chosen, served = Book(), make_worker(), make_worker("http://10.0.0.2:8000")
     ticket = book.book(chosen)
     ticket.release()
@@ -89,7 +89,7 @@ def test_a_released_ticket_can_not_be_moved() -> None:
     assert (chosen.in_flight, served.in_flight) == (0, 0)
 
 
-def test_a_worker_that_was_replaced_does_not_inherit_or_underflow() -> None:
+def test_the_load_of_a_replaced_worker_is_neither_inherited_nor_negative() -> None:
     book, old, new = Book(), make_worker(), make_worker()
     ticket = book.book(old)
     other = book.book(new)
@@ -99,7 +99,7 @@ def test_a_worker_that_was_replaced_does_not_inherit_or_underflow() -> None:
     assert new.in_flight == 0
 
 
-def test_stale_requests_are_told_once_and_oldest_first() -> None:
+def test_stale_requests_are_aborted_once_and_oldest_first() -> None:
     book, told = Book(stale_seconds=10.0), list[int]()
     for index in range(3):
         book.book(make_worker()).owner = Owner(partial(told.append, index))
@@ -114,7 +114,7 @@ def test_stale_requests_are_told_once_and_oldest_first() -> None:
     assert book.stale_total() == 3
 
 
-def test_telling_does_not_take_the_ticket_away() -> None:
+def test_an_abort_alone_does_not_release_the_ticket() -> None:
     book, worker = Book(stale_seconds=10.0), make_worker()
     ticket = book.book(worker)
     ticket.owner = Owner(lambda: None)
@@ -125,7 +125,7 @@ def test_telling_does_not_take_the_ticket_away() -> None:
     assert worker.in_flight == 0
 
 
-def test_a_request_that_ends_by_being_told_is_released() -> None:
+def test_a_request_that_ends_when_aborted_is_released() -> None:
     book, worker = Book(stale_seconds=10.0), make_worker()
     tickets = [book.book(worker) for _ in range(3)]
 
@@ -142,7 +142,7 @@ def test_a_request_that_ends_by_being_told_is_released() -> None:
     assert book.stale_total() == 1
 
 
-def test_released_in_time_is_never_stale() -> None:
+def test_a_ticket_released_in_time_is_never_stale() -> None:
     book, told = Book(stale_seconds=10.0), list[int]()
     ticket = book.book(make_worker())
     ticket.owner = Owner(lambda: told.append(1))
@@ -152,7 +152,7 @@ def test_released_in_time_is_never_stale() -> None:
     assert not told
 
 
-def test_a_ticket_nobody_listens_to_does_not_hide_the_others() -> None:
+def test_a_ticket_without_an_abort_action_does_not_hide_the_others() -> None:
     book, told = Book(stale_seconds=10.0), list[int]()
     book.book(make_worker())
     book.book(make_worker()).owner = Owner(lambda: told.append(1))
@@ -161,7 +161,7 @@ def test_a_ticket_nobody_listens_to_does_not_hide_the_others() -> None:
     assert told == [1]
 
 
-def test_an_estimated_release_comes_at_its_time_and_once() -> None:
+def test_an_estimated_release_happens_once_at_its_time() -> None:
     book, worker = Book(), make_worker()
     ticket = book.book(worker)
     ticket.release_after(15.0)
@@ -178,7 +178,7 @@ def test_an_estimated_release_comes_at_its_time_and_once() -> None:
     assert worker.in_flight == 0
 
 
-def test_a_release_before_the_estimate_is_not_repeated_by_it() -> None:
+def test_a_ticket_released_before_its_estimate_is_not_released_again() -> None:
     book, worker = Book(), make_worker()
     ticket, other = book.book(worker), book.book(worker)
     ticket.release_after(15.0)
@@ -193,7 +193,7 @@ def test_a_release_before_the_estimate_is_not_repeated_by_it() -> None:
     ("stale_seconds", "period"),
     [(600.0, 60.0), (604800.0, 60.0), (300.0, 30.0), (10.0, 1.0), (2.0, 1.0), (1.0, 1.0)],
 )
-async def test_the_janitor_sweeps_ten_times_within_the_time_out_and_each_minute(
+async def test_the_janitor_sweeps_ten_times_per_time_out_and_at_least_every_minute(
     stale_seconds: float, period: float
 ) -> None:
     book = Book(stale_seconds)
@@ -202,7 +202,7 @@ async def test_the_janitor_sweeps_ten_times_within_the_time_out_and_each_minute(
         assert book.clock.slept == pytest.approx([period] * 4)
 
 
-async def test_the_janitor_tells_stale_requests() -> None:
+async def test_the_janitor_aborts_stale_requests() -> None:
     book, told = Book(stale_seconds=600.0), list[float]()
     async with running(book, book.load.run_janitor()):
         ticket = book.book(make_worker())
