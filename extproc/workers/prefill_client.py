@@ -1,6 +1,6 @@
 """Sends requests to prefill workers, with aiohttp; each request has its own new connection.
 
-A connection that was kept alive may be dead. When a request fails on it, nobody knows whether
+A connection that was kept alive may be dead. When a request fails on it, it is unknown whether
 the engine has begun to work on it. A new connection shows at once whether the engine can be
 reached.
 """

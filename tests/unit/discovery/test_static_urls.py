@@ -1,4 +1,4 @@
-"""The list of the configuration as a source: everything at once, then silence."""
+"""The configured list as a source: all workers at once, then no further event."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The breaker's transitions, its single probe, and a stateful comparison with a small model."""
+"""The breaker's transitions and its single probe; a stateful comparison with a small model."""
 
 from typing import NamedTuple
 
@@ -153,7 +153,7 @@ def test_without_a_cool_down_a_probe_is_allowed_at_once() -> None:
 
 
 class _Model(NamedTuple):
-    """The specification in its most literal form."""
+    """The specification, written as literally as possible."""
 
     failures: int = 0
     opened_at: float | None = None
@@ -162,7 +162,7 @@ class _Model(NamedTuple):
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    """Random outcomes, claims and give-backs, against the specification."""
+    """Random outcomes, claims and given back probes, compared with the specification."""
 
     @initialize(threshold=st.integers(1, 4), cool_down=st.sampled_from([0.0, 1.0, 5.0]))
     def start(self, threshold: int, cool_down: float) -> None:

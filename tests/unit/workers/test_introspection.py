@@ -1,4 +1,4 @@
-"""What a worker's answer means, how often it is asked, and that nothing it says breaks us."""
+"""What a worker's answer means, how often it is asked, and that no answer causes an error."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ def answer(body: Any, status: int = 200) -> EngineAnswer:
 
 
 async def ask(client: FakeEngineClient, clock: FakeClock | None = None) -> Introspection:
-    """Introspect, letting the back-off pass without waiting."""
+    """Introspect; the fake clock skips the waits between attempts."""
     clock = clock or FakeClock()
     task = asyncio.create_task(introspect(client, parse_worker_url(URL), clock))
     await clock.advance(60.0)
@@ -73,10 +73,10 @@ async def ask_for(body: Any, status: int = 200) -> Introspection:
 async def test_the_role_is_read_from_the_answer(
     believed: Role, fields: dict[str, Any], role: Role | None, port: int | None, warned: bool
 ) -> None:
-    told = await ask_for({"served_model_name": "m"} | fields)
-    assert told.role == role
-    assert bool(told.warning) is warned
-    spec = apply_introspection(make_spec(URL, role=believed, bootstrap_port=1234), told)
+    found = await ask_for({"served_model_name": "m"} | fields)
+    assert found.role == role
+    assert bool(found.warning) is warned
+    spec = apply_introspection(make_spec(URL, role=believed, bootstrap_port=1234), found)
     assert spec.role == (role or believed)
     assert spec.bootstrap_port == port
     assert spec.model_ids == ("m",)
@@ -84,29 +84,29 @@ async def test_the_role_is_read_from_the_answer(
 
 @pytest.mark.parametrize("port", [0, -1, 65536, 10**30, "8998", 8998.0, True, [8998], {}])
 async def test_an_invalid_bootstrap_port_is_warned_about(port: object) -> None:
-    told = await ask_for(
+    found = await ask_for(
         {
             "served_model_name": "m",
             "disaggregation_mode": "prefill",
             "disaggregation_bootstrap_port": port,
         }
     )
-    # The role is certain: to take it for a plain worker would be worse.
-    assert (told.role, told.bootstrap_port) == ("prefill", None)
-    assert told.warning
-    assert told.model_ids == ("m",)
+    # The role is certain; to treat it as a plain worker would be worse.
+    assert (found.role, found.bootstrap_port) == ("prefill", None)
+    assert found.warning
+    assert found.model_ids == ("m",)
 
 
 @pytest.mark.parametrize("name", ["", None, 5, True, ["m"], {"a": 1}, "x" * 100_000])
 async def test_an_invalid_model_name_is_ignored(name: object) -> None:
-    told = await ask_for({"served_model_name": name, "disaggregation_mode": "decode"})
-    assert told.model_ids == ()
-    assert told.role == "decode"
-    assert not told.problem
+    found = await ask_for({"served_model_name": name, "disaggregation_mode": "decode"})
+    assert found.model_ids == ()
+    assert found.role == "decode"
+    assert not found.problem
 
 
 async def test_unknown_fields_are_ignored() -> None:
-    told = await ask_for(
+    found = await ask_for(
         {
             "model_path": "/models/other",
             "models": ["other"],
@@ -115,7 +115,7 @@ async def test_unknown_fields_are_ignored() -> None:
             "served_model_name": "m",
         }
     )
-    assert told == Introspection(model_ids=("m",))
+    assert found == Introspection(model_ids=("m",))
 
 
 async def test_fields_missing_in_the_answer_stay_as_discovery_had_them() -> None:
@@ -147,26 +147,26 @@ async def test_an_answer_that_is_not_json_is_a_problem_without_a_second_attempt(
 ) -> None:
     client = FakeEngineClient()
     client.script(URL, "/server_info", answer(body))
-    told = await ask(client)
-    assert told.problem
-    assert told.model_ids == ()
+    found = await ask(client)
+    assert found.problem
+    assert found.model_ids == ()
     assert len(client.calls) == 1
 
 
 @pytest.mark.parametrize("number", [b"1e999", b"9" * 5000, b"-1e999"])
 async def test_a_huge_number_spoils_only_its_own_field(number: bytes) -> None:
-    told = await ask_for(
+    found = await ask_for(
         b'{"served_model_name": "m", "disaggregation_bootstrap_port": ' + number + b"}"
     )
-    assert told.model_ids == ("m",)
+    assert found.model_ids == ("m",)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 410, 429, 204, 301])
 async def test_an_answer_below_500_is_final(status: int) -> None:
     client = FakeEngineClient()
     client.script(URL, "/server_info", answer({}, status))
-    told = await ask(client)
-    assert str(status) in told.problem
+    found = await ask(client)
+    assert str(status) in found.problem
     assert [call[1] for call in client.calls] == ["/server_info"]
 
 
@@ -178,8 +178,8 @@ async def test_there_are_three_attempts_with_waits_of_100_and_200_ms(
 ) -> None:
     client, clock = FakeEngineClient(), FakeClock()
     client.script(URL, "/server_info", failing)
-    told = await ask(client, clock)
-    assert told.problem
+    found = await ask(client, clock)
+    assert found.problem
     assert len(client.calls) == 3
     assert clock.slept == pytest.approx([0.1, 0.2])
     assert {timeout for _, _, timeout in client.calls} == {2.0}
@@ -194,8 +194,8 @@ async def test_a_worker_that_answers_a_later_attempt_is_used() -> None:
         EngineUnreachableError("refused"),
         client.info("m"),
     )
-    told = await ask(client, clock)
-    assert told == Introspection(model_ids=("m",))
+    found = await ask(client, clock)
+    assert found == Introspection(model_ids=("m",))
     assert clock.slept == pytest.approx([0.1, 0.2])
 
 
@@ -205,10 +205,10 @@ async def test_an_engine_without_server_info_is_asked_for_its_models(status: int
     client.script(URL, "/server_info", answer(b"Not Found", status))
     models = {"object": "list", "data": [{"id": "base", "x": 1}, {"id": ""}, {"id": "lora"}]}
     client.script(URL, "/v1/models", answer(models))
-    told = await ask(client)
-    assert told.model_ids == ("base", "lora")
-    assert told.role is None
-    assert not told.problem
+    found = await ask(client)
+    assert found.model_ids == ("base", "lora")
+    assert found.role is None
+    assert not found.problem
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,9 @@ async def test_an_invalid_model_list_is_a_problem(body: bytes) -> None:
     client = FakeEngineClient()
     client.script(URL, "/server_info", answer(b"", 404))
     client.script(URL, "/v1/models", answer(body))
-    told = await ask(client)
-    assert told.model_ids == ()
-    assert told.problem
+    found = await ask(client)
+    assert found.model_ids == ()
+    assert found.problem
 
 
 @pytest.mark.parametrize("failing", [EngineUnreachableError("refused"), answer(b"", 500)])
@@ -229,8 +229,8 @@ async def test_the_model_list_has_three_attempts_too(failing: EngineAnswer | Exc
     client = FakeEngineClient()
     client.script(URL, "/server_info", answer(b"", 404))
     client.script(URL, "/v1/models", failing)
-    told = await ask(client)
-    assert told.problem
+    found = await ask(client)
+    assert found.problem
     assert client.asked(URL) == ["/server_info"] + ["/v1/models"] * 3
 
 
@@ -260,8 +260,8 @@ def test_no_answer_of_a_worker_raises(body: bytes) -> None:
             client = FakeEngineClient()
             for path, scripted in script.items():
                 client.script(URL, path, scripted)
-            told = await introspect(client, parse_worker_url(URL), FakeClock())
-            spec = apply_introspection(make_spec(URL), told)
+            found = await introspect(client, parse_worker_url(URL), FakeClock())
+            spec = apply_introspection(make_spec(URL), found)
             assert all(spec.model_ids)
 
     asyncio.run(both_paths())

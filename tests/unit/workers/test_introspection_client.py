@@ -1,4 +1,4 @@
-"""The real HTTP client against small servers: what it sends and which ends are errors."""
+"""The real HTTP client with small servers: what it sends, and which answers are errors."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable

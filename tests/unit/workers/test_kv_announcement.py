@@ -1,4 +1,4 @@
-"""Where a worker publishes: its own word, the configuration's, or nowhere."""
+"""Where a worker publishes KV events: by its answer, by the configuration, or nowhere."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What an engine is prefilling, from what its reports say one after the other; 100 tokens/s."""
+"""The running prefill, inferred from consecutive reports of an engine; 100 tokens/s."""
 
 import pytest
 from hypothesis import given
@@ -102,11 +102,11 @@ def test_the_estimate_is_never_negative_and_never_above_the_reported_tokens(
     assert prefill.tokens_left(len(states) + 50.0, SPEED) == 0
 
 
-# -- in the load book
+# -- in the load of a rank
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """An engine's report; nothing but what a test says."""
+    """An engine's report; a test sets the fields that it needs."""
 
     num_running_reqs: int = 0
     num_waiting_reqs: int = 0
@@ -126,7 +126,7 @@ def test_a_running_prefill_of_another_router_counts() -> None:
     load = make_load()
     load.report(Report(), 0.0)
     load.report(Report(num_running_reqs=1, num_tokens=900), 0.5)
-    # 900 - 100, and 30 of ours that come behind it
+    # 900 - 100, and 30 of ours behind them
     assert load.prefill_tokens_ahead(1.5) == 800
     load.book(30, 1.5)
     assert load.prefill_tokens_ahead(1.5) == 830
@@ -159,6 +159,6 @@ def test_a_request_that_has_just_ended_is_not_taken_for_another_routers(
     booking = load.book(100, 0.0)
     booking.started(1.0)
     booking.release(1.0)
-    # The report may be from before it ended.
+    # The report may have been made before the request ended.
     load.report(Report(num_running_reqs=1, num_tokens=600), 1.0 + since)
     assert load.prefill_tokens_ahead(1.0 + since) == tokens

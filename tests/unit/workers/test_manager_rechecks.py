@@ -1,4 +1,4 @@
-"""Workers that change while they are registered: their role, their models, where they publish."""
+"""Registered workers whose role, models or place of KV events change."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from extproc.workers.source import Added, Removed, RoleChanged
 from extproc.workers.worker import Role, Worker
 from tests.fakes import FakeEngineClient, make_spec, settle
 
-from .house import INTERVAL_SECONDS, RETRY_SECONDS, A, B, C, Gate, House, running
+from .manager_setup import INTERVAL_SECONDS, RETRY_SECONDS, A, B, C, Gate, ManagerSetup, running
 
 PREFILL: dict[str, Any] = {
     "disaggregation_mode": "prefill",
@@ -25,7 +25,7 @@ KV: dict[str, Any] = {"endpoint_port_base": 5557, "block_size": 64}
 
 
 class Follower(WorkerObserver):
-    """Remembers who came and went."""
+    """Records which workers joined and left."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, tuple[str, ...], int | None]] = []
@@ -41,110 +41,110 @@ class Follower(WorkerObserver):
         self.seen.append((what, worker.url, worker.model_ids, events.port if events else None))
 
 
-def asking(follower: Follower | None = None, **settings: Any) -> House:
+def asking(follower: Follower | None = None, **settings: Any) -> ManagerSetup:
     observers = [follower] if follower is not None else []
-    return House(interval_seconds=INTERVAL_SECONDS, observers=observers, **settings)
+    return ManagerSetup(interval_seconds=INTERVAL_SECONDS, observers=observers, **settings)
 
 
 async def test_a_changed_role_is_noticed_within_one_interval() -> None:
-    async with running(asking()) as house:
-        house.client.tell(A, "m", **PREFILL)
-        await house.happens(Added(make_spec(A)))
-        await house.clock.advance(1.7 * INTERVAL_SECONDS)
-        assert house.role_changes == []
-        worker, changes = house.worker(A), house.changes
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m", **PREFILL)
+        await setup.deliver(Added(make_spec(A)))
+        await setup.clock.advance(1.7 * INTERVAL_SECONDS)
+        assert setup.role_changes == []
+        worker, changes = setup.worker(A), setup.changes
         worker.in_flight = 5
         for _ in range(3):
             worker.breaker.failure(0.0)
-        house.client.tell(A, "m", **DECODE)
+        setup.client.tell(A, "m", **DECODE)
         with capture_logs() as logs:
-            await house.clock.advance(INTERVAL_SECONDS)
-        assert house.worker(A) is worker
+            await setup.clock.advance(INTERVAL_SECONDS)
+        assert setup.worker(A) is worker
         assert (worker.role, worker.spec.role, worker.spec.bootstrap_port) == (
             "decode",
             "decode",
             None,
         )
         assert (worker.in_flight, worker.breaker.state) == (5, BreakerState.OPEN)
-        assert (house.pool(role="prefill"), house.pool(role="decode")) == ([], [A])
-        assert house.role_changes == [(worker, "prefill", "decode")]
-        assert house.changes == changes + 1
+        assert (setup.pool(role="prefill"), setup.pool(role="decode")) == ([], [A])
+        assert setup.role_changes == [(worker, "prefill", "decode")]
+        assert setup.changes == changes + 1
         assert [(line["event"], line["old"], line["new"]) for line in logs] == [
             ("worker_role_changed", "prefill", "decode")
         ]
 
 
 async def test_a_role_can_change_and_change_back() -> None:
-    async with running(asking()) as house:
-        house.client.tell(A, "m", **PREFILL)
-        await house.happens(Added(make_spec(A)))
-        worker = house.worker(A)
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m", **PREFILL)
+        await setup.deliver(Added(make_spec(A)))
+        worker = setup.worker(A)
         for fields in (DECODE, PREFILL):
-            house.client.tell(A, "m", **fields)
-            await house.clock.advance(INTERVAL_SECONDS)
-        assert house.worker(A) is worker
+            setup.client.tell(A, "m", **fields)
+            await setup.clock.advance(INTERVAL_SECONDS)
+        assert setup.worker(A) is worker
         assert worker.spec.bootstrap_port == 8998
-        assert house.pool(role="prefill") == [A]
-        assert house.role_changes == [
+        assert setup.pool(role="prefill") == [A]
+        assert setup.role_changes == [
             (worker, "prefill", "decode"),
             (worker, "decode", "prefill"),
         ]
 
 
 async def test_a_new_bootstrap_port_is_a_change_but_not_of_the_role() -> None:
-    async with running(asking()) as house:
-        house.client.tell(A, "m", **PREFILL)
-        await house.happens(Added(make_spec(A)))
-        changes = house.changes
-        house.client.tell(A, "m", **PREFILL | {"disaggregation_bootstrap_port": 9000})
-        await house.clock.advance(INTERVAL_SECONDS)
-        assert house.worker(A).spec.bootstrap_port == 9000
-        assert (house.role_changes, house.changes) == ([], changes + 1)
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m", **PREFILL)
+        await setup.deliver(Added(make_spec(A)))
+        changes = setup.changes
+        setup.client.tell(A, "m", **PREFILL | {"disaggregation_bootstrap_port": 9000})
+        await setup.clock.advance(INTERVAL_SECONDS)
+        assert setup.worker(A).spec.bootstrap_port == 9000
+        assert (setup.role_changes, setup.changes) == ([], changes + 1)
 
 
 @pytest.mark.parametrize(
     "fields", [{}, {"disaggregation_mode": "prefill"}, {"disaggregation_mode": "both"}]
 )
 async def test_an_answer_without_a_role_does_not_change_the_role(fields: dict[str, Any]) -> None:
-    async with running(asking()) as house:
-        house.client.tell(A, "m", **PREFILL)
-        await house.happens(Added(make_spec(A)))
-        spec, changes = house.worker(A).spec, house.changes
-        house.client.tell(A, "m", **fields)
-        await house.clock.advance(2 * INTERVAL_SECONDS)
-        assert (house.worker(A).spec, house.changes) == (spec, changes)
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m", **PREFILL)
+        await setup.deliver(Added(make_spec(A)))
+        spec, changes = setup.worker(A).spec, setup.changes
+        setup.client.tell(A, "m", **fields)
+        await setup.clock.advance(2 * INTERVAL_SECONDS)
+        assert (setup.worker(A).spec, setup.changes) == (spec, changes)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_a_role_that_only_discovery_knows_is_kept(role: Role) -> None:
-    async with running(asking()) as house:
-        house.client.script(A, "/server_info", EngineAnswer(404, b""))
-        house.client.script(A, "/v1/models", EngineAnswer(200, b'{"data": [{"id": "m"}]}'))
-        await house.happens(Added(make_spec(A, role=role, bootstrap_port=8998)))
-        await house.clock.advance(3 * INTERVAL_SECONDS)
-        assert house.pool(role=role) == [A]
-        assert house.worker(A).spec.bootstrap_port == 8998
+    async with running(asking()) as setup:
+        setup.client.script(A, "/server_info", EngineAnswer(404, b""))
+        setup.client.script(A, "/v1/models", EngineAnswer(200, b'{"data": [{"id": "m"}]}'))
+        await setup.deliver(Added(make_spec(A, role=role, bootstrap_port=8998)))
+        await setup.clock.advance(3 * INTERVAL_SECONDS)
+        assert setup.pool(role=role) == [A]
+        assert setup.worker(A).spec.bootstrap_port == 8998
 
 
 async def test_a_worker_that_stops_answering_stays_registered_and_is_logged_once() -> None:
     with capture_logs() as logs:
-        async with running(asking()) as house:
-            house.client.tell(A, "m", **DECODE)
-            await house.happens(Added(make_spec(A)))
-            worker, spec, changes = house.worker(A), house.worker(A).spec, house.changes
+        async with running(asking()) as setup:
+            setup.client.tell(A, "m", **DECODE)
+            await setup.deliver(Added(make_spec(A)))
+            worker, spec, changes = setup.worker(A), setup.worker(A).spec, setup.changes
             for status in (503, 401, 500, 503):
-                house.client.script(A, "/server_info", EngineAnswer(status, b""))
-                asked = len(house.client.asked(A))
-                await house.clock.advance(INTERVAL_SECONDS)
-                assert len(house.client.asked(A)) == asked + 1  # one attempt
-            assert house.worker(A) is worker
-            assert (worker.spec, house.changes) == (spec, changes)
-            house.client.tell(A, "m", **DECODE)
-            await house.clock.advance(INTERVAL_SECONDS)
-            house.client.script(A, "/server_info", EngineAnswer(503, b""))
-            await house.clock.advance(2 * INTERVAL_SECONDS)
+                setup.client.script(A, "/server_info", EngineAnswer(status, b""))
+                asked = len(setup.client.asked(A))
+                await setup.clock.advance(INTERVAL_SECONDS)
+                assert len(setup.client.asked(A)) == asked + 1  # one attempt
+            assert setup.worker(A) is worker
+            assert (worker.spec, setup.changes) == (spec, changes)
+            setup.client.tell(A, "m", **DECODE)
+            await setup.clock.advance(INTERVAL_SECONDS)
+            setup.client.script(A, "/server_info", EngineAnswer(503, b""))
+            await setup.clock.advance(2 * INTERVAL_SECONDS)
     silent = [line["log_level"] for line in logs if line["event"] == "worker_not_answering"]
-    assert silent == ["warning"] * 2  # the second after it has answered again
+    assert silent == ["warning"] * 2  # the second one after it had answered again
     assert {line["event"] for line in logs if line["log_level"] == "warning"} == {
         "worker_not_answering"
     }
@@ -152,27 +152,27 @@ async def test_a_worker_that_stops_answering_stays_registered_and_is_logged_once
 
 async def test_a_worker_with_unusable_kv_events_is_warned_about_once() -> None:
     with capture_logs() as logs:
-        async with running(asking(models=[ModelConfig(id="m", policy="min_ttft")])) as house:
-            house.client.tell(A, "m", kv_events=7)
-            await house.happens(Added(make_spec(A)))
-            await house.clock.advance(4 * INTERVAL_SECONDS)
+        async with running(asking(models=[ModelConfig(id="m", policy="min_ttft")])) as setup:
+            setup.client.tell(A, "m", kv_events=7)
+            await setup.deliver(Added(make_spec(A)))
+            await setup.clock.advance(4 * INTERVAL_SECONDS)
     warned = [line["event"] for line in logs if line["log_level"] == "warning"]
     assert sorted(warned) == ["kv_events_missing", "kv_events_not_usable"]
 
 
 async def test_questions_to_many_workers_are_spread_over_the_interval() -> None:
     count = 500
-    async with running(asking()) as house:
+    async with running(asking()) as setup:
         urls = [f"http://10.1.{n // 250}.{n % 250}:8000" for n in range(count)]
         for url in urls:
-            house.client.tell(url, "m")
-        await house.happens(*(Added(make_spec(url)) for url in urls))
+            setup.client.tell(url, "m")
+        await setup.deliver(*(Added(make_spec(url)) for url in urls))
         gates = {url: Gate(FakeEngineClient.info("m")) for url in urls}
         for url, gate in gates.items():
-            house.client.script(url, "/server_info", gate)
+            setup.client.script(url, "/server_info", gate)
         most = asked = 0
         for _ in range(60):
-            await house.clock.advance(INTERVAL_SECONDS / 60)
+            await setup.clock.advance(INTERVAL_SECONDS / 60)
             now = sum(gate.entered for gate in gates.values())
             most, asked = max(most, now - asked), now
         assert asked == count
@@ -181,31 +181,31 @@ async def test_questions_to_many_workers_are_spread_over_the_interval() -> None:
 
 
 async def test_a_worker_is_not_asked_again_while_its_answer_is_pending() -> None:
-    async with running(asking()) as house:
+    async with running(asking()) as setup:
         gate = Gate(FakeEngineClient.info("m", **DECODE))
-        house.client.script(A, "/server_info", FakeEngineClient.info("m", **PREFILL), gate)
-        await house.happens(Added(make_spec(A)))
-        await house.clock.advance(5 * INTERVAL_SECONDS)
+        setup.client.script(A, "/server_info", FakeEngineClient.info("m", **PREFILL), gate)
+        await setup.deliver(Added(make_spec(A)))
+        await setup.clock.advance(5 * INTERVAL_SECONDS)
         assert gate.entered == 1
         gate.open()
         await settle()
-        assert house.pool(role="decode") == [A]
+        assert setup.pool(role="decode") == [A]
 
 
 async def test_a_worker_with_new_models_leaves_and_joins() -> None:
     follower = Follower()
-    async with running(asking(follower)) as house:
-        house.client.tell(A, "m")
-        await house.happens(Added(make_spec(A)))
-        worker = house.worker(A)
+    async with running(asking(follower)) as setup:
+        setup.client.tell(A, "m")
+        await setup.deliver(Added(make_spec(A)))
+        worker = setup.worker(A)
         worker.in_flight = 2
         worker.breaker.failure(0.0)
-        house.client.tell(A, "n")
-        await house.clock.advance(INTERVAL_SECONDS)
-        assert house.worker(A) is worker
-        assert (house.pool("m"), house.pool("n")) == ([], [A])
+        setup.client.tell(A, "n")
+        await setup.clock.advance(INTERVAL_SECONDS)
+        assert setup.worker(A) is worker
+        assert (setup.pool("m"), setup.pool("n")) == ([], [A])
         assert worker.in_flight == 2
-        # That of model n; the failure is remembered.
+        # The settings of model n; the failure still counts.
         assert (worker.breaker.threshold, worker.breaker.cool_down_seconds) == (7, 5.0)
         for _ in range(6):
             worker.breaker.failure(0.0)
@@ -219,18 +219,18 @@ async def test_a_worker_with_new_models_leaves_and_joins() -> None:
 
 async def test_the_same_models_in_another_order_are_not_a_change() -> None:
     follower = Follower()
-    async with running(asking(follower)) as house:
-        house.client.script(A, "/server_info", EngineAnswer(404, b""))
-        house.client.script(
+    async with running(asking(follower)) as setup:
+        setup.client.script(A, "/server_info", EngineAnswer(404, b""))
+        setup.client.script(
             A,
             "/v1/models",
             EngineAnswer(200, b'{"data": [{"id": "m"}, {"id": "n"}]}'),
             EngineAnswer(200, b'{"data": [{"id": "n"}, {"id": "m"}]}'),
         )
-        await house.happens(Added(make_spec(A)))
-        await house.clock.advance(INTERVAL_SECONDS)
-        assert house.client.asked(A) == ["/server_info", "/v1/models"] * 2
-        assert house.pool("m") == house.pool("n") == [A]
+        await setup.deliver(Added(make_spec(A)))
+        await setup.clock.advance(INTERVAL_SECONDS)
+        assert setup.client.asked(A) == ["/server_info", "/v1/models"] * 2
+        assert setup.pool("m") == setup.pool("n") == [A]
     assert len(follower.seen) == 1
 
 
@@ -249,42 +249,42 @@ async def test_a_worker_with_a_new_place_of_kv_events_leaves_and_joins(
     change: dict[str, Any],
 ) -> None:
     follower = Follower()
-    async with running(asking(follower)) as house:
-        house.client.tell(A, "m", kv_events=KV, **PREFILL)
-        await house.happens(Added(make_spec(A)))
-        worker = house.worker(A)
-        house.client.tell(A, "m", kv_events=KV | change, **PREFILL)
-        await house.clock.advance(2 * INTERVAL_SECONDS)
-        assert house.worker(A) is worker
+    async with running(asking(follower)) as setup:
+        setup.client.tell(A, "m", kv_events=KV, **PREFILL)
+        await setup.deliver(Added(make_spec(A)))
+        worker = setup.worker(A)
+        setup.client.tell(A, "m", kv_events=KV | change, **PREFILL)
+        await setup.clock.advance(2 * INTERVAL_SECONDS)
+        assert setup.worker(A) is worker
         assert [what for what, *_ in follower.seen] == ["joined", "left", "joined"]
-        assert follower.seen[1][3] == 5557  # it leaves as what it was
-        assert house.role_changes == []
+        assert follower.seen[1][3] == 5557  # it leaves with its old spec
+        assert setup.role_changes == []
 
 
 async def test_a_new_role_and_a_new_place_of_kv_events_can_come_together() -> None:
     follower = Follower()
-    async with running(asking(follower)) as house:
-        house.client.tell(A, "m", kv_events=KV, **PREFILL)
-        await house.happens(Added(make_spec(A)))
-        worker = house.worker(A)
-        house.client.tell(A, "m", kv_events=KV | {"endpoint_port_base": 6000}, **DECODE)
-        await house.clock.advance(INTERVAL_SECONDS)
+    async with running(asking(follower)) as setup:
+        setup.client.tell(A, "m", kv_events=KV, **PREFILL)
+        await setup.deliver(Added(make_spec(A)))
+        worker = setup.worker(A)
+        setup.client.tell(A, "m", kv_events=KV | {"endpoint_port_base": 6000}, **DECODE)
+        await setup.clock.advance(INTERVAL_SECONDS)
         assert [(what, port) for what, _, _, port in follower.seen] == [
             ("joined", 5557),
             ("left", 5557),
             ("joined", 6000),
         ]
-        assert house.role_changes == [(worker, "prefill", "decode")]
-        assert house.pool(role="decode") == [A]
+        assert setup.role_changes == [(worker, "prefill", "decode")]
+        assert setup.pool(role="decode") == [A]
 
 
 async def test_a_worker_with_only_a_new_role_does_not_leave_and_join() -> None:
     follower = Follower()
-    async with running(asking(follower)) as house:
-        house.client.tell(A, "m", kv_events=KV, **PREFILL)
-        await house.happens(Added(make_spec(A)))
-        house.client.tell(A, "m", kv_events=KV, **DECODE)
-        await house.clock.advance(INTERVAL_SECONDS)
+    async with running(asking(follower)) as setup:
+        setup.client.tell(A, "m", kv_events=KV, **PREFILL)
+        await setup.deliver(Added(make_spec(A)))
+        setup.client.tell(A, "m", kv_events=KV, **DECODE)
+        await setup.clock.advance(INTERVAL_SECONDS)
         assert len(follower.seen) == 1
 
 
@@ -298,196 +298,196 @@ async def test_configured_kv_events_follow_the_current_model_of_the_worker() -> 
         for name, port in (("m", 5001), ("n", 5002))
     ]
     follower = Follower()
-    async with running(asking(follower, models=models)) as house:
-        house.client.tell(A, "m")
-        await house.happens(Added(make_spec(A)))
-        await house.clock.advance(2 * INTERVAL_SECONDS)
-        house.client.tell(A, "n")
-        await house.clock.advance(INTERVAL_SECONDS)
-        house.client.tell(A, "n", kv_events=KV)
-        await house.clock.advance(INTERVAL_SECONDS)
+    async with running(asking(follower, models=models)) as setup:
+        setup.client.tell(A, "m")
+        await setup.deliver(Added(make_spec(A)))
+        await setup.clock.advance(2 * INTERVAL_SECONDS)
+        setup.client.tell(A, "n")
+        await setup.clock.advance(INTERVAL_SECONDS)
+        setup.client.tell(A, "n", kv_events=KV)
+        await setup.clock.advance(INTERVAL_SECONDS)
     assert [port for what, _, _, port in follower.seen if what == "joined"] == [5001, 5002, 5557]
 
 
 async def test_a_plain_worker_whose_new_role_does_not_fit_is_removed() -> None:
     follower = Follower()
     with capture_logs() as logs:
-        async with running(asking(follower)) as house:
-            house.client.tell(A, "m", **PLAIN)
-            house.client.tell(B, "m", **PLAIN)
-            await house.happens(Added(make_spec(A)), Added(make_spec(B)))
-            house.client.tell(A, "m", **PREFILL)
-            await house.clock.advance(INTERVAL_SECONDS)
-            assert house.registry.get(A) is None
-            assert house.pool() == [B]
+        async with running(asking(follower)) as setup:
+            setup.client.tell(A, "m", **PLAIN)
+            setup.client.tell(B, "m", **PLAIN)
+            await setup.deliver(Added(make_spec(A)), Added(make_spec(B)))
+            setup.client.tell(A, "m", **PREFILL)
+            await setup.clock.advance(INTERVAL_SECONDS)
+            assert setup.registry.get(A) is None
+            assert setup.pool() == [B]
             assert ("left", A, ("m",), None) in follower.seen
-            await house.clock.advance(3 * RETRY_SECONDS)
-            assert house.registry.get(A) is None
-            assert house.metric("extproc_workers_refused_total") == 1
-            house.client.tell(B, "m", **DECODE)  # the last one of its kind may change
-            await house.clock.advance(INTERVAL_SECONDS + RETRY_SECONDS)
-            assert (house.pool(role="prefill"), house.pool(role="decode")) == ([A], [B])
-            assert house.registry.is_served("m")
+            await setup.clock.advance(3 * RETRY_SECONDS)
+            assert setup.registry.get(A) is None
+            assert setup.metric("extproc_workers_refused_total") == 1
+            setup.client.tell(B, "m", **DECODE)  # the last plain worker may change
+            await setup.clock.advance(INTERVAL_SECONDS + RETRY_SECONDS)
+            assert (setup.pool(role="prefill"), setup.pool(role="decode")) == ([A], [B])
+            assert setup.registry.is_served("m")
     assert [line["worker"] for line in logs if line["event"] == "worker_refused"] == [A]
 
 
 async def test_a_refused_worker_that_returns_to_its_old_role_joins_again() -> None:
-    async with running(asking()) as house:
-        house.client.tell(A, "m", **PLAIN)
-        house.client.tell(B, "m", **PLAIN)
-        await house.happens(Added(make_spec(A)), Added(make_spec(B)))
-        house.client.tell(A, "m", **PREFILL)
-        await house.clock.advance(INTERVAL_SECONDS)
-        house.client.tell(A, "m", **PLAIN)
-        await house.clock.advance(RETRY_SECONDS)
-        assert sorted(house.pool()) == [A, B]
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m", **PLAIN)
+        setup.client.tell(B, "m", **PLAIN)
+        await setup.deliver(Added(make_spec(A)), Added(make_spec(B)))
+        setup.client.tell(A, "m", **PREFILL)
+        await setup.clock.advance(INTERVAL_SECONDS)
+        setup.client.tell(A, "m", **PLAIN)
+        await setup.clock.advance(RETRY_SECONDS)
+        assert sorted(setup.pool()) == [A, B]
 
 
 async def test_a_refused_worker_that_does_not_answer_does_not_join() -> None:
-    async with running(asking()) as house:
-        house.client.tell(A, "m", **PLAIN)
-        house.client.tell(B, "m", **PREFILL)
-        await house.happens(Added(make_spec(A)))
-        await house.happens(Added(make_spec(B)))
-        house.client.script(B, "/server_info", EngineAnswer(503, b""))
-        await house.happens(Removed(A))
-        await house.clock.advance(2 * RETRY_SECONDS)
-        assert house.registry.get(B) is None
-        house.client.tell(B, "m", **PREFILL)
-        await house.clock.advance(RETRY_SECONDS)
-        assert house.pool(role="prefill") == [B]
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m", **PLAIN)
+        setup.client.tell(B, "m", **PREFILL)
+        await setup.deliver(Added(make_spec(A)))
+        await setup.deliver(Added(make_spec(B)))
+        setup.client.script(B, "/server_info", EngineAnswer(503, b""))
+        await setup.deliver(Removed(A))
+        await setup.clock.advance(2 * RETRY_SECONDS)
+        assert setup.registry.get(B) is None
+        setup.client.tell(B, "m", **PREFILL)
+        await setup.clock.advance(RETRY_SECONDS)
+        assert setup.pool(role="prefill") == [B]
 
 
 async def test_a_worker_whose_role_does_not_fit_its_new_model_is_removed() -> None:
-    async with running(asking()) as house:
-        house.client.tell(A, "m")
-        house.client.tell(B, "n", **DECODE)
-        await house.happens(Added(make_spec(A)), Added(make_spec(B)))
-        house.client.tell(A, "n")
-        await house.clock.advance(INTERVAL_SECONDS)
-        assert house.registry.get(A) is None
-        await house.happens(Removed(B))
-        await house.clock.advance(RETRY_SECONDS)
-        assert house.pool("n") == [A]
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m")
+        setup.client.tell(B, "n", **DECODE)
+        await setup.deliver(Added(make_spec(A)), Added(make_spec(B)))
+        setup.client.tell(A, "n")
+        await setup.clock.advance(INTERVAL_SECONDS)
+        assert setup.registry.get(A) is None
+        await setup.deliver(Removed(B))
+        await setup.clock.advance(RETRY_SECONDS)
+        assert setup.pool("n") == [A]
 
 
 async def test_a_refused_worker_that_is_removed_leaves_no_metric_series_and_does_not_return() -> (
     None
 ):
-    async with running(asking()) as house:
-        house.client.tell(A, "m", **PLAIN)
-        house.client.tell(B, "m", **PLAIN)
-        await house.happens(Added(make_spec(A)), Added(make_spec(B)))
-        house.metrics.worker_requests(A, "m", "plain", "success").inc()
-        house.client.tell(A, "m", **PREFILL)
-        await house.clock.advance(INTERVAL_SECONDS)
-        await house.happens(Removed(A), Removed(B))
-        await house.clock.advance(2 * RETRY_SECONDS)
-        assert len(house.registry) == 0
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m", **PLAIN)
+        setup.client.tell(B, "m", **PLAIN)
+        await setup.deliver(Added(make_spec(A)), Added(make_spec(B)))
+        setup.metrics.worker_requests(A, "m", "plain", "success").inc()
+        setup.client.tell(A, "m", **PREFILL)
+        await setup.clock.advance(INTERVAL_SECONDS)
+        await setup.deliver(Removed(A), Removed(B))
+        await setup.clock.advance(2 * RETRY_SECONDS)
+        assert len(setup.registry) == 0
         labels = {"worker": A, "model": "m", "role": "plain", "outcome": "success"}
-        assert house.prometheus.get_sample_value("extproc_worker_requests_total", labels) is None
+        assert setup.prometheus.get_sample_value("extproc_worker_requests_total", labels) is None
 
 
 @pytest.mark.parametrize("model", ["m", "n"])
 async def test_a_worker_removed_during_its_introspection_does_not_come_back(model: str) -> None:
-    async with running(asking()) as house:
+    async with running(asking()) as setup:
         gate = Gate(FakeEngineClient.info(model, **DECODE))
-        house.client.script(A, "/server_info", FakeEngineClient.info("m", **PREFILL), gate)
-        await house.happens(Added(make_spec(A)))
-        await house.clock.advance(INTERVAL_SECONDS)
+        setup.client.script(A, "/server_info", FakeEngineClient.info("m", **PREFILL), gate)
+        await setup.deliver(Added(make_spec(A)))
+        await setup.clock.advance(INTERVAL_SECONDS)
         assert gate.entered == 1
-        await house.happens(Removed(A))
+        await setup.deliver(Removed(A))
         gate.open()
-        await house.clock.advance(2 * RETRY_SECONDS)
-        assert len(house.registry) == 0
+        await setup.clock.advance(2 * RETRY_SECONDS)
+        assert len(setup.registry) == 0
         assert gate.entered == 1
 
 
 async def test_a_recheck_asks_the_worker_at_once() -> None:
-    async with running(House()) as house:
-        house.client.tell(A, "m", **PREFILL)
-        await house.happens(Added(make_spec(A)))
-        house.client.tell(A, "m", **DECODE)
-        house.manager.recheck(house.worker(A))
+    async with running(ManagerSetup()) as setup:
+        setup.client.tell(A, "m", **PREFILL)
+        await setup.deliver(Added(make_spec(A)))
+        setup.client.tell(A, "m", **DECODE)
+        setup.manager.recheck(setup.worker(A))
         await settle()
-        assert house.pool(role="decode") == [A]
+        assert setup.pool(role="decode") == [A]
 
 
 async def test_rechecks_of_one_worker_are_at_least_a_second_apart() -> None:
-    async with running(House()) as house:
+    async with running(ManagerSetup()) as setup:
         for url in (A, B):
-            house.client.tell(url, "m")
-        await house.happens(Added(make_spec(A)), Added(make_spec(B)))
+            setup.client.tell(url, "m")
+        await setup.deliver(Added(make_spec(A)), Added(make_spec(B)))
         for _ in range(5):
-            house.manager.recheck(house.worker(A))
-            await house.clock.advance(0.19)
-        assert len(house.client.asked(A)) == 2
-        house.manager.recheck(house.worker(B))  # the other one has its own count
-        await house.clock.advance(0.05)
-        house.manager.recheck(house.worker(A))
+            setup.manager.recheck(setup.worker(A))
+            await setup.clock.advance(0.19)
+        assert len(setup.client.asked(A)) == 2
+        setup.manager.recheck(setup.worker(B))  # B has its own limit
+        await setup.clock.advance(0.05)
+        setup.manager.recheck(setup.worker(A))
         await settle()
-        assert (len(house.client.asked(A)), len(house.client.asked(B))) == (3, 2)
+        assert (len(setup.client.asked(A)), len(setup.client.asked(B))) == (3, 2)
 
 
 async def test_rechecks_do_not_pile_up_while_an_answer_is_pending() -> None:
-    async with running(House()) as house:
+    async with running(ManagerSetup()) as setup:
         gate = Gate(FakeEngineClient.info("m"))
-        house.client.script(A, "/server_info", FakeEngineClient.info("m"), gate)
-        await house.happens(Added(make_spec(A)))
+        setup.client.script(A, "/server_info", FakeEngineClient.info("m"), gate)
+        await setup.deliver(Added(make_spec(A)))
         for _ in range(10):
-            house.manager.recheck(house.worker(A))
-            await house.clock.advance(1.0)
+            setup.manager.recheck(setup.worker(A))
+            await setup.clock.advance(1.0)
         gate.open()
         await settle()
-        assert gate.entered == 2  # the one on its way, and one after it
+        assert gate.entered == 2  # the pending one, and one after it
 
 
 async def test_a_recheck_of_a_worker_that_has_left_does_nothing() -> None:
-    house = House()
-    async with running(house):
-        house.client.tell(A, "m")
-        await house.happens(Added(make_spec(A)))
-        worker = house.worker(A)
-        house.manager.recheck(worker)
-        await house.happens(Removed(A))
-        asked = len(house.client.asked(A))
-        house.manager.recheck(worker)
-        await house.clock.advance(2.0)
-        assert len(house.client.asked(A)) == asked
-        await house.happens(Added(make_spec(A)))
-        worker = house.worker(A)
-    house.manager.recheck(worker)  # nor when the manager has stopped
+    setup = ManagerSetup()
+    async with running(setup):
+        setup.client.tell(A, "m")
+        await setup.deliver(Added(make_spec(A)))
+        worker = setup.worker(A)
+        setup.manager.recheck(worker)
+        await setup.deliver(Removed(A))
+        asked = len(setup.client.asked(A))
+        setup.manager.recheck(worker)
+        await setup.clock.advance(2.0)
+        assert len(setup.client.asked(A)) == asked
+        await setup.deliver(Added(make_spec(A)))
+        worker = setup.worker(A)
+    setup.manager.recheck(worker)  # the manager has stopped
     await settle()
-    assert len(house.client.asked(A)) == asked + 1
+    assert len(setup.client.asked(A)) == asked + 1
 
 
 async def test_the_role_that_the_worker_reports_counts_more_than_discoverys() -> None:
-    async with running(House()) as house:
-        house.client.tell(A, "m", **PREFILL)
-        await house.happens(Added(make_spec(A)), RoleChanged(A, "decode"))
-        assert house.pool(role="prefill") == [A]
-        house.client.tell(A, "m", **DECODE)
-        await house.happens(RoleChanged(A, "decode"))
-        assert house.pool(role="decode") == [A]
+    async with running(ManagerSetup()) as setup:
+        setup.client.tell(A, "m", **PREFILL)
+        await setup.deliver(Added(make_spec(A)), RoleChanged(A, "decode"))
+        assert setup.pool(role="prefill") == [A]
+        setup.client.tell(A, "m", **DECODE)
+        await setup.deliver(RoleChanged(A, "decode"))
+        assert setup.pool(role="decode") == [A]
 
 
 async def test_the_role_from_discovery_counts_while_the_worker_does_not_answer() -> None:
-    async with running(House()) as house:
-        house.client.tell(A, "m", **DECODE)
-        await house.happens(Added(make_spec(A)))
-        worker = house.worker(A)
-        house.client.script(A, "/server_info", EngineAnswer(503, b""))
-        await house.happens(RoleChanged(A, "prefill"))
-        assert house.pool(role="prefill") == [A]
-        assert house.role_changes == [(worker, "decode", "prefill")]
+    async with running(ManagerSetup()) as setup:
+        setup.client.tell(A, "m", **DECODE)
+        await setup.deliver(Added(make_spec(A)))
+        worker = setup.worker(A)
+        setup.client.script(A, "/server_info", EngineAnswer(503, b""))
+        await setup.deliver(RoleChanged(A, "prefill"))
+        assert setup.pool(role="prefill") == [A]
+        assert setup.role_changes == [(worker, "decode", "prefill")]
 
 
 async def test_discovery_can_set_a_role_that_does_not_fit_and_set_it_back() -> None:
-    async with running(House()) as house:
+    async with running(ManagerSetup()) as setup:
         for url in (A, B, C):
-            house.client.tell(url, "m")
-        await house.happens(*(Added(make_spec(url)) for url in (A, B, C)))
-        await house.happens(RoleChanged(C, "decode"))
-        assert house.pool() == [A, B]
-        await house.happens(RoleChanged(C, "plain"))
-        assert sorted(house.pool()) == [A, B, C]
+            setup.client.tell(url, "m")
+        await setup.deliver(*(Added(make_spec(url)) for url in (A, B, C)))
+        await setup.deliver(RoleChanged(C, "decode"))
+        assert setup.pool() == [A, B]
+        await setup.deliver(RoleChanged(C, "plain"))
+        assert sorted(setup.pool()) == [A, B, C]

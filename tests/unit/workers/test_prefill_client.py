@@ -1,4 +1,4 @@
-"""Requests of our own against small servers: when they return, how they end, what they send."""
+"""The real prefill client with small servers: when it returns, how calls end, what it sends."""
 
 import asyncio
 import errno
@@ -26,7 +26,7 @@ WAIT_SECONDS = 10.0
 
 
 class Engine:
-    """A server with one handler; `connections` are those ever made, `open` those not closed."""
+    """A server with one handler; `connections` counts all connections, `open` the open ones."""
 
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
@@ -106,7 +106,7 @@ async def silence(_: web.Request) -> web.Response:
     raise AssertionError("unreachable")
 
 
-# -- when it returns
+# -- when post returns
 
 
 async def test_post_returns_when_connected_and_before_the_answer(
@@ -133,7 +133,7 @@ async def _answer(call: PrefillCall) -> tuple[int, bytes]:
 
 
 async def test_post_returns_even_if_the_server_never_reads(caller: AiohttpPrefillClient) -> None:
-    # The kernel accepts for a server that does nothing at all: connected is connected.
+    # The kernel accepts the connection even if the server does nothing.
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(4)
@@ -152,7 +152,7 @@ async def test_an_answer_can_be_read_long_after_it_came(caller: AiohttpPrefillCl
         assert await _answer(call) == (202, b"[1]")
 
 
-# -- how it ends
+# -- how calls end
 
 
 async def test_a_refused_connection_raises_at_once(caller: AiohttpPrefillClient) -> None:
@@ -211,7 +211,7 @@ async def test_an_engine_that_stays_silent_times_out(
         with pytest.raises(EngineTimeoutError) as caught:
             await call.answer()
         assert str(caught.value)
-        # The engine is told.
+        # The engine sees that the connection is closed.
         await happens(server.left)
 
 
@@ -346,7 +346,7 @@ async def test_a_failure_that_is_never_read_is_not_logged(caller: AiohttpPrefill
         try:
             call = await post(caller, server.url)
         except EngineUnreachableError:
-            pass  # broken off before we looked
+            pass  # it broke off earlier
         else:
             await happens(server.arrived)
             await asyncio.sleep(0.05)
@@ -451,7 +451,7 @@ async def test_a_compressed_answer_is_not_decompressed(
         assert (await (await post(caller, server.url)).answer()).body == b"not gzip"
 
 
-# -- its life
+# -- open and close
 
 
 async def test_a_client_that_was_not_opened_raises() -> None:
@@ -477,7 +477,7 @@ async def test_closing_ends_running_calls() -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503])
-async def test_a_5xx_is_returned_with_its_headers(
+async def test_a_5xx_is_returned_without_its_body(
     caller: AiohttpPrefillClient, status: int
 ) -> None:
     async def stalls(request: web.Request) -> web.StreamResponse:

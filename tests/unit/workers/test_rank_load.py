@@ -1,6 +1,6 @@
-"""What a rank has to do, by hand: prompts of some tokens at 100 tokens a second.
+"""The load of a rank, calculated by hand: prompts at 100 tokens a second.
 
-Prompts of less than 256 tokens teach no speed, so that 100 stays 100 where it is not the topic.
+No speed is learnt from prompts of less than 256 tokens, so in most tests the speed stays 100.
 """
 
 import pytest
@@ -13,7 +13,7 @@ SPEED = 100.0
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """An engine's report; nothing but what a test says."""
+    """An engine's report; a test sets the fields that it needs."""
 
     num_running_reqs: int = 0
     num_waiting_reqs: int = 0
@@ -38,7 +38,7 @@ def ahead(load: RankLoad, *moments: float) -> list[float]:
     return [load.prefill_tokens_ahead(now) for now in moments]
 
 
-# -- the own book
+# -- our bookings
 
 
 def test_a_new_rank_has_no_load() -> None:
@@ -53,7 +53,7 @@ def test_time_reduces_only_the_head_of_the_queue() -> None:
     load = make_load()
     load.book(200, 0.0)
     load.book(100, 0.0)
-    # 300 - 0, 300 - 50, 300 - 200; the second is not begun before the first was seen to end
+    # 300 - 0, 300 - 50, 300 - 200; the second begins only when the first is seen to end
     assert ahead(load, 0.0, 0.5, 2.0, 9.0) == [300, 250, 100, 100]
     assert (load.in_flight, load.requests(9.0), load.running(9.0)) == (2, 2, 0)
 
@@ -97,7 +97,7 @@ def test_start_and_release_count_once() -> None:
     load = make_load()
     first, second = load.book(200, 0.0), load.book(100, 0.0)
     first.started(2.0)
-    first.started(2.5)  # would have begun the second's prefill anew
+    first.started(2.5)  # would restart the second prefill
     assert ahead(load, 3.0) == [0]
     first.release(3.0)
     first.release(3.0)
@@ -112,7 +112,7 @@ def test_a_request_released_before_its_start_leaves_the_queue() -> None:
     first, second, third = (load.book(tokens, 0.0) for tokens in (200, 100, 50))
     second.release(1.0)
     assert ahead(load, 1.0) == [150]  # 200 - 100 + 50
-    first.release(1.5)  # half-way: the third has its turn
+    first.release(1.5)  # half-way through; the third begins
     assert ahead(load, 1.5, 1.75) == [50, 25]
     second.started(1.75)
     first.started(1.75)
@@ -125,7 +125,7 @@ def test_a_start_out_of_order_leaves_the_earlier_prefills_in_the_queue() -> None
     load = make_load()
     first, second, third = (load.book(tokens, 0.0) for tokens in (200, 100, 50))
     second.started(1.0)
-    # The engine was busy with the second till now: all of the first is left.
+    # The engine has prefilled the second until now: all of the first is left.
     assert ahead(load, 1.0, 1.5, 4.0) == [250, 200, 50]
     assert load.running(4.0) == 1
     first.started(4.0)
@@ -141,7 +141,7 @@ def test_an_unobserved_prefill_ends_at_its_estimated_time() -> None:
     load = make_load()
     load.book(200, 0.0, streamed=False)
     second = load.book(100, 1.0)
-    # 200 - 100 + 100; from 2.0 on the first is over, and 50 of the second at 2.5
+    # 200 - 100 + 100; the first ends at 2.0, and 50 of the second are left at 2.5
     assert ahead(load, 1.0, 1.5, 2.0, 2.5, 9.0) == [200, 150, 100, 50, 0]
     assert (load.in_flight, load.running(9.0)) == (2, 1)
     second.started(9.0)
@@ -152,7 +152,7 @@ def test_unobserved_prefills_follow_each_other() -> None:
     load = make_load()
     for tokens in (100, 200, 50):
         load.book(tokens, 0.0, streamed=False)
-    # Over at 1.0, 3.0 and 3.5.
+    # They end at 1.0, 3.0 and 3.5.
     assert ahead(load, 0.0, 1.0, 2.0, 3.25, 3.5) == [350, 250, 150, 25, 0]
     assert load.running(3.5) == 3
 
@@ -178,10 +178,10 @@ def test_an_unobserved_prefill_has_ended_when_a_later_response_starts() -> None:
     load = make_load()
     unseen = load.book(200, 0.0, streamed=False)
     seen, last = load.book(50, 0.0), load.book(50, 0.0)
-    seen.started(1.0)  # sooner than reckoned: the engine is faster than thought
+    seen.started(1.0)  # earlier than estimated: the engine is faster
     assert ahead(load, 1.0, 1.25) == [50, 25]
     assert load.running(1.25) == 2
-    unseen.started(9.0)  # it says all it has at once
+    unseen.started(9.0)  # the whole answer comes at once
     unseen.release(9.0)
     last.release(9.0)
     assert (load.in_flight, load.running(9.0)) == (1, 1)
@@ -207,14 +207,14 @@ def test_an_unobserved_prefill_that_failed_leaves_the_queue() -> None:
 
 def test_the_next_prefill_begins_with_its_booking_after_an_unobserved_end() -> None:
     load = make_load()
-    load.book(100, 0.0, streamed=False)  # over at 1.0
+    load.book(100, 0.0, streamed=False)  # ends at 1.0
     load.book(100, 5.0)
     assert ahead(load, 5.5) == [50]
 
 
 def test_a_prefill_released_behind_an_unobserved_one_is_skipped() -> None:
     load = make_load()
-    load.book(100, 0.0, streamed=False)  # over at 1.0
+    load.book(100, 0.0, streamed=False)  # ends at 1.0
     head = load.book(100, 0.0)
     load.book(50, 0.0)
     head.release(1.5)
@@ -235,7 +235,8 @@ def test_a_start_does_not_affect_later_or_released_bookings() -> None:
 
 # -- speed
 #
-# What is learnt is a sum of tokens by a sum of seconds; it begins with 0.25 s of what was known.
+# A learnt speed is a sum of tokens divided by a sum of seconds, which begin with 0.25 s of the
+# speed that was known.
 
 
 def test_the_speed_is_learnt_from_an_observed_prefill() -> None:
@@ -266,7 +267,7 @@ def test_the_queue_shrinks_at_the_learnt_speed() -> None:
         # No more than 4 times slower, 4 s.
         (1000, 4.0, (250 + 1000) / (0.25 + 4.0)),
         (1000, 3600.0, (250 + 1000) / (0.25 + 4.0)),
-        # Too small, impossible.
+        # Too small, and impossible.
         (256, 0.256, 1000.0),
         (255, 10.0, 1000.0),
         (1000, 0.0, 1000.0),
@@ -308,7 +309,7 @@ def test_a_new_rank_begins_with_the_speed_of_its_model() -> None:
     assert old.prefill_tokens_per_second == 1500
     assert new.prefill_tokens_per_second == 1500
     new.book(1500, 0.0).started(1.5)
-    # From the model's 1500: (375 + 1500) / (0.25 + 1.5) = 1071.43; the other rank's is its own.
+    # From the model's 1500: (375 + 1500) / (0.25 + 1.5) = 1071.43; the other rank keeps its own.
     assert new.prefill_tokens_per_second == pytest.approx(1875 / 1.75)
     assert old.prefill_tokens_per_second == 1500
     # The model's own sums: (750 + 1500) / (0.5 + 1.5)
@@ -320,24 +321,24 @@ def test_a_rank_without_a_model_has_the_default_speed() -> None:
 
 
 def test_nothing_is_learnt_from_unobserved_prefills() -> None:
-    # Not streamed: its start is its end.
+    # Not streamed: its response starts when it ends.
     load = make_load()
     load.book(1000, 0.0, streamed=False).started(1.0)
     assert load.prefill_tokens_per_second == SPEED
-    # Behind one whose end was reckoned, when its own prefill began is a guess.
+    # The prefill before it had an estimated end, so its own beginning is an estimate, too.
     load = make_load()
     load.book(1000, 0.0, streamed=False)
     behind = load.book(1000, 0.0)
     assert ahead(load, 10.0) == [1000]
     behind.started(11.0)
     assert load.prefill_tokens_per_second == SPEED
-    # Out of order: neither.
+    # Out of order: nothing is learnt either.
     load = make_load()
     first, second = load.book(1000, 0.0), load.book(1000, 0.0)
     second.started(1.0)
     first.started(2.0)
     assert load.prefill_tokens_per_second == SPEED
-    # What follows in order is seen again; before, an unseen one was passed over in order.
+    # The next one in order is observed again.
     load = make_load()
     load.book(1000, 0.0, streamed=False)
     load.book(200, 0.0).started(2.0)
@@ -371,7 +372,7 @@ def test_our_bookings_and_releases_are_added_to_the_report() -> None:
 def test_reported_tokens_are_added_and_shrink_with_time() -> None:
     load = make_load()
     load.book(100, 0.0)
-    # 250 of others and ours; 30 come after it.
+    # 250 of others and ours; 30 of ours come after the report.
     load.report(Report(num_waiting_uncached_tokens=250), 0.0)
     load.book(30, 0.5)
     # max(130 - 50, 250 + 30 - 50), then 250 + 30 - 200 = 80 against 30
@@ -388,7 +389,7 @@ def test_a_booking_released_before_its_start_no_longer_adds_to_the_report() -> N
     assert ahead(load, 0.0) == [130]
     since.release(0.0)
     assert ahead(load, 0.0) == [100]
-    # The report may count it or not: what it says stands.
+    # Whether the report counts it is unknown, so the report is not changed.
     before.release(0.0)
     assert ahead(load, 0.0) == [100]
 
@@ -430,7 +431,7 @@ def test_an_implausible_report_is_ignored(report: Report) -> None:
     load.report(report, 1.0)
     assert (load.requests(1.0), load.running(1.0)) == (6, 5)
     assert ahead(load, 1.0) == [907]  # 1000 + 7 - 100
-    assert load.requests(3.5) == 1  # nor does it make the one before any fresher
+    assert load.requests(3.5) == 1  # and the earlier report does not become fresher
 
 
 @pytest.mark.parametrize("tokens", [-1, (1 << 40) + 1, None])
@@ -469,7 +470,7 @@ def test_the_largest_plausible_report_is_used() -> None:
 def test_the_speed_is_learnt_from_the_counters_of_two_reports() -> None:
     load = make_load(1000.0)
     load.report(counters(1_000_000, 5.0), 0.0)
-    assert load.prefill_tokens_per_second == 1000  # since when, nobody knows
+    assert load.prefill_tokens_per_second == 1000  # the first counters have no beginning
     load.report(counters(1_000_500, 5.25), 1.0)
     assert load.prefill_tokens_per_second == 1500  # (250 + 500) / (0.25 + 0.25)
 
@@ -478,7 +479,7 @@ def test_small_steps_of_the_counters_add_up() -> None:
     load = make_load(1000.0)
     for step in range(4):  # 0, 200, 400, 600 tokens; 0.1 s each
         load.report(counters(200 * step, 0.1 * step), step / 10)
-        # 400 in 0.2 s were enough: (250 + 400) / (0.25 + 0.2); 200 more are not.
+        # 400 tokens in 0.2 s are a sample: (250 + 400) / (0.25 + 0.2); 200 more are too few.
         expected = 1000 if step < 2 else 650 / 0.45
         assert load.prefill_tokens_per_second == pytest.approx(expected)
 
@@ -490,7 +491,7 @@ def test_counters_that_go_back_are_those_of_a_restarted_engine() -> None:
     assert load.prefill_tokens_per_second == 1000
     load.report(counters(600, 0.35), 2.0)
     assert load.prefill_tokens_per_second == 1500  # 500 in 0.25 s
-    # The time alone going back is a start as well.
+    # Busy time that goes back also shows a restart.
     load.report(counters(5000, 0.1), 3.0)
     assert load.prefill_tokens_per_second == 1500
     load.report(counters(6250, 0.6), 4.0)
@@ -504,7 +505,7 @@ def test_incomplete_counters_are_ignored() -> None:
     load.report(Report(total_prefill_uncached_tokens=9000), 0.2)
     load.report(Report(total_prefill_busy_us=9_000_000), 0.3)
     assert load.prefill_tokens_per_second == 1000
-    load.report(counters(500, 0.25), 0.4)  # as from the first on
+    load.report(counters(500, 0.25), 0.4)  # compared with the first report
     assert load.prefill_tokens_per_second == 1500
 
 
@@ -514,7 +515,7 @@ def test_no_speed_is_measured_while_the_engine_reports_counters() -> None:
     load.report(counters(500, 0.25), 10.0)
     assert load.prefill_tokens_per_second == 1500
     load.book(1500, 10.0).started(14.0)
-    load.book(1500, 66.0).started(70.0)  # 60 s after it was told
+    load.book(1500, 66.0).started(70.0)  # 60 s after the last counters
     assert load.prefill_tokens_per_second == 1500
     load.book(1500, 71.0).started(72.0)
     assert load.prefill_tokens_per_second == 1500  # (750 + 1500) / (0.5 + 1.0)
@@ -522,15 +523,15 @@ def test_no_speed_is_measured_while_the_engine_reports_counters() -> None:
     assert load.prefill_tokens_per_second == pytest.approx(3750 / 3.5)
 
 
-# -- waiting for a place
+# -- waiting for room
 
 
 @pytest.mark.parametrize(
     ("report", "booked", "prompt_tokens", "seconds"),
     [
-        # Nothing is known.
+        # The engine reports nothing.
         (Report(num_running_reqs=50, num_waiting_reqs=50), 0, 1000, 0.0),
-        # Places are free: 2 + 1 and 7 + 1 <= 8.
+        # There is room: 2 + 1 and 7 + 1 <= 8.
         (Report(num_running_reqs=2, max_running_requests=8), 0, 1000, 0.0),
         (Report(num_running_reqs=7, max_running_requests=8), 0, 1000, 0.0),
         # One of 8 has to end, which takes 5 s each: 1 * 5 / 8.
@@ -545,9 +546,9 @@ def test_no_speed_is_measured_while_the_engine_reports_counters() -> None:
         (Report(num_running_reqs=3, num_tokens=900, max_total_num_tokens=1000), 0, 400, 5 / 3),
         # 450 too many: 1.5 of 3.
         (Report(num_running_reqs=3, num_tokens=900, max_total_num_tokens=1000), 0, 550, 2.5),
-        # Full of what nobody runs: it is cache, and gives way.
+        # Full, but no request runs: all of it is cache, which can be evicted.
         (Report(num_tokens=1000, max_total_num_tokens=1000), 0, 400, 0.0),
-        # The worse of both: 3 places, or 1.5 requests' memory; 5 s, 2 run at once.
+        # The larger of both: 3 requests, or the memory of 1.5; 5 s, 2 run at once.
         (
             Report(
                 num_running_reqs=2,
@@ -560,7 +561,7 @@ def test_no_speed_is_measured_while_the_engine_reports_counters() -> None:
             800,
             7.5,
         ),
-        # Absurd figures, one by one.
+        # Implausible figures, one by one.
         (Report(num_running_reqs=8, max_running_requests=0), 0, 1, 0.0),
         (Report(num_running_reqs=8, max_running_requests=-1), 0, 1, 0.0),
         (Report(num_running_reqs=8, max_running_requests=100_001), 0, 1, 0.0),
@@ -583,7 +584,7 @@ def test_the_duration_of_decoding_is_learnt() -> None:
     streamed = load.book(100, 0.0)
     streamed.started(1.0)
     streamed.release(38.0)  # 37 s: 5 + (37 - 5) / 32 = 6
-    # Neither a start that was not seen nor a request without one tells.
+    # Nothing is learnt from an unobserved start, or without a start.
     load.book(100, 38.0).release(60.0)
     unseen = load.book(100, 60.0, streamed=False)
     unseen.started(90.0)

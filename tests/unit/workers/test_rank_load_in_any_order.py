@@ -1,4 +1,4 @@
-"""Whatever comes in whatever order, a rank's load stays a number somebody can act on."""
+"""The load of a rank stays plausible, whatever happens in whatever order."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ _STEPS = st.sampled_from([0.0, 0.001, 0.2, 1.0, 3.0, 10.0, 100.0])
 
 
 class Report(Struct, frozen=True):
-    """What an engine may say, true or not."""
+    """A report, plausible or not."""
 
     num_running_reqs: int
     num_waiting_reqs: int
@@ -42,7 +42,7 @@ _REPORTS = st.builds(
 
 
 class Requests(RuleBasedStateMachine):
-    """A rank, and requests whose ends come before, after and without their starts."""
+    """A rank and requests that end before, after and without the start of their response."""
 
     bookings = Bundle("bookings")
 
@@ -85,7 +85,7 @@ class Requests(RuleBasedStateMachine):
     def every_figure_is_one_that_can_be(self) -> None:
         load, now = self.load, self.now
         assert load.in_flight == len(self.open)
-        # Asked before the queue: no answer depends on what was asked before.
+        # Read before the queue: no figure depends on which figure was read before.
         running = load.running(now)
         ahead = load.prefill_tokens_ahead(now)
         assert running == load.running(now)
@@ -100,9 +100,9 @@ class Requests(RuleBasedStateMachine):
     def the_queue_is_what_was_not_seen_to_start(self) -> None:
         waiting = [booking for booking in self.open if booking not in self.started_or_ended]
         if not waiting or not all(booking.streamed for booking in waiting):
-            return  # those that are not streamed may be over by now
+            return  # prefills that are not streamed may have ended
         tokens = sum(self.open[booking] for booking in waiting)
-        # The head may be all but done; a report that is not stale may know of others.
+        # The first prefill may be nearly done; a fresh report may include other requests.
         assert self.load.prefill_tokens_ahead(self.now) >= tokens - self.open[waiting[0]]
         assert self.load.prefill_tokens_ahead(self.now + _STALE_SECONDS) <= tokens
 
@@ -115,7 +115,7 @@ class Requests(RuleBasedStateMachine):
         assert self.load.running(later) == 0
         assert self.load.prefill_tokens_ahead(later) == 0
         assert self.load.slot_wait_seconds(1000, later) == 0
-        # And a next request finds an idle rank.
+        # The next request finds an idle rank.
         self.load.book(100, later)
         assert self.load.prefill_tokens_ahead(later) == 100
 
@@ -134,11 +134,11 @@ TestRequests.settings = settings(max_examples=150, stateful_step_count=40, deadl
 def test_the_load_of_an_engine_that_follows_the_model_is_exact(
     prompts: list[tuple[int, float, bool]],
 ) -> None:
-    """Prompts too short to teach a speed, prefilled in order at the speed that is assumed."""
+    """Prompts too short to learn from, prefilled in order at the assumed speed."""
     speed = 100.0
     load = RankLoad(PrefillSpeed(default_tokens_per_second=speed))
     arrived = free_at = 0.0
-    # Ends of prefills to come, in order; those of streamed ones are seen.
+    # Future ends of prefills, in order; ends of streamed ones are observed.
     ends: list[tuple[float, Booking]] = []
     for tokens, gap, streamed in prompts:
         arrived += gap

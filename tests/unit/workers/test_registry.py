@@ -1,4 +1,4 @@
-"""Who is there: by id, by model in a stable order, by the address Envoy uses."""
+"""Look-ups of workers by id, by model in a stable order, and by the address in Envoy."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Whatever joins, leaves or changes, the look-ups say what a search of all workers would."""
+"""After any changes, the look-ups give what a search of all workers would give."""
 
 from typing import get_args
 
@@ -21,7 +21,7 @@ def _url(number: int) -> str:
 
 
 class Fleet(RuleBasedStateMachine):
-    """A registry, and a plain list of who should be in it."""
+    """A registry, and a plain list of the workers that it should contain."""
 
     def __init__(self) -> None:
         super().__init__()

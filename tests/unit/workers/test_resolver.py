@@ -1,4 +1,4 @@
-"""Names to addresses with the system's resolver; only names every machine knows."""
+"""The system's resolver, with names that every machine knows."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tickets are counted once and released once; the janitor ends what never ends."""
+"""Tickets are counted once and released once; the janitor aborts stale requests."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -100,17 +100,17 @@ def test_the_load_of_a_replaced_worker_is_neither_inherited_nor_negative() -> No
 
 
 def test_stale_requests_are_aborted_once_and_oldest_first() -> None:
-    book, told = Book(stale_seconds=10.0), list[int]()
+    book, aborted = Book(stale_seconds=10.0), list[int]()
     for index in range(3):
-        book.book(make_worker()).owner = Owner(partial(told.append, index))
+        book.book(make_worker()).owner = Owner(partial(aborted.append, index))
         book.clock.tick(1.0)
     book.clock.tick(7.0)  # ages 10, 9, 8
     assert book.load.sweep() == 1
-    assert told == [0]
+    assert aborted == [0]
     book.clock.tick(2.0)
     assert book.load.sweep() == 2
     assert book.load.sweep() == 0
-    assert told == [0, 1, 2]
+    assert aborted == [0, 1, 2]
     assert book.stale_total() == 3
 
 
@@ -134,7 +134,7 @@ def test_a_request_that_ends_when_aborted_is_released() -> None:
             ticket.release()
 
     for ticket in tickets:
-        # The end of one takes the others along, as a connection that is cut does.
+        # The end of one request also ends the others, as when a connection breaks.
         ticket.owner = Owner(all_end)
     book.clock.tick(10.0)
     book.load.sweep()
@@ -143,22 +143,22 @@ def test_a_request_that_ends_when_aborted_is_released() -> None:
 
 
 def test_a_ticket_released_in_time_is_never_stale() -> None:
-    book, told = Book(stale_seconds=10.0), list[int]()
+    book, aborted = Book(stale_seconds=10.0), list[int]()
     ticket = book.book(make_worker())
-    ticket.owner = Owner(lambda: told.append(1))
+    ticket.owner = Owner(lambda: aborted.append(1))
     ticket.release()
     book.clock.tick(100.0)
     assert book.load.sweep() == 0
-    assert not told
+    assert not aborted
 
 
 def test_a_ticket_without_an_abort_action_does_not_hide_the_others() -> None:
-    book, told = Book(stale_seconds=10.0), list[int]()
+    book, aborted = Book(stale_seconds=10.0), list[int]()
     book.book(make_worker())
-    book.book(make_worker()).owner = Owner(lambda: told.append(1))
+    book.book(make_worker()).owner = Owner(lambda: aborted.append(1))
     book.clock.tick(10.0)
     assert book.load.sweep() == 1
-    assert told == [1]
+    assert aborted == [1]
 
 
 def test_an_estimated_release_happens_once_at_its_time() -> None:
@@ -203,14 +203,14 @@ async def test_the_janitor_sweeps_ten_times_per_time_out_and_at_least_every_minu
 
 
 async def test_the_janitor_aborts_stale_requests() -> None:
-    book, told = Book(stale_seconds=600.0), list[float]()
+    book, aborted = Book(stale_seconds=600.0), list[float]()
     async with running(book, book.load.run_janitor()):
         ticket = book.book(make_worker())
-        ticket.owner = Owner(lambda: told.append(book.clock.monotonic()))
+        ticket.owner = Owner(lambda: aborted.append(book.clock.monotonic()))
         await book.clock.advance(599.0)
-        assert not told
+        assert not aborted
         await book.clock.advance(61.0)
-        assert len(told) == 1
+        assert len(aborted) == 1
 
 
 async def test_estimates_are_released_within_a_second_of_their_time() -> None:

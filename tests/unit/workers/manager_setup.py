@@ -1,4 +1,4 @@
-"""A running WorkerManager in fake surroundings."""
+"""A WorkerManager with fake discovery, engines, names and time."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -22,7 +22,7 @@ A, B, C = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))
 NAMED = "http://name:8000"
 RETRY_SECONDS = 30.0
 INTERVAL_SECONDS = 15.0
-# For tests that count what else is asked.
+# For tests that count other questions.
 NEVER_SECONDS = 1e6
 DNS_TTL_SECONDS = 20.0
 MODELS = (
@@ -32,7 +32,7 @@ MODELS = (
 
 
 class _Changes(WorkerObserver):
-    """Remembers changes of roles, and counts all changes."""
+    """Records changes of roles, and counts all changes."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -45,8 +45,8 @@ class _Changes(WorkerObserver):
         self.count += 1
 
 
-class House:
-    """The manager and everything a test sets or looks at."""
+class ManagerSetup:
+    """The manager, and everything that a test sets or reads."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class House:
         """Every change of a role so far: the worker, its old role and its new one."""
         return self._changes.roles
 
-    async def happens(self, *events: WorkerEvent) -> None:
+    async def deliver(self, *events: WorkerEvent) -> None:
         self.source.push(*events)
         await self.clock.advance(0.0)
 
@@ -128,13 +128,13 @@ class Gate:
 
 
 @asynccontextmanager
-async def running(house: House) -> AsyncIterator[House]:
-    """Run the manager; leaving cancels it, after which none of its tasks may be left."""
+async def running(setup: ManagerSetup) -> AsyncIterator[ManagerSetup]:
+    """Run the manager; on leaving, cancel it and check that no task of its own is left."""
     before = asyncio.all_tasks()
-    task = asyncio.create_task(house.manager.run())
+    task = asyncio.create_task(setup.manager.run())
     try:
-        await house.clock.advance(0.0)
-        yield house
+        await setup.clock.advance(0.0)
+        yield setup
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
