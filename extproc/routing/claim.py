@@ -11,6 +11,7 @@ from typing import Protocol
 
 from extproc.routing.placement import Placed, PlacedBooking
 from extproc.routing.rank import Rank
+from extproc.workers.circuit_breaker import NO_PROBE
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Worker
 
@@ -38,7 +39,8 @@ class Claim:
         self._probe = worker.breaker.claim(now)
         self.worker = worker
         self.ticket = claims.tickets.book(worker, now)
-        self.ticket.booking = booking
+        if booking is not None:
+            self.ticket.booking = booking
 
     def started(self, now: float) -> None:
         """A good response has begun, so the prompt is prefilled."""
@@ -59,7 +61,8 @@ class Claim:
 
     def release(self) -> None:
         """The request is over. Frees the probe if no outcome was recorded; idempotent."""
-        self.worker.breaker.give_back(self._probe)
+        if self._probe != NO_PROBE:
+            self.worker.breaker.give_back(self._probe)
         self.ticket.release()
 
 

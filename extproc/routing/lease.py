@@ -123,7 +123,8 @@ class Lease:
         if served is not None:
             if status >= _CLIENT_ERROR:
                 self._answered_with_error(served)
-            self.claim.move(served, now)
+            if served is not self.claim.worker:
+                self.claim.move(served, now)
             self._settle(served, status, code_details, answered, now)
         if position > 0 and answered:
             parts.metrics.fallbacks(decision.model).inc()

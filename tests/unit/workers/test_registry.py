@@ -226,3 +226,15 @@ def test_a_pool_that_was_read_does_not_change_later() -> None:
     pool = workers.pool("m")
     workers.remove(a.id)
     assert pool == (a,)
+
+
+def test_candidates_are_the_workers_whose_breaker_lets_a_request_through() -> None:
+    closed, opened = make_worker(A, threshold=1), make_worker(B, order=1, threshold=1)
+    workers = registry(closed, opened, make_worker(C, order=2, resolved=False))
+    opened.breaker.failure(1000.0)
+    assert workers.candidates("m", "plain", 1029.9) == [closed]
+    assert workers.candidates("m", "plain", 1030.0) == [closed, opened]
+    opened.breaker.claim(1030.0)
+    assert workers.candidates("m", "plain", 1030.0) == [closed]
+    assert workers.candidates("m", "decode", 1030.0) == []
+    assert workers.candidates("n", "plain", 1030.0) == []

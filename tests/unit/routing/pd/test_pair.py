@@ -283,12 +283,22 @@ async def test_a_client_that_leaves_ends_the_prefill_at_once(linger: float) -> N
 
 
 async def test_after_a_good_response_the_prefill_may_take_a_while() -> None:
-    case = Case(linger=LINGER_SECONDS)
+    case = Case(linger=60.0)
     case.responds(200)
     case.pair.close()
     assert not case.pair.holds_stream
     await settle()
     assert (case.call.cancels, case.load, len(case.pairs)) == (0, (1, 0), 1)
+    case.call.tell(200)
+    await settle()
+    case.nothing_is_left()
+    assert case.routing.outcomes() == {P: ["success"]}
+
+
+async def test_after_that_while_the_prefill_is_cancelled() -> None:
+    case = Case(linger=LINGER_SECONDS)
+    case.responds(200)
+    case.pair.close()
     async with asyncio.timeout(10):
         while not case.call.cancels:  # noqa: ASYNC110 (a timer of the loop)
             await asyncio.sleep(LINGER_SECONDS / 2)
