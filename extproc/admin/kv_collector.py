@@ -32,7 +32,7 @@ _COUNTERS: Final[tuple[tuple[CounterSpec, _Read], ...]] = (
     (table.KV_REPLAY_FAILURES, lambda totals: totals.streams.replay_failures),
     (table.KV_MALFORMED_MESSAGES, lambda totals: totals.streams.malformed),
     (table.KV_DROPPED_BATCHES, lambda totals: totals.streams.dropped),
-    (table.KV_APPLY_ERRORS, lambda totals: totals.streams.sink_errors),
+    (table.KV_APPLY_ERRORS, lambda totals: totals.streams.apply_errors),
     (table.KV_LOAD_REPORTS, lambda totals: totals.streams.load_reports),
     (table.KV_UNREADABLE_LOAD_REPORTS, lambda totals: totals.events.unreadable_loads),
     (table.KV_UNREADABLE_BATCHES, lambda totals: totals.events.unreadable_batches),

@@ -1,4 +1,7 @@
-"""What is to be done about a rank's events, as decided by its sequence."""
+"""The actions that a rank's sequence decides on, for the rank's stream to carry out.
+
+Separate from both, so that the sequence needs no streams and a stream reads like a table.
+"""
 
 from typing import NamedTuple, TypeAlias
 
@@ -6,29 +9,29 @@ __all__ = ["Action", "Apply", "CancelReplay", "Clear", "RequestReplay", "Trust"]
 
 
 class Apply(NamedTuple):
-    """The next batch, never given twice between two clears."""
+    """Apply the next batch; between two clears no batch comes twice."""
 
     payload: bytes
 
 
 class Clear(NamedTuple):
-    """What was applied until now is void."""
+    """Forget all that was applied until now: it is void."""
 
     reason: str
 
 
 class RequestReplay(NamedTuple):
-    """Ask for the buffered batches from `start` on; an earlier request is void."""
+    """Ask for the buffered batches from `start` on, instead of any earlier request."""
 
     start: int
 
 
 class CancelReplay(NamedTuple):
-    """The answer to the last request is of no use any more."""
+    """Ignore the rest of the answer to the last request."""
 
 
 class Trust(NamedTuple):
-    """Whether what is held can be relied on; told on each change of either field."""
+    """Set whether the pages held can be relied on; comes with each change of either field."""
 
     trusted: bool
     reason: str

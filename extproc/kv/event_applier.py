@@ -1,10 +1,13 @@
-"""One rank's events on their way into the index: what each one means, and what is kept out.
+"""Applies one rank's KV events to the index: what each event means, and which pages are kept out.
 
-A batch is applied in steps of about a thousand pages, so that the owner of the event loop can
-put a rest between two of them however large the batch is. A batch of which a removal may have
-been lost is not applied at all: it raises, and what was learnt before it is void.
+A batch is applied in steps of about a thousand pages, so that the caller can pause between two
+steps however large the batch is. A batch that may have lost a removal is not applied: it raises,
+and what was applied before is void.
 
-Configuration says in which pages an engine caches; events show it, and events win.
+The configuration says how large a rank's pages are and whether they hold pairs of tokens. If the
+events say otherwise, the events win.
+
+Separate from the index, which knows nothing of encodings, counts and logs.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +35,9 @@ __all__ = ["EventApplier"]
 _log = structlog.get_logger()
 
 _PAGES_A_STEP: Final = 512
-# A batch of that size may have further parts, each of which takes its time.
+# A larger batch may have further parts, and decoding each of them takes time.
 _LARGE_BYTES: Final = 1 << 16
-# The index's tiers, by medium: what lies on a disk or elsewhere is equally far.
+# The index's tier of each medium: disk and external storage count alike.
 _TIERS: Final = (0, 1, 2, 2)
 
 
@@ -61,9 +64,9 @@ class EventApplier:
         self._warned: set[str] = set()
 
     def apply(self, payload: bytes) -> Iterator[None]:
-        """Put a batch into the index, in steps.
+        """Apply a batch, in steps.
 
-        Raises WireError when it can not be relied on: then a page may be gone unnoticed.
+        Raises WireError when the batch cannot be read in full: a removal may be lost.
         """
         parts = decode_in_parts(payload)
         room = _PAGES_A_STEP
@@ -92,7 +95,7 @@ class EventApplier:
             if batch is not None:
                 self.counts.skipped_events += batch.skipped
                 if batch.removals_lost:
-                    raise WireError("an event that may have been a removal can not be read")
+                    raise WireError("an event that may have been a removal cannot be read")
         except WireError:
             self.counts.unreadable_batches += 1
             raise
@@ -128,7 +131,7 @@ class EventApplier:
             self._index.store(self.pages, ids, parent, event.tokens, event.block_size, tier, seed)
 
     def _fits(self, event: BlockStored) -> bool:
-        """Whether the event's pages can stand beside those held; page size and units are learnt."""
+        """Whether the pages fit those held; learns page size and units from the event."""
         pages = self.pages
         if event.bigram != pages.bigram and event.block_hashes:
             if pages.page_count or pages.has_holes:
@@ -142,9 +145,10 @@ class EventApplier:
         return True
 
     def _learn_page_size(self, event: BlockStored) -> None:
-        """Larger, or smaller with a page after it: that is no short page at an end.
+        """Take over the event's page size, unless it may be a short page at the end of a prompt.
 
-        Sums do not depend on pages, so what is stored already stays right.
+        A larger page, or a smaller one that another page follows, cannot be that. Prefix hashes
+        do not depend on the page size, so pages that are stored stay right.
         """
         pages, size = self.pages, event.block_size
         self.counts.odd_sized_events += 1
@@ -157,14 +161,14 @@ class EventApplier:
             pages.page_size = size
 
     def _warn(self, event: str, **fields: object) -> None:
-        """Once for each rank: the engine will go on."""
+        """Log once per rank, since the engine will publish more of the same."""
         if event not in self._warned:
             self._warned.add(event)
             self._log.warning(event, **fields)
 
 
 def _parts(event: BlockStored | BlockRemoved) -> Iterator[BlockStored | BlockRemoved]:
-    """An event of many blocks as several of fewer; as a whole if its tokens do not fit."""
+    """Split an event of many blocks into events of fewer; not if its tokens do not fit."""
     ids = event.block_hashes
     size = event.block_size if isinstance(event, BlockStored) else 0
     if isinstance(event, BlockStored) and len(event.tokens) != len(ids) * size:

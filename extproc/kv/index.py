@@ -1,13 +1,14 @@
-"""Which worker holds how much of a prompt: prefix hashes to ranks.
+"""The index of all pages: which ranks hold how much of a prompt.
 
-A rank is one (worker, rank). All ranks share one table from the hash of a prefix to a bit
-mask of those that hold its last page, so that one walk answers for all of them: whoever holds
-page i holds all before it (engines evict leaves first), hence a binary search that splits the
-ranks at every probe. A rank that broke that order is walked page by page until it is
-whole again.
+All ranks share one table from the hash of a prefix to a bit mask of the ranks that hold its last
+page, so that one walk answers for all of them. A rank that holds page i holds all pages before it,
+since engines evict leaves first; a binary search that splits the ranks at every probe is enough.
+A rank that broke this order is walked page by page until it has no holes again.
 
-Engines name pages by hashes of their own. These are opaque ids, kept per rank only to find
-a page again when a child or a removal names it.
+Engines name pages by hashes of their own. The index keeps them per rank, as opaque ids, to find a
+page again when a child or a removal names it.
+
+The index stores and removes pages; `ownership` has the tables and the walk.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,13 +30,13 @@ _SECOND_TOKEN_SHIFT: Final = np.uint64(32)
 _FIRST_TOKEN: Final = np.uint64((1 << 32) - 1)
 _NO_PARENT: Final = -1
 
-# Where a page lies, best place first: 0 device, 1 host, 2 below.
+# Where a page is, best place first: 0 device, 1 host, 2 below.
 Tier = int
 _TIERS: Final = 3
-# The best tier of every combination of tiers as bits; index 0 is not held at all.
+# The best tier of every combination of tiers (as bits); index 0 is a page that is not held.
 _BEST_TIER: Final = (3, 0, 1, 0, 2, 0, 1, 0)
 _NOT_HELD: Final = 3
-# Their bits make all masks longer.
+# Retired ranks make all masks longer, so this is how many may wait for the sweep.
 _RETIRED_RANKS: Final = 64
 _SCRUBBED_BY_A_CLEAR: Final = 512
 
@@ -44,14 +45,14 @@ class PrefixIndex:
     """The pages of all ranks."""
 
     def __init__(self, hasher: PrefixHasher, max_pages: int) -> None:
-        """`max_pages` bounds the (page, pages) pairs kept; about 250 bytes each.
+        """`max_pages` bounds the sum of all ranks' pages; a page takes about 250 bytes.
 
         Pages of dropped ranks count until they are swept out.
         """
         self.hasher = hasher
         self.counts = IndexStats()
         self.page_count = 0
-        # Not held any more, and still the way to pages that are.
+        # Removed pages that held pages still follow.
         self.missing_pages = 0
         self._max_pages = max_pages
         self._ownership = Ownership()
@@ -61,7 +62,10 @@ class PrefixIndex:
     def add(
         self, worker: str, page_size: int, *, dp_rank: int = 0, bigram: bool = False
     ) -> RankPages:
-        """A new, empty rank; `page_size` in tokens (bigram: in pairs of tokens)."""
+        """The empty pages of a new rank; `page_size` in tokens (bigram: in pairs of tokens).
+
+        Raises ValueError for a page size below 1.
+        """
         if page_size < 1:
             raise ValueError("a page has at least one token")
         pages = RankPages(worker, dp_rank, page_size, bigram)
@@ -69,19 +73,19 @@ class PrefixIndex:
         return pages
 
     def drop(self, pages: RankPages) -> None:
-        """Forget the rank and all it holds, at once; idempotent."""
+        """Forget the rank and all its pages, at once; idempotent."""
         pages.generation += 1
         if self._ownership.has(pages):
             self._retire(pages)
 
     def clear(self, pages: RankPages) -> None:
-        """Forget what the rank holds, at once; nothing of a dropped one."""
+        """Forget the rank's pages, at once."""
         pages.generation += 1
         if self._ownership.has(pages) and (pages.page_count or pages.tombstones):
             self._retire(pages)
             self._ownership.enter(pages)
             if self._ownership.retired_ranks > _RETIRED_RANKS:
-                # An engine that clears all the time pays for it itself.
+                # An engine that clears often pays for the sweep itself.
                 self.scrub(_SCRUBBED_BY_A_CLEAR)
 
     def _retire(self, pages: RankPages) -> None:
@@ -90,24 +94,24 @@ class PrefixIndex:
         self._ownership.retire(pages)
 
     def scrub(self, max_pages: int) -> bool:
-        """Sweep up to that many pages of dropped ranks out; True while there is more."""
+        """Sweep out up to `max_pages` pages of dropped ranks; True while there are more."""
         return self._ownership.scrub(max_pages)
 
     def tidy(self) -> Iterator[None]:
-        """Give memory back that is not used any more; to be gone through bit by bit."""
+        """Give back memory that is not used any more; a generator, to be advanced bit by bit."""
         return self._ownership.tidy()
 
     @property
     def retired_pages(self) -> int:
-        """Pages of dropped ranks that are not swept out yet."""
+        """Pages of dropped ranks that still have to be swept out."""
         return self._ownership.retired_pages
 
     def ends_within_page(self, pages: RankPages, page: int | None) -> bool:
-        """Whether the rank has that page, and it ends where none of its size can end."""
+        """Whether the rank has that page and it ends inside a page of the rank's size."""
         slot = None if page is None else pages.find(page & _KEY)
         return slot is not None and bool((pages.ends[slot] - pages.bigram) % pages.page_size)
 
-    # -- what engines tell
+    # -- changes that engines publish
 
     def store(
         self,
@@ -119,11 +123,11 @@ class PrefixIndex:
         tier: Tier = 0,
         seed: int = 0,
     ) -> None:
-        """A chain of pages is now on `tier`: `ids` name them in order, 64 bits each.
+        """Store a chain of pages on `tier`; `ids` name them in order, 64 bits each.
 
-        `tokens` (uint64) are all their tokens, `block_size` of them a page; for a bigram rank
-        units `first | second << 32`. `parent` names the page before, None at the start of a
-        sequence, whose namespace `seed` is.
+        `tokens` (uint64) are the tokens of all pages, `block_size` per page; a bigram rank has
+        units of `first | second << 32`. `parent` names the page before the chain. It is None at
+        the start of a prompt, where `seed` is that of its namespace.
         """
         if block_size < 1 or len(tokens) != len(ids) * block_size or not pages.bit:
             self.counts.mismatched += len(ids)
@@ -180,7 +184,7 @@ class PrefixIndex:
         block_size: int,
         tier: Tier,
     ) -> None:
-        """Pages none of which was known, each the parent of the next, in slots with names."""
+        """Append pages that were not known, each the parent of the next, to slots named before."""
         count = len(slots)
         ends = range(end + block_size, end + count * block_size + 1, block_size)
         if parent_slot >= 0:
@@ -206,7 +210,7 @@ class PrefixIndex:
         self._enter(pages, (sums & _KEY_ARRAY).tolist(), tier)
 
     def _free_slots(self, pages: RankPages, count: int) -> Sequence[int]:
-        """The last of the free ones, or else new ones in a row behind all others."""
+        """The last free slots, or new ones in a row behind all others."""
         free = pages.free
         if len(free) < count:
             return range(len(pages.sums), len(pages.sums) + count)
@@ -235,7 +239,7 @@ class PrefixIndex:
         return slot
 
     def _enter(self, pages: RankPages, prefixes: list[int], tier: Tier) -> None:
-        """Pages that have come to be held."""
+        """Enter pages that are held from now on."""
         for prefix in self._ownership.held.add_all(prefixes, pages.bit):
             pages.copies[prefix] = pages.copies.get(prefix, 0) + 1
         count = len(prefixes)
@@ -247,7 +251,7 @@ class PrefixIndex:
         self.page_count += count
 
     def remove(self, pages: RankPages, ids: Iterable[int], tier: Tier | None = None) -> None:
-        """Pages have left `tier`, or every tier."""
+        """Remove pages from `tier`, or from every tier if it is None."""
         for engine_id in ids:
             key = engine_id & _KEY
             slot = pages.find(key)
@@ -259,7 +263,7 @@ class PrefixIndex:
             if left:
                 continue
             if pages.children[slot]:
-                # Pages that follow it are still there, and it may come back before them.
+                # Pages that follow it are still held, and it may be stored again.
                 pages.tombstones[slot] = key
                 self.missing_pages += 1
             else:
@@ -267,7 +271,7 @@ class PrefixIndex:
         self._ownership.mark(pages)
 
     def _forget(self, pages: RankPages, key: int, slot: int) -> None:
-        """Free the slot of a page that is gone, and of missing pages only it still needed."""
+        """Free the slot of a removed page, and of removed pages before it that nothing follows."""
         while True:
             del pages.slots[key & _ID_SHARD][key]
             pages.free.append(slot)
@@ -281,7 +285,7 @@ class PrefixIndex:
             self.missing_pages -= 1
 
     def _retier(self, pages: RankPages, slot: int, tiers: int) -> None:
-        """Set the tiers of a page, as bits, in the rank and in the tables."""
+        """Set the tiers of a page (as bits), in the rank's pages and in the tables."""
         before = pages.tiers[slot]
         if before == tiers:
             return
@@ -314,14 +318,14 @@ class PrefixIndex:
                 self._ownership.below[level].discard(prefix, pages.bit)
                 pages.pages_below[level] -= 1
 
-    # -- what requests ask
+    # -- look-ups of requests
 
     def match(
         self, tokens: TokenIds, ranks: Iterable[RankPages], seed: int = 0
     ) -> dict[RankPages, Overlap]:
-        """The longest prefix of `tokens` (uint64) that each of the ranks has.
+        """The longest prefix of `tokens` (uint64) that each of the ranks holds.
 
-        Holders without any page of it, or no longer in the index, are left out.
+        Ranks that hold no page of it, or are no longer in the index, are left out.
         """
         shapes: dict[tuple[int, bool], int] = {}
         for pages in ranks:
@@ -336,7 +340,7 @@ class PrefixIndex:
     def prefixes(
         self, tokens: TokenIds, page_size: int, *, bigram: bool = False, seed: int = 0
     ) -> TokenIds:
-        """The keys of the whole pages of a prompt; uint64, one for each page."""
+        """The keys of a prompt's whole pages; uint64, one for each page."""
         start, end = seed, 0
         if bigram and len(tokens):
             start, end = self.hasher.extend(seed, 0, tokens[:1]), 1

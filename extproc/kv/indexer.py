@@ -1,9 +1,9 @@
-"""What every rank of every worker holds, kept current from the events they publish.
+"""Tracks which KV pages each data-parallel rank caches, from the engines' KV events.
 
-Ties the room together: the subscriber reads the sockets in slices, a EventApplier for each rank
-puts what it brings into the one index, and the rank's trust tells routing whether to
-believe it. What dropped and restarted ranks leave behind in the index is swept out here, in
-slices too.
+Joins the parts: the subscriber reads the sockets of all ranks in slices, an EventApplier per rank
+puts its events into the one index, and routing reads from the rank's pages whether they are
+trusted. The indexer also sweeps out, in slices too, what dropped and restarted ranks leave in the
+index.
 """
 
 import asyncio
@@ -34,18 +34,18 @@ _SEEDS_KEPT: Final = 4096
 _SLICE_SECONDS: Final = 0.001
 _REST_SECONDS: Final = 0.004
 _SCRUB_STEP_PAGES: Final = 128
-# Clears and ranks that leave are rare, and what they leave is not asked for any more.
+# What cleared and dropped ranks leave takes memory and nothing else.
 _SWEEP_EVERY_SECONDS: Final = 0.05
 _TIDY_EVERY_SECONDS: Final = 5.0
-# Measured at a million pages, with all that the index keeps about them.
+# Measured at a million pages, with everything that the index keeps about them.
 _PAGE_BYTES: Final = 250
 
 
 class RankSource(Struct, frozen=True, kw_only=True):
     """A rank to follow: `worker` is the worker's URL, `dp_rank` its data-parallel rank.
 
-    `page_size` (in tokens; bigram: in pairs) and `bigram` are what is expected: the rank's events
-    have the last word.
+    `page_size` (in tokens; bigram: in pairs) and `bigram` are expectations: if the rank's events
+    say otherwise, the events win.
     """
 
     worker: str
@@ -56,10 +56,10 @@ class RankSource(Struct, frozen=True, kw_only=True):
 
 
 class RankState(Struct, frozen=True, kw_only=True):
-    """One rank, as it is now.
+    """The state of one rank, now.
 
-    `trusted` and `reason` are those of its pages. `pages_by_tier` counts every page once, where
-    it lies best: device, host, below. `stream` and `counts` go on counting.
+    `trusted` and `reason` are those of its pages. `pages_by_tier` counts every page once, on its
+    best tier: device, host, below. `stream` and `counts` are live and go on counting.
     """
 
     connected: bool
@@ -74,9 +74,9 @@ class RankState(Struct, frozen=True, kw_only=True):
 
 
 class KvTotals(Struct, frozen=True, kw_only=True):
-    """All ranks together; the counts include ranks that are gone, so they never go back.
+    """The sums of all ranks; counts include ranks that have left, so they never fall.
 
-    `retired_pages` are of dropped and cleared ranks and still to be swept out.
+    `retired_pages` belonged to dropped and cleared ranks and still have to be swept out.
     """
 
     ranks: int
@@ -96,9 +96,9 @@ class _Followed(NamedTuple):
 
 
 class KvIndexer:
-    """All ranks and the index of what they hold; made and used on one running event loop.
+    """Follows ranks and indexes their pages; made and used on one running event loop.
 
-    A followed rank is named by its pages, which say whether they can be trusted.
+    The pages that `follow` gives are the handle of the rank in all other calls.
     """
 
     def __init__(
@@ -108,22 +108,22 @@ class KvIndexer:
         max_pages: int,
         settings: SubscriberSettings,
     ) -> None:
-        """`max_pages` bounds the (page, rank) pairs kept; about 250 bytes each."""
+        """`max_pages` bounds the sum of all ranks' pages; a page takes about 250 bytes."""
         hasher = PrefixHasher()
         self.index = PrefixIndex(hasher, max_pages)
         self._clock = clock
         self._subscriber = KvSubscriber(clock, settings)
         self._seed = lru_cache(_SEEDS_KEPT)(hasher.seed)
         self._followed: dict[RankPages, _Followed] = {}
-        # Of ranks that are followed no more.
+        # Of ranks that have been unfollowed.
         self._past_streams = StreamStats()
         self._past_events = RankStats()
 
     def follow(self, source: RankSource, report_load: Callable[[LoadStat], None]) -> RankPages:
-        """Subscribe to a rank; its pages are the same object until it is unfollowed.
+        """Subscribe to a rank's events; gives its pages, the same object until `unfollow`.
 
-        `report_load` takes the newest of the engine's load reports. Raises RuntimeError after
-        `close`.
+        `report_load` takes the newest of the engine's load reports. Raises ValueError for a page
+        size below 1, and RuntimeError after `close`.
         """
         pages = self.index.add(
             source.worker, source.page_size, dp_rank=source.dp_rank, bigram=source.bigram
@@ -138,9 +138,9 @@ class KvIndexer:
         return pages
 
     async def unfollow(self, pages: RankPages) -> None:
-        """End the subscription, then forget what was held; idempotent.
+        """End the subscription, then drop the pages; idempotent.
 
-        From the call on the pages are not trusted.
+        From the call on, the pages are not trusted.
         """
         followed = self._followed.pop(pages, None)
         if followed is None:
@@ -155,17 +155,17 @@ class KvIndexer:
             self.index.drop(pages)
 
     def seed(self, cache_salt: str | None, lora: str | int | None) -> int:
-        """Where the prefix hashes of a namespace start."""
+        """The value at which the prefix hashes of a namespace start."""
         return self._seed(cache_salt, lora)
 
     async def run(self) -> None:
-        """Sweep what dropped ranks have left out of the index, and tidy it, for ever."""
+        """Sweep out what dropped ranks have left in the index, and tidy it, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep())
             group.create_task(self._tidy())
 
     async def close(self) -> None:
-        """End all subscriptions; what is held stays, untrusted."""
+        """End all subscriptions; the pages stay, untrusted."""
         for pages in self._followed:
             pages.trusted, pages.reason = False, "unfollowed"
         await self._subscriber.close()
@@ -192,19 +192,19 @@ class KvIndexer:
                 return True
         return False
 
-    # -- what can be seen
+    # -- states and sums
 
     def state(self, pages: RankPages) -> RankState | None:
-        """How a rank is now, or None if it is not followed."""
+        """The state of a rank, or None if it is not followed."""
         followed = self._followed.get(pages)
         return None if followed is None else self._state(pages, *followed)
 
     def states(self) -> dict[RankPages, RankState]:
-        """How all ranks are now."""
+        """The states of all ranks that are followed."""
         return {pages: self._state(pages, *one) for pages, one in self._followed.items()}
 
     def totals(self) -> KvTotals:
-        """All ranks together, in a value of its own."""
+        """The sums of all ranks, as a copy."""
         followed = self._followed.values()
         pages, retired_pages = self.index.page_count, self.index.retired_pages
         return KvTotals(

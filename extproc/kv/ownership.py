@@ -1,11 +1,13 @@
-"""Which ranks own which prefix: a bit mask for each prefix, and the walk that answers for all.
+"""Which ranks own which prefix: a bit mask for each prefix, and the walk that finds all overlaps.
 
 A table maps the hash of a prefix to the ranks that have it, as bits. It consists of many small
-dicts: a Python dict that grows moves all of its entries at once, which at a million of them holds
-the event loop up for 100 ms.
+dicts, since a Python dict that grows moves all of its entries at once: with a million entries that
+blocks the event loop for 100 ms.
 
-Dropping a rank is one step: its bit stops being asked for. Sweeping the bit out of the tables
-is done in slices by `scrub`, and only then does another rank get it.
+Dropping a rank is one step: no match asks for its bit any more. `scrub` sweeps the bit out of the
+tables in slices, and only then another rank gets it.
+
+Separate from the index, which keeps each rank's pages: this module knows only bits and prefixes.
 """
 
 import sys
@@ -20,20 +22,20 @@ from extproc.kv.rank_pages import Overlap, RankPages
 
 __all__ = ["PREFIX_BITS", "Ownership"]
 
-# Integers of 60 bits take less memory than those of 64, and a million pages still miss each
-# other with a probability of 1 - 10^-6.
+# Integers of 60 bits take less memory than those of 64. No two of a million pages collide, with
+# a probability of 1 - 10^-6.
 PREFIX_BITS: Final = (1 << 60) - 1
 _MEMBERS_KEPT: Final = 4096
 _WHOLE_KEPT: Final = 8192
 _SHARDS: Final = 1024
 _SHARD: Final = _SHARDS - 1
-# A dict that has just the room it needs has 40 to 60 for each entry.
+# A dict without spare room takes 40 to 60 bytes for each entry.
 _LOOSE_BYTES_PER_ENTRY: Final = 70
 _DICT_BYTES: Final = 300
 
 
 class PrefixTable:
-    """Prefixes are integers of 60 bits, of which any few are as good as random."""
+    """Maps prefixes to masks of ranks; a prefix is an integer of 60 random bits."""
 
     __slots__ = ("_shards",)
 
@@ -47,7 +49,7 @@ class PrefixTable:
         return self._shards[prefix & _SHARD].get(prefix, 0)
 
     def add(self, prefix: int, bit: int) -> bool:
-        """False if the bit was there."""
+        """Set the bit; False if it was set."""
         shard = self._shards[prefix & _SHARD]
         mask = shard.get(prefix)
         if mask is None:
@@ -59,10 +61,10 @@ class PrefixTable:
         return True
 
     def add_all(self, prefixes: Iterable[int], bit: int) -> list[int]:
-        """Gives those that had the bit already."""
+        """Set the bit for all of them; gives those that had it already."""
         shards = self._shards
         had: list[int] = []
-        # Neighbours in a chain mostly have the same ranks: they share one integer.
+        # Neighbours in a chain are mostly held by the same ranks, so they share one integer.
         last = merged = 0
         for prefix in prefixes:
             shard = shards[prefix & _SHARD]
@@ -99,17 +101,17 @@ class PrefixTable:
                     shard[prefix] = mask ^ bit
 
     def tidy(self) -> Iterator[None]:
-        """Give back what deletions have left unused, a part at a time."""
+        """Give back memory that deletions have left unused; yields after each part."""
         return _tidied(self._shards)
 
     def depths(
         self, prefixes: "memoryview[int]", low: int, high: int, mask: int, *, present: bool
     ) -> list[tuple[int, int]]:
-        """How many leading prefixes each of the ranks in `mask` has; or, not `present`, lacks.
+        """How many leading prefixes each rank in `mask` has; or lacks, if not `present`.
 
-        That is known to be `low` at least and `high` at most, and once it ends not to come
-        back: a binary search that splits the ranks at every probe. Gives pairs of a number
-        and the ranks whose it is.
+        The number is known to be between `low` and `high`, and a rank has none of the prefixes
+        behind it: a binary search that splits the ranks at every probe. Gives pairs of a number
+        and the mask of the ranks that it is true for.
         """
         shards = self._shards
         flip = 0 if present else -1
@@ -134,7 +136,7 @@ class PrefixTable:
 
 
 class _Retired(NamedTuple):
-    """What a rank that is gone has left in the tables."""
+    """What a dropped rank has left in the tables."""
 
     bit: int
     sums: "array[int]"
@@ -148,25 +150,25 @@ def _whole(pages: int) -> Overlap:
 
 
 class Ownership:
-    """Bits and tables; which pages are entered is decided by the index."""
+    """The ranks' bits and the tables; the index decides which pages are entered."""
 
     def __init__(self) -> None:
-        # prefix -> ranks that have it
+        # prefix -> ranks that hold it
         self.held = PrefixTable()
-        # prefix -> ranks that have it on no better tier than this one; [0] is not used.
+        # prefix -> ranks that hold it on this tier or a worse one only; [0] is not used.
         self.below = (PrefixTable(), PrefixTable(), PrefixTable())
-        # Holders of which a page is missing before others, and those with pages not on the
-        # device, and not on the host either: as bits.
+        # Masks: ranks with holes, with pages that are not on the device, and with pages that are
+        # not on the host either.
         self._holed = 0
         self._lower = 0
         self._deep = 0
         self._ranks: dict[int, RankPages] = {}  # by bit
-        self._members: dict[int, tuple[RankPages, ...]] = {}  # by mask, made when first met
+        self._members: dict[int, tuple[RankPages, ...]] = {}  # by mask, filled when first needed
         self._free_bits: list[int] = []
         self._next_bit = 1
         # The oldest last.
         self._retired: deque[_Retired] = deque()
-        # Of ranks that are gone, still to be swept out; slots, so a few more than pages.
+        # Still to be swept out; slots, which are a few more than pages.
         self.retired_pages = 0
 
     # -- ranks
@@ -175,7 +177,7 @@ class Ownership:
         return self._ranks.get(rank_pages.bit) is rank_pages
 
     def enter(self, rank_pages: RankPages) -> None:
-        """Give a new or emptied rank a bit."""
+        """Give a bit to a new or emptied rank."""
         if self._free_bits:
             bit = self._free_bits.pop()
         else:
@@ -185,7 +187,7 @@ class Ownership:
         self._ranks[bit] = rank_pages
 
     def retire(self, rank_pages: RankPages) -> None:
-        """Take its bit and its pages away, at once."""
+        """Take the rank's bit and its pages away, at once."""
         bit = rank_pages.bit
         del self._ranks[bit]
         tables = (self.held, *self.below[1:]) if rank_pages.ever_lower else (self.held,)
@@ -214,7 +216,7 @@ class Ownership:
         return len(self._retired)
 
     def scrub(self, max_pages: int) -> bool:
-        """Sweep up to that many pages of dropped ranks out; True while there is more."""
+        """Sweep out up to `max_pages` pages of dropped ranks; True while there are more."""
         while self._retired and max_pages > 0:
             gone = self._retired[-1]
             first = max(0, len(gone.sums) - max_pages)
@@ -228,21 +230,21 @@ class Ownership:
             self.retired_pages -= count
             if not gone.sums:
                 self._retired.pop()
-                # Only now can no entry be left that a new rank would inherit.
+                # No entry is left that a new rank would inherit.
                 self._free_bits.append(gone.bit)
         return bool(self._retired)
 
     def tidy(self) -> Iterator[None]:
-        """Give memory back that is not used any more; yields often."""
+        """Give back memory that is not used any more; yields often."""
         for table in (self.held, *self.below[1:]):
             yield from table.tidy()
         for rank_pages in list(self._ranks.values()):
             yield from _tidied(rank_pages.slots)
 
-    # -- what requests ask
+    # -- look-ups of requests
 
     def match(self, prefixes: TokenIds, mask: int, found: dict[RankPages, Overlap]) -> None:
-        """Fill `found` for the ranks whose bits are in `mask`."""
+        """Fill `found` with the overlaps of the ranks whose bits are in `mask`."""
         if not len(prefixes):
             return
         view: memoryview[int] = memoryview(prefixes)  # type: ignore[arg-type]
@@ -256,10 +258,10 @@ class Ownership:
             if lower:
                 self._match_lower(view, pages, lower, found)
                 members ^= lower
-            self._tell(found, members, _whole(pages))
+            self._enter_found(found, members, _whole(pages))
 
     def _walk(self, prefixes: TokenIds, mask: int) -> list[tuple[int, int]]:
-        """Pages up to the first that is missing, by looking at each; as `depths` gives them."""
+        """The same as `depths` for ranks with holes: looks at each page up to the first hole."""
         groups: list[tuple[int, int]] = []
         for number, prefix in enumerate(prefixes.tolist()):
             having = mask & self.held.get(prefix)
@@ -273,19 +275,19 @@ class Ownership:
     def _match_lower(
         self, view: "memoryview[int]", pages: int, mask: int, found: dict[RankPages, Overlap]
     ) -> None:
-        """For ranks that have these pages, and not all of theirs on the device.
+        """Fill `found` for ranks that hold these pages, some of them not on the device.
 
-        Engines move leaves down first, so what lies on a better tier comes first.
+        Engines move leaves to a worse tier first, so pages on a better tier come first.
         """
         _, below_device, below_host = self.below
         for device, members in below_device.depths(view, 0, pages, mask, present=False):
             deep = members & self._deep
-            self._tell(found, members ^ deep, Overlap(pages, device, pages))
+            self._enter_found(found, members ^ deep, Overlap(pages, device, pages))
             if deep:
                 for host, some in below_host.depths(view, device, pages, deep, present=False):
-                    self._tell(found, some, Overlap(pages, device, host))
+                    self._enter_found(found, some, Overlap(pages, device, host))
 
-    def _tell(self, found: dict[RankPages, Overlap], mask: int, overlap: Overlap) -> None:
+    def _enter_found(self, found: dict[RankPages, Overlap], mask: int, overlap: Overlap) -> None:
         if (rank_pages := self._ranks.get(mask)) is not None:
             found[rank_pages] = overlap
         elif mask:
@@ -301,7 +303,7 @@ class Ownership:
 
 
 def _free(ids: Iterable[dict[int, int]], count: int) -> None:
-    """Let go of so many ids: freeing a million in one go would take longer than a request may."""
+    """Delete `count` ids; deleting a million at once would delay requests."""
     for shard in ids:
         while shard and count:
             shard.popitem()
@@ -311,10 +313,10 @@ def _free(ids: Iterable[dict[int, int]], count: int) -> None:
 
 
 def _tidied(shards: list[dict[int, int]]) -> Iterator[None]:
-    """Replace dicts that take more memory than their entries need; yields after each.
+    """Replace dicts that take more memory than their entries need; yields after each dict.
 
-    A dict keeps a place for every deleted entry until it grows, and then takes thrice what it
-    has entries for.
+    A dict keeps room for every deleted entry until it grows, and then takes room for three times
+    its entries.
     """
     for number, shard in enumerate(shards):
         if sys.getsizeof(shard) > _LOOSE_BYTES_PER_ENTRY * len(shard) + _DICT_BYTES:

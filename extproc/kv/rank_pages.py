@@ -1,4 +1,7 @@
-"""What one worker's rank holds, in columns: the index's book of a single rank."""
+"""The pages of one rank, in columns of arrays, and whether they can be trusted.
+
+Separate from the index, since routing reads trust, page size and bit of a rank here.
+"""
 
 from array import array
 from collections.abc import Sequence
@@ -6,16 +9,16 @@ from typing import Final, NamedTuple
 
 __all__ = ["ID_SHARDS", "Overlap", "RankPages"]
 
-# A dict that grows moves all of its entries at once, so the ids of a rank are spread.
+# A dict that grows moves all of its entries at once, so the ids are spread over many dicts.
 ID_SHARDS: Final = 64
 _SHARD: Final = ID_SHARDS - 1
 
 
 class Overlap(NamedTuple):
-    """The longest prefix that a rank has, in whole pages.
+    """The longest prefix of a prompt that a rank holds, in whole pages.
 
-    The first `device_pages` lie in device memory, the first `host_pages` there or in the
-    host's; the rest of `pages` is further down.
+    The first `device_pages` are in device memory, the first `host_pages` in device or host
+    memory; the rest of `pages` is on a disk or further away.
     """
 
     pages: int
@@ -26,13 +29,14 @@ class Overlap(NamedTuple):
 class RankPages:
     """The pages that one rank of a worker holds, and whether that can be trusted.
 
-    PrefixIndex.add makes it and the index alone changes its pages. Pages are numbered by slots of
-    parallel arrays: a page costs some 20 bytes there instead of an object of 100.
+    PrefixIndex.add makes it, and only the index changes its pages. Pages are slots of parallel
+    arrays: a page takes about 20 bytes there, an object would take 100.
 
-    `worker` is the worker's URL, `dp_rank` its data-parallel rank. `trusted` and `reason` are set
-    from the rank's event stream: routing may rely on the pages while `trusted` is true, and
-    `reason` says why it is or is not. `generation` rises whenever everything held became void,
-    so that others can see that what they derived from it is void, too.
+    `worker` is the worker's URL, `dp_rank` its data-parallel rank. Routing may rely on the pages
+    while `trusted` is true. `reason` says why they are trusted ("complete", "partial") or not
+    ("connecting", "disconnected", "replaying", "verifying", "gap", "behind", "restarted",
+    "unreadable", "unfollowed"). `generation` rises each time everything held becomes void, so
+    that others can tell that what they derived from it is void, too.
     """
 
     __slots__ = (
@@ -73,34 +77,34 @@ class RankPages:
         return f"RankPages({self.worker}, rank {self.dp_rank})"
 
     def reset(self) -> None:
-        # Of no use without one.
+        # Its bit in the index's masks; 0 while it is not in the index.
         self.bit = 0
-        # Pages held, and how many of them not on the device (1) and not on the host either (2).
+        # Pages held, and how many of them are not on the device (1), and not on the host (2).
         self.page_count = 0
         self.pages_below = [0, 0, 0]
-        # Engine ids to slots; the id's lowest bits tell in which part.
+        # Engine ids to slots; the lowest bits of an id select the dict.
         self.slots: list[dict[int, int]] = [{} for _ in range(ID_SHARDS)]
         self.sums = array("Q")
-        self.ends = array("I")  # tokens up to the end of the page
+        self.ends = array("I")  # number of tokens up to the end of the page
         self.parents = array("i")
         self.children = array("I")
         self.tiers = array("B")
         self.free = array("I")
-        # Slots of pages that are gone while pages that follow them are not: slot -> engine id.
+        # Slots of removed pages that are still followed by held ones: slot -> engine id.
         self.tombstones: dict[int, int] = {}
-        # Prefixes held under several ids: how many beyond the first.
+        # Prefixes that are held under several ids: the number of ids beyond the first.
         self.copies: dict[int, int] = {}
-        # A page was stored elsewhere than on the device, since the last reset.
+        # Since the last reset, a page was stored elsewhere than on the device.
         self.ever_lower = False
-        # Whether there are holes, pages below the device, pages below the host.
+        # Whether there are holes, pages below the device, and pages below the host.
         self.marks = (False, False, False)
 
     def find(self, key: int) -> int | None:
-        """The slot of an engine id, also of a page that is gone before others."""
+        """The slot of an engine id; also that of a removed page which held pages follow."""
         return self.slots[key & _SHARD].get(key)
 
     def name_all(self, keys: Sequence[int], slots: Sequence[int]) -> bool:
-        """Give ids to slots; False, and nothing done, if one of them is known or comes twice."""
+        """Name slots by ids; changes nothing and gives False if an id is known or comes twice."""
         shards = self.slots
         for number, (key, slot) in enumerate(zip(keys, slots, strict=True)):
             if shards[key & _SHARD].setdefault(key, slot) != slot:
@@ -111,5 +115,5 @@ class RankPages:
 
     @property
     def has_holes(self) -> bool:
-        """True while a page is missing before others: its engine evicts out of order."""
+        """True while held pages follow a removed one: the engine evicts out of order."""
         return bool(self.tombstones)

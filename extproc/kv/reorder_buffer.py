@@ -1,4 +1,7 @@
-"""Live batches that wait for a replay to bring what comes before them, within bounds."""
+"""Keeps live batches that wait until a replay has brought the batches before them, within bounds.
+
+Separate from the sequence, since the bounds are shared by all ranks.
+"""
 
 from msgspec import Struct
 
@@ -6,9 +9,9 @@ __all__ = ["ReorderBuffer", "ReorderLimits"]
 
 
 class ReorderLimits(Struct):
-    """How much may wait for a replay to end: for one rank, and in bytes for all that share this.
+    """How much may wait: for one rank, and `total_bytes` for all ranks that share this object.
 
-    `waiting_bytes` is the sum now.
+    `waiting_bytes` is the present sum of all ranks.
     """
 
     rank_batches: int = 4096
@@ -18,7 +21,7 @@ class ReorderLimits(Struct):
 
 
 class ReorderBuffer:
-    """Those of one rank, in order; `dropped` counts what was let go."""
+    """The waiting batches of one rank, in order; `dropped` counts those that had no room."""
 
     def __init__(self, limits: ReorderLimits) -> None:
         self.dropped = 0
@@ -27,7 +30,7 @@ class ReorderBuffer:
         self._bytes = 0
 
     def add(self, seq: int, payload: bytes) -> bool:
-        """Keep a batch; False when those before it, and perhaps itself, had to go."""
+        """Keep a batch; False if those before it, and perhaps the batch itself, were dropped."""
         limits = self._limits
         size = len(payload)
         room = (
@@ -49,7 +52,7 @@ class ReorderBuffer:
         self.dropped += len(self.take())
 
     def take(self) -> list[tuple[int, bytes]]:
-        """All of them; nothing is held afterwards."""
+        """Take all batches out."""
         batches, self._batches = self._batches, []
         self._limits.waiting_bytes -= self._bytes
         self._bytes = 0

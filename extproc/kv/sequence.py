@@ -1,17 +1,16 @@
-"""What the numbers on a rank's KV events say: in order, lost, repeated, or a new engine.
+"""Decides from the sequence numbers of a rank's event batches which batches to apply, and when.
 
-Events arrive twice over: live, and replayed from the engine's buffer. Whether a batch may be
-applied, and when all that was learnt has become worthless, is decided here without sockets or
-time, so that every interleaving can be tried. The caller feeds what happened and carries out
-the returned actions in order.
+Batches come live, and replayed from the engine's buffer. The numbers show whether a batch is next,
+lost, repeated, or from a new engine process. Separate from sockets and time, so that tests can try
+every order of events: the caller feeds what happened and carries out the returned actions in order.
 
-The rule for what is held: it may be less than what the worker has ("partial": the beginning is
-out of the buffer's reach, or a gap could not be filled), but nothing may be in it that the
-worker has dropped. So a gap that no replay fills clears it, since a removal may have been in
-the gap, and so does every reconnect that can not be proved to lead to the same engine process.
-A rank is trusted while this holds and its events flow.
+The rule: the pages held may be fewer than those the worker has ("partial": the beginning is no
+longer in the buffer, or a gap could not be filled), but no page may be held that the worker has
+dropped. So a gap that no replay fills clears the pages, since a removal may have been in the gap.
+So does every reconnect that does not provably lead to the same engine process. A rank is trusted
+while the rule holds and its events flow.
 
-Live events of two connections must not be mixed: `disconnected` and `connected` come between.
+Live batches of two connections must not be mixed: `disconnected` and `connected` come between.
 """
 
 import enum
@@ -23,7 +22,7 @@ from extproc.kv.reorder_buffer import ReorderBuffer, ReorderLimits
 __all__ = ["RankSequence"]
 
 _BEFORE_FIRST: Final = -1
-# In place of a number: whichever comes next will do.
+# Instead of a number: any batch may come next.
 _ANY: Final = -1
 _DIGESTED_BYTES: Final = 512
 
@@ -31,25 +30,26 @@ _DIGESTED_BYTES: Final = 512
 class _Phase(enum.Enum):
     LOST = enum.auto()
     FOLLOWING = enum.auto()
-    # A replay is to show the last applied batch again: is it still the same engine?
+    # A replay should bring the last applied batch again: is it still the same engine process?
     VERIFYING = enum.auto()
-    # A replay is to bring what is missing before the next live batch.
+    # A replay should bring what is missing before the next live batch.
     FILLING = enum.auto()
 
 
 def _digest(payload: bytes) -> int:
-    """Tells batches apart, however large they are: the time stamp is at one end or the other.
+    """A hash that differs between batches of any size: the time stamp is at one of the two ends.
 
-    Python's hash is keyed, by the process.
+    Python's hash is keyed per process.
     """
     return hash((len(payload), payload[:_DIGESTED_BYTES], payload[-_DIGESTED_BYTES:]))
 
 
 class RankSequence:
-    """The events of one rank, through reconnects, gaps and restarts.
+    """The sequence of one rank's batches, through reconnects, gaps and restarts.
 
-    `partial` says that what is held does not go back to the engine's first batch. `degraded`
-    says that a replay went unanswered: gaps are not asked about until `retry` or a reconnect.
+    `partial` is true when the batches applied do not go back to the engine's first one.
+    `degraded` is true after a replay without answer: until `retry` or a reconnect, no replay is
+    requested for a gap.
     """
 
     def __init__(self, *, has_replay: bool, limits: ReorderLimits) -> None:
@@ -59,52 +59,53 @@ class RankSequence:
         self.restarts = 0
         self._has_replay = has_replay
         self._phase = _Phase.LOST
-        # The last batch applied since the last clear, by number and digest, and the first.
+        # Since the last clear: number and digest of the last batch applied, number of the first.
         self._last: tuple[int, int] | None = None
         self._first = 0
         self._next = _ANY
         self._last_live = _BEFORE_FIRST
         self._buffer = ReorderBuffer(limits)
         self._overflowed = False
-        # The replay under way has brought something new.
+        # The replay under way has brought a new batch.
         self._answered = False
-        # Asked for everything while live events still apply: an answer replaces what is held.
+        # A replay of everything is requested while live batches are applied; its answer replaces
+        # what they brought.
         self._rebuild_asked = False
-        # The last batch was unreadable and has been asked for again: until it comes, what is
-        # held may be stale.
+        # The last batch was unreadable and has been requested again; until it comes, the pages
+        # may be stale.
         self._asked_again = False
-        # The request under way asks whether there is more than the live batches have brought.
+        # The request under way checks whether the live batches have brought everything.
         self._checking = False
-        self._told: Trust | None = None
+        self._last_trust: Trust | None = None
         self._actions: list[Action] = []
 
     @property
     def dropped(self) -> int:
-        """Batches that were let go while they waited for a replay."""
+        """Number of batches that found no room while they waited for a replay."""
         return self._buffer.dropped
 
     def connected(self) -> list[Action]:
-        """A new connection delivers from now on; it may lead to a new engine process."""
+        """Note a new connection, which may lead to a new engine process."""
         if self._phase is not _Phase.LOST:
             return []
         self._last_live = _BEFORE_FIRST
         self.degraded = False
         if not self._has_replay:
-            # Nothing can show that it is the same process, however well the numbers fit.
+            # However well the numbers fit, nothing proves that it is the same process.
             self._forget("reconnected")
             self._phase = _Phase.FOLLOWING
             self.partial = True
-            self._tell_trusted()
+            self._trust()
         elif self._last is None:
             self._start_over()
         else:
-            self._tell(False, "verifying")
+            self._set_trust(False, "verifying")
             self._phase = _Phase.VERIFYING
             self._request(self._last[0])
         return self._take()
 
     def disconnected(self) -> list[Action]:
-        """What is held stays, untrusted: the next connection shows whether it still holds."""
+        """Note a lost connection; the pages stay, untrusted, until the next one verifies them."""
         if self._phase is not _Phase.LOST:
             if self._phase is not _Phase.FOLLOWING or self._rebuild_asked:
                 self._actions.append(CancelReplay())
@@ -113,15 +114,15 @@ class RankSequence:
             self._phase = _Phase.LOST
             self._rebuild_asked = False
             self._buffer.drop()
-        self._tell(False, "disconnected")
+        self._set_trust(False, "disconnected")
         return self._take()
 
     def live(self, seq: int, payload: bytes) -> list[Action]:
-        """A batch from the live stream."""
+        """Take a batch from the live socket."""
         if self._phase is _Phase.LOST:
             return []
         if seq <= self._last_live:
-            # A publisher never repeats itself: another one speaks through the same connection.
+            # A publisher never repeats a number, so another one uses the same connection.
             self._buffer.drop()
             self._restart()
         self._last_live = seq
@@ -132,15 +133,15 @@ class RankSequence:
         return self._take()
 
     def unreadable(self, payload: bytes, *, ask: bool) -> list[Action]:
-        """A batch that was to be applied can not be: a removal may have been in it.
+        """Note that a batch could not be applied: a removal may have been in it.
 
-        With `ask` the engine is asked for it once more, if it is the newest. Otherwise all before
-        it is void: a Clear comes first then, and is to be done before any action that waits.
+        With `ask` the newest batch is requested once more. Otherwise all before it is void: then
+        the first action is a Clear, to be carried out before any action that still waits.
         """
         newest = self._last is not None and self._last[1] == _digest(payload)
         following = self._phase is _Phase.FOLLOWING
         if newest and following and ask and self._has_replay and not self.degraded:
-            self._tell(False, "unreadable")
+            self._set_trust(False, "unreadable")
             self._next -= 1
             self._phase = _Phase.FILLING
             self._asked_again = True
@@ -151,11 +152,11 @@ class RankSequence:
         if newest:
             self._first = self._next
         if following:
-            self._tell_trusted()
+            self._trust()
         return self._take()
 
     def replayed(self, seq: int, payload: bytes) -> list[Action]:
-        """A batch from the answer to the last request."""
+        """Take a batch from the answer to the last request."""
         if self._rebuild_asked:
             self._begin_rebuild(seq)
         if self._phase is _Phase.VERIFYING:
@@ -165,19 +166,19 @@ class RankSequence:
         return self._take()
 
     def replay_ended(self) -> list[Action]:
-        """The answer to the last request is complete, as far as its sender knows."""
+        """Note the end of the answer to the last request."""
         if self._rebuild_asked:
             self._rebuild_asked = False
             self.degraded = False
         elif self._phase is _Phase.VERIFYING:
-            # The same process would still have had that batch, or later ones.
+            # The same process would still have that batch, or later ones.
             self._restart()
         elif self._phase is _Phase.FILLING:
             self._settle(refetch=self._answered or self._overflowed)
         return self._take()
 
     def replay_failed(self) -> list[Action]:
-        """No end of the answer came in time."""
+        """Note that the answer to the last request did not end in time."""
         if self._rebuild_asked:
             self._rebuild_asked = False
         elif self._phase is _Phase.FILLING and self._answered:
@@ -192,11 +193,11 @@ class RankSequence:
             checked, known = self._checking, self._next
             self._settle(refetch=False)
             if checked and self._next == known:
-                self._tell(False, "behind")
+                self._set_trust(False, "behind")
         return self._take()
 
     def retry(self) -> list[Action]:
-        """Some time after a failed replay: try to get what is missing after all."""
+        """Request what is missing again, some time after a failed replay."""
         if self.degraded and self._phase is _Phase.FOLLOWING and not self._rebuild_asked:
             if self.partial:
                 self._rebuild_asked = True
@@ -206,10 +207,10 @@ class RankSequence:
         return self._take()
 
     def caught_up(self) -> list[Action]:
-        """All live batches that had piled up are in: was one lost behind the last of them?
+        """Check, after many live batches had piled up, whether one was lost behind the last.
 
         A publisher whose queue is full drops what it publishes, and only the next batch would
-        show it. Without a replay nothing can be believed until that comes.
+        show the gap. Without a replay the rank is not trusted until that batch comes.
         """
         if self._phase is _Phase.FOLLOWING and self._last is not None and not self.degraded:
             if self._has_replay:
@@ -217,17 +218,17 @@ class RankSequence:
                 self._request(self._next)
                 self._checking = True
             else:
-                self._tell(False, "behind")
+                self._set_trust(False, "behind")
         return self._take()
 
     def _follow(self, seq: int, payload: bytes) -> None:
         if self._next == _ANY:
             self._begin_at(seq)
         if seq < self._next:
-            return  # a replay has brought it already
+            return  # a replay has brought it before
         if seq > self._next:
             self.gaps += 1
-            self._tell(False, "gap")
+            self._set_trust(False, "gap")
             if self._has_replay and not self.degraded:
                 self._buffer.add(seq, payload)
                 self._phase = _Phase.FILLING
@@ -237,7 +238,7 @@ class RankSequence:
             self._forget("gap")
             self._begin_at(seq)
         self._apply(seq, payload)
-        self._tell_trusted()
+        self._trust()
 
     def _verify(self, seq: int, payload: bytes) -> None:
         expected = self._next - 1
@@ -258,7 +259,7 @@ class RankSequence:
             return
         if seq > self._next:
             if self._answered:
-                # The engine's socket dropped part of its own answer.
+                # The engine's socket dropped a part of the answer.
                 self._request(self._next)
                 return
             self._begin_after_gap(seq)
@@ -266,14 +267,14 @@ class RankSequence:
         self._apply(seq, payload)
 
     def _begin_after_gap(self, seq: int) -> None:
-        """The batches before are out of the buffer: asking from further back brings no more."""
+        """Begin anew at a batch: the batches before it are no longer in the engine's buffer."""
         if self._last is not None:
             self.gaps += 1
         self._forget("gap")
         self._begin_at(seq)
 
     def _settle(self, *, refetch: bool) -> None:
-        """No more comes from the replay: go on with the live batches that have waited."""
+        """End the replay and go on with the live batches that have waited."""
         waiting = self._buffer.take()
         self._phase = _Phase.FOLLOWING
         if self._asked_again:
@@ -291,24 +292,24 @@ class RankSequence:
                         self._buffer.add(*kept)
                     self._request(self._next)
                     return
-                self._tell(False, "gap")
+                self._set_trust(False, "gap")
                 self._forget("gap")
                 self._begin_at(seq)
             self._apply(seq, payload)
-        self._tell_trusted()
+        self._trust()
 
     def _begin_rebuild(self, seq: int) -> None:
         self._rebuild_asked = False
         self.degraded = False
         if self._last is not None and seq >= self._first:
-            self._actions.append(CancelReplay())  # it goes back no further than what is held
+            self._actions.append(CancelReplay())  # it goes back no further than what was applied
             return
         self._forget("rebuilding")
         self._start_over(request=False)
 
     def _restart(self) -> None:
         self.restarts += 1
-        self._tell(False, "restarted")
+        self._set_trust(False, "restarted")
         self._forget("restarted")
         self._rebuild_asked = False
         if self._has_replay:
@@ -317,8 +318,8 @@ class RankSequence:
             self._phase = _Phase.FOLLOWING
 
     def _start_over(self, *, request: bool = True) -> None:
-        """Everything is to come from a replay."""
-        self._tell(False, "replaying")
+        """Begin anew with a replay of everything."""
+        self._set_trust(False, "replaying")
         self._phase = _Phase.FILLING
         self._next = 0
         self.partial = False
@@ -350,14 +351,14 @@ class RankSequence:
         self._checking = False
         self._actions.append(RequestReplay(start))
 
-    def _tell_trusted(self) -> None:
-        self._tell(True, "partial" if self.partial else "complete")
+    def _trust(self) -> None:
+        self._set_trust(True, "partial" if self.partial else "complete")
 
-    def _tell(self, trusted: bool, reason: str) -> None:
-        told = Trust(trusted, reason)
-        if told != self._told:
-            self._told = told
-            self._actions.append(told)
+    def _set_trust(self, trusted: bool, reason: str) -> None:
+        trust = Trust(trusted, reason)
+        if trust != self._last_trust:
+            self._last_trust = trust
+            self._actions.append(trust)
 
     def _take(self) -> list[Action]:
         actions = self._actions

@@ -1,4 +1,7 @@
-"""What the room counts about streams, events and pages: plain numbers that only grow."""
+"""Counts of streams, events and pages: plain numbers that only grow.
+
+Separate from the metrics, so that the modules that count need no Prometheus.
+"""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -16,7 +19,7 @@ def _per_tier() -> list[int]:
 
 
 def summed(kind: type[_Counts], counts: Sequence[_Counts]) -> _Counts:
-    """All of them together; fields that only a subclass has are left out."""
+    """The sums of all fields of `kind`; fields of subclasses are left out."""
     total = kind()
     for name in kind.__struct_fields__:
         values = [getattr(one, name) for one in counts]
@@ -28,11 +31,11 @@ def summed(kind: type[_Counts], counts: Sequence[_Counts]) -> _Counts:
 
 
 class StreamStats(Struct):
-    """What came over a rank's sockets, before anybody looked into it.
+    """Counts of what a rank's sockets received, before it was decoded.
 
-    `malformed` are messages that are none, `dropped` batches that were let go while they waited
-    for a replay, `sink_errors` what came and could not be used, `clears` how often one of these
-    made all that was held void.
+    `malformed` counts messages that could not be parsed, `dropped` batches that found no room in
+    the reorder buffer, `apply_errors` what was received and could not be applied. `clears` counts
+    how often one of these made all pages void.
     """
 
     batches: int = 0
@@ -44,16 +47,16 @@ class StreamStats(Struct):
     replay_failures: int = 0
     malformed: int = 0
     dropped: int = 0
-    sink_errors: int = 0
+    apply_errors: int = 0
     load_reports: int = 0
 
 
 class RankStats(Struct):
-    """What a rank has told; pages as told, by tier: device, host, below.
+    """Counts of a rank's events; pages as published, by tier: device, host, below.
 
     `skipped_events` are of unknown kind, malformed or beyond a limit. `unreadable_batches` could
-    not be read, or not all that they removed. `foreign_unit_pages` are of pairs of tokens where
-    single ones are held, or the reverse, and were kept out. `odd_sized_events` have pages of
+    not be decoded, or may have lost a removal. `foreign_unit_pages` were kept out since they are
+    of pairs of tokens where single ones are held, or the reverse. `odd_sized_events` have pages of
     another size than expected.
     """
 
@@ -70,13 +73,13 @@ class RankStats(Struct):
 
 
 class IndexStats(Struct):
-    """What the index kept out, in pages, since the start."""
+    """Counts of pages that the index kept out, since the start."""
 
-    # Their parent was never stored, or is gone: their place is unknown.
+    # Their parent was never stored, or has been removed, so their place is unknown.
     orphans: int = 0
-    # Removed without having been stored.
+    # They were removed without having been stored.
     unknown_removals: int = 0
-    # Number of tokens and number of pages do not fit.
+    # The number of tokens does not fit the number of pages.
     mismatched: int = 0
     # Beyond the configured number of pages, or beyond any context window.
     over_limit: int = 0

@@ -256,7 +256,7 @@ class RankStream:
             self._count_error(error)
 
     def _count_error(self, error: Exception) -> None:
-        self.state.sink_errors += 1
+        self.state.apply_errors += 1
         now = self._clock.monotonic()
         if now >= self._log_error_at:
             self._log_error_at = now + _ERROR_LOG_SECONDS

@@ -387,7 +387,7 @@ async def test_what_the_sink_raises_ends_nothing() -> None:
         applier.failures = 3
         with capture_logs() as logs:
             engine.publish(3)
-            await until(lambda: state.sink_errors == 3)
+            await until(lambda: state.apply_errors == 3)
         # One line for all, without what the error quotes.
         assert [(line["event"], line.get("error")) for line in logs] == [
             ("kv_events_not_applied", "ValueError"),
