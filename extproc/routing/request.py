@@ -58,24 +58,24 @@ class ClientHeaders(NamedTuple):
     request_id: str = ""
 
 
-def _nothing_forwarded() -> ClientHeaders:
+def _no_client_headers() -> ClientHeaders:
     return ClientHeaders("", ())
 
 
 class Request(Struct):
     """A request that can be routed. `model` None: the only configured one is meant.
 
-    `body` is empty where the gateway has not shown it. `forwarded` reads the headers only when it
-    is called, since that costs more than most decisions. `prompts` is the JSON of the field that
-    may have several prompts, on the endpoints where a prefill and a decode worker can serve such
-    a batch.
+    `body` is empty where the gateway has not shown it. `client_headers` reads the headers only when
+    it is called, since that costs more than most decisions. `prompts` is the JSON of the field that
+    may have several prompts, on the endpoints where a prefill and a decode worker can serve such a
+    batch.
     """
 
     endpoint: Endpoint
     model: str | None
     stream: bool
     body: bytes | bytearray = b""
-    forwarded: Callable[[], ClientHeaders] = _nothing_forwarded
+    client_headers: Callable[[], ClientHeaders] = _no_client_headers
     prompts: Raw = _NULL
     fields: BodyFields | None = None
 
@@ -145,7 +145,7 @@ def find_endpoint(method: str, path: str) -> Endpoint:
 def parse_body(
     endpoint: Endpoint,
     body: bytes | bytearray,
-    forwarded: Callable[[], ClientHeaders],
+    client_headers: Callable[[], ClientHeaders],
     *,
     prompt_max_bytes: int,
 ) -> Request:
@@ -184,7 +184,7 @@ def parse_body(
     if stream is not None and type(stream) is not bool:
         raise bad_request("`stream` must be a boolean")
     return Request(
-        endpoint, model, stream is True, body, forwarded, _prompts(endpoint, head), fields
+        endpoint, model, stream is True, body, client_headers, _prompts(endpoint, head), fields
     )
 
 

@@ -248,7 +248,7 @@ class Session:
             self.to_route = parse_body(
                 self._endpoint,
                 data,
-                self._forwarded,
+                self._client_headers,
                 prompt_max_bytes=self._context.prompt_max_bytes,
             )
         except RouterError:
@@ -258,7 +258,7 @@ class Session:
             raise
         self._state = SessionState.ROUTING
 
-    def _forwarded(self) -> ClientHeaders:
+    def _client_headers(self) -> ClientHeaders:
         return client_headers_of(self._first_message, self.request_id)
 
     def _request_trailers(self) -> Sequence[bytes]:

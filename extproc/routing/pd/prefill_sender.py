@@ -68,8 +68,8 @@ class PrefillSender:
 
         `waits`: what decode needs is in the worker's answer, which is waited for.
         """
-        forwarded = request.forwarded()
-        headers = self._headers(forwarded)
+        client = request.client_headers()
+        headers = self._headers(client)
         prompts = None if waits else prompts_of_a_batch(request)
         registry, clock = self._registry, self._leg_parts.clock
         tried: set[Worker] = set()
@@ -84,10 +84,10 @@ class PrefillSender:
             chosen = chooser.choose(candidates, prompt, now)
             members = KV_PREFILL_MEMBERS if waits else _rooms(chosen, prompts)
             claim = self._claims.take(chosen.worker, now, chosen.placed)
-            leg = PrefillLeg(self._leg_parts, model, claim, now, request_id=forwarded.request_id)
+            leg = PrefillLeg(self._leg_parts, model, claim, now, request_id=client.request_id)
             try:
                 body = with_members(request.body, members)
-                leg.call = await self._post(chosen.worker, forwarded.path, headers, body, waits)
+                leg.call = await self._post(chosen.worker, client.path, headers, body, waits)
             except PrefillClientOverloadedError:
                 leg.cancel()
                 raise service_overloaded() from None
@@ -119,10 +119,10 @@ class PrefillSender:
             keep_bytes=_KEPT_OF_KV_ANSWER_BYTES if waits else _KEPT_BYTES,
         )
 
-    def _headers(self, forwarded: ClientHeaders) -> list[tuple[str, str]]:
+    def _headers(self, client: ClientHeaders) -> list[tuple[str, str]]:
         headers = [(CONTENT_TYPE_HEADER, "application/json")]
         authorization = self._settings.authorization
-        for name, value in forwarded.headers:
+        for name, value in client.headers:
             if name != AUTHORIZATION_HEADER or authorization is None:
                 headers.append((name, value))
         if authorization is not None:

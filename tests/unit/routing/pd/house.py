@@ -208,15 +208,15 @@ class Fleet:
         stream: bool = False,
         headers: Sequence[tuple[str, str]] = (),
     ) -> Lease | Pair:
-        def forwarded() -> ClientHeaders:
+        def client_headers() -> ClientHeaders:
             return ClientHeaders(path, tuple(headers))
 
         endpoint = find_endpoint("POST", path)
-        request = Request(endpoint, "m", stream, body, forwarded)
+        request = Request(endpoint, "m", stream, body, client_headers)
         if body:
             # Most bodies of these tests have no `model`.
             nameless = msgspec.structs.replace(endpoint, model_optional=True)
-            parsed = parse_body(nameless, body, forwarded, prompt_max_bytes=len(body))
+            parsed = parse_body(nameless, body, client_headers, prompt_max_bytes=len(body))
             request.prompts, request.fields = parsed.prompts, parsed.fields
         return await self.router.route(request)
 
