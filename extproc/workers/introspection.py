@@ -75,7 +75,7 @@ class _NoAnswerError(ServiceError):
 
 
 async def introspect(
-    client: IntrospectionClient, url: WorkerUrl, clock: Clock, attempts: int = 3
+    client: IntrospectionClient, url: WorkerUrl, clock: Clock, attempts: int
 ) -> Introspection:
     """Ask a worker about itself; after a network error or a 5xx again, up to `attempts` times.
 
