@@ -28,7 +28,7 @@ from extproc.server.replies import ReplyBuilder
 from extproc.server.session import SessionContext
 from extproc.server.stream import Streams, StreamSettings
 from extproc.testing.stack import free_ports
-from tests.fakes import make_shared, make_worker, plain_routing, routing_settings
+from tests.builders import Fleet, make_shared, make_worker, routing_settings
 
 MODES = {
     "BUFFERED": pb.ProcessingMode.BUFFERED,
@@ -66,11 +66,15 @@ class Service:
             for order, model in enumerate(model for model in models for _ in range(workers))
         ]
         self.clock = clock or SystemClock()
-        shared = make_shared(self.workers, clock=self.clock, seed=7, stale_seconds=stale_seconds)
-        self.metrics, self.registry = shared.metrics, shared.registry
-        self.active_load = shared.tickets
-        settings = routing_settings(destinations_max=1, load=load)
-        self.router = plain_routing(settings, shared, policy=policy, models=models).router
+        fleet = Fleet(
+            self.workers,
+            policy=policy,
+            models=models,
+            settings=routing_settings(destinations_max=1, load=load),
+            shared=make_shared(clock=self.clock, seed=7, stale_seconds=stale_seconds),
+        )
+        self.metrics, self.registry = fleet.metrics, fleet.registry
+        self.tickets, self.router = fleet.tickets, fleet.router
         self.route_seconds = route_seconds
         self.config = ServerConfig(port=free_ports(1)[0], **(server or {}))
         context = SessionContext(

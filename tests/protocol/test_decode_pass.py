@@ -31,7 +31,7 @@ from tests.protocol.exchange import (
     set_headers,
     stream,
 )
-from tests.unit.routing.pd.house import ADDRESSES, KV, PREFILLS, Fleet
+from tests.unit.routing.pd.pd_fleet import ADDRESSES, KV, PREFILLS, PdFleet
 
 DECODE = (("x-extproc-pass", "decode"),)
 REFUSED = "upstream_reset_before_response_started{remote_connection_failure}"
@@ -40,7 +40,7 @@ REFUSED = "upstream_reset_before_response_started{remote_connection_failure}"
 class PdService(Service):
     """A service whose router has workers that prefill and decode apart."""
 
-    def __init__(self, fleet: Fleet, **options: Any) -> None:
+    def __init__(self, fleet: PdFleet, **options: Any) -> None:
         super().__init__(["m"], 0, **options)
         self.fleet = fleet
         self.router = fleet.router
@@ -59,13 +59,13 @@ class PdService(Service):
 async def service(
     *, options: dict[str, Any] | None = None, **fleet: Any
 ) -> AsyncIterator[PdService]:
-    workers = Fleet(**fleet)
+    workers = PdFleet(**fleet)
     try:
         async with serving(PdService(workers, **(options or {}))) as running:
             assert isinstance(running, PdService)
             yield running
     finally:
-        Fleet.made.remove(workers)
+        PdFleet.made.remove(workers)
         await workers.close()
 
 
@@ -205,10 +205,8 @@ async def test_a_further_attempt_gets_a_worker_of_its_own_hand() -> None:
                     await second.reply()
             assert tuple(served) == DecodeOrder.from_header(order).addresses
         await running.settled()
-        states = [
-            running.fleet.registry.at_address(address).breaker.state  # type: ignore[union-attr]
-            for address in served
-        ]
+        found = [running.fleet.registry.at_address(address) for address in served]
+        states = [worker.breaker.state for worker in found if worker is not None]
         assert states == [BreakerState.OPEN, BreakerState.OPEN, BreakerState.CLOSED]
 
 

@@ -72,7 +72,7 @@ async def test_load_counts_from_the_decision_to_the_end_of_the_stream(mode: str)
             assert (await envoy.ended()).name == "OK"
         await eventually(lambda: service.in_flight == 0)
         assert outcome(service, 0, "success") == 1
-        assert len(service.active_load) == 0
+        assert len(service.tickets) == 0
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
@@ -89,7 +89,7 @@ async def test_an_abort_at_any_point_leaves_nothing(steps: int) -> None:
                 await envoy.reply()
             await envoy.close()
         await eventually(lambda: service.in_flight == 0 and not service.server.open_streams)
-        assert len(service.active_load) == 0
+        assert len(service.tickets) == 0
         assert outcome(service, 0, "cancelled") == (1 if steps == 2 else 0)
 
 
@@ -227,8 +227,8 @@ async def test_a_stale_request_is_answered_with_504() -> None:
         async with stream(service) as envoy:
             await routed(envoy)
             await asyncio.sleep(0.06)
-            assert service.active_load.sweep() == 1
-            assert service.active_load.sweep() == 0
+            assert service.tickets.sweep() == 1
+            assert service.tickets.sweep() == 0
             status, code, body = error(await envoy.reply())
             assert (status, code, body["request_id"]) == (504, "stale_request_expired", "req-1")
             assert outcome(service, 0, "error") == 1
@@ -242,7 +242,7 @@ async def test_a_stale_stream_is_cut_after_its_headers() -> None:
             await envoy.send(response_headers(upstream=FIRST))
             await envoy.reply()
             await asyncio.sleep(0.06)
-            service.active_load.sweep()
+            service.tickets.sweep()
             # Envoy resets a response that has begun when it is told to answer otherwise.
             assert kind(await envoy.reply()) == "immediate_response"
             assert outcome(service, 0, "error") == 0
@@ -300,7 +300,7 @@ async def test_an_estimated_release_outlives_a_stream_that_closes_at_the_headers
             await eventually(lambda: not service.server.open_streams)
             assert service.in_flight == still_counted
             await asyncio.sleep(0.06)
-            service.active_load.release_due()
+            service.tickets.release_due()
             assert service.in_flight == 0
 
 

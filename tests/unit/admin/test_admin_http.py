@@ -17,7 +17,7 @@ from extproc.app import App
 from extproc.config.schema import ServerConfig
 from extproc.errors import ConfigError
 from extproc.workers.registry import WorkerRegistry
-from tests.fakes import make_worker
+from tests.builders import make_worker
 from tests.unit.configs import config
 
 

@@ -6,25 +6,25 @@ from prometheus_client import CollectorRegistry, generate_latest
 from extproc.admin.collector import WorkerCollector
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.tickets import Tickets
-from tests.fakes import Routing, make_router, make_worker
+from tests.builders import Fleet, make_fleet, make_worker
 
 A, B = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
 
 
-def watched(routing: Routing) -> Routing:
-    routing.prometheus.register(WorkerCollector(routing.registry, routing.active_load))
+def watched(routing: Fleet) -> Fleet:
+    routing.prometheus.register(WorkerCollector(routing.registry, routing.tickets))
     return routing
 
 
 def test_an_empty_registry_has_no_worker_series() -> None:
-    routing = watched(make_router())
+    routing = watched(make_fleet())
     assert b"extproc_worker_in_flight{" not in generate_latest(routing.prometheus)
     assert routing.metric("extproc_tickets_open") == 0
 
 
 async def test_load_and_breaker_are_read_at_the_scrape() -> None:
     worker = make_worker(A, threshold=1)
-    routing = watched(make_router([worker]))
+    routing = watched(make_fleet([worker]))
     leases = [await routing.route() for _ in range(3)]
     assert routing.metric("extproc_worker_in_flight", worker=A) == 3
     assert routing.metric("extproc_tickets_open") == 3
@@ -38,7 +38,7 @@ async def test_load_and_breaker_are_read_at_the_scrape() -> None:
 
 
 def test_a_worker_that_left_has_no_series() -> None:
-    routing = watched(make_router([make_worker(A), make_worker(B, order=1)]))
+    routing = watched(make_fleet([make_worker(A), make_worker(B, order=1)]))
     routing.registry.remove(A)
     text = generate_latest(routing.prometheus).decode()
     assert A not in text
@@ -51,7 +51,7 @@ def test_a_worker_that_left_has_no_series() -> None:
 )
 def test_workers_are_counted_by_model_and_role(model: str, role: str, count: int) -> None:
     routing = watched(
-        make_router(
+        make_fleet(
             [
                 make_worker("http://a:1", model_ids=("m",)),
                 make_worker("http://b:1", model_ids=("m", "n")),
@@ -65,7 +65,7 @@ def test_workers_are_counted_by_model_and_role(model: str, role: str, count: int
 
 def test_two_engines_at_one_url_do_not_make_a_series_twice() -> None:
     routing = watched(
-        make_router([make_worker(A, id="old-pod"), make_worker(A, id="new-pod", order=1)])
+        make_fleet([make_worker(A, id="old-pod"), make_worker(A, id="new-pod", order=1)])
     )
     lines = [
         line.rpartition(" ")[0]
@@ -76,7 +76,7 @@ def test_two_engines_at_one_url_do_not_make_a_series_twice() -> None:
 
 
 def test_registering_the_collector_asks_nobody_yet() -> None:
-    routing = make_router()
+    routing = make_fleet()
 
     class Exploding(WorkerRegistry):
         def __iter__(self):  # type: ignore[no-untyped-def]
@@ -86,5 +86,5 @@ def test_registering_the_collector_asks_nobody_yet() -> None:
     CollectorRegistry(auto_describe=True).register(collector)
 
 
-def _stale(routing: Routing):  # type: ignore[no-untyped-def]
+def _stale(routing: Fleet):  # type: ignore[no-untyped-def]
     return routing.metrics.stale_requests

@@ -17,7 +17,8 @@ from extproc.routing.ranks import Ranks
 from extproc.tokenization.bodies.prompts import read_prompt
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.workers.worker import KvEvents
-from tests.fakes import FakeClock, make_worker
+from tests.builders import make_worker
+from tests.fakes import FakeClock
 from tests.unit.simulator.model_folders import model_folder
 
 URL = "http://10.0.0.1:8000"

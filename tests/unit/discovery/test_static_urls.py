@@ -7,7 +7,8 @@ import pytest
 from extproc.config.schema import StaticUrlsConfig
 from extproc.discovery.static_urls import StaticUrls
 from extproc.workers.source import Added, Listed
-from tests.fakes import make_spec, settle
+from tests.builders import make_spec
+from tests.fakes import settle
 
 
 async def test_every_url_is_added_in_order_before_the_list_is_complete() -> None:

@@ -9,7 +9,7 @@ from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.prefill_speed import PrefillSpeed
 from extproc.workers.rank_load import RankLoad
 from extproc.workers.worker import Worker
-from tests.fakes import make_shared, make_worker
+from tests.builders import make_shared, make_worker
 
 NOW = 1000.0
 TOKENS = 500

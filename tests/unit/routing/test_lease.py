@@ -7,7 +7,7 @@ from extproc.errors import stale_request_expired
 from extproc.routing.lease import Lease
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker
-from tests.fakes import Routing, make_router, make_worker
+from tests.builders import Fleet, make_fleet, make_worker
 
 VIA = "via_upstream"
 REFUSED = (
@@ -31,7 +31,7 @@ class Case:
             make_worker(url, order=order, threshold=threshold, in_flight=10 * order)
             for order, url in enumerate(URLS)
         ]
-        self.routing = make_router(self.workers, policy="least_load", load=load)
+        self.routing = make_fleet(self.workers, policy="least_load", load=load)
 
     @property
     def chosen(self) -> Worker:
@@ -63,7 +63,7 @@ class Case:
         return [worker.in_flight - 10 * order for order, worker in enumerate(self.workers)]
 
 
-def counted(routing: Routing, metric: str) -> float:
+def counted(routing: Fleet, metric: str) -> float:
     return routing.metric(metric, model="m")
 
 
@@ -304,7 +304,7 @@ async def test_the_load_stays_until_the_stream_ends() -> None:
     lease = await case.lease()
     lease.responded(200, ADDRESSES[0], VIA, streamed=True)
     case.routing.clock.tick(500.0)
-    case.routing.active_load.sweep()
+    case.routing.tickets.sweep()
     assert case.load() == [1, 0, 0]
     lease.close()
     assert case.load() == [0, 0, 0]

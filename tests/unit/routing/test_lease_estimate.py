@@ -3,28 +3,28 @@
 import pytest
 
 from extproc.config.schema import LoadConfig
-from tests.fakes import Routing, make_router, make_worker
+from tests.builders import Fleet, make_fleet, make_worker
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 VIA = "via_upstream"
 
 
-def estimating(stale_seconds: float = 600.0) -> Routing:
-    return make_router(
+def estimating(stale_seconds: float = 600.0) -> Fleet:
+    return make_fleet(
         [make_worker(f"http://{A}"), make_worker(f"http://{B}", order=1)],
         load=LoadConfig(release="estimate", estimated_stream_secs=15.0),
         stale_seconds=stale_seconds,
     )
 
 
-def load(routing: Routing) -> list[int]:
+def load(routing: Fleet) -> list[int]:
     return [worker.in_flight for worker in routing.registry]
 
 
-def later(routing: Routing, seconds: float) -> list[int]:
+def later(routing: Fleet, seconds: float) -> list[int]:
     routing.clock.tick(seconds)
-    routing.active_load.release_due()
-    routing.active_load.sweep()
+    routing.tickets.release_due()
+    routing.tickets.sweep()
     return load(routing)
 
 

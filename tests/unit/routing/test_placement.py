@@ -17,7 +17,7 @@ from extproc.routing.placement import Placed, Placement
 from extproc.routing.predictions import GRACE_SECONDS
 from extproc.routing.rank import Rank
 from extproc.workers.rank_load import RankLoad
-from tests.fakes import make_worker
+from tests.builders import make_worker
 
 PAGE = 16
 NOW = 100.0

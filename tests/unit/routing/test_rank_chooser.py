@@ -1,59 +1,21 @@
 """From a body to a rank and back: tokens, namespaces, ranks told to engines, books settled."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
-from msgspec import Struct
-from prometheus_client import CollectorRegistry
 
-from extproc.build import assemble_routing
-from extproc.config.models import ModelConfig, PolicyName
+from extproc.config.models import PolicyName
 from extproc.errors import RouterError
-from extproc.kv.prefix_hash import TokenIds
-from extproc.kv.subscriptions.subscription import SubscriberSettings
-from extproc.policies.factory import create_kv_policy
-from extproc.routing.lease import Lease
-from extproc.routing.local_endpoints import LocalEndpoints
-from extproc.routing.placement import Placement
-from extproc.routing.rank import Rank
-from extproc.routing.rank_chooser import RankChooser
-from extproc.routing.ranks import Ranks
-from extproc.routing.request import Request, find_endpoint
-from extproc.routing.router import Router
-from extproc.tokenization.bodies.openai_chat import BodyFields
-from extproc.tokenization.bodies.prompts import Prompt, read_prompt
+from extproc.tokenization.bodies.prompts import Prompt
 from extproc.tokenization.encoder import Encoded
-from extproc.workers.registry import WorkerRegistry
-from extproc.workers.tickets import Tickets
-from extproc.workers.worker import KvEvents, Worker
-from tests.fakes import (
-    FakeClock,
-    NoPrefillClient,
-    make_shared,
-    make_worker,
-    routing_settings,
-)
+from extproc.workers.worker import KvEvents
+from tests.builders import PAGE, ByteEncoder, Fleet, make_worker, routing_settings
 
-PAGE = 4
 A, B = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
 # One token a character.
 TEXT = "0123456789abcdefghij"
-
-
-class ByteEncoder:
-    """A token is a byte of a completion's prompt."""
-
-    async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
-        return read_prompt(path, body)
-
-    async def encode(self, prompt: Prompt) -> Encoded:
-        if prompt.why or prompt.text is None:
-            return Encoded(None, prompt.why or "no_text")
-        return Encoded(tokens(prompt.text), "")
 
 
 class BusyEncoder(ByteEncoder):
@@ -64,49 +26,6 @@ class BusyEncoder(ByteEncoder):
         return await super().encode(prompt)
 
 
-def tokens(text: str) -> TokenIds:
-    return np.frombuffer(text.encode(), np.uint8).astype(np.uint64)
-
-
-class Fleet(Struct, kw_only=True):
-    """A router over ranks whose holdings the test writes."""
-
-    clock: FakeClock
-    ranks: Ranks
-    registry: WorkerRegistry
-    active_load: Tickets
-    prometheus: CollectorRegistry
-    router: Router
-    workers: list[Worker]
-
-    def rank(self, worker: int, dp_rank: int = 0) -> Rank:
-        return self.ranks.of(self.workers[worker])[dp_rank]
-
-    def hold(self, text: str, worker: int, dp_rank: int = 0, salt: str | None = None) -> None:
-        """The rank is trusted and holds the whole pages of this text."""
-        index, rank = self.ranks.indexer.index, self.rank(worker, dp_rank)
-        if rank.pages is None:
-            rank.pages = index.add(self.workers[worker].url, PAGE, dp_rank=dp_rank)
-        rank.pages.trusted = True
-        ids = tokens(text)[: len(text) // PAGE * PAGE]
-        seed = self.ranks.indexer.seed(salt, None)
-        names = [hash((salt, text[: end * PAGE])) for end in range(1, len(ids) // PAGE + 1)]
-        index.store(rank.pages, names, None, ids, PAGE, seed=seed)
-
-    async def route(self, text: str, **fields: Any) -> Lease:
-        body = json.dumps({"model": "m", "prompt": text} | fields).encode()
-        return await self.send(body, fields.get("model", "m"), fields.get("stream", False))
-
-    async def send(self, body: bytes, model: str = "m", stream: bool = False) -> Lease:
-        endpoint = find_endpoint("POST", "/v1/completions")
-        lease = await self.router.route(Request(endpoint, model, stream, body))
-        assert isinstance(lease, Lease)
-        return lease
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self.prometheus.get_sample_value(name, labels) or 0.0
-
-
 async def make_fleet(
     urls: Sequence[str] = (A, B),
     *,
@@ -115,48 +34,17 @@ async def make_fleet(
     destinations_max: int = 3,
     encoder: ByteEncoder | None = None,
 ) -> Fleet:
-    clock = FakeClock()
-    shared = make_shared(clock=clock)
-    ranks = Ranks(clock, max_pages=10_000, settings=SubscriberSettings())
-    model = ModelConfig(id="m", policy=policy, tokenizer_path="-")
-    placement = Placement(create_kv_policy(model, shared.random), ranks.indexer.index)
-    ranks.serve("m", placement)
-    workers = []
-    for order, url in enumerate(urls):
-        worker = make_worker(url, order=order)
-        if dp_size > 1:
-            # Nobody listens there; what is held is up to the test.
-            events = KvEvents(host="127.0.0.1", port=1, block_size=PAGE, dp_size=dp_size)
-            worker = make_worker(url, order=order, kv_events=events)
-        shared.registry.upsert(worker)
-        ranks.joined(worker)
-        workers.append(worker)
-    chooser = RankChooser(
-        "m",
-        encoder or ByteEncoder(),
-        placement,
-        ranks,
-        metrics=shared.metrics,
-        clock=clock,
-        patience_seconds=0.05,
-    )
-    routing = assemble_routing(
-        routing_settings(destinations_max=destinations_max),
-        shared,
-        ranks,
-        {"m": chooser},
-        LocalEndpoints({}),
-        NoPrefillClient(),
-        lambda worker: None,
-    )
+    # The ports are closed: the test says which pages a rank holds.
+    events = KvEvents(host="127.0.0.1", port=1, block_size=PAGE, dp_size=dp_size)
+    workers = [
+        make_worker(url, order=order, kv_events=events if dp_size > 1 else None)
+        for order, url in enumerate(urls)
+    ]
     return Fleet(
-        clock=clock,
-        ranks=ranks,
-        registry=shared.registry,
-        active_load=shared.tickets,
-        prometheus=shared.prometheus,
-        router=routing.router,
-        workers=workers,
+        workers,
+        policy=policy,
+        settings=routing_settings(destinations_max=destinations_max),
+        encoder=encoder,
     )
 
 
@@ -174,7 +62,7 @@ async def fleet() -> AsyncIterator[MakeFleet]:
 
     yield make
     for one in made:
-        await one.ranks.indexer.close()
+        await one.close()
 
 
 @pytest.mark.parametrize("policy", ["cache_aware_zmq", "min_ttft"])
@@ -182,7 +70,7 @@ async def test_a_prompt_goes_to_its_holder(fleet: MakeFleet, policy: PolicyName)
     pool = await fleet(policy=policy)
     pool.hold("something else here", 0)
     pool.hold(TEXT[:16], 1)
-    lease = await pool.route(TEXT)
+    lease = await pool.complete(TEXT)
     assert lease.decision.worker_url == B
     assert lease.decision.reason == "hit"
     assert (lease.decision.cached_tokens, lease.decision.total_tokens) == (16, 20)
@@ -199,7 +87,7 @@ async def test_who_is_no_candidate_hides_nobody(fleet: MakeFleet) -> None:
     pool.hold(TEXT[:16], 1)
     for _ in range(3):
         pool.workers[0].breaker.failure(pool.clock.monotonic())
-    lease = await pool.route(TEXT)
+    lease = await pool.complete(TEXT)
     assert (lease.decision.worker_url, lease.decision.reason) == (B, "hit")
 
 
@@ -218,7 +106,7 @@ async def test_only_the_same_namespace_counts(
 ) -> None:
     pool = await fleet()
     pool.hold(TEXT, 0, salt="a")
-    lease = await pool.route(TEXT, **fields)
+    lease = await pool.complete(TEXT, **fields)
     assert (lease.decision.reason == "hit") is hits
     assert lease.decision.model == "m"
 
@@ -227,13 +115,13 @@ async def test_an_adapter_needs_a_name(fleet: MakeFleet) -> None:
     pool = await fleet()
     for name in ("m:", ":m", "n:m", "m2"):
         with pytest.raises(RouterError) as caught:
-            await pool.route(TEXT, model=name)
+            await pool.complete(TEXT, model=name)
         assert caught.value.code == "model_not_found"
 
 
 async def test_tokens_that_do_not_come_in_time_are_done_without(fleet: MakeFleet) -> None:
     pool = await fleet(encoder=BusyEncoder())
-    lease = await pool.route(TEXT, cache_salt="a")
+    lease = await pool.complete(TEXT, cache_salt="a")
     assert lease.decision.reason == "no_tokens"
     assert pool.metric("extproc_prompts_without_tokens_total", model="m", reason="busy") == 1
     lease.close()
@@ -260,7 +148,7 @@ async def test_without_tokens_load_decides_and_says_why(
 
 async def test_without_events_load_decides(fleet: MakeFleet) -> None:
     pool = await fleet()
-    assert (await pool.route(TEXT)).decision.reason == "no_events"
+    assert (await pool.complete(TEXT)).decision.reason == "no_events"
 
 
 async def test_nobody_to_ask_is_told_before_any_work(fleet: MakeFleet) -> None:
@@ -273,12 +161,12 @@ async def test_nobody_to_ask_is_told_before_any_work(fleet: MakeFleet) -> None:
 async def test_the_rank_is_told_only_where_there_are_several(fleet: MakeFleet) -> None:
     pool = await fleet(dp_size=3)
     pool.hold(TEXT, 1, dp_rank=2)
-    lease = await pool.route(TEXT)
+    lease = await pool.complete(TEXT)
     assert lease.decision.body_members == b'"routed_dp_rank":2'
     assert pool.rank(1, 2).load.in_flight == 1
     assert (await pool.send(b"")).decision.body_members == b""
     single = await fleet()
-    assert (await single.route(TEXT)).decision.body_members == b""
+    assert (await single.complete(TEXT)).decision.body_members == b""
 
 
 async def test_fallbacks_have_the_rank_that_the_body_names(fleet: MakeFleet) -> None:
@@ -287,7 +175,7 @@ async def test_fallbacks_have_the_rank_that_the_body_names(fleet: MakeFleet) -> 
     pool.registry.upsert(small)
     pool.ranks.joined(small)
     pool.hold(TEXT, 0, dp_rank=3)
-    lease = await pool.route(TEXT)
+    lease = await pool.complete(TEXT)
     assert lease.decision.destinations == ("10.0.0.1:1",)
 
 
@@ -295,8 +183,8 @@ async def test_books_of_ranks_are_settled_on_every_way_out(fleet: MakeFleet) -> 
     pool = await fleet()
     pool.hold(TEXT, 0)
     rank = pool.rank(0)
-    done = await pool.route(TEXT)
-    gone = await pool.route(TEXT)
+    done = await pool.complete(TEXT)
+    gone = await pool.complete(TEXT)
     assert rank.load.in_flight == 2
     assert rank.load.prefill_tokens_ahead(pool.clock.monotonic()) > 0
     done.responded(200, "10.0.0.1:8000", "via_upstream", streamed=True)
@@ -305,13 +193,13 @@ async def test_books_of_ranks_are_settled_on_every_way_out(fleet: MakeFleet) -> 
     gone.close()
     assert rank.load.in_flight == 0
     assert rank.load.prefill_tokens_ahead(pool.clock.monotonic()) == 0
-    assert len(pool.active_load) == 0
+    assert len(pool.tickets) == 0
 
 
 async def test_whoever_serves_instead_has_the_load(fleet: MakeFleet) -> None:
     pool = await fleet()
     pool.hold(TEXT, 0)
-    lease = await pool.route(TEXT)
+    lease = await pool.complete(TEXT)
     assert lease.decision.destinations[0] == "10.0.0.1:8000"
     lease.responded(200, "10.0.0.2:8000", "via_upstream", streamed=True)
     assert pool.rank(0).load.in_flight == 0
@@ -324,9 +212,9 @@ async def test_a_sibling_follows_what_is_on_its_way(fleet: MakeFleet) -> None:
     pool = await fleet()
     pool.hold("z" * 8, 0)
     pool.hold("z" * 8, 1)
-    first = await pool.route(TEXT)
+    first = await pool.complete(TEXT)
     assert first.decision.reason == "below_threshold"
-    second = await pool.route(TEXT + "xyz")
+    second = await pool.complete(TEXT + "xyz")
     assert second.decision.reason == "predicted"
     assert second.decision.worker_url == first.decision.worker_url
     assert second.decision.cached_tokens == 0  # never reported as overlap
@@ -336,14 +224,14 @@ async def test_a_worker_that_left_is_no_target_and_keeps_no_hope(fleet: MakeFlee
     pool = await fleet()
     pool.hold("z" * 8, 0)
     pool.hold("z" * 8, 1)
-    lease = await pool.route(TEXT)
+    lease = await pool.complete(TEXT)
     left = 0 if lease.decision.worker_url == A else 1
     rank = pool.rank(left)
     await pool.ranks.left(pool.workers[left])
     assert pool.ranks.of(pool.workers[left]) == ()
     assert rank.pages is None
     pool.registry.remove(pool.workers[left].id)
-    assert (await pool.route(TEXT)).decision.reason == "below_threshold"
+    assert (await pool.complete(TEXT)).decision.reason == "below_threshold"
     lease.close()  # its books may outlive it
     assert [one.worker.url for one in pool.ranks] == [pool.workers[1 - left].url]
 

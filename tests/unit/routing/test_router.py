@@ -9,7 +9,7 @@ from extproc.errors import RouterError
 from extproc.policies.base import CandidateT, Choice
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker
-from tests.fakes import Routing, make_router, make_worker
+from tests.builders import Fleet, make_fleet, make_worker
 
 
 def pool(count: int, **common: int) -> list[Worker]:
@@ -19,13 +19,13 @@ def pool(count: int, **common: int) -> list[Worker]:
     ]
 
 
-def open_breaker(routing: Routing, worker: Worker) -> None:
+def open_breaker(routing: Fleet, worker: Worker) -> None:
     for _ in range(worker.breaker.threshold):
         worker.breaker.failure(routing.clock.monotonic())
     assert worker.breaker.state is BreakerState.OPEN
 
 
-async def refused(routing: Routing, model: str | None = "m") -> RouterError:
+async def refused(routing: Fleet, model: str | None = "m") -> RouterError:
     with pytest.raises(RouterError) as caught:
         await routing.route(model)
     return caught.value
@@ -35,29 +35,29 @@ async def refused(routing: Routing, model: str | None = "m") -> RouterError:
 
 
 async def test_an_unknown_model_is_404_even_without_any_worker() -> None:
-    error = await refused(make_router(), "other")
+    error = await refused(make_fleet(), "other")
     assert (error.code, error.status) == ("model_not_found", 404)
     assert "other" in error.message
 
 
 async def test_an_unconfigured_model_is_404_even_when_a_worker_serves_it() -> None:
-    routing = make_router([make_worker(model_ids=("other",))])
+    routing = make_fleet([make_worker(model_ids=("other",))])
     assert (await refused(routing, "other")).status == 404
 
 
 async def test_a_configured_model_without_workers_is_503() -> None:
-    error = await refused(make_router())
+    error = await refused(make_fleet())
     assert (error.code, error.status) == ("no_healthy_workers", 503)
 
 
 async def test_no_model_means_the_only_one() -> None:
-    routing = make_router(pool(1))
+    routing = make_fleet(pool(1))
     assert routing.router.only_model == "m"
     assert (await routing.route(None)).decision.model == "m"
 
 
 async def test_no_model_among_several_is_404() -> None:
-    routing = make_router(pool(1), models=("m", "n"))
+    routing = make_fleet(pool(1), models=("m", "n"))
     assert routing.router.only_model is None
     assert routing.router.model_ids == ["m", "n"]
     assert (await refused(routing, None)).status == 404
@@ -66,14 +66,14 @@ async def test_no_model_among_several_is_404() -> None:
 async def test_a_model_is_served_by_its_own_workers_only() -> None:
     a = make_worker("http://10.0.0.1:8000", model_ids=("m",))
     b = make_worker("http://10.0.0.2:8000", order=1, model_ids=("n",))
-    routing = make_router([a, b], models=("m", "n"))
+    routing = make_fleet([a, b], models=("m", "n"))
     for _ in range(3):
         assert (await routing.route("m")).decision.destinations == ("10.0.0.1:8000",)
         assert (await routing.route("n")).decision.destinations == ("10.0.0.2:8000",)
 
 
 async def test_an_error_names_no_worker() -> None:
-    routing = make_router(pool(1))
+    routing = make_fleet(pool(1))
     open_breaker(routing, next(iter(routing.registry)))
     assert "10.0.0" not in (await refused(routing)).message
 
@@ -83,7 +83,7 @@ async def test_an_error_names_no_worker() -> None:
 
 @pytest.mark.parametrize(("stream", "timeout_ms"), [(False, 300_000), (True, 0)])
 async def test_the_decision_says_where_to_and_why(stream: bool, timeout_ms: int) -> None:
-    routing = make_router(pool(1))
+    routing = make_fleet(pool(1))
     decision = (await routing.route(stream=stream)).decision
     assert decision.worker_url == "http://10.0.0.1:8000"
     assert decision.destinations == ("10.0.0.1:8000",)
@@ -95,12 +95,12 @@ async def test_the_decision_says_where_to_and_why(stream: bool, timeout_ms: int)
 
 @pytest.mark.parametrize(("seconds", "milliseconds"), [(0.001, 1), (0.0001, 1), (1.5, 1500)])
 async def test_a_time_out_is_never_rounded_to_none(seconds: float, milliseconds: int) -> None:
-    routing = make_router(pool(1), request_timeout_seconds=seconds)
+    routing = make_fleet(pool(1), request_timeout_seconds=seconds)
     assert (await routing.route()).decision.timeout_ms == milliseconds
 
 
 async def test_an_ipv6_worker_is_named_in_brackets() -> None:
-    routing = make_router([make_worker("http://[2001:db8::1]:8000")])
+    routing = make_fleet([make_worker("http://[2001:db8::1]:8000")])
     assert (await routing.route()).decision.destinations == ("[2001:db8::1]:8000",)
 
 
@@ -109,19 +109,19 @@ async def test_an_ipv6_worker_is_named_in_brackets() -> None:
 
 async def test_a_booking_is_seen_by_the_next_decision() -> None:
     workers = pool(3)
-    routing = make_router(workers, policy="least_load")
+    routing = make_fleet(workers, policy="least_load")
     for _ in range(9):
         await routing.route()
     assert [worker.in_flight for worker in workers] == [3, 3, 3]
-    assert len(routing.active_load) == 9
+    assert len(routing.tickets) == 9
 
 
 async def test_a_refused_request_books_nothing() -> None:
     workers = pool(1)
-    routing = make_router(workers)
+    routing = make_fleet(workers)
     open_breaker(routing, workers[0])
     await refused(routing)
-    assert (workers[0].in_flight, len(routing.active_load)) == (0, 0)
+    assert (workers[0].in_flight, len(routing.tickets)) == (0, 0)
 
 
 async def test_a_policy_that_breaks_neither_books_nor_claims() -> None:
@@ -132,7 +132,7 @@ async def test_a_policy_that_breaks_neither_books_nor_claims() -> None:
             raise RuntimeError("boom")
 
     (worker,) = pool(1)
-    routing = make_router([worker], policy=Broken())
+    routing = make_fleet([worker], policy=Broken())
     open_breaker(routing, worker)
     routing.clock.tick(30.0)
     with pytest.raises(RuntimeError, match="boom"):
@@ -145,7 +145,7 @@ async def test_a_policy_that_breaks_neither_books_nor_claims() -> None:
 
 async def test_no_healthy_worker_is_503_until_the_cool_down() -> None:
     workers = pool(2)
-    routing = make_router(workers)
+    routing = make_fleet(workers)
     for worker in workers:
         open_breaker(routing, worker)
     routing.clock.tick(29.9)
@@ -156,7 +156,7 @@ async def test_no_healthy_worker_is_503_until_the_cool_down() -> None:
 
 async def test_an_open_worker_is_neither_chosen_nor_a_fallback() -> None:
     workers = pool(3)
-    routing = make_router(workers)
+    routing = make_fleet(workers)
     open_breaker(routing, workers[1])
     for _ in range(10):
         assert "10.0.0.2:8000" not in (await routing.route()).decision.destinations
@@ -164,7 +164,7 @@ async def test_an_open_worker_is_neither_chosen_nor_a_fallback() -> None:
 
 async def test_being_a_candidate_or_a_fallback_claims_no_probe() -> None:
     workers = pool(2)
-    routing = make_router(workers)
+    routing = make_fleet(workers)
     open_breaker(routing, workers[1])
     routing.clock.tick(30.0)
     lease = await routing.route()
@@ -175,7 +175,7 @@ async def test_being_a_candidate_or_a_fallback_claims_no_probe() -> None:
 
 async def test_the_probe_is_claimed_for_the_chosen_one_and_only_once() -> None:
     workers = pool(2)
-    routing = make_router(workers)
+    routing = make_fleet(workers)
     for worker in workers:
         open_breaker(routing, worker)
     routing.clock.tick(30.0)
@@ -197,7 +197,7 @@ async def test_the_probe_is_claimed_for_the_chosen_one_and_only_once() -> None:
 async def test_fallbacks_are_distinct_and_never_the_chosen_one(
     workers: int, destinations_max: int, named: int
 ) -> None:
-    routing = make_router(pool(workers), destinations_max=destinations_max)
+    routing = make_fleet(pool(workers), destinations_max=destinations_max)
     for turn in range(30):
         decision = (await routing.route()).decision
         assert len(decision.destinations) == named
@@ -211,13 +211,13 @@ async def test_the_less_loaded_of_the_drawn_fallbacks_come_first() -> None:
     for worker, load in zip(workers, (0, 9, 1, 5), strict=True):
         worker.in_flight = load
     # All four are drawn: 2 * 2 + 1 > 4.
-    routing = make_router(workers, policy="least_load")
+    routing = make_fleet(workers, policy="least_load")
     decision = (await routing.route()).decision
     assert decision.destinations == ("10.0.0.1:8000", "10.0.0.3:8000", "10.0.0.4:8000")
 
 
 async def test_the_requests_of_a_dead_worker_do_not_all_fall_on_the_same_next_one() -> None:
-    routing = make_router(pool(5), destinations_max=2)
+    routing = make_fleet(pool(5), destinations_max=2)
     seconds: Counter[str] = Counter()
     for _ in range(500):
         lease = await routing.route()

@@ -23,7 +23,7 @@ from extproc.server.replies import ReplyBuilder
 from extproc.server.session import SessionContext
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker
-from tests.fakes import Routing, make_router, make_worker
+from tests.builders import Fleet, make_fleet, make_worker
 from tests.protocol.exchange import (
     destination,
     error,
@@ -64,7 +64,7 @@ def headers(
 class Case(Struct, kw_only=True):
     """A session of the second pass with one decode worker, of which a failure opens the breaker."""
 
-    routing: Routing
+    routing: Fleet
     worker: Worker
     queries: list[DecodeQuery]
     metrics: Metrics
@@ -98,7 +98,7 @@ def make_case(
     pick: Callable[[DecodeQuery], Lease] | None = None,
 ) -> Case:
     worker = make_worker(f"http://{ADDRESS}", role="decode", threshold=1)
-    routing = make_router([worker])
+    routing = make_fleet([worker])
     queries: list[DecodeQuery] = []
 
     def pick_decode(query: DecodeQuery) -> Lease:

@@ -6,7 +6,7 @@ from extproc.config.models import CircuitBreakerConfig, KvEventsConfig, ModelCon
 from extproc.workers.configured_models import ConfiguredModels
 from extproc.workers.introspection import Introspection
 from extproc.workers.worker import KvEvents
-from tests.fakes import make_spec
+from tests.builders import make_spec
 
 MODELS = ConfiguredModels(
     [

@@ -12,7 +12,8 @@ from extproc.worker_url import parse_worker_url
 from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError
 from extproc.workers.introspection import Introspection, apply_introspection, introspect
 from extproc.workers.worker import Role
-from tests.fakes import FakeClock, FakeEngineClient, make_spec
+from tests.builders import make_spec
+from tests.fakes import FakeClock, FakeEngineClient
 
 URL = "http://10.0.0.1:8000"
 

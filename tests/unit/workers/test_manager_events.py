@@ -8,7 +8,8 @@ from structlog.testing import capture_logs
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineAnswer
 from extproc.workers.source import Added, Listed, Removed, RoleChanged
-from tests.fakes import FakeEngineClient, make_spec, settle
+from tests.builders import make_spec
+from tests.fakes import FakeEngineClient, settle
 
 from .manager_setup import NAMED, A, B, C, Gate, ManagerSetup, running
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from extproc.workers.engine_calls import EngineAnswer
 from extproc.workers.source import Added, Removed, RoleChanged
 from extproc.workers.worker import Role
-from tests.fakes import make_spec
+from tests.builders import make_spec
 
 from .manager_setup import INTERVAL_SECONDS, RETRY_SECONDS, ManagerSetup, running
 

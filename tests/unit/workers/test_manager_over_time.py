@@ -6,7 +6,8 @@ from structlog.typing import EventDict
 
 from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError
 from extproc.workers.source import Added, Removed
-from tests.fakes import FakeEngineClient, make_spec, settle
+from tests.builders import make_spec
+from tests.fakes import FakeEngineClient, settle
 
 from .manager_setup import DNS_TTL_SECONDS, NAMED, RETRY_SECONDS, A, B, Gate, ManagerSetup, running
 

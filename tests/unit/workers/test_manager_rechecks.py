@@ -11,7 +11,8 @@ from extproc.workers.engine_calls import EngineAnswer
 from extproc.workers.observer import WorkerObserver
 from extproc.workers.source import Added, Removed, RoleChanged
 from extproc.workers.worker import Role, Worker
-from tests.fakes import FakeEngineClient, make_spec, settle
+from tests.builders import make_spec
+from tests.fakes import FakeEngineClient, settle
 
 from .manager_setup import INTERVAL_SECONDS, RETRY_SECONDS, A, B, C, Gate, ManagerSetup, running
 

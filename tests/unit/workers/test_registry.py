@@ -4,7 +4,7 @@ import pytest
 
 from extproc.workers.registry import MixedRolesError, WorkerRegistry
 from extproc.workers.worker import Role, Worker
-from tests.fakes import make_spec, make_worker
+from tests.builders import make_spec, make_worker
 
 ROLES_OF_A_PD_MODEL: tuple[Role, ...] = ("decode", "prefill", "decode")
 A, B, C = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))

@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from extproc.workers.registry import MixedRolesError, WorkerRegistry
 from extproc.workers.worker import Role, Worker
-from tests.fakes import make_spec, make_worker
+from tests.builders import make_spec, make_worker
 
 _ALL_ROLES: tuple[Role, ...] = get_args(Role)
 _ALL_MODELS = ("m", "n")

@@ -12,7 +12,8 @@ from extproc.errors import RouterError
 from extproc.metrics.service import Metrics
 from extproc.workers.tickets import Ticket, Tickets
 from extproc.workers.worker import Worker
-from tests.fakes import FakeClock, make_worker
+from tests.builders import make_worker
+from tests.fakes import FakeClock
 
 STALE_TOTAL = "extproc_stale_requests_total"
 

@@ -6,7 +6,7 @@ from structlog.testing import capture_logs
 from extproc.workers.introspection import Introspection, IntrospectionWarning
 from extproc.workers.registry import MixedRolesError
 from extproc.workers.worker_warnings import WorkerWarnings, shown_models
-from tests.fakes import make_spec
+from tests.builders import make_spec
 
 SPEC = make_spec("http://10.0.0.1:8000")
 GOOD = Introspection(model_ids=("m",))

@@ -17,7 +17,8 @@ from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineAnswer, EngineTimeoutError, EngineUnreachableError
 from extproc.workers.tickets import RankBooking
 from extproc.workers.worker import Worker
-from tests.fakes import make_router, make_worker, settle
+from tests.builders import make_fleet, make_worker
+from tests.fakes import settle
 
 P, D = "http://10.0.0.1:8000", "http://10.0.1.1:8000"
 D_ADDRESS = "10.0.1.1:8000"
@@ -84,7 +85,7 @@ class Case:
     ) -> None:
         self.prefill = make_worker(P, role="prefill", threshold=threshold)
         self.decode = make_worker(D, order=1, role="decode", threshold=threshold)
-        self.routing = make_router([self.prefill, self.decode])
+        self.routing = make_fleet([self.prefill, self.decode])
         self.rechecked: list[Worker] = []
         self.failures: list[RouterError] = []
         self.call = FakeCall()
@@ -158,7 +159,7 @@ class Case:
 
     def nothing_is_left(self) -> None:
         assert self.load == (0, 0)
-        assert len(self.routing.active_load) == 0
+        assert len(self.routing.tickets) == 0
         assert len(self.pairs) == 0
         assert not self.call.is_open
 
@@ -427,7 +428,7 @@ async def test_a_reservation_counts_until_it_is_released_once() -> None:
     # The worker is picked, and its probe is another's by now.
     probe = case.decode.breaker.claim(now)
     assert probe
-    ticket = case.routing.active_load.book(case.decode, now)
+    ticket = case.routing.tickets.book(case.decode, now)
     case.pair.release_reservation()
     case.pair.close()
     assert case.decode.in_flight == 1

@@ -16,14 +16,14 @@ from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineTimeoutError, EngineUnreachableError, PrefillCall
 from extproc.workers.worker import KvEvents, Worker
 from tests.fakes import settle
-from tests.unit.routing.pd.house import (
+from tests.unit.routing.pd.pd_fleet import (
     ADDRESSES,
     BODY,
     DECODES,
     PAGE,
     PREFILLS,
     VIA,
-    Fleet,
+    PdFleet,
 )
 
 
@@ -49,8 +49,8 @@ class Choices:
 
 
 async def test_two_passes_name_no_worker_but_what_the_second_has_to_know() -> None:
-    fleet = Fleet(linger_seconds=0.0)
-    pair = await fleet.route()
+    fleet = PdFleet(linger_seconds=0.0)
+    pair = await fleet.pair()
     decision = pair.decision
     assert (decision.model, decision.policy, decision.reason) == ("m", "round_robin", "next")
     assert decision.worker_url == PREFILLS[0]
@@ -72,8 +72,8 @@ async def test_two_passes_name_no_worker_but_what_the_second_has_to_know() -> No
 
 
 async def test_inline_names_the_decode_workers_in_order() -> None:
-    fleet = Fleet(inline=True, decode_attempts=2)
-    pair = await fleet.route()
+    fleet = PdFleet(inline=True, decode_attempts=2)
+    pair = await fleet.pair()
     decision = pair.decision
     assert decision.decode_order == ""
     assert decision.attempts == len(decision.destinations) == 2
@@ -95,8 +95,8 @@ async def test_inline_names_the_decode_workers_in_order() -> None:
 @pytest.mark.parametrize("inline", [False, True])
 @pytest.mark.parametrize(("stream", "timeout_ms"), [(False, 300_000), (True, 0)])
 async def test_a_stream_has_no_time_out(inline: bool, stream: bool, timeout_ms: int) -> None:
-    fleet = Fleet(inline=inline)
-    pair = await fleet.route(stream=stream)
+    fleet = PdFleet(inline=inline)
+    pair = await fleet.pair(stream=stream)
     assert pair.decision.timeout_ms == timeout_ms
     pair.close()
 
@@ -105,17 +105,17 @@ async def test_a_stream_has_no_time_out(inline: bool, stream: bool, timeout_ms: 
 async def test_there_are_never_more_attempts_than_decode_workers(
     decodes: int, attempts: int, made: int
 ) -> None:
-    fleet = Fleet(decodes=DECODES[:decodes], decode_attempts=attempts)
-    pair = await fleet.route()
+    fleet = PdFleet(decodes=DECODES[:decodes], decode_attempts=attempts)
+    pair = await fleet.pair()
     assert pair.decision.attempts == made
     assert DecodeOrder.from_header(pair.decision.decode_order).attempts == made
     pair.close()
 
 
 async def test_a_neighbour_of_the_prefill_worker_comes_first() -> None:
-    fleet = Fleet(decodes=[*DECODES, *(f"http://10.0.0.{n}:9000" for n in (1, 2, 3))])
+    fleet = PdFleet(decodes=[*DECODES, *(f"http://10.0.0.{n}:9000" for n in (1, 2, 3))])
     for _ in range(12):
-        pair = await fleet.route()
+        pair = await fleet.pair()
         host = pair.leg.worker.spec.url.host
         order = DecodeOrder.from_header(pair.decision.decode_order)
         assert (order.prefill_host, order.addresses[0]) == (host, f"{host}:9000")
@@ -124,20 +124,20 @@ async def test_a_neighbour_of_the_prefill_worker_comes_first() -> None:
 
 
 async def test_what_the_engine_reports_of_its_load_counts() -> None:
-    fleet = Fleet()
+    fleet = PdFleet()
     fleet.reports(fleet.decodes[0], 50)
     fleet.reports(fleet.decodes[1], 0, usage=0.9)
     fleet.reports(fleet.decodes[2], 0, usage=0.1)
     for _ in range(8):
-        pair = await fleet.route()
+        pair = await fleet.pair()
         order = DecodeOrder.from_header(pair.decision.decode_order)
         assert order.addresses == (ADDRESSES[2], ADDRESSES[1], ADDRESSES[0])
         pair.close()
 
 
 async def test_a_reservation_is_seen_by_the_next_request() -> None:
-    fleet = Fleet()
-    pairs = [await fleet.route() for _ in range(6)]
+    fleet = PdFleet()
+    pairs = [await fleet.pair() for _ in range(6)]
     assert fleet.load == ([2, 2, 2], [2, 2, 2])
     for pair in pairs:
         pair.close()
@@ -148,8 +148,8 @@ async def test_a_reservation_is_seen_by_the_next_request() -> None:
 
 
 async def test_both_sides_get_the_same_room_and_the_rest_of_the_body_as_it_was() -> None:
-    fleet = Fleet()
-    pair = await fleet.route()
+    fleet = PdFleet()
+    pair = await fleet.pair()
     (post,) = fleet.caller.posts
     assert post.body == with_members(BODY, pair.decision.body_members)
     assert (post.url, post.path) == (PREFILLS[0], "/v1/completions")
@@ -162,14 +162,14 @@ async def test_both_sides_get_the_same_room_and_the_rest_of_the_body_as_it_was()
 
 
 async def test_an_unknown_bootstrap_port_is_null() -> None:
-    fleet = Fleet(port=None)
-    (await fleet.route()).close()
+    fleet = PdFleet(port=None)
+    (await fleet.pair()).close()
     assert fleet.caller.posts[0].fields["bootstrap_port"] is None
 
 
 async def test_an_ipv6_prefill_worker_is_met_without_brackets() -> None:
-    fleet = Fleet(["http://[2001:db8::1]:8000"], ["http://[2001:db8::1]:9000"])
-    pair = await fleet.route()
+    fleet = PdFleet(["http://[2001:db8::1]:8000"], ["http://[2001:db8::1]:9000"])
+    pair = await fleet.pair()
     assert fleet.caller.posts[0].fields["bootstrap_host"] == "2001:db8::1"
     order = DecodeOrder.from_header(pair.decision.decode_order)
     assert order.prefill_host == "2001:db8::1"
@@ -189,8 +189,8 @@ async def test_an_ipv6_prefill_worker_is_met_without_brackets() -> None:
     ],
 )
 async def test_a_batch_gets_a_room_for_each_prompt(path: str, body: bytes) -> None:
-    fleet = Fleet()
-    pair = await fleet.route(body, path=path)
+    fleet = PdFleet()
+    pair = await fleet.pair(body, path=path)
     fields = fleet.caller.posts[0].fields
     assert len(set(fields["bootstrap_room"])) == 3
     assert fields["bootstrap_host"] == ["10.0.0.1"] * 3
@@ -199,7 +199,7 @@ async def test_a_batch_gets_a_room_for_each_prompt(path: str, body: bytes) -> No
 
 @pytest.mark.parametrize("rank", [0, 1, 5, 7])
 async def test_the_room_says_the_rank(rank: int) -> None:
-    fleet = Fleet()
+    fleet = PdFleet()
     worker = fleet.prefills[1]
     events = KvEvents(host="10.0.0.2", port=5557, block_size=PAGE, dp_size=8)
     worker.spec = msgspec.structs.replace(worker.spec, kv_events=events)
@@ -222,9 +222,9 @@ async def test_the_room_says_the_rank(rank: int) -> None:
 async def test_the_prefill_has_the_headers_that_decode_has(
     authorization: str | None, expected: str
 ) -> None:
-    fleet = Fleet(authorization=authorization)
+    fleet = PdFleet(authorization=authorization)
     sent = [("authorization", "Bearer client"), ("x-request-id", "r1"), ("traceparent", "t")]
-    (await fleet.route(headers=sent)).close()
+    (await fleet.pair(headers=sent)).close()
     headers = fleet.caller.posts[0].headers
     assert dict(headers) == {
         "content-type": "application/json",
@@ -236,8 +236,8 @@ async def test_the_prefill_has_the_headers_that_decode_has(
 
 
 async def test_a_client_without_credentials_is_given_none() -> None:
-    fleet = Fleet()
-    (await fleet.route()).close()
+    fleet = PdFleet()
+    (await fleet.pair()).close()
     assert "authorization" not in dict(fleet.caller.posts[0].headers)
 
 
@@ -250,11 +250,11 @@ async def test_a_client_without_credentials_is_given_none() -> None:
 async def test_a_refused_connection_leads_to_another_worker_and_another_room(
     error: EngineUnreachableError,
 ) -> None:
-    fleet = Fleet(threshold=1)
+    fleet = PdFleet(threshold=1)
     fleet.caller.refuses[PREFILLS[0]] = error
     for worker, port in zip(fleet.prefills, (8998, None, 9), strict=True):
         worker.spec = msgspec.structs.replace(worker.spec, bootstrap_port=port)
-    pair = await fleet.route()
+    pair = await fleet.pair()
     first, second = fleet.caller.posts
     assert (first.url, second.url) == (PREFILLS[0], pair.leg.worker.url)
     assert first.url != second.url
@@ -275,7 +275,7 @@ async def test_a_refused_connection_leads_to_another_worker_and_another_room(
 
 
 async def test_when_all_refuse_each_was_tried_once() -> None:
-    fleet = Fleet()
+    fleet = PdFleet()
     fleet.caller.refuse(*PREFILLS)
     error = await fleet.refused()
     assert (error.status, error.code) == (503, "no_prefill_workers_available")
@@ -287,14 +287,14 @@ async def test_when_all_refuse_each_was_tried_once() -> None:
 
 
 async def test_a_worker_that_refuses_is_left_alone_by_its_breaker() -> None:
-    fleet = Fleet(threshold=1)
+    fleet = PdFleet(threshold=1)
     fleet.caller.refuse(*PREFILLS)
     await fleet.refused()
     await fleet.refused()
     assert len(fleet.caller.posts) == 3
     fleet.clock.tick(30.0)
     fleet.caller.refuses.clear()
-    pair = await fleet.route()
+    pair = await fleet.pair()
     assert pair.leg.worker.breaker.state is BreakerState.HALF_OPEN
     fleet.caller.calls[-1].tell(200)
     await settle()
@@ -311,7 +311,7 @@ async def test_a_worker_that_refuses_is_left_alone_by_its_breaker() -> None:
 async def test_without_one_side_nothing_is_sent_to_the_other(
     side: str, code: str, how: str
 ) -> None:
-    fleet = Fleet()
+    fleet = PdFleet()
     workers = fleet.prefills if side == "prefill" else fleet.decodes
     if how == "breaker":
         fleet.trip(*workers)
@@ -326,26 +326,26 @@ async def test_without_one_side_nothing_is_sent_to_the_other(
 
 
 async def test_a_probe_that_runs_keeps_others_away_on_both_sides() -> None:
-    fleet = Fleet(PREFILLS[:1], DECODES[:1])
+    fleet = PdFleet(PREFILLS[:1], DECODES[:1])
     fleet.trip(fleet.prefills[0])
     fleet.clock.tick(30.0)
-    pair = await fleet.route()
+    pair = await fleet.pair()
     assert (await fleet.refused()).code == "no_prefill_workers_available"
     fleet.caller.calls[0].tell(200)
     await settle()
     pair.close()
     fleet.trip(fleet.decodes[0])
     fleet.clock.tick(30.0)
-    pair = await fleet.route()
+    pair = await fleet.pair()
     assert (await fleet.refused()).code == "no_decode_workers_available"
     pair.close()
     # The client left: the next may probe.
-    (await fleet.route()).close()
+    (await fleet.pair()).close()
     fleet.nothing_is_left()
 
 
 async def test_decode_workers_that_vanish_while_prefill_is_tried_end_it() -> None:
-    fleet = Fleet()
+    fleet = PdFleet()
     fleet.caller.refuse(PREFILLS[0])
 
     def choose(candidates: Sequence[Worker]) -> Chosen:
@@ -360,7 +360,7 @@ async def test_decode_workers_that_vanish_while_prefill_is_tried_end_it() -> Non
 
 
 async def test_decode_workers_that_vanish_meanwhile_end_the_prefill_too() -> None:
-    fleet = Fleet()
+    fleet = PdFleet()
 
     def choose(candidates: Sequence[Worker]) -> Chosen:
         fleet.trip(*fleet.decodes)
@@ -375,14 +375,14 @@ async def test_decode_workers_that_vanish_meanwhile_end_the_prefill_too() -> Non
 
 
 async def test_a_path_that_can_not_be_split_is_refused_before_anything() -> None:
-    fleet = Fleet()
+    fleet = PdFleet()
     error = await fleet.refused(path="/v1/embeddings")
     assert (error.status, error.code) == (400, "bad_request")
     assert fleet.caller.posts == []
 
 
 async def test_a_body_that_is_not_shown_can_not_be_split() -> None:
-    fleet = Fleet()
+    fleet = PdFleet()
     assert (await fleet.refused(b"")).code == "body_mode_unsupported"
     assert fleet.caller.posts == []
 
@@ -391,7 +391,7 @@ async def test_a_body_that_is_not_shown_can_not_be_split() -> None:
 
 
 async def test_a_deadline_while_connecting_leaves_nothing() -> None:
-    fleet = Fleet(PREFILLS[:1], threshold=1)
+    fleet = PdFleet(PREFILLS[:1], threshold=1)
     fleet.trip(fleet.prefills[0])
     fleet.clock.tick(30.0)
     fleet.caller.silent.add(PREFILLS[0])
@@ -406,20 +406,20 @@ async def test_a_deadline_while_connecting_leaves_nothing() -> None:
 
 
 async def test_a_mistake_of_the_caller_leaves_nothing() -> None:
-    fleet = Fleet()
+    fleet = PdFleet()
 
     async def post(*_: Any, **__: Any) -> PrefillCall:
         raise RuntimeError("boom")
 
     fleet.caller.post = post  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="boom"):
-        await fleet.route()
+        await fleet.pair()
     fleet.nothing_is_left()
 
 
 async def test_a_pair_ends_with_its_prefill_and_its_stream() -> None:
-    fleet = Fleet()
-    pair = await fleet.route()
+    fleet = PdFleet()
+    pair = await fleet.pair()
     failures: list[RouterError] = []
     pair.on_abort = failures.append
     fleet.caller.calls[0].tell(500)
@@ -431,8 +431,8 @@ async def test_a_pair_ends_with_its_prefill_and_its_stream() -> None:
 
 
 async def test_a_changed_role_ends_the_prefills_there() -> None:
-    fleet = Fleet()
-    pairs = [await fleet.route() for _ in range(3)]
+    fleet = PdFleet()
+    pairs = [await fleet.pair() for _ in range(3)]
     failures: list[RouterError] = []
     for pair in pairs:
         pair.on_abort = failures.append
@@ -454,6 +454,6 @@ async def test_a_changed_role_ends_the_prefills_there() -> None:
     [("/generate", b'{"text":1e999}'), ("/v1/completions", b'{"model":"m","prompt":1e999}')],
 )
 async def test_what_no_parser_takes_is_left_to_the_engine(path: str, body: bytes) -> None:
-    pair = await Fleet().route(body, path=path)
+    pair = await PdFleet().pair(body, path=path)
     assert b"bootstrap_room" in pair.decision.body_members
     pair.close()

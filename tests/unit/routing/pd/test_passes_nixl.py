@@ -15,13 +15,13 @@ from extproc.routing.pd.pair import Pair
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineTimeoutError, EngineUnreachableError
 from tests.fakes import settle
-from tests.unit.routing.pd.house import (
+from tests.unit.routing.pd.pd_fleet import (
     ADDRESSES,
     BODY,
     KV,
     PREFILLS,
     VIA,
-    Fleet,
+    PdFleet,
 )
 
 # -- nixl
@@ -33,8 +33,8 @@ async def answered(task: "asyncio.Task[Lease | Pair]") -> Pair:
     return pair
 
 
-def nixl(**changes: Any) -> Fleet:
-    return Fleet(protocols={"m": "nixl"}, **changes)
+def nixl(**changes: Any) -> PdFleet:
+    return PdFleet(protocols={"m": "nixl"}, **changes)
 
 
 async def failed(task: "asyncio.Task[Lease | Pair]") -> RouterError:
@@ -70,7 +70,7 @@ async def test_nixl_waits_for_the_prefill_and_hands_its_answer_on(inline: bool) 
 async def test_nixl_a_members_own_value_loses_to_ours() -> None:
     fleet = nixl()
     body = b'{"model":"m","max_tokens":900,"stream":true,"kv_transfer_params":{"a":1}}'
-    task = asyncio.create_task(fleet.send(body, stream=True))
+    task = asyncio.create_task(fleet.start(body, stream=True))
     await settle()
     fields = fleet.caller.posts[0].fields
     assert (fields["max_tokens"], fields["stream"]) == (1, False)
@@ -199,7 +199,7 @@ async def test_a_prompt_that_lacks_little_goes_to_decode_alone(
     if held:
         fleet.hold(TEXT[:held], fleet.decodes[1])
     body = json.dumps({"model": "m", "prompt": TEXT}).encode()
-    task = asyncio.create_task(fleet.send(body))
+    task = asyncio.create_task(fleet.start(body))
     await settle()
     if alone:
         lease = await task
@@ -222,20 +222,20 @@ async def test_a_prompt_that_lacks_little_goes_to_decode_alone(
 
 @pytest.mark.parametrize("min_ttft", [True, False])
 async def test_without_tokens_there_is_no_rule(min_ttft: bool) -> None:
-    fleet = Fleet(min_ttft=min_ttft, min_prefill_tokens={"m": 1000})
+    fleet = PdFleet(min_ttft=min_ttft, min_prefill_tokens={"m": 1000})
     body = b'{"model":"m","prompt":""}' if min_ttft else BODY
-    pair = await fleet.route(body)
+    pair = await fleet.pair(body)
     assert len(fleet.caller.posts) == 1
     pair.close()
     fleet.nothing_is_left()
 
 
 async def test_what_a_prefill_worker_holds_is_shown_in_the_decision() -> None:
-    fleet = Fleet(min_ttft=True)
+    fleet = PdFleet(min_ttft=True)
     for worker in fleet.prefills:
         fleet.hold("", worker)
     fleet.hold(TEXT[:200], fleet.prefills[2])
-    pair = await fleet.route(json.dumps({"model": "m", "prompt": TEXT}).encode())
+    pair = await fleet.pair(json.dumps({"model": "m", "prompt": TEXT}).encode())
     assert pair.leg.worker is fleet.prefills[2]
     assert (pair.decision.cached_tokens, pair.decision.total_tokens) == (200, 400)
     (rank,) = fleet.ranks.of(fleet.prefills[2])

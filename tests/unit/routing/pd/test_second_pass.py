@@ -7,18 +7,18 @@ from extproc.routing.pd.passes import DecodeQuery
 from extproc.routing.pd.settings import PdSettings
 from extproc.workers.circuit_breaker import BreakerState
 from tests.unit.configs import config
-from tests.unit.routing.pd.house import (
+from tests.unit.routing.pd.pd_fleet import (
     DECODES,
     VIA,
-    Fleet,
+    PdFleet,
 )
 
 # -- the second pass
 
 
 async def test_the_second_pass_takes_the_reservations_place() -> None:
-    fleet = Fleet()
-    pair = await fleet.route()
+    fleet = PdFleet()
+    pair = await fleet.pair()
     lease = fleet.pick(pair)
     assert pair.reservation is None
     assert sum(fleet.load[1]) == 1
@@ -42,8 +42,8 @@ async def test_the_second_pass_takes_the_reservations_place() -> None:
 
 
 async def test_an_attempt_picks_from_its_own_hand_only() -> None:
-    fleet = Fleet(decodes=[f"http://10.0.1.{n}:8000" for n in range(1, 8)])
-    pair = await fleet.route()
+    fleet = PdFleet(decodes=[f"http://10.0.1.{n}:8000" for n in range(1, 8)])
+    pair = await fleet.pair()
     order = DecodeOrder.from_header(pair.decision.decode_order)
     picked: list[str] = []
     for attempt in (1, 2, 3):
@@ -58,8 +58,8 @@ async def test_an_attempt_picks_from_its_own_hand_only() -> None:
 
 
 async def test_the_load_of_the_moment_decides_within_a_hand() -> None:
-    fleet = Fleet(decode_attempts=1)
-    pair = await fleet.route()
+    fleet = PdFleet(decode_attempts=1)
+    pair = await fleet.pair()
     assert pair.reservation is not None
     busy = pair.reservation.worker
     fleet.reports(busy, 10)
@@ -71,9 +71,9 @@ async def test_the_load_of_the_moment_decides_within_a_hand() -> None:
 
 
 async def test_the_own_reservation_does_not_count_against_a_worker() -> None:
-    fleet = Fleet(["http://10.0.0.1:8000"], ["http://10.0.0.1:9000", *DECODES])
+    fleet = PdFleet(["http://10.0.0.1:8000"], ["http://10.0.0.1:9000", *DECODES])
     fleet.decodes[0].in_flight = 1  # just within what an idle pool allows
-    pair = await fleet.route()
+    pair = await fleet.pair()
     assert fleet.decodes[0].in_flight == 2
     lease = fleet.pick(pair)
     assert (lease.decision.reason, lease.decision.worker_url) == (
@@ -87,8 +87,8 @@ async def test_the_own_reservation_does_not_count_against_a_worker() -> None:
 
 @pytest.mark.parametrize("how", ["breaker", "gone", "role", "address"])
 async def test_a_worker_that_is_no_longer_there_is_not_picked(how: str) -> None:
-    fleet = Fleet()
-    pair = await fleet.route()
+    fleet = PdFleet()
+    pair = await fleet.pair()
     (address,) = DecodeOrder.from_header(pair.decision.decode_order).attempt_group(1)
     worker = fleet.registry.at_address(address)
     assert worker is not None
@@ -114,16 +114,16 @@ async def test_a_worker_that_is_no_longer_there_is_not_picked(how: str) -> None:
 
 @pytest.mark.parametrize("attempt", [0, 4, 99])
 async def test_an_attempt_beyond_the_last_has_no_hand(attempt: int) -> None:
-    fleet = Fleet()
-    pair = await fleet.route()
+    fleet = PdFleet()
+    pair = await fleet.pair()
     assert fleet.not_picked(pair, attempt).code == "no_decode_workers_available"
     pair.close()
     fleet.nothing_is_left()
 
 
 async def test_another_replica_picks_as_well() -> None:
-    first, second = Fleet(), Fleet()
-    pair = await first.route()
+    first, second = PdFleet(), PdFleet()
+    pair = await first.pair()
     order = DecodeOrder.from_header(pair.decision.decode_order)
     lease = second.pd.pick_decode(DecodeQuery("m", order, 1))
     assert lease.decision.destinations == order.attempt_group(1)
@@ -136,8 +136,8 @@ async def test_another_replica_picks_as_well() -> None:
 
 @pytest.mark.parametrize("status", [404, 422, 500, 503])
 async def test_a_bad_answer_makes_us_ask_the_worker_who_it_is(status: int) -> None:
-    fleet = Fleet(threshold=1)
-    pair = await fleet.route()
+    fleet = PdFleet(threshold=1)
+    pair = await fleet.pair()
     lease = fleet.pick(pair)
     worker = lease.claim.ticket.worker
     assert lease.responded(status, lease.decision.destinations[0], VIA, streamed=False)
@@ -149,8 +149,8 @@ async def test_a_bad_answer_makes_us_ask_the_worker_who_it_is(status: int) -> No
 
 
 async def test_a_refused_decode_worker_fails_and_the_next_attempt_takes_another() -> None:
-    fleet = Fleet(threshold=1)
-    pair = await fleet.route()
+    fleet = PdFleet(threshold=1)
+    pair = await fleet.pair()
     lease = fleet.pick(pair, 1)
     first = lease.claim.ticket.worker
     details = "upstream_reset_before_response_started{remote_connection_failure}"
@@ -167,11 +167,11 @@ async def test_a_refused_decode_worker_fails_and_the_next_attempt_takes_another(
 
 
 async def test_a_probe_of_a_decode_worker_is_claimed_by_the_second_pass() -> None:
-    fleet = Fleet(decodes=DECODES[:1])
+    fleet = PdFleet(decodes=DECODES[:1])
     worker = fleet.decodes[0]
     fleet.trip(worker)
     fleet.clock.tick(30.0)
-    pair = await fleet.route()
+    pair = await fleet.pair()
     now = fleet.clock.monotonic()
     assert not worker.breaker.would_allow(now)  # reserved
     lease = fleet.pick(pair)
@@ -183,8 +183,8 @@ async def test_a_probe_of_a_decode_worker_is_claimed_by_the_second_pass() -> Non
 
 
 async def test_a_bad_answer_of_an_inline_decode_worker_makes_us_ask_too() -> None:
-    fleet = Fleet(inline=True)
-    pair = await fleet.route()
+    fleet = PdFleet(inline=True)
+    pair = await fleet.pair()
     address = pair.decision.destinations[0]
     pair.responded(500, address, VIA, False)
     pair.close()

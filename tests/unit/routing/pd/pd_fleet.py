@@ -6,34 +6,22 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, ClassVar
 
 import msgspec
-import numpy as np
 import pytest
 from msgspec import Struct
 
-from extproc.build import assemble_routing
-from extproc.config.models import ModelConfig
 from extproc.errors import RouterError
 from extproc.kv.events import LoadStat
-from extproc.kv.subscriptions.subscription import SubscriberSettings
-from extproc.policies.factory import create_kv_policy, create_policy
-from extproc.routing.chooser import Chooser, WorkerChooser
 from extproc.routing.lease import Lease
-from extproc.routing.local_endpoints import LocalEndpoints
 from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import DecodeQuery
-from extproc.routing.placement import Placement
-from extproc.routing.rank_chooser import RankChooser
-from extproc.routing.ranks import Ranks
 from extproc.routing.request import ClientHeaders, Request, find_endpoint, parse_body
-from extproc.tokenization.bodies.openai_chat import BodyFields
-from extproc.tokenization.bodies.prompts import Prompt, read_prompt
-from extproc.tokenization.encoder import Encoded
 from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineUnreachableError, PrefillCall
 from extproc.workers.worker import Role, Worker
-from tests.fakes import FakeClock, make_shared, make_worker, pd_settings, routing_settings, settle
+from tests.builders import Fleet, make_worker, pd_settings, routing_settings
+from tests.fakes import settle
 from tests.unit.routing.pd.test_pair import FakeCall
 
 PREFILLS = [f"http://10.0.0.{n}:8000" for n in (1, 2, 3)]
@@ -109,32 +97,20 @@ class FakeCaller:
         return call
 
 
-class ByteEncoder:
-    """A token is a byte of a completion's prompt."""
-
-    async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
-        return read_prompt(path, body)
-
-    async def encode(self, prompt: Prompt) -> Encoded:
-        if prompt.text is None:
-            return Encoded(None, prompt.why)
-        return Encoded(np.frombuffer(prompt.text.encode(), np.uint8).astype(np.uint64), "")
-
-
 def pd_worker(url: str, role: Role, order: int, *, threshold: int = 3, **spec: Any) -> Worker:
     worker = make_worker(url, order=order, role=role, threshold=threshold)
     worker.spec = msgspec.structs.replace(worker.spec, **spec)
     return worker
 
 
-class Fleet:
-    """A router over workers that prefill and decode apart, none of which is real.
+class PdFleet(Fleet):
+    """A router over workers that prefill and decode apart.
 
-    The policy is round robin: the prefill workers are chosen in their order. All that were made
-    must be closed.
+    The policy is round robin: the prefill workers are chosen in their order. The sockets of all
+    fleets that a test has made are closed at its end.
     """
 
-    made: ClassVar[list["Fleet"]] = []
+    made: ClassVar[list["PdFleet"]] = []
 
     def __init__(
         self,
@@ -147,14 +123,7 @@ class Fleet:
         **settings: Any,
     ) -> None:
         self.made.append(self)
-        self.clock = FakeClock()
-        shared = make_shared(clock=self.clock)
-        self.prometheus, self.metrics = shared.prometheus, shared.metrics
-        self.registry, self.active_load = shared.registry, shared.tickets
-        self.ranks = Ranks(self.clock, max_pages=10_000, settings=SubscriberSettings())
-        model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
-        placement = Placement(create_kv_policy(model, shared.random), self.ranks.indexer.index)
-        self.ranks.serve("m", placement)
+        self.caller = FakeCaller()
         self.prefills = [
             pd_worker(url, "prefill", order, threshold=threshold, bootstrap_port=port)
             for order, url in enumerate(prefills)
@@ -163,44 +132,22 @@ class Fleet:
             pd_worker(url, "decode", len(prefills) + order, threshold=threshold)
             for order, url in enumerate(decodes)
         ]
-        for worker in (*self.prefills, *self.decodes):
-            self.registry.upsert(worker)
-            self.ranks.joined(worker)
-        self.caller = FakeCaller()
-        self.rechecked: list[Worker] = []
-        chooser: Chooser = WorkerChooser(create_policy("round_robin", shared.random))
-        if min_ttft:
-            chooser = RankChooser(
-                "m",
-                ByteEncoder(),
-                placement,
-                self.ranks,
-                metrics=self.metrics,
-                clock=self.clock,
-                patience_seconds=0.5,
-            )
-        routing = assemble_routing(
-            routing_settings(pd=pd_settings(**settings)),
-            shared,
-            self.ranks,
-            {"m": chooser},
-            LocalEndpoints({}),
-            self.caller,
-            self.rechecked.append,
+        super().__init__(
+            [*self.prefills, *self.decodes],
+            policy="min_ttft" if min_ttft else "round_robin",
+            settings=routing_settings(pd=pd_settings(**settings)),
+            follows_kv=True,
+            prefill_client=self.caller,
         )
-        self.pd, self.router = routing.pd, routing.router
-
-    async def close(self) -> None:
-        await self.ranks.indexer.close()
 
     # -- requests
 
-    async def route(self, body: bytes = BODY, **request: Any) -> Pair:
-        lease = await self.send(body, **request)
+    async def pair(self, body: bytes = BODY, **request: Any) -> Pair:
+        lease = await self.start(body, **request)
         assert isinstance(lease, Pair)
         return lease
 
-    async def send(
+    async def start(
         self,
         body: bytes = BODY,
         *,
@@ -222,12 +169,12 @@ class Fleet:
 
     async def refused(self, body: bytes = BODY, **request: Any) -> RouterError:
         with pytest.raises(RouterError) as caught:
-            await self.send(body, **request)
+            await self.start(body, **request)
         return caught.value
 
     async def waiting(self) -> "asyncio.Task[Lease | Pair]":
         """A request whose prefill was sent and is waited for."""
-        task = asyncio.create_task(self.send())
+        task = asyncio.create_task(self.start())
         await settle()
         assert not task.done()
         return task
@@ -260,17 +207,6 @@ class Fleet:
         )
         rank.load.report(stat, self.clock.monotonic())
 
-    def hold(self, text: str, worker: Worker) -> None:
-        """The worker is trusted and holds the whole pages of this text."""
-        index, (rank,) = self.ranks.indexer.index, self.ranks.of(worker)
-        if rank.pages is None:
-            rank.pages = index.add(worker.url, PAGE)
-        rank.pages.trusted = True
-        ids = np.frombuffer(text.encode(), np.uint8).astype(np.uint64)
-        ids = ids[: len(text) // PAGE * PAGE]
-        names = [hash(text[: end * PAGE]) for end in range(1, len(ids) // PAGE + 1)]
-        index.store(rank.pages, names, None, ids, PAGE, seed=0)
-
     # -- what is left
 
     @property
@@ -282,29 +218,17 @@ class Fleet:
 
     def nothing_is_left(self) -> None:
         assert self.load == ([0] * len(self.prefills), [0] * len(self.decodes))
-        assert len(self.active_load) == 0
+        assert len(self.tickets) == 0
         assert len(self.pd.pairs) == 0
         assert not any(call.is_open for call in self.caller.calls)
 
-    def metric(self, name: str, **labels: str) -> float:
-        return self.prometheus.get_sample_value(name, labels) or 0.0
-
-    def failures(self, cause: str) -> float:
-        return self.metric("extproc_pd_prefill_failures_total", model="m", reason=cause)
-
-    def outcomes(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for family in self.prometheus.collect():
-            for sample in family.samples:
-                if sample.name == "extproc_worker_requests_total":
-                    told = [sample.labels["outcome"]] * int(sample.value)
-                    found.setdefault(sample.labels["worker"], []).extend(told)
-        return {url: sorted(told) for url, told in found.items()}
+    def failures(self, reason: str) -> float:
+        return self.metric("extproc_pd_prefill_failures_total", model="m", reason=reason)
 
 
 @pytest.fixture(autouse=True)
 async def sockets_closed() -> AsyncIterator[None]:
     """Of every fleet that a test has made."""
     yield
-    while Fleet.made:
-        await Fleet.made.pop().close()
+    while PdFleet.made:
+        await PdFleet.made.pop().close()
