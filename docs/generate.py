@@ -26,21 +26,20 @@ PAGE_COLUMNS = 100
 INTRODUCTION = """\
 # Configuration
 
-One file, YAML or TOML by its extension (`.yaml`, `.yml`, `.toml`), given with `--config`.
-`extproc check --config F` prints everything that is wrong with it, each line led by the key.
-Unknown keys and values are refused, and so are keys of sgl-router's file whose feature this
-version does not have (`discovery.k8s`): a setting that silently does nothing is worse than an
-error at start.
-Times are seconds, fractions allowed; sizes are bytes.
+One file in YAML or TOML, named with `--config`. Its extension selects the format: `.yaml`, `.yml`
+or `.toml`. `extproc check --config F` prints every problem of the file, one line each, with the key
+first. Unknown keys and values are refused. So are keys of sgl-router's file whose feature this
+version does not have (`discovery.k8s`), because a setting without effect is worse than an error at
+start. Times are in seconds, with fractions. Sizes are in bytes.
 
-`docs/schema.json` is a JSON Schema of this file; `extproc schema` prints the one of an installed
-version. An editor with a YAML language server completes and checks the file if its first line
-names the schema: `# yaml-language-server: $schema=schema.json`.
+[schema.json](schema.json) is a JSON Schema of this file. `extproc schema` prints the schema of the
+installed version. An editor with a YAML language server completes and checks the file if its first
+line names the schema: `# yaml-language-server: $schema=schema.json`.
 
-Envoy's file is made from the same configuration, from many keys outside `envoy`, too: after a
-change, render it again with `extproc envoy-config` and let Envoy load it.
+Envoy's file is made from the same configuration, also from keys outside `envoy`. After a change,
+render it again with `extproc envoy-config` and let Envoy load it.
 
-This page is generated from the code: `make docs`.
+This page is generated from the code with `make docs`.
 
 The smallest useful file:
 
@@ -57,14 +56,16 @@ discovery:
 
 ## Rules that span keys
 
-* At least one model; model ids are unique and printable ASCII (they travel in a header).
-* `models[].tokenizer_path` is needed by the policies `cache_aware_zmq` and `min_ttft`;
-  `models[].kv_events` has one entry for a worker at most, and one without `url` for all others.
+* At least one model is needed. Model ids are unique and printable ASCII, because they are sent in a
+  header.
+* The policies `cache_aware_zmq` and `min_ttft` need `models[].tokenizer_path`.
+  `models[].kv_events` has at most one entry for each worker, and one without `url` for all others.
 * `discovery.static_urls` is needed for the backend `static_urls`. URLs are `http` or `https`,
-  without path, query or credentials; two spellings of one worker (a trailing slash, a default
-  port) count as a duplicate. An https worker named by IP address must be in its certificate.
-* `server.step_deadline_secs` is shorter than `envoy.message_timeout_secs`: it is us who answer
-  when a decision takes too long, never the proxy's time-out.
+  without path, query or credentials. Two spellings of one worker (a trailing slash, a default
+  port) are a duplicate. If the URL of an https worker has an IP address, its certificate must name
+  that address.
+* `server.step_deadline_secs` is shorter than `envoy.message_timeout_secs`, so that a slow decision
+  ends with this service's error reply and not with the proxy's time-out.
 * `envoy.stream_idle_timeout_secs` is longer than `proxy.request_timeout_secs`.
 * The four ports differ. Header names begin with `x-`, but not with `x-envoy-`.
 * `workers.api_key` and `workers.api_key_file` exclude each other; `workers.forward_api_key`

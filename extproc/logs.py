@@ -1,8 +1,8 @@
 """Logging: key-value events, as text or JSON, at the configured level.
 
-Set up once, before anything logs, so that format and level hold from the first line. Lines are
-written by a thread: whoever reads our stderr may stop reading, and clients can cause lines, but
-neither may hold up the event loop.
+It is set up once, before anything logs, so that format and level apply from the first line. A
+thread writes the lines: the reader of stderr may stop reading, and clients can cause many lines,
+but neither may delay the event loop.
 """
 
 import atexit
@@ -31,7 +31,7 @@ _LEVELS = {
 
 
 class _BackgroundStream:
-    """Stands for a text stream; lines beyond a bounded backlog are dropped and counted."""
+    """A text stream with a bounded backlog; lines beyond it are dropped and counted."""
 
     def __init__(self, target: TextIO) -> None:
         self._target = target
@@ -52,7 +52,7 @@ class _BackgroundStream:
         """The thread flushes when it has caught up."""
 
     def close(self) -> None:
-        """Write what is left, within a bound."""
+        """Write the rest of the backlog, within a time limit."""
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=_CLOSE_SECONDS)
             self._thread.join(_CLOSE_SECONDS)
@@ -62,7 +62,7 @@ class _BackgroundStream:
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
                 text += f"event='log_lines_dropped' count={dropped}\n"
-            # A closed stderr is no reason to stop serving.
+            # Requests are served even if stderr is closed.
             with contextlib.suppress(OSError, ValueError):
                 self._target.write(text)
                 if self._lines.empty():
@@ -70,7 +70,7 @@ class _BackgroundStream:
 
 
 def configure_logging(config: ObservabilityConfig) -> None:
-    """Send all events, ours and those of libraries, to stderr."""
+    """Send all events, of this service and of libraries, to stderr."""
     stream = _BackgroundStream(sys.stderr)
     level = _LEVELS[config.log_level]
     shared: list[structlog.typing.Processor] = [
@@ -102,5 +102,5 @@ def configure_logging(config: ObservabilityConfig) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    # Libraries' own debug output (asyncio, grpc) can hold request data: never below warning.
+    # The debug output of libraries (asyncio, grpc) can contain request data: only warnings pass.
     root.setLevel(max(level, logging.WARNING))

@@ -1,0 +1,8 @@
+"""The admin HTTP server, and the metrics that are read at a scrape.
+
+Begin with `http`: it serves `/metrics`, `/healthz`, `/readyz` and `/workers`. `collector` reads the
+state of workers and `kv_collector` that of ranks and tokenizers when `/metrics` is requested, so
+that a worker that left has no series left.
+"""
+
+__all__ = ["collector", "http", "kv_collector"]

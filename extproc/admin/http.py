@@ -1,7 +1,7 @@
 """The admin HTTP server: `/metrics`, `/healthz`, `/readyz`, `/workers`.
 
-For operators and probes inside the mesh; it names workers, so it listens on loopback unless
-told otherwise.
+For operators and probes inside the mesh. It names workers, so it listens on loopback unless it is
+configured otherwise.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ __all__ = ["AdminServer"]
 
 
 class AdminServer:
-    """`is_ready` is asked on every probe; `models` are the configured ids."""
+    """`is_ready` is called on every probe; `models` are the configured ids."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class AdminServer:
         workers: WorkerRegistry,
         is_ready: Callable[[], bool],
         models: Sequence[str],
-        ranks: Ranks | None = None,
+        ranks: Ranks,
     ) -> None:
         self._config = config
         self._workers = workers
@@ -54,14 +54,14 @@ class AdminServer:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
 
     async def start(self) -> None:
-        """Listen; raises ConfigError naming the key when the port is taken."""
+        """Listen; raises ConfigError, which names the key, if the port is in use."""
         await self._runner.setup()
         host, port = self._config.admin_host, self._config.admin_port
         try:
             await web.TCPSite(self._runner, host, port).start()
         except OSError as error:
             raise ConfigError(
-                [f"server.admin_port: can not listen on {host}:{port}: {error.strerror}"]
+                [f"server.admin_port: cannot listen on {host}:{port}: {error.strerror}"]
             ) from None
 
     async def stop(self) -> None:
@@ -84,15 +84,14 @@ class AdminServer:
         return web.Response(body=msgspec.json.encode(body), content_type="application/json")
 
     def _describe_kv(self, worker: Worker) -> dict[str, Any]:
-        """Empty for a worker whose KV cache nobody looks at."""
-        ranks = self._ranks
-        found = ranks.of(worker) if ranks is not None else ()
-        if ranks is None or not found:
+        """Empty for a worker whose model does not use KV events."""
+        found = self._ranks.of(worker)
+        if not found:
             return {}
         events = worker.spec.kv_events
         return {
             "page_size": None if events is None else events.block_size,
-            "ranks": [_describe_rank(rank, ranks.state(rank)) for rank in found],
+            "ranks": [_describe_rank(rank, self._ranks.state(rank)) for rank in found],
         }
 
 

@@ -14,16 +14,19 @@ class ExtprocEndpointConfig(Section, frozen=True, kw_only=True):
     host: Annotated[
         str | None,
         Meta(
-            description="Host at which Envoy finds this service; absent = `server.host`, or "
+            description="Host at which Envoy reaches this service; without it, `server.host`, or "
             "127.0.0.1 where that is a wildcard."
         ),
     ] = None
     ca_file: Annotated[
         str | None,
-        Meta(description="CA bundle with which Envoy verifies us; needed with `server.tls`."),
+        Meta(
+            description="PEM CA bundle with which Envoy verifies this service; needed with "
+            "`server.tls`."
+        ),
     ] = None
     cert_file: Annotated[
-        str | None, Meta(description="Client certificate Envoy shows; needed for mTLS.")
+        str | None, Meta(description="Client certificate that Envoy presents; needed for mTLS.")
     ] = None
     key_file: Annotated[
         str | None, Meta(description="Key of that certificate; needed for mTLS.")
@@ -39,39 +42,43 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
     fail_open: Annotated[
         bool,
         Meta(
-            description="With exactly one model: when this service is gone, Envoy balances over "
-            "the workers by itself; otherwise requests are answered with 503."
+            description="If this service is gone, Envoy balances over the workers by itself. "
+            "Only with exactly one model; with several models, or without this, requests get a "
+            "503."
         ),
     ] = True
     message_timeout_secs: Annotated[
         Seconds,
-        Meta(description="How long Envoy waits for one of our replies."),
+        Meta(description="Time for which Envoy waits for one reply of this service."),
     ] = 10 * SECONDS
     stream_idle_timeout_secs: Annotated[
         Seconds,
         Meta(
-            description="A stream without a byte in either direction for this long is cut; must "
-            "be longer than `proxy.request_timeout_secs`. The length of a stream has no limit "
-            "in Envoy."
+            description="Envoy ends a stream that has no byte in either direction for this "
+            "long. Must be longer than `proxy.request_timeout_secs`. Envoy does not limit the "
+            "total time of a stream."
         ),
     ] = 660 * SECONDS
     worker_idle_timeout_secs: Annotated[
         Seconds,
         Meta(
-            description="Idle connections to workers are closed after this; keep it below the "
-            "engine's own keep-alive time-out (5 s in SGLang), or requests are lost on "
-            "connections that the engine is just closing."
+            description="Idle connections to workers are closed after this time. It must be "
+            "shorter than the engine's own keep-alive time-out (5 s in SGLang), or requests are "
+            "lost on connections that the engine is just closing."
         ),
     ] = 3 * SECONDS
     destination: Annotated[
         Literal["list", "single"],
         Meta(
-            description="`list` names the chosen worker and its fallbacks; `single` only the "
-            "chosen one, for gateways with ORIGINAL_DST clusters."
+            description="`list` names the chosen worker and its fallbacks. `single` names only "
+            "the chosen worker, for gateways with ORIGINAL_DST clusters."
         ),
     ] = "list"
     cluster: Annotated[
-        Text, Meta(description="Name of the cluster with the workers, put into the header.")
+        Text,
+        Meta(
+            description="Name of Envoy's cluster of workers, the value of `envoy.cluster_header`."
+        ),
     ] = "workers"
     cluster_header: Annotated[Text, Meta(description="Request header that names the cluster.")] = (
         DEFAULT_CLUSTER_HEADER
@@ -81,7 +88,7 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
     )
     access_log: Annotated[
         Text | None,
-        Meta(description="File of the JSON access log; `null` for none."),
+        Meta(description="File of the JSON access log; `null` switches it off."),
     ] = "/dev/stdout"
     extproc: Annotated[
         ExtprocEndpointConfig, Meta(description="How Envoy reaches this service.")

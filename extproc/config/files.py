@@ -1,6 +1,7 @@
-"""The files a configuration names: can the service use them here?
+"""Checks the files that a configuration names.
 
-Apart from the rules, since rendering Envoy's configuration may happen on another machine.
+Separate from the rules because Envoy's configuration may be rendered on another machine, where
+these files do not exist.
 """
 
 import ssl
@@ -14,7 +15,7 @@ __all__ = ["file_problems", "read_api_key"]
 
 
 def file_problems(config: Config) -> list[str]:
-    """Every file the service itself needs and can not use, as `key: sentence`."""
+    """Each file that the service needs and cannot use, as `key: sentence`."""
     workers, tls = config.workers, config.server.tls
     problems = [
         _file_problem("workers.api_key_file", workers.api_key_file, read_api_key),
@@ -41,7 +42,7 @@ def file_problems(config: Config) -> list[str]:
 
 
 def read_api_key(path: Path) -> str:
-    """The token in a file, without blanks around it; raises ValueError or OSError."""
+    """Read the token in a file, without blanks around it; raises ValueError or OSError."""
     try:
         key = path.read_text(encoding="ascii").strip()
     except UnicodeDecodeError:
@@ -69,9 +70,9 @@ def _file_problem(key: str, name: str | None, load: Callable[[Path], object]) ->
         if not load(Path(name)) and not Path(name).read_bytes().strip():
             return f"{key}: {name} is empty"
     except ssl.SSLError:
-        return f"{key}: {name} holds no usable PEM certificate or key"
+        return f"{key}: {name} has no usable PEM certificate or key"
     except OSError as error:
-        return f"{key}: {name} can not be read: {error.strerror}"
+        return f"{key}: {name} cannot be read: {error.strerror}"
     except ValueError as error:
-        return f"{key}: {name} can not be used: {error}"
+        return f"{key}: {name} cannot be used: {error}"
     return None

@@ -1,7 +1,7 @@
-"""From a YAML or TOML file to a Config, with every problem named at once.
+"""Reads a YAML or TOML file into a Config, and names all its problems at once.
 
-msgspec stops at the first error; an operator wants all of them, each with the path of its
-key. So sections are walked here and msgspec converts one value at a time.
+msgspec stops at the first error, but an operator wants all of them, each with the path of its key.
+So this module walks the sections, and msgspec converts one value at a time.
 """
 
 import math
@@ -21,21 +21,23 @@ from extproc.errors import ConfigError
 
 __all__ = ["load_config", "parse_config", "section_type"]
 
-# Keys of sgl-router's schema whose feature this version does not have. They are refused
-# rather than ignored: a setting that silently does nothing is worse than a start-up error.
+# Keys of sgl-router's schema whose feature this version does not have. They are refused and not
+# ignored, because a setting without effect is worse than an error at start.
 _NOT_AVAILABLE_KEYS: Final = (re.compile(r"discovery\.k8s"),)
 _NOT_AVAILABLE_VALUES: Final = {
     "backend": ("k8s",),
 }
 _FILE_MAX_BYTES: Final = 1024 * 1024
 _ALIASES_MAX: Final = 100
-# Stands for a value that was refused, so that the rest can still be looked at.
+# Stands for a value that was refused, so that the rest can still be checked.
 _BROKEN: Final = object()
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, since the second would silently win, and
-    aliases of aliases, which let a small file grow without bound.
+    """SafeLoader that refuses a key given twice, and aliases of aliases.
+
+    Of two equal keys the second would win without notice. Aliases of aliases let a small file grow
+    without bound.
     """
 
     def __init__(self, stream: str) -> None:
@@ -79,7 +81,7 @@ def load_config(path: Path) -> Config:
             raise ConfigError([f"{path}: larger than {_FILE_MAX_BYTES} bytes"])
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError([f"{path}: can not be read: {error.strerror}"]) from None
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError:
         raise ConfigError([f"{path}: not UTF-8 text"]) from None
     match path.suffix.lower():
@@ -103,8 +105,8 @@ def load_config(path: Path) -> Config:
 def parse_config(raw: object) -> Config:
     """Check decoded YAML or TOML against the schema and the rules; raises ConfigError.
 
-    The rules also run where parts are broken, on placeholders, so that one pass names
-    everything; what they would say of the placeholders is left out.
+    Broken parts are replaced by placeholders before the rules run, so that one pass finds all
+    problems. Problems of the placeholders are left out.
     """
     found = _Findings()
     values = _section(Config, raw, "", found)
@@ -119,7 +121,7 @@ def parse_config(raw: object) -> Config:
 
 
 class _Findings:
-    """The problems so far, and the paths of the keys whose value is made up."""
+    """The problems so far, and the paths of the keys that hold a placeholder."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -131,7 +133,7 @@ class _Findings:
 
 
 def section_type(hint: Any) -> type[Struct] | None:
-    """The section struct behind a field's type (through Annotated, Optional and list), if any."""
+    """The struct of the section in a field's type, through Annotated, Optional and list."""
     if isinstance(hint, type) and issubclass(hint, Struct):
         return hint
     if get_origin(hint) in (Annotated, list, Union, UnionType):
@@ -148,7 +150,7 @@ def _is_list(hint: Any) -> bool:
 
 
 def _section(section: type[Struct], raw: object, path: str, found: _Findings) -> dict[str, Any]:
-    """Check one mapping against its struct; returns it with placeholders where it is broken."""
+    """Check one mapping against its struct; returns it with placeholders for broken values."""
     if not isinstance(raw, dict):
         problem = f"{path or 'the file'}: expected a mapping of keys, found {_kind(raw)}"
         if not path:
@@ -173,7 +175,7 @@ def _section(section: type[Struct], raw: object, path: str, found: _Findings) ->
 
 
 def _placeholder(hint: Any) -> Any:
-    """A value that passes for a required key, so that the rest can be looked at."""
+    """A valid value for a required key, so that the rest can be checked."""
     nested = section_type(hint)
     if _is_list(hint):
         return []
@@ -184,7 +186,7 @@ def _placeholder(hint: Any) -> Any:
 
 
 def _least_number(hint: Any) -> int | None:
-    """The lowest that a number of this type may be; None for a type that is no number."""
+    """The lowest valid number of this type; None if the type is not a number."""
     if get_origin(hint) is not Annotated:
         return None
     kind, *notes = get_args(hint)
@@ -211,7 +213,7 @@ def _field(hint: Any, raw: object, name: str, path: str, found: _Findings) -> An
 
 
 def _scalar_problem(hint: Any, raw: object, name: str) -> str | None:
-    """What is wrong with one value, beginning with the rest of its path; None when good."""
+    """The problem of one value, with the rest of its path first; None if it is valid."""
     choices = _choices(hint)
     if choices and raw not in choices:
         expected = f"expected one of {', '.join(choices)}"
@@ -231,7 +233,7 @@ def _scalar_problem(hint: Any, raw: object, name: str) -> str | None:
 
 
 def _is_unicode(raw: object) -> bool:
-    """False for text with lone surrogates, which a file can spell but nothing can encode."""
+    """False for text with lone surrogates: a file can have them, but they cannot be encoded."""
     if isinstance(raw, list):
         return all(_is_unicode(item) for item in raw)
     try:

@@ -1,6 +1,6 @@
-"""The configuration of one model: its workers' policy, tokens, events and breaker.
+"""The configuration of one model: policy, tokenizer, KV events and circuit breaker.
 
-Apart from config because it is what grows with each policy.
+Separate from the rest of the schema because it grows with each policy.
 """
 
 from typing import Annotated, Any, Literal
@@ -23,17 +23,17 @@ __all__ = [
 PolicyName = Literal[
     "round_robin", "random", "power_of_two", "least_load", "cache_aware_zmq", "min_ttft"
 ]
-# Those that look at the tokens of a prompt.
+# The policies that need the tokens of a prompt.
 TOKEN_POLICIES = ("cache_aware_zmq", "min_ttft")
 
 
 class CircuitBreakerConfig(Section, frozen=True, kw_only=True):
     threshold: Annotated[
-        int, Meta(ge=1, description="Consecutive failures after which a worker is left alone.")
+        int, Meta(ge=1, description="Consecutive failures that open a worker's circuit breaker.")
     ] = 3
     cool_down_secs: Annotated[
         float,
-        Meta(ge=0, le=86400, description="Time before one probe request may try the worker."),
+        Meta(ge=0, le=86400, description="Time before one probe request may try the worker again."),
     ] = 30 * SECONDS
 
 
@@ -43,7 +43,7 @@ class CacheAwareConfig(Section, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=1,
-            description="A worker is preferred for what it holds when it holds more than this "
+            description="A worker is preferred for the pages it holds if it holds more than this "
             "share of the prompt's whole pages.",
         ),
     ] = 0.5
@@ -51,13 +51,17 @@ class CacheAwareConfig(Section, frozen=True, kw_only=True):
         int,
         Meta(
             ge=0,
-            description="Load decides alone when the loads of workers, in requests, lie further "
-            "apart than this …",
+            description="Load alone decides if the highest load of a worker exceeds the lowest "
+            "by more than this number of requests, and `balance_rel_threshold` is exceeded, too.",
         ),
     ] = 32
     balance_rel_threshold: Annotated[
         float,
-        Meta(ge=1, le=1000, description="… and the highest is over so many times the lowest."),
+        Meta(
+            ge=1,
+            le=1000,
+            description="See `balance_abs_threshold`: the ratio of the highest load to the lowest.",
+        ),
     ] = 1.1
 
 
@@ -67,7 +71,7 @@ class MinTtftConfig(Section, frozen=True, kw_only=True):
         Meta(
             ge=1,
             le=1e9,
-            description="Prefill speed assumed of a model's workers until theirs is observed.",
+            description="Prefill speed that is assumed until a worker's own speed is measured.",
         ),
     ] = 8000.0
 
@@ -75,20 +79,27 @@ class MinTtftConfig(Section, frozen=True, kw_only=True):
 class KvEventsConfig(Section, frozen=True, kw_only=True):
     url: Annotated[
         str | None,
-        Meta(description="The worker this is for; absent = all that no other entry names."),
+        Meta(
+            description="The worker of this entry; without it, all workers that no other entry "
+            "names."
+        ),
     ] = None
     endpoint: Annotated[
         Text,
         Meta(
-            description="`tcp://host:port` of rank 0's publisher, rank r uses the port plus r; "
-            "`*` stands for the worker's own host."
+            description="`tcp://host:port` of the publisher of rank 0. Rank r uses the port plus "
+            "r. `*` stands for the worker's own host."
         ),
     ]
     replay_endpoint: Annotated[
-        str | None, Meta(description="Where rank 0 answers replay requests; absent = nowhere.")
+        str | None,
+        Meta(description="Address at which rank 0 answers replay requests, if the engine does so."),
     ] = None
     topic: Annotated[
-        str, Meta(max_length=256, description="Topic of the events, exactly as published.")
+        str,
+        Meta(
+            max_length=256, description="Topic of the events, exactly as the engine publishes it."
+        ),
     ] = ""
     block_size: Annotated[int, Meta(ge=1, le=65536, description="Tokens in a KV page.")]
     dp_size: Annotated[int, Meta(ge=1, le=1024, description="Data-parallel ranks of a worker.")] = 1
@@ -98,17 +109,18 @@ class PdModelConfig(Section, frozen=True, kw_only=True):
     protocol: Annotated[
         Literal["sglang", "nixl"],
         Meta(
-            description="How prefill and decode workers meet: `sglang`, by a bootstrap room, both "
-            "at once; `nixl` (vLLM), prefill first, then decode with what it returned."
+            description="How the KV cache goes from the prefill to the decode worker. `sglang`: "
+            "both get the request at once and meet in a bootstrap room. `nixl` (vLLM): the "
+            "prefill comes first, and its answer goes into the request to the decode worker."
         ),
     ] = "sglang"
     min_prefill_tokens: Annotated[
         int,
         Meta(
             ge=0,
-            description="A prompt of which a decode worker lacks fewer tokens than this goes to "
-            "that worker alone. Only where decode workers can prefill, hence with `nixl`; 0 = "
-            "never.",
+            description="If a decode worker lacks fewer tokens of a prompt than this, it serves "
+            "the request without a prefill worker. Only for decode workers that can prefill, "
+            "hence with `nixl`; 0 = never.",
         ),
     ] = 0
 
@@ -118,52 +130,52 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         Text,
         Meta(
             max_length=256,
-            description="Name clients send as `model`; a worker belongs to it when it reports "
-            "this as its `served_model_name`.",
+            description="Name that clients send as `model`. A worker belongs to the model whose "
+            "id it reports as its `served_model_name`.",
         ),
     ]
     policy: Annotated[
-        PolicyName, Meta(description="How a worker is chosen among the healthy ones.")
+        PolicyName, Meta(description="How a worker is chosen among the healthy workers.")
     ] = "round_robin"
     tokenizer_path: Annotated[
         Text | None,
         Meta(
             description="The model's `tokenizer.json`, or the folder that holds it with "
             "`tokenizer_config.json` and chat templates. Needed by `cache_aware_zmq` and "
-            "`min_ttft`; for other policies it only serves `/v1/tokenize`."
+            "`min_ttft`. With other policies it only serves `/v1/tokenize`."
         ),
     ] = None
     chat_template_name: Annotated[
         Text | None,
         Meta(
-            description="Which of several chat templates to use, as the engine's "
+            description="Name of the chat template, if there are several; as the engine's "
             "`--hf-chat-template-name`."
         ),
     ] = None
     chat_template_kwargs: Annotated[
         dict[str, Any],
         Meta(
-            description="Variables for the chat template where a request does not set them, as "
+            description="Variables for the chat template that a request does not set itself; as "
             "the engine's `--default-chat-template-kwargs`."
         ),
     ] = field(default_factory=dict)
     cache_aware: Annotated[
-        CacheAwareConfig, Meta(description="For the policy `cache_aware_zmq`.")
+        CacheAwareConfig, Meta(description="Settings of the policy `cache_aware_zmq`.")
     ] = field(default_factory=CacheAwareConfig)
-    min_ttft: Annotated[MinTtftConfig, Meta(description="For the policy `min_ttft`.")] = field(
-        default_factory=MinTtftConfig
+    min_ttft: Annotated[MinTtftConfig, Meta(description="Settings of the policy `min_ttft`.")] = (
+        field(default_factory=MinTtftConfig)
     )
     kv_events: Annotated[
         list[KvEventsConfig],
         Meta(
-            description="Where workers publish KV events that do not say so in `/server_info` "
-            "(vLLM); what a worker says itself comes first."
+            description="Where workers publish KV events if they do not report it in "
+            "`/server_info` (vLLM). What a worker reports itself takes precedence."
         ),
     ] = field(default_factory=list)
     pd: Annotated[
         PdModelConfig,
-        Meta(description="For a model whose workers prefill and decode apart."),
+        Meta(description="For a model with separate prefill and decode workers."),
     ] = field(default_factory=PdModelConfig)
     circuit_breaker: Annotated[
-        CircuitBreakerConfig, Meta(description="When a failing worker is left alone.")
+        CircuitBreakerConfig, Meta(description="When a failing worker gets no more requests.")
     ] = field(default_factory=CircuitBreakerConfig)

@@ -1,4 +1,7 @@
-"""Rules of the configuration that span keys or need more than a type."""
+"""Rules of the configuration that span keys or need more than a type.
+
+Separate from the schema because a type cannot express them.
+"""
 
 import contextlib
 import ipaddress
@@ -53,14 +56,14 @@ def rule_problems(config: Config) -> Iterator[str]:
         if not socket_path.startswith("/"):
             yield "server.unix_socket: expected an absolute path"
         if "\0" in socket_path:
-            yield "server.unix_socket: a NUL can not be part of a path"
+            yield "server.unix_socket: a NUL cannot be part of a path"
         if len(socket_path.encode()) > _UNIX_SOCKET_MAX_BYTES:
             yield f"server.unix_socket: longer than {_UNIX_SOCKET_MAX_BYTES} bytes"
 
 
 def _model_problems(config: Config) -> Iterator[str]:
     if not config.models:
-        yield "models: at least one model is needed, nothing could be routed"
+        yield "models: at least one model is needed, or nothing could be routed"
     seen: dict[str, int] = {}
     for index, model in enumerate(config.models):
         if not model.id.strip() or model.id != model.id.strip():
@@ -76,7 +79,7 @@ def _model_problems(config: Config) -> Iterator[str]:
         if model.pd.min_prefill_tokens:
             key = f"models[{index}].pd.min_prefill_tokens"
             if model.pd.protocol == "sglang":
-                yield f"{key}: an SGLang decode worker can not prefill, hence only with 'nixl'"
+                yield f"{key}: an SGLang decode worker cannot prefill, hence only with 'nixl'"
             if model.policy not in TOKEN_POLICIES:
                 yield f"{key}: the policy {model.policy!r} does not know a prompt's tokens"
         yield from _kv_event_problems(config, model, f"models[{index}].kv_events")
@@ -110,7 +113,7 @@ def _kv_event_problems(config: Config, model: ModelConfig, path: str) -> Iterato
 
 
 def _normalised(urls: list[str]) -> Iterator[str]:
-    """The URLs as their workers are known; broken ones are left out."""
+    """The URLs in their normal form; those that cannot be parsed are left out."""
     for text in urls:
         with contextlib.suppress(ValueError):
             yield str(parse_worker_url(text))
@@ -135,7 +138,7 @@ def _static_url_problems(config: Config) -> Iterator[str]:
             continue
         host = "loopback" if _is_loopback(parsed.host) else parsed.host
         if owner := own.get((host, parsed.port)):
-            yield f"{key}: this is {owner}, requests would go round in circles"
+            yield f"{key}: this is {owner}; requests would go in a circle"
         if url in seen:
             yield f"{key}: the same worker as discovery.static_urls.urls[{seen[url]}]"
         seen.setdefault(url, index)
@@ -153,7 +156,7 @@ def _static_url_problems(config: Config) -> Iterator[str]:
 
 
 def _own_addresses(config: Config) -> Iterator[tuple[tuple[str, int], str]]:
-    """Addresses that are no worker's, with the key of each; "loopback" for all of its forms."""
+    """Addresses of this service and of Envoy, with their keys; "loopback" stands for any form."""
     server, envoy = config.server, config.envoy
     for key, host, port in (
         ("envoy.port", envoy.host, envoy.port),
@@ -227,7 +230,10 @@ def _credential_problems(config: Config) -> Iterator[str]:
     tls = config.server.tls
     if config.server.unix_socket is None and tls is not None:
         if extproc.ca_file is None:
-            yield "envoy.extproc.ca_file: needed with server.tls, or Envoy could not verify us"
+            yield (
+                "envoy.extproc.ca_file: needed with server.tls, or Envoy could not verify this "
+                "service"
+            )
         if tls.client_ca_file is not None and extproc.cert_file is None:
             yield "envoy.extproc.cert_file: needed with server.tls.client_ca_file"
     if (extproc.cert_file is None) != (extproc.key_file is None):

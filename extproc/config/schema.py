@@ -1,9 +1,9 @@
 """Every configuration key: its name, type, default, bounds and meaning.
 
 The key names and defaults of `server`, `observability`, `models`, `discovery`, `proxy` and
-`active_load` follow sgl-router's file, so that its users can bring theirs; the rest is ours.
-Nothing else in the package reads files or the environment for settings. Loading and the
-rules that span several keys are in config_loading.
+`active_load` follow sgl-router's file, so that its users can keep theirs. Separate from loading
+because the documentation and the JSON Schema are generated from it, too. Nothing else in the
+package reads settings from files or from the environment.
 """
 
 from typing import Annotated, Literal
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _PREFILL_SHARE = 0.8
-# The two rules between keys of one section, for editors; the loader has them in config.rules.
+# Two rules between keys of one section, for editors; the loader has them in config.rules.
 _TOKENIZER_IS_NEEDED = {
     "if": {"properties": {"policy": {"enum": list(TOKEN_POLICIES)}}, "required": ["policy"]},
     "then": {"properties": {"tokenizer_path": {"type": "string"}}, "required": ["tokenizer_path"]},
@@ -47,20 +47,20 @@ class ServerTlsConfig(Section, frozen=True, kw_only=True):
     key_file: Annotated[Text, Meta(description="PEM private key of the gRPC server.")]
     client_ca_file: Annotated[
         str | None,
-        Meta(description="PEM CA bundle; when set, clients must show a certificate (mTLS)."),
+        Meta(description="PEM CA bundle. If set, clients must present a certificate (mTLS)."),
     ] = None
 
 
 class ServerConfig(Section, frozen=True, kw_only=True):
     host: Annotated[
-        Text, Meta(description="Address of the gRPC server; `0.0.0.0` or `::` for all.")
+        Text, Meta(description="Address of the gRPC server; `0.0.0.0` or `::` for all addresses.")
     ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="Port of the gRPC server.")] = 9002
     unix_socket: Annotated[
         str | None,
         Meta(
-            description="Path of a Unix socket to listen on as well; the rendered Envoy "
-            "configuration then uses it instead of TCP."
+            description="Path of a Unix socket on which the gRPC server listens, too. The "
+            "rendered Envoy configuration then uses it instead of TCP."
         ),
     ] = None
     admin_host: Annotated[
@@ -72,14 +72,14 @@ class ServerConfig(Section, frozen=True, kw_only=True):
         Meta(
             ge=KIBIBYTE,
             le=1024 * MEBIBYTE,
-            description="Largest request body in bytes; a larger one is answered with 413.",
+            description="Largest request body in bytes. A larger one gets a 413.",
         ),
     ] = 32 * MEBIBYTE
     step_deadline_secs: Annotated[
         Seconds,
         Meta(
-            description="Our own limit for one routing decision; must be shorter than "
-            "`envoy.message_timeout_secs`, so that a client always gets our answer."
+            description="Time limit for one routing decision. Must be shorter than "
+            "`envoy.message_timeout_secs`, so that the client gets this service's error reply."
         ),
     ] = 5 * SECONDS
     drain_secs: Annotated[
@@ -87,28 +87,28 @@ class ServerConfig(Section, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=3600,
-            description="Longest time after SIGTERM during which requests are still answered "
-            "while health says NOT_SERVING.",
+            description="After SIGTERM, requests are still answered for this long at most, while "
+            "the health check reports NOT_SERVING.",
         ),
     ] = 10 * SECONDS
     tls: Annotated[
-        ServerTlsConfig | None, Meta(description="TLS on the TCP port; absent = plain text.")
+        ServerTlsConfig | None, Meta(description="TLS on the TCP port; without it, plain text.")
     ] = None
 
 
 class ObservabilityConfig(Section, frozen=True, kw_only=True):
     log_level: Annotated[
         Literal["debug", "info", "warn", "warning", "error"],
-        Meta(description="Lowest level that is logged; `debug` has a line per decision."),
+        Meta(description="Lowest level that is logged. `debug` has a line per routing decision."),
     ] = "info"
     log_format: Annotated[
-        Literal["text", "json"], Meta(description="Key-value text or one JSON object a line.")
+        Literal["text", "json"], Meta(description="Key-value text, or one JSON object per line.")
     ] = "text"
     debug_headers: Annotated[
         bool,
         Meta(
-            description="Answer requests that carry `x-extproc-debug: true` with headers that "
-            "name worker, policy, reason and overlap."
+            description="Replies to requests with `x-extproc-debug: true` get headers that name "
+            "the worker, the policy, the reason and the overlap."
         ),
     ] = False
 
@@ -118,22 +118,22 @@ class StaticUrlsConfig(Section, frozen=True, kw_only=True):
         list[str],
         Meta(
             extra_json_schema={"minItems": 1},
-            description="Worker URLs, `http(s)://host[:port]`, without a path. Models are learnt "
-            "from the workers.",
+            description="Worker URLs, `http(s)://host[:port]`, without a path. The models are "
+            "read from the workers.",
         ),
     ]
     prefill_urls: Annotated[
         list[str],
         Meta(
-            description="Those of `urls` that prefill only, where the engine does not say so "
-            "itself (vLLM)."
+            description="Those of `urls` that are prefill workers. Needed only if the engine "
+            "does not report its role (vLLM)."
         ),
     ] = field(default_factory=list)
     decode_urls: Annotated[
-        list[str], Meta(description="Those of `urls` that decode what others have prefilled.")
+        list[str], Meta(description="Those of `urls` that are decode workers, as above.")
     ] = field(default_factory=list)
     dns_ttl_secs: Annotated[
-        Seconds, Meta(description="How often host names are resolved again.")
+        Seconds, Meta(description="Interval at which host names are resolved again.")
     ] = 30 * SECONDS
 
 
@@ -144,13 +144,15 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
     ] = UNSET
     introspection_retry_secs: Annotated[
         Seconds,
-        Meta(description="How often a worker that has told no model yet is asked again."),
+        Meta(
+            description="Interval of introspections of a worker that has not reported a model yet."
+        ),
     ] = 30 * SECONDS
     introspection_interval_secs: Annotated[
         Seconds,
         Meta(
-            description="How often a worker is asked again who it is, so that a changed role is "
-            "noticed."
+            description="Interval of introspections of a known worker. A changed role is noticed "
+            "within this time."
         ),
     ] = 15 * SECONDS
 
@@ -158,7 +160,9 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
 class WorkersConfig(Section, frozen=True, kw_only=True):
     api_key: Annotated[
         str | None,
-        Meta(description="Bearer token for our own requests to workers (`/server_info`)."),
+        Meta(
+            description="Bearer token for this service's own requests to workers (`/server_info`)."
+        ),
     ] = None
     api_key_file: Annotated[
         str | None, Meta(description="File that holds the token, instead of `workers.api_key`.")
@@ -166,31 +170,33 @@ class WorkersConfig(Section, frozen=True, kw_only=True):
     forward_api_key: Annotated[
         bool,
         Meta(
-            description="Also set that token as `authorization` on the requests of clients, "
-            "replacing theirs: the gateway is then what authenticates clients."
+            description="Also set that token as `authorization` on the requests of clients, in "
+            "place of theirs. The gateway must then authenticate clients."
         ),
     ] = False
     ca_file: Annotated[
         str | None,
-        Meta(description="PEM CA bundle for https workers; absent = the system's."),
+        Meta(description="PEM CA bundle for https workers; without it, the system's."),
     ] = None
 
 
 class ProxyConfig(Section, frozen=True, kw_only=True):
     request_timeout_secs: Annotated[
         Seconds,
-        Meta(description="Limit for requests that are not streamed, and for a body to arrive."),
+        Meta(
+            description="Time limit for requests that are not streamed, and for a body to arrive."
+        ),
     ] = 300 * SECONDS
     connect_timeout_secs: Annotated[
-        Seconds, Meta(description="Limit for a TCP connection to a worker.")
+        Seconds, Meta(description="Time limit for a TCP connection to a worker.")
     ] = 5 * SECONDS
     fallback_workers: Annotated[
         int,
         Meta(
             ge=0,
             le=8,
-            description="Further workers named after the chosen one, tried in order when it "
-            "refuses the connection.",
+            description="Number of further workers in the destination list. Envoy tries them in "
+            "order if the chosen worker refuses the connection.",
         ),
     ] = 2
 
@@ -199,8 +205,8 @@ class ActiveLoadConfig(Section, frozen=True, kw_only=True):
     stale_request_timeout_secs: Annotated[
         Seconds,
         Meta(
-            description="Age at which any request is ended: 504 before the response headers, "
-            "a cut stream after them."
+            description="Age at which a request is ended: with a 504 before the response "
+            "headers, by ending the stream after them."
         ),
     ] = 600 * SECONDS
 
@@ -209,16 +215,17 @@ class LoadConfig(Section, frozen=True, kw_only=True):
     release: Annotated[
         Literal["stream_end", "estimate"],
         Meta(
-            description="When a request stops to count as load: at the end of its ext_proc "
-            "stream (exact where the gateway sends response trailers), or, for gateways that "
-            "close that stream at the response headers, after an estimated time."
+            description="When a request stops counting as load. `stream_end`: at the end of its "
+            "ext_proc stream, which is exact where the gateway sends response trailers. "
+            "`estimate`: after an estimated time, for gateways that close that stream at the "
+            "response headers."
         ),
     ] = "stream_end"
     estimated_stream_secs: Annotated[
         Seconds,
         Meta(
-            description="With `estimate`: how long a streamed response counts as load after "
-            "its headers."
+            description="With `estimate`: time for which a streamed response counts as load "
+            "after its headers."
         ),
     ] = 15 * SECONDS
 
@@ -229,15 +236,15 @@ class KvConfig(Section, frozen=True, kw_only=True):
         Meta(
             ge=1000,
             le=1_000_000_000,
-            description="Most pages kept in mind, summed over all ranks of all workers; about "
-            "250 bytes each. More are left out and counted.",
+            description="Most pages in the index, summed over all ranks of all workers. A page "
+            "takes about 250 bytes. Further pages are not added, and are counted.",
         ),
     ] = 8_000_000
     replay_timeout_secs: Annotated[
-        Seconds, Meta(description="A replay without a frame for this long has failed.")
+        Seconds, Meta(description="A replay fails if no frame arrives for this long.")
     ] = 5 * SECONDS
     replay_retry_secs: Annotated[
-        Seconds, Meta(description="Time before a failed replay is asked for again.")
+        Seconds, Meta(description="Time before a failed replay is requested again.")
     ] = 30 * SECONDS
 
 
@@ -245,32 +252,33 @@ class PdConfig(Section, frozen=True, kw_only=True):
     decode: Annotated[
         Literal["two_pass", "inline"],
         Meta(
-            description="When the decode worker is picked: `two_pass`, by a second filter behind "
-            "an internal listener, anew for every try; `inline`, together with the prefill "
+            description="When the decode worker is chosen. `two_pass`: for each attempt, by a "
+            "second filter behind an internal listener. `inline`: together with the prefill "
             "worker, for gateways without internal listeners."
         ),
     ] = "two_pass"
     response_timeout_secs: Annotated[
         Seconds,
         Meta(
-            description="Longest silence of a decode worker, before its response and in it, but "
-            "never more than half of `envoy.stream_idle_timeout_secs`. It ends what nobody else "
-            "can: requests whose prefill was lost with a router."
+            description="Longest silence of a decode worker, before its response and in it; at "
+            "most half of `envoy.stream_idle_timeout_secs`. It is the only limit for a request "
+            "whose prefill was lost because a router stopped."
         ),
     ] = 120 * SECONDS
     prefill_timeout_secs: Annotated[
         Seconds,
         Meta(
-            description="Longest time for a prefill worker's answer. With the protocol `sglang`, "
-            "never more than four fifths of the decode worker's time, so that it is known who was "
-            "silent; with `nixl`, Envoy has to wait for one of our replies as long as this."
+            description="Time limit for a prefill worker's answer. With the protocol `sglang`, "
+            "at most four fifths of the decode worker's time, so that a failure is attributed "
+            "to the worker that was silent. With `nixl`, Envoy has to wait for a reply of this "
+            "service for as long as this."
         ),
     ] = 90 * SECONDS
     prefill_linger_secs: Annotated[
         Seconds,
         Meta(
-            description="How long a prefill worker may still take to answer when the decode "
-            "worker's response has ended well; its connection is then closed."
+            description="Time a prefill worker still has to answer after the decode worker's "
+            "response has ended well. Its connection is then closed."
         ),
     ] = 1 * SECONDS
 
@@ -281,7 +289,8 @@ class TokenizationConfig(Section, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=1024 * 1024 * MEBIBYTE,
-            description="Memory for the tokens of pieces of text seen before, per model; 0 = none.",
+            description="Memory for the tokens of known pieces of text, per model; 0 switches "
+            "the cache off.",
         ),
     ] = 128 * MEBIBYTE
     inline_chars: Annotated[
@@ -289,11 +298,13 @@ class TokenizationConfig(Section, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=MEBIBYTE,
-            description="Longest new text that is encoded at once; a longer one goes to a thread, "
-            "so that others need not wait for it.",
+            description="Longest new text, in characters, that is encoded on the event loop. A "
+            "longer one is encoded in a thread, so that other requests need not wait.",
         ),
     ] = 4096
-    threads: Annotated[int, Meta(ge=1, le=64, description="Threads for that, per model.")] = 2
+    threads: Annotated[
+        int, Meta(ge=1, le=64, description="Threads that encode text, per model.")
+    ] = 2
 
 
 class Config(Section, frozen=True, kw_only=True):
@@ -314,47 +325,48 @@ class Config(Section, frozen=True, kw_only=True):
         DiscoveryConfig,
         Meta(extra_json_schema=_STATIC_URLS_ARE_NEEDED, description="Where the workers are."),
     ]
-    workers: Annotated[WorkersConfig, Meta(description="How workers are talked to.")] = field(
-        default_factory=WorkersConfig
+    workers: Annotated[WorkersConfig, Meta(description="Requests of this service to workers.")] = (
+        field(default_factory=WorkersConfig)
     )
     proxy: Annotated[ProxyConfig, Meta(description="Limits of proxied requests.")] = field(
         default_factory=ProxyConfig
     )
-    active_load: Annotated[ActiveLoadConfig, Meta(description="Requests in flight.")] = field(
-        default_factory=ActiveLoadConfig
+    active_load: Annotated[ActiveLoadConfig, Meta(description="Limits of requests in flight.")] = (
+        field(default_factory=ActiveLoadConfig)
     )
     load: Annotated[LoadConfig, Meta(description="How load is counted.")] = field(
         default_factory=LoadConfig
     )
-    kv: Annotated[KvConfig, Meta(description="What is known of the workers' KV caches.")] = field(
+    kv: Annotated[KvConfig, Meta(description="The index of the workers' KV pages.")] = field(
         default_factory=KvConfig
     )
     tokenization: Annotated[TokenizationConfig, Meta(description="How prompts become tokens.")] = (
         field(default_factory=TokenizationConfig)
     )
-    pd: Annotated[PdConfig, Meta(description="Models that prefill and decode apart.")] = field(
-        default_factory=PdConfig
-    )
+    pd: Annotated[
+        PdConfig, Meta(description="Models with separate prefill and decode workers.")
+    ] = field(default_factory=PdConfig)
     envoy: Annotated[EnvoyConfig, Meta(description="What `extproc envoy-config` renders.")] = field(
         default_factory=EnvoyConfig
     )
 
     @property
     def is_disaggregated(self) -> bool:
-        """Whether it says itself that workers prefill and decode apart; they may do so anyway."""
+        """True if the file configures prefill and decode workers; engines may report them, too."""
         static = self.discovery.static_urls
         roles = not isinstance(static, UnsetType) and (static.prefill_urls or static.decode_urls)
         return bool(roles) or any(model.pd != PdModelConfig() for model in self.models)
 
     @property
     def destinations_max(self) -> int:
-        """How many workers are named for one request, and tried at most."""
+        """How many workers are named in a destination list."""
         return 1 if self.envoy.destination == "single" else 1 + self.proxy.fallback_workers
 
     @property
     def extra_wait_secs(self) -> float:
-        """How much longer than for a decision a client's request may have to wait for us: a
-        prefill whose answer has to be in the request that goes on.
+        """How much longer than a decision one reply may take.
+
+        With `nixl`, the answer to the prefill has to be in the request that goes on.
         """
         waits = any(model.pd.protocol == "nixl" for model in self.models)
         return self.pd.prefill_timeout_secs if waits else 0.0
@@ -371,5 +383,5 @@ class Config(Section, frozen=True, kw_only=True):
 
     @property
     def routing_deadline_secs(self) -> float:
-        """Our own limit for one reply, the prefill included where we wait for it."""
+        """Time limit for one reply, including the prefill where the reply waits for it."""
         return self.server.step_deadline_secs + self.extra_wait_secs

@@ -1,6 +1,6 @@
 """The part of the table of metrics that is about tokens and KV pages.
 
-Apart from the rest of the table only because of its length; see `metrics/table.py`.
+Separate from `metrics.table` only because of its length.
 """
 
 from typing import Final

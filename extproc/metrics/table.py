@@ -1,9 +1,7 @@
 """Every metric of the service: name, help text, labels and buckets, in one table.
 
-Separate from the code that counts because three readers share it: `Metrics`, the collectors of
-the admin server, and `docs/generate.py`, which writes `docs/metrics.md` from it. To add a metric,
-add it here, then make it in `metrics/service.py` (counted as things happen) or in a collector of
-`admin/` (read at a scrape), and run `make docs`.
+Separate from the code that counts because three readers share it: `metrics.service`, the
+collectors of `admin`, and docs/generate.py, which writes the tables of docs/metrics.md from it.
 """
 
 from typing import Final

@@ -6,6 +6,8 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import aiohttp
+import msgspec
+import numpy as np
 import pytest
 from aiohttp import ClientSession
 from prometheus_client import CollectorRegistry, Counter
@@ -14,10 +16,15 @@ from prometheus_client.parser import text_string_to_metric_families as plain_tex
 
 from extproc.admin.http import AdminServer
 from extproc.app import App
+from extproc.build import build_kv, build_shared
+from extproc.config.models import ModelConfig
 from extproc.config.schema import ServerConfig
 from extproc.errors import ConfigError
+from extproc.routing.ranks import Ranks
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.worker import KvEvents
 from tests.builders import make_worker
+from tests.fakes import FakeClock
 from tests.unit.configs import config
 
 
@@ -29,6 +36,7 @@ class Admin:
         self.workers = WorkerRegistry()
         self.metrics = metrics
         self.ready = False
+        self.ranks = ranks_of(ModelConfig(id="m", policy="min_ttft", tokenizer_path="-"))
 
     async def get(self, path: str) -> tuple[int, str, bytes]:
         async with self.session.get(path) as response:
@@ -40,6 +48,12 @@ class Admin:
         assert body.keys() == {"workers"}
         workers: list[dict[str, Any]] = body["workers"]
         return workers
+
+
+def ranks_of(model: ModelConfig) -> Ranks:
+    """Ranks of a service with this model."""
+    settings = config(models=[msgspec.to_builtins(model)])
+    return build_kv(settings, build_shared(settings, clock=FakeClock())).ranks
 
 
 @contextmanager
@@ -61,12 +75,14 @@ async def running(metrics: CollectorRegistry | None = None) -> AsyncIterator[Adm
                 workers=admin.workers,
                 is_ready=lambda: admin.ready,
                 models=["m"],
+                ranks=admin.ranks,
             )
             await server.start()
             try:
                 yield admin
             finally:
                 await server.stop()
+                await admin.ranks.indexer.close()
 
 
 async def test_alive_from_the_start() -> None:
@@ -187,6 +203,47 @@ async def test_workers_are_shown_as_they_are() -> None:
         assert (second["model"], second["breaker"]) == ("n", "closed")
 
 
+async def test_the_ranks_of_a_worker_are_shown_with_their_pages() -> None:
+    async with running() as admin:
+        events = KvEvents(host="127.0.0.1", port=1, block_size=4, dp_size=2)
+        worker = make_worker(kv_events=events)
+        admin.workers.upsert(worker)
+        admin.ranks.joined(worker)
+        rank, _ = admin.ranks.of(worker)
+        assert rank.pages is not None
+        tokens = np.arange(8, dtype=np.uint64)
+        admin.ranks.indexer.index.store(rank.pages, [1, 2], None, tokens, 4)
+        rank.load.book(500, 0.0)
+        (shown,) = await admin.listed()
+        assert shown["kv"]["page_size"] == 4
+        first, second = shown["kv"]["ranks"]
+        assert first == {
+            "rank": 0,
+            "in_flight": 1,
+            "trusted": False,
+            "reason": first["reason"],
+            "connected": False,
+            "pages": 2,
+            "pages_by_tier": {"device": 2, "host": 0, "below": 0},
+            "last_event_age_seconds": None,
+            "gaps": 0,
+            "restarts": 0,
+        }
+        assert (second["rank"], second["pages"], second["in_flight"]) == (1, 0, 0)
+
+
+async def test_a_rank_without_kv_events_says_so() -> None:
+    async with running() as admin:
+        worker = make_worker()
+        admin.workers.upsert(worker)
+        admin.ranks.joined(worker)
+        (shown,) = await admin.listed()
+        assert shown["kv"] == {
+            "page_size": None,
+            "ranks": [{"rank": 0, "in_flight": 0, "trusted": False, "reason": "no_events"}],
+        }
+
+
 @pytest.mark.parametrize(
     ("model_ids", "resolved", "model", "ready"),
     [
@@ -235,18 +292,21 @@ async def test_a_port_in_use_names_its_key() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
+        ranks = ranks_of(ModelConfig(id="m"))
         server = AdminServer(
             ServerConfig(admin_port=port),
             metrics=CollectorRegistry(),
             workers=WorkerRegistry(),
             is_ready=lambda: True,
             models=["m"],
+            ranks=ranks,
         )
         try:
             with pytest.raises(ConfigError) as caught:
                 await server.start()
         finally:
             await server.stop()
+            await ranks.indexer.close()
     (problem,) = caught.value.problems
     assert problem.startswith("server.admin_port: ")
     assert str(port) in problem
