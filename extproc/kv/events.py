@@ -1,4 +1,7 @@
-"""What engines publish, as values: KV-cache events and load reports, whatever their encoding."""
+"""The values that engines publish: KV events and load reports, independent of their encoding.
+
+Separate from the decoder, so that the index and the load book need nothing of msgpack.
+"""
 
 from enum import IntEnum
 from typing import Annotated, Final, TypeAlias
@@ -26,15 +29,15 @@ __all__ = [
     "WireError",
 ]
 
-# What one step of a scheduler publishes is far below. While it is decoded, a payload takes up
-# eight times its size in token ids, and thirty times in pairs.
+# One step of a scheduler publishes far less. While it is decoded, a payload takes eight times its
+# size in memory as token ids, and thirty times as pairs.
 PAYLOAD_MAX_BYTES: Final = 1 << 24
 # With pages of one token and without coalescing, a long prompt is 100 000 events.
 EVENTS_MAX_PER_BATCH: Final = 1 << 18
 TOKENS_MAX_PER_EVENT: Final = 1 << 20
 # A page may be one token.
 BLOCKS_MAX_PER_EVENT: Final = TOKENS_MAX_PER_EVENT
-# Pages have some hundred tokens at most, those of hybrid models some thousand.
+# Pages have some hundreds of tokens at most, those of hybrid models some thousands.
 BLOCK_MAX_TOKENS: Final = 1 << 16
 # Of cache_salt, lora_name, lora_id and medium.
 NAME_MAX_CHARS: Final = 1024
@@ -43,11 +46,11 @@ _COUNT_MAX: Final = (1 << 63) - 1
 
 
 class WireError(ServiceError, ValueError):
-    """The payload can not be read at all; the text quotes nothing of it."""
+    """The payload cannot be decoded; the text quotes nothing of it."""
 
 
 class Medium(IntEnum):
-    """Where a block lies, nearest first."""
+    """Where a block is stored, nearest first."""
 
     GPU = 0
     HOST = 1
@@ -58,11 +61,10 @@ class Medium(IntEnum):
 class BlockStored(Struct, frozen=True, gc=False, eq=False):
     """A chain of blocks that follows `parent_block_hash`, or starts a prompt if that is None.
 
-    Hashes are unsigned 64-bit whatever the engine sends. `tokens` is a uint64 array of the units
-    of all blocks one after the other: token ids, or with `bigram` pairs of neighbours, where a
-    unit is t_j | t_{j+1} << 32. Its length may not fit blocks and `block_size` (tokens or pairs
-    per block); that is for the index to judge. `lora` is the adapter's name, or its id if only
-    that was sent.
+    Hashes are unsigned 64-bit integers, whatever the engine sends. `tokens` is a uint64 array of
+    the units of all blocks: token ids, or with `bigram` pairs of neighbours, t_j | t_{j+1} << 32.
+    The index checks whether its length fits the blocks and `block_size` (tokens or pairs per
+    block). `lora` is the adapter's name, or its id if only that was sent.
     """
 
     block_hashes: list[int]
@@ -76,14 +78,14 @@ class BlockStored(Struct, frozen=True, gc=False, eq=False):
 
 
 class BlockRemoved(Struct, frozen=True, gc=False):
-    """Blocks that are gone from one medium; others may still hold them."""
+    """Blocks that were removed from one medium; other media may still hold them."""
 
     block_hashes: list[int]
     medium: Medium
 
 
 class AllBlocksCleared(Struct, frozen=True, gc=False):
-    """Nothing is held any more, on no medium."""
+    """All blocks were removed, from every medium."""
 
 
 KvEvent: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
@@ -92,10 +94,10 @@ KvEvent: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
 class EventBatch(Struct, frozen=True):
     """One message of a rank, `events` in the order in which they happened.
 
-    `timestamp` is the engine's, in seconds since the epoch. `skipped` counts events of unknown
-    kind, malformed or beyond a limit; with `removals_lost` one of them may have told that blocks
-    are gone. Events of an attention group other than the first are left out without being
-    counted: hybrid models send them all the time, and a router follows one group.
+    `timestamp` is the engine's, in seconds since the epoch. `skipped` counts events that are of
+    unknown kind, malformed or beyond a limit; with `removals_lost`, one of them may have been a
+    removal. Events of an attention group other than the first are left out and not counted: hybrid
+    models send them all the time, and a router follows one group.
     """
 
     timestamp: float

@@ -109,9 +109,9 @@ class PrefixTable:
     ) -> list[tuple[int, int]]:
         """How many leading prefixes each rank in `mask` has; or lacks, if not `present`.
 
-        The number is known to be between `low` and `high`, and a rank has none of the prefixes
-        behind it: a binary search that splits the ranks at every probe. Gives pairs of a number
-        and the mask of the ranks that it is true for.
+        The number is known to be between `low` and `high`, and after the first prefix that is
+        not counted no other one would be: a binary search that splits the ranks at every probe.
+        Gives pairs of a number and the mask of the ranks that it is true for.
         """
         shards = self._shards
         flip = 0 if present else -1

@@ -1,10 +1,10 @@
-"""Prefix hashes of token sequences: one running sum instead of a hash per page.
+"""Hashes prefixes of token sequences: one running sum instead of a hash per page.
 
 A prefix of n tokens t_0 … t_{n-1} hashes to seed + Σ (t_j + 1) · B_j mod 2^64 with secret random
-odd keys B_j, a multilinear hash. The sum after a page is where the next page goes on, so
-that an event continues from its parent and a prompt of 32k tokens is one pass of numpy. The
-`+ 1` keeps token 0 from adding nothing. Keys are drawn per process: hashes are never
-exchanged, and nobody outside can construct two prompts that collide.
+odd keys B_j, a multilinear hash. The next page continues from the sum after a page, so that an
+event continues from its parent, and a prompt of 32k tokens takes one pass of numpy. Without the
+`+ 1`, token 0 would add nothing. Keys are drawn per process: hashes are never exchanged, and
+without the keys two colliding prompts cannot be constructed.
 
 Two prefixes of one length with ids below 2^18 collide with probability 2^-46 at most over
 the keys. A bigram page of n units (t_j, t_{j+1}) from position p covers the tokens up to
@@ -22,28 +22,28 @@ __all__ = ["POSITION_MAX_TOKENS", "PrefixHasher", "TokenIds"]
 
 TokenIds = NDArray[np.uint64]
 
-# Longer than any context window; the keys for it take 64 MiB, and only if somebody asks.
+# Longer than any context window. Keys for this length take 64 MiB, drawn when first needed.
 POSITION_MAX_TOKENS: Final = 1 << 22
 _FIRST_KEYS: Final = 1 << 16
 _MASK: Final = (1 << 64) - 1
 
 
 class PrefixHasher:
-    """The keys of one process.
+    """The keys of one process, drawn from `secret`.
 
-    `secret` makes them; only tests give one, to get the same hashes twice.
+    Tests pass a secret to get the same hashes twice.
     """
 
     def __init__(self, secret: int | None = None) -> None:
         self._secret = secrets.randbits(128) if secret is None else secret
         self._random = np.random.Generator(np.random.PCG64(self._secret))
         self._keys: TokenIds = np.empty(0, np.uint64)
-        # Sum of the first n keys at n: the share of the `+ 1`.
+        # At n, the sum of the first n keys: what the `+ 1` contributes.
         self._key_sums: TokenIds = np.zeros(1, np.uint64)
         self._grow(_FIRST_KEYS)
 
     def seed(self, cache_salt: str | None = None, lora: str | int | None = None) -> int:
-        """Where the sums of a namespace start; 0 for the one without salt and adapter."""
+        """The start value of a namespace's sums; 0 for the one without salt and adapter."""
         if cache_salt is None and lora is None:
             return 0
         text = repr((cache_salt, lora)).encode("utf-8", "surrogatepass")
@@ -65,7 +65,7 @@ class PrefixHasher:
     def page_sums(self, start: int, position: int, tokens: TokenIds, page_size: int) -> TokenIds:
         """The sums after each whole page of `tokens`; uint64, one for each page.
 
-        `start` is the sum of the `position` tokens before. Raises ValueError beyond
+        `start` is the sum of the `position` tokens before `tokens`. Raises ValueError beyond
         POSITION_MAX_TOKENS.
         """
         count = len(tokens) // page_size * page_size
@@ -77,7 +77,7 @@ class PrefixHasher:
             sums = sums.reshape(-1, page_size).sum(axis=1)
         np.cumsum(sums, out=sums)
         sums += self._key_sums[position + page_size : end + 1 : page_size]
-        # Array arithmetic wraps around silently, as wanted; scalars would warn.
+        # Arrays wrap around silently, as needed here; scalars would warn.
         sums += np.uint64((start - int(self._key_sums[position])) & _MASK)
         return sums
 

@@ -1,11 +1,12 @@
-"""What engines publish about their KV caches and their load, from bytes to values.
+"""Decodes what engines publish: batches of KV events, and load reports.
 
 A batch is an array (in one vLLM revision a map) of a time, events and a rank. Events are tagged
 maps or, from older engines, arrays; both may occur in one batch.
 
-Anybody who can reach the socket's peer can send anything. Counts and lengths are checked before
-anything is made of them, nesting is bounded, and errors never quote the payload, for it carries
-prompts.
+The payload is not trusted. Counts and lengths are checked before memory is allocated for them,
+nesting is bounded, and errors never quote the payload, since it contains prompts.
+
+Separate from `wire_schema`, which has the encoded forms: here these become the values of `events`.
 """
 
 import math
@@ -56,7 +57,7 @@ _TOKEN: Final = np.dtype("<u4")
 _PAIR: Final = np.dtype("<u8")
 
 
-# SGLang's names, and vLLM's for host memory.
+# SGLang's names, and vLLM's name for host memory.
 _MEDIUMS: Final = {
     None: Medium.GPU,
     "GPU": Medium.GPU,
@@ -69,17 +70,17 @@ _MEDIUMS: Final = {
 
 _load_decoder: Final = msgspec.msgpack.Decoder(LoadStat)
 
-# What events raise that have the right types and the wrong values.
+# The errors of events that have the right types and wrong values.
 _MALFORMED: Final = (ValueError, TypeError, struct.error)
 
 
 def decode_events(payload: bytes) -> EventBatch:
-    """Read a batch of events, the third frame of a message.
+    """Decode a batch of events, the third frame of a message.
 
-    Raises WireError if it is no batch, or beyond EVENTS_MAX_PER_BATCH or PAYLOAD_MAX_BYTES.
+    Raises WireError if it is not a batch, or is beyond EVENTS_MAX_PER_BATCH or PAYLOAD_MAX_BYTES.
     """
     _check_size(payload)
-    # An event that nests too deep can not be stepped over, so it costs the batch.
+    # An event that nests too deep cannot be skipped, so the whole batch is lost.
     try:
         batch = parse(payload)
     except UNREADABLE:
@@ -101,7 +102,7 @@ def decode_events(payload: bytes) -> EventBatch:
 
 
 def decode_load(payload: bytes) -> LoadStat:
-    """Read a load report; raises WireError if it is none or has a count below zero."""
+    """Decode a load report; raises WireError if it is not one or has a count below zero."""
     _check_size(payload)
     try:
         return _load_decoder.decode(payload)
@@ -114,7 +115,7 @@ def _check_size(payload: bytes) -> None:
         raise WireError(f"the payload is larger than {PAYLOAD_MAX_BYTES} bytes")
 
 
-# -- from shapes to events
+# -- from encoded forms to events
 
 
 def _stored_map(event: StoredMap) -> BlockStored | None:
@@ -142,7 +143,7 @@ def _stored(
         bigram,
         event.block_size,
         _medium(event.medium),
-        # Engines take an empty name for none.
+        # For engines, an empty name is the same as no name.
         cache_salt or None,
         lora_name or event.lora_id,
     )
@@ -169,11 +170,10 @@ _CONVERSIONS: Final[dict[type[Struct], Callable[[Any], KvEvent | None]]] = {
 
 
 def _medium(name: str | None) -> Medium:
-    """The tier of a name; one that nobody knows yet counts as the farthest.
+    """The medium of a name; an unknown name counts as the farthest one.
 
-    Taking it for device memory would send requests after blocks that are slow to fetch, and
-    dropping the event would lose the removals that belong to it. Stores and removals under the
-    same unknown name still cancel out.
+    As device memory it would attract requests to blocks that are slow to fetch. Without the event,
+    its removals would be lost. Stores and removals with the same unknown name still cancel out.
     """
     return _MEDIUMS.get(name, Medium.EXTERNAL)
 
@@ -186,7 +186,7 @@ def _folded(hashes: list[Hash]) -> list[int]:
 
 
 def _fold(block: Hash) -> int:
-    """Unsigned 64 bits of a signed or unsigned integer or, as vLLM does, the end of a digest."""
+    """Unsigned 64 bits of a signed or unsigned integer, or of a digest its end, as vLLM does."""
     if isinstance(block, int):
         return block & _HASH_MASK
     if len(block) < _HASH_BYTES:
@@ -197,8 +197,8 @@ def _fold(block: Hash) -> int:
 def _tokens(units: tuple[Unit, ...]) -> tuple[NDArray[np.uint64], bool]:
     """The units as uint64, and whether they are pairs.
 
-    Packing into 32 bits is the quickest way from integers to an array, four times quicker than
-    `np.array`, and refuses what is no token id. A packed pair is the unit.
+    Packing into 32 bits is the fastest way from integers to an array, four times faster than
+    `np.array`, and refuses numbers that are not token ids. A packed pair is the unit.
     """
     if units and isinstance(units[0], tuple):
         ids: tuple[Any, ...] = tuple(chain.from_iterable(units))  # type: ignore[arg-type]

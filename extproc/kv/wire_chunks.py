@@ -1,9 +1,9 @@
-"""A batch in parts, none of which takes longer to read than a request may be held up.
+"""Decodes large event batches in chunks short enough not to delay requests.
 
-Reading a batch of the largest size takes 100 ms, and no thread helps: it makes Python objects
-all the way. So a large batch is cut into pieces of its own encoding, each of them a batch that
-is read as usual. An event that is too large itself is cut between two blocks, which makes it
-a chain of events that mean the same.
+Decoding a batch of the largest size takes 100 ms, and a thread would not help, since it makes
+Python objects all the time. So a large batch is cut, while still encoded, into smaller batches that
+are decoded as usual. An event that is too large itself is cut between two blocks, which makes a
+chain of events with the same meaning.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from extproc.kv.wire_schema import UNREADABLE, is_map, parse_raw
 
 __all__ = ["decode_in_parts"]
 
-# Read in one or two milliseconds.
+# Decoding a part takes one or two milliseconds.
 _PART_BYTES: Final = 1 << 16
 _UNITS_PER_PIECE: Final = 1 << 13
 _ARRAY_32: Final = b"\xdd"
 _COUNT_BYTES: Final = 4
-# How long integers are, by their first byte; 0 is no integer.
+# The length of an encoded integer by its first byte; 0 if that byte begins something else.
 _WIDTHS: Final = bytes(
     [1] * 0x80  # to 127
     + [0] * 0x4C
@@ -34,7 +34,7 @@ _WIDTHS: Final = bytes(
 )
 _PAIR: Final = 0x92
 _BYTES_8: Final = 0xC4
-# Where events that are arrays have what maps have by name.
+# The fields of a map; an event that is an array has them in this order.
 _FIELDS: Final = ("type", "block_hashes", "parent_block_hash", "token_ids", "block_size")
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -45,9 +45,9 @@ _size_decoder: Final = msgspec.msgpack.Decoder(int)
 
 
 def decode_in_parts(payload: bytes) -> Iterator[EventBatch]:
-    """Read a batch as `decode_events` does, a part at a time.
+    """Decode a batch as `decode_events` does, a part at a time.
 
-    Raises WireError like that; the parts before may have been read by then.
+    Raises WireError for the same reasons, perhaps after some parts.
     """
     if len(payload) <= _PART_BYTES:
         yield decode_events(payload)
@@ -82,21 +82,21 @@ def _array(count: int, elements: bytes) -> bytes:
 
 
 def _pieces(event: Raw) -> Iterator[bytes | Raw]:
-    """An event as a chain of events; unchanged if it is of a kind without blocks.
+    """Cut an event into a chain of events; an event without blocks stays as it is.
 
-    Where tokens do not fit blocks, the pieces have no tokens at all, and fit no better.
+    If the tokens do not fit the blocks, the pieces have no tokens, so that they do not fit either.
     """
     named = is_map(event)
     fields: dict[str | int, Raw] = {}
     fields.update(_map_decoder.decode(event) if named else enumerate(_array_decoder.decode(event)))
     kind, hashes, parent, tokens, size = _FIELDS if named else range(len(_FIELDS))
-    told = _kind_decoder.decode(fields[kind])
-    if told not in ("BlockStored", "BlockRemoved"):
+    name = _kind_decoder.decode(fields[kind])
+    if name not in ("BlockStored", "BlockRemoved"):
         yield event
         return
     blocks, units = _Elements(fields[hashes]), None
     blocks_per_piece, block_size = _UNITS_PER_PIECE, 0
-    if told == "BlockStored":
+    if name == "BlockStored":
         block_size = _size_decoder.decode(fields[size])
         units = _Elements(fields[tokens])
         if block_size < 1 or blocks.left * block_size != units.left:
@@ -129,7 +129,7 @@ class _Elements:
             raise ValueError("not an array")
 
     def take(self, count: int) -> bytes:
-        """The next elements; of any other kind, bytes that can not be read."""
+        """The next elements, encoded; other kinds of elements give bytes that cannot be decoded."""
         data, widths, start = self._data, _WIDTHS, self._at
         at = start
         for _ in range(count):

@@ -1,9 +1,9 @@
-"""The forms that events have in msgpack, and how a batch is read into them.
+"""The msgpack schema of event batches, and the parser that reads batches into it.
 
-The usual batch has only one form and nothing wrong with it, so it is decoded in one typed pass.
-Whatever fails that pass is taken apart event by event, at about twice the price, and only what
-can not be read is left out: losing a removal because its neighbour was odd would leave a wrong
-view of a cache behind.
+The usual batch has events of one form and no errors, so it is decoded in one typed pass. A batch
+that fails this pass is decoded event by event, at about twice the cost, and only events that cannot
+be decoded are left out: losing a removal because of a malformed event beside it would leave pages
+in the index that the engine has dropped.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,8 @@ __all__ = [
 
 _KINDS_WITH_BLOCKS: Final = ("BlockStored", "BlockRemoved")
 _KINDS_THAT_REMOVE: Final = ("BlockRemoved", "AllBlocksCleared")
-# msgspec's errors are ValueErrors, so is text that is not UTF-8; RecursionError is nesting.
+# msgspec's errors and those of text that is not UTF-8 are ValueErrors; too deep nesting raises
+# RecursionError.
 UNREADABLE: Final = (ValueError, RecursionError)
 
 Hash: TypeAlias = int | bytes
@@ -77,7 +78,7 @@ class Metadata(Struct):
 
 
 class StoredArray(Stored, tag="BlockStored", array_like=True):
-    # vLLM's LoRA name, or SGLang's map.
+    # vLLM has the LoRA name here, SGLang a map.
     naming: _Name | Metadata | None = None
     extra_keys: Raw | None = None
     group_idx: int | None = None
@@ -133,7 +134,7 @@ class _BatchOfArrays(Struct, array_like=True):
 
 
 class RawBatch(Struct, array_like=True):
-    """A batch whose events are only counted."""
+    """A batch whose events are not decoded."""
 
     ts: float
     events: Annotated[list[Raw], _Limit]
@@ -160,7 +161,7 @@ _hashes_decoder: Final = msgspec.msgpack.Decoder(_Hashes)
 
 
 class Parsed(Struct):
-    """A batch; `skipped` events are left out, with `removals_lost` not only stores."""
+    """A batch without its `skipped` events; `removals_lost` if they may have been removals."""
 
     ts: float
     events: Sequence[EventMap | EventArray]
@@ -170,7 +171,7 @@ class Parsed(Struct):
 
 
 def parse(payload: bytes) -> Parsed:
-    """Read a batch; raises one of UNREADABLE when it is none."""
+    """Read a batch; raises one of UNREADABLE if it is not a batch."""
     for decoder in _uniform_decoders:
         try:
             batch = decoder.decode(payload)
@@ -196,15 +197,15 @@ def parse(payload: bytes) -> Parsed:
 
 
 def parse_raw(payload: bytes) -> RawBatch | _RawBatchMap:
-    """Read a batch without looking into its events; raises one of UNREADABLE."""
+    """Read a batch without decoding its events; raises one of UNREADABLE."""
     return (_raw_batch_map_decoder if is_map(payload) else _raw_batch_decoder).decode(payload)
 
 
 def _kind(raw: Raw) -> str | None:
-    """The kind of an event that can not be used, if it names blocks as its kind should.
+    """The kind of an event that cannot be decoded; None if its kind or blocks are unreadable.
 
-    A batch of nothing but events without is not from an engine. An unknown kind, or odd tokens,
-    are another matter.
+    A batch with only such events is not from an engine. Events of unknown kinds, or with malformed
+    tokens, may be from one.
     """
     try:
         head = (_head_map_decoder if is_map(raw) else _head_array_decoder).decode(raw)

@@ -1,7 +1,7 @@
-"""What a policy sees and what it answers.
+"""What a policy is shown and what it returns.
 
-A policy is given candidates that may be chosen (right model, usable, breaker allows) and
-never sees sockets, clocks or the registry, so each is tested with plain values.
+A policy gets only candidates that may be chosen: they serve the model, are usable, and their
+breaker allows it. It sees no sockets, clocks or registries, so tests give it plain values.
 """
 
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ __all__ = [
 
 
 class Candidate(Protocol):
-    """A worker a request could go to."""
+    """A worker that may be chosen."""
 
     @property
     def order(self) -> int:
-        """Rank in the stable order of candidates; unique, never reused."""
+        """Position in the stable order of candidates; unique, never reused."""
         ...
 
     @property
     def in_flight(self) -> int:
-        """Requests decided for this worker that have not ended."""
+        """Requests sent to this worker that have not ended."""
         ...
 
 
@@ -46,19 +46,19 @@ ChosenT = TypeVar("ChosenT")
 
 
 class Choice(NamedTuple, Generic[ChosenT]):
-    """The chosen candidate, and why, as a short word of a closed set per policy."""
+    """The chosen candidate, and the reason: one word of a closed set per policy."""
 
     candidate: ChosenT
     reason: str
 
 
 class Policy(Protocol):
-    """One instance per model; may keep state between calls, all from one event loop."""
+    """Chooses a worker. One instance per model; calls come from one event loop."""
 
     name: str
 
     def choose(self, candidates: Sequence[CandidateT]) -> Choice[CandidateT]:
-        """Pick one of at least one candidate, given in ascending `order`."""
+        """Choose one of the candidates: at least one, in ascending `order`."""
         ...
 
 
@@ -66,38 +66,38 @@ class Policy(Protocol):
 
 
 class RankPressure(Protocol):
-    """What a rank has to do; `now` in monotonic seconds."""
+    """The load of a rank; `now` in monotonic seconds."""
 
     @property
     def prefill_tokens_per_second(self) -> float: ...
 
     def requests(self, now: float) -> int:
-        """Requests that wait or run there."""
+        """Requests that wait or run."""
         ...
 
     def running(self, now: float) -> int:
-        """Those of them that decode."""
+        """Requests that decode."""
         ...
 
     def prefill_tokens_ahead(self, now: float) -> float:
-        """Tokens to prefill before a request that comes now."""
+        """Tokens that the rank prefills before a request that is sent now."""
         ...
 
     def slot_wait_seconds(self, prompt_tokens: int, now: float) -> float:
-        """How long a request would wait until others end and leave it their place; mostly 0."""
+        """How long a request would wait for a free slot in the running batch; mostly 0."""
         ...
 
 
 class KvCandidate(Protocol):
     """A data-parallel rank of a worker, and what it holds of the prompt.
 
-    Tokens are those that spare prefill: the engine computes the last token of every prompt,
-    and with it the rest of its page. What is held on several tiers counts on the best.
+    Tokens count as held if they spare prefill: the engine computes the last token of every
+    prompt, and with it the rest of its page. Pages on several tiers count on the best one.
     """
 
     @property
     def order(self) -> int:
-        """Rank in the stable order of candidates; unique, never reused."""
+        """Position in the stable order of candidates; unique, never reused."""
         ...
 
     @property
@@ -105,17 +105,17 @@ class KvCandidate(Protocol):
 
     @property
     def has_events(self) -> bool:
-        """Whether it is known what it holds; if not, all that follows is 0."""
+        """Whether the rank's pages are known and trusted; if not, all numbers below are 0."""
         ...
 
     @property
     def prompt_pages(self) -> int:
-        """Whole pages of the prompt, in its own page size."""
+        """Whole pages of the prompt, in the rank's page size."""
         ...
 
     @property
     def held_pages(self) -> int:
-        """Of these, how many it has on any tier, from the first on without a gap."""
+        """Pages of the prompt that it holds on any tier, from the first on without a gap."""
         ...
 
     @property
@@ -123,17 +123,17 @@ class KvCandidate(Protocol):
 
     @property
     def host_tokens(self) -> int:
-        """Tokens that follow, in the host's memory."""
+        """Held tokens after those on the device, in host memory."""
         ...
 
     @property
     def disk_tokens(self) -> int:
-        """Tokens that follow, further down."""
+        """Held tokens after those, on a disk or further away."""
         ...
 
     @property
     def predicted_pages(self) -> int:
-        """Pages it is going to have from the first on, since they were just sent there."""
+        """Pages it will hold soon, from the first on: such a prompt was just sent there."""
         ...
 
     @property
@@ -146,8 +146,8 @@ KvCandidateT = TypeVar("KvCandidateT", bound=KvCandidate)
 class KvQuery(Struct, frozen=True):
     """What a policy knows of the request.
 
-    `prompt_tokens` is the exact number of tokens, 0 if it is not known. `expected_tokens` is then
-    a guess, 0 if there is no guess either.
+    `prompt_tokens` is the exact number of tokens, or 0 if it is not known. `expected_tokens` is an
+    estimate for that case, or 0 without one.
     """
 
     now: float
@@ -156,21 +156,20 @@ class KvQuery(Struct, frozen=True):
 
 
 class KvPolicy(Protocol):
-    """As Policy, for ranks."""
+    """Chooses a rank by what it holds; otherwise as Policy."""
 
     name: str
 
     def choose(self, candidates: Sequence[KvCandidateT], query: KvQuery) -> Choice[KvCandidateT]:
-        """Pick one of at least one candidate, given in ascending `order`."""
+        """Choose one of the candidates: at least one, in ascending `order`."""
         ...
 
 
 class TierWeights(NamedTuple):
-    """What a held token is worth by where it lies, 1 = its whole prefill.
+    """What a held token is worth on each tier; 1 is the cost of its prefill.
 
-    Bringing a page up is a copy: from pinned host memory at some hundred thousand tokens a
-    second, from a disk or over the network at some ten thousand, where prefill does ten
-    thousand, or fifty for a small model.
+    Fetching a page is a copy: about 100 000 tokens a second from pinned host memory, and 10 000
+    from a disk or over the network. Prefill computes 10 000 a second, a small model 50 000.
     """
 
     device: float = 1.0
@@ -178,7 +177,7 @@ class TierWeights(NamedTuple):
     disk: float = 0.5
 
     def tokens(self, candidate: KvCandidate) -> float:
-        """The tokens of prefill that the candidate's holdings spare."""
+        """The prefill tokens that the candidate's pages spare."""
         worth = candidate.device_tokens * self.device
         if candidate.host_tokens or candidate.disk_tokens:
             worth += candidate.host_tokens * self.host + candidate.disk_tokens * self.disk
@@ -186,9 +185,9 @@ class TierWeights(NamedTuple):
 
 
 def least_loaded(candidates: Sequence[CandidateT], random: Random) -> CandidateT:
-    """A candidate with the fewest requests in flight, random among equals.
+    """A candidate with the fewest requests in flight; a random one if there are several.
 
-    Without the draw an idle fleet would send everything to its first worker.
+    Otherwise an idle fleet would send everything to its first worker.
     """
     lowest = min(candidate.in_flight for candidate in candidates)
     equals = [candidate for candidate in candidates if candidate.in_flight == lowest]

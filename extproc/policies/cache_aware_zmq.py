@@ -1,9 +1,9 @@
-"""The policy of sgl-router: whoever holds most of the prompt, unless the fleet is out of balance.
+"""sgl-router's `cache_aware_zmq`: the rank that holds most of the prompt, unless loads are unequal.
 
-Order of steps, thresholds and strictness are sgl-router's (its `cache_aware_zmq`). What differs
-are its faults: depths are taken per candidate, so that holders that may not be chosen do not
-hide the others; the partial page at a prompt's end does not count; tiers do; ties are drawn;
-and a prefix that is just being prefilled somewhere is taken into account.
+The order of steps, the thresholds and their strictness are those of sgl-router. Its faults are
+mended: the overlap is taken per candidate, so that a rank that may not be chosen does not hide the
+others; a partial page at the end of the prompt does not count; tiers do; ties are drawn; and a
+prefix that is being prefilled somewhere is taken into account.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,24 @@ from extproc.policies.base import Choice, KvCandidateT, KvQuery, TierWeights
 
 __all__ = ["CacheAwareZmq"]
 
-# A predicted holder is preferred while it has no more requests than this above the fewest.
+# A rank that will hold the prompt soon is preferred while it has at most this many requests more
+# than the least loaded rank.
 _PREDICTED_MAX_MORE_REQUESTS: Final = 4
 
 
 class CacheAwareZmq:
-    """Reasons, in the order of the steps; all but `hit` and `predicted` mean least requests:
+    """Chooses the least loaded rank, except for the reasons `hit` and `predicted`.
 
-    `imbalance`: the loads are more than `balance_abs_threshold` requests apart, and the highest
+    Reasons, in the order of the steps:
+    `imbalance`: the loads differ by more than `balance_abs_threshold` requests, and the highest
     is above `balance_rel_threshold` times the lowest, rounded down.
-    `no_tokens`: the prompt's tokens are not known. `no_events`: no candidate's holdings are.
-    `short_prompt`: it has no whole page.
-    `hit`: the least loaded of those that hold most, which is more than `cache_threshold` of the
-    prompt's whole pages.
-    `predicted`: nobody holds that much, but it was just sent to this one, which is not busy.
-    `below_threshold`: neither.
+    `no_tokens`: the prompt's tokens are not known. `no_events`: no candidate's pages are known.
+    `short_prompt`: the prompt has no whole page.
+    `hit`: the rank holds most, which is more than `cache_threshold` of the prompt's whole pages;
+    of several such ranks, it is the least loaded.
+    `predicted`: no rank holds that much, but the same prefix was just sent to this rank, which is
+    not busy.
+    `below_threshold`: no rank holds or will hold that much.
     """
 
     name = "cache_aware_zmq"
@@ -68,7 +71,7 @@ class CacheAwareZmq:
         return Choice(self._draw(lightest), reason)
 
     def _deepest(self, candidates: Sequence[KvCandidateT], loads: list[int]) -> KvCandidateT | None:
-        """The least loaded of those with the most, if that is enough."""
+        """The least loaded of the ranks that hold most, if that is above the threshold."""
         best: list[KvCandidateT] = []
         most, least = 0.0, 0
         threshold, worth_of = self._cache_threshold, self._weights.tokens
@@ -106,7 +109,7 @@ class CacheAwareZmq:
 
 
 def _reason_for_none(candidates: Sequence[KvCandidateT]) -> str:
-    """Why nobody is preferred for what it holds."""
+    """The reason why no candidate is preferred for its pages."""
     has_events = False
     for candidate in candidates:
         if candidate.has_events:

@@ -1,8 +1,8 @@
-"""Which decode worker takes over from a prefill worker: a neighbour, unless it is busy.
+"""Chooses the decode worker for a prefill worker: one on the same host, unless it is busy.
 
-On one host the KV cache need not cross the network. A neighbour is taken while it has at most
-twice the load of the median worker, rounded up, and one request where all are idle: a hot
-neighbour in an idle pool is none.
+On one host the KV cache need not cross the network. A decode worker on the host is chosen while it
+has at most twice the load of the median worker, rounded up, and at most one request if the others
+are idle.
 """
 
 import math
@@ -19,11 +19,11 @@ _TOLERANCE_MIN: Final = 1
 
 
 class DecodeCandidate(Protocol):
-    """A decode worker that may be tried."""
+    """A decode worker that may be chosen."""
 
     @property
     def host(self) -> str:
-        """As in its URL."""
+        """The host, as in the worker's URL."""
         ...
 
     @property
@@ -33,7 +33,7 @@ class DecodeCandidate(Protocol):
 
     @property
     def kv_usage(self) -> float:
-        """How full its KV cache is, 0 to 1; 0 where it does not say."""
+        """How full its KV cache is, from 0 to 1; 0 if the worker does not report it."""
         ...
 
 
@@ -41,13 +41,16 @@ CandidateT = TypeVar("CandidateT", bound=DecodeCandidate)
 
 
 class DecodeAffinity:
-    """Reasons: `same_host`; `peer_busy`, there was one, and others have less to do; `no_peer`."""
+    """Reasons: `same_host`; `no_peer`, no candidate is on the host; `peer_busy`, all of those are.
+
+    With `no_peer` and `peer_busy` the least loaded candidate is chosen.
+    """
 
     def __init__(self, random: Random) -> None:
         self._random = random
 
     def choose(self, candidates: Sequence[CandidateT], prefill_host: str) -> Choice[CandidateT]:
-        """Pick one of at least one candidate."""
+        """Choose one of the candidates, of which there is at least one."""
         loads = sorted([candidate.requests for candidate in candidates])
         tolerance = max(_TOLERANCE_MIN, math.ceil(_TOLERANCE * loads[len(loads) // 2]))
         peers = [candidate for candidate in candidates if candidate.host == prefill_host]
@@ -57,7 +60,7 @@ class DecodeAffinity:
         return Choice(self._least(candidates), "peer_busy" if peers else "no_peer")
 
     def order(self, candidates: Sequence[CandidateT], prefill_host: str) -> list[CandidateT]:
-        """All of them: the chosen one, then the others, less loaded first, random among equals."""
+        """All candidates: the chosen one, then the others by load, random among equals."""
         chosen, _ = self.choose(candidates, prefill_host)
         others = [candidate for candidate in candidates if candidate is not chosen]
         self._random.shuffle(others)

@@ -1,4 +1,4 @@
-"""From a policy's name in the configuration to an instance for one model."""
+"""Makes the policy that a model's configuration names."""
 
 from random import Random
 
@@ -15,7 +15,7 @@ __all__ = ["create_kv_policy", "create_policy"]
 
 
 def create_policy(name: PolicyName, random: Random) -> Policy:
-    """A new policy for whole workers; raises ValueError for those that look at tokens."""
+    """A new policy that chooses workers; raises ValueError for one that chooses ranks."""
     match name:
         case "round_robin":
             return RoundRobin()
@@ -30,7 +30,7 @@ def create_policy(name: PolicyName, random: Random) -> Policy:
 
 
 def create_kv_policy(model: ModelConfig, random: Random) -> KvPolicy:
-    """A new policy for a model whose policy looks at tokens; raises ValueError for others."""
+    """A new policy that chooses ranks; raises ValueError for one that chooses workers."""
     match model.policy:
         case "cache_aware_zmq":
             settings = model.cache_aware

@@ -1,4 +1,4 @@
-"""The worker with the fewest requests in flight: exact, for one router before a pool."""
+"""Chooses the worker with the fewest requests in flight: exact if one router serves the pool."""
 
 from collections.abc import Sequence
 from random import Random
@@ -9,7 +9,7 @@ __all__ = ["LeastLoad"]
 
 
 class LeastLoad:
-    """Reason: `least_load`; random among equals."""
+    """Reason: `least_load`; a random one of several with the fewest."""
 
     name = "least_load"
 

@@ -1,14 +1,14 @@
-"""Send a request where its first token is expected soonest.
+"""Chooses the rank where the first token is expected soonest.
 
-Cache and load are one currency here, seconds: what a rank has to prefill before, and what it
-lacks of this prompt, both by the speed it was seen to have. A long queue is worth waiting in
-only for a prefix that takes longer to compute, and no threshold says when.
+Cache and load have one unit here, seconds: the prefill that the rank has to do before, and the
+part of this prompt that it lacks, both at the speed that the rank has shown. Waiting in a long
+queue pays off only for a prefix that takes longer to compute; no threshold is needed.
 
-The prefill a request causes is not only its own wait. It delays whoever comes after, and what
-is computed twice pushes something else out of a cache. So work to be done counts more than
-time to wait, the more so the longer even the least busy rank's queue is: then there are many who
-come after. On a trace of conversations that made no difference to a fleet with room to spare, and
-took 40 % off the mean time to the first token of one without.
+The prefill of a request is not only its own wait. It delays later requests, and pages that are
+computed twice evict others from a cache. So work counts more than waiting, and the more, the longer
+the queue of even the least busy rank is: then there are many later requests. On a trace of
+conversations this made no difference to a fleet with spare capacity, and cut the mean time to the
+first token by 40 % on a fleet without.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from extproc.policies.base import Choice, KvCandidateT, KvQuery, TierWeights
 
 __all__ = ["MinTtft"]
 
-# What a second of this request's own prefill costs those who come later, in seconds, and how much
-# more for each second of queue that nobody can avoid.
+# What a second of this request's prefill costs later requests, in seconds, and how much more for
+# each second of the shortest queue.
 _WORK_WEIGHT: Final = 0.5
 _WORK_WEIGHT_PER_QUEUED_SECOND: Final = 2.0
 _WORK_WEIGHT_MAX: Final = 100.0
-# How much a request that decodes slows down a prefill beside it.
+# How much one decoding request slows down a prefill beside it.
 _RUNNING_SECONDS: Final = 0.001
-# Estimates this near to the best are equally good, and one of them is drawn: speeds are not known
-# any better, and the rank that looks fastest would get all that nobody holds.
+# Estimates this near to the best count as equal, and one of them is drawn: speeds are not known
+# more exactly, and the rank that looks fastest would get every prompt that no rank holds.
 _NEAR_SECONDS: Final = 0.005
 _NEAR_RATIO: Final = 0.05
 
@@ -35,11 +35,11 @@ _NEAR_RATIO: Final = 0.05
 class MinTtft:
     """Reasons:
 
-    `hit`: of those that hold something, it holds most. `spread`: another holds more, but would
-    be slower. `miss`: nobody holds anything. `predicted`: it is about to hold more than it does,
-    since a request with the same prefix was just sent there.
+    `hit`: no rank holds more of the prompt. `spread`: another rank holds more, but would be
+    slower. `miss`: no rank holds any of it. `predicted`: the rank will hold more soon, since a
+    request with the same prefix was just sent there.
     `no_tokens`: the prompt's tokens are not known, so only load counts. `no_events`: no
-    candidate's holdings are. `short_prompt`: it has no whole page.
+    candidate's pages are known. `short_prompt`: the prompt has no whole page.
     """
 
     name = "min_ttft"

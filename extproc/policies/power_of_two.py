@@ -1,5 +1,7 @@
-"""The less loaded of two random workers: nearly as even as looking at all, without herding
-when several routers see the same loads.
+"""Chooses the less loaded of two random workers.
+
+This is nearly as even as comparing all workers, and several routers that see the same loads do not
+all choose the same one.
 """
 
 from collections.abc import Sequence

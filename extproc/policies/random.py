@@ -1,4 +1,7 @@
-"""Any worker, uniformly: no state, and no herd where many routers share one pool."""
+"""Chooses a random worker.
+
+It keeps no state, and many routers that share a pool do not all choose the same worker.
+"""
 
 from collections.abc import Sequence
 from random import Random

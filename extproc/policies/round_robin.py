@@ -1,7 +1,7 @@
-"""Each worker in turn.
+"""Chooses each worker in turn.
 
-A counter modulo the number of candidates would jump when one joins, leaves or is left out
-for a moment. Remembering who came last and taking the next in the stable order does not.
+A counter modulo the number of candidates would jump when a worker joins, leaves or is left out for
+a moment. This policy remembers the last worker and takes the next one in the stable order.
 """
 
 from bisect import bisect_right

@@ -36,9 +36,9 @@ class Shared(Struct):
     settings: SubscriberSettings
     limits: ReorderLimits
     context: Context
-    # Of replays under way.
+    # Replays that may be under way.
     slots: asyncio.Semaphore
-    # Ranks that may have sockets, and replays that may.
+    # Ranks that may have sockets, and replays that may have one.
     ranks: asyncio.Semaphore
     replays: asyncio.Semaphore
     # One socket is opened at a time, each in a turn of its own.
@@ -134,7 +134,7 @@ class Connection:
         return True if live.connected.is_set() else None
 
     def receive_live(self) -> list[bytes] | None:
-        """The next live message; see Channel.receive."""
+        """The next live message, as Channel.receive gives it."""
         live = self._live
         return live.receive() if live is not None and live.readable else None
 

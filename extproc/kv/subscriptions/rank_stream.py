@@ -1,8 +1,8 @@
-"""One rank's subscription: its sockets, its sequence, and what is told to its sink.
+"""Runs one rank's subscription: feeds received batches to its sequence and carries out its actions.
 
-Every connection has a socket of its own. A batch can thus never be taken for one of the engine
-before or after, and each new connection makes the rank prove that it is still the same engine
-(see `sequence`).
+Each new connection makes the rank prove that it is still the same engine process (see
+`kv.sequence`). Separate from the sequence, which knows neither sockets nor time, and from the
+connection, which knows no batches.
 """
 
 import asyncio
@@ -18,33 +18,24 @@ import zmq
 from extproc.kv.actions import Action, Apply, CancelReplay, Clear, RequestReplay, Trust
 from extproc.kv.sequence import RankSequence
 from extproc.kv.subscriptions.connection import LIVE_QUEUE_MESSAGES, Connection, Shared
-from extproc.kv.subscriptions.sockets import (
-    Replay,
-    ReplayEnd,
-    parse_live,
-    parse_reply,
-)
-from extproc.kv.subscriptions.subscription import (
-    Applier,
-    EventEndpoint,
-    SubscriptionState,
-)
+from extproc.kv.subscriptions.sockets import Replay, ReplayEnd, parse_live, parse_reply
+from extproc.kv.subscriptions.subscription import Applier, EventEndpoint, SubscriptionState
 
 __all__ = ["RankStream"]
 
 _log = structlog.get_logger()
 
-# So many batches in a row without a pause mean that the queue was full, and perhaps that of the
-# publisher too.
+# This many batches in a row without a pause show that the socket's queue was full, and perhaps
+# the publisher's queue, too.
 _PILED_UP_MESSAGES: Final = LIVE_QUEUE_MESSAGES // 2
-# After the last of them, before it is asked whether there were more.
+# The wait after the last of them, before a replay is requested to check for more.
 _CATCH_UP_SECONDS: Final = 0.3
 _CLEAR_LOG_SECONDS: Final = 10.0
 _ERROR_LOG_SECONDS: Final = 30.0
 
 
 class RankStream:
-    """One rank: feeds what its sockets bring to its sequence, and does what that says."""
+    """The event stream of one rank, read in slices by `work`."""
 
     def __init__(
         self,
@@ -53,7 +44,7 @@ class RankStream:
         applier: Applier,
         wake: Callable[["RankStream"], None],
     ) -> None:
-        """`wake` is called when there is something to do: `work` should be called then."""
+        """`wake` is called with the stream when there is work: `work` should be called soon."""
         pages = applier.pages
         self.log = _log.bind(worker=pages.worker, rank=pages.dp_rank)
         self.state = SubscriptionState()
@@ -69,9 +60,9 @@ class RankStream:
             has_replay=endpoint.replay_port is not None, limits=shared.limits
         )
         self._actions: deque[Action] = deque()
-        # The batch that the sink takes in now, and its steps.
+        # The batch that is being applied, and its remaining steps.
         self._applying: tuple[bytes, Iterator[None]] | None = None
-        # Until then, batches that can not be used are not asked for again.
+        # Until then, a batch that could not be applied is not requested again.
         self._ask_again_at = 0.0
         self._log_clear_at = 0.0
         self._wake = partial(wake, self)
@@ -88,9 +79,9 @@ class RankStream:
         self._spawn(self._connection.keep())
 
     async def close(self) -> None:
-        """Before the first await all is closed: no socket is read and no action done."""
+        """Close at once, before the first await: no socket is read and no action carried out."""
         self._closed = True
-        self._feed(self._sequence.disconnected())  # gives back what it held
+        self._feed(self._sequence.disconnected())  # empties the reorder buffer
         self._actions.clear()
         self._applying = None
         self.state.connected = False
@@ -100,7 +91,7 @@ class RankStream:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def work(self, until: float) -> bool:
-        """Do what there is to do until that time; True when some of it is left."""
+        """Do the work there is, until that time; True when some of it is left."""
         self._see_connection()
         self._read_load()
         while not self._closed:
@@ -150,7 +141,7 @@ class RankStream:
 
     async def _check_caught_up(self, batches: int) -> None:
         await self._clock.sleep(_CATCH_UP_SECONDS)
-        if self.state.batches == batches:  # else a later one has shown it
+        if self.state.batches == batches:  # else a later batch has shown it
             self._feed(self._sequence.caught_up())
             self._wake()
 
@@ -174,7 +165,7 @@ class RankStream:
         return True
 
     def _read_load(self) -> None:
-        """Take all there is and tell the last: under a flood of events, too."""
+        """Read all load reports and pass on the newest, even while events flood in."""
         newest = None
         for frames in self._connection.receive_loads():
             try:
@@ -183,10 +174,10 @@ class RankStream:
                 self.state.malformed += 1
         if newest:
             self.state.load_reports += 1
-            self._tell(self._applier.on_load, newest.payload)
+            self._call(self._applier.on_load, newest.payload)
 
     def _feed(self, actions: list[Action]) -> None:
-        """Enqueue what the sequence decided; a replay it has no use for ends at once."""
+        """Enqueue the actions of the sequence; a replay that is no longer needed ends at once."""
         for action in actions:
             if isinstance(action, RequestReplay | CancelReplay):
                 self._drop_replay()
@@ -204,9 +195,9 @@ class RankStream:
             case Clear(reason):
                 self.state.clears += 1
                 self._log_clear(reason)
-                self._tell(self._applier.clear, reason)
+                self._call(self._applier.clear, reason)
             case Trust(trusted, reason):
-                self._tell(self._applier.set_trusted, trusted, reason)
+                self._call(self._applier.set_trusted, trusted, reason)
             case RequestReplay(start):
                 self._drop_replay()
                 self.state.replays += 1
@@ -215,7 +206,7 @@ class RankStream:
                 self._drop_replay()
 
     def _log_clear(self, reason: str) -> None:
-        """A rank that loses batches all the time is counted, not logged each time."""
+        """Log that the pages were cleared, not more often than every ten seconds."""
         now = self._clock.monotonic()
         if now >= self._log_clear_at:
             self._log_clear_at = now + _CLEAR_LOG_SECONDS
@@ -249,7 +240,7 @@ class RankStream:
             self._ask_again_at = now + self._settings.replay_cool_down_seconds
         self._feed(actions)
 
-    def _tell(self, method: Callable[..., None], *arguments: object) -> None:
+    def _call(self, method: Callable[..., None], *arguments: object) -> None:
         try:
             method(*arguments)
         except Exception as error:
@@ -260,13 +251,13 @@ class RankStream:
         now = self._clock.monotonic()
         if now >= self._log_error_at:
             self._log_error_at = now + _ERROR_LOG_SECONDS
-            # The message of the error may quote a prompt.
+            # The error's text may quote a prompt.
             self.log.warning("kv_events_not_applied", error=type(error).__name__)
 
     async def _run_replay(self, start: int) -> None:
-        """Ask; who reads the end of the answer cancels this."""
+        """Request a replay and wait until it fails; reading its end cancels this task."""
         async with self._shared.replays:
-            await self._ask(start)
+            await self._request(start)
         self._replay = None
         self.state.replay_failures += 1
         self._feed(self._sequence.replay_failed())
@@ -277,8 +268,8 @@ class RankStream:
             self._feed(self._sequence.retry())
             self._wake()
 
-    async def _ask(self, start: int) -> None:
-        """Returns when nothing more is to be hoped for."""
+    async def _request(self, start: int) -> None:
+        """Send the request; returns when no more of the answer can be expected."""
         endpoint, shared = self._endpoint, self._shared
         address = endpoint.address(endpoint.replay_port or endpoint.port)
         replay = None
@@ -296,7 +287,7 @@ class RankStream:
                 replay.channel.close()
 
     def _warn_of_replay(self, start: int, **fields: str) -> None:
-        """Once until a replay succeeds: it is tried again for ever."""
+        """Log once until a replay succeeds, since it is tried again and again."""
         if not self._replay_failing:
             self._replay_failing = True
             self.log.warning("kv_replay_failed", start=start, **fields)

@@ -1,10 +1,9 @@
-"""The sockets of a subscription, and the frames that cross them.
+"""The ZMQ sockets of a subscription, and the parsing of the messages they receive.
 
-libzmq tells of new messages by an edge on a file descriptor. A Channel answers every edge at
+libzmq announces new messages by an edge on a file descriptor. A Channel answers every edge at
 once, which also lets libzmq send the subscription on a fresh connection, and leaves the reading
-to the owner's own time: what nobody reads fills the socket's queue, then the connection, then
-the publisher's queue. No task and no future per message is needed, so thousands of sockets
-cost nothing while they are silent.
+to its owner: unread messages fill the socket's queue, then the connection, then the publisher's
+queue. No message needs a task or a future, so thousands of silent sockets cost nothing.
 """
 
 import asyncio
@@ -36,13 +35,13 @@ _MESSAGE_MAX_BYTES: Final = 32 << 20
 _FRAMES_MAX: Final = 5
 _SEQ_BYTES: Final = 8
 _END_SEQ: Final = b"\xff" * _SEQ_BYTES
-# A rank that counts further has sent random bytes.
+# A larger number must be random bytes.
 _SEQ_MAX: Final = 1 << 63
-# A dead peer is noticed after about twice this.
+# A dead peer is noticed after about twice this time.
 _HEARTBEAT_SECONDS: Final = 10
-# The engine keeps 10 000 batches and its socket drops what finds no room on the way.
+# The engine buffers 10 000 batches, and its socket drops what finds no room on the way.
 _REPLAY_QUEUE_MESSAGES: Final = 16_384
-# An answer that trickles for this many time-outs is given up.
+# A replay that takes longer than this many time-outs has failed.
 _TIMEOUTS_MAX: Final = 12
 _MS: Final = 1000
 
@@ -59,9 +58,9 @@ class ReplayEnd(Struct):
 
 
 def parse_live(frames: list[bytes], topic: bytes) -> Batch | None:
-    """A published message; None for a topic that only begins with ours.
+    """Parse a published message; None for a topic that only begins with ours.
 
-    Raises ValueError when it is none.
+    Raises ValueError if it cannot be parsed.
     """
     if len(frames) != 3:
         raise ValueError("not three frames")
@@ -71,9 +70,9 @@ def parse_live(frames: list[bytes], topic: bytes) -> Batch | None:
 
 
 def parse_reply(frames: list[bytes], topic: bytes) -> Batch | ReplayEnd | None:
-    """An answer to a replay request, with the topic or, from older engines, without.
+    """Parse a message of a replay, with the topic or, from older engines, without.
 
-    None for another topic; raises ValueError when it is no answer.
+    None for another topic. Raises ValueError if it cannot be parsed.
     """
     if len(frames) not in (3, 4) or frames[0]:
         raise ValueError("not an empty frame and two or three more")
@@ -93,10 +92,10 @@ def _parse_seq(frame: bytes) -> int:
 
 
 class Channel:
-    """One connecting socket; `on_ready` is called when it is worth looking at.
+    """One connecting socket; `on_ready` is called when something happened to it.
 
-    With `watched`, `connected` and `lost` tell of its first connection: `refresh` brings them
-    up to date. Raises zmq.ZMQError when the process is out of sockets.
+    With `watched`, `connected` and `lost` show the state of its first connection, as of the last
+    `refresh`. Raises zmq.ZMQError when the process has no more sockets.
     """
 
     def __init__(
@@ -133,26 +132,26 @@ class Channel:
         except BaseException:
             self.close()
             raise
-        # Setting up may have used edges up.
+        # Edges during the set-up may have been missed.
         self._on_edge()
         self._on_monitor_edge()
 
     def refresh(self) -> None:
-        """Learn whether the connection was made or lost."""
+        """Bring `connected` and `lost` up to date."""
         monitor = self._monitor
         while monitor is not None and _has_message(monitor):
             event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"]
             if event == zmq.Event.DISCONNECTED:
-                # Before the handshake it is one more try of libzmq's own.
+                # Before the handshake, libzmq itself tries again.
                 if self.connected.is_set():
                     self.lost.set()
             else:
                 self.connected.set()
 
     def receive(self) -> list[bytes] | None:
-        """The next message's frames, not more than five; None when there is none now.
+        """The frames of the next message; None if there is no message now.
 
-        An empty list stands for a part of what was too long.
+        A message of more than five frames is cut: an empty list stands for each part of its rest.
         """
         socket = self._socket
         try:
@@ -171,13 +170,13 @@ class Channel:
         return frames
 
     def send(self, frames: list[bytes]) -> None:
-        """Raises zmq.Again when there is no connection."""
+        """Send a message; raises zmq.Again if there is no connection."""
         self._socket.send_multipart(frames, zmq.NOBLOCK)
-        # Sending takes edges away from reading.
+        # Sending may have used up an edge that announced a message.
         self._on_edge()
 
     def close(self) -> None:
-        """Drop the connection and all that was not read."""
+        """Close the connection and drop all unread messages."""
         for descriptor in self._descriptors:
             self._loop.remove_reader(descriptor)
         self._descriptors = []
@@ -194,7 +193,7 @@ class Channel:
         self._descriptors.append(descriptor)
 
     def _on_edge(self) -> None:
-        # Asking for the events is what takes the edge back and lets libzmq work.
+        # Asking for the socket's events resets the edge and lets libzmq work.
         if _has_message(self._socket):
             self.readable = True
             self._on_ready()
@@ -207,7 +206,7 @@ class Channel:
 class Replay:
     """One request for buffered batches, over a connection of its own.
 
-    Answers to a request that was given up can not be taken for those to the next one.
+    So the answer to an abandoned request cannot be taken for the answer to the next one.
     """
 
     def __init__(
@@ -220,10 +219,10 @@ class Replay:
     async def ask_until_failed(
         self, clock: Clock, slots: asyncio.Semaphore, timeout_seconds: float
     ) -> None:
-        """Ask, then return when nothing more is to be hoped for; a complete answer cancels it.
+        """Send the request and return when the replay has failed; its end cancels this.
 
-        `slots` bounds how many answers, of thousands of batches each, come in at once. An
-        endpoint that nobody listens at takes none.
+        `slots` bounds how many replays, of thousands of batches each, are received at once. An
+        endpoint without a listener takes no slot.
         """
         if not await _happens(self.channel.connected, clock, timeout_seconds):
             return
@@ -237,7 +236,7 @@ class Replay:
                     return
                 now = clock.monotonic()
                 if self.channel.readable and now < until:
-                    self.last_frame_at = now  # it is us who are late
+                    self.last_frame_at = now  # frames are there, but have not been read yet
                 elif now >= min(self.last_frame_at + timeout_seconds, until):
                     return
 

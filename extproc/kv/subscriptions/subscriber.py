@@ -1,8 +1,8 @@
-"""Follows the KV-cache events of every (worker, rank) and hands them on, in order.
+"""Subscribes to the KV events of all ranks and passes them on in order.
 
-One SUB socket per rank is read by one task for all of them, in slices with a rest between, so
-that a flood of events never holds up a request: what can not be applied yet stays in the
-sockets' queues and finally with the publishers.
+One task reads the sockets of all ranks, in slices with a rest between, so that a flood of events
+never delays a request. What cannot be applied yet stays in the sockets' queues and finally with
+the publishers.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ _SOCKETS_MAX: Final = 65_535
 class KvSubscriber:
     """All subscriptions; made and used on one running event loop.
 
-    Raises the process's limit of open files as far as that is allowed.
+    Sets the process's limit of open files as high as the system allows.
     """
 
     def __init__(self, clock: Clock, settings: SubscriberSettings) -> None:
@@ -66,13 +66,13 @@ class KvSubscriber:
 
     @property
     def states(self) -> Mapping[Applier, SubscriptionState]:
-        """A live view of every subscription, by what applies its events."""
+        """A live view of all subscriptions, by applier."""
         return MappingProxyType(self._states)
 
     def add(self, endpoint: EventEndpoint, applier: Applier) -> SubscriptionState:
-        """Subscribe until `remove`.
+        """Subscribe until `remove`; gives the subscription's live state.
 
-        Raises ValueError when the applier has a subscription, and RuntimeError after `close`.
+        Raises ValueError if the applier has a subscription, and RuntimeError after `close`.
         """
         if self._context.closed:
             raise RuntimeError("the subscriber is closed")
@@ -87,14 +87,14 @@ class KvSubscriber:
         return stream.state
 
     async def remove(self, applier: Applier) -> None:
-        """End a subscription, if there is one; its applier is not called any more."""
+        """End a subscription, if there is one; from the call on its applier is left alone."""
         self._states.pop(applier, None)
         stream = self._streams.pop(applier, None)
         if stream is not None:
             await stream.close()
 
     async def close(self) -> None:
-        """End everything; nothing can be added afterwards."""
+        """End all subscriptions; nothing can be added afterwards."""
         await asyncio.gather(*(self.remove(applier) for applier in list(self._streams)))
         if self._reader is not None:
             self._reader.cancel()
@@ -109,7 +109,7 @@ class KvSubscriber:
             self._woken.set()
 
     async def _read(self) -> None:
-        """Serve the streams that have something, a slice at a time."""
+        """Let the streams that have work do it, a slice at a time."""
         clock = self._clock
         while True:
             await self._woken.wait()
@@ -121,7 +121,7 @@ class KvSubscriber:
                 try:
                     unfinished = stream.work(until)
                 except Exception:
-                    # One stream's surprise must not stop the others.
+                    # An unexpected error of one stream must not stop the others.
                     stream.log.exception("kv_stream_failed")
                 else:
                     if unfinished:

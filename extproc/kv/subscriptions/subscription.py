@@ -1,4 +1,7 @@
-"""What a subscription is given, and what it shows of itself."""
+"""What a subscription is given (endpoint, applier, settings) and the state it shows.
+
+Separate from the modules that use ZMQ, so that others can name these types without it.
+"""
 
 from collections.abc import Iterator
 from typing import Final, Protocol
@@ -14,9 +17,9 @@ _PORT_MAX: Final = 65_535
 
 
 class EventEndpoint(Struct, frozen=True):
-    """Where one rank publishes; ports are the rank's own, `host` without brackets.
+    """Where one rank publishes; ports are the rank's own, `host` has no brackets.
 
-    Raises ValueError for a port that is none.
+    Raises ValueError for a number that is not a TCP port.
     """
 
     host: str
@@ -32,47 +35,47 @@ class EventEndpoint(Struct, frozen=True):
                 raise ValueError(f"not a TCP port: {port}")
 
     def address(self, port: int) -> str:
-        """In the form libzmq connects to."""
+        """The address for libzmq to connect to."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"tcp://{host}:{port}"
 
 
 class Applier(Protocol):
-    """Takes what one rank's event stream brings. What these raise is counted, not passed on."""
+    """Applies what one rank publishes. Errors raised here are counted and logged, not passed on."""
 
     @property
     def pages(self) -> RankPages:
-        """The pages of the rank; logs name the rank by them."""
+        """The rank's pages; logs take the names of worker and rank from them."""
         ...
 
     def apply(self, payload: bytes) -> Iterator[None] | None:
         """Apply the next batch, as it was published.
 
-        If it is taken in step by step, with rests between, the steps; nothing else is called
-        before the last of them. Raises, in a step too, when the batch cannot be used: then it
-        is given once more, or what was applied until now is cleared.
+        Gives the steps if the batch is applied in steps, with rests between; nothing else is
+        called before the last step. Raises, in a step too, if the batch cannot be applied: then
+        the batch comes once more, or `clear` is called.
         """
         ...
 
     def clear(self, reason: str) -> None:
-        """Forget what was applied until now: it no longer holds."""
+        """Forget everything applied until now: it is void."""
         ...
 
     def set_trusted(self, trusted: bool, reason: str) -> None:
-        """Trusted: what was applied holds, if not all ("partial"), and is kept up to date."""
+        """Trusted: what was applied is right and up to date, if perhaps not all ("partial")."""
         ...
 
     def on_load(self, payload: bytes) -> None:
-        """Take the engine's newest load report; older ones are left out."""
+        """Take the engine's newest load report; older ones may be left out."""
         ...
 
 
 class SubscriberSettings(Struct, frozen=True):
-    """Bounds, alike for all ranks."""
+    """Time-outs and bounds, the same for all ranks; `reorder_…` bound the reorder buffer."""
 
-    # Without a frame for so long, a replay has failed.
+    # A replay has failed after this time without a frame.
     replay_timeout_seconds: float = 5.0
-    # Before a failed replay is tried again.
+    # The wait before a failed replay is requested again.
     replay_cool_down_seconds: float = 30.0
     replays_at_once: int = 16
     reorder_batches: int = 4096
@@ -81,7 +84,7 @@ class SubscriberSettings(Struct, frozen=True):
 
 
 class SubscriptionState(StreamStats):
-    """What is known of one rank's stream; counts since it was added, times monotonic."""
+    """The state of one rank's stream: counts since it was added, times monotonic."""
 
     connected: bool = False
     partial: bool = False
