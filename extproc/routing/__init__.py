@@ -1,0 +1,26 @@
+"""Routing: from a parsed request to the workers that serve it.
+
+Begin with `router`: it resolves the model, asks the model's `chooser` (or `rank_chooser`) for a
+worker, and lets `dispatch` make the `decision` and the `lease`. Models with prefill and decode
+workers go through `pd`. A `claim` is everything that a request takes on a worker; `ranks` follows
+the data-parallel ranks of workers, and `placement` weighs what they hold of a prompt.
+Nothing here knows ext_proc messages: `server` turns decisions into replies.
+"""
+
+__all__ = [
+    "chooser",
+    "claim",
+    "decision",
+    "dispatch",
+    "json_members",
+    "lease",
+    "local_endpoints",
+    "outcomes",
+    "pd",
+    "placement",
+    "rank",
+    "rank_chooser",
+    "ranks",
+    "request",
+    "router",
+]

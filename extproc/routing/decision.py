@@ -1,4 +1,7 @@
-"""A routing decision as plain data: everything the reply, the log and the debug headers say."""
+"""A routing decision as plain data: all that the reply, the log and the debug headers show.
+
+It is separate from the lease so that replies are built, and tested, without one.
+"""
 
 from msgspec import Struct
 
@@ -9,12 +12,14 @@ class Decision(Struct, frozen=True, kw_only=True):
     """Where a request goes and why.
 
     `destinations` are `ip:port`, the chosen worker first, then those to try when it refuses
-    the connection. `timeout_ms` bounds the whole response in milliseconds, 0 = no bound
-    (streams). `cached_tokens` and `total_tokens` are the confirmed overlap, where known, and
-    `body_members` JSON members, `"name":value`, that the body must get for the engine.
+    the connection. `timeout_ms` bounds the whole response in milliseconds; 0 means no bound, for
+    streams. `cached_tokens` of `total_tokens` are confirmed to be held by the chosen rank; both
+    are 0 where that is not known. `body_members` are JSON members, `"name":value`, that the
+    engine must find in the body.
 
-    `decode_order` is set instead of destinations where a second pass picks the decode worker:
-    what that pass has to know, as a header's value, and `attempts` how often it may be made.
+    `decode_order` is set instead of `destinations` where a second pass picks the decode worker.
+    It is the value of the header from which that pass learns what it must know. `attempts` is
+    how many decode workers may be tried.
     """
 
     model: str

@@ -1,7 +1,7 @@
-"""From tokens to a rank: what every rank holds of the prompt, weighed by a policy.
+"""From tokens to a rank: looks up what each rank holds of the prompt, and lets a policy choose.
 
-The one place where index, predictions, load books and policy meet; all of it in memory and
-in a few dozen microseconds, since every request goes through here on the event loop.
+This is the one place where index, predictions, load and policy meet. It works in memory and takes
+a few dozen microseconds, since every request passes through it on the event loop.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ _Shape = tuple[int, bool]
 
 
 class _Candidate(Struct, gc=False):
-    """A rank beside a prompt; see policies.base.KvCandidate.
+    """A rank compared with a prompt; see policies.base.KvCandidate.
 
-    `pages` are those of a rank whose pages are trusted.
+    `pages` is None unless the rank's pages are trusted.
     """
 
     rank: Rank
@@ -43,7 +43,7 @@ class _Candidate(Struct, gc=False):
 
 
 class _Prompt:
-    """A prompt cut into the pages of one shape, and who holds or will hold them."""
+    """A prompt cut into pages of one shape, and the ranks that hold or will hold them."""
 
     __slots__ = ("cap", "held", "pages", "predicted", "predictions", "prefixes")
 
@@ -57,14 +57,14 @@ class _Prompt:
     ) -> None:
         self.prefixes = prefixes
         self.pages = len(prefixes)
-        self.cap = cap  # more tokens than these are never spared
+        self.cap = cap  # the most tokens of prefill that a cache can spare
         self.held = held
         self.predictions = predictions
         self.predicted = predicted
 
 
 class PlacedBooking:
-    """A booked request: its place in the load book and, perhaps, what it is about to leave."""
+    """A request booked on a rank: its load and, perhaps, a prediction of the pages it leaves."""
 
     __slots__ = ("_booking", "_dp_rank", "_prediction")
 
@@ -86,9 +86,10 @@ class PlacedBooking:
             self._prediction.release()
 
     def again(self, ranks: Sequence[Rank], now: float) -> "PlacedBooking | None":
-        """Book the same request on the same rank of another worker, of which `ranks` are all.
+        """Book the same request on another worker, whose ranks are `ranks`.
 
-        On its first rank if it has fewer; None if it has none.
+        It goes to the same rank, to the first one if there is no such rank; None if there are no
+        ranks.
         """
         if not ranks:
             return None
@@ -99,11 +100,11 @@ class PlacedBooking:
 
 
 class Placed:
-    """Where a prompt goes.
+    """The rank that a prompt goes to.
 
-    `cached_tokens` are those of the prompt that the rank is known to hold and that will spare
-    prefill, of `total_tokens`, which is 0 when they are not known. `prefill_tokens` is what it is
-    expected to compute, at least 1.
+    `cached_tokens` is how many of the prompt's `total_tokens` spare prefill because the rank
+    holds them; `total_tokens` is 0 when the tokens are not known. `prefill_tokens`, at least 1, is
+    how many the rank is expected to compute.
     """
 
     __slots__ = ("_prompt", "cached_tokens", "prefill_tokens", "rank", "reason", "total_tokens")
@@ -126,7 +127,7 @@ class Placed:
         self._prompt = prompt
 
     def book(self, now: float, *, streamed: bool = True) -> PlacedBooking:
-        """Count the request on its rank, and expect its pages there."""
+        """Count the request on its rank, and predict that its pages will be there."""
         load, pages, prompt = self.rank.load, self.rank.pages, self._prompt
         ends_at = None
         if prompt is not None and not streamed:
@@ -150,7 +151,7 @@ class Placement:
         *,
         prefill_tokens_per_second: float = SPEED_DEFAULT_TOKENS_PER_SECOND,
     ) -> None:
-        """`prefill_tokens_per_second` is assumed of its ranks until one was seen at work."""
+        """`prefill_tokens_per_second` is assumed until the speed of a rank has been measured."""
         self.policy = policy
         # For the RankLoad of every rank of this model.
         self.model_speed = PrefillSpeed(default_tokens_per_second=prefill_tokens_per_second)
@@ -166,10 +167,11 @@ class Placement:
         *,
         expected_tokens: int = 0,
     ) -> Placed:
-        """Choose one of at least one rank, given in ascending `order`; changes nothing.
+        """Choose one of at least one rank, given in ascending `order`; books nothing.
 
         `tokens` (uint64) are the prompt's, None if they are not known; `seed` is that of its
-        namespace. `expected_tokens` is a guess for want of tokens, 0 for none.
+        cache namespace. `expected_tokens` is an estimate of their number where they are not known,
+        0 for no estimate.
         """
         total = 0 if tokens is None else len(tokens)
         prompts: dict[_Shape, _Prompt] = {}
@@ -240,6 +242,6 @@ class Placement:
         predictions = self._predictions.get(shape)
         if predictions is None:
             predictions = self._predictions[shape] = Predictions()
-        # The engine computes the last token always, and reuses whole pages.
+        # The engine always computes the last token, and reuses whole pages only.
         cap = (len(tokens) - 1) // page_size * page_size
         return _Prompt(prefixes, cap, held, predictions, predictions.match(prefixes, now))

@@ -1,12 +1,12 @@
-"""What ranks will hold soon: the prompts just sent to them, until their events tell.
+"""Predicts which pages ranks will hold soon, from the prompts that were just sent to them.
 
-Between a decision and the first event about it lie a queue, a prefill and the network. In
-that time a second request with the same new prefix would find nobody. A prediction fills the
-gap and is never reported as overlap: it is a hope. It lives until a little after its response
-has begun, and dies at once with a request that never began one.
+Between a decision and the rank's first KV event about it lie a queue, a prefill and the network.
+In that time a second request with the same new prefix would find no rank that holds it. A
+prediction fills the gap. It is a guess, so it is never reported as overlap. It ends a little after
+the response has begun, or at once when the request ends without a response.
 
-A prompt is remembered by its first 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, … pages and all of it: a
-common prefix is underestimated by a fifth at most, for 40 entries instead of 2 500.
+A prompt is stored by its first 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, … pages and by all of it. A common
+prefix is underestimated by a fifth at most, with 40 entries for a prompt of 2 500 pages.
 """
 
 from bisect import bisect_right
@@ -19,7 +19,7 @@ from extproc.kv.rank_pages import RankPages
 
 __all__ = ["Prediction", "Predictions"]
 
-# Until the events of a finished prefill have arrived.
+# How long the events of a finished prefill may take to arrive.
 GRACE_SECONDS: Final = 2.0
 PREDICTIONS_MAX: Final = 4096
 _MARK_RATIO: Final = 1.25
@@ -36,7 +36,7 @@ _MARKS: Final = _mark_counts()
 
 
 class _Seat:
-    """A rank with live predictions, and its bit; void once the rank's pages are of a later time."""
+    """A rank with live predictions, and its bit; void once its pages have another generation."""
 
     __slots__ = ("bit", "generation", "live", "pages")
 
@@ -48,7 +48,7 @@ class _Seat:
 
 
 class Prediction:
-    """One prompt on its way into one rank's cache."""
+    """One prompt that one rank is about to hold."""
 
     __slots__ = ("_marks", "_predictions", "_seat", "_started")
 
@@ -59,13 +59,13 @@ class Prediction:
         self._started = False
 
     def started(self, now: float) -> None:
-        """The response has begun: the prompt is prefilled, its events are on their way."""
+        """The response has begun, so the prompt is prefilled and its events will arrive soon."""
         if not self._started:
             self._started = True
             self._predictions._end_at(self, now + self._predictions.grace_seconds)
 
     def release(self) -> None:
-        """The request has ended: before its response began, nothing will come of it."""
+        """The request has ended. If its response never began, the pages will not be there."""
         if not self._started:
             self._predictions._end(self)
 
@@ -73,8 +73,8 @@ class Prediction:
 class Predictions:
     """All predictions for the ranks of one page size.
 
-    At most `max_predictions` live at a time, the oldest give way. A rank's predictions are void
-    when its pages are of another generation: its cache was cleared, or it is gone.
+    At most `max_predictions` are kept; beyond that the oldest ones end. A rank's predictions are
+    void when its pages have another generation, since its cache was cleared or it has left.
     """
 
     def __init__(
@@ -95,9 +95,10 @@ class Predictions:
         return len(self._live)
 
     def add(self, pages: RankPages, prefixes: TokenIds, ends_at: float | None = None) -> Prediction:
-        """The rank will hold these pages; `prefixes` are PrefixIndex.prefixes of the prompt.
+        """Predict that the rank will hold the pages of a prompt.
 
-        It ends at `ends_at` at the latest, for requests whose start will not tell.
+        `prefixes` are PrefixIndex.prefixes of the prompt. The prediction ends at `ends_at` at the
+        latest, for responses whose beginning does not show the end of the prefill.
         """
         key = prefixes.item
         marks = [key(count - 1) for count in _marks_of(len(prefixes))]
@@ -124,7 +125,7 @@ class Predictions:
         return prediction
 
     def match(self, prefixes: TokenIds, now: float) -> dict[RankPages, int]:
-        """How many of these pages each rank is going to hold; those with none are left out."""
+        """Return how many of these pages each rank is going to hold, if any."""
         if self._ends and self._ends[0][0] <= now:
             self._expire(now)
         found: dict[RankPages, int] = {}
@@ -186,6 +187,6 @@ class Predictions:
 
 @lru_cache(maxsize=1024)
 def _marks_of(pages: int) -> tuple[int, ...]:
-    """The page counts by which a prompt of that many pages is remembered, ascending."""
+    """Return the page counts by which a prompt of that many pages is stored, ascending."""
     marks = tuple(_MARKS[: bisect_right(_MARKS, pages)])
     return marks if not pages or marks[-1] == pages else (*marks, pages)

@@ -1,4 +1,4 @@
-"""What a KV-aware policy chooses: one data-parallel rank of one worker."""
+"""The object that a KV-aware policy chooses: one data-parallel rank of one worker."""
 
 from extproc.kv.rank_pages import RankPages
 from extproc.workers.rank_load import RankLoad
@@ -10,8 +10,8 @@ __all__ = ["Rank"]
 class Rank:
     """One data-parallel rank of a worker, for as long as the worker is registered.
 
-    `order` rises with registration and is unique among ranks. `pages` are those it
-    holds, to be relied on while they are trusted; None if its KV events are not followed.
+    `order` rises with registration and is unique among ranks. `pages` are the KV pages that it
+    holds, to be used while they are trusted; None if its KV events are not followed.
     """
 
     __slots__ = ("dp_rank", "load", "order", "pages", "worker")

@@ -1,9 +1,9 @@
-"""Circuit breaker of one worker.
+"""The circuit breaker of one worker.
 
-Asking and claiming are two things: candidates are filtered with `would_allow`, which changes
-nothing, and only the worker that was chosen is claimed. A half-open breaker lets one probe
-through; whoever claimed it must resolve it with an outcome or give it back, on every way its
-request can end. The generation number makes giving back safe when the breaker has moved on.
+Asking and claiming are separate: candidates are filtered with `would_allow`, which changes
+nothing, and only the chosen worker is claimed. A half-open breaker lets one request through, the
+probe. Its outcome must be recorded, or the probe given back, on every way the request can end. The
+generation number makes it safe to give back a probe that the breaker no longer waits for.
 """
 
 import enum
@@ -11,12 +11,12 @@ from typing import Final
 
 __all__ = ["NO_PROBE", "BreakerState", "CircuitBreaker"]
 
-# What `claim` returns for a request that is not the probe of a half-open breaker.
+# The result of `claim` for a request that is not a probe.
 NO_PROBE: Final = 0
 
 
 class BreakerState(enum.IntEnum):
-    """The value is what the metric shows."""
+    """The values are those of the metric."""
 
     CLOSED = 0
     OPEN = 1
@@ -26,8 +26,8 @@ class BreakerState(enum.IntEnum):
 class CircuitBreaker:
     """Closed until `threshold` consecutive failures, then open for `cool_down_seconds`.
 
-    Times are seconds of the caller's monotonic clock; no I/O, no locks: one event loop.
-    `state` is for others to read.
+    Times are seconds of the caller's monotonic clock. All calls come from one event loop. Others
+    only read `state`.
     """
 
     __slots__ = (
@@ -50,7 +50,7 @@ class CircuitBreaker:
         self._generation = NO_PROBE
 
     def would_allow(self, now: float) -> bool:
-        """True when a request could be claimed now; changes nothing."""
+        """Return True if a request may be sent now; changes nothing."""
         if self.state is BreakerState.CLOSED:
             return True
         if self.state is BreakerState.HALF_OPEN:
@@ -58,7 +58,7 @@ class CircuitBreaker:
         return now - self._opened_at >= self.cool_down_seconds
 
     def claim(self, now: float) -> int:
-        """Take the right to send one request; the result is NO_PROBE or a probe to give back.
+        """Take the right to send one request; returns NO_PROBE or a probe to give back.
 
         The caller has asked `would_allow` in the same turn of the loop.
         """
@@ -75,18 +75,18 @@ class CircuitBreaker:
         return self._generation
 
     def give_back(self, probe: int) -> None:
-        """The claimed request ended without saying anything about the worker."""
+        """The request ended without a sign of the worker's health; idempotent."""
         if probe != NO_PROBE and probe == self._generation and self._probing:
             self._probing = False
 
     def success(self) -> None:
-        """The worker answered: closed again, whatever was before."""
+        """The worker answered: the breaker closes, whatever its state was."""
         self.state = BreakerState.CLOSED
         self._failures = 0
         self._probing = False
 
     def failure(self, now: float) -> None:
-        """The worker failed; ignored while open, so that the cool-down counts from the opening."""
+        """The worker failed. Ignored while open, so that the cool-down counts from the opening."""
         if self.state is BreakerState.OPEN:
             return
         self._failures += 1

@@ -1,8 +1,8 @@
-"""Requests in flight: a ticket for each, and the janitor that ends the ones that never end.
+"""Requests in flight: a ticket for each, and the janitor that aborts requests that are too old.
 
 A ticket is booked when a decision is made, so that the next decision already sees it, and
-released exactly once however the stream ends. The janitor does not take tickets away from
-live requests: it tells the request to end, and its end releases the ticket.
+released exactly once however the ext_proc stream ends. The janitor does not release tickets of
+live requests: it aborts the request, and the end of the request releases the ticket.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ _ESTIMATE_TICK_SECONDS = 1.0
 
 
 class RankBooking(Protocol):
-    """The same request in the books of one rank; both calls are idempotent."""
+    """The same request booked on one rank; both calls are idempotent."""
 
     def started(self, now: float) -> None:
         """Its response has begun."""
@@ -43,8 +43,9 @@ class TicketOwner(Protocol):
 class Ticket:
     """One request counted on one worker.
 
-    `owner` is aborted once, when the request is too old or nothing can come of it; None where
-    no request can be. `booking`, where a policy chose a rank, ends with the ticket.
+    `owner` is aborted, once, when the request is too old or in vain; None where there is nothing
+    to abort. `booking` is the request on a rank, if a policy chose one; it ends with the ticket.
+    `estimated` is set once `release_after` decides, and not the end of the stream.
     """
 
     __slots__ = ("_load", "_open", "booked_at", "booking", "estimated", "owner", "worker")
@@ -54,7 +55,6 @@ class Ticket:
         self._open = True
         self.worker = worker
         self.booked_at = booked_at
-        # True once the end of the stream says nothing and release_after decides.
         self.estimated = False
         self.owner: TicketOwner | None = None
         self.booking: RankBooking | None = None
@@ -70,13 +70,13 @@ class Ticket:
                 self.booking.release(self._load.now())
 
     def release_after(self, seconds: float) -> None:
-        """Stop counting some time from now, for gateways that do not tell us the end."""
+        """Stop counting after a time, for gateways that do not tell us the end of a response."""
         if self._open and not self.estimated:
             self.estimated = True
             self._load.release_after(self, seconds)
 
     def move(self, worker: Worker) -> bool:
-        """Another worker than the chosen one serves the request; False when it is the same."""
+        """Count the request on the worker that serves it; returns False if nothing changed."""
         if not self._open or worker is self.worker:
             return False
         self.worker.in_flight -= 1
@@ -86,7 +86,7 @@ class Ticket:
 
 
 class Tickets:
-    """The book of open tickets, oldest first."""
+    """All open tickets, oldest first."""
 
     def __init__(self, clock: Clock, stale_seconds: float, stale_total: Counter) -> None:
         self._clock = clock
@@ -107,19 +107,22 @@ class Tickets:
         return ticket
 
     def now(self) -> float:
-        """The clock that all tickets go by, in monotonic seconds."""
+        """Return the monotonic seconds of the clock of all tickets."""
         return self._clock.monotonic()
 
     def forget(self, ticket: Ticket) -> None:
-        """Only for Ticket.release."""
+        """Drop a ticket; called by Ticket.release only."""
         self._tickets.pop(ticket, None)
 
     def release_after(self, ticket: Ticket, seconds: float) -> None:
-        """Only for Ticket.release_after; the delay is the same for all, so a queue is in order."""
+        """Release a ticket later; called by Ticket.release_after only.
+
+        All delays are the same, so the queue is in order.
+        """
         self._releases.append((self._clock.monotonic() + seconds, ticket))
 
     def sweep(self) -> int:
-        """Abort requests that are too old; returns how many they are."""
+        """Abort the requests that are too old; returns their number."""
         now = self._clock.monotonic()
         stale: list[Ticket] = []
         for ticket in self._tickets:
@@ -134,12 +137,12 @@ class Tickets:
         return len(stale)
 
     def expire(self, worker: Worker) -> None:
-        """Abort all requests on a worker: nothing will come of them."""
+        """Abort all requests on a worker, since they are in vain."""
         for ticket in [one for one in self._tickets if one.worker is worker]:
             _abort(ticket)
 
     async def run_janitor(self) -> None:
-        """Sweep for ever, ten times within the stale time-out but at least every minute."""
+        """Sweep for ever: ten times within the stale time-out, and at least every minute."""
         period = min(max(self._stale_seconds / 10, _JANITOR_MIN_SECONDS), _JANITOR_MAX_SECONDS)
         if self._stale_seconds < _JANITOR_MIN_SECONDS:
             period = self._stale_seconds
@@ -148,13 +151,13 @@ class Tickets:
             self.sweep()
 
     def release_due(self) -> None:
-        """Release the tickets whose estimated time is over."""
+        """Release the tickets whose estimated end has come."""
         now = self._clock.monotonic()
         while self._releases and self._releases[0][0] <= now:
             self._releases.popleft()[1].release()
 
     async def run_estimates(self) -> None:
-        """Release what is due, every second, for ever; only needed where ends are estimated."""
+        """Release what is due every second, for ever; needed only where ends are estimated."""
         while True:
             await self._clock.sleep(_ESTIMATE_TICK_SECONDS)
             self.release_due()

@@ -1,8 +1,8 @@
-"""What the pass that picks the decode worker has to know, as the value of a header.
+"""The header by which the first pass passes on what the second pass must know.
 
-The passes of one request can reach different replicas, and none of them may try a worker twice.
-So the first pass deals the decode pool out into as many hands as there are attempts, and an
-attempt picks from its own hand only, by the load of that moment.
+The passes of one request can reach different replicas, and no worker may be tried twice. So the
+first pass divides the decode workers into as many groups as there are attempts. An attempt picks
+from its own group only, by the load at that moment.
 """
 
 from typing import Final, NamedTuple, Self
@@ -14,8 +14,8 @@ _ADDRESSES_MAX: Final = 64
 
 
 class DecodeOrder(NamedTuple):
-    """`addresses` are `ip:port`, best first. `pair` names the request in the replica that has
-    its first pass; `prefill_host` is the host of its prefill worker.
+    """`addresses` are `ip:port`, best first. `pair` is the id of the request's pair in the replica
+    that has its first pass; `prefill_host` is the host of its prefill worker.
     """
 
     attempts: int
@@ -24,7 +24,7 @@ class DecodeOrder(NamedTuple):
     addresses: tuple[str, ...]
 
     def attempt_group(self, attempt: int) -> tuple[str, ...]:
-        """The addresses that attempt 1, 2, … may choose from."""
+        """Return the addresses that attempt 1, 2, … may choose from."""
         if not 1 <= attempt <= self.attempts:
             return ()
         return self.addresses[attempt - 1 :: self.attempts]

@@ -1,8 +1,9 @@
-"""What prefill and decode workers must find in a request's body to meet, as JSON members.
+"""The JSON members by which a prefill and a decode worker find each other.
 
 SGLang: host and port of the prefill worker, and a room, one for each prompt of a batch. The
-engine takes the prefill rank from the room (room mod dp_size), so that a room tells the rank to
-both sides. vLLM: `kv_transfer_params`, asked for with the prefill and passed on to decode.
+engine computes the prefill rank from the room (room mod dp_size), so the room carries the rank to
+both sides. vLLM: `kv_transfer_params`, which the prefill request asks for, and whose value in the
+answer goes into the decode request.
 """
 
 import re
@@ -20,8 +21,8 @@ __all__ = ["KV_PREFILL_MEMBERS", "bootstrap_members", "kv_decode_members", "prom
 _ROOMS: Final = 1 << 63
 _BATCH_MAX: Final = 4096
 
-# One token, in one piece: what comes of the prefill is its cache. Behind the client's own
-# members, of which the last counts.
+# One token, not streamed: only the KV cache of the prefill is needed. These follow the client's own
+# members, and of members with one name the last one counts.
 KV_PREFILL_MEMBERS: Final = (
     b'"stream":false,"stream_options":null,"max_tokens":1,"max_completion_tokens":1,'
     b'"min_tokens":0,"kv_transfer_params":{"do_remote_decode":true,"do_remote_prefill":false,'
@@ -34,15 +35,15 @@ class _Answer(Struct):
 
 
 _prompts_decoder: Final = msgspec.json.Decoder(list[Raw])
-# No list, an empty one, or a list of numbers, which is one prompt.
+# Not a list, an empty list, or a list of numbers, which is one prompt.
 _NOT_A_BATCH: Final = re.compile(rb"(?!\[)|\[\s*[\]\-0-9]")
 _answer_decoder: Final = msgspec.json.Decoder(_Answer)
 
 
 def prompts_of_a_batch(request: Request) -> int | None:
-    """How many prompts the body has if it is a batch; None if it is not, or no engine takes it.
+    """Return the number of prompts in a batch; None if the body is not a batch.
 
-    Raises RouterError for one that is too large.
+    Raises RouterError for a batch that is too large.
     """
     if _NOT_A_BATCH.match(request.prompts):
         return None
@@ -55,7 +56,7 @@ def prompts_of_a_batch(request: Request) -> int | None:
 def bootstrap_members(
     host: str, port: int | None, *, dp_rank: int, dp_size: int, prompts: int | None
 ) -> bytes:
-    """`bootstrap_host`, `_port` and `_room`; lists of `prompts` each where it is not None."""
+    """Return `bootstrap_host`, `_port` and `_room`; for a batch, lists with one for each prompt."""
     fields: tuple[Any, Any, Any]
     if prompts is None:
         fields = host, port, _room(dp_rank, dp_size)
@@ -71,14 +72,14 @@ def bootstrap_members(
 
 
 def _room(dp_rank: int, dp_size: int) -> int:
-    """Random below 2^63, and congruent to the rank."""
+    """Return a random number below 2^63 that is the rank modulo dp_size."""
     return secrets.randbelow((_ROOMS - dp_rank + dp_size - 1) // dp_size) * dp_size + dp_rank
 
 
 def kv_decode_members(answer: bytes) -> bytes | None:
-    """What a prefill worker's answer has for the decode worker; None if it has nothing."""
+    """Return the member of a prefill worker's answer that decode needs; None if there is none."""
     try:
-        answer.decode()  # what is not read is not validated
+        answer.decode()  # the decoder does not validate members that it skips
         params = _answer_decoder.decode(answer).kv_transfer_params
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

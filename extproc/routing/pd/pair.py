@@ -1,8 +1,8 @@
-"""A request on two workers: the prefill we have sent ourselves, and the decode Envoy carries.
+"""A request on two workers: the prefill that we sent, and the decode that Envoy sends.
 
-The first pass of the request holds the Pair. It ends the prefill as soon as that is not needed
-any more, and aborts the request at once when the prefill has failed: the decode worker would wait
-for it for minutes.
+The ext_proc stream of the first pass holds the pair. The pair cancels the prefill as soon as it is
+not needed any more. It aborts the request at once when the prefill fails; otherwise the decode
+worker would wait for it for minutes.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ _PAIR_ID_BYTES: Final = 12
 class Pair:
     """As Lease, for a request on two workers.
 
-    `decode` is the lease of the decode worker where it was picked together with the prefill
-    worker; else another pass has it, and `reservation` counts until that has begun.
+    `decode` is the lease of the decode worker if it was picked together with the prefill worker.
+    Otherwise the second pass picks it, and `reservation` counts on the likely one until then.
     """
 
     __slots__ = (
@@ -70,13 +70,13 @@ class Pair:
         self.decode = decode
         self.reservation = reservation
         self.on_abort: Callable[[RouterError], None] | None = None
-        # Of its two tickets, one is enough for the janitor.
+        # One of its two tickets is enough for the janitor.
         self.claim.ticket.owner = self
         pairs.add(self)
 
     @property
     def claim(self) -> Claim:
-        """The claim whose age is the age of the request."""
+        """The claim by whose age the janitor judges the request."""
         return self.leg.claim if self.decode is None else self.decode.claim
 
     @property
@@ -86,11 +86,11 @@ class Pair:
 
     @property
     def holds_stream(self) -> bool:
-        """While the prefill runs, only this stream can tell the client that it has failed."""
+        """True while the prefill runs: only this stream can end the request if it fails."""
         return self.leg.is_open and not self._closed
 
     def follow(self) -> None:
-        """Wait for the prefill worker's answer, beside everything else."""
+        """Wait for the prefill worker's answer in a task."""
         self._followed = asyncio.get_running_loop().create_task(self._follow())
 
     async def _follow(self) -> None:
@@ -98,7 +98,7 @@ class Pair:
         try:
             answer = await leg.answer()
         except asyncio.CancelledError:
-            return  # by ourselves, and settled
+            return  # by the leg, whose outcome is recorded
         if not leg.is_open:
             return  # cancelled while the answer was on its way to us
         error = leg.ended(answer)
@@ -108,7 +108,7 @@ class Pair:
             self._fail(error)
 
     def abandon(self) -> None:
-        """The prefill is in vain: its worker has another role, or this service stops."""
+        """End a prefill that is in vain: its worker has another role, or this service stops."""
         if self.leg.is_open:
             self.leg.cancel()
             self._leg_ended()
@@ -137,7 +137,7 @@ class Pair:
             on_abort(error)
 
     def answer_written(self) -> None:
-        """The client's answer after an abort is written."""
+        """The error for the client is written; measures how long that took after a failure."""
         if self._failed_at is not None:
             seconds = self._pairs.clock.monotonic() - self._failed_at
             self._pairs.metrics.fail_fast_seconds().observe(seconds)
@@ -149,7 +149,7 @@ class Pair:
         if self.decode is not None:
             known = self.decode.responded(status, address, code_details, streamed)
         if status >= _CLIENT_ERROR:
-            # The other half of the request is over.
+            # The decode half of the request is over, so the prefill is not needed.
             if status >= _SERVER_ERROR and self.leg.explains_decode_failure():
                 self.leg.silent()
                 self._end("prefill_failed")
@@ -176,7 +176,7 @@ class Pair:
         self._end("ok" if self._responded else "cancelled")
 
     def release_reservation(self) -> None:
-        """The decode worker is being picked, or will not be."""
+        """The decode worker is picked now, or never; idempotent."""
         if self.reservation is not None:
             self.reservation.release()
             self.reservation = None
@@ -215,7 +215,7 @@ class Pairs:
         return secrets.token_hex(_PAIR_ID_BYTES)
 
     def get(self, pair_id: str) -> Pair | None:
-        """None where another replica has it."""
+        """Return the pair; None if another replica has it."""
         return self._by_id.get(pair_id)
 
     def add(self, pair: Pair) -> None:
@@ -225,7 +225,7 @@ class Pairs:
         self._by_id.pop(pair.id, None)
 
     def abandon(self, worker: Worker | None = None) -> None:
-        """Give up all pairs whose prefill runs, or those of one prefill worker."""
+        """Abandon all pairs whose prefill runs, or those of one prefill worker."""
         for pair in self:
             if worker is None or pair.leg.worker is worker:
                 pair.abandon()

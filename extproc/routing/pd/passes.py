@@ -1,11 +1,11 @@
-"""Models whose workers prefill and decode apart: from a request to a pair of workers.
+"""Models with prefill and decode workers: from a request to a pair of workers, in two passes.
 
-The first pass picks the prefill worker, sends it the request on a connection of its own, and
-only when that is made says where the client's request goes on. The second pass picks the decode
-worker. With `inline` the first pass picks both.
+The first pass picks the prefill worker and sends it the request on a connection of its own. Once
+the connection is made, the client's request goes on, and the second pass picks the decode worker.
+With `inline` the first pass picks both.
 
-SGLang's workers meet by a room while both have the request. vLLM's decode worker needs what the
-prefill worker answers, so there the first pass waits for it.
+SGLang's workers exchange the KV cache while both have the request. vLLM's decode worker needs the
+answer of the prefill worker, so there the first pass waits for the answer.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ _CLIENT_ERROR: Final = 400
 
 
 class DecodeQuery(NamedTuple):
-    """What the second pass is asked: attempt 1, 2, … of a request."""
+    """Asks the second pass for the decode worker of attempt 1, 2, … of a request."""
 
     model: str
     order: DecodeOrder
@@ -72,7 +72,7 @@ class Disaggregation(WorkerObserver):
     # -- first pass
 
     def check(self, request: Request, model: str) -> None:
-        """Raise RouterError where no work can come to anything, before any is done."""
+        """Raise RouterError if the request cannot be served, before any work is done for it."""
         if not request.endpoint.generates:
             raise not_disaggregated()
         if not request.body:
@@ -112,7 +112,7 @@ class Disaggregation(WorkerObserver):
         return pair
 
     async def _kv_of(self, leg: PrefillLeg) -> bytes:
-        """Wait for the prefill; returns what its answer has for the decode worker."""
+        """Wait for the prefill; returns the JSON member of its answer for the decode worker."""
         answer = await leg.answer()
         members = None if isinstance(answer, str) else kv_decode_members(answer.body)
         if members is None and not isinstance(answer, str) and answer.status < _CLIENT_ERROR:
@@ -206,8 +206,8 @@ class Disaggregation(WorkerObserver):
     def role_changed(self, worker: Worker, old: Role, new: Role) -> None:
         """Abort what was sent to the worker in its old role.
 
-        An engine changes its role while it is idle. So whatever we take to be there came later,
-        in the role it no longer has, and waits for a partner that has another one.
+        An engine changes its role while it is idle. So the requests that are counted there were
+        sent later, in a role that it no longer has, and wait for a partner that never comes.
         """
         self._metrics.pd.role_changes(old, new).inc()
         self.pairs.abandon(worker)

@@ -1,6 +1,6 @@
 """One prefill on one worker: its claim, its answer, and what that says about the worker.
 
-The leg is separate from the pair because it is older: the prefill is sent before the decode
+The leg is separate from the pair because it begins earlier: the prefill is sent before the decode
 worker is known, and may fail before there is a pair.
 """
 
@@ -31,7 +31,7 @@ _OK: Final = 200
 _REDIRECT: Final = 300
 _CLIENT_ERROR: Final = 400
 _SERVER_ERROR: Final = 500
-# A decode worker that fails sooner fails by itself: it had no time to wait for the prefill.
+# A decode worker that fails sooner has not failed because of the prefill: it has hardly waited.
 _OWN_FAILURE_SECONDS: Final = 1.0
 
 
@@ -73,7 +73,7 @@ class PrefillLeg:
         return not self._settled
 
     def explains_decode_failure(self) -> bool:
-        """True if a decode worker that fails now does so for want of this prefill."""
+        """Return True if a decode worker that fails now fails for want of this prefill."""
         if self._settled:
             return False
         return self._parts.clock.monotonic() - self._sent_at >= _OWN_FAILURE_SECONDS

@@ -1,7 +1,7 @@
 """Sends a prefill: tries prefill workers until one accepts the connection.
 
-It is the only part of routing that does requests of its own. What the worker answers later is
-the business of the leg that it returns.
+It is the only part of routing that sends requests of its own. The leg that it returns waits for
+the worker's answer.
 """
 
 from collections.abc import Sequence
@@ -31,13 +31,13 @@ from extproc.workers.worker import Worker
 
 __all__ = ["PrefillSender", "SentPrefill"]
 
-# Of the engine's answer: enough for its own words about a 4xx, and for a handle to its cache.
+# Bytes kept of the engine's answer: enough for its error message, or for a handle to its cache.
 _KEPT_BYTES: Final = 64 * 1024
 _KEPT_OF_KV_ANSWER_BYTES: Final = 1024 * 1024
 
 
 class SentPrefill(NamedTuple):
-    """A prefill under way. `members` are JSON members that the decode worker's body must get."""
+    """A prefill that was sent. The decode worker must find the JSON `members` in its body."""
 
     leg: PrefillLeg
     chosen: Chosen
@@ -66,7 +66,7 @@ class PrefillSender:
     ) -> SentPrefill:
         """Send the request to a prefill worker; raises RouterError.
 
-        `waits`: what decode needs is in the worker's answer, which is waited for.
+        `waits`: the caller waits for the worker's answer, since decode needs it.
         """
         client = request.client_headers()
         headers = self._headers(client)
@@ -131,7 +131,7 @@ class PrefillSender:
 
 
 def _rooms(chosen: Chosen, prompts: int | None) -> bytes:
-    """Where a prefill and a decode worker meet; new ones for every worker that is tried."""
+    """Return the members by which the decode worker finds this prefill worker."""
     spec = chosen.worker.spec
     events = spec.kv_events
     return bootstrap_members(
