@@ -1,4 +1,4 @@
-"""The pages that describe the code say what the code says."""
+"""The pages about the code agree with the code."""
 
 import ast
 import contextlib
@@ -124,17 +124,17 @@ def test_messages_of_errors_are_made_in_one_module_only() -> None:
         assert not made or path.name == "errors.py", f"{path}: {made}"
 
 
-def test_the_paths_that_fail_open_are_those_that_are_routed() -> None:
+def test_the_paths_that_fail_open_are_the_routed_paths() -> None:
     routed = set()
     for path in FAIL_OPEN_PATHS:
         method = "GET" if path == MODELS_PATH else "POST"
         routed.add(find_endpoint(method, path).path)
-    # Tokens are counted by this service and nobody else.
+    # Only this service counts tokens.
     ours = {TOKENIZE_PATH, DETOKENIZE_PATH}
     assert routed == set(FAIL_OPEN_PATHS) == set(ENDPOINT_PATHS) - ours
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_have_a_target() -> None:
     for page in (ROOT / "README.md", *DOCS.glob("*.md"), *(ROOT / "envoy").rglob("*.md")):
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

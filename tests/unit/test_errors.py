@@ -1,4 +1,4 @@
-"""Errors as a client sees them: the envelope, the codes, and what they do not tell."""
+"""Errors as a client sees them: the envelope and the codes."""
 
 import importlib
 import inspect
@@ -71,7 +71,7 @@ from tests.unit.error_factories import error_factories
     ],
     ids=lambda value: value.code if isinstance(value, RouterError) else "",
 )
-def test_codes_and_statuses_are_the_contract(
+def test_each_error_has_its_code_status_and_message(
     error: RouterError, code: str, status: int, message: str
 ) -> None:
     assert (error.code, error.status) == (code, status)
@@ -104,15 +104,15 @@ def test_every_exception_of_the_service_is_in_the_drawn_tree() -> None:
     assert found == drawn
 
 
-def test_a_503_says_when_to_come_back_in_whole_seconds() -> None:
+def test_retry_after_of_a_503_is_in_whole_seconds() -> None:
     assert int(dict(errors.no_healthy_workers().headers)["retry-after"]) >= 1
 
 
-def test_a_405_says_what_is_allowed() -> None:
+def test_a_405_lists_the_allowed_methods() -> None:
     assert dict(errors.method_not_allowed("POST, OPTIONS").headers) == {"allow": "POST, OPTIONS"}
 
 
-def test_further_headers_stay_beside_retry_after() -> None:
+def test_retry_after_is_added_to_other_headers() -> None:
     headers = RouterError("c", 503, "m", (("x-a", "b"),)).headers
     assert dict(headers).keys() == {"retry-after", "x-a"}
 
@@ -139,7 +139,7 @@ def test_the_envelope_is_that_of_the_openai_api(status: int, kind: str) -> None:
     }
 
 
-def test_a_long_model_name_is_cut() -> None:
+def test_a_long_model_name_is_shortened() -> None:
     error = errors.model_not_found("x" * 1_000_000)
     assert len(error.message) < 300
     assert error.message.startswith("model not found: xxx")

@@ -1,4 +1,4 @@
-"""Level and format take effect; in a process of its own, since logging is global."""
+"""Level and format of the log. Each test runs a process, because logging is global."""
 
 import json
 import subprocess
@@ -54,7 +54,7 @@ def test_the_level_takes_effect_and_libraries_stay_at_warning(
     assert events == [*expected, "ours_error", "library error", *_ENDING]
 
 
-def test_json_is_one_object_a_line_with_the_same_names_everywhere() -> None:
+def test_json_has_one_object_per_line_with_the_same_fields() -> None:
     records = [json.loads(line) for line in lines("info", "json")]
     assert all({"event", "level", "timestamp"} <= record.keys() for record in records)
     ours = records[0]
@@ -64,12 +64,12 @@ def test_json_is_one_object_a_line_with_the_same_names_everywhere() -> None:
     assert {record["level"] for record in records} == {"info", "warning", "error"}
 
 
-def test_json_holds_the_traceback_in_its_line() -> None:
+def test_json_has_the_traceback_in_the_same_line() -> None:
     for record in [json.loads(line) for line in lines("info", "json")][-2:]:
         assert "ValueError: boom" in record["exception"]
 
 
-def test_text_is_one_line_of_keys_and_values() -> None:
+def test_text_has_one_line_of_keys_and_values_per_event() -> None:
     ours, warning, library, *_ = lines("info", "text")[:3]
     assert ours.startswith("timestamp=")
     assert "level='info'" in ours
@@ -81,5 +81,5 @@ def test_text_is_one_line_of_keys_and_values() -> None:
     assert "library warning" in library
 
 
-def test_text_holds_the_traceback_too() -> None:
+def test_text_has_the_traceback_too() -> None:
     assert sum("ValueError: boom" in line for line in lines("error", "text")) == 2

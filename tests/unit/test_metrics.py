@@ -1,4 +1,4 @@
-"""The table of metrics: names, units, and series that do not outlive their worker."""
+"""The table of metrics: names, units, and series that vanish with their worker."""
 
 from prometheus_client import CollectorRegistry
 
@@ -8,7 +8,7 @@ from extproc.metrics.service import Metrics
 _UNITS = ("_seconds", "_bytes", "_total", "_info", "_open", "_tokens")
 
 
-def test_every_name_has_our_prefix_and_its_unit() -> None:
+def test_every_metric_name_has_the_prefix_and_its_unit() -> None:
     registry = CollectorRegistry()
     Metrics(registry)
     for family in registry.collect():
@@ -35,13 +35,13 @@ def test_two_services_in_one_process_do_not_share_numbers() -> None:
     assert values == [1, None]
 
 
-def test_a_bound_child_is_the_same_for_the_same_labels() -> None:
+def test_the_same_labels_give_the_same_series() -> None:
     metrics = Metrics(CollectorRegistry())
     assert metrics.decisions("m", "p", "r") is metrics.decisions("m", "p", "r")
     assert metrics.decisions("m", "p", "r") is not metrics.decisions("n", "p", "r")
 
 
-def test_a_forgotten_worker_has_no_series_and_others_stay() -> None:
+def test_only_the_series_of_a_forgotten_worker_vanish() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     for worker in ("http://a:1", "http://b:1"):

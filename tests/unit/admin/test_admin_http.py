@@ -85,12 +85,12 @@ async def running(metrics: CollectorRegistry | None = None) -> AsyncIterator[Adm
                 await admin.ranks.indexer.close()
 
 
-async def test_alive_from_the_start() -> None:
+async def test_healthz_answers_before_the_service_is_ready() -> None:
     async with running() as admin:
         assert (await admin.get("/healthz"))[0::2] == (200, b"")
 
 
-async def test_readiness_is_asked_on_every_probe() -> None:
+async def test_readiness_is_evaluated_on_every_probe() -> None:
     async with running() as admin:
         seen = []
         for ready in (False, True, False, True):
@@ -101,7 +101,7 @@ async def test_readiness_is_asked_on_every_probe() -> None:
         assert seen == [503, 200, 503, 200]
 
 
-async def test_metrics_are_those_of_the_registry_whether_ready_or_not() -> None:
+async def test_metrics_are_served_before_the_service_is_ready() -> None:
     async with running() as admin:
         Counter("some_total", "Some.", registry=admin.metrics).inc(3)
         status, kind, body = await admin.get("/metrics")
@@ -133,7 +133,7 @@ async def scrape(accept: str | None, encoding: str = "identity") -> tuple[str, s
 
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
-async def test_openmetrics_is_given_to_a_client_that_accepts_it(encoding: str) -> None:
+async def test_a_client_that_accepts_openmetrics_gets_it(encoding: str) -> None:
     kind, packed, text = await scrape(OPENMETRICS, encoding)
     assert kind.startswith("application/openmetrics-text; version=1.0.0")
     assert packed == (None if encoding == "identity" else encoding)
@@ -151,7 +151,7 @@ async def test_openmetrics_is_given_to_a_client_that_accepts_it(encoding: str) -
 
 
 @pytest.mark.parametrize("accept", [None, "*/*", "text/plain;version=0.0.4", "text/html"])
-async def test_plain_text_is_given_to_any_other_client(accept: str | None) -> None:
+async def test_any_other_client_gets_plain_text(accept: str | None) -> None:
     kind, packed, text = await scrape(accept)
     assert kind.startswith("text/plain; version=0.0.4")
     assert packed is None
@@ -173,13 +173,13 @@ async def test_both_formats_show_the_same_metrics() -> None:
     assert named[0] == named[1]
 
 
-async def test_no_workers_is_an_empty_list() -> None:
+async def test_without_workers_the_list_is_empty() -> None:
     async with running() as admin:
         assert await admin.listed() == []
         assert (await admin.get("/workers"))[1].startswith("application/json")
 
 
-async def test_workers_are_shown_as_they_are() -> None:
+async def test_workers_are_listed_with_their_state() -> None:
     async with running() as admin:
         worker = make_worker("http://10.0.0.1:8000", in_flight=4, threshold=1)
         worker.breaker.failure(0.0)
@@ -253,7 +253,7 @@ async def test_a_rank_without_kv_events_says_so() -> None:
         ((), False, None, False),
     ],
 )
-async def test_a_worker_is_ready_with_a_model_and_an_address(
+async def test_a_worker_needs_a_model_and_an_address_to_be_ready(
     model_ids: tuple[str, ...], resolved: bool, model: str | None, ready: bool
 ) -> None:
     async with running() as admin:
@@ -262,7 +262,7 @@ async def test_a_worker_is_ready_with_a_model_and_an_address(
         assert (worker["model"], worker["ready"]) == (model, ready)
 
 
-async def test_the_breaker_of_a_probe_is_half_open() -> None:
+async def test_a_breaker_with_a_running_probe_is_shown_as_half_open() -> None:
     async with running() as admin:
         worker = make_worker(threshold=1, cool_down_seconds=0.0)
         worker.breaker.failure(0.0)
@@ -282,12 +282,12 @@ async def test_the_breaker_of_a_probe_is_half_open() -> None:
         ("HEAD", "/healthz", 200),
     ],
 )
-async def test_nothing_else_is_served(method: str, path: str, status: int) -> None:
+async def test_other_paths_and_methods_are_refused(method: str, path: str, status: int) -> None:
     async with running() as admin, admin.session.request(method, path) as response:
         assert response.status == status
 
 
-async def test_a_port_in_use_names_its_key() -> None:
+async def test_the_error_for_a_port_in_use_names_the_key() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -312,7 +312,7 @@ async def test_a_port_in_use_names_its_key() -> None:
     assert str(port) in problem
 
 
-async def test_after_stop_nobody_listens() -> None:
+async def test_the_port_is_closed_after_stop() -> None:
     async with running() as admin:
         url = str(admin.session._base_url)
     async with ClientSession(url) as session:

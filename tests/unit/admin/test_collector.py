@@ -1,4 +1,4 @@
-"""Gauges of the workers are what the registry says at the scrape, no more and no less."""
+"""The gauges of the workers show the registry at the time of the scrape."""
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -16,7 +16,7 @@ def watched(routing: Fleet) -> Fleet:
     return routing
 
 
-def test_an_empty_registry_has_no_worker_series() -> None:
+def test_without_workers_there_are_no_worker_series() -> None:
     routing = watched(make_fleet())
     assert b"extproc_worker_in_flight{" not in generate_latest(routing.prometheus)
     assert routing.metric("extproc_tickets_open") == 0
@@ -63,7 +63,7 @@ def test_workers_are_counted_by_model_and_role(model: str, role: str, count: int
     assert routing.metric("extproc_workers", model=model, role=role) == count
 
 
-def test_two_engines_at_one_url_do_not_make_a_series_twice() -> None:
+def test_two_workers_at_one_url_share_their_series() -> None:
     routing = watched(
         make_fleet([make_worker(A, id="old-pod"), make_worker(A, id="new-pod", order=1)])
     )
@@ -75,7 +75,7 @@ def test_two_engines_at_one_url_do_not_make_a_series_twice() -> None:
     assert len(lines) == len(set(lines))
 
 
-def test_registering_the_collector_asks_nobody_yet() -> None:
+def test_registering_the_collector_does_not_read_the_workers() -> None:
     routing = make_fleet()
 
     class Exploding(WorkerRegistry):

@@ -1,4 +1,4 @@
-"""What is known of KV caches and tokens, as it is at the scrape."""
+"""The metrics of KV pages and tokenization show the state at the time of the scrape."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,14 +26,14 @@ URL = "http://10.0.0.1:8000"
 
 @pytest.fixture
 async def ranks() -> AsyncIterator[Ranks]:
-    """A book with one worker of two ranks; nobody listens at their ports."""
-    book = Ranks(FakeClock(), max_pages=10_000, settings=SubscriberSettings())
+    """The two ranks of one worker, whose ports are closed."""
+    followed = Ranks(FakeClock(), max_pages=10_000, settings=SubscriberSettings())
     model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
-    book.serve("m", Placement(create_kv_policy(model, Random(0)), book.indexer.index))
+    followed.serve("m", Placement(create_kv_policy(model, Random(0)), followed.indexer.index))
     events = KvEvents(host="127.0.0.1", port=1, block_size=4, dp_size=2)
-    book.joined(make_worker(URL, kv_events=events))
-    yield book
-    await book.indexer.close()
+    followed.joined(make_worker(URL, kv_events=events))
+    yield followed
+    await followed.indexer.close()
 
 
 async def test_ranks_are_shown_while_they_are_followed(ranks: Ranks) -> None:
@@ -43,7 +43,7 @@ async def test_ranks_are_shown_while_they_are_followed(ranks: Ranks) -> None:
     assert rank.pages is not None
     tokens = np.arange(8, dtype=np.uint64)
     ranks.indexer.index.store(rank.pages, [1, 2], None, tokens, 4)
-    ranks.indexer.index.store(rank.pages, [3], 7, tokens[:4], 4)  # of a parent nobody knows
+    ranks.indexer.index.store(rank.pages, [3], 7, tokens[:4], 4)  # the parent is unknown
     rank.load.book(500, 0.0)
 
     def sample(name: str, **labels: str) -> float | None:

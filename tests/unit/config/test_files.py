@@ -1,4 +1,4 @@
-"""Files: both formats, what a parser stumbles over, and files the configuration names."""
+"""Configuration files: both formats, broken files, and the files that a configuration names."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def refused(path: Path) -> list[str]:
         ("c.toml", TOML),
     ],
 )
-def test_both_formats_give_the_same(tmp_path: Path, name: str, text: str) -> None:
+def test_yaml_and_toml_give_the_same_configuration(tmp_path: Path, name: str, text: str) -> None:
     expected = raw_config(
         server={"port": 9100},
         models=[{"id": "m", "policy": "least_load", "circuit_breaker": {"threshold": 5}}],
@@ -76,7 +76,7 @@ def test_another_extension_is_refused(tmp_path: Path, name: str) -> None:
     assert ".toml" in problem
 
 
-def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named_in_the_error(tmp_path: Path) -> None:
     assert str(tmp_path / "none.yaml") in refused(tmp_path / "none.yaml")[0]
     folder = tmp_path / "folder.yaml"
     folder.mkdir()
@@ -84,16 +84,16 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["c.yaml", "c.toml"])
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, name: str) -> None:
     assert "UTF-8" in refused(written(tmp_path, b"models: \xff", name))[0]
 
 
-def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
+def test_a_huge_file_is_refused_without_being_read(tmp_path: Path) -> None:
     assert "larger" in refused(written(tmp_path, b"#" * (5 * 1024 * 1024)))[0]
 
 
 @pytest.mark.parametrize("name", ["c.yaml", "c.toml"])
-def test_an_empty_file_misses_its_keys(tmp_path: Path, name: str) -> None:
+def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
     assert refused(written(tmp_path, "", name))
 
 
@@ -116,7 +116,7 @@ def test_a_toml_key_given_twice_is_refused(tmp_path: Path) -> None:
     assert refused(written(tmp_path, TOML + "[server]\nport = 1\n", "c.toml"))
 
 
-def test_a_yaml_merge_is_no_duplicate(tmp_path: Path) -> None:
+def test_a_yaml_merge_key_may_be_overridden(tmp_path: Path) -> None:
     text = f"""\
 models:
   - {{id: m, circuit_breaker: &breaker {{threshold: 5, cool_down_secs: 7}}}}
@@ -154,7 +154,7 @@ discovery: {{backend: static_urls, static_urls: {{urls: ["{URL}"]}}}}
     ],
     ids=lambda text: repr(text[:30]),
 )
-def test_any_yaml_is_refused_with_a_problem(tmp_path: Path, text: str) -> None:
+def test_broken_yaml_is_refused_with_a_problem(tmp_path: Path, text: str) -> None:
     assert refused(written(tmp_path, text))
 
 
@@ -172,11 +172,11 @@ def test_any_yaml_is_refused_with_a_problem(tmp_path: Path, text: str) -> None:
     ],
     ids=lambda text: repr(text[:30]),
 )
-def test_any_toml_is_refused_with_a_problem(tmp_path: Path, text: str) -> None:
+def test_broken_toml_is_refused_with_a_problem(tmp_path: Path, text: str) -> None:
     assert refused(written(tmp_path, text, "c.toml"))
 
 
-def test_aliases_that_multiply_are_no_danger(tmp_path: Path) -> None:
+def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     problems = refused(written(tmp_path, "\n".join([*lines, "models: *a11"])))
@@ -190,20 +190,20 @@ def problems(raw: dict[str, Any]) -> list[str]:
     return file_problems(parse_config(raw))
 
 
-def test_without_files_there_is_no_problem() -> None:
+def test_a_configuration_without_files_has_no_file_problem() -> None:
     assert problems(raw_config()) == []
 
 
 @pytest.mark.parametrize("key", ["workers.api_key_file", "workers.ca_file"])
 @pytest.mark.parametrize("name", ["missing", "empty", "folder", "nul\x00inside"])
-def test_a_file_that_is_not_usable_is_named_by_its_key(tmp_path: Path, key: str, name: str) -> None:
+def test_an_unusable_file_is_reported_with_its_key(tmp_path: Path, key: str, name: str) -> None:
     (tmp_path / "empty").write_text("  \n")
     (tmp_path / "folder").mkdir()
     (problem,) = problems(at(key, str(tmp_path / name)))
     assert problem.startswith(f"{key}: ")
 
 
-def test_all_files_of_tls_are_looked_at(tmp_path: Path) -> None:
+def test_all_tls_files_are_checked(tmp_path: Path) -> None:
     tls = {name: str(tmp_path / name) for name in ("cert_file", "key_file", "client_ca_file")}
     files = {"ca_file": "/a", "cert_file": "/c", "key_file": "/k"}
     found = problems(raw_config(server={"tls": tls}, envoy={"extproc": files}))
@@ -211,7 +211,9 @@ def test_all_files_of_tls_are_looked_at(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"two words", b"a\r\nx-y: z", b"\xff\xfe", "é".encode()])
-def test_a_key_file_is_held_to_the_rules_of_the_key(tmp_path: Path, content: bytes) -> None:
+def test_the_token_in_a_key_file_follows_the_rules_of_api_key(
+    tmp_path: Path, content: bytes
+) -> None:
     path = written(tmp_path, content, "key")
     assert problems(at("workers.api_key_file", str(path)))
 
@@ -220,7 +222,7 @@ def test_a_key_file_may_end_with_a_line_feed(tmp_path: Path) -> None:
     assert problems(at("workers.api_key_file", str(written(tmp_path, "secret\n", "key")))) == []
 
 
-def test_a_bundle_that_is_no_certificate_is_named(tmp_path: Path) -> None:
+def test_a_ca_file_without_a_certificate_is_reported(tmp_path: Path) -> None:
     good = tmp_path / "good.pem"
     trustme.CA().cert_pem.write_to_path(str(good))
     assert problems(at("workers.ca_file", str(good))) == []

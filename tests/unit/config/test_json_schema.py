@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from extproc.cli import main
@@ -140,6 +142,24 @@ def test_a_value_beyond_its_bounds_is_refused(path: KeyPath, bound: float, beyon
     assert VALIDATOR.is_valid(with_value(path, bound))
     assert not VALIDATOR.is_valid(with_value(path, beyond))
     assert not loads(with_value(path, beyond))
+
+
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 100_000)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(
+        ["", "x-name", "::", "sglang", "two_pass", "http://10.0.0.1:8000", "tcp://*:1"]
+    )
+    | st.dictionaries(st.sampled_from(["host", "x"]), st.integers(0, 2), max_size=1)
+)
+
+
+@given(st.sampled_from([path for path, _ in KEYS]), VALUES | VALUES.map(lambda value: [value]))
+def test_the_schema_accepts_what_the_loader_accepts(path: KeyPath, value: object) -> None:
+    raw = with_value(path, value)
+    assert not loads(raw) or problems_of_the_schema(raw) == set()
 
 
 @pytest.mark.parametrize(

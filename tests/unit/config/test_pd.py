@@ -1,4 +1,4 @@
-"""The keys for models that prefill and decode apart: defaults, bounds and rules."""
+"""The keys for separate prefill and decode workers: defaults, bounds and rules."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def model(**pd: Any) -> dict[str, Any]:
 # -- defaults
 
 
-def test_without_a_word_models_use_sglangs_way_in_two_passes() -> None:
+def test_the_defaults_are_the_sglang_protocol_and_two_passes() -> None:
     found = config()
     assert found.pd == PdConfig()
     assert (found.pd.decode, found.pd.prefill_linger_secs) == ("two_pass", 1.0)
@@ -49,7 +49,9 @@ def test_without_a_word_models_use_sglangs_way_in_two_passes() -> None:
 
 @pytest.mark.parametrize("decode", ["two_pass", "inline"])
 @pytest.mark.parametrize("protocol", ["sglang", "nixl"])
-def test_both_ways_and_both_protocols_go_together(decode: str, protocol: str) -> None:
+def test_every_protocol_works_with_every_way_to_choose_the_decode_worker(
+    decode: str, protocol: str
+) -> None:
     found = config(pd={"decode": decode}, models=[{"id": "m", "pd": {"protocol": protocol}}])
     assert (found.pd.decode, found.models[0].pd.protocol) == (decode, protocol)
 
@@ -80,7 +82,7 @@ def test_both_ways_and_both_protocols_go_together(decode: str, protocol: str) ->
         (f"{LIST}.decode_urls", [1]),
     ],
 )
-def test_a_value_out_of_bounds_is_named_by_its_key(key: str, value: object) -> None:
+def test_a_value_beyond_its_bounds_is_reported_with_its_key(key: str, value: object) -> None:
     assert problem_of(at(key, value)).startswith(key.removesuffix(".unknown"))
 
 
@@ -94,14 +96,14 @@ def test_a_value_out_of_bounds_is_named_by_its_key(key: str, value: object) -> N
         ([], []),
         ([A], [B]),
         ([A], [B, C]),
-        # The engines of the others say it themselves.
+        # The other workers report their role themselves.
         ([A], None),
         (None, [B]),
         # Other spellings of the same workers.
         ([f"{A}/"], ["HTTP://10.0.0.2:8000"]),
     ],
 )
-def test_workers_may_have_roles(prefill: list[str] | None, decode: list[str] | None) -> None:
+def test_static_workers_may_have_roles(prefill: list[str] | None, decode: list[str] | None) -> None:
     found = config(**roles(prefill, decode))
     section = found.discovery.static_urls
     assert isinstance(section, StaticUrlsConfig)
@@ -121,13 +123,13 @@ def test_workers_may_have_roles(prefill: list[str] | None, decode: list[str] | N
         ([A], [B, A], "decode_urls[1]"),
     ],
 )
-def test_a_role_is_for_a_worker_that_is_listed_and_has_no_other(
+def test_a_role_needs_a_listed_worker_and_excludes_the_other_role(
     prefill: list[str] | None, decode: list[str] | None, key: str
 ) -> None:
     assert problem_of(roles(prefill, decode)).startswith(f"{LIST}.{key}: ")
 
 
-def test_every_wrong_role_is_listed() -> None:
+def test_every_wrong_role_is_reported() -> None:
     found = problems_of(roles(["http://a"], ["http://b", "http://c"]))
     keys = [problem.partition(":")[0] for problem in found]
     assert keys == [
@@ -137,38 +139,38 @@ def test_every_wrong_role_is_listed() -> None:
     ]
 
 
-def test_the_other_role_is_named() -> None:
+def test_the_problem_of_a_second_role_names_the_first() -> None:
     assert f"{LIST}.prefill_urls[0]" in problem_of(roles([A], [A]))
 
 
-# -- prompts that go to decode alone
+# -- prompts that a decode worker serves alone
 
 
-def test_a_decode_worker_of_vllm_can_prefill_a_little() -> None:
+def test_min_prefill_tokens_is_accepted_with_nixl() -> None:
     found = config(**model(protocol="nixl", min_prefill_tokens=64))
     assert found.models[0].pd.min_prefill_tokens == 64
 
 
 @pytest.mark.parametrize("policy", ["min_ttft", "cache_aware_zmq"])
-def test_one_of_sglang_can_not(policy: str) -> None:
+def test_min_prefill_tokens_is_refused_with_sglang(policy: str) -> None:
     problem = problem_of(model(policy=policy, min_prefill_tokens=1))
     assert problem.startswith("models[0].pd.min_prefill_tokens: ")
     assert "nixl" in problem
 
 
 @pytest.mark.parametrize("policy", ["round_robin", "random", "power_of_two", "least_load"])
-def test_a_policy_without_tokens_can_not_tell(policy: str) -> None:
+def test_min_prefill_tokens_is_refused_with_a_policy_without_tokens(policy: str) -> None:
     problem = problem_of(model(policy=policy, protocol="nixl", min_prefill_tokens=1))
     assert problem.startswith("models[0].pd.min_prefill_tokens: ")
     assert policy in problem
 
 
-def test_both_reasons_are_given() -> None:
+def test_both_problems_of_min_prefill_tokens_are_reported() -> None:
     found = problems_of(model(policy="round_robin", min_prefill_tokens=1))
     assert len(found) == 2
 
 
-def test_none_at_all_is_always_allowed() -> None:
+def test_zero_min_prefill_tokens_is_always_accepted() -> None:
     config(**model(policy="round_robin", min_prefill_tokens=0))
 
 
@@ -180,12 +182,12 @@ def test_none_at_all_is_always_allowed() -> None:
     [
         (120.0, 660.0, 120.0),
         (330.0, 660.0, 330.0),
-        # Half of the proxy's limit for a stream.
+        # Half of the proxy's idle time-out.
         (331.0, 660.0, 330.0),
         (1000.0, 400.0, 200.0),
     ],
 )
-def test_a_decode_worker_is_given_up_well_before_the_proxy_cuts_the_stream(
+def test_the_decode_time_limit_is_below_the_proxys_idle_time_out(
     response: float, idle: float, silence: float
 ) -> None:
     found = config(pd={"response_timeout_secs": response}, envoy={"stream_idle_timeout_secs": idle})
@@ -197,7 +199,7 @@ def test_a_decode_worker_is_given_up_well_before_the_proxy_cuts_the_stream(
     st.floats(0.001, 1000),
     st.floats(0.001, 9.9),
 )
-def test_only_where_a_prefill_is_waited_for_a_decision_may_take_as_long(
+def test_the_deadline_includes_the_prefill_only_with_nixl(
     protocols: list[str], prefill: float, step: float
 ) -> None:
     found = config(

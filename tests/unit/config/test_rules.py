@@ -108,7 +108,7 @@ def kv_model(*entries: dict[str, Any], policy: str = "min_ttft") -> dict[str, An
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_broken_rule_names_its_key(raw: dict[str, Any], key: str) -> None:
+def test_a_broken_rule_is_reported_with_its_key(raw: dict[str, Any], key: str) -> None:
     assert {line.partition(": ")[0] for line in problems_of(raw)} == {key}
 
 
@@ -131,20 +131,20 @@ def test_a_broken_rule_names_its_key(raw: dict[str, Any], key: str) -> None:
         at("envoy.stream_idle_timeout_secs", 300.1),
     ],
 )
-def test_what_the_rules_allow_is_taken(raw: dict[str, Any]) -> None:
+def test_a_configuration_within_the_rules_is_accepted(raw: dict[str, Any]) -> None:
     assert isinstance(parse_config(raw), Config)
 
 
-def test_duplicates_point_to_the_first() -> None:
+def test_the_problem_of_a_duplicate_names_the_first() -> None:
     assert "discovery.static_urls.urls[0]" in problem_of(urls("http://a", "http://b", "http://a/"))
     assert "models[0]" in problem_of(models("m", "n", "m"))
 
 
-def test_a_worker_given_three_times_is_named_twice() -> None:
+def test_a_worker_given_three_times_has_two_problems() -> None:
     assert len(problems_of(urls("http://a", "http://a/", "http://a:80"))) == 2
 
 
-def test_a_secret_is_not_repeated_in_a_problem() -> None:
+def test_a_problem_does_not_repeat_a_secret() -> None:
     for raw in (
         at("workers.api_key", "hunter2 x"),
         at("workers.api_key", ["hunter2"]),
@@ -153,13 +153,13 @@ def test_a_secret_is_not_repeated_in_a_problem() -> None:
         assert "hunter2" not in problem_of(raw)
 
 
-def test_a_loaded_configuration_can_not_be_changed() -> None:
+def test_a_loaded_configuration_is_immutable() -> None:
     loaded: Any = config()
     with pytest.raises(AttributeError):
         loaded.server.port = 1
 
 
-def test_workers_can_differ_in_where_they_publish() -> None:
+def test_each_worker_may_have_its_own_kv_events_entry() -> None:
     parsed = parse_config(
         kv_model({}, {"url": URL, "endpoint": "tcp://10.0.0.9:7000", "topic": "kv"})
     )
@@ -167,7 +167,7 @@ def test_workers_can_differ_in_where_they_publish() -> None:
 
 
 @pytest.mark.parametrize("missing", ["block_size", "endpoint"])
-def test_an_entry_without_a_needed_key_is_named(missing: str) -> None:
+def test_a_kv_events_entry_without_a_required_key_is_reported(missing: str) -> None:
     raw = kv_model({})
     del raw["models"][0]["kv_events"][0][missing]
     assert f"models[0].kv_events[0].{missing}: this key is required" in problems_of(raw)

@@ -1,4 +1,4 @@
-"""Every key by itself: its default, its type and bounds, and how a bad one is named."""
+"""Each key: its default, its type and bounds, and the problem of a bad value."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def value_at(loaded: Config, path: str) -> object:
 @pytest.mark.parametrize(
     ("path", "default"),
     [
-        # sgl-router's, with our own addresses
+        # as in sgl-router, but for the addresses
         ("server.host", "127.0.0.1"),
         ("server.port", 9002),
         ("observability.log_level", "info"),
@@ -32,10 +32,10 @@ def value_at(loaded: Config, path: str) -> object:
         ("models[0].circuit_breaker.cool_down_secs", 30),
         ("proxy.request_timeout_secs", 300),
         ("active_load.stale_request_timeout_secs", 600),
-        # sgl-router's constants
+        # constants in sgl-router
         ("proxy.connect_timeout_secs", 5),
         ("discovery.introspection_retry_secs", 30),
-        # ours
+        # keys that sgl-router does not have
         ("server.unix_socket", None),
         ("server.admin_host", "127.0.0.1"),
         ("server.admin_port", 9090),
@@ -57,7 +57,7 @@ def test_a_key_that_is_left_out_has_its_default(path: str, default: object) -> N
     assert value_at(config(models=[{"id": "m"}]), path) == default
 
 
-def test_the_defaults_keep_our_deadline_inside_envoys() -> None:
+def test_the_default_deadline_is_shorter_than_envoys() -> None:
     loaded = config()
     assert loaded.server.step_deadline_secs < loaded.envoy.message_timeout_secs
 
@@ -83,7 +83,7 @@ def test_the_defaults_keep_our_deadline_inside_envoys() -> None:
         ("workers.api_key", "secret"),
     ],
 )
-def test_a_good_value_is_taken(path: str, value: object) -> None:
+def test_a_good_value_is_accepted(path: str, value: object) -> None:
     loaded = value_at(parse_config(at(path, value)), path)
     if not isinstance(value, dict):
         assert loaded == value
@@ -147,7 +147,7 @@ def test_a_good_value_is_taken(path: str, value: object) -> None:
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_a_bad_value_is_refused_and_its_key_named(path: str, value: object) -> None:
+def test_a_bad_value_is_reported_with_its_key(path: str, value: object) -> None:
     problems = problems_of(at(path, value))
     assert {line.partition(": ")[0] for line in problems} == {path}
     assert all(len(line) < 300 for line in problems)
@@ -167,7 +167,9 @@ def test_a_bad_value_is_refused_and_its_key_named(path: str, value: object) -> N
         ("load.release", "never", "stream_end, estimate"),
     ],
 )
-def test_an_unknown_value_is_told_what_is_allowed(path: str, value: str, allowed: str) -> None:
+def test_the_problem_of_an_unknown_value_lists_the_allowed_ones(
+    path: str, value: str, allowed: str
+) -> None:
     assert (
         problem_of(at(path, value)) == f"{path}: unknown value {value!r}, expected one of {allowed}"
     )
@@ -186,14 +188,14 @@ def test_an_unknown_value_is_told_what_is_allowed(path: str, value: str, allowed
         ("envoy.extproc.ca", "ca_file"),
     ],
 )
-def test_an_unknown_key_is_named_with_its_path_and_the_known_ones(path: str, allowed: str) -> None:
+def test_the_problem_of_an_unknown_key_lists_the_known_ones(path: str, allowed: str) -> None:
     problem = next(line for line in problems_of(at(path, 1)) if line.startswith(f"{path}: "))
     assert problem.startswith(f"{path}: unknown key, expected one of ")
     assert allowed in problem.partition("expected one of ")[2].split(", ")
 
 
 @pytest.mark.parametrize("key", [5, None, True, 1.5, ("a", "b")])
-def test_a_key_that_is_no_text_is_unknown(key: object) -> None:
+def test_a_key_that_is_not_text_is_unknown(key: object) -> None:
     assert problem_of(raw_config() | {key: 1}).startswith(f"{key}: unknown key")
 
 
@@ -204,20 +206,20 @@ def test_a_key_that_is_no_text_is_unknown(key: object) -> None:
         ("discovery.k8s", {"namespace": "default"}),
     ],
 )
-def test_what_is_not_built_yet_is_refused_and_not_ignored(path: str, value: object) -> None:
+def test_keys_of_missing_features_are_refused_and_not_ignored(path: str, value: object) -> None:
     problem = problem_of(at(path, value))
     assert problem.startswith(f"{path}: ")
     assert "not available in this version" in problem
 
 
 @pytest.mark.parametrize("key", ["models", "discovery"])
-def test_a_required_section_that_is_missing_is_named(key: str) -> None:
+def test_a_missing_required_section_is_reported(key: str) -> None:
     raw = raw_config()
     del raw[key]
     assert problem_of(raw) == f"{key}: this key is required"
 
 
-def test_a_required_key_that_is_missing_is_named() -> None:
+def test_a_missing_required_key_is_reported() -> None:
     assert problem_of(raw_config(models=[{}])).startswith("models[0].id: ")
 
 
@@ -226,12 +228,14 @@ def test_a_required_key_that_is_missing_is_named() -> None:
     [(None, "null"), ([], "a list"), ("text", "text"), (5, "a number"), (True, "a boolean")],
 )
 @pytest.mark.parametrize("section", ["", "server", "discovery"])
-def test_a_section_that_is_no_mapping_says_what_it_is(raw: object, kind: str, section: str) -> None:
+def test_the_problem_of_a_section_that_is_not_a_mapping_says_what_it_is(
+    raw: object, kind: str, section: str
+) -> None:
     problem = problem_of(at(section, raw) if section else raw)
     assert problem == f"{section or 'the file'}: expected a mapping of keys, found {kind}"
 
 
-def test_all_problems_are_named_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     raw = {
         "server": {"port": 0, "prot": 1},
         "models": [{"id": "m", "policy": "foo"}, {"id": "m"}, {"id": "n", "policy": "min_ttft"}],
@@ -266,7 +270,7 @@ def test_all_problems_are_named_at_once() -> None:
         ({"discovery": 5}, "discovery"),
     ],
 )
-def test_rules_are_checked_even_where_a_required_key_is_broken(
+def test_rules_are_checked_even_if_a_required_key_is_broken(
     broken: dict[str, Any], key: str
 ) -> None:
     raw = raw_config(server={"port": 8080}) | broken
@@ -312,11 +316,11 @@ _PATHS = st.sampled_from(
 
 
 def refusals(raw: object) -> list[str]:
-    """The problems of a document, none when it is good; other errors are a test's failure."""
+    """The problems of a document; a good document has an empty list."""
     try:
         parse_config(raw)
     except ConfigError as error:
-        return error.problems or ["refused without a word"]
+        return error.problems or ["refused without a problem"]
     return []
 
 

@@ -1,4 +1,4 @@
-"""A stderr that nobody reads must not stop the service."""
+"""A stderr without a reader must not stop the service."""
 
 import subprocess
 import sys
@@ -18,13 +18,13 @@ sys.stdout.flush()
 """
 
 
-def test_lines_are_dropped_rather_than_waited_for() -> None:
+def test_lines_are_dropped_if_the_reader_of_stderr_is_slow() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
     assert process.stderr is not None
-    # Nobody reads stderr yet: 30 000 lines are far more than a pipe and the backlog hold.
+    # Nothing reads stderr yet. 30 000 lines are far more than the pipe and the backlog can hold.
     assert process.stdout.read(4) == b"done"
     _, lines = process.communicate(timeout=60)
     assert b"log_lines_dropped" in lines
