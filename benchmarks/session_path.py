@@ -1,7 +1,7 @@
 """Measures the CPU time of our own code for one request, without gRPC and Envoy.
 
 That is everything between the bytes of Envoy's messages and the bytes of the replies: parsing,
-session, router, policy, lease, metrics. The rest of a request's cost is the transport's.
+session, stream, router, policy, lease, metrics. The rest of a request's cost is the transport's.
 
 Run: `python -m benchmarks.session_path [--requests 20000] [--profile]`.
 """
@@ -14,15 +14,15 @@ import json
 import pstats
 import time
 from itertools import cycle, islice
+from typing import Any
+
+from grpc.aio import EOF
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.build import build_kv, build_router, build_shared
-from extproc.config.envoy import EnvoyConfig
+from extproc.build import build_kv, build_router, build_shared, build_streams
 from extproc.config.loading import parse_config
-from extproc.routing.router import Router
-from extproc.server.messages import RequestHeadTable, ResponseTable
-from extproc.server.replies import ReplyBuilder
-from extproc.server.session import Session, SessionContext
+from extproc.server.route_session import RouteSession
+from extproc.server.stream import Streams
 from extproc.worker_url import parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.prefill_client import AiohttpPrefillClient
@@ -63,8 +63,21 @@ def _header_map(headers: dict[str, str]) -> pb.HeaderMap:
     )
 
 
-def build(workers: int) -> tuple[SessionContext, Router]:
-    """A router over that many workers, and what sessions share."""
+class Call:
+    """The gRPC side of one stream: gives the messages of one request, and drops the replies."""
+
+    def __init__(self, messages: list[bytes]) -> None:
+        self._messages = iter(messages)
+
+    async def read(self) -> Any:
+        return next(self._messages, EOF)
+
+    async def write(self, reply: bytes) -> None:
+        pass
+
+
+def build(workers: int) -> Streams:
+    """A router over that many workers, and the streams that ask it."""
     urls = [f"http://10.0.0.{order + 1}:8000" for order in range(workers)]
     config = parse_config(
         {
@@ -85,32 +98,14 @@ def build(workers: int) -> tuple[SessionContext, Router]:
     kv = build_kv(config, shared)
     client = AiohttpPrefillClient(None)
     routing = build_router(config, shared, kv, {}, client, lambda worker: None)
-    context = SessionContext(
-        builder=ReplyBuilder(EnvoyConfig(), None),
-        metrics=shared.metrics,
-        heads=RequestHeadTable(),
-        responses=ResponseTable(),
-        max_body_bytes=1 << 25,
-        models_body=b"{}",
-        only_model=_MODEL,
-        debug_headers=False,
-        prompt_max_bytes=0,
-    )
-    return context, routing.router
+    return build_streams(config, shared, routing.router)
 
 
-async def run(
-    context: SessionContext, router: Router, wires: list[list[bytes]], count: int
-) -> None:
-    """The steps of one stream, as the transport takes them."""
+async def run(streams: Streams, wires: list[list[bytes]], count: int) -> None:
+    """One stream after the other, as the gRPC server serves them."""
     # Round robin chooses the workers in turn, so they answer in turn.
     for wire in islice(cycle(wires), count):
-        session = Session(context)
-        for raw in wire:
-            session.receive(raw)
-            if session.to_route is not None:
-                session.routed(await router.route(session.to_route))
-        session.close()
+        await streams.serve(Call(wire), RouteSession)
 
 
 def main() -> None:
@@ -122,19 +117,19 @@ def main() -> None:
     # A multiple of the number of workers.
     count = options.requests // 5 // options.workers * options.workers
     for body_bytes in (1200, 33_000):
-        context, router = build(options.workers)
+        streams = build(options.workers)
         wires = [messages(body_bytes, served) for served in range(options.workers)]
-        asyncio.run(run(context, router, wires, 500 * options.workers))
+        asyncio.run(run(streams, wires, 500 * options.workers))
         gc.collect()
         best = float("inf")
         for _ in range(5):
             started = time.process_time()
-            asyncio.run(run(context, router, wires, count))
+            asyncio.run(run(streams, wires, count))
             best = min(best, time.process_time() - started)
         print(f"{body_bytes:6} B: {best / count * 1e6:6.1f} us per request")
     if options.profile:
         profile = cProfile.Profile()
-        profile.runcall(asyncio.run, run(context, router, wires, count))
+        profile.runcall(asyncio.run, run(streams, wires, count))
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
 
 

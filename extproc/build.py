@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Final
+from uuid import uuid4
 
 import msgspec
 from msgspec import Struct, UnsetType
@@ -45,7 +46,7 @@ from extproc.server.grpc_server import ExtProcServer
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
 from extproc.server.session import SessionContext
-from extproc.server.stream import Decider, Streams, StreamSettings
+from extproc.server.stream import Streams, StreamSettings
 from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
@@ -70,6 +71,7 @@ __all__ = [
     "build_router",
     "build_server",
     "build_shared",
+    "build_streams",
     "load_encoders",
     "worker_tls_of",
 ]
@@ -287,18 +289,10 @@ def assemble_routing(
     )
 
 
-def build_server(
-    config: Config,
-    shared: Shared,
-    routing: Routing,
-    *,
-    decider: Decider | None = None,
-) -> ExtProcServer:
-    """The gRPC server; `decider` stands in for the router where it is given."""
-    router, pd = routing.router, routing.pd
+def build_streams(config: Config, shared: Shared, router: Router) -> Streams:
+    """What the gRPC server does with its streams."""
     context = SessionContext(
         builder=ReplyBuilder(config.envoy, _forwarded_authorization(config)),
-        metrics=shared.metrics,
         heads=RequestHeadTable(),
         responses=ResponseTable(),
         max_body_bytes=config.server.max_body_bytes,
@@ -307,15 +301,19 @@ def build_server(
         debug_headers=config.observability.debug_headers,
         prompt_max_bytes=_prompt_max_bytes(config),
         model_header=config.envoy.model_header,
-        pick_decode=pd.pick_decode,
+        new_request_id=_new_request_id,
     )
     settings = StreamSettings(
         step_deadline_seconds=config.routing_deadline_secs,
         body_deadline_seconds=config.proxy.request_timeout_secs,
         log_decisions=config.observability.log_level == "debug",
     )
-    streams = Streams(context, decider or router, shared.metrics, settings)
-    return ExtProcServer(config.server, streams)
+    return Streams(context, router, shared.metrics, settings)
+
+
+def build_server(config: Config, shared: Shared, routing: Routing) -> ExtProcServer:
+    """The gRPC server."""
+    return ExtProcServer(config.server, build_streams(config, shared, routing.router))
 
 
 def load_encoders(config: Config) -> dict[str, PromptEncoder]:
@@ -380,6 +378,10 @@ def _prompt_max_bytes(config: Config) -> int:
     if all(model.policy not in TOKEN_POLICIES for model in config.models):
         return 0
     return EncoderSettings().inline_body_bytes
+
+
+def _new_request_id() -> str:
+    return str(uuid4())
 
 
 def _models_body(model_ids: list[str]) -> bytes:

@@ -7,6 +7,7 @@ from extproc.routing.chooser import NO_TOKENS, Chooser
 from extproc.routing.dispatch import Dispatch
 from extproc.routing.lease import Lease, LeaseParts
 from extproc.routing.local_endpoints import Answer, LocalEndpoints
+from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import Disaggregation
 from extproc.routing.request import Request
@@ -48,6 +49,10 @@ class Router:
     async def answer(self, request: Request) -> Answer:
         """Return what the client of an endpoint `answered_locally` gets; raises RouterError."""
         return await self._local_endpoints.answer(request, self._resolve(request.model)[0])
+
+    def pick_decode(self, query: DecodeQuery) -> Lease:
+        """Pick the decode worker for an attempt of the second pass; raises RouterError."""
+        return self._pd.pick_decode(query)
 
     async def route(self, request: Request) -> Lease | Pair:
         """Decide and claim; the caller closes the lease however the request ends.

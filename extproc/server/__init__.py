@@ -1,0 +1,15 @@
+"""The ext_proc service that Envoy asks: messages of a gRPC stream in, replies out.
+
+Begin with `session`: the state machine of a stream, free of I/O, with `route_session` for the
+first pass and `decode_session` for the second. A session gets bytes, read by `messages` and
+`bodies`, and returns `steps` with `replies`. `stream` carries them out: it owns the reads, the
+writes, the lease and the calls of the router. `grpc_server` has addresses, health and draining.
+"""
+
+__all__ = [
+    "grpc_server",
+    "messages",
+    "replies",
+    "session",
+    "stream",
+]

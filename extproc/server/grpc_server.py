@@ -20,7 +20,7 @@ from extproc.config.section import MEBIBYTE
 from extproc.errors import ConfigError
 from extproc.headers import DECODE_PASS, PASS_KEY, ROUTE_PASS
 from extproc.server.decode_session import DecodeSession
-from extproc.server.session import Session
+from extproc.server.route_session import RouteSession
 from extproc.server.stream import Streams
 
 __all__ = [
@@ -98,7 +98,7 @@ class ExtProcServer:
         """Begin to answer on the addresses that `bind` has taken."""
         await self.set_health(ready=False)
         await self._server.start()
-        self.streams.spawn(self.streams.watch_deadlines())
+        self.streams.spawn(self.streams.deadlines.run())
 
     def bind(self) -> None:
         """Take the addresses; raises ConfigError naming the key of one that can not be had."""
@@ -169,7 +169,7 @@ class ExtProcServer:
         self._unlink_socket()
 
     async def _process(self, _: Any, context: Any) -> None:
-        session = Session
+        session: type[RouteSession | DecodeSession] = RouteSession
         for key, value in context.invocation_metadata() or ():
             if key == PASS_KEY and value == DECODE_PASS:
                 session = DecodeSession

@@ -33,8 +33,6 @@ from extproc.headers import (
     WORKER_HEADER,
 )
 from extproc.routing.decision import Decision
-from extproc.routing.lease import Lease
-from extproc.routing.pd.pair import Pair
 
 __all__ = [
     "REQUEST_BODY_CONTINUE",
@@ -267,7 +265,9 @@ def immediate_response(
     ).SerializeToString()
 
 
-def error_response(error: RouterError, request_id: str) -> bytes:
+def error_response(
+    error: RouterError, request_id: str, more_headers: tuple[tuple[str, str], ...] = ()
+) -> bytes:
     """The error in its envelope."""
     return immediate_response(
         error.status,
@@ -278,33 +278,32 @@ def error_response(error: RouterError, request_id: str) -> bytes:
             (CONTENT_TYPE_HEADER, "application/json"),  # unless the engine's own follows
             (ERROR_CODE_HEADER, error.code),
             *error.headers,
+            *more_headers,
         ),
         f"extproc_{error.code}",
     )
 
 
-def debug_response_headers(lease: Lease | Pair) -> bytes:
-    """A reply to the response headers that says who served and why.
+def debug_response_headers(decision: Decision, worker: str, decode_worker: str | None) -> bytes:
+    """A reply to the response headers that says which worker served, and why.
 
-    Of a pair that is the prefill worker; the decode worker, where it was picked with it, too.
+    Of a pair `worker` is the prefill worker, and `decode_worker` is given where it was picked
+    together with it.
     """
-    decision = lease.decision
-    served = lease.served.url if lease.served is not None else "unknown"
     pairs = [
-        (WORKER_HEADER, served),
+        (WORKER_HEADER, worker),
         (POLICY_HEADER, decision.policy),
         (REASON_HEADER, decision.reason),
         (OVERLAP_HEADER, f"{decision.cached_tokens}/{decision.total_tokens}"),
     ]
-    if isinstance(lease, Pair) and lease.decode is not None and lease.decode.served is not None:
-        pairs.append((DECODE_WORKER_HEADER, lease.decode.served.url))
+    if decode_worker is not None:
+        pairs.append((DECODE_WORKER_HEADER, decode_worker))
     return _with_response_headers(pairs)
 
 
-def debug_decode_worker(lease: Lease | Pair) -> bytes:
-    """A reply to the response headers of the second pass that says who decodes."""
-    served = lease.served.url if lease.served is not None else "unknown"
-    return _with_response_headers(((DECODE_WORKER_HEADER, served),))
+def debug_decode_worker(worker: str) -> bytes:
+    """A reply to the response headers of the second pass that says which worker decodes."""
+    return _with_response_headers(((DECODE_WORKER_HEADER, worker),))
 
 
 def _with_response_headers(pairs: Iterable[tuple[str, str]]) -> bytes:

@@ -8,7 +8,7 @@ which has to do with addresses, health and the end of the process.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Final, Protocol
 
 import grpc
@@ -21,16 +21,20 @@ from extproc.errors import RouterError, internal_error, routing_timeout
 from extproc.metrics.service import Metrics
 from extproc.routing.lease import Lease
 from extproc.routing.local_endpoints import Answer
+from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
+from extproc.server.deadlines import Deadlines
 from extproc.server.decode_session import DecodeSession
+from extproc.server.messages import Response
+from extproc.server.route_session import RouteSession
 from extproc.server.session import Session, SessionContext
+from extproc.server.steps import Step
 
 __all__ = ["Decider", "Stream", "StreamSettings", "Streams"]
 
 _log = structlog.get_logger()
 
-_WATCH_SECONDS: Final = 0.05
 _CROWD_STREAMS: Final = 1
 
 
@@ -42,6 +46,9 @@ class Decider(Protocol):
 
     async def answer(self, request: Request) -> Answer:
         """Answer a request to an endpoint that needs no worker."""
+
+    def pick_decode(self, query: DecodeQuery) -> Lease:
+        """Pick the decode worker for an attempt of the second pass."""
 
 
 class StreamSettings(Struct, frozen=True, kw_only=True):
@@ -60,36 +67,32 @@ class Stream:
     __slots__ = (
         "_context",
         "_interrupted",
+        "_lease",
         "_overtaking",
-        "_picks_itself",
         "_reading",
         "_streams",
         "_task",
         "_writing",
-        "deadline",
         "ending",
         "overdue",
         "session",
     )
 
-    def __init__(self, streams: "Streams", context: Any, session: type[Session] = Session) -> None:
+    def __init__(self, streams: "Streams", context: Any, session: Session) -> None:
         self._streams = streams
         self._context = context
         self._task = asyncio.current_task()
-        # Set while a deadline of ours runs, in seconds of time.monotonic.
-        self.deadline: float | None = None
+        self._lease: Lease | Pair | None = None
         self.overdue = False
         self.ending = False
         # True while waiting for Envoy's next message: all replies are out.
         self._reading = False
-        # A timer has answered the request, so a decision that comes later is not written.
+        # The request was answered between two messages, so replies that come later are dropped.
         self._interrupted = False
         # gRPC refuses a second write while one is under way.
         self._writing = False
         self._overtaking: Sequence[bytes] = ()
-        self.session = session(streams.session_context)
-        # In the second pass `receive` decides; until it has.
-        self._picks_itself = session is DecodeSession
+        self.session = session
 
     async def serve(self) -> None:
         """Read until Envoy is done; returns to end the stream with status OK."""
@@ -101,59 +104,105 @@ class Stream:
             if raw is grpc.aio.EOF:
                 return
             try:
-                out = session.receive(raw)
+                step = session.receive(raw)
             except DecodeError:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a ProcessingRequest")
-            if self._picks_itself and session.lease is not None:
-                self._picks_itself = False
-                session.lease.on_abort = self._on_abort
-            if out:
-                if streams.is_crowded:
-                    await asyncio.sleep(0)
-                await self._say(out)
+            out = self._carry_out(step)
             # A stream may stay open for minutes: it must not keep a body alive.
             del raw
-            if session.to_route is not None:
-                await self._route(session.to_route)
-            elif session.waits_for_body and self.deadline is None:
-                streams.watch(self, streams.settings.body_deadline_seconds)
-            if streams.draining and session.may_end_early:
+            if out:
+                await self._say(out)
+            if session.question is not None:
+                await self._ask(session.question)
+            elif session.waits_for_body and self not in streams.deadlines:
+                streams.deadlines.start(self, streams.settings.body_deadline_seconds)
+            if streams.draining and self._may_end_early:
                 return
 
-    async def _route(self, request: Request) -> None:
-        session, streams = self.session, self._streams
-        started = streams.watch(self, streams.settings.step_deadline_seconds)
+    def _carry_out(self, step: Step) -> Sequence[bytes]:
+        """Count, log and settle what a step says; gives the replies to write."""
+        metrics = self._streams.metrics
+        if step.body_bytes is not None:
+            metrics.request_body_bytes.observe(step.body_bytes)
+        if step.code:
+            metrics.requests(step.path, step.code).inc()
+        if step.events:
+            for level, event, fields in step.events:
+                getattr(_log, level)(event, **fields)
+        lease = self._lease
+        if lease is not None:
+            if step.response is not None:
+                return self._settle(lease, step.response, step.replies)
+            if step.released:
+                lease.close()
+        return step.replies
+
+    def _settle(
+        self, lease: Lease | Pair, response: Response, out: Sequence[bytes]
+    ) -> Sequence[bytes]:
+        """Settle the lease by the response headers; gives the replies to them."""
+        if not lease.responded(
+            response.status, response.address, response.code_details, response.streamed
+        ):
+            _log.warning(
+                "destination_missed",
+                request_id=self.session.request_id,
+                worker=lease.decision.worker_url,
+                served=response.address,
+            )
+        if response.end_of_stream:
+            lease.close()
+        if not self.session.debug:
+            return out
+        return self.session.served_by(*_served_urls(lease)).replies
+
+    async def _ask(self, question: Request | DecodeQuery) -> None:
+        """Get the answer to the session's question, and write what follows from it."""
+        streams, session = self._streams, self.session
+        decider = streams.decider
+        started = streams.deadlines.start(self, streams.settings.step_deadline_seconds)
         try:
-            if request.endpoint.answered_locally:
-                out = session.answered(await streams.decider.answer(request))
+            if isinstance(question, DecodeQuery):
+                step = self._take(decider.pick_decode(question), question.attempt)
             else:
-                lease = await streams.decider.route(request)
-                lease.on_abort = self._on_abort
-                out = session.routed(lease)
-                if streams.settings.log_decisions:
-                    _log_decision(session.request_id, lease)
+                if question.endpoint.answered_locally:
+                    step = session.answered((await decider.answer(question)).body)
+                else:
+                    step = self._take(await decider.route(question))
+                streams.metrics.decision_seconds.observe(time.monotonic() - started)
         except RouterError as error:
-            out = session.failed(error)
+            step = session.failed(error)
         except asyncio.CancelledError:
             if not self.overdue:
                 raise
             _uncancel()
-            out = session.failed(routing_timeout())
+            step = session.failed(routing_timeout())
         except Exception:
             # Our own mistake must cost one request, and say so, but never the stream's answer.
             _log.exception("routing_failed", request_id=session.request_id)
-            out = session.failed(internal_error())
-        else:
-            streams.metrics.decision_seconds.observe(time.monotonic() - started)
+            step = session.failed(internal_error())
         finally:
-            streams.unwatch(self)
-        if streams.is_crowded:
-            await asyncio.sleep(0)
-        if not self._interrupted:
-            await self._say(out)
+            streams.deadlines.end(self)
+        await self._say(self._carry_out(step))
 
-    async def _say(self, out: Sequence[bytes]) -> None:
-        """Write replies; what comes meanwhile takes the place of those that are left."""
+    def _take(self, lease: Lease | Pair, attempt: int = 1) -> Step:
+        """The router has decided; the stream closes the lease in the end."""
+        self._lease = lease
+        lease.on_abort = self._on_abort
+        if self._streams.settings.log_decisions:
+            _log_decision(self.session.request_id, lease, attempt)
+        return self.session.routed(lease.decision)
+
+    async def _say(self, out: Sequence[bytes], *, interrupting: bool = False) -> None:
+        """Write replies. Those that interrupt take the place of others that are not written yet.
+
+        In a crowd the others are written together with those of other streams.
+        """
+        if not interrupting:
+            if self._streams.is_crowded:
+                await asyncio.sleep(0)
+            if self._interrupted:
+                return
         if self._writing:
             self._overtaking = out
             return
@@ -169,42 +218,47 @@ class Stream:
             self._writing = False
 
     def timed_out(self) -> None:
-        """A deadline of ours has passed; called by the watch of Streams."""
-        if self.session.to_route is None:
-            self._interrupt(self.session.body_timed_out)
+        """A deadline of ours has passed; called by Deadlines."""
+        if self.session.question is None:
+            self._interrupt(self.session.body_timed_out())
         elif self._task is not None:
-            # The router does not come back: `_route` answers.
+            # The router does not come back: `_ask` answers.
             self.overdue = True
             self._task.cancel()
 
     def _on_abort(self, error: RouterError) -> None:
-        lease = self.session.lease
-        self._interrupt(lambda: self.session.aborted(error))
-        if isinstance(lease, Pair):
-            lease.answer_written()
+        self._interrupt(self.session.aborted(error))
+        if isinstance(self._lease, Pair):
+            self._lease.answer_written()
 
-    def _interrupt(self, step: Callable[[], Sequence[bytes]]) -> None:
-        """Send what a timer wants said while `serve` is waiting for Envoy."""
-        out = step()
+    def _interrupt(self, step: Step) -> None:
+        """Send what a timer has decided while `serve` is waiting for Envoy."""
+        out = self._carry_out(step)
         if out:
             self._interrupted = True
             self._streams.spawn(self._write(out))
 
     async def _write(self, out: Sequence[bytes]) -> None:
-        # The stream may have ended in the meantime; then there is nobody to tell.
+        # The stream may have ended in the meantime; then nothing needs to be written.
         with contextlib.suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):
-            await self._say(out)
+            await self._say(out, interrupting=True)
+
+    @property
+    def _may_end_early(self) -> bool:
+        return self.session.may_end_early and not (
+            self._lease is not None and self._lease.holds_stream
+        )
 
     def end_if_idle(self) -> None:
         """End the stream with status OK, from outside `serve`, if nothing is lost by that."""
-        if self._reading and self.session.may_end_early and self._task is not None:
+        if self._reading and self._may_end_early and self._task is not None:
             self.ending = True
             self._task.cancel()
 
     def close(self) -> None:
-        if self.deadline is not None:
-            self._streams.unwatch(self)
-        self.session.close()
+        self._streams.deadlines.end(self)
+        if self._lease is not None:
+            self._lease.close()
 
 
 def _uncancel() -> None:
@@ -214,7 +268,16 @@ def _uncancel() -> None:
         task.uncancel()
 
 
-def _log_decision(request_id: str, lease: Lease | Pair) -> None:
+def _served_urls(lease: Lease | Pair) -> tuple[str, str | None]:
+    """The URL of the worker that served, and of the one that decodes where it is another."""
+    decode = lease.decode if isinstance(lease, Pair) else None
+    return (
+        lease.served.url if lease.served is not None else "unknown",
+        decode.served.url if decode is not None and decode.served is not None else None,
+    )
+
+
+def _log_decision(request_id: str, lease: Lease | Pair, attempt: int) -> None:
     decision = lease.decision
     _log.debug(
         "routed",
@@ -225,6 +288,7 @@ def _log_decision(request_id: str, lease: Lease | Pair) -> None:
         worker=decision.worker_url,
         cached_tokens=decision.cached_tokens,
         total_tokens=decision.total_tokens,
+        attempt=attempt,
     )
 
 
@@ -244,12 +308,10 @@ class Streams:
         self.settings = settings
         # Set once, when the process is about to end: streams then end as soon as they may.
         self.draining = False
+        self.deadlines = Deadlines()
         self.last_opened_at = 0.0
         self._open: set[Stream] = set()
         self._background: set[asyncio.Task[None]] = set()
-        # Streams with a running deadline. One task looks at all of them: a timer per request
-        # would cost more than the decision.
-        self._watched: dict[Stream, None] = {}
 
     def __len__(self) -> int:
         """The number of open streams."""
@@ -263,11 +325,11 @@ class Streams:
         one turn of the loop, many replies leave in one system call and wake Envoy once; one by
         one, each of them wakes it. With few requests the wait would only add latency.
         """
-        return len(self._watched) > _CROWD_STREAMS
+        return len(self.deadlines) > _CROWD_STREAMS
 
-    async def serve(self, context: Any, session: type[Session]) -> None:
+    async def serve(self, context: Any, session: type[RouteSession | DecodeSession]) -> None:
         """Serve one gRPC stream to its end; returns to end it with status OK."""
-        stream = Stream(self, context, session)
+        stream = Stream(self, context, session(self.session_context))
         self._open.add(stream)
         self.metrics.streams_open.set(len(self._open))
         self.last_opened_at = time.monotonic()
@@ -292,32 +354,6 @@ class Streams:
         """End the streams whose request is decided; their responses go on without us."""
         for stream in list(self._open):
             stream.end_if_idle()
-
-    def watch(self, stream: Stream, seconds: float) -> float:
-        """Start a deadline for the stream, replacing its last one; returns the time now."""
-        now = time.monotonic()
-        stream.deadline = now + seconds
-        self._watched[stream] = None
-        return now
-
-    def unwatch(self, stream: Stream) -> None:
-        """The step is done in time."""
-        stream.deadline = None
-        self._watched.pop(stream, None)
-
-    async def watch_deadlines(self) -> None:
-        """Tell streams when their deadline has passed; runs until it is cancelled."""
-        while True:
-            await asyncio.sleep(_WATCH_SECONDS)
-            now = time.monotonic()
-            late = [
-                stream
-                for stream in self._watched
-                if stream.deadline is not None and stream.deadline <= now
-            ]
-            for stream in late:
-                self.unwatch(stream)
-                stream.timed_out()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine beside the streams, and keep it referenced."""

@@ -18,8 +18,10 @@ from extproc.clock import Clock, SystemClock
 from extproc.config.envoy import EnvoyConfig
 from extproc.config.models import PolicyName
 from extproc.config.schema import LoadConfig, ServerConfig
+from extproc.headers import DEFAULT_MODEL_HEADER
 from extproc.routing.lease import Lease
 from extproc.routing.local_endpoints import Answer
+from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
 from extproc.server.grpc_server import SERVICE, ExtProcServer
@@ -39,6 +41,7 @@ MODES = {
 }
 REPLY_SECONDS = 10.0
 QUIET_SECONDS = 0.15
+NEW_REQUEST_ID = "7b81811c-9cbc-4f3b-aa0a-52d02348ad88"
 ATTRIBUTES = "envoy.filters.http.ext_proc"
 
 
@@ -79,7 +82,6 @@ class Service:
         self.config = ServerConfig(port=free_ports(1)[0], **(server or {}))
         context = SessionContext(
             builder=ReplyBuilder(envoy or EnvoyConfig(), authorization),
-            metrics=self.metrics,
             heads=RequestHeadTable(),
             responses=ResponseTable(),
             max_body_bytes=self.config.max_body_bytes,
@@ -87,6 +89,8 @@ class Service:
             only_model=self.router.only_model,
             debug_headers=debug_headers,
             prompt_max_bytes=0,
+            model_header=DEFAULT_MODEL_HEADER,
+            new_request_id=lambda: NEW_REQUEST_ID,
         )
         stream_settings = StreamSettings(
             step_deadline_seconds=self.config.step_deadline_secs,
@@ -99,6 +103,9 @@ class Service:
 
     async def answer(self, request: Request) -> Answer:
         return await self.router.answer(request)
+
+    def pick_decode(self, query: DecodeQuery) -> Lease:
+        return self.router.pick_decode(query)
 
     async def route(self, request: Request) -> Lease | Pair:
         if self.route_seconds:

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
-import msgspec
 import pytest
 from google.protobuf.json_format import MessageToDict
 
@@ -44,10 +43,6 @@ class PdService(Service):
         super().__init__(["m"], 0, **options)
         self.fleet = fleet
         self.router = fleet.router
-        streams = self.server.streams
-        streams.session_context = msgspec.structs.replace(
-            streams.session_context, pick_decode=fleet.pd.pick_decode
-        )
 
     async def settled(self) -> None:
         """Everything that was held is released."""

@@ -7,7 +7,7 @@ from its own group only, by the load at that moment.
 
 from typing import Final, NamedTuple, Self
 
-__all__ = ["DecodeOrder"]
+__all__ = ["DecodeOrder", "DecodeQuery"]
 
 _FIELDS: Final = 4
 _ADDRESSES_MAX: Final = 64
@@ -41,3 +41,11 @@ class DecodeOrder(NamedTuple):
             raise ValueError("not a decode order")
         attempts, host, pair, addresses = parts
         return cls(int(attempts), host, pair, tuple([one for one in addresses.split(",") if one]))
+
+
+class DecodeQuery(NamedTuple):
+    """Asks the second pass for the decode worker of attempt 1, 2, … of a request."""
+
+    model: str
+    order: DecodeOrder
+    attempt: int

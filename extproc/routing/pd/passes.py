@@ -9,7 +9,7 @@ answer of the prefill worker, so there the first pass waits for the answer.
 """
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from extproc.errors import (
     no_decode_workers,
@@ -23,7 +23,7 @@ from extproc.routing.decision import Decision
 from extproc.routing.lease import Lease
 from extproc.routing.pd.decode_chooser import DecodeChooser
 from extproc.routing.pd.decode_lease import DecodeLease, DecodeLeases
-from extproc.routing.pd.decode_order import DecodeOrder
+from extproc.routing.pd.decode_order import DecodeOrder, DecodeQuery
 from extproc.routing.pd.handoff import kv_decode_members
 from extproc.routing.pd.pair import Pair, Pairs
 from extproc.routing.pd.prefill_leg import PrefillLeg
@@ -34,17 +34,9 @@ from extproc.routing.request import Request
 from extproc.workers.observer import WorkerObserver
 from extproc.workers.worker import Role, Worker
 
-__all__ = ["DecodeQuery", "Disaggregation"]
+__all__ = ["Disaggregation"]
 
 _CLIENT_ERROR: Final = 400
-
-
-class DecodeQuery(NamedTuple):
-    """Asks the second pass for the decode worker of attempt 1, 2, … of a request."""
-
-    model: str
-    order: DecodeOrder
-    attempt: int
 
 
 class Disaggregation(WorkerObserver):

@@ -1,47 +1,51 @@
-"""The second pass as a machine of messages and replies: headers in, a decode worker out."""
-
-from collections.abc import Callable, Sequence
+"""The second pass as a machine of messages and steps: headers in, a question and replies out."""
 
 import pytest
 from google.protobuf.json_format import MessageToDict
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec import Struct
-from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.config.envoy import EnvoyConfig
-from extproc.errors import RouterError, no_decode_workers, stale_request_expired
-from extproc.metrics.service import Metrics
+from extproc.errors import (
+    RouterError,
+    internal_error,
+    no_decode_workers,
+    prefill_failed,
+    stale_request_expired,
+)
 from extproc.routing.decision import Decision
-from extproc.routing.lease import Lease
-from extproc.routing.pd.decode_order import DecodeOrder
-from extproc.routing.pd.passes import DecodeQuery
+from extproc.routing.pd.decode_order import DecodeOrder, DecodeQuery
+from extproc.server import replies
 from extproc.server.decode_session import DecodeSession
-from extproc.server.messages import RequestHeadTable, ResponseTable
-from extproc.server.replies import ReplyBuilder
-from extproc.server.session import SessionContext
-from extproc.workers.circuit_breaker import BreakerState
-from extproc.workers.worker import Worker
-from tests.builders import Fleet, make_fleet, make_worker
+from extproc.server.messages import Response
+from extproc.server.steps import NOTHING, RELEASED, LogEvent, Step
 from tests.protocol.exchange import (
     destination,
     error,
     header_map,
     kind,
     request_body,
+    request_trailers,
     response_body,
     response_headers,
     response_trailers,
     set_headers,
 )
+from tests.unit.server.building import NEW_REQUEST_ID, make_context
 
 ADDRESS = "10.0.1.1:8000"
 ORDER = DecodeOrder(3, "10.0.0.1", "0a1b2c", (ADDRESS, "10.0.1.2:8000"))
-REFUSED = "upstream_reset_before_response_started{remote_connection_failure}"
+DECISION = Decision(
+    model="m",
+    policy="decode_affinity",
+    reason="no_peer",
+    worker_url=f"http://{ADDRESS}",
+    destinations=(ADDRESS,),
+    timeout_ms=0,
+)
 
 
-def headers(
+def decode_headers(
     order: str | None = None,
     attempt: str | None = "1",
     *,
@@ -61,115 +65,31 @@ def headers(
     )
 
 
-class Case(Struct, kw_only=True):
-    """A session of the second pass with one decode worker, of which a failure opens the breaker."""
-
-    routing: Fleet
-    worker: Worker
-    queries: list[DecodeQuery]
-    metrics: Metrics
-    session: DecodeSession
-
-    def receive(self, message: pb.ProcessingRequest) -> list[pb.ProcessingResponse]:
-        replies: Sequence[bytes] = self.session.receive(message.SerializeToString())
-        return [pb.ProcessingResponse.FromString(reply) for reply in replies]
-
-    def reply(self, message: pb.ProcessingRequest) -> pb.ProcessingResponse:
-        (reply,) = self.receive(message)
-        return reply
-
-    def abort(self) -> Sequence[bytes]:
-        """The janitor's abort, as the ext_proc stream passes it on."""
-        replies: list[bytes] = []
-        lease = self.session.lease
-        assert lease is not None
-        lease.on_abort = lambda error: replies.extend(self.session.aborted(error))
-        lease.abort(stale_request_expired())
-        return replies
-
-    def requests_counted(self) -> int:
-        return sum(counter.value for counter in self.metrics.requests.children.values())
+def receive(session: DecodeSession, message: pb.ProcessingRequest) -> Step:
+    return session.receive(message.SerializeToString())
 
 
-def make_case(
-    *,
-    error: RouterError | None = None,
-    authorization: str | None = None,
-    pick: Callable[[DecodeQuery], Lease] | None = None,
-) -> Case:
-    worker = make_worker(f"http://{ADDRESS}", role="decode", threshold=1)
-    routing = make_fleet([worker])
-    queries: list[DecodeQuery] = []
-
-    def pick_decode(query: DecodeQuery) -> Lease:
-        queries.append(query)
-        if error is not None:
-            raise error
-        now = routing.clock.monotonic()
-        decision = Decision(
-            model=query.model,
-            policy="decode_affinity",
-            reason="no_peer",
-            worker_url=worker.url,
-            destinations=(ADDRESS,),
-            timeout_ms=0,
-        )
-        claim = routing.claims.take(worker, now)
-        return Lease(routing.lease_parts, decision, [worker], claim, now)
-
-    metrics = Metrics(CollectorRegistry())
-    context = SessionContext(
-        builder=ReplyBuilder(EnvoyConfig(), authorization),
-        metrics=metrics,
-        heads=RequestHeadTable(),
-        responses=ResponseTable(),
-        max_body_bytes=1024,
-        models_body=b"",
-        only_model="m",
-        debug_headers=True,
-        prompt_max_bytes=0,
-        pick_decode=pick or pick_decode,
-    )
-    return Case(
-        routing=routing,
-        worker=worker,
-        queries=queries,
-        metrics=metrics,
-        session=DecodeSession(context),
-    )
+def only_reply(step: Step) -> pb.ProcessingResponse:
+    (reply,) = step.replies
+    return pb.ProcessingResponse.FromString(reply)
 
 
-# -- the request
+def routed(**context: object) -> DecodeSession:
+    """A session whose decision is out."""
+    session = DecodeSession(make_context(**context))  # type: ignore[arg-type]
+    receive(session, decode_headers())
+    session.routed(DECISION)
+    return session
 
 
-def test_the_headers_are_answered_with_a_worker() -> None:
-    case = make_case()
-    reply = case.reply(headers())
-    assert kind(reply) == "request_headers"
-    assert destination(reply) == ADDRESS
-    assert set_headers(reply) == {
-        "x-extproc-cluster": "workers",
-        "x-extproc-model": "m",
-        "x-gateway-destination-endpoint": ADDRESS,
-        "x-envoy-max-retries": "0",
-    }
-    assert MessageToDict(reply.dynamic_metadata)["extproc"] == {
-        "model": "m",
-        "policy": "decode_affinity",
-        "reason": "no_peer",
-        "destination": ADDRESS,
-    }
-    assert case.queries == [DecodeQuery("m", ORDER, 1)]
-    assert case.worker.in_flight == 1
-    assert case.session.may_end_early
-    case.session.close()
-    assert case.worker.in_flight == 0
+# -- the question
 
 
-def test_our_credentials_are_set_here_too() -> None:
-    case = make_case(authorization="Bearer ours")
-    assert set_headers(case.reply(headers()))["authorization"] == "Bearer ours"
-    case.session.close()
+def test_the_headers_become_a_question() -> None:
+    session = DecodeSession(make_context())
+    assert receive(session, decode_headers()) == NOTHING
+    assert session.question == DecodeQuery("m", ORDER, 1)
+    assert session.request_id == "r1"
 
 
 @pytest.mark.parametrize(
@@ -191,14 +111,13 @@ def test_our_credentials_are_set_here_too() -> None:
 def test_the_attempt_is_the_proxys_number_and_the_first_without_one(
     header: str | None, attempt: int
 ) -> None:
-    case = make_case()
-    case.receive(headers(attempt=header))
-    assert [query.attempt for query in case.queries] == [attempt]
-    case.session.close()
+    session = DecodeSession(make_context())
+    receive(session, decode_headers(attempt=header))
+    assert session.question == DecodeQuery("m", ORDER, attempt)
 
 
 def test_headers_are_found_whatever_their_case_and_in_either_field() -> None:
-    case = make_case()
+    session = DecodeSession(make_context())
     message = pb.ProcessingRequest(
         request_headers=pb.HttpHeaders(
             headers=pb.HeaderMap(
@@ -210,31 +129,44 @@ def test_headers_are_found_whatever_their_case_and_in_either_field() -> None:
             )
         )
     )
-    case.receive(message)
-    assert case.queries == [DecodeQuery("other", ORDER, 2)]
-    case.session.close()
+    receive(session, message)
+    assert session.question == DecodeQuery("other", ORDER, 2)
+
+
+def test_another_model_header_is_read_where_it_is_configured() -> None:
+    session = DecodeSession(make_context(model_header="x-model"))
+    receive(session, decode_headers(more={"x-model": "named"}))
+    assert session.question == DecodeQuery("named", ORDER, 1)
 
 
 @pytest.mark.parametrize("order", ["", "x", "0;h;p;a:1", "2;h;p", "2;h;p;a:1;b", "\x7f"])
-def test_without_an_order_it_is_a_mistake_of_ours(order: str) -> None:
-    case = make_case()
-    status, code, body = error(case.reply(headers(order)))
+def test_a_request_without_an_order_is_an_internal_error(order: str) -> None:
+    session = DecodeSession(make_context())
+    step = receive(session, decode_headers(order))
+    status, code, body = error(only_reply(step))
     assert (status, code) == (500, "internal_error")
     assert body["request_id"] == "r1"
-    assert case.queries == []
-    assert case.worker.in_flight == 0
+    assert session.question is None
+    refused = {"request_id": "r1", "status": 500, "code": "internal_error"}
+    assert step == Step(
+        replies=(replies.error_response(internal_error(), "r1"),),
+        events=(
+            LogEvent("error", "decode_order_missing", {"request_id": "r1"}),
+            LogEvent("warning", "request_refused", refused),
+        ),
+    )
 
 
 def test_a_stream_without_any_header_is_answered_all_the_same() -> None:
-    case = make_case()
-    reply = case.reply(pb.ProcessingRequest(request_headers=pb.HttpHeaders()))
-    assert error(reply)[:2] == (500, "internal_error")
-    assert case.session.request_id
+    session = DecodeSession(make_context())
+    step = receive(session, pb.ProcessingRequest(request_headers=pb.HttpHeaders()))
+    assert error(only_reply(step))[:2] == (500, "internal_error")
+    assert session.request_id == NEW_REQUEST_ID
 
 
 @given(st.binary(max_size=80))
 def test_no_order_breaks_the_session(raw: bytes) -> None:
-    case = make_case()
+    session = DecodeSession(make_context())
     message = pb.ProcessingRequest(
         request_headers=pb.HttpHeaders(
             headers=pb.HeaderMap(
@@ -245,10 +177,64 @@ def test_no_order_breaks_the_session(raw: bytes) -> None:
             )
         )
     )
-    (reply,) = case.receive(message)
-    assert kind(reply) in ("request_headers", "immediate_response")
-    case.session.close()
-    assert case.worker.in_flight == 0
+    step = receive(session, message)
+    if session.question is None:
+        assert kind(only_reply(step)) == "immediate_response"
+    else:
+        assert step == NOTHING
+
+
+def test_an_observed_stream_gets_no_reply() -> None:
+    session = DecodeSession(make_context())
+    assert receive(session, decode_headers(observability=True)) == NOTHING
+    assert session.question is None
+
+
+def test_other_messages_before_the_headers_are_ignored() -> None:
+    session = DecodeSession(make_context())
+    for message in (response_headers(), request_body(b"{}"), request_trailers()):
+        assert receive(session, message) == NOTHING
+    receive(session, decode_headers())
+    assert session.question == DecodeQuery("m", ORDER, 1)
+
+
+def test_the_second_headers_of_a_stream_ask_nothing() -> None:
+    session = routed()
+    assert receive(session, decode_headers()) == NOTHING
+    assert session.question is None
+
+
+# -- the decision
+
+
+def test_the_headers_are_answered_with_a_worker_and_nothing_is_counted() -> None:
+    session = DecodeSession(make_context())
+    receive(session, decode_headers())
+    step = session.routed(DECISION)
+    reply = only_reply(step)
+    assert kind(reply) == "request_headers"
+    assert destination(reply) == ADDRESS
+    assert set_headers(reply) == {
+        "x-extproc-cluster": "workers",
+        "x-extproc-model": "m",
+        "x-gateway-destination-endpoint": ADDRESS,
+        "x-envoy-max-retries": "0",
+    }
+    assert MessageToDict(reply.dynamic_metadata)["extproc"] == {
+        "model": "m",
+        "policy": "decode_affinity",
+        "reason": "no_peer",
+        "destination": ADDRESS,
+    }
+    assert step == Step(replies=step.replies)
+    assert session.question is None
+    assert session.may_end_early
+
+
+def test_our_credentials_are_set_here_too() -> None:
+    session = DecodeSession(make_context(authorization="Bearer ours"))
+    receive(session, decode_headers())
+    assert set_headers(only_reply(session.routed(DECISION)))["authorization"] == "Bearer ours"
 
 
 @pytest.mark.parametrize(
@@ -257,148 +243,103 @@ def test_no_order_breaks_the_session(raw: bytes) -> None:
 def test_an_attempt_without_a_worker_says_whether_another_may_follow(
     attempt: int, retry: bool
 ) -> None:
-    case = make_case(error=no_decode_workers())
-    reply = case.reply(headers(attempt=str(attempt)))
+    session = DecodeSession(make_context())
+    receive(session, decode_headers(attempt=str(attempt)))
+    failure = no_decode_workers()
+    headers = failure.headers
+    step = session.failed(failure)
+    reply = only_reply(step)
     assert error(reply)[:2] == (503, "no_decode_workers_available")
     assert set_headers(reply).get("x-extproc-retry") == ("1" if retry else None)
     assert reply.immediate_response.details == "extproc_no_decode_workers_available"
     # The request was counted by the first pass.
-    assert case.requests_counted() == 0
-
-
-def test_where_nothing_can_be_picked_it_is_503() -> None:
-    context = make_case().session._context
-    plain = SessionContext(
-        builder=context.builder,
-        metrics=context.metrics,
-        heads=context.heads,
-        responses=context.responses,
-        max_body_bytes=1024,
-        models_body=b"",
-        only_model=None,
-        debug_headers=False,
-        prompt_max_bytes=0,
-    )
-    session = DecodeSession(plain)
-    (raw,) = session.receive(headers().SerializeToString())
-    assert error(pb.ProcessingResponse.FromString(raw))[0] == 503
-
-
-def test_another_model_header_is_read_where_it_is_configured() -> None:
-    case = make_case()
-    context = case.session._context
-    session = DecodeSession(
-        SessionContext(
-            builder=context.builder,
-            metrics=context.metrics,
-            heads=context.heads,
-            responses=context.responses,
-            max_body_bytes=1024,
-            models_body=b"",
-            only_model=None,
-            debug_headers=False,
-            prompt_max_bytes=0,
-            model_header="x-model",
-            pick_decode=context.pick_decode,
-        )
-    )
-    session.receive(headers(more={"x-model": "named"}).SerializeToString())
-    assert case.queries[0].model == "named"
-    session.close()
-
-
-def test_an_observed_stream_gets_no_reply() -> None:
-    case = make_case()
-    assert case.receive(headers(observability=True)) == []
-    assert case.queries == []
-
-
-def test_other_messages_before_the_headers_are_ignored() -> None:
-    case = make_case()
-    assert case.receive(response_headers()) == []
-    assert case.receive(request_body(b"{}")) == []
-    assert destination(case.reply(headers())) == ADDRESS
-    case.session.close()
-
-
-def test_the_second_headers_of_a_stream_pick_nobody() -> None:
-    case = make_case()
-    case.receive(headers())
-    assert case.receive(headers()) == []
-    assert len(case.queries) == 1
-    case.session.close()
-    assert case.worker.in_flight == 0
+    assert (step.path, step.code) == ("", "")
+    fields = {"request_id": "r1", "status": 503, "code": "no_decode_workers_available"}
+    assert step.events == (LogEvent("warning", "request_refused", fields),)
+    assert failure.headers == headers
 
 
 # -- the response
 
 
+def test_the_response_headers_are_a_fact_to_settle_the_lease_by() -> None:
+    session = routed()
+    message = response_headers(503, upstream=ADDRESS, details="via_upstream", end=True)
+    assert receive(session, message) == Step(
+        replies=(replies.RESPONSE_HEADERS_CONTINUE,),
+        response=Response(503, False, ADDRESS, "via_upstream", True),
+    )
+    # A second time they are passed on, and settle nothing.
+    assert receive(session, message) == Step(replies=(replies.RESPONSE_HEADERS_CONTINUE,))
+
+
+def test_with_debug_headers_the_reply_waits_until_it_is_known_which_worker_served() -> None:
+    session = DecodeSession(make_context())
+    receive(session, decode_headers(more={"x-extproc-debug": "true"}))
+    session.routed(DECISION)
+    assert session.debug
+    step = receive(session, response_headers(upstream=ADDRESS))
+    assert step.replies == ()
+    assert step.response is not None
+    reply = only_reply(session.served_by(f"http://{ADDRESS}", None))
+    assert set_headers(reply) == {"x-extproc-decode-worker": f"http://{ADDRESS}"}
+
+
+def test_debug_headers_are_not_given_where_they_are_not_configured() -> None:
+    session = DecodeSession(make_context(debug_headers=False))
+    receive(session, decode_headers(more={"x-extproc-debug": "true"}))
+    assert not session.debug
+
+
+def test_the_end_of_the_response_releases_the_lease() -> None:
+    session = routed()
+    receive(session, response_headers(upstream=ADDRESS))
+    going_on = receive(session, response_body(b"x"))
+    assert going_on == Step(replies=(replies.RESPONSE_BODY_CONTINUE,))
+    for message, reply in (
+        (response_body(b"x", end=True), replies.RESPONSE_BODY_CONTINUE),
+        (response_trailers(), replies.RESPONSE_TRAILERS_CONTINUE),
+    ):
+        assert receive(session, message) == Step(replies=(reply,), released=True)
+
+
+# -- the ends
+
+
 @pytest.mark.parametrize(
-    ("status", "details", "state"),
-    [
-        (200, "via_upstream", BreakerState.CLOSED),
-        (422, "via_upstream", BreakerState.CLOSED),
-        (500, "via_upstream", BreakerState.OPEN),
-        (503, REFUSED, BreakerState.OPEN),
-        (504, "stream_idle_timeout", BreakerState.OPEN),
-        (413, "request_payload_too_large", BreakerState.CLOSED),
-    ],
+    ("failure", "event"),
+    [(stale_request_expired(), "request_expired"), (prefill_failed(), "prefill_failed")],
 )
-def test_the_response_settles_the_workers_books(
-    status: int, details: str, state: BreakerState
+def test_an_aborted_request_is_answered_without_another_attempt(
+    failure: RouterError, event: str
 ) -> None:
-    case = make_case()
-    case.receive(headers())
-    reply = case.reply(response_headers(status, upstream=ADDRESS, details=details))
-    assert reply == pb.ProcessingResponse(response_headers=pb.HeadersResponse())
-    assert case.worker.breaker.state is state
-    assert len(case.routing.outcomes()[case.worker.url]) == 1
-    assert case.worker.in_flight == 1
-    case.session.close()
-    case.session.close()
-    assert case.worker.in_flight == 0
-    assert len(case.routing.outcomes()[case.worker.url]) == 1
-
-
-@pytest.mark.parametrize("how", ["headers", "body", "trailers"])
-def test_the_end_of_the_response_releases_the_worker(how: str) -> None:
-    case = make_case()
-    case.receive(headers())
-    case.receive(response_headers(upstream=ADDRESS, end=how == "headers"))
-    match how:
-        case "body":
-            case.receive(response_body(b"x", end=True))
-        case "trailers":
-            case.receive(response_trailers())
-    assert case.worker.in_flight == 0
-
-
-def test_a_client_that_leaves_says_nothing_of_the_worker() -> None:
-    case = make_case()
-    case.receive(headers())
-    case.session.close()
-    assert case.routing.outcomes() == {case.worker.url: ["cancelled"]}
-    assert case.worker.breaker.state is BreakerState.CLOSED
-
-
-def test_a_request_that_is_too_old_is_ended_without_another_attempt() -> None:
-    case = make_case()
-    case.receive(headers())
-    (raw,) = case.abort()
-    reply = pb.ProcessingResponse.FromString(raw)
-    assert error(reply)[:2] == (504, "stale_request_expired")
+    session = routed()
+    step = session.aborted(failure)
+    reply = only_reply(step)
+    assert error(reply)[:2] == (failure.status, failure.code)
     assert "x-extproc-retry" not in set_headers(reply)
-    assert case.worker.breaker.state is BreakerState.OPEN
-    assert case.receive(response_headers(upstream=ADDRESS)) == []
-    case.session.close()
-    assert case.worker.in_flight == 0
-    assert case.requests_counted() == 0
+    fields = {"request_id": "r1", "status": failure.status, "code": failure.code}
+    assert step == Step(replies=step.replies, events=(LogEvent("warning", event, fields),))
 
 
-def test_after_an_answer_of_our_own_there_is_nothing_to_say() -> None:
-    case = make_case(error=no_decode_workers())
-    case.receive(headers())
-    assert case.receive(response_headers(503)) == []
-    assert case.session.aborted(stale_request_expired()) == ()
-    assert case.receive(headers()) == []
-    case.session.close()
+def test_after_an_answer_of_our_own_nothing_follows() -> None:
+    session = routed()
+    session.aborted(stale_request_expired())
+    for message in (
+        decode_headers(),
+        request_body(b""),
+        response_headers(503),
+        response_body(b"x", end=True),
+        response_trailers(),
+    ):
+        assert receive(session, message) == NOTHING
+    assert session.aborted(stale_request_expired()) == NOTHING
+    assert session.failed(no_decode_workers()) == NOTHING
+    assert session.body_timed_out() == NOTHING
+
+
+def test_a_decision_for_a_request_that_has_ended_is_released() -> None:
+    session = DecodeSession(make_context())
+    receive(session, decode_headers())
+    session.failed(no_decode_workers())
+    assert session.routed(DECISION) == RELEASED

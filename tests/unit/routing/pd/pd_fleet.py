@@ -12,9 +12,8 @@ from msgspec import Struct
 from extproc.errors import RouterError
 from extproc.kv.events import LoadStat
 from extproc.routing.lease import Lease
-from extproc.routing.pd.decode_order import DecodeOrder
+from extproc.routing.pd.decode_order import DecodeOrder, DecodeQuery
 from extproc.routing.pd.pair import Pair
-from extproc.routing.pd.passes import DecodeQuery
 from extproc.routing.request import ClientHeaders, Request, find_endpoint, parse_body
 from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import BreakerState

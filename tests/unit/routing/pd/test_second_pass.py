@@ -2,8 +2,7 @@
 
 import pytest
 
-from extproc.routing.pd.decode_order import DecodeOrder
-from extproc.routing.pd.passes import DecodeQuery
+from extproc.routing.pd.decode_order import DecodeOrder, DecodeQuery
 from extproc.routing.pd.settings import PdSettings
 from extproc.workers.circuit_breaker import BreakerState
 from tests.unit.configs import config

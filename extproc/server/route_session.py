@@ -1,0 +1,228 @@
+"""The session of the first pass: a request in, the decision out.
+
+When a request is complete it becomes a question to the router. In full duplex the reply to the
+headers waits for the decision and the body is echoed behind it; the stream is never ended early
+there, since that loses pieces of the response.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from extproc._protos import llm_extproc_pb2 as pb
+from extproc.errors import (
+    RouterError,
+    body_over_gateway_buffer,
+    body_required,
+    payload_too_large,
+    unsupported_body_mode,
+)
+from extproc.routing.decision import Decision
+from extproc.routing.json_members import with_members
+from extproc.routing.request import (
+    MODELS_PATH,
+    ClientHeaders,
+    Endpoint,
+    Request,
+    find_endpoint,
+    parse_body,
+)
+from extproc.server import replies, steps
+from extproc.server.bodies import BodyTooLargeError, RequestBody
+from extproc.server.messages import RequestHead, client_headers_of
+from extproc.server.session import Session, SessionContext, SessionState
+from extproc.server.steps import NOTHING, Step, log_event
+
+__all__ = ["RouteSession"]
+
+_UNMATCHED: Final = "unmatched"
+
+
+class RouteSession(Session):
+    """A request of a client, from its headers to the end of its response."""
+
+    __slots__ = (
+        "_body",
+        "_endpoint",
+        "_first_message",
+        "_response_full_duplex",
+        "_trailers_waiting",
+    )
+
+    def __init__(self, context: SessionContext) -> None:
+        super().__init__(context)
+        self._body: RequestBody | None = None
+        self._endpoint: Endpoint | None = None
+        self._first_message = b""
+        self._response_full_duplex = False
+        self._trailers_waiting = False
+
+    @property
+    def path(self) -> str:
+        return self._endpoint.path if self._endpoint is not None else _UNMATCHED
+
+    @property
+    def may_end_early(self) -> bool:
+        return (
+            self._state in (SessionState.ROUTED, SessionState.RESPONDING)
+            and not self._response_full_duplex
+            and not (self._body is not None and self._body.mode.full_duplex)
+        )
+
+    def _receive_first(self, raw: bytes) -> Step:
+        self._first_message = raw
+        heads = self._context.heads
+        known = heads.find(raw)
+        if known is not None:
+            return self._request_headers(*known)
+        message = pb.ProcessingRequest.FromString(raw)
+        if message.observability_mode:
+            return NOTHING
+        if message.WhichOneof("request") == "request_headers":
+            return self._request_headers(*heads.read(raw, message))
+        return self._receive_parsed(raw, message)
+
+    # -- request path
+
+    def _request_headers(self, head: RequestHead, given_id: str, length: int) -> Step:
+        context = self._context
+        self._response_full_duplex = head.response_full_duplex
+        self._take_request_id(given_id)
+        self.debug = head.debug and context.debug_headers
+        try:
+            endpoint = self._endpoint = find_endpoint(head.method, head.path)
+            if endpoint.path == MODELS_PATH:
+                return self._answer(context.models_body)
+            if head.end_of_stream:
+                raise body_required()
+            if length > context.max_body_bytes:
+                raise payload_too_large(context.max_body_bytes)
+        except RouterError as error:
+            if error.status == 405 and head.method == "OPTIONS":
+                return self._answer(b"", 204, (("allow", dict(error.headers)["allow"]),))
+            return self.failed(error)
+        body = RequestBody(head.body_mode)
+        if not head.body_mode.visible_before_decision:
+            return self._ask_without_body(body, endpoint)
+        self._body = body
+        self._state = SessionState.BODY
+        if body.mode.headers_carry_decision:
+            return NOTHING
+        return steps.REQUEST_HEADERS_CONTINUE
+
+    def _ask_without_body(self, body: RequestBody, endpoint: Endpoint) -> Step:
+        """The gateway shows no body before it wants a decision: only one model can be meant."""
+        only_model = self._context.only_model
+        if endpoint.answered_locally or only_model is None:
+            event = log_event(
+                "error",
+                "body_not_visible",
+                request_id=self.request_id,
+                fix="set the filter's request_body_mode to BUFFERED or FULL_DUPLEX_STREAMED",
+            )
+            step = self.failed(unsupported_body_mode())
+            return msgspec.structs.replace(step, events=(event, *step.events))
+        self._body = body
+        self._state = SessionState.ROUTING
+        # Whether it streams is unknown; a stream must not be cut by the time-out of the others.
+        self.question = Request(endpoint, only_model, stream=True)
+        return NOTHING
+
+    def _request_body(self, chunk: pb.HttpBody) -> Step:
+        body = self._body
+        if self._state is not SessionState.BODY or body is None:
+            if body is not None and not body.mode.visible_before_decision:
+                # Decided without the body: its pieces pass by, each with a reply.
+                return steps.REQUEST_BODY_CONTINUE
+            return NOTHING
+        try:
+            body.append(chunk, self._context.max_body_bytes)
+        except BodyTooLargeError:
+            return self.failed(payload_too_large(self._context.max_body_bytes))
+        if not body.complete:
+            return NOTHING
+        return self._ask(body, cut=body.mode.may_be_cut and not chunk.end_of_stream)
+
+    def _ask(self, body: RequestBody, *, cut: bool) -> Step:
+        """The body is complete: set the question, or answer that it makes no request."""
+        assert self._endpoint is not None  # noqa: S101 (set before the state BODY)
+        data = body.peek()
+        try:
+            self.question = parse_body(
+                self._endpoint,
+                data,
+                self._client_headers,
+                prompt_max_bytes=self._context.prompt_max_bytes,
+            )
+        except RouterError as error:
+            # A body that is cut off is larger than the gateway's buffer.
+            step = self.failed(body_over_gateway_buffer() if cut else error)
+            return msgspec.structs.replace(step, body_bytes=len(data))
+        self._state = SessionState.ROUTING
+        return Step(body_bytes=len(data))
+
+    def _client_headers(self) -> ClientHeaders:
+        return client_headers_of(self._first_message, self.request_id)
+
+    def _request_trailers(self) -> Step:
+        body = self._body
+        if self._state is not SessionState.BODY or body is None:
+            return super()._request_trailers()
+        if body.mode.whole_in_one_message:
+            # Trailers right behind the headers: there is no body to wait for.
+            return self.failed(body_required())
+        # The trailers end the body; their own reply comes behind the decision.
+        self._trailers_waiting = True
+        body.complete = True
+        return self._ask(body, cut=False)
+
+    # -- the answer to the question
+
+    def _decision_replies(self, decision: Decision) -> Sequence[bytes]:
+        self._first_message = b""
+        body = self._body
+        assert body is not None  # noqa: S101 (set before the state ROUTING)
+        mode = body.mode
+        decided = self._context.builder.routed(
+            decision,
+            in_body=not mode.headers_carry_decision,
+            request_id=self.request_id if self._made_request_id else None,
+        )
+        data = body.take()
+        # A body that was not seen can not be changed.
+        members = decision.body_members if data else b""
+        if members:
+            data = with_members(data, members)
+        out = [decided]
+        if mode.full_duplex:
+            out += replies.request_body_pieces(data, end_of_stream=not self._trailers_waiting)
+        elif members and mode.headers_carry_decision:
+            out += replies.request_body_replacements(bytes(data), body.chunks)
+        elif members:
+            set_length = not mode.may_be_cut
+            out = [replies.with_request_body(decided, bytes(data), set_length=set_length)]
+        elif mode.headers_carry_decision and mode.visible_before_decision:
+            out += [replies.REQUEST_BODY_CONTINUE] * body.chunks
+        if self._trailers_waiting:
+            out.append(replies.REQUEST_TRAILERS_CONTINUE)
+        return out
+
+    def _forget_request(self) -> None:
+        self._body = None
+        self._first_message = b""
+
+    # -- response path
+
+    def _response_body(self, chunk: pb.HttpBody) -> Step:
+        if not self._response_full_duplex or self._state is SessionState.ANSWERED:
+            return super()._response_body(chunk)
+        end = chunk.end_of_stream
+        return Step(
+            replies=replies.response_body_piece(chunk.body, end_of_stream=end), released=end
+        )
+
+    def served_by(self, worker: str, decode_worker: str | None) -> Step:
+        assert self._decision is not None  # noqa: S101 (a response follows a decision)
+        reply = replies.debug_response_headers(self._decision, worker, decode_worker)
+        return Step(replies=(reply,))
