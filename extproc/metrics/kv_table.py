@@ -57,6 +57,7 @@ PROMPTS_WITHOUT_TOKENS = _tokens.counter(
             "no_chat_template": "",
             "no_text": "an empty prompt, for instance",
             "template_error": "",
+            "template_limit": "the chat template takes too many steps or makes too long a value",
             "too_long": "",
             "unsupported": "a kind of request that this service cannot map to tokens",
         },

@@ -1,9 +1,8 @@
 """Chat templates, run in the sandbox and with the surroundings that transformers gives them.
 
 A template is compiled once and rendered for every chat. It comes with the model and is trusted
-as little as the engine trusts it: in Jinja's immutable sandbox, with a bound on what it writes.
-Jinja has no loop without a list to go through, so a template ends after a time that the size of
-the body and the number of messages bound. Whatever it raises is a reason, never an exception, and
+as little as the engine trusts it: in Jinja's immutable sandbox, with a bound on what it writes
+and on its steps (see `template_limits`). Whatever it raises is a reason, never an exception, and
 nothing of the prompt or of the template's own words leaves this module but the rendered text.
 """
 
@@ -18,7 +17,6 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from msgspec import Struct
 
@@ -30,8 +28,17 @@ from extproc.tokenization.reasons import (
     MALFORMED,
     NO_CHAT_TEMPLATE,
     TEMPLATE_ERROR,
+    TEMPLATE_LIMIT,
     TOO_LONG,
     UNSUPPORTED,
+)
+from extproc.tokenization.template_limits import (
+    GROWING_METHODS,
+    LimitedEnvironment,
+    TemplateLimitError,
+    check_arguments,
+    limit_steps,
+    limited,
 )
 from extproc.tokenization.tokenizer_files import TokenizerFiles
 
@@ -42,8 +49,10 @@ _WITH_TOOLS: Final = "tool_use"
 _MEDIA_WORDS: Final = ("image", "audio", "video", "vision")
 _MESSAGE_NAMES: Final = frozenset({"message", "msg", "m"})
 _DICT_ATTRIBUTES: Final = frozenset(dir(dict))
-# All but those that read attributes of their arguments.
-_STR_METHODS: Final = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
+# All but those that read attributes of their arguments, or can make long texts.
+_STR_METHODS: Final = (
+    frozenset(name for name in dir(str) if not name.startswith(("_", "format"))) - GROWING_METHODS
+)
 _TOOL_FIELDS: Final = frozenset({"type", "function", "defer_loading"})
 # Of all of them together; the tools themselves take up several times as much.
 _TOOL_TEXTS_MAX_CHARS: Final = 1 << 22
@@ -135,18 +144,19 @@ class _TemplateFailedError(ServiceError):
 
 
 class _Template:
-    def __init__(self, environment: ImmutableSandboxedEnvironment, source: str, where: str) -> None:
+    def __init__(self, environment: LimitedEnvironment, source: str, where: str) -> None:
         try:
             tree = environment.parse(source)
-            self._template = environment.from_string(source)
+            self.keep_parts = iterates_over_parts(source, tree)
+            self._template = environment.from_string(limited(tree, environment))
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise TokenizerError(f"{where}: the chat template does not compile: {error}") from error
-        self.keep_parts = iterates_over_parts(source, tree)
         self.renames_low_effort = all(word in source for word in _LOW_EFFORT_WORDS)
 
     def render(self, variables: dict[str, Any], max_chars: int) -> str:
         written: list[str] = []
         room = max_chars
+        limit_steps(variables)
         # Not render(): its errors are rewritten with the lines of the template, at some cost.
         try:
             context = self._template.new_context(variables)
@@ -155,6 +165,8 @@ class _Template:
                 room -= len(piece)
                 if room < 0:
                     break
+        except TemplateLimitError:
+            raise UnmappableError(TEMPLATE_LIMIT) from None
         except Exception:
             raise _TemplateFailedError from None
         if room < 0:
@@ -193,7 +205,7 @@ def _is_content(node: nodes.Node | None) -> bool:
 # -- what templates find around them
 
 
-class _Environment(ImmutableSandboxedEnvironment):
+class _Environment(LimitedEnvironment):
     """The sandbox with a short way to what chat templates ask for most.
 
     Fields of messages, as attributes, are found without an exception. What the sandbox allows
@@ -219,7 +231,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 
-def template_environment() -> ImmutableSandboxedEnvironment:
+def template_environment() -> LimitedEnvironment:
     """Filters, functions, tags and the treatment of blanks, all as in transformers."""
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -267,6 +279,7 @@ class _ToJson:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
+        check_arguments(value, indent, separators)
         dump = partial(
             json.dumps,
             value,

@@ -12,6 +12,7 @@ __all__ = [
     "NO_TEXT",
     "REASONS",
     "TEMPLATE_ERROR",
+    "TEMPLATE_LIMIT",
     "TOO_LONG",
     "UNSUPPORTED",
 ]
@@ -28,6 +29,8 @@ MALFORMED: Final = "malformed"
 UNSUPPORTED: Final = "unsupported"
 NO_CHAT_TEMPLATE: Final = "no_chat_template"
 TEMPLATE_ERROR: Final = "template_error"
+# The chat template takes too many steps or makes too long a value.
+TEMPLATE_LIMIT: Final = "template_limit"
 ENCODE_ERROR: Final = "encode_error"
 TOO_LONG: Final = "too_long"
 # Too many long texts are waiting to be encoded.
@@ -41,6 +44,7 @@ REASONS: Final = (
     UNSUPPORTED,
     NO_CHAT_TEMPLATE,
     TEMPLATE_ERROR,
+    TEMPLATE_LIMIT,
     ENCODE_ERROR,
     TOO_LONG,
     BUSY,
