@@ -1,8 +1,8 @@
-"""How the workers of a model are chosen: by the workers' load, or by what their ranks hold.
+"""Chooses the workers of a model, by a policy over whole workers or over their ranks.
 
-Each model has one chooser. Routing asks it for the prompt first, without knowing whether its
-policy looks at tokens, and then to choose among the candidates of the moment, as often as a
-request needs that.
+Each model has one chooser. It reads the prompt first, since that may take a thread, and then
+chooses among the candidates of the moment, as often as the request needs a worker. It is separate
+from the router so that both passes of `pd` choose by the same policy.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ NO_TOKENS = PromptTokens(None, 0)
 class Chosen(NamedTuple):
     """The chosen worker, and why.
 
-    `placed` is set by policies that look at tokens. `dp_rank` is the rank that the engine must
-    be told, None for an engine with a single rank.
+    `placed` is set by policies that look at tokens. `dp_rank` is the rank that the body must name
+    for the engine, None for an engine with a single rank.
     """
 
     worker: Worker
@@ -50,11 +50,11 @@ class Chooser(Protocol):
 
     @property
     def reads_prompts(self) -> bool:
-        """True if `read` has work to do, which is in vain without candidates."""
+        """True if `read` has work to do, which would be in vain without candidates."""
         ...
 
     async def read(self, request: Request, adapter: str | None) -> PromptTokens:
-        """Return what `choose` needs of the request; `adapter` is the one its model name has."""
+        """Return the part of the request that `choose` needs; `adapter` is from its model name."""
         ...
 
     def choose(self, workers: Sequence[Worker], prompt: PromptTokens, now: float) -> Chosen:
@@ -62,7 +62,7 @@ class Chooser(Protocol):
         ...
 
     def decided(self, chosen: Chosen) -> None:
-        """Count the overlap of a choice that was acted on; once for each request."""
+        """Count the overlap of the final choice for a request."""
         ...
 
 

@@ -91,7 +91,7 @@ def order_of(reply: pb.ProcessingResponse) -> str:
 async def test_the_first_pass_sends_the_prefill_and_the_request_on_to_the_second() -> None:
     async with service() as running, stream(running) as envoy:
         reply = await first_pass(envoy)
-        (post,) = running.fleet.caller.posts
+        (post,) = running.fleet.prefill_client.posts
         assert (post.url, post.path) == (PREFILLS[0], "/v1/chat/completions")
         assert dict(post.headers)["x-request-id"] == "req-1"
         headers = set_headers(reply)
@@ -128,7 +128,7 @@ async def test_the_prefill_worker_gets_the_clients_headers_that_concern_it() -> 
         message.request_headers.headers.MergeFrom(header_map(passed_on | kept_back))
         await envoy.send(message, request_body(llm_body()))
         await envoy.replies(2)
-        (post,) = running.fleet.caller.posts
+        (post,) = running.fleet.prefill_client.posts
         assert dict(post.headers) == passed_on | {
             "content-type": "application/json",
             "x-request-id": "req-1",
@@ -159,7 +159,7 @@ async def test_the_second_pass_answers_with_a_worker_and_both_end_well(mode: str
             worker = running.fleet.registry.at_address(address)
             assert worker is not None
             assert running.fleet.outcomes() == {worker.url: ["success"]}
-            running.fleet.caller.calls[0].tell(200)
+            running.fleet.prefill_client.calls[0].respond(200)
             await eventually(lambda: not running.fleet.load[0][0])
             assert sum(running.fleet.load[1]) == 1
             await second.send(response_body(b"x", end=True))
@@ -179,7 +179,7 @@ async def test_the_end_of_the_second_stream_releases_its_worker() -> None:
                 assert sum(running.fleet.load[1]) == 1
             await eventually(lambda: not sum(running.fleet.load[1]))
             # The first pass goes on, perhaps with another attempt.
-            assert running.fleet.caller.calls[0].is_open
+            assert running.fleet.prefill_client.calls[0].is_open
         await running.settled()
 
 
@@ -278,7 +278,7 @@ async def test_a_prefill_that_fails_is_told_while_the_client_waits() -> None:
     async with service(threshold=1) as running:
         async with stream(running) as first:
             await first_pass(first)
-            running.fleet.caller.calls[0].tell(500)
+            running.fleet.prefill_client.calls[0].respond(500)
             reply = await first.reply()
             assert error(reply)[:2] == (502, "prefill_failed")
             assert running.fleet.prefills[0].breaker.state is BreakerState.OPEN
@@ -291,7 +291,7 @@ async def test_a_prefill_that_is_refused_is_told_in_the_engines_words() -> None:
     async with service() as running:
         async with stream(running) as first:
             await first_pass(first)
-            running.fleet.caller.calls[0].tell(400, words)
+            running.fleet.prefill_client.calls[0].respond(400, words)
             immediate = (await first.reply()).immediate_response
             assert (immediate.status.code, immediate.body) == (400, words)
         await running.settled()
@@ -301,9 +301,9 @@ async def test_a_client_that_leaves_ends_the_prefill() -> None:
     async with service() as running:
         async with stream(running) as first:
             await first_pass(first)
-            assert running.fleet.caller.calls[0].is_open
+            assert running.fleet.prefill_client.calls[0].is_open
         await running.settled()
-        assert running.fleet.caller.calls[0].cancels
+        assert running.fleet.prefill_client.calls[0].cancels
         assert running.fleet.outcomes() == {PREFILLS[0]: ["cancelled"]}
 
 
@@ -313,7 +313,7 @@ async def test_a_bad_response_ends_the_prefill_at_once() -> None:
             await first_pass(first)
             await first.send(response_headers(503, upstream="", details=REFUSED))
             assert kind(await first.reply()) == "response_headers"
-            assert not running.fleet.caller.calls[0].is_open
+            assert not running.fleet.prefill_client.calls[0].is_open
             await first.no_reply()
         await running.settled()
         outcome = {"model": "m", "outcome": "decode_failed"}
@@ -323,7 +323,7 @@ async def test_a_bad_response_ends_the_prefill_at_once() -> None:
 async def test_our_deadline_leaves_no_prefill_behind() -> None:
     server = {"step_deadline_secs": 0.2}
     async with service(prefills=PREFILLS[:1], options={"server": server}) as running:
-        running.fleet.caller.silent.add(PREFILLS[0])
+        running.fleet.prefill_client.silent.add(PREFILLS[0])
         async with stream(running) as first:
             assert error(await first_pass(first))[:2] == (503, "routing_timeout")
             running.fleet.nothing_is_left()
@@ -335,7 +335,7 @@ async def test_nobody_to_prefill_is_told_before_anything_is_sent() -> None:
         running.fleet.trip(*running.fleet.prefills)
         reply = await first_pass(first)
         assert error(reply)[:2] == (503, "no_prefill_workers_available")
-        assert running.fleet.caller.posts == []
+        assert running.fleet.prefill_client.posts == []
 
 
 # -- one pass
@@ -366,7 +366,7 @@ async def test_with_nixl_the_reply_waits_for_the_prefill() -> None:
             await envoy.reply()
             await envoy.no_reply()
             answer = b'{"kv_transfer_params":%b}' % KV
-            running.fleet.caller.calls[0].tell(200, answer)
+            running.fleet.prefill_client.calls[0].respond(200, answer)
             reply = await envoy.reply()
             sent = reply.request_body.response.body_mutation.body
             assert json.loads(sent)["kv_transfer_params"] == json.loads(KV)
@@ -379,9 +379,9 @@ async def test_a_client_that_leaves_a_prefill_that_is_waited_for_ends_it() -> No
         async with stream(running) as envoy:
             await envoy.send(request_headers(), request_body(llm_body()))
             await envoy.reply()
-            await eventually(lambda: running.fleet.caller.calls)
+            await eventually(lambda: running.fleet.prefill_client.calls)
         await running.settled()
-        assert running.fleet.caller.calls[0].cancels
+        assert running.fleet.prefill_client.calls[0].cancels
 
 
 # -- many at once

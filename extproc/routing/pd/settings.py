@@ -46,8 +46,8 @@ class PdSettings(Struct, frozen=True, kw_only=True):
             ),
             prefill_seconds=config.prefill_silence_secs,
             kv_seconds=pd.prefill_timeout_secs,
-            # A gateway that ends our stream at the response headers does not tell when a good
-            # response has ended.
+            # Where a gateway ends our stream at the response headers, we do not see the end of
+            # a good response.
             linger_seconds=pd.prefill_timeout_secs if estimated else pd.prefill_linger_secs,
             request_timeout_ms=max(1, round(proxy.request_timeout_secs * 1000)),
             authorization=authorization,

@@ -1,4 +1,4 @@
-"""What Envoy reports settles the books of the worker that served; each request counts once."""
+"""What Envoy reports is recorded for the worker that served; each request counts once."""
 
 import pytest
 
@@ -71,7 +71,7 @@ FALLBACK_SERVED = "extproc_fallback_served_total"
 MISSED = "extproc_destination_missed_total"
 
 
-# -- who is judged
+# -- which worker an outcome belongs to
 
 
 @pytest.mark.parametrize("status", [200, 201, 204, 301, 400, 401, 404, 408, 413, 422, 429, 499])
@@ -87,7 +87,7 @@ async def test_an_answer_below_500_is_a_success(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 529, 599])
-async def test_a_5xx_is_a_failure_of_the_one_that_served(status: int) -> None:
+async def test_a_5xx_is_a_failure_of_the_worker_that_served(status: int) -> None:
     case = Case()
     lease = await case.lease()
     assert lease.responded(status, ADDRESSES[0], VIA, streamed=False)
@@ -108,7 +108,7 @@ async def test_a_5xx_is_a_failure_of_the_one_that_served(status: int) -> None:
         ),
     ],
 )
-async def test_those_before_the_fallback_that_served_have_failed(
+async def test_the_destinations_before_the_fallback_that_served_have_failed(
     position: int, status: int, states: list[BreakerState], outcomes: dict[str, list[str]]
 ) -> None:
     case = Case()
@@ -125,7 +125,9 @@ async def test_those_before_the_fallback_that_served_have_failed(
     assert case.load() == [0, 0, 0]
 
 
-async def test_a_worker_that_was_not_named_but_is_ours_is_judged_and_missed() -> None:
+async def test_the_outcome_of_a_registered_worker_that_was_not_named_is_recorded_as_missed() -> (
+    None
+):
     case = Case()
     other = make_worker("http://10.0.0.4:8000", order=9, threshold=1)
     lease = await case.lease()
@@ -141,7 +143,7 @@ async def test_a_worker_that_was_not_named_but_is_ours_is_judged_and_missed() ->
     assert other.in_flight == 0
 
 
-async def test_an_endpoint_nobody_knows_is_missed_and_the_chosen_one_has_failed() -> None:
+async def test_an_unknown_endpoint_is_missed_and_the_chosen_worker_has_failed() -> None:
     case = Case()
     lease = await case.lease()
     assert not lease.responded(200, UNKNOWN, VIA, streamed=False)
@@ -155,7 +157,7 @@ async def test_an_endpoint_nobody_knows_is_missed_and_the_chosen_one_has_failed(
 
 @pytest.mark.parametrize("status", [200, 503])
 @pytest.mark.parametrize("details", ["", VIA])
-async def test_a_gateway_without_attributes_is_believed_to_have_followed(
+async def test_a_gateway_without_attributes_is_taken_to_have_asked_the_chosen_worker(
     status: int, details: str
 ) -> None:
     case = Case()
@@ -169,7 +171,7 @@ async def test_a_gateway_without_attributes_is_believed_to_have_followed(
 # -- Envoy's own replies
 
 
-async def test_when_all_refuse_the_last_tried_has_failed_too_and_nobody_served() -> None:
+async def test_when_all_workers_refuse_all_that_were_tried_have_failed_and_none_served() -> None:
     case = Case()
     lease = await case.lease()
     assert lease.responded(503, ADDRESSES[2], REFUSED, streamed=False)
@@ -184,7 +186,9 @@ async def test_when_all_refuse_the_last_tried_has_failed_too_and_nobody_served()
     "details",
     [REFUSED, "upstream_response_timeout", "response_timeout", "upstream_per_try_timeout"],
 )
-async def test_a_local_reply_of_envoy_for_the_chosen_one_is_its_failure(details: str) -> None:
+async def test_envoys_own_reply_in_place_of_the_chosen_worker_is_the_workers_failure(
+    details: str,
+) -> None:
     case = Case()
     lease = await case.lease()
     assert lease.responded(504, ADDRESSES[0], details, streamed=False)
@@ -192,7 +196,7 @@ async def test_a_local_reply_of_envoy_for_the_chosen_one_is_its_failure(details:
     assert case.routing.outcomes() == {URLS[0]: ["error"]}
 
 
-async def test_a_refused_connection_is_a_failure_even_where_no_address_is_told() -> None:
+async def test_a_refused_connection_is_a_failure_even_without_an_address() -> None:
     case = Case()
     lease = await case.lease()
     assert lease.responded(503, "", REFUSED, streamed=False)
@@ -200,7 +204,7 @@ async def test_a_refused_connection_is_a_failure_even_where_no_address_is_told()
 
 
 @pytest.mark.parametrize("details", ["no_healthy_upstream", "route_not_found", "cluster_not_found"])
-async def test_a_local_reply_that_reached_nobody_says_nothing_of_a_worker(details: str) -> None:
+async def test_envoys_own_reply_without_an_attempt_records_no_failure(details: str) -> None:
     case = Case()
     lease = await case.probe()
     assert lease.responded(503, "", details, streamed=False)
@@ -247,7 +251,7 @@ async def test_a_fallback_that_serves_closes_its_own_breaker() -> None:
     assert case.states() == [OPEN, CLOSED, CLOSED]
 
 
-async def test_a_client_that_leaves_is_neutral_and_gives_the_probe_back() -> None:
+async def test_a_client_that_leaves_gives_the_probe_back_without_an_outcome() -> None:
     case = Case()
     lease = await case.probe()
     lease.close()
@@ -319,7 +323,7 @@ async def test_the_time_to_the_headers_is_measured_from_the_decision() -> None:
     assert counted(case.routing, "extproc_response_headers_seconds_sum") == pytest.approx(0.75)
 
 
-async def test_a_worker_that_was_replaced_meanwhile_does_not_inherit_or_underflow() -> None:
+async def test_the_load_of_a_replaced_worker_is_neither_inherited_nor_negative() -> None:
     case = Case()
     lease = await case.lease()
     new = make_worker(URLS[0], order=0, threshold=1)
@@ -333,7 +337,7 @@ async def test_a_worker_that_was_replaced_meanwhile_does_not_inherit_or_underflo
 # -- stale
 
 
-async def test_stale_before_the_headers_is_a_failure_of_the_chosen_one() -> None:
+async def test_a_stale_request_without_response_headers_is_a_failure_of_the_chosen_worker() -> None:
     case = Case()
     lease = await case.probe()
     lease.abort(stale_request_expired())
@@ -343,7 +347,7 @@ async def test_stale_before_the_headers_is_a_failure_of_the_chosen_one() -> None
     assert case.load() == [0, 0, 0]
 
 
-async def test_stale_after_the_headers_says_nothing_more() -> None:
+async def test_a_stale_request_with_response_headers_changes_no_outcome() -> None:
     case = Case()
     lease = await case.lease()
     lease.responded(200, ADDRESSES[0], VIA, streamed=True)
@@ -354,7 +358,7 @@ async def test_stale_after_the_headers_says_nothing_more() -> None:
     assert case.load() == [0, 0, 0]
 
 
-async def test_headers_of_a_stale_request_are_not_judged_again() -> None:
+async def test_response_headers_of_a_stale_request_are_not_recorded() -> None:
     case = Case()
     lease = await case.lease()
     lease.abort(stale_request_expired())

@@ -41,7 +41,7 @@ async def test_a_streamed_response_counts_for_the_estimated_time_after_its_heade
     assert load(routing) == [0, 0]
 
 
-async def test_it_counts_where_it_is_served() -> None:
+async def test_the_estimated_time_counts_on_the_worker_that_serves() -> None:
     routing = estimating()
     lease = await routing.route(stream=True)
     lease.responded(200, B, VIA, streamed=True)
@@ -66,12 +66,12 @@ async def test_a_client_that_leaves_before_the_headers_is_released_at_once() -> 
     assert load(routing) == [0, 0]
 
 
-async def test_a_stream_that_is_over_is_not_told_to_end() -> None:
-    routing, told = estimating(stale_seconds=10.0), list[int]()
+async def test_a_stream_that_has_ended_is_not_aborted() -> None:
+    routing, aborts = estimating(stale_seconds=10.0), list[int]()
     lease = await routing.route(stream=True)
-    lease.on_abort = lambda _: told.append(1)
+    lease.on_abort = lambda _: aborts.append(1)
     lease.responded(200, A, VIA, streamed=True)
     lease.close()
     later(routing, 10.0)
-    assert not told
+    assert not aborts
     assert routing.metric("extproc_stale_requests_total") == 0

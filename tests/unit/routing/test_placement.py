@@ -1,4 +1,4 @@
-"""From tokens to a rank: what is counted as held, what is booked, and what is expected of it."""
+"""From tokens to a rank: which tokens count as held, what is booked and what is predicted."""
 
 from collections.abc import Sequence
 from random import Random
@@ -29,7 +29,7 @@ def some_tokens(count: int, start: int = 1) -> TokenIds:
 
 
 class Noting:
-    """A policy that takes the candidate a test names, and notes what it was shown."""
+    """A policy that takes the candidate that the test names, and records what it sees."""
 
     name = "noting"
 
@@ -44,7 +44,7 @@ class Noting:
 
 
 class Fleet(Struct, kw_only=True):
-    """Ranks of one model whose holdings a test writes."""
+    """Ranks of one model; the test says which pages they hold."""
 
     policy: Noting
     index: PrefixIndex
@@ -156,7 +156,7 @@ def test_cached_tokens_are_those_that_spare_prefill(total: int, held: int, cache
     assert (seen.device_tokens, seen.host_tokens, seen.disk_tokens) == (cached, 0, 0)
 
 
-def test_the_chosen_rank_is_what_is_told() -> None:
+def test_the_result_is_about_the_chosen_rank() -> None:
     fleet = make_fleet(PAGE, PAGE, None)
     fleet.hold(1, some_tokens(100))
     for takes, cached in ((0, 0), (1, 96), (2, 0)):
@@ -173,7 +173,7 @@ def test_only_a_common_prefix_counts() -> None:
     assert fleet.place(tokens).cached_tokens == 32
 
 
-def test_page_sizes_side_by_side() -> None:
+def test_ranks_with_different_page_sizes_are_compared() -> None:
     fleet = make_fleet(16, 64, 1, 128)
     for number in range(4):
         fleet.hold(number, some_tokens(150))
@@ -186,7 +186,7 @@ def test_page_sizes_side_by_side() -> None:
         (1, 1),
     ]
     assert [one.device_tokens for one in fleet.policy.seen] == [128, 128, 128, 128]
-    # A token less: the last one of all is in the last page of 16, 64 and 128.
+    # One token less: the last token is in the last page of 16, 64 and 128.
     fleet.place(some_tokens(128))
     assert [one.device_tokens for one in fleet.policy.seen] == [112, 64, 127, 0]
 
@@ -208,13 +208,13 @@ def test_pages_of_pairs_of_tokens() -> None:
     assert (placed.cached_tokens, placed.prefill_tokens) == (0, 1)
 
 
-def test_tiers_add_up_to_what_is_held() -> None:
+def test_tokens_of_the_tiers_add_up_to_the_tokens_held() -> None:
     fleet = make_fleet(PAGE)
     fleet.hold(0, some_tokens(100))
     rank_pages = fleet.ranks[0].pages
     assert rank_pages is not None
     ids = [hash((0, some_tokens(1)[0], page)) for page in range(6)]
-    # Pages 0 and 1 stay on the device, 2 and 3 are on the host, 4 and 5 further down.
+    # Pages 0 and 1 stay on the device, 2 and 3 are on the host, 4 and 5 below.
     fleet.hold(0, some_tokens(64), tier=1, skip=2)
     fleet.hold(0, some_tokens(96), tier=2, skip=4)
     fleet.index.remove(rank_pages, ids[2:], 0)
@@ -247,11 +247,11 @@ def test_namespaces_do_not_share_pages() -> None:
     assert fleet.place(some_tokens(100)).cached_tokens == 96
 
 
-# -- what is not known
+# -- what is unknown
 
 
 @pytest.mark.parametrize("followed", [True, False])
-def test_of_a_rank_that_is_not_trusted_nothing_is_known(followed: bool) -> None:
+def test_a_rank_that_is_not_trusted_counts_as_holding_nothing(followed: bool) -> None:
     fleet = make_fleet(PAGE if followed else None, PAGE)
     if (pages := fleet.ranks[0].pages) is not None:
         fleet.hold(0, some_tokens(100))
@@ -299,7 +299,7 @@ def test_the_exact_number_of_tokens_is_preferred_to_a_guess() -> None:
     assert fleet.place(some_tokens(100), expected_tokens=700).prefill_tokens == 100
 
 
-def test_the_policy_is_told_of_the_request() -> None:
+def test_the_policy_sees_the_time_and_the_number_of_tokens() -> None:
     fleet = make_fleet(PAGE)
     fleet.place(some_tokens(100), now=7.0, expected_tokens=9)
     assert fleet.policy.query == KvQuery(7.0, 100, 9)
@@ -311,31 +311,31 @@ def test_ranks_begin_with_the_speed_that_is_assumed_of_their_model() -> None:
     assert make_fleet(PAGE).ranks[0].load.prefill_tokens_per_second == SPEED
 
 
-# -- what is booked and expected
+# -- what is booked and predicted
 
 
-def test_to_place_changes_nothing() -> None:
+def test_placing_a_prompt_books_nothing() -> None:
     fleet = make_fleet(PAGE)
     fleet.place(some_tokens(100))
     assert fleet.predicted(some_tokens(100)) == [0]
     assert fleet.ranks[0].load.in_flight == 0
 
 
-def test_what_is_expected_spares_prefill_but_is_not_held() -> None:
+def test_predicted_pages_spare_prefill_but_are_not_reported_as_held() -> None:
     fleet = make_fleet(PAGE, PAGE)
     fleet.place(some_tokens(100), takes=1).book(NOW)
     placed = fleet.place(some_tokens(100), takes=1)
     assert [one.predicted_pages for one in fleet.policy.seen] == [0, 6]
     assert [one.predicted_tokens for one in fleet.policy.seen] == [0, 96]
     assert (placed.cached_tokens, placed.prefill_tokens) == (0, 4)
-    # Of the other rank nothing is expected.
+    # Nothing is predicted for the other rank.
     placed = fleet.place(some_tokens(100))
     assert (placed.cached_tokens, placed.prefill_tokens) == (0, 100)
-    # What is expected of a prompt loses its last page as well: 80 of 96.
+    # The last page of a prediction spares nothing either: 80 of 96.
     assert fleet.place(some_tokens(96), takes=1).prefill_tokens == 16
 
 
-def test_the_more_of_held_and_expected_is_spared() -> None:
+def test_the_larger_of_held_and_predicted_is_spared() -> None:
     fleet = make_fleet(PAGE)
     fleet.place(some_tokens(64)).book(NOW)
     fleet.hold(0, some_tokens(32))
@@ -346,7 +346,7 @@ def test_the_more_of_held_and_expected_is_spared() -> None:
     assert (placed.cached_tokens, placed.prefill_tokens) == (80, 20)
 
 
-def test_nothing_is_expected_of_a_prompt_that_is_held_already() -> None:
+def test_nothing_is_predicted_for_a_prompt_that_is_held_already() -> None:
     fleet = make_fleet(PAGE)
     fleet.hold(0, some_tokens(100))
     fleet.place(some_tokens(100)).book(NOW)
@@ -357,7 +357,7 @@ def test_nothing_is_expected_of_a_prompt_that_is_held_already() -> None:
     assert fleet.predicted(some_tokens(112)) == [7]
 
 
-def test_expectations_are_of_a_namespace() -> None:
+def test_predictions_belong_to_a_namespace() -> None:
     fleet = make_fleet(PAGE)
     salted = fleet.index.hasher.seed("salt")
     fleet.place(some_tokens(100), seed=salted).book(NOW)
@@ -365,7 +365,7 @@ def test_expectations_are_of_a_namespace() -> None:
     assert fleet.predicted(some_tokens(100), seed=salted) == [6]
 
 
-def test_expectations_of_each_page_size() -> None:
+def test_predictions_belong_to_a_page_size() -> None:
     fleet = make_fleet(16, 32)
     fleet.place(some_tokens(100), takes=1).book(NOW)
     assert fleet.predicted(some_tokens(100)) == [0, 3]
@@ -373,7 +373,7 @@ def test_expectations_of_each_page_size() -> None:
     assert fleet.predicted(some_tokens(100)) == [3, 3]
 
 
-def test_a_start_settles_load_and_expectation() -> None:
+def test_the_start_of_a_response_updates_load_and_prediction() -> None:
     fleet = make_fleet(PAGE)
     load = fleet.ranks[0].load
     booking = fleet.place(some_tokens(100)).book(NOW)
@@ -389,7 +389,7 @@ def test_a_start_settles_load_and_expectation() -> None:
     assert fleet.predicted(some_tokens(100), end) == [0]
 
 
-def test_a_release_before_the_start_takes_both_back() -> None:
+def test_a_release_before_the_start_drops_load_and_prediction() -> None:
     fleet = make_fleet(PAGE)
     load = fleet.ranks[0].load
     booking = fleet.place(some_tokens(100)).book(NOW)
@@ -401,7 +401,7 @@ def test_a_release_before_the_start_takes_both_back() -> None:
     assert fleet.predicted(some_tokens(100)) == [0]
 
 
-def test_an_expectation_ends_when_an_unseen_prefill_should_have() -> None:
+def test_the_prediction_of_an_unstreamed_response_ends_when_its_prefill_should_have() -> None:
     fleet = make_fleet(PAGE)
     other = fleet.place(some_tokens(200, 5000)).book(NOW)
     # 200 tokens before, 100 of its own, at 1000 a second: 0.3 s.
@@ -414,7 +414,7 @@ def test_an_expectation_ends_when_an_unseen_prefill_should_have() -> None:
     other.release(NOW + 500)
 
 
-def test_an_answer_that_is_not_streamed_may_also_come_sooner() -> None:
+def test_an_unstreamed_response_may_also_begin_sooner() -> None:
     fleet = make_fleet(PAGE)
     booking = fleet.place(some_tokens(100)).book(NOW, streamed=False)
     booking.started(NOW + 0.05)
@@ -438,7 +438,7 @@ def test_a_rank_that_lost_its_cache_is_forgotten_in_every_namespace_and_no_other
     assert fleet.predicted(some_tokens(100)) == [0, 0, 6]
 
 
-# -- with the policies that are to be had
+# -- with the real policies
 
 
 def placed_on(fleet: Fleet, count: int) -> tuple[int, str]:
@@ -447,7 +447,7 @@ def placed_on(fleet: Fleet, count: int) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("kind", [CacheAwareZmq, MinTtft])
-def test_a_second_request_follows_the_first_and_a_holder_is_found(
+def test_a_second_request_follows_the_prediction_and_later_the_pages(
     kind: type[CacheAwareZmq | MinTtft],
 ) -> None:
     fleet = make_fleet(PAGE, PAGE, PAGE, policy=kind(Random(0)))
@@ -464,7 +464,7 @@ def test_a_second_request_follows_the_first_and_a_holder_is_found(
 
 
 @pytest.mark.parametrize("kind", [CacheAwareZmq, MinTtft])
-def test_a_fleet_that_nothing_is_known_of_says_so(
+def test_the_reason_shows_that_nothing_is_known_about_the_ranks(
     kind: type[CacheAwareZmq | MinTtft],
 ) -> None:
     fleet = make_fleet(None, None, policy=kind(Random(0)))

@@ -1,4 +1,4 @@
-"""What ranks will hold soon: by marks, for a while, and without a trace afterwards."""
+"""Predictions are found by marks, for a limited time, and leave nothing behind."""
 
 from collections.abc import Sequence
 
@@ -25,12 +25,12 @@ def prompt(pages: Sequence[int]) -> TokenIds:
 
 
 def first(pages: int, *, then: int = 0, otherwise: int = 1) -> TokenIds:
-    """So many pages that all prompts begin with, and some of its own."""
+    """A prompt with pages that all prompts begin with, and some pages of its own."""
     return prompt([7] * pages + [1000 + otherwise] * then)
 
 
 def is_empty(predictions: Predictions) -> bool:
-    """Whether no table has anything left; a bit that is free again may be remembered."""
+    """True if all tables are empty; a free bit may be kept."""
     tables = (
         predictions._live,
         predictions._ends,
@@ -45,7 +45,7 @@ def is_empty(predictions: Predictions) -> bool:
 # -- marks
 
 
-def test_nothing_is_predicted_of_nobody() -> None:
+def test_without_predictions_nothing_is_found() -> None:
     predictions = Predictions()
     assert predictions.match(first(5), 0.0) == {}
     assert len(predictions) == 0
@@ -91,7 +91,7 @@ def test_a_prompt_without_a_whole_page_predicts_nothing() -> None:
         (50, 9, 9, 8),
     ],
 )
-def test_what_two_prompts_share_is_known_to_the_mark(
+def test_a_common_prefix_is_found_down_to_the_next_mark(
     sent: int, asked: int, common: int, predicted: int
 ) -> None:
     predictions = Predictions()
@@ -115,10 +115,10 @@ def test_a_long_prompt_takes_few_entries() -> None:
     assert len(predictions._masks) <= 40
 
 
-# -- life
+# -- how long predictions live
 
 
-def test_a_prediction_outlives_its_start_by_the_grace() -> None:
+def test_a_prediction_ends_a_grace_time_after_the_response_began() -> None:
     predictions = Predictions()
     prediction = predictions.add(A, first(5))
     assert predictions.match(first(5), 1e6) == {A: 5}  # however long the queue is
@@ -128,7 +128,7 @@ def test_a_prediction_outlives_its_start_by_the_grace() -> None:
     assert is_empty(predictions)
 
 
-def test_a_second_start_does_not_prolong_it() -> None:
+def test_a_second_start_does_not_prolong_a_prediction() -> None:
     predictions = Predictions(grace_seconds=3.0)
     prediction = predictions.add(A, first(5))
     prediction.started(10.0)
@@ -139,7 +139,7 @@ def test_a_second_start_does_not_prolong_it() -> None:
     assert is_empty(predictions)
 
 
-def test_a_request_that_never_began_an_answer_leaves_nothing() -> None:
+def test_a_request_without_a_response_leaves_no_prediction() -> None:
     predictions = Predictions()
     prediction = predictions.add(A, first(5))
     prediction.release()
@@ -150,7 +150,7 @@ def test_a_request_that_never_began_an_answer_leaves_nothing() -> None:
     assert is_empty(predictions)
 
 
-def test_the_end_of_an_answer_is_not_the_end_of_its_pages() -> None:
+def test_a_prediction_may_outlive_its_response() -> None:
     predictions = Predictions(grace_seconds=3.0)
     prediction = predictions.add(A, first(5))
     prediction.started(10.0)
@@ -160,7 +160,7 @@ def test_the_end_of_an_answer_is_not_the_end_of_its_pages() -> None:
     assert is_empty(predictions)
 
 
-def test_one_whose_start_will_not_tell_ends_at_its_time() -> None:
+def test_a_prediction_with_an_end_ends_then_without_a_start() -> None:
     predictions = Predictions(grace_seconds=3.0)
     predictions.add(A, first(5), 20.0)
     assert predictions.match(first(5), 19.9) == {A: 5}
@@ -168,7 +168,7 @@ def test_one_whose_start_will_not_tell_ends_at_its_time() -> None:
     assert is_empty(predictions)
 
 
-def test_of_two_ends_the_earlier_counts() -> None:
+def test_the_earlier_of_two_ends_counts() -> None:
     predictions = Predictions(grace_seconds=3.0)
     predictions.add(A, first(5), 20.0).started(10.0)  # to 13
     predictions.add(B, first(5), 20.0).started(19.0)  # to 22, but for its end
@@ -189,13 +189,13 @@ def test_predictions_end_in_the_order_of_their_times() -> None:
     assert set(predictions.match(first(5), 3.0)) == set()
 
 
-def test_what_was_predicted_before_a_rank_lost_its_cache_is_void_and_nothing_else() -> None:
+def test_only_predictions_from_before_a_rank_lost_its_cache_are_void() -> None:
     predictions = Predictions()
     lost, longer = predictions.add(A, first(5)), predictions.add(A, first(9))
     kept = predictions.add(B, first(5))
     A.generation += 1
     assert predictions.match(first(9), 0.0) == {B: 5}
-    # A response that begins later changes nothing.
+    # A response that begins later does not change that.
     lost.started(0.0)
     longer.release()
     assert predictions.match(first(9), 0.0) == {B: 5}
@@ -216,7 +216,7 @@ def test_new_predictions_of_a_rank_that_lost_its_cache_replace_the_void_ones() -
     assert predictions.match(first(5), 10.0) == {A: 3}
 
 
-def test_the_oldest_give_way_when_there_are_too_many() -> None:
+def test_the_oldest_predictions_end_when_there_are_too_many() -> None:
     predictions = Predictions(max_predictions=2)
     oldest = predictions.add(A, first(3))
     predictions.add(B, first(3))
@@ -228,7 +228,7 @@ def test_the_oldest_give_way_when_there_are_too_many() -> None:
     assert predictions.match(first(3), 0.0) == {B: 3, C: 3}
 
 
-def test_there_is_room_for_thousands() -> None:
+def test_thousands_of_predictions_are_kept() -> None:
     predictions = Predictions()
     ranks = [RankPages("http://w:1", n, 1, bigram=False) for n in range(PREDICTIONS_MAX + 3)]
     for pages in ranks:
@@ -237,7 +237,7 @@ def test_there_is_room_for_thousands() -> None:
     assert set(predictions.match(first(2), 0.0)) == set(ranks[3:])
 
 
-# -- several
+# -- several ranks
 
 
 def test_each_rank_has_its_own_depth() -> None:
@@ -250,7 +250,7 @@ def test_each_rank_has_its_own_depth() -> None:
     assert predictions.match(first(3), 0.0) == {A: 3, B: 3, C: 3}
 
 
-def test_of_two_predictions_of_a_rank_the_deeper_counts_and_each_ends_alone() -> None:
+def test_the_longer_of_two_predictions_counts_and_each_ends_alone() -> None:
     predictions = Predictions()
     shallow, deep = predictions.add(A, first(4)), predictions.add(A, first(8))
     same = predictions.add(A, first(8))
@@ -264,7 +264,7 @@ def test_of_two_predictions_of_a_rank_the_deeper_counts_and_each_ends_alone() ->
     assert is_empty(predictions)
 
 
-def test_the_bit_of_a_gone_rank_is_taken_by_a_new_one() -> None:
+def test_a_new_rank_reuses_the_bit_of_one_that_left() -> None:
     predictions = Predictions()
     for number in range(100):
         ranks = [RankPages(f"http://{number}:1", n, 1, bigram=False) for n in range(3)]
@@ -291,7 +291,7 @@ _MAX = 6
 
 
 class Naive:
-    """A prompt, whole, when it ends, and whether its rank has lost its cache since."""
+    """A whole prompt, when its prediction ends, and whether its rank has lost its cache since."""
 
     def __init__(self, rank: RankPages, pages: list[int], ends_at: float) -> None:
         self.rank = rank
@@ -304,7 +304,7 @@ class Naive:
 
 
 class PredictionsAndModel(RuleBasedStateMachine):
-    """Predictions beside a list of them."""
+    """Predictions compared with a list of them."""
 
     added = Bundle("added")
 

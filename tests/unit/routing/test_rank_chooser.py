@@ -1,4 +1,4 @@
-"""From a body to a rank and back: tokens, namespaces, ranks told to engines, books settled."""
+"""From a body to a rank: tokens, namespaces, the rank in the body, the load of ranks."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -19,7 +19,7 @@ TEXT = "0123456789abcdefghij"
 
 
 class BusyEncoder(ByteEncoder):
-    """Its queue is so long that nothing comes back."""
+    """An encoder whose queue is so long that it never answers."""
 
     async def encode(self, prompt: Prompt) -> Encoded:
         await asyncio.sleep(60)
@@ -66,7 +66,9 @@ async def fleet() -> AsyncIterator[MakeFleet]:
 
 
 @pytest.mark.parametrize("policy", ["cache_aware_zmq", "min_ttft"])
-async def test_a_prompt_goes_to_its_holder(fleet: MakeFleet, policy: PolicyName) -> None:
+async def test_a_prompt_goes_to_the_rank_that_holds_it(
+    fleet: MakeFleet, policy: PolicyName
+) -> None:
     pool = await fleet(policy=policy)
     pool.hold("something else here", 0)
     pool.hold(TEXT[:16], 1)
@@ -80,8 +82,8 @@ async def test_a_prompt_goes_to_its_holder(fleet: MakeFleet, policy: PolicyName)
     lease.close()
 
 
-async def test_who_is_no_candidate_hides_nobody(fleet: MakeFleet) -> None:
-    """The deepest holder's breaker is open; the other one's 80 % still count."""
+async def test_a_rank_that_is_not_a_candidate_does_not_hide_others(fleet: MakeFleet) -> None:
+    """The breaker of the rank that holds most is open; the other one holds 80 %."""
     pool = await fleet()
     pool.hold(TEXT, 0)
     pool.hold(TEXT[:16], 1)
@@ -119,7 +121,7 @@ async def test_an_adapter_needs_a_name(fleet: MakeFleet) -> None:
         assert caught.value.code == "model_not_found"
 
 
-async def test_tokens_that_do_not_come_in_time_are_done_without(fleet: MakeFleet) -> None:
+async def test_a_prompt_is_routed_without_tokens_that_are_late(fleet: MakeFleet) -> None:
     pool = await fleet(encoder=BusyEncoder())
     lease = await pool.complete(TEXT, cache_salt="a")
     assert lease.decision.reason == "no_tokens"
@@ -135,7 +137,7 @@ async def test_tokens_that_do_not_come_in_time_are_done_without(fleet: MakeFleet
         (b'{"model": "m", "prompt": 5}', "malformed"),
     ],
 )
-async def test_without_tokens_load_decides_and_says_why(
+async def test_without_tokens_load_decides_and_the_reason_is_counted(
     fleet: MakeFleet, body: bytes, why: str
 ) -> None:
     pool = await fleet()
@@ -151,14 +153,14 @@ async def test_without_events_load_decides(fleet: MakeFleet) -> None:
     assert (await pool.complete(TEXT)).decision.reason == "no_events"
 
 
-async def test_nobody_to_ask_is_told_before_any_work(fleet: MakeFleet) -> None:
+async def test_without_candidates_the_prompt_is_not_read(fleet: MakeFleet) -> None:
     pool = await fleet(())
     with pytest.raises(RouterError) as caught:
         await pool.send(b"never read")
     assert caught.value.code == "no_healthy_workers"
 
 
-async def test_the_rank_is_told_only_where_there_are_several(fleet: MakeFleet) -> None:
+async def test_the_body_names_the_rank_only_for_engines_with_several(fleet: MakeFleet) -> None:
     pool = await fleet(dp_size=3)
     pool.hold(TEXT, 1, dp_rank=2)
     lease = await pool.complete(TEXT)
@@ -179,7 +181,7 @@ async def test_fallbacks_have_the_rank_that_the_body_names(fleet: MakeFleet) -> 
     assert lease.decision.destinations == ("10.0.0.1:1",)
 
 
-async def test_books_of_ranks_are_settled_on_every_way_out(fleet: MakeFleet) -> None:
+async def test_the_load_of_a_rank_ends_on_every_way_out(fleet: MakeFleet) -> None:
     pool = await fleet()
     pool.hold(TEXT, 0)
     rank = pool.rank(0)
@@ -196,7 +198,7 @@ async def test_books_of_ranks_are_settled_on_every_way_out(fleet: MakeFleet) -> 
     assert len(pool.tickets) == 0
 
 
-async def test_whoever_serves_instead_has_the_load(fleet: MakeFleet) -> None:
+async def test_the_rank_that_serves_instead_gets_the_load(fleet: MakeFleet) -> None:
     pool = await fleet()
     pool.hold(TEXT, 0)
     lease = await pool.complete(TEXT)
@@ -208,7 +210,7 @@ async def test_whoever_serves_instead_has_the_load(fleet: MakeFleet) -> None:
     assert pool.rank(1).load.in_flight == 0
 
 
-async def test_a_sibling_follows_what_is_on_its_way(fleet: MakeFleet) -> None:
+async def test_a_request_with_the_same_prefix_follows_the_first(fleet: MakeFleet) -> None:
     pool = await fleet()
     pool.hold("z" * 8, 0)
     pool.hold("z" * 8, 1)
@@ -220,7 +222,7 @@ async def test_a_sibling_follows_what_is_on_its_way(fleet: MakeFleet) -> None:
     assert second.decision.cached_tokens == 0  # never reported as overlap
 
 
-async def test_a_worker_that_left_is_no_target_and_keeps_no_hope(fleet: MakeFleet) -> None:
+async def test_a_worker_that_left_is_not_chosen_and_keeps_no_prediction(fleet: MakeFleet) -> None:
     pool = await fleet()
     pool.hold("z" * 8, 0)
     pool.hold("z" * 8, 1)

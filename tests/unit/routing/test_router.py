@@ -1,4 +1,4 @@
-"""From a request to a decision: who may be chosen, what is booked, claimed and named."""
+"""From a request to a decision: which workers may be chosen, what is claimed and named."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -50,13 +50,13 @@ async def test_a_configured_model_without_workers_is_503() -> None:
     assert (error.code, error.status) == ("no_healthy_workers", 503)
 
 
-async def test_no_model_means_the_only_one() -> None:
+async def test_a_request_without_a_model_gets_the_only_one() -> None:
     routing = make_fleet(pool(1))
     assert routing.router.only_model == "m"
     assert (await routing.route(None)).decision.model == "m"
 
 
-async def test_no_model_among_several_is_404() -> None:
+async def test_a_request_without_a_model_is_404_if_there_are_several() -> None:
     routing = make_fleet(pool(1), models=("m", "n"))
     assert routing.router.only_model is None
     assert routing.router.model_ids == ["m", "n"]
@@ -82,7 +82,9 @@ async def test_an_error_names_no_worker() -> None:
 
 
 @pytest.mark.parametrize(("stream", "timeout_ms"), [(False, 300_000), (True, 0)])
-async def test_the_decision_says_where_to_and_why(stream: bool, timeout_ms: int) -> None:
+async def test_the_decision_has_the_destination_and_the_reason(
+    stream: bool, timeout_ms: int
+) -> None:
     routing = make_fleet(pool(1))
     decision = (await routing.route(stream=stream)).decision
     assert decision.worker_url == "http://10.0.0.1:8000"
@@ -94,7 +96,9 @@ async def test_the_decision_says_where_to_and_why(stream: bool, timeout_ms: int)
 
 
 @pytest.mark.parametrize(("seconds", "milliseconds"), [(0.001, 1), (0.0001, 1), (1.5, 1500)])
-async def test_a_time_out_is_never_rounded_to_none(seconds: float, milliseconds: int) -> None:
+async def test_a_time_out_is_never_rounded_to_no_time_out(
+    seconds: float, milliseconds: int
+) -> None:
     routing = make_fleet(pool(1), request_timeout_seconds=seconds)
     assert (await routing.route()).decision.timeout_ms == milliseconds
 
@@ -124,7 +128,7 @@ async def test_a_refused_request_books_nothing() -> None:
     assert (workers[0].in_flight, len(routing.tickets)) == (0, 0)
 
 
-async def test_a_policy_that_breaks_neither_books_nor_claims() -> None:
+async def test_a_policy_that_raises_leaves_no_ticket_and_no_probe() -> None:
     class Broken:
         name = "broken"
 
@@ -173,7 +177,7 @@ async def test_being_a_candidate_or_a_fallback_claims_no_probe() -> None:
     assert workers[1].breaker.would_allow(routing.clock.monotonic())
 
 
-async def test_the_probe_is_claimed_for_the_chosen_one_and_only_once() -> None:
+async def test_the_probe_is_claimed_for_the_chosen_worker_and_only_once() -> None:
     workers = pool(2)
     routing = make_fleet(workers)
     for worker in workers:
@@ -194,7 +198,7 @@ async def test_the_probe_is_claimed_for_the_chosen_one_and_only_once() -> None:
     ("workers", "destinations_max", "named"),
     [(1, 3, 1), (2, 3, 2), (3, 3, 3), (9, 3, 3), (9, 1, 1), (9, 9, 9), (4, 9, 4)],
 )
-async def test_fallbacks_are_distinct_and_never_the_chosen_one(
+async def test_fallbacks_are_distinct_and_never_the_chosen_worker(
     workers: int, destinations_max: int, named: int
 ) -> None:
     routing = make_fleet(pool(workers), destinations_max=destinations_max)
@@ -216,7 +220,7 @@ async def test_the_less_loaded_of_the_drawn_fallbacks_come_first() -> None:
     assert decision.destinations == ("10.0.0.1:8000", "10.0.0.3:8000", "10.0.0.4:8000")
 
 
-async def test_the_requests_of_a_dead_worker_do_not_all_fall_on_the_same_next_one() -> None:
+async def test_the_requests_of_a_dead_worker_fall_on_different_workers() -> None:
     routing = make_fleet(pool(5), destinations_max=2)
     seconds: Counter[str] = Counter()
     for _ in range(500):

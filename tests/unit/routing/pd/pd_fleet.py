@@ -1,4 +1,4 @@
-"""What tests of disaggregation stand on: a registry, a router, and a caller that sends nothing."""
+"""A fleet of prefill and decode workers: real routing, and a prefill client that sends nothing."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.H
 
 
 class Post(Struct, frozen=True, kw_only=True):
-    """One request to an engine, as it was made."""
+    """One request to a prefill worker."""
 
     url: str
     path: str
@@ -50,8 +50,8 @@ class Post(Struct, frozen=True, kw_only=True):
         return found
 
 
-class FakeCaller:
-    """Connects unless told otherwise; the engines' answers are up to the test.
+class FakePrefillClient:
+    """A prefill client that connects unless the test refuses it; the test gives the answers.
 
     `silent` are URLs where connecting takes for ever.
     """
@@ -122,7 +122,7 @@ class PdFleet(Fleet):
         **settings: Any,
     ) -> None:
         self.made.append(self)
-        self.caller = FakeCaller()
+        self.prefill_client = FakePrefillClient()
         self.prefills = [
             pd_worker(url, "prefill", order, threshold=threshold, bootstrap_port=port)
             for order, url in enumerate(prefills)
@@ -136,7 +136,7 @@ class PdFleet(Fleet):
             policy="min_ttft" if min_ttft else "round_robin",
             settings=routing_settings(pd=pd_settings(**settings)),
             follows_kv=True,
-            prefill_client=self.caller,
+            prefill_client=self.prefill_client,
         )
 
     # -- requests
@@ -219,7 +219,7 @@ class PdFleet(Fleet):
         assert self.load == ([0] * len(self.prefills), [0] * len(self.decodes))
         assert len(self.tickets) == 0
         assert len(self.pd.pairs) == 0
-        assert not any(call.is_open for call in self.caller.calls)
+        assert not any(call.is_open for call in self.prefill_client.calls)
 
     def failures(self, reason: str) -> float:
         return self.metric("extproc_pd_prefill_failures_total", model="m", reason=reason)
@@ -227,7 +227,7 @@ class PdFleet(Fleet):
 
 @pytest.fixture(autouse=True)
 async def sockets_closed() -> AsyncIterator[None]:
-    """Of every fleet that a test has made."""
+    """Close the sockets of every fleet that a test has made."""
     yield
     while PdFleet.made:
         await PdFleet.made.pop().close()

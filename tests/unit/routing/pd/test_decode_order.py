@@ -1,4 +1,4 @@
-"""The value of the header between the two passes: what goes in comes out, and nothing else."""
+"""The header between the two passes is read as it was written, and nothing else is accepted."""
 
 import pytest
 from hypothesis import given
@@ -30,34 +30,34 @@ def test_a_round_trip_changes_nothing(order: DecodeOrder) -> None:
 
 
 @given(_ORDERS)
-def test_the_hands_are_disjoint_and_together_complete(order: DecodeOrder) -> None:
-    hands = [order.attempt_group(attempt) for attempt in range(1, order.attempts + 1)]
-    dealt = [address for hand in hands for address in hand]
+def test_the_groups_are_disjoint_and_together_complete(order: DecodeOrder) -> None:
+    groups = [order.attempt_group(attempt) for attempt in range(1, order.attempts + 1)]
+    dealt = [address for group in groups for address in group]
     assert len(dealt) == len(set(dealt))
     assert set(dealt) == set(order.addresses)
-    # Dealt out one by one: no hand is larger than another by more than one.
-    assert max(map(len, hands)) - min(map(len, hands)) <= 1
+    # No group is larger than another by more than one.
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
 
 
 @given(_ORDERS, st.integers(-3, 1000))
-def test_an_attempt_that_may_not_be_made_has_no_hand(order: DecodeOrder, attempt: int) -> None:
+def test_an_attempt_beyond_the_limit_has_an_empty_group(order: DecodeOrder, attempt: int) -> None:
     if not 1 <= attempt <= order.attempts:
         assert order.attempt_group(attempt) == ()
 
 
-def test_the_best_of_each_hand_comes_first() -> None:
+def test_the_best_of_each_group_comes_first() -> None:
     order = DecodeOrder(3, "p", "id", ("a:1", "b:1", "c:1", "d:1", "e:1"))
     assert order.attempt_group(1) == ("a:1", "d:1")
     assert order.attempt_group(2) == ("b:1", "e:1")
     assert order.attempt_group(3) == ("c:1",)
 
 
-def test_the_header_says_what_it_says() -> None:
+def test_the_header_has_four_fields() -> None:
     order = DecodeOrder(2, "2001:db8::7", "0a1b", ("10.0.0.1:1", "[2001:db8::1]:2"))
     assert order.to_header() == "2;2001:db8::7;0a1b;10.0.0.1:1,[2001:db8::1]:2"
 
 
-def test_of_a_large_pool_the_best_are_named() -> None:
+def test_only_the_best_of_a_large_pool_are_named() -> None:
     addresses = tuple(f"10.0.{n // 250}.{n % 250}:30000" for n in range(1000))
     header = DecodeOrder(9, "p", "id", addresses).to_header()
     # A header must stay far below the proxies' limit of 60 KiB for all of them.
@@ -87,13 +87,13 @@ def test_of_a_large_pool_the_best_are_named() -> None:
     ],
     ids=lambda header: header[:20],
 )
-def test_what_is_no_order_is_refused(header: str) -> None:
+def test_a_malformed_header_is_refused(header: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 (of whichever kind)
         DecodeOrder.from_header(header)
 
 
 @given(st.text() | st.text(";,0123456789:. a"))
-def test_anything_is_an_order_or_a_value_error(header: str) -> None:
+def test_any_header_is_an_order_or_a_value_error(header: str) -> None:
     try:
         order = DecodeOrder.from_header(header)
     except ValueError:
@@ -104,6 +104,6 @@ def test_anything_is_an_order_or_a_value_error(header: str) -> None:
 
 
 @pytest.mark.parametrize("header", ["2;h;p;", "2;h;p;,,"])
-def test_an_order_without_addresses_has_empty_hands(header: str) -> None:
+def test_an_order_without_addresses_has_empty_groups(header: str) -> None:
     order = DecodeOrder.from_header(header)
     assert order.addresses == order.attempt_group(1) == order.attempt_group(2) == ()

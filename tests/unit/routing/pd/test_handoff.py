@@ -1,4 +1,4 @@
-"""What is added to a body so that a prefill and a decode worker meet."""
+"""The JSON members by which a prefill and a decode worker find each other."""
 
 import json
 from collections import Counter
@@ -53,7 +53,7 @@ def no_headers() -> ClientHeaders:
 
 
 @given(dp_size=st.integers(1, 1024), data=st.data(), prompts=st.none() | st.integers(1, 5))
-def test_a_room_tells_the_rank_and_fits_a_signed_integer(
+def test_a_room_carries_the_rank_and_fits_a_signed_integer(
     dp_size: int, data: st.DataObject, prompts: int | None
 ) -> None:
     dp_rank = data.draw(st.integers(0, dp_size - 1))
@@ -79,7 +79,7 @@ def test_the_first_and_the_last_room_are_within_bounds(
             if drawn == "first":
                 assert room == dp_rank
             else:
-                # One step more would leave the range.
+                # One more step would leave the range.
                 assert 2**63 - dp_size <= room < 2**63
 
 
@@ -107,7 +107,7 @@ def test_a_port_that_is_not_known_is_null(port: int | None) -> None:
 
 
 @pytest.mark.parametrize("host", ["2001:db8::1", "prefill-0.prefill.svc", "::1"])
-def test_the_host_stands_as_in_the_url_without_brackets(host: str) -> None:
+def test_the_host_is_that_of_the_url_without_brackets(host: str) -> None:
     assert members(host)["bootstrap_host"] == host
 
 
@@ -132,7 +132,7 @@ def test_the_host_stands_as_in_the_url_without_brackets(host: str) -> None:
         ({"text": None, "input_ids": [[1], [2]]}, 2),
         ({"text": ["a", "b"], "input_ids": [[1]]}, 2),
         ({"text": ["a"] * 4096}, 4096),
-        # Of the other path.
+        # The field of the other path.
         ({"text": "a", "prompt": ["a", "b"]}, None),
     ],
 )
@@ -154,7 +154,7 @@ def test_only_a_list_of_prompts_is_a_batch(body: dict[str, Any], prompts: int | 
         (["a"] * 4096, 4096),
     ],
 )
-def test_a_completion_has_its_prompts_elsewhere(prompt: Any, prompts: int | None) -> None:
+def test_the_prompts_of_a_completion_are_in_another_field(prompt: Any, prompts: int | None) -> None:
     found = prompts_in("/v1/completions", prompt=prompt, text=["x"] * 7, input_ids=[[1]] * 7)
     assert found == prompts
 
@@ -164,7 +164,7 @@ def test_a_chat_is_never_a_batch() -> None:
     assert prompts_in("/v1/chat/completions", **body) is None
 
 
-def test_a_query_makes_no_difference_to_the_path() -> None:
+def test_a_query_in_the_path_makes_no_difference() -> None:
     assert prompts_in("/generate?x=1", text=["a", "b"]) == 2
 
 
@@ -209,7 +209,7 @@ def test_the_handle_to_the_cache_is_passed_on_byte_for_byte(params: bytes) -> No
     assert kv_decode_members(answer) == b'"kv_transfer_params":' + params
 
 
-def test_of_two_handles_the_last_counts_as_for_every_parser() -> None:
+def test_the_last_of_two_handles_counts_as_for_every_parser() -> None:
     answer = b'{"kv_transfer_params":{"a":1},"kv_transfer_params":{"a":2}}'
     assert kv_decode_members(answer) == b'"kv_transfer_params":{"a":2}'
 
@@ -240,7 +240,7 @@ def test_an_answer_without_a_handle_has_nothing_for_decode(answer: bytes) -> Non
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
-def test_no_answer_breaks_the_reader(answer: bytes) -> None:
+def test_no_answer_raises(answer: bytes) -> None:
     assert kv_decode_members(answer) is None
 
 
@@ -252,7 +252,7 @@ _JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text(), _JSON), st.dictionaries(st.text(), _JSON))
-def test_what_comes_out_is_what_the_decode_worker_reads(
+def test_the_decode_worker_reads_the_handle_that_was_passed_on(
     params: dict[str, Any], body: dict[str, Any]
 ) -> None:
     found = kv_decode_members(json.dumps({"kv_transfer_params": params}).encode())
@@ -269,5 +269,5 @@ def test_too_many_prompts_are_refused(path: str) -> None:
     assert (caught.value.status, caught.value.code) == (400, "bad_request")
 
 
-def test_what_is_no_utf_8_is_not_passed_on() -> None:
+def test_an_answer_that_is_not_utf_8_is_not_passed_on() -> None:
     assert kv_decode_members(b'{"kv_transfer_params":{"a":"\xff"}}') is None

@@ -1,4 +1,4 @@
-"""A request on two workers ends in many ways; each leaves nothing behind and counts once."""
+"""A request on two workers ends in many ways; each one leaves nothing behind and counts once."""
 
 import asyncio
 from typing import Any
@@ -55,7 +55,7 @@ class FakeCall:
         self.cancels += 1
         self._answer.cancel()
 
-    def tell(self, status: int = 200, body: bytes = b"{}") -> None:
+    def respond(self, status: int = 200, body: bytes = b"{}") -> None:
         if self.is_open:
             self._answer.set_result(EngineAnswer(status, body))
 
@@ -65,16 +65,16 @@ class FakeCall:
 
 
 class Booking:
-    """The rank's book; what it was told."""
+    """A booking on a rank that records its calls."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.calls: list[str] = []
 
     def started(self, now: float) -> None:
-        self.told.append("started")
+        self.calls.append("started")
 
     def release(self, now: float) -> None:
-        self.told.append("release")
+        self.calls.append("release")
 
 
 class Case:
@@ -124,7 +124,7 @@ class Case:
         )
 
     async def answers(self, status: int, body: bytes = b"{}") -> None:
-        self.call.tell(status, body)
+        self.call.respond(status, body)
         await settle()
 
     async def breaks(self, error: EngineUnreachableError) -> None:
@@ -177,7 +177,7 @@ async def test_a_good_prefill_is_a_success_and_its_load_ends_with_it(status: int
     case.routing.clock.tick(0.3)
     await case.answers(status)
     assert case.load == (0, 1)
-    assert booking.told == ["started", "release"]
+    assert booking.calls == ["started", "release"]
     assert not case.pair.holds_stream
     assert case.routing.outcomes() == {P: ["success"]}
     assert (case.failures, case.failure_causes(), case.rechecked) == ([], [], [])
@@ -191,7 +191,9 @@ async def test_a_good_prefill_is_a_success_and_its_load_ends_with_it(status: int
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 422, 429, 499])
-async def test_a_4xx_is_the_clients_fault_and_told_in_the_engines_words(status: int) -> None:
+async def test_a_4xx_is_the_clients_fault_and_reaches_the_client_in_the_engines_words(
+    status: int,
+) -> None:
     case = Case(threshold=2)
     case.prefill.breaker.failure(0.0)
     body = b'{"object":"error"}'
@@ -218,7 +220,7 @@ async def test_a_4xx_is_the_clients_fault_and_told_in_the_engines_words(status: 
         (EngineTimeoutError("late"), "timeout"),
     ],
 )
-async def test_a_prefill_that_fails_is_the_workers_fault_and_told_at_once(
+async def test_a_failed_prefill_is_the_workers_fault_and_aborts_the_request_at_once(
     answer: int | EngineUnreachableError, cause: str
 ) -> None:
     case = Case()
@@ -235,7 +237,7 @@ async def test_a_prefill_that_fails_is_the_workers_fault_and_told_at_once(
     assert case.routing.outcomes() == {P: ["error"]}
     assert case.failure_causes() == [cause]
     assert case.rechecked == [case.prefill]
-    assert booking.told == ["release"]
+    assert booking.calls == ["release"]
     assert case.load == (0, 1)
     case.routing.clock.tick(0.004)
     case.pair.answer_written()
@@ -247,7 +249,7 @@ async def test_a_prefill_that_fails_is_the_workers_fault_and_told_at_once(
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])
-async def test_nobody_is_told_of_a_prefill_that_ends_when_the_stream_is_over(status: int) -> None:
+async def test_a_prefill_that_ends_after_the_stream_aborts_nothing(status: int) -> None:
     case = Case(linger=60.0)
     case.responds(200)
     case.pair.close()
@@ -274,8 +276,8 @@ async def test_a_client_that_leaves_ends_the_prefill_at_once(linger: float) -> N
     assert case.call.cancels >= 1
     await settle()
     case.nothing_is_left()
-    assert booking.told == ["release"]
-    # Nothing was learnt of either worker; others may probe.
+    assert booking.calls == ["release"]
+    # Neither worker has an outcome, so other requests may probe.
     assert case.prefill.breaker.state is case.decode.breaker.state is HALF_OPEN
     assert case.prefill.breaker.would_allow(now)
     assert case.decode.breaker.would_allow(now)
@@ -283,20 +285,20 @@ async def test_a_client_that_leaves_ends_the_prefill_at_once(linger: float) -> N
     assert (case.failures, case.ended()) == ([], ["cancelled"])
 
 
-async def test_after_a_good_response_the_prefill_may_take_a_while() -> None:
+async def test_a_prefill_may_linger_after_a_good_response() -> None:
     case = Case(linger=60.0)
     case.responds(200)
     case.pair.close()
     assert not case.pair.holds_stream
     await settle()
     assert (case.call.cancels, case.load, len(case.pairs)) == (0, (1, 0), 1)
-    case.call.tell(200)
+    case.call.respond(200)
     await settle()
     case.nothing_is_left()
     assert case.routing.outcomes() == {P: ["success"]}
 
 
-async def test_after_that_while_the_prefill_is_cancelled() -> None:
+async def test_a_lingering_prefill_is_cancelled_in_the_end() -> None:
     case = Case(linger=LINGER_SECONDS)
     case.responds(200)
     case.pair.close()
@@ -309,7 +311,7 @@ async def test_after_that_while_the_prefill_is_cancelled() -> None:
     assert (case.failures, case.ended()) == ([], ["ok"])
 
 
-async def test_without_that_while_it_ends_with_the_response() -> None:
+async def test_without_lingering_a_prefill_ends_with_the_response() -> None:
     case = Case()
     case.responds(200)
     assert case.call.cancels == 0
@@ -319,7 +321,7 @@ async def test_without_that_while_it_ends_with_the_response() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 500, 503])
-async def test_a_decode_that_fails_ends_the_prefill_before_the_stream(status: int) -> None:
+async def test_a_failed_decode_cancels_the_prefill_before_the_stream_ends(status: int) -> None:
     case = Case(linger=60.0)
     case.responds(status)
     assert case.call.cancels == 1
@@ -334,7 +336,7 @@ async def test_a_decode_that_fails_ends_the_prefill_before_the_stream(status: in
     assert case.prefill.breaker.state is CLOSED
 
 
-async def test_a_prefill_that_fails_while_the_response_runs_is_told_too() -> None:
+async def test_a_prefill_that_fails_during_the_response_aborts_the_request() -> None:
     case = Case()
     case.responds(200)
     await case.answers(500)
@@ -344,7 +346,7 @@ async def test_a_prefill_that_fails_while_the_response_runs_is_told_too() -> Non
     case.nothing_is_left()
 
 
-async def test_closing_twice_is_closing_once() -> None:
+async def test_close_is_idempotent() -> None:
     case = Case()
     case.responds(200)
     await case.answers(200)
@@ -354,7 +356,7 @@ async def test_closing_twice_is_closing_once() -> None:
     assert case.ended() == ["ok"]
 
 
-async def test_a_failure_nobody_listens_to_is_settled_all_the_same() -> None:
+async def test_a_failure_is_recorded_without_a_listener() -> None:
     case = Case()
     case.pair.on_abort = None
     await case.answers(500)
@@ -366,14 +368,14 @@ async def test_a_failure_nobody_listens_to_is_settled_all_the_same() -> None:
 # -- abandoned
 
 
-async def test_abandoning_ends_the_prefill_and_tells_the_client() -> None:
+async def test_abandoning_cancels_the_prefill_and_aborts_the_request() -> None:
     case = Case(probe=True)
     case.pairs.abandon()
     await settle()
     assert [error.status for error in case.failures] == [502]
     assert case.call.cancels == 1
     assert case.prefill.in_flight == 0
-    # It was not the worker's fault.
+    # The worker is not to blame.
     assert case.prefill.breaker.would_allow(case.routing.clock.monotonic())
     assert case.routing.outcomes() == {P: ["cancelled"]}
     case.pairs.abandon()
@@ -384,7 +386,7 @@ async def test_abandoning_ends_the_prefill_and_tells_the_client() -> None:
     assert case.ended() == ["abandoned"]
 
 
-async def test_only_the_pairs_of_a_worker_are_abandoned_with_it() -> None:
+async def test_only_the_pairs_of_a_prefill_worker_are_abandoned_with_it() -> None:
     case = Case()
     case.pairs.abandon(case.decode)
     assert case.call.is_open
@@ -394,7 +396,7 @@ async def test_only_the_pairs_of_a_worker_are_abandoned_with_it() -> None:
     case.nothing_is_left()
 
 
-async def test_a_prefill_that_is_over_is_not_abandoned() -> None:
+async def test_a_finished_prefill_is_not_abandoned() -> None:
     case = Case()
     await case.answers(200)
     case.pairs.abandon()
@@ -404,7 +406,7 @@ async def test_a_prefill_that_is_over_is_not_abandoned() -> None:
     assert case.ended() == ["ok"]
 
 
-async def test_one_that_only_lingers_is_abandoned_in_silence() -> None:
+async def test_a_lingering_prefill_is_abandoned_without_an_abort() -> None:
     case = Case(linger=60.0)
     case.responds(200)
     case.pair.close()
@@ -425,7 +427,7 @@ async def test_a_reservation_counts_until_it_is_released_once() -> None:
     case.pair.release_reservation()
     assert case.load == (1, 0)
     assert case.decode.breaker.would_allow(now)
-    # The worker is picked, and its probe is another's by now.
+    # The worker is picked, and another request has its probe now.
     probe = case.decode.breaker.claim(now)
     assert probe
     ticket = case.routing.tickets.book(case.decode, now)
@@ -437,7 +439,7 @@ async def test_a_reservation_counts_until_it_is_released_once() -> None:
     case.nothing_is_left()
 
 
-async def test_a_reservation_object_is_released_once() -> None:
+async def test_the_claim_of_a_reservation_is_released_once() -> None:
     case = Case(probe=True)
     now = case.routing.clock.monotonic()
     reservation = case.pair.reservation
@@ -452,7 +454,7 @@ async def test_a_reservation_object_is_released_once() -> None:
 @pytest.mark.parametrize(
     ("status", "state", "outcome"), [(200, CLOSED, "success"), (500, OPEN, "error")]
 )
-async def test_inline_the_response_settles_the_decode_worker_too(
+async def test_inline_the_response_is_recorded_for_the_decode_worker_too(
     status: int, state: BreakerState, outcome: str
 ) -> None:
     case = Case(inline=True)
@@ -468,7 +470,7 @@ async def test_inline_the_response_settles_the_decode_worker_too(
     assert case.ended() == ["ok" if status < 400 else "decode_failed"]
 
 
-async def test_inline_a_client_that_leaves_is_neutral_for_both() -> None:
+async def test_inline_a_client_that_leaves_is_not_a_failure_of_either_worker() -> None:
     case = Case(inline=True, probe=True)
     case.pair.close()
     case.nothing_is_left()
@@ -498,10 +500,10 @@ async def test_with_two_passes_the_janitor_watches_the_prefill() -> None:
     case.nothing_is_left()
 
 
-# -- the book
+# -- the pairs
 
 
-async def test_the_book_finds_a_pair_by_its_name_until_it_is_over() -> None:
+async def test_a_pair_is_found_by_its_id_until_it_is_over() -> None:
     case = Case()
     assert case.pairs.get(case.pair.id) is case.pair
     assert case.pairs.get("0" * 24) is None
@@ -510,7 +512,7 @@ async def test_the_book_finds_a_pair_by_its_name_until_it_is_over() -> None:
     assert case.pairs.get(case.pair.id) is None
 
 
-def test_names_are_short_and_never_the_same() -> None:
+def test_ids_are_short_and_never_the_same() -> None:
     names = {Pairs.new_id() for _ in range(1000)}
     assert len(names) == 1000
     assert all(len(name) == 24 and name.isalnum() for name in names)
@@ -526,7 +528,7 @@ _STEPS = st.lists(
         st.tuples(st.just("close")),
         st.tuples(st.just("abandon")),
         st.tuples(st.just("expired")),
-        st.tuples(st.just("told")),
+        st.tuples(st.just("answer_written")),
         st.tuples(st.just("picked")),
         st.tuples(st.just("wait")),
     ),
@@ -538,12 +540,12 @@ async def _play(steps: list[Any], *, inline: bool, linger: float, probe: bool) -
     case = Case(inline=inline, linger=linger, probe=probe)
     booking: RankBooking = Booking()
     case.pair.leg.claim.ticket.booking = booking
-    told_before_close = 0
+    failures_before_close = 0
     closed = responded = False
     for step in steps:
         match step:
             case "answer", status:
-                case.call.tell(status)
+                case.call.respond(status)
             case "broken", timed_out:
                 case.call.fail((EngineTimeoutError if timed_out else EngineUnreachableError)(""))
             case "responded", status:
@@ -553,13 +555,13 @@ async def _play(steps: list[Any], *, inline: bool, linger: float, probe: bool) -
             case ("close",):
                 case.pair.close()
                 if not closed:
-                    told_before_close = len(case.failures)
+                    failures_before_close = len(case.failures)
                 closed = True
             case ("abandon",):
                 case.pairs.abandon()
             case ("expired",):
                 case.pair.abort(stale_request_expired())
-            case ("told",):
+            case ("answer_written",):
                 if case.failures:
                     case.pair.answer_written()
             case ("picked",):
@@ -571,20 +573,20 @@ async def _play(steps: list[Any], *, inline: bool, linger: float, probe: bool) -
         assert len(case.failures) <= 1
     case.pair.close()
     if not closed:
-        told_before_close = len(case.failures)
+        failures_before_close = len(case.failures)
     if linger and case.call.is_open:
         assert len(case.pairs) == 1
-        case.call.tell(200)
+        case.call.respond(200)
     await settle()
     case.nothing_is_left()
-    assert len(case.failures) == told_before_close <= 1
+    assert len(case.failures) == failures_before_close <= 1
     assert len(case.ended()) == 1
     outcomes = case.routing.outcomes()
     assert len(outcomes[P]) == 1
     assert len(outcomes.get(D, [])) == (1 if inline else 0)
     assert isinstance(booking, Booking)
-    assert booking.told in (["release"], ["started", "release"])
-    # Whoever probes next may: no probe was forgotten.
+    assert booking.calls in (["release"], ["started", "release"])
+    # The next request may probe: no probe was forgotten.
     case.routing.clock.tick(30.0)
     now = case.routing.clock.monotonic()
     assert case.prefill.breaker.would_allow(now)
@@ -605,23 +607,23 @@ def test_whatever_happens_in_whatever_order_nothing_is_left(
 @pytest.mark.parametrize("status", [200, 500])
 async def test_an_answer_on_its_way_when_the_stream_ends_counts_once(status: int) -> None:
     case = Case()
-    case.call.tell(status)
+    case.call.respond(status)
     case.pair.close()
     await settle()
     assert len(case.routing.outcomes()[P]) == 1
 
 
-async def test_an_answer_on_its_way_when_the_pair_is_given_up_is_not_told_twice() -> None:
+async def test_an_answer_on_its_way_when_the_pair_is_abandoned_aborts_only_once() -> None:
     case = Case()
-    case.call.tell(500)
+    case.call.respond(500)
     case.pairs.abandon()
     await settle()
     assert len(case.failures) == 1
 
 
-async def test_an_answer_on_its_way_when_decode_has_failed_is_not_told() -> None:
+async def test_an_answer_on_its_way_when_decode_has_failed_does_not_abort() -> None:
     case = Case()
-    case.call.tell(500)
+    case.call.respond(500)
     case.responds(500)
     await settle()
     assert case.failures == []
@@ -637,7 +639,7 @@ async def test_a_redirect_is_a_failure() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "blamed"), [(0.5, False), (1.5, True)])
-async def test_a_decode_worker_that_waited_in_vain_is_not_to_blame(
+async def test_a_decode_worker_that_waited_for_the_prefill_is_not_to_blame(
     seconds: float, blamed: bool
 ) -> None:
     case = Case()

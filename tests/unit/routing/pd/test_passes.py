@@ -1,4 +1,4 @@
-"""The first pass: which workers a request is sent to, and what is in it."""
+"""The first pass: which workers get a request, and what is in it."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ class Choices:
 # -- what is decided
 
 
-async def test_two_passes_name_no_worker_but_what_the_second_has_to_know() -> None:
+async def test_with_two_passes_the_decision_has_an_order_and_no_destinations() -> None:
     fleet = PdFleet(linger_seconds=0.0)
     pair = await fleet.pair()
     decision = pair.decision
@@ -123,7 +123,7 @@ async def test_a_neighbour_of_the_prefill_worker_comes_first() -> None:
     fleet.nothing_is_left()
 
 
-async def test_what_the_engine_reports_of_its_load_counts() -> None:
+async def test_the_load_that_an_engine_reports_counts() -> None:
     fleet = PdFleet()
     fleet.reports(fleet.decodes[0], 50)
     fleet.reports(fleet.decodes[1], 0, usage=0.9)
@@ -147,10 +147,10 @@ async def test_a_reservation_is_seen_by_the_next_request() -> None:
 # -- the prefill's request
 
 
-async def test_both_sides_get_the_same_room_and_the_rest_of_the_body_as_it_was() -> None:
+async def test_both_workers_get_the_same_room_and_the_rest_of_the_body_unchanged() -> None:
     fleet = PdFleet()
     pair = await fleet.pair()
-    (post,) = fleet.caller.posts
+    (post,) = fleet.prefill_client.posts
     assert post.body == with_members(BODY, pair.decision.body_members)
     assert (post.url, post.path) == (PREFILLS[0], "/v1/completions")
     assert post.fields["bootstrap_host"] == "10.0.0.1"
@@ -164,13 +164,13 @@ async def test_both_sides_get_the_same_room_and_the_rest_of_the_body_as_it_was()
 async def test_an_unknown_bootstrap_port_is_null() -> None:
     fleet = PdFleet(port=None)
     (await fleet.pair()).close()
-    assert fleet.caller.posts[0].fields["bootstrap_port"] is None
+    assert fleet.prefill_client.posts[0].fields["bootstrap_port"] is None
 
 
-async def test_an_ipv6_prefill_worker_is_met_without_brackets() -> None:
+async def test_an_ipv6_bootstrap_host_has_no_brackets() -> None:
     fleet = PdFleet(["http://[2001:db8::1]:8000"], ["http://[2001:db8::1]:9000"])
     pair = await fleet.pair()
-    assert fleet.caller.posts[0].fields["bootstrap_host"] == "2001:db8::1"
+    assert fleet.prefill_client.posts[0].fields["bootstrap_host"] == "2001:db8::1"
     order = DecodeOrder.from_header(pair.decision.decode_order)
     assert order.prefill_host == "2001:db8::1"
     lease = fleet.pick(pair)
@@ -191,14 +191,14 @@ async def test_an_ipv6_prefill_worker_is_met_without_brackets() -> None:
 async def test_a_batch_gets_a_room_for_each_prompt(path: str, body: bytes) -> None:
     fleet = PdFleet()
     pair = await fleet.pair(body, path=path)
-    fields = fleet.caller.posts[0].fields
+    fields = fleet.prefill_client.posts[0].fields
     assert len(set(fields["bootstrap_room"])) == 3
     assert fields["bootstrap_host"] == ["10.0.0.1"] * 3
     pair.close()
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5, 7])
-async def test_the_room_says_the_rank(rank: int) -> None:
+async def test_the_room_carries_the_rank(rank: int) -> None:
     fleet = PdFleet()
     worker = fleet.prefills[1]
     events = KvEvents(host="10.0.0.2", port=5557, block_size=PAGE, dp_size=8)
@@ -210,7 +210,7 @@ async def test_the_room_says_the_rank(rank: int) -> None:
     request = Request(find_endpoint("POST", "/generate"), "m", stream=False, body=b'{"text":"a"}')
     for _ in range(5):
         pair = await fleet.pd.route(request, "m", Choices(choose), NO_TOKENS)
-        assert fleet.caller.posts[-1].fields["bootstrap_room"] % 8 == rank
+        assert fleet.prefill_client.posts[-1].fields["bootstrap_room"] % 8 == rank
         pair.close()
     fleet.nothing_is_left()
 
@@ -225,7 +225,7 @@ async def test_the_prefill_has_the_headers_that_decode_has(
     fleet = PdFleet(authorization=authorization)
     sent = [("authorization", "Bearer client"), ("x-request-id", "r1"), ("traceparent", "t")]
     (await fleet.pair(headers=sent)).close()
-    headers = fleet.caller.posts[0].headers
+    headers = fleet.prefill_client.posts[0].headers
     assert dict(headers) == {
         "content-type": "application/json",
         "authorization": expected,
@@ -235,10 +235,10 @@ async def test_the_prefill_has_the_headers_that_decode_has(
     assert len(headers) == 4
 
 
-async def test_a_client_without_credentials_is_given_none() -> None:
+async def test_a_client_without_credentials_gets_no_authorization_header() -> None:
     fleet = PdFleet()
     (await fleet.pair()).close()
-    assert "authorization" not in dict(fleet.caller.posts[0].headers)
+    assert "authorization" not in dict(fleet.prefill_client.posts[0].headers)
 
 
 # -- workers that are not there
@@ -251,17 +251,17 @@ async def test_a_refused_connection_leads_to_another_worker_and_another_room(
     error: EngineUnreachableError,
 ) -> None:
     fleet = PdFleet(threshold=1)
-    fleet.caller.refuses[PREFILLS[0]] = error
+    fleet.prefill_client.refuses[PREFILLS[0]] = error
     for worker, port in zip(fleet.prefills, (8998, None, 9), strict=True):
         worker.spec = msgspec.structs.replace(worker.spec, bootstrap_port=port)
     pair = await fleet.pair()
-    first, second = fleet.caller.posts
+    first, second = fleet.prefill_client.posts
     assert (first.url, second.url) == (PREFILLS[0], pair.leg.worker.url)
     assert first.url != second.url
     assert second.fields["bootstrap_host"] == pair.leg.worker.spec.url.host
     assert second.fields["bootstrap_port"] == pair.leg.worker.spec.bootstrap_port
     assert first.fields["bootstrap_room"] != second.fields["bootstrap_room"]
-    # The decode worker is told of the second only.
+    # The decode worker learns about the second one only.
     assert second.body == with_members(BODY, pair.decision.body_members)
     assert second.body.count(b"bootstrap_room") == 1
     assert pair.decision.worker_url == second.url
@@ -274,29 +274,29 @@ async def test_a_refused_connection_leads_to_another_worker_and_another_room(
     fleet.nothing_is_left()
 
 
-async def test_when_all_refuse_each_was_tried_once() -> None:
+async def test_when_all_prefill_workers_refuse_each_was_tried_once() -> None:
     fleet = PdFleet()
-    fleet.caller.refuse(*PREFILLS)
+    fleet.prefill_client.refuse(*PREFILLS)
     error = await fleet.refused()
     assert (error.status, error.code) == (503, "no_prefill_workers_available")
-    assert sorted(post.url for post in fleet.caller.posts) == PREFILLS
-    assert len({post.fields["bootstrap_room"] for post in fleet.caller.posts}) == 3
+    assert sorted(post.url for post in fleet.prefill_client.posts) == PREFILLS
+    assert len({post.fields["bootstrap_room"] for post in fleet.prefill_client.posts}) == 3
     assert fleet.failures("connect") == 3
     assert fleet.metric("extproc_pd_pairs_total", model="m", outcome="prefill_failed") == 0
     fleet.nothing_is_left()
 
 
-async def test_a_worker_that_refuses_is_left_alone_by_its_breaker() -> None:
+async def test_the_breaker_of_a_worker_that_refuses_opens() -> None:
     fleet = PdFleet(threshold=1)
-    fleet.caller.refuse(*PREFILLS)
+    fleet.prefill_client.refuse(*PREFILLS)
     await fleet.refused()
     await fleet.refused()
-    assert len(fleet.caller.posts) == 3
+    assert len(fleet.prefill_client.posts) == 3
     fleet.clock.tick(30.0)
-    fleet.caller.refuses.clear()
+    fleet.prefill_client.refuses.clear()
     pair = await fleet.pair()
     assert pair.leg.worker.breaker.state is BreakerState.HALF_OPEN
-    fleet.caller.calls[-1].tell(200)
+    fleet.prefill_client.calls[-1].respond(200)
     await settle()
     assert fleet.prefills[0].breaker.state.name == "CLOSED"
     pair.close()
@@ -321,17 +321,17 @@ async def test_without_one_side_nothing_is_sent_to_the_other(
     error = await fleet.refused()
     assert (error.status, error.code) == (503, code)
     assert dict(error.headers)["retry-after"] == "1"
-    assert fleet.caller.posts == []
+    assert fleet.prefill_client.posts == []
     fleet.nothing_is_left()
 
 
-async def test_a_probe_that_runs_keeps_others_away_on_both_sides() -> None:
+async def test_a_running_probe_keeps_other_requests_away_on_both_sides() -> None:
     fleet = PdFleet(PREFILLS[:1], DECODES[:1])
     fleet.trip(fleet.prefills[0])
     fleet.clock.tick(30.0)
     pair = await fleet.pair()
     assert (await fleet.refused()).code == "no_prefill_workers_available"
-    fleet.caller.calls[0].tell(200)
+    fleet.prefill_client.calls[0].respond(200)
     await settle()
     pair.close()
     fleet.trip(fleet.decodes[0])
@@ -344,9 +344,9 @@ async def test_a_probe_that_runs_keeps_others_away_on_both_sides() -> None:
     fleet.nothing_is_left()
 
 
-async def test_decode_workers_that_vanish_while_prefill_is_tried_end_it() -> None:
+async def test_no_more_prefill_workers_are_tried_when_all_decode_workers_have_vanished() -> None:
     fleet = PdFleet()
-    fleet.caller.refuse(PREFILLS[0])
+    fleet.prefill_client.refuse(PREFILLS[0])
 
     def choose(candidates: Sequence[Worker]) -> Chosen:
         fleet.trip(*fleet.decodes)
@@ -355,11 +355,11 @@ async def test_decode_workers_that_vanish_while_prefill_is_tried_end_it() -> Non
     request = Request(find_endpoint("POST", "/v1/completions"), "m", False, BODY)
     with pytest.raises(RouterError, match="no_decode_workers"):
         await fleet.pd.route(request, "m", Choices(choose), NO_TOKENS)
-    assert len(fleet.caller.posts) == 1
+    assert len(fleet.prefill_client.posts) == 1
     fleet.nothing_is_left()
 
 
-async def test_decode_workers_that_vanish_meanwhile_end_the_prefill_too() -> None:
+async def test_a_prefill_is_cancelled_when_all_decode_workers_have_vanished() -> None:
     fleet = PdFleet()
 
     def choose(candidates: Sequence[Worker]) -> Chosen:
@@ -369,32 +369,32 @@ async def test_decode_workers_that_vanish_meanwhile_end_the_prefill_too() -> Non
     request = Request(find_endpoint("POST", "/v1/completions"), "m", False, BODY)
     with pytest.raises(RouterError, match="no_decode_workers"):
         await fleet.pd.route(request, "m", Choices(choose), NO_TOKENS)
-    assert [call.cancels for call in fleet.caller.calls] == [1]
+    assert [call.cancels for call in fleet.prefill_client.calls] == [1]
     assert fleet.outcomes() == {PREFILLS[0]: ["cancelled"]}
     fleet.nothing_is_left()
 
 
-async def test_a_path_that_can_not_be_split_is_refused_before_anything() -> None:
+async def test_an_endpoint_without_prefill_and_decode_is_refused_before_any_work() -> None:
     fleet = PdFleet()
     error = await fleet.refused(path="/v1/embeddings")
     assert (error.status, error.code) == (400, "bad_request")
-    assert fleet.caller.posts == []
+    assert fleet.prefill_client.posts == []
 
 
-async def test_a_body_that_is_not_shown_can_not_be_split() -> None:
+async def test_a_request_without_a_visible_body_is_refused() -> None:
     fleet = PdFleet()
     assert (await fleet.refused(b"")).code == "body_mode_unsupported"
-    assert fleet.caller.posts == []
+    assert fleet.prefill_client.posts == []
 
 
-# -- requests that are given up
+# -- requests that end early
 
 
 async def test_a_deadline_while_connecting_leaves_nothing() -> None:
     fleet = PdFleet(PREFILLS[:1], threshold=1)
     fleet.trip(fleet.prefills[0])
     fleet.clock.tick(30.0)
-    fleet.caller.silent.add(PREFILLS[0])
+    fleet.prefill_client.silent.add(PREFILLS[0])
     task = await fleet.waiting()
     assert fleet.load[0] == [1]
     task.cancel()
@@ -405,13 +405,13 @@ async def test_a_deadline_while_connecting_leaves_nothing() -> None:
     assert fleet.prefills[0].breaker.would_allow(fleet.clock.monotonic())
 
 
-async def test_a_mistake_of_the_caller_leaves_nothing() -> None:
+async def test_an_exception_of_the_client_leaves_nothing() -> None:
     fleet = PdFleet()
 
     async def post(*_: Any, **__: Any) -> PrefillCall:
         raise RuntimeError("boom")
 
-    fleet.caller.post = post  # type: ignore[method-assign]
+    fleet.prefill_client.post = post  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="boom"):
         await fleet.pair()
     fleet.nothing_is_left()
@@ -422,7 +422,7 @@ async def test_a_pair_ends_with_its_prefill_and_its_stream() -> None:
     pair = await fleet.pair()
     failures: list[RouterError] = []
     pair.on_abort = failures.append
-    fleet.caller.calls[0].tell(500)
+    fleet.prefill_client.calls[0].respond(500)
     await settle()
     assert [error.code for error in failures] == ["prefill_failed"]
     assert fleet.rechecked == [fleet.prefills[0]]
@@ -430,7 +430,7 @@ async def test_a_pair_ends_with_its_prefill_and_its_stream() -> None:
     fleet.nothing_is_left()
 
 
-async def test_a_changed_role_ends_the_prefills_there() -> None:
+async def test_a_changed_role_aborts_the_prefills_on_the_worker() -> None:
     fleet = PdFleet()
     pairs = [await fleet.pair() for _ in range(3)]
     failures: list[RouterError] = []
@@ -453,7 +453,7 @@ async def test_a_changed_role_ends_the_prefills_there() -> None:
     ("path", "body"),
     [("/generate", b'{"text":1e999}'), ("/v1/completions", b'{"model":"m","prompt":1e999}')],
 )
-async def test_what_no_parser_takes_is_left_to_the_engine(path: str, body: bytes) -> None:
+async def test_a_body_that_no_parser_takes_is_left_to_the_engine(path: str, body: bytes) -> None:
     pair = await PdFleet().pair(body, path=path)
     assert b"bootstrap_room" in pair.decision.body_members
     pair.close()

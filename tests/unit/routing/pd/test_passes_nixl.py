@@ -1,4 +1,4 @@
-"""Prefill first, decode with what it returned; and prompts that need no prefill."""
+"""With nixl, decode begins with the answer of the prefill. And prompts without a prefill worker."""
 
 import asyncio
 import json
@@ -44,16 +44,16 @@ async def failed(task: "asyncio.Task[Lease | Pair]") -> RouterError:
 
 
 @pytest.mark.parametrize("inline", [False, True])
-async def test_nixl_waits_for_the_prefill_and_hands_its_answer_on(inline: bool) -> None:
+async def test_nixl_waits_for_the_prefill_and_passes_its_answer_on(inline: bool) -> None:
     fleet = nixl(inline=inline)
     task = await fleet.waiting()
-    (post,) = fleet.caller.posts
+    (post,) = fleet.prefill_client.posts
     assert post.body == with_members(BODY, KV_PREFILL_MEMBERS)
     assert (post.fields["max_tokens"], post.fields["stream"]) == (1, False)
     assert "bootstrap_room" not in post.fields
     assert post.keep_bytes == 1024 * 1024
     assert fleet.load == ([1, 0, 0], [0, 0, 0])
-    fleet.caller.calls[0].tell(200, b'{"kv_transfer_params":%b,"choices":[]}' % KV)
+    fleet.prefill_client.calls[0].respond(200, b'{"kv_transfer_params":%b,"choices":[]}' % KV)
     pair = await answered(task)
     assert pair.decision.body_members == b'"kv_transfer_params":' + KV
     assert not pair.holds_stream
@@ -67,15 +67,15 @@ async def test_nixl_waits_for_the_prefill_and_hands_its_answer_on(inline: bool) 
     assert fleet.metric("extproc_pd_pairs_total", model="m", outcome="ok") == 1
 
 
-async def test_nixl_a_members_own_value_loses_to_ours() -> None:
+async def test_nixl_replaces_a_member_that_the_client_sent() -> None:
     fleet = nixl()
     body = b'{"model":"m","max_tokens":900,"stream":true,"kv_transfer_params":{"a":1}}'
     task = asyncio.create_task(fleet.start(body, stream=True))
     await settle()
-    fields = fleet.caller.posts[0].fields
+    fields = fleet.prefill_client.posts[0].fields
     assert (fields["max_tokens"], fields["stream"]) == (1, False)
     assert fields["kv_transfer_params"]["do_remote_decode"] is True
-    fleet.caller.calls[0].tell(200, b'{"kv_transfer_params":%b}' % KV)
+    fleet.prefill_client.calls[0].respond(200, b'{"kv_transfer_params":%b}' % KV)
     pair = await answered(task)
     assert json.loads(with_members(body, pair.decision.body_members)) == {
         "model": "m",
@@ -88,10 +88,10 @@ async def test_nixl_a_members_own_value_loses_to_ours() -> None:
 
 @pytest.mark.parametrize("status", [400, 422, 429])
 @pytest.mark.parametrize("body", [b"its words", b'{"kv_transfer_params":%b}' % KV])
-async def test_nixl_a_4xx_is_told_in_the_engines_words(status: int, body: bytes) -> None:
+async def test_nixl_a_4xx_reaches_the_client_in_the_engines_words(status: int, body: bytes) -> None:
     fleet = nixl(threshold=1)
     task = await fleet.waiting()
-    fleet.caller.calls[0].tell(status, body)
+    fleet.prefill_client.calls[0].respond(status, body)
     error = await failed(task)
     assert (error.status, error.code, error.body) == (status, "prefill_refused", body)
     assert fleet.outcomes() == {PREFILLS[0]: ["success"]}
@@ -112,14 +112,14 @@ async def test_nixl_a_4xx_is_told_in_the_engines_words(status: int, body: bytes)
         (EngineUnreachableError(""), "broken"),
     ],
 )
-async def test_nixl_any_other_failure_is_the_workers(
+async def test_nixl_any_other_failure_is_the_workers_fault(
     answer: int | EngineUnreachableError, cause: str
 ) -> None:
     fleet = nixl(threshold=1)
     task = await fleet.waiting()
-    (call,) = fleet.caller.calls
+    (call,) = fleet.prefill_client.calls
     if isinstance(answer, int):
-        call.tell(answer, b'{"kv_transfer_params":null}')
+        call.respond(answer, b'{"kv_transfer_params":null}')
     else:
         call.fail(answer)
     error = await failed(task)
@@ -128,16 +128,16 @@ async def test_nixl_any_other_failure_is_the_workers(
     assert fleet.outcomes() == {PREFILLS[0]: ["error"]}
     assert fleet.failures(cause) == 1
     # It was sent once: the prefill may have begun there.
-    assert len(fleet.caller.posts) == 1
+    assert len(fleet.prefill_client.posts) == 1
     fleet.nothing_is_left()
 
 
 async def test_nixl_a_refused_connection_leads_to_another_worker() -> None:
     fleet = nixl()
-    fleet.caller.refuse(PREFILLS[0])
+    fleet.prefill_client.refuse(PREFILLS[0])
     task = await fleet.waiting()
-    assert len(fleet.caller.posts) == 2
-    fleet.caller.calls[0].tell(200, b'{"kv_transfer_params":%b}' % KV)
+    assert len(fleet.prefill_client.posts) == 2
+    fleet.prefill_client.calls[0].respond(200, b'{"kv_transfer_params":%b}' % KV)
     pair = await answered(task)
     order = DecodeOrder.from_header(pair.decision.decode_order)
     assert order.prefill_host == pair.leg.worker.spec.url.host != "10.0.0.1"
@@ -153,7 +153,7 @@ async def test_nixl_a_client_that_leaves_while_the_prefill_runs_ends_it() -> Non
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert fleet.caller.calls[0].cancels >= 1
+    assert fleet.prefill_client.calls[0].cancels >= 1
     assert fleet.outcomes() == {PREFILLS[0]: ["cancelled"]}
     assert fleet.prefills[0].breaker.would_allow(fleet.clock.monotonic())
     fleet.nothing_is_left()
@@ -163,13 +163,13 @@ async def test_nixl_no_decode_worker_is_left_when_the_prefill_is_over() -> None:
     fleet = nixl()
     task = await fleet.waiting()
     fleet.trip(*fleet.decodes)
-    fleet.caller.calls[0].tell(200, b'{"kv_transfer_params":%b}' % KV)
+    fleet.prefill_client.calls[0].respond(200, b'{"kv_transfer_params":%b}' % KV)
     assert (await failed(task)).code == "no_decode_workers_available"
     assert fleet.outcomes() == {PREFILLS[0]: ["success"]}
     fleet.nothing_is_left()
 
 
-# -- prompts that a decode worker nearly holds
+# -- prompts that a decode worker holds almost completely
 
 # 400 tokens, one a character: far more than what a policy takes as equal.
 TEXT = "".join(chr(33 + n * 7 % 90) for n in range(400))
@@ -178,11 +178,11 @@ TEXT = "".join(chr(33 + n * 7 % 90) for n in range(400))
 @pytest.mark.parametrize(
     ("held", "least", "alone"),
     [
-        # Of 400 tokens 396 are held and would be spared: 4 are missing.
+        # 396 of 400 tokens are held and spare prefill: 4 are missing.
         (396, 5, True),
         (396, 4, False),
         (396, 0, False),
-        # Of what is held completely, the last page is computed all the same.
+        # The last page of a prompt that is held completely is computed nevertheless.
         (400, 5, True),
         (400, 4, False),
         # Nothing is held: 400 are missing.
@@ -204,7 +204,7 @@ async def test_a_prompt_that_lacks_little_goes_to_decode_alone(
     if alone:
         lease = await task
         assert isinstance(lease, Lease)
-        assert fleet.caller.posts == []
+        assert fleet.prefill_client.posts == []
         if held:
             assert lease.decision.destinations[0] == ADDRESSES[1]
         assert set(lease.decision.destinations) <= set(ADDRESSES)
@@ -213,7 +213,7 @@ async def test_a_prompt_that_lacks_little_goes_to_decode_alone(
         assert sum(fleet.load[1]) == 1
         lease.close()
     else:
-        assert len(fleet.caller.posts) == 1
+        assert len(fleet.prefill_client.posts) == 1
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert fleet.metric("extproc_pd_decode_alone_total", model="m") == int(alone)
@@ -221,16 +221,16 @@ async def test_a_prompt_that_lacks_little_goes_to_decode_alone(
 
 
 @pytest.mark.parametrize("min_ttft", [True, False])
-async def test_without_tokens_there_is_no_rule(min_ttft: bool) -> None:
+async def test_without_tokens_a_prefill_worker_is_always_used(min_ttft: bool) -> None:
     fleet = PdFleet(min_ttft=min_ttft, min_prefill_tokens={"m": 1000})
     body = b'{"model":"m","prompt":""}' if min_ttft else BODY
     pair = await fleet.pair(body)
-    assert len(fleet.caller.posts) == 1
+    assert len(fleet.prefill_client.posts) == 1
     pair.close()
     fleet.nothing_is_left()
 
 
-async def test_what_a_prefill_worker_holds_is_shown_in_the_decision() -> None:
+async def test_the_decision_shows_the_pages_of_the_prefill_worker() -> None:
     fleet = PdFleet(min_ttft=True)
     for worker in fleet.prefills:
         fleet.hold("", worker)
@@ -250,14 +250,14 @@ async def test_what_a_prefill_worker_holds_is_shown_in_the_decision() -> None:
     [200, 500, EngineUnreachableError("x"), EngineTimeoutError("x")],
     ids=["no_kv", "500", "broken", "timeout"],
 )
-async def test_nixl_any_failure_makes_us_ask_the_worker(
+async def test_nixl_any_failure_makes_the_service_recheck_the_worker(
     answer: int | EngineUnreachableError,
 ) -> None:
     fleet = nixl()
     task = await fleet.waiting()
     if isinstance(answer, int):
-        fleet.caller.calls[0].tell(answer, b"{}")
+        fleet.prefill_client.calls[0].respond(answer, b"{}")
     else:
-        fleet.caller.calls[0].fail(answer)
+        fleet.prefill_client.calls[0].fail(answer)
     await failed(task)
     assert fleet.rechecked == [fleet.prefills[0]]

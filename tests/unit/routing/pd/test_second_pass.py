@@ -15,7 +15,7 @@ from tests.unit.routing.pd.pd_fleet import (
 # -- the second pass
 
 
-async def test_the_second_pass_takes_the_reservations_place() -> None:
+async def test_the_second_pass_replaces_the_reservation() -> None:
     fleet = PdFleet()
     pair = await fleet.pair()
     lease = fleet.pick(pair)
@@ -40,7 +40,7 @@ async def test_the_second_pass_takes_the_reservations_place() -> None:
     fleet.nothing_is_left()
 
 
-async def test_an_attempt_picks_from_its_own_hand_only() -> None:
+async def test_an_attempt_picks_from_its_own_group_only() -> None:
     fleet = PdFleet(decodes=[f"http://10.0.1.{n}:8000" for n in range(1, 8)])
     pair = await fleet.pair()
     order = DecodeOrder.from_header(pair.decision.decode_order)
@@ -56,7 +56,7 @@ async def test_an_attempt_picks_from_its_own_hand_only() -> None:
     fleet.nothing_is_left()
 
 
-async def test_the_load_of_the_moment_decides_within_a_hand() -> None:
+async def test_the_load_at_that_moment_decides_within_a_group() -> None:
     fleet = PdFleet(decode_attempts=1)
     pair = await fleet.pair()
     assert pair.reservation is not None
@@ -85,7 +85,7 @@ async def test_the_own_reservation_does_not_count_against_a_worker() -> None:
 
 
 @pytest.mark.parametrize("how", ["breaker", "gone", "role", "address"])
-async def test_a_worker_that_is_no_longer_there_is_not_picked(how: str) -> None:
+async def test_a_worker_that_left_is_not_picked(how: str) -> None:
     fleet = PdFleet()
     pair = await fleet.pair()
     (address,) = DecodeOrder.from_header(pair.decision.decode_order).attempt_group(1)
@@ -112,7 +112,7 @@ async def test_a_worker_that_is_no_longer_there_is_not_picked(how: str) -> None:
 
 
 @pytest.mark.parametrize("attempt", [0, 4, 99])
-async def test_an_attempt_beyond_the_last_has_no_hand(attempt: int) -> None:
+async def test_an_attempt_beyond_the_last_finds_no_worker(attempt: int) -> None:
     fleet = PdFleet()
     pair = await fleet.pair()
     assert fleet.not_picked(pair, attempt).code == "no_decode_workers_available"
@@ -120,13 +120,13 @@ async def test_an_attempt_beyond_the_last_has_no_hand(attempt: int) -> None:
     fleet.nothing_is_left()
 
 
-async def test_another_replica_picks_as_well() -> None:
+async def test_another_replica_can_pick_the_decode_worker() -> None:
     first, second = PdFleet(), PdFleet()
     pair = await first.pair()
     order = DecodeOrder.from_header(pair.decision.decode_order)
     lease = second.pd.pick_decode(DecodeQuery("m", order, 1))
     assert lease.decision.destinations == order.attempt_group(1)
-    assert pair.reservation is not None  # there, nobody knows
+    assert pair.reservation is not None  # the other replica does not know it
     lease.close()
     pair.close()
     first.nothing_is_left()
@@ -134,7 +134,7 @@ async def test_another_replica_picks_as_well() -> None:
 
 
 @pytest.mark.parametrize("status", [404, 422, 500, 503])
-async def test_a_bad_answer_makes_us_ask_the_worker_who_it_is(status: int) -> None:
+async def test_an_error_makes_the_service_recheck_the_role_of_the_worker(status: int) -> None:
     fleet = PdFleet(threshold=1)
     pair = await fleet.pair()
     lease = fleet.pick(pair)
@@ -181,7 +181,7 @@ async def test_a_probe_of_a_decode_worker_is_claimed_by_the_second_pass() -> Non
     fleet.nothing_is_left()
 
 
-async def test_a_bad_answer_of_an_inline_decode_worker_makes_us_ask_too() -> None:
+async def test_an_error_of_an_inline_decode_worker_makes_the_service_recheck_it_too() -> None:
     fleet = PdFleet(inline=True)
     pair = await fleet.pair()
     address = pair.decision.destinations[0]
@@ -219,7 +219,7 @@ def test_a_gateway_that_takes_one_destination_makes_one_attempt() -> None:
     assert settings.decode_attempts == 1
 
 
-def test_where_the_end_of_a_response_is_not_told_the_prefill_may_take_its_time() -> None:
+def test_a_prefill_may_linger_where_the_end_of_a_response_is_not_known() -> None:
     settings = PdSettings.of(
         config(load={"release": "estimate"}, pd={"decode": "inline", "prefill_timeout_secs": 9.0}),
         None,
