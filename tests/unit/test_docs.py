@@ -135,6 +135,6 @@ def test_the_paths_that_fail_open_are_the_routed_paths() -> None:
 
 
 def test_links_between_pages_have_a_target() -> None:
-    for page in (ROOT / "README.md", *DOCS.glob("*.md"), *(ROOT / "envoy").rglob("*.md")):
+    for page in (*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "envoy").rglob("*.md")):
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
