@@ -11,6 +11,7 @@
         ├── EncodeFailedError                (tokenization)
         ├── EncoderBusyError                 (tokenization)
         ├── UnmappableError                  (tokenization) a request has no tokens, and the reason
+        ├── TemplateLimitError               (tokenization) a chat template takes too many steps
         ├── EngineUnreachableError           (workers) an engine gave no complete HTTP answer
         │   └── EngineTimeoutError           (workers)
         ├── PrefillClientOverloadedError     (workers) no file descriptor for a connection

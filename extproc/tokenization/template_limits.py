@@ -23,6 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import _PassArg
 from jinja2.visitor import NodeTransformer
 
+from extproc.errors import ServiceError
+
 __all__ = [
     "GROWING_METHODS",
     "LimitedEnvironment",
@@ -64,7 +66,7 @@ _WIDE_BRACE_FORMAT: Final = re.compile(r"\{[^{}]*\d{6}|:[^{}]*\{")
 _ONLY_TEXTS: Final = {str}
 
 
-class TemplateLimitError(Exception):
+class TemplateLimitError(ServiceError):
     """A template takes too many steps or too long, or makes too long a value."""
 
 
