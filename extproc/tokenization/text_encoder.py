@@ -18,11 +18,11 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from extproc.tokenization.caches import SegmentCache
 from extproc.tokenization.errors import TokenizerError
 from extproc.tokenization.pieces import PieceSplitter, SplitPlan, split_plan
 from extproc.tokenization.plain_encoder import PlainEncoder, packed
 from extproc.tokenization.samples import sample_texts
-from extproc.tokenization.segment_cache import SegmentCache
 from extproc.tokenization.word_encoder import WordEncoder
 
 __all__ = ["LookedUp", "TextEncoder"]

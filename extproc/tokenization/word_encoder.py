@@ -10,9 +10,9 @@ its groups of three digits are not.
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from extproc.tokenization.caches import WordCache
 from extproc.tokenization.pieces import WordPlan
 from extproc.tokenization.plain_encoder import PlainEncoder
-from extproc.tokenization.word_cache import WordCache
 
 __all__ = ["WordEncoder"]
 

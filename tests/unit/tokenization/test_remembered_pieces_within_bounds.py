@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 
-from extproc.tokenization.segment_cache import SegmentCache
+from extproc.tokenization.caches import SegmentCache
 from extproc.tokenization.text_encoder import TextEncoder
 from tests.unit.tokenization.small_tokenizers import llama
 

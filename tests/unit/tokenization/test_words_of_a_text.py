@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extproc.tokenization.caches import WordCache
 from extproc.tokenization.pieces import split_plan
 from extproc.tokenization.plain_encoder import PlainEncoder, packed
 from extproc.tokenization.text_encoder import TextEncoder
-from extproc.tokenization.word_cache import WordCache
 from extproc.tokenization.word_encoder import _NEW_MAX, WordEncoder
 from tests.unit.tokenization.small_tokenizers import (
     LLAMA_SPLIT,
