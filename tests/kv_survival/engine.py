@@ -1,4 +1,4 @@
-"""An engine's cache and its publisher in a process of its own, which can be killed.
+"""An engine's cache and publisher in a process of its own, which a test can kill.
 
     python -m tests.kv_survival.engine '{"port": 0, "replay_port": 0}'
 
@@ -35,7 +35,7 @@ _Event = dict[str, Any]
 
 
 class Cache:
-    """Which pages of which prompts are held, under which ids."""
+    """The pages held of each prompt, and their ids."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
@@ -75,7 +75,7 @@ class Cache:
         ]
 
     def _evict_group(self, group: int) -> list[_Event]:
-        """Also what its prompts share, from the leaves on."""
+        """Remove all pages of a group's prompts from the leaves on, shared ones included."""
         prompts = range(group, PROMPTS, GROUPS)
         own = [self._shrink(prompt, SHARED_PAGES, self.depth(prompt)) for prompt in prompts]
         shared = self._shrink(group, 0, min(self.depth(group), SHARED_PAGES))
@@ -93,7 +93,7 @@ def _key(prompt: int, number: int) -> tuple[int, int]:
 
 
 class Engine:
-    """Publishes what its cache does; each method that is no underscore's is a command.
+    """Publishes what its cache does; each method without an underscore is a command.
 
     `replay` is how requests for a replay are treated: "answer", "silent", "trickle" (a batch
     each 50 ms, without end) or "elsewhere" (as another topic).
@@ -132,22 +132,22 @@ class Engine:
         return [_port(self._pub), _port(self._router)]
 
     def publish(self, batches: int = 1, lost: bool = False, buffered: bool = True) -> None:
-        """`lost` batches are not sent, only kept in the buffer if `buffered`."""
+        """Publish batches; `lost` ones are not sent, and kept in the buffer only if `buffered`."""
         for _ in range(batches):
             events = [event for _ in range(3) for event in self._cache.change()]
             self._send_batch(_encode([time.time(), events, 0]), lost, buffered)
 
     def tell(self, events: list[Any]) -> None:
-        """A batch of any events, true or not."""
+        """Publish a batch of any events, true or false."""
         self._send_batch(_encode([time.time(), events, 0]), lost=False, buffered=True)
 
     def known(self) -> int:
-        """The id of a page without followers of its own, to lie about."""
+        """The id of a page that no other page follows, for false events."""
         prompt = self._random.randrange(PROMPTS)
         return self._cache.ids.get(_key(prompt, self._cache.depth(prompt) - 1), 0)
 
     def payload(self, size: int, buffered: bool) -> None:
-        """Random bytes as the next batch; the buffer has them, or what they should have been."""
+        """Publish random bytes as the next batch; the buffer has them, or a valid batch."""
         noise = self._random.randbytes(size)
         events = self._cache.change()
         seq = self._seq.to_bytes(8, "big")
@@ -156,7 +156,7 @@ class Engine:
         self._send([b"", seq, noise])
 
     def frames(self, sizes: list[int]) -> None:
-        """A message of frames of random bytes, 0 for an empty one."""
+        """Send a message of frames of random bytes; size 0 is an empty frame."""
         self._send([self._random.randbytes(size) for size in sizes])
 
     def traffic(self, per_second: float) -> None:
@@ -177,7 +177,7 @@ class Engine:
             "requests": self._requests,
         }
 
-    # -- the work
+    # -- publishing and answering
 
     def serve(self) -> None:
         commands = _Lines()
@@ -232,7 +232,7 @@ class Engine:
 
 
 class _Lines:
-    """Commands from standard input, without waiting for a line to be complete."""
+    """Read commands from standard input, without waiting for a complete line."""
 
     def __init__(self) -> None:
         self._rest = b""

@@ -1,4 +1,4 @@
-"""The prompts that engine and test both know, so that only numbers of pages need to be told."""
+"""The prompts that engine and test share, so that they exchange only numbers of pages."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""An engine process in a test's hands, and an indexer to compare with what it holds."""
+"""An engine process under a test's control, and an indexer to compare with its pages."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ DEFAULTS = SubscriberSettings()
 
 
 class Truth(Struct):
-    """What the engine holds: pages of each prompt, and in all."""
+    """The pages that the engine holds: of each prompt, and in total."""
 
     seq: int
     pages: list[int]
@@ -40,7 +40,7 @@ class Truth(Struct):
 
 
 class EngineProcess:
-    """`tests.kv_survival.engine`, see there for the commands."""
+    """A process of `tests.kv_survival.engine`, which documents the commands."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -80,7 +80,7 @@ class EngineProcess:
         return Truth(**await self.do("truth"))
 
     async def seen(self, what: str) -> None:
-        """Until it has `subscribed` or `requests`."""
+        """Wait until the engine counts a subscription (`subscribed`) or a request (`requests`)."""
         for _ in range(1500):
             if getattr(await self.truth(), what):
                 return
@@ -88,11 +88,11 @@ class EngineProcess:
         raise AssertionError(f"no {what} came")
 
     async def kill(self) -> None:
-        """As `kill -9` does; returns when it is dead."""
+        """Kill with signal 9; returns when the process is dead."""
         if self._process.returncode is None:
             self._process.kill()
         await self._process.wait()
-        # Its pipes are closed on the next turn.
+        # The event loop closes its pipes on the next turn.
         await asyncio.sleep(0)
 
 
@@ -124,7 +124,7 @@ class Watched:
         return state
 
     def pages(self) -> list[int]:
-        """What routing would find of each prompt; nothing of a rank that is not trusted."""
+        """The pages that routing would find of each prompt; none if the rank is not trusted."""
         pages = self.rank_pages
         if not pages.trusted:
             return [0] * PROMPTS
@@ -132,7 +132,7 @@ class Watched:
         return [overlap.pages if overlap else 0 for overlap in found]
 
     def is_right(self, truth: Truth) -> bool:
-        """Trusted, complete, and exactly what the engine holds."""
+        """Whether the pages are trusted, complete, and exactly those of the engine."""
         state = self.state
         return (
             state.trusted
@@ -142,7 +142,7 @@ class Watched:
         )
 
     async def becomes_right(self, engine: EngineProcess, seconds: float = 15.0) -> Truth:
-        """Until all that the engine has published is in; it must be silent now."""
+        """Wait until all published batches are applied; the engine must not publish meanwhile."""
         truth = await engine.truth()
         await until(lambda: self.is_right(truth), seconds)
         return truth
@@ -171,7 +171,7 @@ async def watching(
 
 
 async def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    """Generous, for machines with other things to do."""
+    """Wait for a condition; the time-out allows for a busy machine."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not come true"

@@ -1,4 +1,4 @@
-"""Killed with -9 and started again at the same port, in the middle of traffic."""
+"""Tests engines that are killed with -9 and started again at the same port, during traffic."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from tests.kv_survival.rig import EngineProcess, Watched, until, watching
 
 
 async def _reconnected(watched: Watched, engine: EngineProcess) -> None:
-    """Nobody is told of the first connection any more."""
+    """Wait until the indexer is connected to the new process of the engine."""
     await engine.seen("subscribed")
     await until(lambda: watched.state.connected)
 
@@ -17,8 +17,10 @@ async def _reconnected(watched: Watched, engine: EngineProcess) -> None:
     ("before", "after"),
     [(1, 0), (1, 1), (1, 3), (1, 400), (300, 0), (300, 1), (300, 299), (300, 300), (300, 2000)],
 )
-async def test_another_process_at_the_same_port_is_learnt_anew(before: int, after: int) -> None:
-    """After many batches the numbers look like progress, after one like a repetition."""
+async def test_another_process_at_the_same_port_is_followed_from_scratch(
+    before: int, after: int
+) -> None:
+    """With many new batches the numbers look like progress, with one like a repetition."""
     first = await EngineProcess.start()
     async with first, watching(first) as watched:
         await first.do("publish", batches=before)
@@ -32,7 +34,7 @@ async def test_another_process_at_the_same_port_is_learnt_anew(before: int, afte
             assert watched.state.stream.restarts == 1
 
 
-async def test_killed_in_the_middle_of_traffic_again_and_again() -> None:
+async def test_an_engine_may_be_killed_again_and_again_during_traffic() -> None:
     engine = await EngineProcess.start()
     async with watching(engine) as watched:
         for _ in range(3):
@@ -48,7 +50,7 @@ async def test_killed_in_the_middle_of_traffic_again_and_again() -> None:
             await watched.becomes_right(engine)
 
 
-async def test_killed_while_it_answers_a_replay() -> None:
+async def test_an_engine_may_be_killed_while_it_answers_a_replay() -> None:
     first = await EngineProcess.start()
     async with first, watching(first) as watched:
         await first.do("publish", batches=8000)
@@ -60,7 +62,7 @@ async def test_killed_while_it_answers_a_replay() -> None:
 
 
 @pytest.mark.parametrize("before", [1, 200])
-async def test_without_a_replay_nothing_of_the_dead_engine_stays(before: int) -> None:
+async def test_without_a_replay_no_page_of_the_dead_engine_stays(before: int) -> None:
     first = await EngineProcess.start()
     async with first, watching(first, replay=False) as watched:
         await _reconnected(watched, first)
@@ -69,10 +71,10 @@ async def test_without_a_replay_nothing_of_the_dead_engine_stays(before: int) ->
         await until(lambda: watched.pages() == truth.pages)
         await first.kill()
         async with await first.successor() as second:
-            # These may come before the connection does.
+            # These batches may be published before the connection is there.
             await second.do("publish", batches=before + 5)
             await _reconnected(watched, second)
-            # Enough for all prompts to begin anew.
+            # Enough batches to store all prompts again.
             await second.do("publish", batches=500)
             truth = await second.truth()
             await until(lambda: watched.state.trusted and sum(watched.pages()) > 0)
@@ -80,7 +82,7 @@ async def test_without_a_replay_nothing_of_the_dead_engine_stays(before: int) ->
             assert watched.state.partial
 
 
-async def test_an_engine_that_never_comes_back_is_not_believed() -> None:
+async def test_an_engine_that_never_comes_back_is_not_trusted() -> None:
     first = await EngineProcess.start()
     async with first, watching(first) as watched:
         await first.do("publish", batches=50)

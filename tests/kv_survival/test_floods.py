@@ -1,4 +1,4 @@
-"""Publishers that are faster than anybody can read."""
+"""Tests publishers that are faster than the indexer can read."""
 
 import asyncio
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from tests.kv_survival.rig import EngineProcess, Truth, Watched, until, watching
 
-# What a flood may take for a while: queues, batches that wait for a replay.
+# Memory that a flood may take for a while: queues, and batches in the reorder buffer.
 _MEMORY_BYTES = 256 << 20
 
 
@@ -20,7 +20,7 @@ def _resident_bytes() -> int:
     [(100_000, 10_000), (1000, 10_000), (1000, 100)],
     ids=["kept", "lost and replayed", "lost for good"],
 )
-async def test_a_flood_ends_in_the_truth(queue: int, buffered: int) -> None:
+async def test_after_a_flood_the_pages_are_right(queue: int, buffered: int) -> None:
     async with (
         await EngineProcess.start(queue=queue, buffered=buffered) as engine,
         watching(engine) as watched,
@@ -29,7 +29,7 @@ async def test_a_flood_ends_in_the_truth(queue: int, buffered: int) -> None:
         before = _resident_bytes()
         turns = 0
         await engine.do("flood", on=True)
-        # Requests go on meanwhile: these are their turns.
+        # These are the turns in which requests would be served.
         while watched.state.stream.batches < 10_000 and turns < 10_000:
             await asyncio.sleep(0.001)
             watched.pages()
@@ -44,7 +44,7 @@ async def test_a_flood_ends_in_the_truth(queue: int, buffered: int) -> None:
 
 
 async def _settled(watched: Watched, truth: Truth) -> None:
-    """A gap that no replay fills leaves less than there is; never more."""
+    """A gap that no replay fills leaves fewer pages than the engine has, never more."""
     await until(
         lambda: (
             watched.state.trusted

@@ -1,4 +1,4 @@
-"""What was missed, with and without somebody who can tell it."""
+"""Tests gaps in the events, with replays that can fill them and without."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ from tests.kv_survival.rig import EngineProcess, until, watching
 _IMPATIENT = SubscriberSettings(replay_timeout_seconds=0.3, replay_cool_down_seconds=0.5)
 
 
-async def test_who_joins_late_gets_the_past() -> None:
+async def test_a_late_subscription_gets_the_earlier_pages() -> None:
     async with await EngineProcess.start() as engine:
         await engine.do("publish", batches=3000)
         truth = await engine.truth()
@@ -19,7 +19,7 @@ async def test_who_joins_late_gets_the_past() -> None:
             assert watched.state.stream.replays == 1
 
 
-async def test_who_joins_late_in_the_middle_of_traffic() -> None:
+async def test_a_subscription_may_start_during_traffic() -> None:
     async with await EngineProcess.start() as engine:
         await engine.do("publish", batches=2000)
         await engine.do("traffic", per_second=2000)
@@ -30,7 +30,7 @@ async def test_who_joins_late_in_the_middle_of_traffic() -> None:
             assert watched.state.stream.batches == truth.seq
 
 
-async def test_a_past_that_is_out_of_reach_is_left_out() -> None:
+async def test_pages_whose_batches_are_no_longer_buffered_are_left_out() -> None:
     async with await EngineProcess.start(buffered=30) as engine:
         await engine.do("publish", batches=500)
         async with watching(engine) as watched:
@@ -56,7 +56,7 @@ async def test_a_gap_is_filled() -> None:
 
 
 @pytest.mark.parametrize("replay", [True, False], ids=["out of the buffer", "no replay"])
-async def test_a_gap_that_nobody_can_fill_leaves_nothing_stale(replay: bool) -> None:
+async def test_a_gap_that_cannot_be_filled_leaves_no_stale_page(replay: bool) -> None:
     async with await EngineProcess.start() as engine, watching(engine, replay=replay) as watched:
         await engine.seen("subscribed")
         await until(lambda: watched.state.trusted)
@@ -73,7 +73,7 @@ async def test_a_gap_that_nobody_can_fill_leaves_nothing_stale(replay: bool) -> 
 
 
 @pytest.mark.parametrize("how", ["silent", "trickle", "elsewhere"])
-async def test_a_replay_that_brings_nothing(how: str) -> None:
+async def test_a_replay_without_answer_leaves_the_live_batches(how: str) -> None:
     async with await EngineProcess.start(replay=how) as engine:
         await engine.do("publish", batches=100)
         async with watching(engine, settings=_IMPATIENT) as watched:
@@ -83,13 +83,13 @@ async def test_a_replay_that_brings_nothing(how: str) -> None:
             await until(lambda: watched.state.trusted and watched.state.stream.batches == 300)
             assert watched.claims_nothing_untrue(truth)
             assert sum(watched.pages()) > 0
-            # What it does not bring today it may bring tomorrow.
+            # A later replay may bring it.
             await engine.do("replays", how="answer")
             if how != "elsewhere":
                 await until(lambda: watched.is_right(truth))
 
 
-async def test_a_worker_leaves_while_its_replay_runs() -> None:
+async def test_a_worker_may_leave_while_its_replay_runs() -> None:
     async with await EngineProcess.start() as engine:
         await engine.do("publish", batches=9000)
         async with watching(engine) as watched:
@@ -99,7 +99,7 @@ async def test_a_worker_leaves_while_its_replay_runs() -> None:
             assert watched.state.stream.batches < 9000
             leaving = asyncio.create_task(watched.indexer.unfollow(pages))
             await asyncio.sleep(0)
-            # At once, before the sockets are gone.
+            # At once, before the sockets are closed.
             assert not pages.trusted
             await leaving
             await watched.indexer.unfollow(pages)
@@ -107,7 +107,7 @@ async def test_a_worker_leaves_while_its_replay_runs() -> None:
             await engine.do("publish", batches=50)
             assert index.page_count == 0
             await until(lambda: index.retired_pages == 0)
-            # It may come back.
+            # It may be followed again.
             watched.follow(engine)
             assert watched.rank_pages is not pages
             await watched.becomes_right(engine)

@@ -1,4 +1,4 @@
-"""Publishers that send what no engine should."""
+"""Tests publishers that send invalid messages and false events."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ _LIES = {
 
 
 @pytest.mark.parametrize("name", _LIES)
-async def test_a_lie_changes_nothing_of_the_rest(name: str) -> None:
+async def test_a_false_event_does_not_change_other_pages(name: str) -> None:
     async with await EngineProcess.start() as engine, watching(engine) as watched:
         await engine.do("publish", batches=50)
         await engine.do("tell", events=_LIES[name])
@@ -63,7 +63,7 @@ async def test_a_lie_changes_nothing_of_the_rest(name: str) -> None:
         assert seen[name] > 0
 
 
-async def test_a_removal_of_what_is_still_there_only_takes_away() -> None:
+async def test_a_false_removal_only_removes_its_page() -> None:
     async with await EngineProcess.start() as engine, watching(engine) as watched:
         await engine.do("publish", batches=100)
         await engine.do("tell", events=[_removed(await engine.do("known"))])
@@ -74,7 +74,7 @@ async def test_a_removal_of_what_is_still_there_only_takes_away() -> None:
         assert watched.state.trusted
 
 
-async def test_an_engine_that_clears_its_cache() -> None:
+async def test_a_cleared_cache_is_followed() -> None:
     async with await EngineProcess.start() as engine, watching(engine) as watched:
         await engine.do("publish", batches=100)
         await engine.do("tell", events=[{"type": "AllBlocksCleared"}])
@@ -84,7 +84,7 @@ async def test_an_engine_that_clears_its_cache() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 10_000])
-async def test_a_batch_of_random_bytes_is_asked_for_once_more(size: int) -> None:
+async def test_a_batch_of_random_bytes_is_requested_once_more(size: int) -> None:
     async with await EngineProcess.start() as engine, watching(engine) as watched:
         await engine.do("publish", batches=50)
         await watched.becomes_right(engine)
@@ -95,8 +95,8 @@ async def test_a_batch_of_random_bytes_is_asked_for_once_more(size: int) -> None
         assert watched.state.counts.unreadable_batches == 1
 
 
-async def test_a_batch_of_random_bytes_for_ever() -> None:
-    """Whatever it removed is unknown: all before it is void, and what comes after it counts."""
+async def test_an_engine_that_goes_on_sending_random_bytes_is_survived() -> None:
+    """Its removals are unknown, so all pages before it are void; later pages count."""
     async with await EngineProcess.start() as engine, watching(engine) as watched:
         await engine.do("publish", batches=50)
         await watched.becomes_right(engine)
@@ -125,7 +125,7 @@ _FRAMES = {
 
 
 @pytest.mark.parametrize("name", _FRAMES)
-async def test_messages_of_random_bytes(name: str) -> None:
+async def test_messages_of_random_bytes_change_no_page(name: str) -> None:
     async with await EngineProcess.start() as engine, watching(engine) as watched:
         await engine.do("publish", batches=50)
         await watched.becomes_right(engine)
@@ -134,7 +134,7 @@ async def test_messages_of_random_bytes(name: str) -> None:
         await watched.becomes_right(engine)
 
 
-async def test_a_message_of_64_megabytes() -> None:
+async def test_a_message_of_64_megabytes_is_refused() -> None:
     async with await EngineProcess.start() as engine, watching(engine) as watched:
         await engine.do("publish", batches=50)
         await watched.becomes_right(engine)

@@ -1,4 +1,4 @@
-"""An engine's publisher with real sockets: PUB, replay ROUTER, in a test's hands."""
+"""An engine's publisher for tests, with real sockets: PUB for events, ROUTER for replays."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ _names = itertools.count()
 
 
 class Publisher:
-    """Publishes payloads that tell who published them and as which number.
+    """Publishes payloads that contain the publisher's name and their sequence number.
 
     `port` and `replay_port` are chosen unless given. `kill` frees them at once, as the death of
     a process does; another one may then be started there.
@@ -39,13 +39,13 @@ class Publisher:
         self.subscribed = 0
         self.requests: list[int] = []
         self.answers = answers
-        # Frames that come before each answer.
+        # Messages that are sent before each answer.
         self.junk: list[list[bytes]] = []
         self._topic = topic
         self._topic_in_replies = topic_in_replies
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffered)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        # A PUB socket that tells the test of subscriptions.
+        # A PUB socket that reports subscriptions.
         self._pub = self._context.socket(zmq.XPUB)
         self._pub.setsockopt(zmq.XPUB_VERBOSER, 1)
         self._pub.setsockopt(zmq.SNDHWM, 100_000)
@@ -74,7 +74,7 @@ class Publisher:
         self._context.destroy(linger=0)
 
     def successor(self) -> "Publisher":
-        """The same engine, started again."""
+        """Another publisher at the same ports, as after a restart of the engine."""
         return Publisher(port=self.port, replay_port=self.replay_port, topic=self._topic)
 
     def payload(self, seq: int) -> bytes:
@@ -84,7 +84,7 @@ class Publisher:
         return [self.payload(seq) for seq in range(start, self.seq)]
 
     def publish(self, count: int = 1, *, lost: bool = False, buffered: bool = True) -> None:
-        """The next batches; lost ones are only in the buffer."""
+        """Publish the next batches; lost ones are only in the buffer."""
         for _ in range(count):
             payload = self.payload(self.seq)
             if buffered:
@@ -100,8 +100,8 @@ class Publisher:
         while True:
             with contextlib.suppress(zmq.Again):
                 while True:
-                    told = self._pub.recv(zmq.NOBLOCK)
-                    self.subscribed += 1 if told[:1] == b"\x01" else -1
+                    message = self._pub.recv(zmq.NOBLOCK)
+                    self.subscribed += 1 if message[:1] == b"\x01" else -1
             with contextlib.suppress(zmq.Again):
                 while True:
                     self._answer(self._router.recv_multipart(zmq.NOBLOCK))

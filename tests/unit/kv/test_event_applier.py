@@ -1,4 +1,4 @@
-"""One rank's batches, as engines encode them, into the index."""
+"""Tests that one rank's encoded batches change the index as they should."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class OneRank:
         )
 
     def apply(self, *events: Any) -> int:
-        """Apply a batch; gives in how many steps."""
+        """Apply a batch; gives the number of steps."""
         return 1 + sum(1 for _ in self.applier.apply(msgspec.msgpack.encode([1.5, events, 0])))
 
     def match(self, tokens: range, seed: int = 0) -> Overlap:
@@ -52,7 +52,7 @@ def removed(ids: range, **fields: Any) -> dict[str, Any]:
     return {"type": "BlockRemoved", "block_hashes": list(ids), **fields}
 
 
-def test_stores_and_removals_of_all_media() -> None:
+def test_pages_are_stored_on_and_removed_from_every_medium() -> None:
     rank = OneRank()
     rank.apply(stored(range(1, 9)), stored(range(9, 11), first=32, parent_block_hash=8))
     assert rank.match(range(40)) == (10, 10, 10)
@@ -69,28 +69,26 @@ def test_stores_and_removals_of_all_media() -> None:
     assert (counts.stored_pages, counts.removed_pages) == ([10, 4, 3], [4, 2, 1])
 
 
-def test_namespaces_are_seeded() -> None:
+def test_a_namespace_has_a_seed_of_its_own() -> None:
     rank = OneRank()
     rank.apply(stored(range(1, 3), cache_salt="tenant", lora_name="a"))
     assert rank.match(range(8)).pages == 0
     assert rank.match(range(8), rank.index.hasher.seed("tenant", "a")).pages == 2
 
 
-def test_an_engine_that_clears_its_cache_is_told_of() -> None:
+def test_each_clear_empties_the_pages_and_starts_a_new_generation() -> None:
     rank = OneRank()
     pages = rank.pages
     rank.apply(stored(range(1, 3)), _CLEARED, stored(range(5, 6)))
     assert (rank.match(range(8)).pages, pages.generation) == (1, 1)
     rank.applier.clear("restarted")
     assert (pages.page_count, pages.generation) == (0, 2)
-    rank.applier.clear(
-        "restarted"
-    )  # nothing is held; what is expected of the engine is void all the same
+    rank.applier.clear("restarted")  # even though no page is held
     assert (pages.page_count, pages.generation) == (0, 3)
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["many pages", "many tokens"])
-def test_a_huge_batch_comes_in_steps(large: bool) -> None:
+def test_a_huge_batch_is_applied_in_steps(large: bool) -> None:
     size = 64 if large else 1
     rank = OneRank(size)
     pages = 20_000
@@ -102,13 +100,13 @@ def test_a_huge_batch_comes_in_steps(large: bool) -> None:
     assert rank.applier.counts.stored_events >= 1
 
 
-def test_a_huge_lie_is_counted_once_for_each_page() -> None:
+def test_a_huge_event_with_too_few_tokens_counts_each_of_its_pages_once() -> None:
     rank = OneRank()
     rank.apply(stored(range(1, 20_001), token_ids=[1, 2, 3]))
     assert (rank.index.counts.mismatched, rank.index.page_count) == (20_000, 0)
 
 
-def test_pairs_are_followed_if_nothing_is_held_yet() -> None:
+def test_pairs_of_tokens_are_accepted_while_no_page_is_held() -> None:
     rank = OneRank()
     pairs = [[n, n + 1] for n in range(8)]
     with capture_logs() as logs:
@@ -119,14 +117,14 @@ def test_pairs_are_followed_if_nothing_is_held_yet() -> None:
     assert rank.applier.counts.foreign_unit_pages == 4
     assert rank.index.page_count == 2
     assert [line["event"] for line in logs] == ["kv_units_differ", "kv_units_mixed"]
-    # After a clear it may be otherwise.
+    # After a clear the units may change.
     rank.apply(_CLEARED, stored(range(1, 3)))
     assert rank.match(range(8)).pages == 2
     assert not rank.pages.bigram
 
 
 @pytest.mark.parametrize("expected", [1, 2, 3, 8, 64])
-def test_the_page_size_is_what_events_say(expected: int) -> None:
+def test_the_page_size_is_taken_from_the_events(expected: int) -> None:
     rank = OneRank(expected)
     with capture_logs() as logs:
         rank.apply(stored(range(1, 4)))
@@ -137,16 +135,16 @@ def test_the_page_size_is_what_events_say(expected: int) -> None:
     assert [line["event"] for line in logs] == ["kv_page_size_differs"]
 
 
-def test_single_small_pages_are_believed_when_others_follow_them() -> None:
+def test_a_small_page_changes_the_page_size_once_another_page_follows_it() -> None:
     rank = OneRank(16)
     rank.apply(stored(range(1, 2)))
-    assert rank.pages.page_size == 16  # it may be the short end of a prompt
+    assert rank.pages.page_size == 16  # the page may be the short end of a prompt
     rank.apply(stored(range(2, 3), first=4, parent_block_hash=1))
     assert rank.pages.page_size == 4
     assert rank.match(range(8)).pages == 2
 
 
-def test_a_short_page_at_the_end_teaches_nothing() -> None:
+def test_a_short_page_at_the_end_does_not_change_the_page_size() -> None:
     rank = OneRank()
     rank.apply(stored(range(1, 3)), stored(range(3, 4), first=8, size=3, parent_block_hash=2))
     assert rank.pages.page_size == 4
@@ -164,7 +162,7 @@ def test_a_batch_that_may_hide_a_removal_is_not_applied(event: Any) -> None:
     assert rank.applier.counts.unreadable_batches == 1
 
 
-def test_what_no_removal_can_be_is_left_out_and_counted() -> None:
+def test_an_unreadable_event_that_cannot_be_a_removal_is_left_out_and_counted() -> None:
     rank = OneRank()
     rank.apply(stored(range(1, 3)), {"type": "New"}, stored(range(3, 4), token_ids="x"))
     assert rank.match(range(8)).pages == 2
@@ -181,7 +179,7 @@ def test_trust_is_kept_on_the_pages_and_outlives_a_clear() -> None:
     assert (rank.pages.trusted, rank.pages.reason) == (True, "complete")
 
 
-def test_load_reports() -> None:
+def test_a_load_report_is_passed_on_and_an_unreadable_one_counted() -> None:
     rank = OneRank()
     rank.applier.on_load(msgspec.msgpack.encode(["LoadStat", 1, 2, 3, 4, 0]))
     rank.applier.on_load(b"no report")
@@ -189,7 +187,7 @@ def test_load_reports() -> None:
     assert rank.applier.counts.unreadable_loads == 1
 
 
-def test_what_the_owner_of_load_reports_raises_is_passed_on() -> None:
+def test_an_error_of_the_load_book_is_passed_on() -> None:
     """The subscriber counts it."""
 
     def fail(load: LoadStat) -> None:

@@ -1,4 +1,4 @@
-"""The index against a model that keeps whole prompts and looks at every page."""
+"""Tests the index against a model that keeps whole prompts and compares every page."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from extproc.kv.prefix_hash import PrefixHasher, TokenIds
 from extproc.kv.rank_pages import Overlap, RankPages
 
 _PAGE = 2
-# Few tokens: prompts share prefixes and branch often.
+# Few different tokens, so that prompts share prefixes and branch often.
 _PROMPTS = st.lists(st.integers(0, 1), min_size=2, max_size=12)
 
 
@@ -22,7 +22,7 @@ def _ids(*tokens: int) -> TokenIds:
 
 
 def _name(tokens: tuple[int, ...]) -> int:
-    """An engine's id of a page: any function of all tokens up to its end."""
+    """The engine's id of a page: any function of all tokens up to the end of the page."""
     return hash(tokens) & (2**64 - 1)
 
 
@@ -31,22 +31,22 @@ def _index(max_pages: int = 1_000_000) -> PrefixIndex:
 
 
 class _Model(RuleBasedStateMachine):
-    """Three ranks with pages of two tokens; any order of events an engine may send."""
+    """Three ranks with pages of two tokens, and events in any order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.index = _index()
         self.ranks = [self.index.add(f"worker-{n}", _PAGE) for n in range(3)]
-        # For each rank_pages: prefix -> tiers it lies on.
+        # For each rank: prefix -> tiers it is on.
         self.held: list[dict[tuple[int, ...], set[int]]] = [{}, {}, {}]
 
     def _known(self, who: int, prefix: tuple[int, ...]) -> bool:
-        """Held, or needed as the way to something that is."""
+        """Whether the page is held, or held pages follow it."""
         return any(other[: len(prefix)] == prefix for other in self.held[who])
 
     @rule(who=st.integers(0, 2), prompt=_PROMPTS, skip=st.integers(0, 3), tier=st.integers(0, 2))
     def store(self, who: int, prompt: list[int], skip: int, tier: int) -> None:
-        """Pages `skip` and on of a prompt, as one chain; its parent may be unknown."""
+        """Store the pages of a prompt from `skip` on as one chain; its parent may be unknown."""
         pages = len(prompt) // _PAGE
         skip = min(skip, pages - 1)
         prefixes = [tuple(prompt[: (n + 1) * _PAGE]) for n in range(pages)]
@@ -66,7 +66,7 @@ class _Model(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 2), data=st.data(), tier=st.sampled_from([None, 0, 1, 2]))
     def remove(self, who: int, data: st.DataObject, tier: int | None) -> None:
-        """Any page, even in the middle, even one that is not held."""
+        """Remove any page: in the middle of a prompt, too, and one that is not held."""
         choices = [*self.held[who], (9, 9)]
         prefix = data.draw(st.sampled_from(choices))
         self.index.remove(self.ranks[who], [_name(prefix)], tier)
@@ -97,7 +97,7 @@ class _Model(RuleBasedStateMachine):
 
     @precondition(lambda self: any(self.held))
     @rule(data=st.data(), more=st.lists(st.integers(0, 1), max_size=4))
-    def match_what_somebody_holds(self, data: st.DataObject, more: list[int]) -> None:
+    def match_what_a_rank_holds(self, data: st.DataObject, more: list[int]) -> None:
         held = [prefix for pages in self.held for prefix in pages]
         self._check([*data.draw(st.sampled_from(held)), *more])
 
@@ -120,7 +120,7 @@ class _Model(RuleBasedStateMachine):
         assert self.index.page_count == sum(len(held) for held in self.held)
 
     def teardown(self) -> None:
-        """Nothing is left once all ranks are gone and swept out."""
+        """Check that nothing is left once all ranks are dropped and swept out."""
         for rank_pages in self.ranks:
             self.index.drop(rank_pages)
         while self.index.scrub(2):
@@ -155,7 +155,7 @@ def test_each_rank_has_its_own_longest_prefix() -> None:
     }
 
 
-def test_workers_with_different_page_sizes_stand_side_by_side() -> None:
+def test_workers_with_different_page_sizes_are_matched_together() -> None:
     index = _index()
     tokens = np.arange(100, dtype=np.uint64)
     one, sixteen = index.add("one", 1), index.add("sixteen", 16)
@@ -177,19 +177,19 @@ def test_bigram_pages_match_one_token_further() -> None:
     assert index.match(tokens[:12], [rank_pages])[rank_pages].pages == 2
 
 
-def test_namespaces_do_not_see_each_other() -> None:
+def test_namespaces_do_not_match_each_other() -> None:
     index = _index()
     rank_pages = index.add("w", 2)
     salted = index.hasher.seed("tenant")
     index.store(rank_pages, [1], None, _ids(1, 2), 2, seed=salted)
     assert not index.match(_ids(1, 2), [rank_pages])
     assert index.match(_ids(1, 2), [rank_pages], salted)[rank_pages].pages == 1
-    # Children go on from their parent, and so stay in its namespace.
+    # Children continue from their parent, so they stay in its namespace.
     index.store(rank_pages, [2], 1, _ids(3, 4), 2)
     assert index.match(_ids(1, 2, 3, 4), [rank_pages], salted)[rank_pages].pages == 2
 
 
-def test_tiers_are_told_apart() -> None:
+def test_an_overlap_counts_each_tier() -> None:
     index = _index()
     rank_pages = index.add("w", 1)
     ids = _chain(index, rank_pages, np.arange(10, dtype=np.uint64))
@@ -200,7 +200,7 @@ def test_tiers_are_told_apart() -> None:
     assert index.match(np.arange(10, dtype=np.uint64), [rank_pages])[rank_pages] == (10, 6, 9)
 
 
-def test_a_dropped_rank_is_gone_at_once_and_its_place_is_not_inherited() -> None:
+def test_a_dropped_rank_is_gone_at_once_and_a_new_rank_inherits_nothing() -> None:
     index = _index()
     tokens = np.arange(64, dtype=np.uint64)
     old = index.add("old", 1)
@@ -212,7 +212,7 @@ def test_a_dropped_rank_is_gone_at_once_and_its_place_is_not_inherited() -> None
     while index.scrub(10):
         assert not index.match(tokens, [index.add("next", 1)])
     assert not index.match(tokens, [index.add("last", 1)])
-    # Late events of a rank that is gone change nothing.
+    # Late events of a dropped rank change nothing.
     index.store(old, [1], None, _ids(1), 1)
     assert index.page_count == 0
 
@@ -223,13 +223,13 @@ def test_pages_over_the_limit_are_kept_out_and_counted() -> None:
     ids = _chain(index, rank_pages, np.arange(5, dtype=np.uint64))
     assert index.match(np.arange(5, dtype=np.uint64), [rank_pages])[rank_pages].pages == 3
     assert (index.page_count, index.counts.over_limit, index.counts.orphans) == (3, 1, 1)
-    # A page that is there may move all the same.
+    # A page that is held may still move to another tier.
     index.store(rank_pages, ids[2:3], ids[1], _ids(2), 1, tier=1)
     index.remove(rank_pages, ids[2:3], tier=0)
     assert index.match(np.arange(5, dtype=np.uint64), [rank_pages])[rank_pages] == (3, 2, 3)
 
 
-def test_a_prefix_held_under_two_names_stays_until_both_are_gone() -> None:
+def test_a_prefix_held_under_two_ids_stays_until_both_are_removed() -> None:
     index = _index()
     rank_pages = index.add("w", 1)
     for names in ([1, 2], [11, 12]):
@@ -244,7 +244,7 @@ def test_a_prefix_held_under_two_names_stays_until_both_are_gone() -> None:
     ("ids", "tokens", "block_size"),
     [([1, 2], 3, 2), ([1], 0, 0), ([1], 2, -2), ([], 3, 1)],
 )
-def test_lies_about_sizes_store_nothing(ids: list[int], tokens: int, block_size: int) -> None:
+def test_wrong_sizes_store_nothing(ids: list[int], tokens: int, block_size: int) -> None:
     index = _index()
     rank_pages = index.add("w", 2)
     index.store(rank_pages, ids, None, np.ones(tokens, dtype=np.uint64), block_size)
@@ -252,13 +252,13 @@ def test_lies_about_sizes_store_nothing(ids: list[int], tokens: int, block_size:
     assert index.counts.mismatched == len(ids)
 
 
-def test_removals_of_what_was_never_stored_are_counted() -> None:
+def test_removals_of_unknown_pages_are_counted() -> None:
     index = _index()
     rank_pages = index.add("w", 2)
     index.remove(rank_pages, [1, 2, 3])
     assert index.counts.unknown_removals == 3
 
 
-def test_a_page_without_tokens_is_no_page() -> None:
+def test_a_page_size_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         _index().add("w", 0)

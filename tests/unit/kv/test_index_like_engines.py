@@ -1,4 +1,4 @@
-"""The index against brute force, for what engines do: tiers, namespaces, page sizes, pairs.
+"""Tests the index against brute force with what engines do: tiers, namespaces, page sizes, pairs.
 
 test_index.py lets pages come and go in any order; here they keep the order of an engine, leaves
 first, unless one evicts out of order on purpose. Then what lies where is no longer defined, and
@@ -24,7 +24,7 @@ from extproc.kv.prefix_hash import PrefixHasher, TokenIds
 from extproc.kv.rank_pages import Overlap, RankPages
 
 _Page = tuple[str, tuple[int, ...]]  # namespace, all tokens up to its end
-# Page size, pairs; two that are alike share the walk.
+# Page size, and whether units are pairs; equal ones are matched in one walk.
 _SHAPES = ((2, False), (2, False), (3, False), (2, True))
 _NAMESPACES = ("", "tenant")
 _WHO = st.integers(0, len(_SHAPES) - 1)
@@ -32,7 +32,7 @@ _TOKENS = st.lists(st.integers(0, 1), min_size=3, max_size=13)
 
 
 class _Engine:
-    """What one rank holds: pages and the tiers they lie on."""
+    """The pages that one rank holds, and their tiers."""
 
     def __init__(self, page_size: int, bigram: bool) -> None:
         self.page_size = page_size
@@ -78,7 +78,7 @@ def _name(page: _Page) -> int:
 
 
 class EnginesAndIndex(RuleBasedStateMachine):
-    """Four ranks; with `limited` there is room for a few pages only."""
+    """Four ranks; with `limited` the index has room for a few pages only."""
 
     @initialize(limited=st.booleans())
     def begin(self, limited: bool) -> None:
@@ -94,7 +94,7 @@ class EnginesAndIndex(RuleBasedStateMachine):
         return self.index.add("w", engine.page_size, bigram=engine.bigram)
 
     def _store(self, who: int, pages: list[_Page], tier: int) -> None:
-        """One event for a chain of pages."""
+        """Store a chain of pages with one event."""
         engine = self.engines[who]
         parent = engine.parent(pages[0])
         units = [unit for page in pages for unit in engine.units(page)]
@@ -119,7 +119,7 @@ class EnginesAndIndex(RuleBasedStateMachine):
 
     @rule(who=_WHO, namespace=st.sampled_from(_NAMESPACES), tokens=_TOKENS, again=st.booleans())
     def prefill(self, who: int, namespace: str, tokens: list[int], again: bool) -> None:
-        """On the device, from the first page that is missing, or `again` from the start.
+        """Store a prompt on the device, from the first missing page on, or `again` from the start.
 
         What lies further down already is brought back first, as an engine does.
         """
@@ -133,7 +133,7 @@ class EnginesAndIndex(RuleBasedStateMachine):
     @precondition(lambda self: any(engine.tiers for engine in self.engines))
     @rule(data=st.data(), whole=st.booleans())
     def demote(self, data: st.DataObject, whole: bool) -> None:
-        """A leaf of its tier, and `whole` all before it that become leaves, one tier down."""
+        """Move a leaf of its tier one tier down; with `whole` also the pages that become leaves."""
         who, leaf = self._any_page(data)
         engine = self.engines[who]
         tier = engine.best(leaf)
@@ -148,7 +148,7 @@ class EnginesAndIndex(RuleBasedStateMachine):
     @precondition(lambda self: any(engine.tiers for engine in self.engines))
     @rule(data=st.data(), copy=st.booleans())
     def promote(self, data: st.DataObject, copy: bool) -> None:
-        """To where its parent lies; with `copy` it stays below, too."""
+        """Move a page to its parent's tier; with `copy` it stays on the lower tier, too."""
         who, page = self._any_page(data)
         engine = self.engines[who]
         parent = engine.parent(page)
@@ -201,7 +201,7 @@ class EnginesAndIndex(RuleBasedStateMachine):
 
     @precondition(lambda self: any(engine.tiers for engine in self.engines))
     @rule(data=st.data(), more=st.lists(st.integers(0, 1), max_size=3))
-    def match_what_somebody_holds(self, data: st.DataObject, more: list[int]) -> None:
+    def match_what_a_rank_holds(self, data: st.DataObject, more: list[int]) -> None:
         _, (namespace, tokens) = self._any_page(data)
         self._check(namespace, [*tokens, *more])
 
@@ -213,14 +213,14 @@ class EnginesAndIndex(RuleBasedStateMachine):
         prompt: TokenIds = np.array(tokens, np.uint64)
         found = self.index.match(prompt, self.ranks, self.seeds[namespace])
         for engine, rank_pages in zip(self.engines, self.ranks, strict=True):
-            told = found.get(rank_pages, Overlap(0, 0, 0))
+            overlap = found.get(rank_pages, Overlap(0, 0, 0))
             true = engine.overlap(namespace, tokens)
             if self.limited:
-                assert told.pages <= true.pages
+                assert overlap.pages <= true.pages
             elif engine.orderly:
-                assert told == true
+                assert overlap == true
             else:
-                assert told.pages == true.pages
+                assert overlap.pages == true.pages
 
     @invariant()
     def the_limit_holds(self) -> None:

@@ -1,4 +1,4 @@
-"""The indexer that routing reads, with real sockets below it."""
+"""Tests the indexer with real sockets."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ class Followers:
         return self.indexer.follow(source, self.loads.append)
 
     def held(self, pages: RankPages) -> int:
-        """The length of the prompt's beginning that the rank holds, in pages."""
+        """Number of pages that the rank holds from the start of the prompt."""
         found = self.indexer.index.match(np.arange(4000, dtype=np.uint64), [pages])
         return found[pages].pages if pages in found else 0
 
@@ -125,7 +125,7 @@ async def test_a_rank_that_leaves_is_forgotten() -> None:
         await until(lambda: ranks.indexer.totals().retired_pages == 0)
         totals = ranks.indexer.totals()
         assert (totals.ranks, totals.trusted_ranks, totals.connected_ranks) == (1, 1, 1)
-        # What it did is not forgotten.
+        # Its counts are kept.
         assert totals.events.stored_pages == [110, 0, 0]
         assert totals.streams.batches == 110
         assert (totals.pages, totals.estimated_bytes) == (60, 60 * 250)

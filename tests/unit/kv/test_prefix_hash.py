@@ -1,4 +1,4 @@
-"""Sums of whole prompts, of pages and of chains continued from a parent are the same."""
+"""Tests that whole prompts, pages and chains continued from a parent have the same sums."""
 
 import numpy as np
 import pytest
@@ -31,12 +31,12 @@ def test_a_prompt_and_its_extension_by_token_zero_differ() -> None:
     assert len(set(_HASHER.page_sums(0, 0, zeros, 1).tolist())) == 64
 
 
-def test_order_counts() -> None:
+def test_the_order_of_tokens_matters() -> None:
     one, other = np.array([1, 2], dtype=np.uint64), np.array([2, 1], dtype=np.uint64)
     assert _HASHER.extend(0, 0, one) != _HASHER.extend(0, 0, other)
 
 
-def test_namespaces_start_apart() -> None:
+def test_namespaces_have_different_seeds() -> None:
     seeds = {
         _HASHER.seed(),
         _HASHER.seed("a"),
@@ -54,7 +54,7 @@ def test_each_process_has_keys_of_its_own() -> None:
     assert PrefixHasher().extend(0, 0, tokens) != PrefixHasher().extend(0, 0, tokens)
 
 
-def test_more_keys_do_not_change_the_first() -> None:
+def test_drawing_more_keys_does_not_change_the_first_ones() -> None:
     hasher = PrefixHasher(secret=7)
     tokens = np.arange(100_000, dtype=np.uint64)
     before = hasher.page_sums(0, 0, tokens[:64], 16).tolist()

@@ -1,4 +1,4 @@
-"""Only the indexer and the subscriptions touch sockets."""
+"""Tests that only the indexer and the subscriptions need ZMQ."""
 
 import subprocess
 import sys

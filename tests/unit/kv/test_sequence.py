@@ -1,4 +1,4 @@
-"""One decision after another, without sockets."""
+"""Tests the sequence's decisions one by one, without sockets."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def sequence(*, has_replay: bool = True, limits: ReorderLimits | None = None) ->
 
 
 def following(count: int, *, has_replay: bool = True) -> RankSequence:
-    """Connected, with that many batches applied."""
+    """A connected sequence that has applied that many batches."""
     made = sequence(has_replay=has_replay)
     made.connected()
     if has_replay:
@@ -27,11 +27,11 @@ def payload(seq: int, engine: str = "a") -> bytes:
 
 
 def seen(actions: list[Action]) -> list[Action]:
-    """Without what only tells of trust."""
+    """The actions without changes of trust."""
     return [action for action in actions if not isinstance(action, Trust)]
 
 
-def test_nothing_comes_before_a_connection() -> None:
+def test_nothing_happens_before_a_connection() -> None:
     made = sequence()
     assert made.live(0, b"x") == []
     assert made.replayed(0, b"x") == []
@@ -40,7 +40,7 @@ def test_nothing_comes_before_a_connection() -> None:
     assert made.retry() == []
 
 
-def test_connecting_asks_for_all_and_holds_live_events_back() -> None:
+def test_connecting_requests_everything_and_lets_live_batches_wait() -> None:
     made = sequence()
     assert made.connected() == [Trust(False, "replaying"), RequestReplay(0)]
     assert made.connected() == []
@@ -52,7 +52,7 @@ def test_connecting_asks_for_all_and_holds_live_events_back() -> None:
     assert made.live(3, payload(3)) == [Apply(payload(3))]
 
 
-def test_a_reconnect_to_the_same_engine_asks_for_the_last_batch_again() -> None:
+def test_a_reconnect_requests_the_last_batch_to_verify_the_engine() -> None:
     made = following(3)
     assert made.disconnected() == [Trust(False, "disconnected")]
     assert made.connected() == [Trust(False, "verifying"), RequestReplay(2)]
@@ -63,7 +63,7 @@ def test_a_reconnect_to_the_same_engine_asks_for_the_last_batch_again() -> None:
 
 
 @pytest.mark.parametrize("published", [0, 1, 3, 5])
-def test_another_batch_or_none_at_the_number_is_a_restart(published: int) -> None:
+def test_another_batch_or_no_batch_with_the_last_number_shows_a_restart(published: int) -> None:
     made = following(3)
     made.disconnected()
     made.connected()
@@ -75,8 +75,8 @@ def test_another_batch_or_none_at_the_number_is_a_restart(published: int) -> Non
     assert made.restarts == 1
 
 
-def test_the_remembered_batch_is_out_of_the_buffer() -> None:
-    """The very next number is no proof either."""
+def test_a_last_batch_that_is_out_of_the_buffer_leaves_a_gap() -> None:
+    """The next number does not prove that the engine is the same."""
     made = following(3)
     made.disconnected()
     made.connected()
@@ -84,7 +84,7 @@ def test_the_remembered_batch_is_out_of_the_buffer() -> None:
     assert made.replay_ended() == [Trust(True, "partial")]
 
 
-def test_a_number_that_goes_back_on_one_connection_is_a_restart() -> None:
+def test_a_number_that_goes_back_on_one_connection_shows_a_restart() -> None:
     made = following(3)
     assert seen(made.live(0, payload(0, "b"))) == [Clear("restarted"), RequestReplay(0)]
     made = following(1)
@@ -94,14 +94,14 @@ def test_a_number_that_goes_back_on_one_connection_is_a_restart() -> None:
     assert not made.partial
 
 
-def test_what_waited_before_the_numbers_went_back_is_void() -> None:
+def test_batches_that_waited_before_the_numbers_went_back_are_dropped() -> None:
     made = following(1)
     made.live(4, payload(4))
     made.live(0, b"b0")
     assert seen(made.replay_ended()) == [Apply(b"b0")]
 
 
-def test_numbers_of_the_connection_before_do_not_count() -> None:
+def test_numbers_of_the_previous_connection_do_not_count() -> None:
     made = following(3)
     made.disconnected()
     made.connected()
@@ -121,7 +121,7 @@ def test_a_live_batch_that_the_replay_brought_is_not_applied_again() -> None:
     assert made.live(2, payload(2)) == [Apply(payload(2))]
 
 
-def test_a_gap_is_asked_about_and_filled() -> None:
+def test_a_gap_is_requested_and_filled() -> None:
     made = following(2)
     assert made.live(4, payload(4)) == [Trust(False, "gap"), RequestReplay(2)]
     for seq in (2, 3, 4):
@@ -143,14 +143,14 @@ def test_a_gap_without_replay_clears_only_what_was_applied() -> None:
     assert seen(fresh.live(7, payload(7))) == [Apply(payload(7))]
 
 
-def test_a_hole_in_an_answer_is_asked_about_at_once() -> None:
+def test_a_gap_in_an_answer_is_requested_at_once() -> None:
     made = sequence()
     made.connected()
     made.replayed(0, payload(0))
     assert made.replayed(5, payload(5)) == [RequestReplay(1)]
 
 
-def test_a_failed_replay_with_progress_goes_on_from_there() -> None:
+def test_a_failed_replay_that_made_progress_is_continued() -> None:
     made = sequence()
     made.connected()
     made.replayed(0, payload(0))
@@ -161,7 +161,7 @@ def test_a_failed_replay_with_progress_goes_on_from_there() -> None:
     assert not made.partial
 
 
-def test_a_failed_check_clears() -> None:
+def test_a_failed_verification_clears() -> None:
     made = following(3)
     made.disconnected()
     made.connected()
@@ -173,7 +173,7 @@ def test_a_failed_check_clears() -> None:
     ]
 
 
-def test_a_rebuild_replaces_what_is_held_only_when_it_goes_back_further() -> None:
+def test_a_rebuild_replaces_the_pages_only_if_it_goes_back_further() -> None:
     def degraded() -> RankSequence:
         made = sequence()
         made.connected()
@@ -213,7 +213,9 @@ def test_a_disconnect_ends_the_replay() -> None:
     [ReorderLimits(rank_batches=3), ReorderLimits(rank_bytes=6), ReorderLimits(total_bytes=6)],
     ids=["batches", "bytes", "total"],
 )
-def test_what_can_not_be_held_is_asked_for_again(limits: ReorderLimits) -> None:
+def test_batches_without_room_in_the_reorder_buffer_are_requested_again(
+    limits: ReorderLimits,
+) -> None:
     made = sequence(limits=limits)
     made.connected()
     for seq in range(5):
@@ -228,7 +230,7 @@ def test_what_can_not_be_held_is_asked_for_again(limits: ReorderLimits) -> None:
     assert limits.waiting_bytes == 0
 
 
-def test_what_came_and_was_dropped_after_an_empty_answer_was_made_is_asked_for() -> None:
+def test_a_batch_dropped_during_an_empty_answer_is_requested() -> None:
     made = sequence(limits=ReorderLimits(rank_batches=2))
     made.connected()
     for seq in range(3):
@@ -236,7 +238,7 @@ def test_what_came_and_was_dropped_after_an_empty_answer_was_made_is_asked_for()
     assert made.replay_ended() == [RequestReplay(0)]
 
 
-def test_a_batch_larger_than_all_that_may_wait_is_dropped() -> None:
+def test_a_batch_larger_than_the_reorder_buffer_is_dropped() -> None:
     limits = ReorderLimits(rank_bytes=6)
     made = sequence(limits=limits)
     made.connected()
@@ -246,7 +248,7 @@ def test_a_batch_larger_than_all_that_may_wait_is_dropped() -> None:
     assert made.live(1, b"1") == [Trust(False, "gap"), RequestReplay(0)]
 
 
-def test_an_unreadable_batch_is_asked_for_once_more() -> None:
+def test_an_unreadable_batch_is_requested_once_more() -> None:
     made = following(3)
     assert made.unreadable(payload(2), ask=True) == [Trust(False, "unreadable"), RequestReplay(2)]
     assert made.live(3, payload(3)) == []
@@ -255,7 +257,7 @@ def test_an_unreadable_batch_is_asked_for_once_more() -> None:
 
 
 @pytest.mark.parametrize("end", ["replay_ended", "replay_failed"])
-def test_an_unreadable_batch_that_nobody_repeats_voids_what_was_before(end: str) -> None:
+def test_an_unreadable_batch_that_is_not_replayed_voids_the_batches_before(end: str) -> None:
     made = following(3)
     made.unreadable(payload(2), ask=True)
     assert getattr(made, end)() == [Clear("unreadable"), Trust(True, "partial")]
@@ -265,16 +267,16 @@ def test_an_unreadable_batch_that_nobody_repeats_voids_what_was_before(end: str)
     assert seen(made.disconnected()) == [CancelReplay(), Clear("unreadable")]
 
 
-def test_an_unreadable_batch_voids_what_was_before_when_it_is_not_to_be_asked_for() -> None:
+def test_an_unreadable_batch_that_may_not_be_requested_voids_the_batches_before() -> None:
     made = following(3)
     assert made.unreadable(payload(2), ask=False) == [Clear("unreadable"), Trust(True, "partial")]
     made = following(3, has_replay=False)
     assert seen(made.unreadable(payload(2), ask=True)) == [Clear("unreadable")]
-    # Later ones are on their way to the sink already.
+    # Later batches may be with the applier already.
     made = following(3)
     assert seen(made.unreadable(payload(1), ask=True)) == [Clear("unreadable")]
     assert made.partial
-    # The engine still has to show the same batch after a reconnect.
+    # After a reconnect, the engine still has to send the same batch again.
     made = following(3)
     made.unreadable(payload(2), ask=False)
     made.disconnected()
@@ -282,7 +284,7 @@ def test_an_unreadable_batch_voids_what_was_before_when_it_is_not_to_be_asked_fo
     assert seen(made.replayed(2, payload(2))) == []
 
 
-def test_after_a_pile_of_batches_it_is_asked_whether_that_was_all() -> None:
+def test_after_many_batches_a_replay_checks_for_lost_ones() -> None:
     made = following(3)
     assert made.caught_up() == [RequestReplay(3)]
     assert made.replay_ended() == []
@@ -292,7 +294,7 @@ def test_after_a_pile_of_batches_it_is_asked_whether_that_was_all() -> None:
     assert made.replay_ended() == []
 
 
-def test_nobody_can_tell_whether_that_was_all() -> None:
+def test_without_a_replay_a_rank_is_untrusted_after_many_batches() -> None:
     made = following(3, has_replay=False)
     assert made.caught_up() == [Trust(False, "behind")]
     assert made.live(3, payload(3)) == [Apply(payload(3)), Trust(True, "complete")]
@@ -306,7 +308,7 @@ def test_nobody_can_tell_whether_that_was_all() -> None:
     assert fresh.caught_up() == []
 
 
-def test_large_batches_are_told_apart_by_both_ends() -> None:
+def test_large_batches_differ_if_either_end_differs() -> None:
     for place in (0, 99_999):
         batch = bytearray(100_000)
         made = sequence()

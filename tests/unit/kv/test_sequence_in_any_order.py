@@ -1,4 +1,4 @@
-"""Whatever a network and an engine do, what is held is a run of one engine's own batches."""
+"""Tests that the batches applied are always consecutive batches of one engine process."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -23,24 +23,24 @@ def _payload(batch: _Batch) -> bytes:
 
 
 class EngineAndNetwork(RuleBasedStateMachine):
-    """One rank behind a lossy network, and a sink that only remembers."""
+    """One rank behind a lossy network, and an applier that only records."""
 
     def __init__(self) -> None:
         super().__init__()
         # The engine.
         self.process = 0
         self.published = 0
-        # In flight: live batches, and the frames of the running answer; None is its end.
+        # In flight: live batches, and the messages of the present answer; None is its end.
         self.live: list[_Batch] = []
         self.answer: list[_Batch | None] | None = None
         self.asked: int | None = None
         self.connected = False
-        # The sink.
+        # The applier.
         self.applied: list[_Batch] = []
         self.trusted = False
         self.failed = False
         self.clears = 0
-        # The sink can not use the next batch; what was removed by it is unknown.
+        # The applier cannot read the next batch, which may contain removals.
         self.garbles = False
         self.asks = False
         self.unseen: _Batch | None = None
@@ -53,14 +53,14 @@ class EngineAndNetwork(RuleBasedStateMachine):
         self.sequence = RankSequence(has_replay=has_replay, limits=self.limits)
 
     def do(self, actions: list[Action]) -> None:
-        """As the stream does it: all that waits comes after a Clear for an unreadable batch."""
+        """Carry out actions as the stream does: the Clear for an unreadable batch comes first."""
         waiting = [*actions]
         while waiting:
             match waiting.pop(0):
                 case Apply(payload):
                     process, seq = payload.decode().split(":")
                     batch = (int(process), int(seq))
-                    # In order, at most once, and never two engines' batches side by side.
+                    # In order, at most once, and never batches of two engines together.
                     assert self.unseen in (None, batch)
                     assert not self.applied or batch == (
                         self.applied[-1][0],
@@ -153,7 +153,7 @@ class EngineAndNetwork(RuleBasedStateMachine):
         assert self.asked is not None
         first = max(self.asked, self.published - _BUFFERED)
         batches: list[_Batch | None] = [(self.process, seq) for seq in range(first, self.published)]
-        # A queue that is full loses from the middle, not from the start.
+        # A full queue loses batches in the middle, not at the start.
         if dropped_from:
             del batches[dropped_from : dropped_from + dropped]
         self.answer = [*batches, None]
@@ -184,7 +184,7 @@ class EngineAndNetwork(RuleBasedStateMachine):
     @precondition(lambda self: self.connected)
     @rule()
     def calm(self) -> None:
-        """All arrives, then one batch more shows every gap there still was."""
+        """Deliver everything, then one more batch, which shows every gap that is left."""
         self.garbles = False
         self.deliver_all()
         self.publish(1, arrives=True)

@@ -1,4 +1,4 @@
-"""The wire decoder against what engines send, and against what nobody should send."""
+"""Tests the wire decoder with payloads of real engines and with invalid ones."""
 
 import json
 from contextlib import suppress
@@ -61,7 +61,7 @@ def _decoded(*events: Any) -> EventBatch:
 
 
 def _only(event: Any) -> BlockStored:
-    """The stored event of a batch with nothing else."""
+    """The only event of a batch, a BlockStored."""
     batch = _decoded(event)
     assert batch.skipped == 0
     (found,) = batch.events
@@ -70,7 +70,7 @@ def _only(event: Any) -> BlockStored:
 
 
 def _comparable(event: object) -> dict[str, Any]:
-    """An event in the words of the vectors."""
+    """An event in the form of the test vectors."""
     if isinstance(event, AllBlocksCleared):
         return {"type": "AllBlocksCleared"}
     if isinstance(event, BlockRemoved):
@@ -103,11 +103,11 @@ def _expected(event: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# -- what engines send
+# -- payloads of engines
 
 
 @pytest.mark.parametrize(("case", "payload"), _payloads("valid"))
-def test_batches_of_real_engines(case: dict[str, Any], payload: bytes) -> None:
+def test_batches_of_real_engines_are_decoded(case: dict[str, Any], payload: bytes) -> None:
     batch = decode_events(payload)
     assert [_comparable(event) for event in batch.events] == [
         _expected(event) for event in case["events"]
@@ -118,19 +118,19 @@ def test_batches_of_real_engines(case: dict[str, Any], payload: bytes) -> None:
 
 
 @pytest.mark.parametrize(("case", "payload"), _payloads("malformed"))
-def test_what_is_no_batch(case: dict[str, Any], payload: bytes) -> None:
+def test_a_payload_that_is_not_a_batch_is_refused(case: dict[str, Any], payload: bytes) -> None:
     with pytest.raises(WireError):
         decode_events(payload)
 
 
 @pytest.mark.parametrize(("case", "payload"), _payloads("load"))
-def test_load_of_real_engines(case: dict[str, Any], payload: bytes) -> None:
+def test_load_reports_of_real_engines_are_decoded(case: dict[str, Any], payload: bytes) -> None:
     given = {
         name: value
         for name, value in msgspec.structs.asdict(decode_load(payload)).items()
         if value is not None
     }
-    # The future report has zeros for all fields that are known today.
+    # The report of a future version has zeros in all known fields.
     assert {name: given[name] for name in case["expect"]} == case["expect"]
     assert all(value == 0 for name, value in given.items() if name not in case["expect"])
 
@@ -147,16 +147,16 @@ def test_maps_and_arrays_in_one_batch_keep_their_order() -> None:
     assert fifth.tokens.tolist() == [1, 2]
 
 
-def test_the_kind_need_not_come_first() -> None:
+def test_the_kind_of_an_event_need_not_come_first() -> None:
     event = dict(reversed(_stored().items()))
     assert _only(event).block_hashes == [5]
 
 
-def test_a_batch_may_grow_fields() -> None:
+def test_unknown_fields_of_a_batch_are_ignored() -> None:
     assert decode_events(_encode([2, [_CLEARED], 3, "later"])).dp_rank == 3
 
 
-def test_a_batch_of_nothing() -> None:
+def test_a_batch_may_be_empty() -> None:
     assert _decoded() == EventBatch(1.5, [], 0, 0)
 
 
@@ -172,7 +172,7 @@ def test_a_batch_of_nothing() -> None:
         ("TAPE", Medium.EXTERNAL),
     ],
 )
-def test_media(name: str | None, medium: Medium) -> None:
+def test_each_name_of_a_medium_is_known(name: str | None, medium: Medium) -> None:
     assert _only(_stored(medium=name)).medium is medium
     assert _decoded(_removed(medium=name)).events == [BlockRemoved([5], medium)]
 
@@ -191,7 +191,7 @@ def test_the_adapter_is_its_name_or_else_its_id(fields: dict[str, Any], lora: ob
     assert _only(_stored(**fields)).lora == lora
 
 
-def test_an_empty_salt_is_none() -> None:
+def test_an_empty_salt_is_the_same_as_no_salt() -> None:
     assert _only(_stored(cache_salt="")).cache_salt is None
 
 
@@ -236,7 +236,7 @@ def test_hashes_fold_to_64_bits(hashes: list[int | bytes]) -> None:
     assert event.parent_block_hash == (folded[0] if hashes else None)
 
 
-# -- what nobody should send
+# -- invalid payloads
 
 _BAD_EVENTS = [
     *(
@@ -287,7 +287,7 @@ _BAD_EVENTS = [
 
 @pytest.mark.parametrize("bad", _BAD_EVENTS, ids=repr)
 @pytest.mark.parametrize("neighbour", [_CLEARED, _CLEARED_ARRAY, _UNKNOWN], ids=str)
-def test_one_bad_event_never_costs_its_neighbours(bad: Any, neighbour: Any) -> None:
+def test_one_malformed_event_does_not_cost_the_others(bad: Any, neighbour: Any) -> None:
     unknown = neighbour is _UNKNOWN
     batch = _decoded(neighbour, bad, _removed())
     assert batch.skipped == 1 + unknown
@@ -295,7 +295,7 @@ def test_one_bad_event_never_costs_its_neighbours(bad: Any, neighbour: Any) -> N
     assert batch.events[-1] == BlockRemoved([5], Medium.GPU)
 
 
-def test_odd_tokens_and_unknown_kinds_alone_are_counted() -> None:
+def test_malformed_tokens_and_unknown_kinds_are_only_counted() -> None:
     assert _decoded(_stored(token_ids=[-1])) == EventBatch(1.5, [], 0, 1)
     assert _decoded(_stored(token_ids="x"), _UNKNOWN, ["Unknown"]) == EventBatch(1.5, [], 0, 3)
 
@@ -317,13 +317,13 @@ def test_odd_tokens_and_unknown_kinds_alone_are_counted() -> None:
     ],
     ids=repr,
 )
-def test_what_may_have_been_a_removal_is_told_apart(bad: Any, lost: bool) -> None:
+def test_events_that_may_have_been_removals_are_marked(bad: Any, lost: bool) -> None:
     batch = _decoded(_CLEARED, bad)
     assert (batch.skipped, batch.removals_lost) == (1, lost)
 
 
 @pytest.mark.parametrize("events", [[3], [{}], [_removed(block_hashes=["x"]), None]], ids=repr)
-def test_a_batch_of_which_nothing_can_be_read_is_none(events: list[Any]) -> None:
+def test_a_batch_without_a_readable_event_is_refused(events: list[Any]) -> None:
     with pytest.raises(WireError):
         _decoded(*events)
 
@@ -349,17 +349,17 @@ def test_a_batch_of_which_nothing_can_be_read_is_none(events: list[Any]) -> None
     ],
     ids=repr,
 )
-def test_outer_shapes_that_are_none(batch: Any) -> None:
+def test_other_outer_forms_are_refused(batch: Any) -> None:
     with pytest.raises(WireError):
         decode_events(_encode(batch))
 
 
-def test_trailing_bytes() -> None:
+def test_trailing_bytes_are_refused() -> None:
     with pytest.raises(WireError):
         decode_events(_encode([1.5, [_CLEARED], 0]) + b"\x00")
 
 
-def test_errors_quote_nothing() -> None:
+def test_errors_do_not_quote_the_payload() -> None:
     secret = "what the patient said"
     payloads = [
         _encode([1.5, [secret], 0]),
@@ -379,7 +379,7 @@ def test_errors_quote_nothing() -> None:
 # -- limits
 
 
-def test_names_have_a_limit() -> None:
+def test_too_long_names_are_refused() -> None:
     most = "x" * kv_events.NAME_MAX_CHARS
     assert _only(_stored(cache_salt=most, lora_name=most)).cache_salt == most
     for field in ("cache_salt", "lora_name", "lora_id", "medium"):
@@ -388,7 +388,7 @@ def test_names_have_a_limit() -> None:
     assert _decoded(_CLEARED, metadata).skipped == 1
 
 
-def test_tokens_and_blocks_have_limits() -> None:
+def test_too_many_tokens_or_blocks_are_refused() -> None:
     tokens = [1] * kv_events.TOKENS_MAX_PER_EVENT
     assert len(_only(_stored(token_ids=tokens)).tokens) == kv_events.TOKENS_MAX_PER_EVENT
     assert _decoded(_stored(token_ids=[*tokens, 1]), _CLEARED).skipped == 1
@@ -397,7 +397,7 @@ def test_tokens_and_blocks_have_limits() -> None:
     assert batch == EventBatch(1.5, [AllBlocksCleared()], 0, 2, removals_lost=True)
 
 
-def test_events_have_a_limit() -> None:
+def test_too_many_events_are_refused() -> None:
     one = _encode(_CLEARED_ARRAY)
     most = kv_events.EVENTS_MAX_PER_BATCH
 
@@ -409,7 +409,7 @@ def test_events_have_a_limit() -> None:
         decode_events(batch(most + 1))
 
 
-def test_payloads_have_a_limit() -> None:
+def test_too_large_payloads_are_refused() -> None:
     for decode in (decode_events, decode_load):
         with pytest.raises(WireError, match="larger than"):
             decode(bytes(kv_events.PAYLOAD_MAX_BYTES + 1))
@@ -419,14 +419,14 @@ def test_payloads_have_a_limit() -> None:
 @pytest.mark.parametrize(
     "before", [b"", b"\x92\x00\x91", b"\x93\x00\x91\x81\xa1x", b"\x97\xa8LoadStat\x00\x00"]
 )
-def test_deep_nesting(before: bytes, head: bytes) -> None:
+def test_deep_nesting_is_refused(before: bytes, head: bytes) -> None:
     for decode in (decode_events, decode_load):
         with pytest.raises(WireError):
             decode(before + head * 200_000)
 
 
 @pytest.mark.parametrize("head", [b"\xdd", b"\xdf", b"\xc6", b"\xdb"], ids=repr)
-def test_announced_sizes_that_never_come(head: bytes) -> None:
+def test_announced_sizes_without_content_are_refused(head: bytes) -> None:
     size = b"\xff\xff\xff\xff"
     hashes = _encode("block_hashes")
     for before in (b"", b"\x92\x00", b"\x92\x00\x91", b"\x92\x00\x91\x81" + hashes):
@@ -459,17 +459,17 @@ def test_announced_sizes_that_never_come(head: bytes) -> None:
     ],
     ids=repr,
 )
-def test_load_that_makes_no_sense(report: Any) -> None:
+def test_impossible_load_reports_are_refused(report: Any) -> None:
     with pytest.raises(WireError):
         decode_load(_encode(report))
 
 
-def test_appended_load_may_be_none() -> None:
+def test_later_fields_of_a_load_report_may_be_null() -> None:
     report = ["LoadStat", 1, 2, 3, 4, 0, None, 7]
     assert decode_load(_encode(report)) == LoadStat(1, 2, 3, 4, 0, None, 7)
 
 
-# -- anything
+# -- random payloads
 
 _GOOD = [bytes.fromhex(case["payload_hex"]) for case in _VECTORS["valid"] + _VECTORS["load"]]
 
@@ -481,20 +481,20 @@ def _survives(payload: bytes) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_random_bytes(payload: bytes) -> None:
+def test_random_bytes_raise_only_wire_errors(payload: bytes) -> None:
     _survives(payload)
 
 
 @settings(max_examples=20)
 @given(st.integers(0, 2**32))
-def test_ten_thousand_random_bytes(seed: int) -> None:
+def test_ten_thousand_random_bytes_raise_only_wire_errors(seed: int) -> None:
     noise = Random(seed).randbytes(10_000)
     for before in (b"", b"\x93\x00\xdc\xff\xff", b"\x93\x00\xdd\x00\x00\x00\x08"):
         _survives(before + noise)
 
 
 @given(st.sampled_from(_GOOD), st.data())
-def test_truncations(payload: bytes, data: st.DataObject) -> None:
+def test_truncated_payloads_are_refused(payload: bytes, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(payload) - 1))
     with pytest.raises(WireError):
         decode_events(payload[:cut])
@@ -503,7 +503,7 @@ def test_truncations(payload: bytes, data: st.DataObject) -> None:
 
 @settings(max_examples=500)
 @given(st.sampled_from(_GOOD), st.data())
-def test_mutations(payload: bytes, data: st.DataObject) -> None:
+def test_mutated_payloads_are_decoded_or_refused(payload: bytes, data: st.DataObject) -> None:
     changed = bytearray(payload)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(changed) - 1))

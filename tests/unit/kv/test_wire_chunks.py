@@ -1,4 +1,4 @@
-"""A batch in parts means what the whole means."""
+"""Tests that a batch decoded in parts means the same as the whole batch."""
 
 from contextlib import suppress
 from typing import Any
@@ -63,7 +63,7 @@ def _array(event: dict[str, Any]) -> list[Any]:
 
 
 def _blocks(events: list[KvEvent]) -> list[tuple[Any, ...]]:
-    """One by one, so that it does not show where a chain is cut."""
+    """Block by block, so that the cuts in a chain do not show."""
     found: list[tuple[Any, ...]] = []
     for event in events:
         if isinstance(event, AllBlocksCleared):
@@ -86,7 +86,9 @@ def _stored_blocks(event: BlockStored) -> list[tuple[Any, ...]]:
 
 @settings(max_examples=200, deadline=None)
 @given(events=st.lists(_EVENTS, min_size=1, max_size=8), arrays=st.booleans())
-def test_the_parts_together_are_the_whole(events: list[dict[str, Any]], arrays: bool) -> None:
+def test_the_parts_together_equal_the_whole_batch(
+    events: list[dict[str, Any]], arrays: bool
+) -> None:
     shaped = [_array(event) for event in events] if arrays else events
     payload = _encode([1.5, shaped, 3])
     whole = decode_events(payload)
@@ -97,7 +99,7 @@ def test_the_parts_together_are_the_whole(events: list[dict[str, Any]], arrays: 
     assert len(parts) > 1 or len(payload) < 1000
 
 
-def test_a_piece_has_no_more_than_its_share() -> None:
+def test_no_piece_is_too_large() -> None:
     event = {
         "type": "BlockStored",
         "block_hashes": list(range(100)),
@@ -111,7 +113,7 @@ def test_a_piece_has_no_more_than_its_share() -> None:
             assert len(piece.tokens) <= 6
 
 
-def test_tokens_that_do_not_fit_are_left_out_of_all_pieces() -> None:
+def test_tokens_that_do_not_fit_the_blocks_are_left_out_of_all_pieces() -> None:
     event = {
         "type": "BlockStored",
         "block_hashes": list(range(100)),
@@ -144,7 +146,7 @@ def _ignore_until_error(payload: bytes) -> None:
     ],
     ids=lambda event: str(event)[:40],
 )
-def test_large_events_that_are_none(event: Any) -> None:
+def test_large_malformed_events_are_refused_or_skipped(event: Any) -> None:
     try:
         parts = list(decode_in_parts(_encode([1.5, [event, {"type": "AllBlocksCleared"}], 0])))
     except WireError:
@@ -152,14 +154,14 @@ def test_large_events_that_are_none(event: Any) -> None:
     assert any(part.removals_lost or part.skipped for part in parts)
 
 
-def test_payloads_have_a_limit() -> None:
+def test_too_large_payloads_are_refused() -> None:
     with pytest.raises(WireError, match="larger than"):
         _ignore_until_error(bytes(PAYLOAD_MAX_BYTES + 1))
 
 
 @settings(max_examples=300, deadline=None)
 @given(events=st.lists(_EVENTS, min_size=1, max_size=4), data=st.data())
-def test_mutations(events: list[Any], data: st.DataObject) -> None:
+def test_mutated_payloads_are_decoded_or_refused(events: list[Any], data: st.DataObject) -> None:
     changed = bytearray(_encode([1.5, events, 0]))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(changed) - 1))
@@ -169,6 +171,6 @@ def test_mutations(events: list[Any], data: st.DataObject) -> None:
 
 
 @given(st.binary(min_size=61, max_size=300))
-def test_random_bytes(payload: bytes) -> None:
+def test_random_bytes_are_refused(payload: bytes) -> None:
     with pytest.raises(WireError):
         _ignore_until_error(b"\xc1" + payload)

@@ -1,4 +1,4 @@
-"""Which decode worker takes over: a neighbour within reason, else whoever has least to do."""
+"""Tests the choice of the decode worker: on the same host if it is not too busy."""
 
 import math
 from collections import Counter
@@ -55,10 +55,10 @@ _CANDIDATES = st.lists(
 @pytest.mark.parametrize(
     ("candidates", "expected", "reason"),
     [
-        # The only one there is, wherever and however busy.
+        # The only candidate, on any host and however busy.
         ([here(1000)], HERE, "same_host"),
         ([there(1000)], THERE, "no_peer"),
-        # All idle: a neighbour with one request is still taken, one with two is not.
+        # All others idle: one request on the neighbour is accepted, two are not.
         ([here(1), there(0), there(0)], HERE, "same_host"),
         ([here(2), there(0), there(0)], THERE, "peer_busy"),
         # Median 3, hence up to 6.
@@ -71,32 +71,32 @@ _CANDIDATES = st.lists(
         ([here(1), there(0), there(0), there(9)], HERE, "same_host"),
     ],
 )
-def test_a_neighbour_is_taken_up_to_twice_the_median(
+def test_a_worker_on_the_same_host_is_taken_up_to_twice_the_median_load(
     candidates: list[Decoder], expected: str, reason: str
 ) -> None:
     chosen, why = choose(candidates)
     assert (chosen.host, why) == (expected, reason)
 
 
-def test_a_hot_neighbour_in_an_idle_pool_is_left_alone() -> None:
+def test_a_busy_worker_on_the_same_host_is_not_taken_in_an_idle_pool() -> None:
     assert choose([here(50), *[there(0)] * 7]) == (there(0), "peer_busy")
 
 
-def test_the_least_loaded_of_several_neighbours_is_taken() -> None:
+def test_the_least_loaded_of_several_workers_on_the_host_is_taken() -> None:
     found = choose([here(3, name=1), here(1, name=2), here(2, name=3), there(0), there(2)])
     assert found == (here(1, name=2), "same_host")
 
 
-def test_where_one_neighbour_is_too_busy_another_may_not_be() -> None:
+def test_another_worker_on_the_host_is_taken_when_one_is_too_busy() -> None:
     assert choose([here(30), here(2), there(1), there(1)]) == (here(2), "same_host")
 
 
-def test_how_full_the_caches_are_decides_between_equal_loads() -> None:
+def test_of_equal_loads_the_emptier_cache_is_taken() -> None:
     assert choose([here(1, 0.9), here(1, 0.2), here(1, 0.4)])[0] == here(1, 0.2)
     assert choose([there(1, 0.9), there(1, 0.2), there(2, 0.0)])[0] == there(1, 0.2)
 
 
-def test_a_fuller_cache_does_not_outweigh_a_request() -> None:
+def test_an_emptier_cache_does_not_outweigh_a_request() -> None:
     assert choose([there(1, 0.99), there(2, 0.0)])[0] == there(1, 0.99)
 
 
@@ -127,7 +127,7 @@ def test_the_rule_holds_for_any_pool(candidates: list[Decoder], seed: int) -> No
 
 
 @given(_CANDIDATES, st.integers(0, 5))
-def test_the_order_names_everybody_once_and_begins_with_the_choice(
+def test_the_order_has_every_candidate_once_and_begins_with_the_choice(
     candidates: list[Decoder], seed: int
 ) -> None:
     ordered = DecodeAffinity(Random(seed)).order(candidates, HERE)

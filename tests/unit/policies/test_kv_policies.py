@@ -1,4 +1,4 @@
-"""Who is chosen for what it holds and what it has to do; plain values for ranks and loads."""
+"""Tests policies that choose ranks by what they hold and by their load."""
 
 from collections.abc import Sequence
 from random import Random
@@ -15,12 +15,12 @@ from extproc.policies.min_ttft import MinTtft
 
 PAGE = 100
 NOW = 50.0
-# More draws than it takes to see each of three equals.
+# Enough draws to see each of three equals.
 SEEDS = range(60)
 
 
 class Load(Struct, frozen=True):
-    """What a rank has to do; the speed in tokens a second."""
+    """The load of a rank; speed in tokens per second."""
 
     waiting: int = 0
     decoding: int = 0
@@ -50,7 +50,7 @@ class Load(Struct, frozen=True):
 
 
 class Rank(Struct, frozen=True):
-    """A candidate; `order` is given by `ranks`."""
+    """A candidate; its `order` is its place in the list of ranks."""
 
     load: Load = Load()
     has_events: bool = True
@@ -74,7 +74,7 @@ def rank(
     disk: int = 0,
     events: bool = True,
 ) -> Rank:
-    """A rank with that many requests; `held` pages of a prompt of `of`, the last of them lower."""
+    """A rank with that many requests that holds `held` of `of` pages, the last on lower tiers."""
     return Rank(
         Load(waiting=requests),
         has_events=events,
@@ -115,13 +115,13 @@ def zmq_draws(candidates: Sequence[Rank], tokens: int = 1000) -> set[tuple[int, 
 @pytest.mark.parametrize(
     ("lowest", "highest", "imbalanced"),
     [
-        # Apart by more than 32, and above floor(1.1 * lowest); where lowest is below 321 the
-        # first test is the stricter one.
+        # The difference must be above 32, and the highest above floor(1.1 * lowest); with a
+        # lowest below 321 the first rule is the stricter one.
         (0, 32, False),  # 32 - 0 = 32, not above 32
         (0, 33, True),  # 33 > 32; 33 > floor(0) = 0
         (100, 132, False),  # 32
         (100, 133, True),  # 33; 133 > floor(110.0) = 110
-        # From here on the second test is the stricter one.
+        # From here on the second rule is the stricter one.
         (400, 433, False),  # 33 > 32, but 433 <= floor(440.0) = 440
         (400, 440, False),  # 440 is not above 440
         (400, 441, True),
@@ -131,10 +131,10 @@ def zmq_draws(candidates: Sequence[Rank], tokens: int = 1000) -> set[tuple[int, 
         (1000, 1101, True),
     ],
 )
-def test_imbalance_takes_both_thresholds_strictly(
+def test_imbalance_needs_more_than_both_thresholds(
     lowest: int, highest: int, imbalanced: bool
 ) -> None:
-    # The holder is the busiest: only an imbalance keeps the request from it.
+    # The rank that holds the prompt is the busiest: only an imbalance keeps the request away.
     expected = (1, "imbalance") if imbalanced else (0, "hit")
     assert zmq([rank(highest, held=10), rank(lowest)]) == expected
 
@@ -146,7 +146,7 @@ def test_imbalance_comes_before_everything_else() -> None:
     assert zmq([rank(33), rank(0, predicted=10)]) == (1, "imbalance")
 
 
-def test_imbalance_is_between_the_extremes_and_the_least_loaded_are_drawn() -> None:
+def test_imbalance_compares_the_extremes_and_draws_among_the_least_loaded() -> None:
     assert zmq_draws([rank(40, held=10), rank(7), rank(20, held=10), rank(7)]) == {
         (1, "imbalance"),
         (3, "imbalance"),
@@ -164,15 +164,15 @@ def test_the_thresholds_can_be_set() -> None:
     # 3 / 10 > 0.25
     policy = CacheAwareZmq(Random(0), cache_threshold=0.25)
     assert chosen(policy, candidates, query()) == (0, "hit")
-    # A threshold of 0 takes one page, but not none.
+    # A threshold of 0 needs one page.
     policy = CacheAwareZmq(Random(0), cache_threshold=0.0)
     assert chosen(policy, [rank(3, held=1), rank(1)], query()) == (0, "hit")
     assert chosen(policy, [rank(3), rank(1)], query()) == (1, "below_threshold")
 
 
-def test_without_tokens_load_decides_whatever_is_held() -> None:
+def test_without_tokens_only_load_decides() -> None:
     assert zmq([rank(2), rank(1), rank(2)], tokens=0) == (1, "no_tokens")
-    # No tokens, hence nothing of them is known to be held, and no events is not the reason.
+    # Without tokens no overlap is known, and the reason is not that there are no events.
     assert zmq([rank(2, events=False), rank(1, events=False)], tokens=0) == (1, "no_tokens")
 
 
@@ -182,12 +182,12 @@ def test_without_tokens_load_decides_whatever_is_held() -> None:
         ([rank(2, events=False), rank(1, events=False)], "no_events"),
         ([rank(2, of=0), rank(1, of=0)], "short_prompt"),
         ([rank(2, of=0), rank(1, events=False)], "short_prompt"),
-        # With pages of another size it has a whole one.
+        # With pages of another size the prompt has a whole page.
         ([rank(2, of=0), rank(1, of=1)], "below_threshold"),
         ([rank(2, of=1), rank(1, events=False)], "below_threshold"),
     ],
 )
-def test_nobody_is_preferred_without_events_or_whole_pages(
+def test_no_rank_is_preferred_without_events_or_whole_pages(
     candidates: list[Rank], reason: str
 ) -> None:
     assert zmq(candidates) == (1, reason)
@@ -205,11 +205,11 @@ def test_nobody_is_preferred_without_events_or_whole_pages(
         (51, 101, True),  # 0.505
     ],
 )
-def test_a_hit_is_more_than_the_threshold_of_the_whole_pages(
+def test_a_hit_needs_more_than_the_threshold_of_whole_pages(
     held: int, of: int, is_hit: bool
 ) -> None:
     expected = (0, "hit") if is_hit else (1, "below_threshold")
-    # As many tokens as there are pages, and most of another page: of no account.
+    # Whole pages, and most of another page, which does not count.
     assert zmq([rank(9, held=held, of=of), rank(0, of=of)], of * PAGE + 99) == expected
 
 
@@ -218,30 +218,30 @@ def test_a_trailing_partial_page_is_not_in_the_ratio() -> None:
     assert zmq([rank(1, held=1, of=1), rank(0, of=1)], 199) == (0, "hit")
 
 
-def test_the_deepest_holder_is_preferred_to_the_least_loaded() -> None:
+def test_the_rank_that_holds_most_is_preferred_to_the_least_loaded() -> None:
     assert zmq([rank(0, held=7), rank(30, held=9), rank(0, held=8)]) == (1, "hit")
 
 
-def test_depth_is_taken_of_each_candidate_alone() -> None:
-    # The deepest is not a candidate any more, or below the threshold of its own page size.
+def test_the_overlap_is_taken_per_candidate() -> None:
+    # The deepest rank is not a candidate, or is below the threshold in its own page size.
     assert zmq([rank(3, held=6), rank(0)]) == (0, "hit")
     # 1 of 4 large pages is 400 tokens but no hit; 6 of 10 small ones are.
     large = Rank(Load(waiting=0), prompt_pages=4, held_pages=1, device_tokens=700)
     assert zmq([large, rank(5, held=6)]) == (1, "hit")
 
 
-def test_an_untrusted_rank_does_not_hide_a_holder() -> None:
+def test_an_untrusted_rank_does_not_hide_a_rank_that_holds_the_prompt() -> None:
     assert zmq([rank(0, events=False), rank(5, held=6), rank(0, events=False)]) == (1, "hit")
 
 
-def test_of_the_deepest_the_least_loaded_is_taken() -> None:
+def test_of_the_ranks_that_hold_most_the_least_loaded_is_taken() -> None:
     assert zmq([rank(3, held=9), rank(2, held=9), rank(4, held=9), rank(0, held=6)]) == (1, "hit")
 
 
 def test_of_equals_one_is_drawn() -> None:
     candidates = [rank(2, held=9), rank(2, held=9), rank(3, held=9), rank(2, held=9)]
     assert zmq_draws(candidates) == {(0, "hit"), (1, "hit"), (3, "hit")}
-    # The first of them comes after one that is less loaded, or holds less.
+    # The first of the equals comes after a rank that is less loaded, or holds less.
     candidates = [rank(5, held=9), rank(0, held=6), rank(2, held=9), rank(2, held=9)]
     assert zmq_draws(candidates) == {(2, "hit"), (3, "hit")}
     assert zmq_draws([rank(1), rank(0), rank(0)]) == {
@@ -254,12 +254,12 @@ def test_of_equals_one_is_drawn() -> None:
 
 
 def test_the_last_page_of_a_prompt_held_in_full_gains_nothing() -> None:
-    # 10 whole pages, of which 9 spare prefill: who has 9 is as good as who has all.
+    # 10 whole pages, of which 9 spare prefill: a rank with 9 is as good as one with all.
     full = Rank(Load(waiting=2), held_pages=10, device_tokens=900)
     assert zmq([full, rank(1, held=9)]) == (1, "hit")
 
 
-def test_what_lies_lower_is_worth_less() -> None:
+def test_pages_on_lower_tiers_are_worth_less() -> None:
     # 8 pages of which 4 on the host: 400 + 400 * 0.8 = 720 > 700 of 7 on the device.
     assert zmq([rank(0, held=7), rank(9, held=8, host=4)]) == (1, "hit")
     # 8 on the host: 640 < 700.
@@ -273,26 +273,26 @@ def test_what_lies_lower_is_worth_less() -> None:
     assert chosen(policy, [rank(0, held=7), rank(9, held=8, disk=8)], query()) == (1, "hit")
 
 
-def test_a_predicted_holder_is_taken_when_nobody_holds_enough() -> None:
+def test_a_predicted_rank_is_taken_when_no_rank_holds_enough() -> None:
     assert zmq([rank(0, held=5), rank(2, predicted=6), rank(0)]) == (1, "predicted")
     # 5 of 10 are not above the threshold here either.
     assert zmq([rank(0), rank(2, predicted=5)]) == (0, "below_threshold")
 
 
-def test_a_holder_is_preferred_to_a_deeper_predicted_one() -> None:
+def test_a_rank_that_holds_enough_is_preferred_to_a_predicted_one() -> None:
     assert zmq([rank(9, held=6), rank(0, predicted=10)]) == (0, "hit")
 
 
 @pytest.mark.parametrize(("more", "reason"), [(4, "predicted"), (5, "below_threshold")])
-def test_a_busy_predicted_holder_is_left_alone(more: int, reason: str) -> None:
+def test_a_busy_predicted_rank_is_not_taken(more: int, reason: str) -> None:
     expected = 1 if reason == "predicted" else 0
     assert zmq([rank(3), rank(3 + more, predicted=10)]) == (expected, reason)
 
 
-def test_of_predicted_holders_the_deepest_then_the_least_loaded_then_any() -> None:
+def test_of_predicted_ranks_the_deepest_then_the_least_loaded_is_taken() -> None:
     assert zmq([rank(), rank(2, predicted=9), rank(4, predicted=10)]) == (2, "predicted")
     assert zmq([rank(), rank(2, predicted=9), rank(1, predicted=9)]) == (2, "predicted")
-    # The deepest of all is too busy.
+    # The deepest rank is too busy.
     assert zmq([rank(), rank(5, predicted=10), rank(1, predicted=8)]) == (2, "predicted")
     equals = [rank(), rank(1, predicted=9), rank(1, predicted=9), rank(2, predicted=9)]
     assert zmq_draws(equals) == {(1, "predicted"), (2, "predicted")}
@@ -301,11 +301,11 @@ def test_of_predicted_holders_the_deepest_then_the_least_loaded_then_any() -> No
 # -- min_ttft
 #
 # Costs in the comments: wait + work * (1 + min(0.5 + 2 * shortest wait of all, 100)), in seconds,
-# at 8000 tokens a second; what is within 5 % of the lowest, or 5 ms, is drawn from.
+# at 8000 tokens a second; ranks within 5 % of the lowest, or 5 ms, are drawn from.
 
 
 def ttft(candidates: Sequence[Rank], tokens: int = 16_000, expected: int = 0) -> tuple[int, str]:
-    """The choice, which must not be a draw."""
+    """The choice, asserting that it was not drawn."""
     (only,) = ttft_draws(candidates, tokens, expected)
     return only
 
@@ -317,7 +317,7 @@ def ttft_draws(
 
 
 def queue(tokens: int, *, device: int = 0, predicted: int = 0, **load: float) -> Rank:
-    """A rank with so many tokens to prefill, that holds or will hold some of the prompt."""
+    """A rank with that many tokens to prefill, which may hold a part of the prompt."""
     return Rank(
         Load(ahead=tokens, **load),  # type: ignore[arg-type]
         prompt_pages=160,
@@ -340,15 +340,15 @@ def test_a_queue_is_worth_waiting_in_only_for_a_prefix_that_takes_longer_to_comp
     assert ttft([queue(4000, device=1600), idle]) == (1, "spread")
 
 
-def test_hit_is_said_of_who_holds_most() -> None:
+def test_hit_means_that_no_rank_holds_more() -> None:
     # (16000 - 12000) / 8000 * 1.5 = 0.75 and (16000 - 4000) / 8000 * 1.5 = 2.25
     assert ttft([queue(0, device=4000), queue(0, device=12_000)]) == (1, "hit")
     # 3.0 + 0.75 = 3.75 against 2.25, which holds something, but not most.
     assert ttft([queue(0, device=4000), queue(24_000, device=12_000)]) == (0, "spread")
 
 
-def test_work_counts_more_the_longer_the_queue_that_nobody_can_avoid() -> None:
-    # The queue of 2.5 s more that was not worth it beside an idle rank. Here all wait 2 s:
+def test_work_counts_more_the_longer_the_shortest_queue_is() -> None:
+    # Beside an idle rank, 2.5 s more of queue were not worth it. Here all ranks have 2 s:
     # weight 1 + 0.5 + 2 * 2 = 5.5; 4.5 + 0.5 * 5.5 = 7.25 against 2.0 + 2.0 * 5.5 = 13.0.
     assert ttft([queue(36_000, device=12_000), queue(16_000)]) == (0, "hit")
     # 11.5 + 0.5 * 5.5 = 14.25: not worth it here either.
@@ -364,24 +364,24 @@ def test_the_weight_of_work_has_a_limit() -> None:
     assert ttft([queue(1_808_000, device=12_000), behind]) == (1, "spread")
 
 
-def test_what_nobody_holds_goes_where_the_queue_is_shortest() -> None:
+def test_a_prompt_that_no_rank_holds_goes_to_the_shortest_queue() -> None:
     # 3.0 + 0.5 against 3.0
     assert ttft([queue(4000), queue(0)]) == (1, "miss")
 
 
 def test_a_predicted_prefix_spares_work_like_a_held_one() -> None:
     assert ttft([queue(0), queue(8000, predicted=12_000)]) == (1, "predicted")
-    # It is about to hold more than it does.
+    # It will hold more soon.
     assert ttft([queue(0), queue(0, device=2000, predicted=12_000)]) == (1, "predicted")
-    # It holds as much already.
+    # It already holds as much.
     assert ttft([queue(0), queue(0, device=12_000, predicted=12_000)]) == (1, "hit")
-    # 2.5 + 0.5 * 1.5 = 3.25 against 3.0: too long a queue; nobody holds anything.
+    # 2.5 + 0.5 * 1.5 = 3.25 against 3.0: the queue is too long, and no rank holds any page.
     assert ttft([queue(0), queue(20_000, predicted=12_000)]) == (0, "miss")
-    # The holder is as good as the predicted one, save for a queue.
+    # The rank that holds the prompt equals the predicted one, except for a queue.
     assert ttft([queue(0, device=12_000), queue(8000, predicted=12_000)]) == (0, "hit")
 
 
-def test_a_prompt_held_lower_is_worth_less() -> None:
+def test_a_prompt_on_a_lower_tier_is_worth_less() -> None:
     # Spared: 8000 * 0.8 = 6400 on the host, 8000 * 0.5 = 4000 on disk, 5000 on the device.
     # Left: (16000 - s) / 8000 * 1.5 = 1.8, 2.25, 2.0625
     host = Rank(prompt_pages=160, held_pages=80, host_tokens=8000)
@@ -390,7 +390,7 @@ def test_a_prompt_held_lower_is_worth_less() -> None:
     assert ttft([disk, queue(0, device=5000)]) == (1, "hit")
     policy = MinTtft(Random(0), weights=TierWeights(disk=1.0))
     assert chosen(policy, [disk, queue(0, device=5000)], query(16_000)) == (0, "hit")
-    # Predicted as it is below: 4000 of worth are fewer than the 8000 that are on their way.
+    # On disk, 8000 tokens are worth 4000, which is less than the 8000 that are predicted.
     both = Rank(prompt_pages=160, held_pages=80, disk_tokens=8000, predicted_tokens=8000)
     assert ttft([queue(0, device=5000), both]) == (1, "predicted")
 
@@ -405,22 +405,24 @@ def test_a_prompt_held_lower_is_worth_less() -> None:
         ([Rank(Load(ahead=8000), prompt_pages=0), Rank(prompt_pages=1)], "miss"),
     ],
 )
-def test_why_nobody_holds_anything(candidates: list[Rank], reason: str) -> None:
+def test_the_reason_says_why_no_rank_holds_any_of_the_prompt(
+    candidates: list[Rank], reason: str
+) -> None:
     # 1000 tokens take 0.125 s; a second of queue decides.
     assert ttft(candidates, 1000) == (1, reason)
 
 
-def test_without_tokens_the_expected_number_is_worked_with() -> None:
+def test_without_tokens_the_expected_number_is_used() -> None:
     slow, fast = queue(0, speed=1000.0), queue(4000)
     # 8000 expected: 8.0 * 1.5 = 12.0 against 0.5 + 1.0 * 1.5 = 2.0
     assert ttft([slow, fast], 0, 8000) == (1, "no_tokens")
     # 100: 0.1 * 1.5 = 0.15 against 0.5 + 0.0125 * 1.5 = 0.519
     assert ttft([slow, fast], 0, 100) == (0, "no_tokens")
-    # Not even a guess: a token, as if nothing were to do but wait.
+    # Without an estimate the prompt counts as one token, so only the wait decides.
     assert ttft([slow, fast], 0) == (0, "no_tokens")
 
 
-def test_the_exact_number_is_preferred_to_the_guess() -> None:
+def test_the_exact_number_of_tokens_is_preferred_to_the_estimate() -> None:
     slow, fast = queue(0, speed=1000.0), queue(4000)
     assert ttft([slow, fast], 100, 8000) == (0, "miss")
 
@@ -435,38 +437,38 @@ def test_a_slow_rank_is_taken_when_the_fast_one_has_more_to_do() -> None:
     assert ttft([queue(8000, speed=4000.0), queue(8000, speed=fast)]) == (1, "miss")
 
 
-def test_a_place_among_the_running_is_waited_for() -> None:
-    # Nothing to prefill, and 3 s until somebody ends: 3.0 + 0.75 against 3.0
+def test_the_wait_for_a_slot_in_the_running_batch_counts() -> None:
+    # Nothing to prefill, and 3 s until a request ends: 3.0 + 0.75 against 3.0
     assert ttft([queue(0, device=12_000, slot_wait=3.0), queue(0)]) == (1, "spread")
-    # While it waits, its queue is worked off: the longer of both counts, 2.0 + 0.75.
+    # The queue shrinks while it waits for a slot: the longer wait counts, 2.0 + 0.75.
     assert ttft([queue(16_000, device=12_000, slot_wait=1.5), queue(0)]) == (0, "hit")
 
 
-def test_requests_that_decode_slow_it_down_a_little() -> None:
-    # 80 tokens: 0.01 * 1.5 = 0.015; 20 that decode are 0.02 s more, and beyond 5 ms.
+def test_decoding_requests_slow_a_rank_down_a_little() -> None:
+    # 80 tokens: 0.01 * 1.5 = 0.015; 20 decoding requests add 0.02 s, which is more than 5 ms.
     assert ttft([queue(0, decoding=20), queue(0)], 80) == (1, "miss")
-    # 4 that decode are 0.004 s, within 5 ms.
+    # 4 decoding requests add 0.004 s, within 5 ms.
     assert ttft_draws([queue(0, decoding=4), queue(0)], 80) == {(0, "miss"), (1, "miss")}
 
 
-def test_of_those_about_as_good_one_is_drawn() -> None:
+def test_of_nearly_equal_ranks_one_is_drawn() -> None:
     # 3.0; 0.1 more is within 5 % (3.15), 0.2 is not.
     assert ttft_draws([queue(0), queue(800), queue(1600)]) == {(0, "miss"), (1, "miss")}
     # Of a short prompt 5 ms are more than 5 %: 80 tokens, 0.015, to 0.020.
     # 32 tokens ahead are 0.004, 48 are 0.006.
     assert ttft_draws([queue(0), queue(32), queue(48)], 80) == {(0, "miss"), (1, "miss")}
-    # Each draw says for itself what it was: 0.1 of queue and 800 tokens of prefix fewer to do.
+    # Each rank drawn has a reason of its own: 0.1 of queue and 800 tokens of prefix fewer to do.
     # 0.1 + 1.9 * 1.5 = 2.95 against 3.0
     assert ttft_draws([queue(0), queue(800, device=800)]) == {(0, "spread"), (1, "hit")}
 
 
-def test_at_least_a_token_is_computed() -> None:
-    # More is predicted than there is: never less than no work.
+def test_at_least_one_token_is_computed() -> None:
+    # More is predicted than the prompt has: the work is never negative.
     over = queue(0, predicted=1000)
     assert ttft_draws([over, queue(0, device=500)], 500) == {(0, "predicted"), (1, "hit")}
 
 
-# -- both
+# -- both policies
 
 _RANKS = st.builds(
     Rank,
@@ -515,7 +517,7 @@ _REASONS = {
     tokens=st.integers(0, 2000),
     seed=st.integers(0, 9),
 )
-def test_the_choice_is_a_candidate_its_reason_a_known_word_and_the_seed_decides(
+def test_the_choice_is_a_candidate_with_a_known_reason_and_follows_the_seed(
     kind: type[CacheAwareZmq | MinTtft], candidates: list[Rank], tokens: int, seed: int
 ) -> None:
     order, reason = chosen(kind(Random(seed)), candidates, query(tokens))

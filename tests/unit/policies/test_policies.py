@@ -1,4 +1,4 @@
-"""Who is chosen: order, uniformity, load and ties; with plain values for candidates."""
+"""Tests policies that choose workers: order, uniformity, load and ties."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def picks(policy: Policy, candidates: Sequence[Rank], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_configurable_policy_exists_under_its_name(name: PolicyName) -> None:
+def test_every_policy_of_the_configuration_exists_under_its_name(name: PolicyName) -> None:
     if name in TOKEN_POLICIES:
         model = ModelConfig(id="m", policy=name, tokenizer_path="-")
         assert create_kv_policy(model, Random(0)).name == name
@@ -88,7 +88,7 @@ def test_round_robin_takes_each_in_turn() -> None:
     ]
 
 
-def test_round_robin_goes_on_behind_the_last_one_when_one_is_left_out_for_a_moment() -> None:
+def test_round_robin_continues_after_the_last_worker_when_one_is_left_out_for_a_moment() -> None:
     policy, everyone = create_policy("round_robin", Random(0)), ranks(0, 0, 0, 0)
     without_2 = [rank for rank in everyone if rank.order != 2]
     assert picks(policy, everyone, 2) == [0, 1]
@@ -96,7 +96,7 @@ def test_round_robin_goes_on_behind_the_last_one_when_one_is_left_out_for_a_mome
     assert picks(policy, everyone, 5) == [0, 1, 2, 3, 0]
 
 
-def test_round_robin_does_not_jump_when_the_last_one_leaves() -> None:
+def test_round_robin_does_not_jump_when_the_last_worker_leaves() -> None:
     policy = create_policy("round_robin", Random(0))
     assert picks(policy, ranks(0, 0, 0, 0), 2) == [0, 1]
     left = [Rank(0), Rank(2), Rank(3)]
@@ -110,7 +110,7 @@ def test_round_robin_serves_a_new_worker_when_its_turn_comes() -> None:
 
 
 @given(st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=30))
-def test_round_robin_never_takes_one_twice_while_another_waits(rounds: list[set[int]]) -> None:
+def test_round_robin_never_takes_a_worker_twice_while_another_waits(rounds: list[set[int]]) -> None:
     policy = create_policy("round_robin", Random(0))
     chosen = [picks(policy, [Rank(order) for order in sorted(there)], 1)[0] for there in rounds]
     for (before, after), there in zip(pairwise(chosen), rounds[1:], strict=True):
@@ -137,7 +137,7 @@ def test_random_follows_its_seed() -> None:
 
 
 class Drawing(Random):
-    """A Random whose samples a test looks at."""
+    """A Random that records its samples."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -149,7 +149,7 @@ class Drawing(Random):
         return drawn
 
 
-def test_power_of_two_draws_two_distinct_and_takes_the_lower() -> None:
+def test_power_of_two_draws_two_workers_and_takes_the_less_loaded() -> None:
     random = Drawing()
     policy, candidates = create_policy("power_of_two", random), ranks(3, 1, 4, 1, 5)
     for _ in range(200):
@@ -164,7 +164,7 @@ def test_power_of_two_draws_two_distinct_and_takes_the_lower() -> None:
     assert len({frozenset(drawn) for drawn in random.drawn}) == 10  # all pairs of 5
 
 
-def test_power_of_two_never_takes_the_only_highest() -> None:
+def test_power_of_two_never_takes_the_single_most_loaded_worker() -> None:
     chosen = picks(create_policy("power_of_two", Random(0)), ranks(0, 2, 9), 300)
     assert set(chosen) == {0, 1}
 
@@ -178,7 +178,7 @@ def test_power_of_two_spreads_an_idle_pool() -> None:
 # -- least_load
 
 
-def test_least_load_takes_the_lowest() -> None:
+def test_least_load_takes_the_least_loaded_worker() -> None:
     assert set(picks(create_policy("least_load", Random(0)), ranks(3, 1, 2), 50)) == {1}
 
 

@@ -1,4 +1,4 @@
-"""Ranks leave enough files for everything else."""
+"""Tests that ranks leave enough file descriptors for everything else."""
 
 import resource
 
@@ -18,7 +18,9 @@ from extproc.kv.subscriptions.fd_budget import FdBudget, raise_descriptor_limit
         (10, 1, 1),
     ],
 )
-def test_the_share_of_the_ranks(limit: int, ranks: int, replays: int) -> None:
+def test_ranks_and_replays_get_a_share_of_the_descriptors(
+    limit: int, ranks: int, replays: int
+) -> None:
     assert FdBudget.within(limit) == FdBudget(ranks, replays)
 
 

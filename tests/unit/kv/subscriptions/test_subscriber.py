@@ -1,4 +1,4 @@
-"""Real publishers, real sockets: what reaches the applier, and when it is void."""
+"""Tests with real publishers and sockets what reaches the applier, and when it is cleared."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ _SOON = SubscriberSettings(replay_timeout_seconds=0.3, replay_cool_down_seconds=
 
 
 class RecordingApplier:
-    """What holds now, and every call."""
+    """Records the batches applied since the last clear, and every call."""
 
     def __init__(self, dp_rank: int = 0) -> None:
         self.pages = RankPages("http://w:1", dp_rank, 4, bigram=False)
@@ -35,7 +35,7 @@ class RecordingApplier:
         self.trust: list[tuple[bool, str]] = []
         self.loads: list[bytes] = []
         self.calls = 0
-        self.failures = 0  # to come
+        self.failures = 0  # of the next calls
 
     def apply(self, payload: bytes) -> Iterator[None] | None:
         self.calls += 1
@@ -88,7 +88,7 @@ async def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
 async def follow(
     made: KvSubscriber, publisher: Publisher, *, replay: bool = True, topic: str = ""
 ) -> tuple[RecordingApplier, SubscriptionState]:
-    """Subscribed, and past the replay."""
+    """Subscribe, and wait until the first replay has ended."""
     applier = RecordingApplier()
     state = made.add(endpoint(publisher, replay=replay, topic=topic), applier)
     await until(lambda: publisher.subscribed == 1 and applier.pages.trusted)
@@ -96,7 +96,9 @@ async def follow(
 
 
 @pytest.mark.parametrize("topic_in_replies", [True, False], ids=["with topic", "without"])
-async def test_a_late_joiner_gets_what_was_published_before(topic_in_replies: bool) -> None:
+async def test_a_late_subscription_gets_the_batches_published_before(
+    topic_in_replies: bool,
+) -> None:
     async with Publisher(topic_in_replies=topic_in_replies, topic=b"kv") as engine:
         engine.publish(50)
         async with subscriber() as made:
@@ -113,7 +115,7 @@ async def test_a_late_joiner_gets_what_was_published_before(topic_in_replies: bo
             assert state.last_event_at is not None
 
 
-async def test_a_buffer_that_does_not_go_back_to_the_start_gives_a_part() -> None:
+async def test_a_buffer_without_the_first_batches_gives_a_partial_view() -> None:
     async with Publisher(buffered=10) as engine, subscriber() as made:
         engine.publish(30)
         applier, state = await follow(made, engine)
@@ -123,7 +125,7 @@ async def test_a_buffer_that_does_not_go_back_to_the_start_gives_a_part() -> Non
         assert (state.replay_failures, state.gaps) == (0, 0)
 
 
-async def test_subscribed_before_the_engine_is_there() -> None:
+async def test_a_subscription_may_start_before_the_engine() -> None:
     async with Publisher() as gone:
         place = gone
     async with subscriber() as made:
@@ -136,7 +138,7 @@ async def test_subscribed_before_the_engine_is_there() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 5), (20, 1), (20, 100)])
-async def test_a_restarted_engine_is_learnt_anew(before: int, after: int) -> None:
+async def test_a_restarted_engine_is_followed_from_scratch(before: int, after: int) -> None:
     async with subscriber() as made:
         async with Publisher() as first:
             applier, state = await follow(made, first)
@@ -153,7 +155,7 @@ async def test_a_restarted_engine_is_learnt_anew(before: int, after: int) -> Non
 
 
 async def test_the_first_event_after_a_reconnect_is_not_lost() -> None:
-    """Nobody publishes until the subscription is there, then one batch and silence."""
+    """The engine waits for the subscription, then publishes one batch and no more."""
     async with subscriber() as made:
         async with Publisher() as first:
             applier, state = await follow(made, first, replay=False)
@@ -165,7 +167,7 @@ async def test_the_first_event_after_a_reconnect_is_not_lost() -> None:
                 await until(lambda: applier.applied == engine.payloads())
 
 
-async def test_a_lost_connection_to_the_same_engine_costs_nothing_but_the_missed() -> None:
+async def test_after_a_reconnect_to_the_same_engine_only_missed_batches_are_requested() -> None:
     async with Publisher() as engine:
         proxy = await TcpProxy.start(engine.port)
         async with subscriber() as made:
@@ -198,7 +200,7 @@ async def test_a_gap_is_filled_from_the_replay() -> None:
 
 
 @pytest.mark.parametrize("replay", [True, False], ids=["out of the buffer", "no replay"])
-async def test_a_gap_that_can_not_be_filled_clears(replay: bool) -> None:
+async def test_a_gap_that_cannot_be_filled_clears(replay: bool) -> None:
     async with Publisher() as engine, subscriber() as made:
         applier, state = await follow(made, engine, replay=replay)
         engine.publish(3)
@@ -222,7 +224,7 @@ async def test_a_reconnect_without_replay_clears() -> None:
         async with first.successor() as second:
             await until(lambda: second.subscribed == 1)
             second.publish(3, lost=True)
-            second.publish(2)  # 3 would have been the next of the first engine too
+            second.publish(2)  # 3 would have been the next number of the first engine, too
             await until(lambda: applier.applied == second.payloads(start=3))
             assert applier.clears == ["reconnected"]
 
@@ -240,7 +242,7 @@ async def test_events_during_a_replay_are_applied_once_and_in_order() -> None:
         assert state.batches == engine.seq
 
 
-async def test_an_engine_whose_replay_socket_drops_is_asked_again() -> None:
+async def test_a_replay_that_lost_batches_is_requested_again() -> None:
     async with Publisher(router_queue=100) as engine, subscriber(_SOON) as made:
         engine.publish(2000)
         applier = RecordingApplier()
@@ -251,7 +253,7 @@ async def test_an_engine_whose_replay_socket_drops_is_asked_again() -> None:
         assert state.replays > 1
 
 
-async def test_a_replay_without_answer_ends_in_a_part() -> None:
+async def test_a_replay_without_answer_gives_a_partial_view() -> None:
     async with Publisher(answers=False) as engine, subscriber(_SOON) as made:
         engine.publish(5, lost=True)
         applier = RecordingApplier()
@@ -260,7 +262,7 @@ async def test_a_replay_without_answer_ends_in_a_part() -> None:
         engine.publish(2)
         await until(lambda: applier.applied == engine.payloads(start=5))
         assert (state.replays, state.replay_failures, state.partial) == (1, 1, True)
-        # A gap is not asked about again so soon.
+        # No replay is requested for a gap so soon after a failed one.
         engine.publish(1, lost=True)
         engine.publish(1)
         await until(lambda: applier.applied == engine.payloads(start=8))
@@ -283,7 +285,7 @@ async def test_a_failed_replay_is_tried_again_later() -> None:
         assert not state.partial
 
 
-async def test_a_replay_port_where_nobody_listens() -> None:
+async def test_a_replay_port_without_a_listener_is_survived() -> None:
     async with Publisher() as gone:
         closed_port = gone.replay_port
     async with Publisher() as engine, subscriber(_SOON) as made:
@@ -297,7 +299,7 @@ async def test_a_replay_port_where_nobody_listens() -> None:
         assert applier.pages.trusted
 
 
-async def test_a_flood_does_not_hold_up_the_loop() -> None:
+async def test_a_flood_does_not_block_the_event_loop() -> None:
     async with Publisher() as engine, subscriber() as made:
         applier, _ = await follow(made, engine)
         worst = 0.0
@@ -317,7 +319,7 @@ async def test_a_flood_does_not_hold_up_the_loop() -> None:
         probing.cancel()
         await asyncio.gather(probing, return_exceptions=True)
         assert applier.applied == engine.payloads()
-        # Slices are 2 ms; the bound is for a machine with other things to do.
+        # Slices take 2 ms; the bound allows for a busy machine.
         assert worst < 0.5
 
 
@@ -359,7 +361,7 @@ async def test_garbage_in_an_answer_is_counted_and_skipped() -> None:
         assert (state.malformed, state.restarts) == (5, 0)
 
 
-async def test_a_message_of_forbidden_size_is_not_taken_in() -> None:
+async def test_a_too_large_message_is_refused() -> None:
     async with Publisher() as engine, subscriber() as made:
         applier, state = await follow(made, engine)
         engine.publish(2)
@@ -371,7 +373,7 @@ async def test_a_message_of_forbidden_size_is_not_taken_in() -> None:
         assert applier.clears == []
 
 
-async def test_a_number_from_nowhere_heals() -> None:
+async def test_a_random_sequence_number_is_recovered_from() -> None:
     async with Publisher() as engine, subscriber() as made:
         applier, _ = await follow(made, engine)
         engine.publish(2)
@@ -381,14 +383,14 @@ async def test_a_number_from_nowhere_heals() -> None:
         await until(lambda: applier.applied == engine.payloads())
 
 
-async def test_what_the_sink_raises_ends_nothing() -> None:
+async def test_errors_of_the_applier_are_counted_and_logged() -> None:
     async with Publisher() as engine, subscriber() as made:
         applier, state = await follow(made, engine, replay=False)
         applier.failures = 3
         with capture_logs() as logs:
             engine.publish(3)
             await until(lambda: state.apply_errors == 3)
-        # One line for all, without what the error quotes.
+        # One log line for all errors, without their texts.
         assert [(line["event"], line.get("error")) for line in logs] == [
             ("kv_events_not_applied", "ValueError"),
             ("kv_cleared", None),
@@ -396,13 +398,13 @@ async def test_what_the_sink_raises_ends_nothing() -> None:
         assert {(line["worker"], line["rank"]) for line in logs} == {("http://w:1", 0)}
         engine.publish(2)
         await until(lambda: applier.applied == engine.payloads(start=3))
-        # What came before them may have been removed by them.
+        # They may have removed any of the pages before.
         assert applier.clears == ["unreadable"] * 3
         assert state.partial
         assert applier.pages.trusted
 
 
-async def test_a_batch_that_can_not_be_used_is_asked_for_once_more() -> None:
+async def test_a_batch_that_cannot_be_applied_is_requested_once_more() -> None:
     async with Publisher() as engine, subscriber() as made:
         applier, state = await follow(made, engine)
         engine.publish(3)
@@ -412,25 +414,25 @@ async def test_a_batch_that_can_not_be_used_is_asked_for_once_more() -> None:
         await until(lambda: applier.applied == engine.payloads() and applier.pages.trusted)
         assert (applier.clears, engine.requests) == ([], [0, 3])
         assert (False, "unreadable") in applier.trust
-        # Not again so soon.
+        # It is not requested again so soon.
         applier.failures = 1
         engine.publish()
         await until(lambda: applier.clears == ["unreadable"])
         assert (engine.requests, applier.pages.trusted, state.partial) == ([0, 3], True, True)
 
 
-async def test_a_batch_is_taken_in_step_by_step() -> None:
-    """Neither the next batch nor anything else comes between its steps."""
-    told: list[str] = []
+async def test_a_batch_is_applied_step_by_step() -> None:
+    """No other call comes between the steps of a batch."""
+    calls: list[str] = []
 
     class Stepping(RecordingApplier):
         def apply(self, payload: bytes) -> Iterator[None]:
             for step in range(500):
-                told.append(f"{payload.decode()} {step}")
+                calls.append(f"{payload.decode()} {step}")
                 yield
 
         def clear(self, reason: str) -> None:
-            told.append(reason)
+            calls.append(reason)
 
     async with Publisher() as engine, subscriber() as made:
         applier = Stepping()
@@ -439,21 +441,21 @@ async def test_a_batch_is_taken_in_step_by_step() -> None:
         engine.publish()
         engine.publish(lost=True)
         engine.publish()
-        await until(lambda: len(told) == 1001)
+        await until(lambda: len(calls) == 1001)
         first, third = engine.payload(0).decode(), engine.payload(2).decode()
-        assert told[:500] == [f"{first} {step}" for step in range(500)]
-        assert told[500] == "gap"
-        assert told[501:] == [f"{third} {step}" for step in range(500)]
+        assert calls[:500] == [f"{first} {step}" for step in range(500)]
+        assert calls[500] == "gap"
+        assert calls[501:] == [f"{third} {step}" for step in range(500)]
         engine.publish()
-        await until(lambda: len(told) > 1001)
+        await until(lambda: len(calls) > 1001)
         await made.remove(applier)
-        count = len(told)
+        count = len(calls)
         await asyncio.sleep(0.02)
-        assert len(told) == count
+        assert len(calls) == count
 
 
-async def test_load_is_told_under_a_flood_of_events() -> None:
-    """A applier that has work for ever does not keep the engine's word on its load waiting."""
+async def test_load_reports_are_passed_on_during_a_flood_of_events() -> None:
+    """An applier that never ends a batch does not delay load reports."""
 
     class Endless(RecordingApplier):
         def apply(self, payload: bytes) -> Iterator[None]:
@@ -470,7 +472,7 @@ async def test_load_is_told_under_a_flood_of_events() -> None:
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["answering", "silent"])
-async def test_nothing_is_told_after_removal_during_a_replay(answers: bool) -> None:
+async def test_no_call_is_made_after_a_removal_during_a_replay(answers: bool) -> None:
     async with Publisher(answers=answers) as engine, subscriber() as made:
         engine.publish(9_000)
         applier = RecordingApplier()
@@ -483,7 +485,7 @@ async def test_nothing_is_told_after_removal_during_a_replay(answers: bool) -> N
         await asyncio.sleep(0.1)
         assert applier.calls == calls
         assert made.states == {}
-        # The same rank may come back.
+        # The rank may be followed again.
         engine.answers = True
         again = RecordingApplier()
         made.add(endpoint(engine), again)
@@ -504,7 +506,7 @@ async def test_only_the_newest_load_report_counts() -> None:
         assert state.batches == 0
 
 
-async def test_three_hundred_ranks() -> None:
+async def test_three_hundred_ranks_are_followed() -> None:
     async with Publisher() as engine, subscriber() as made:
         engine.publish(3)
         appliers = [RecordingApplier(rank) for rank in range(300)]
@@ -517,7 +519,7 @@ async def test_three_hundred_ranks() -> None:
         assert all(state.replay_failures == 0 for state in made.states.values())
 
 
-def test_the_loop_of_production() -> None:
+def test_a_restart_is_followed_on_uvloop() -> None:
     async def restart() -> None:
         async with subscriber() as made:
             async with Publisher() as first:
@@ -532,7 +534,7 @@ def test_the_loop_of_production() -> None:
         runner.run(restart())
 
 
-async def test_an_ipv6_host() -> None:
+async def test_a_rank_is_followed_over_ipv6() -> None:
     try:
         engine = Publisher(host="[::1]")
     except zmq.ZMQError:
@@ -572,7 +574,7 @@ def test_a_port_out_of_range_is_refused(port: int) -> None:
 
 
 class TcpProxy:
-    """Stands between to cut connections that both ends believe in."""
+    """A proxy that cuts connections which both ends take for intact."""
 
     def __init__(self) -> None:
         self.port = 0
