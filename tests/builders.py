@@ -173,8 +173,8 @@ class ByteEncoder:
         return read_prompt(path, body)
 
     async def encode(self, prompt: Prompt) -> Encoded:
-        if prompt.why or prompt.text is None:
-            return Encoded(None, prompt.why or "no_text")
+        if prompt.reason or prompt.text is None:
+            return Encoded(None, prompt.reason or "no_text")
         return Encoded(byte_tokens(prompt.text), "")
 
 

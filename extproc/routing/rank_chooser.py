@@ -77,7 +77,7 @@ class RankChooser:
             self._metrics.prompts_without_tokens(self._model, _BODY_NOT_SEEN).inc()
             return PromptTokens(None, 0)
         started = self._clock.monotonic()
-        prompt, encoded = Prompt(why=BUSY), _LATE
+        prompt, encoded = Prompt(reason=BUSY), _LATE
         try:
             async with asyncio.timeout(self._patience_seconds):
                 prompt = await self._encoder.read(
@@ -89,7 +89,7 @@ class RankChooser:
         elapsed = self._clock.monotonic() - started
         self._metrics.tokenization_seconds(self._model).observe(elapsed)
         if encoded.ids is None:
-            self._metrics.prompts_without_tokens(self._model, encoded.why).inc()
+            self._metrics.prompts_without_tokens(self._model, encoded.reason).inc()
         seed = 0
         # The engine, too, takes the adapter in the model's name before the field.
         adapter = adapter or prompt.lora

@@ -52,7 +52,7 @@ class Encoded(NamedTuple):
     """Token ids of a prompt (uint64), or None and the reason."""
 
     ids: NDArray[np.uint64] | None
-    why: str
+    reason: str
 
 
 class EncoderSettings(Struct, frozen=True, kw_only=True):
@@ -179,37 +179,37 @@ class PromptEncoder:
         """The prompt in a body, from its decoded `fields` where they are given.
 
         Without them the body is decoded here: in a thread if it is large, and not at all if it
-        is larger than `max_body_bytes` or all threads are busy. Then `why` has the reason.
+        is larger than `max_body_bytes` or all threads are busy. Then `reason` has the reason.
         """
         if fields is not None:
             return prompt_of(path, fields, len(body))
         if len(body) <= self._settings.inline_body_bytes:
             return read_prompt(path, body)
         if len(body) > self._settings.max_body_bytes:
-            return Prompt(why=TOO_LONG, body_bytes=len(body))
+            return Prompt(reason=TOO_LONG, body_bytes=len(body))
         try:
             return await self._pool.run(lambda: read_prompt(path, body))
         except EncoderBusyError:
-            return Prompt(why=BUSY, body_bytes=len(body))
+            return Prompt(reason=BUSY, body_bytes=len(body))
 
     async def encode(self, prompt: Prompt) -> Encoded:
         """The tokens that the engine will compute for a prompt, or why they are not known."""
         try:
-            if prompt.why:
-                raise UnmappableError(prompt.why)
+            if prompt.reason:
+                raise UnmappableError(prompt.reason)
             if prompt.ids is not None:
                 if len(prompt.ids) > self._settings.max_chars:
                     raise UnmappableError(TOO_LONG)
                 return Encoded(prompt.ids, "")
             return Encoded(await self._encode(prompt), "")
         except UnmappableError as refused:
-            why = refused.why
+            reason = refused.reason
         except EncoderBusyError:
-            why = BUSY
+            reason = BUSY
         except EncodeFailedError:
-            why = ENCODE_ERROR
-        self.stats.failures[why] += 1
-        return Encoded(None, why)
+            reason = ENCODE_ERROR
+        self.stats.failures[reason] += 1
+        return Encoded(None, reason)
 
     async def tokenize(self, text: str) -> list[int]:
         """The ids of a text as it is, as for /v1/tokenize: nothing is added to it, special

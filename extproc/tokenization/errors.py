@@ -33,8 +33,8 @@ class EncoderBusyError(ServiceError):
 
 
 class UnmappableError(ServiceError):
-    """A request that does not map to tokens; `why` is one of the reasons."""
+    """A request that does not map to tokens; `reason` is one of the reasons."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__(why)
-        self.why = why
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

@@ -1,10 +1,10 @@
-"""From the path and the body of a request to what its tokens are made of.
+"""Reads the prompt from a request's body, by the rules of its endpoint.
 
-Follows SGLang (0.5.23): what it takes for the prompt, field by field. Only those fields are
-decoded. Nothing here knows a tokenizer or a template, so the same prompt serves any model, and
-nothing raises for odd content: `Prompt.why` says why there will be no tokens. A wrong guess would
-cost more than none, since it sends the request to a worker that does not hold its prefix, so
-whatever is not certain is "unsupported".
+The rules are those of SGLang (0.5.23), field by field, and only the fields of the prompt are
+decoded. A prompt depends on no tokenizer and no template, so it is the same for every model.
+Odd content raises no exception: `Prompt.reason` says why there are no tokens. A wrong prompt
+costs more than no prompt, since it sends the request to a worker that does not hold the prefix.
+So everything that is not certain is "unsupported".
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     """What one request asks the engine to compute.
 
     At most one of `chat`, `text` (to be encoded with the special tokens that the tokenizer adds)
-    and `ids` (uint64) is set; with `why` none is. `cache_salt` and `lora` name the cache
+    and `ids` (uint64) is set; with `reason` none is. `cache_salt` and `lora` name the cache
     namespace and are None for the common one; a `model` of the form base:adapter is not taken
     apart. `body_bytes` is the size of the body.
     """
@@ -40,7 +40,7 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     ids: NDArray[np.uint64] | None = None
     cache_salt: str | None = None
     lora: str | None = None
-    why: str = ""
+    reason: str = ""
     body_bytes: int = 0
 
 
@@ -91,20 +91,20 @@ def prompt_of(path: str, fields: BodyFields, body_bytes: int) -> Prompt:
     try:
         return _READERS[path].prompt(fields, body_bytes)
     except UnmappableError as refused:
-        reason = refused.why
+        reason = refused.reason
     except _UNREADABLE:
         reason = MALFORMED
-    return Prompt(why=reason, body_bytes=body_bytes)
+    return Prompt(reason=reason, body_bytes=body_bytes)
 
 
 def read_prompt(path: str, body: bytes | bytearray) -> Prompt:
     """The prompt in a complete body sent to `path`, with or without a query."""
     path = path.partition("?")[0]
     if path not in _READERS:
-        return Prompt(why=UNSUPPORTED, body_bytes=len(body))
+        return Prompt(reason=UNSUPPORTED, body_bytes=len(body))
     fields = decode_fields(path, body)
     if fields is None:
-        return Prompt(why=MALFORMED, body_bytes=len(body))
+        return Prompt(reason=MALFORMED, body_bytes=len(body))
     return prompt_of(path, fields, len(body))
 
 

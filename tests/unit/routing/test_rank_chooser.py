@@ -130,7 +130,7 @@ async def test_a_prompt_is_routed_without_tokens_that_are_late(fleet: MakeFleet)
 
 
 @pytest.mark.parametrize(
-    ("body", "why"),
+    ("body", "reason"),
     [
         (b"", "body_not_visible"),
         (b'{"model": "m", "prompt": ["a", "b"]}', "batch"),
@@ -138,14 +138,14 @@ async def test_a_prompt_is_routed_without_tokens_that_are_late(fleet: MakeFleet)
     ],
 )
 async def test_without_tokens_load_decides_and_the_reason_is_counted(
-    fleet: MakeFleet, body: bytes, why: str
+    fleet: MakeFleet, body: bytes, reason: str
 ) -> None:
     pool = await fleet()
     pool.hold(TEXT, 0)
     lease = await pool.send(body)
     assert lease.decision.reason == "no_tokens"
     assert lease.decision.total_tokens == 0
-    assert pool.metric("extproc_prompts_without_tokens_total", model="m", reason=why) == 1
+    assert pool.metric("extproc_prompts_without_tokens_total", model="m", reason=reason) == 1
 
 
 async def test_without_events_load_decides(fleet: MakeFleet) -> None:

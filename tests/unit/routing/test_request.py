@@ -305,7 +305,7 @@ def test_a_prompt_that_cannot_be_decoded_is_routed_without_its_fields(messages: 
     body = b'{"messages": ' + messages + b', "model": "m", "stream": true}'
     request = parse_with_limit(body, len(body))
     assert (request.model, request.stream, request.fields) == ("m", True, None)
-    assert read_prompt(CHAT.path, body).why == "malformed"
+    assert read_prompt(CHAT.path, body).reason == "malformed"
 
 
 _SECRET = "s3cretprompt"

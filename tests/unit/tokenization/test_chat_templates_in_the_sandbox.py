@@ -42,11 +42,11 @@ def _text(source: str, chat: ChatPrompt | None = None, **special_tokens: str) ->
     return templates.render(chat or _chat(), MAX_CHARS).text
 
 
-def _why(source: str, chat: ChatPrompt | None = None, max_chars: int = MAX_CHARS) -> str:
+def _reason_of(source: str, chat: ChatPrompt | None = None, max_chars: int = MAX_CHARS) -> str:
     with pytest.raises(UnmappableError) as caught:
         _templates(default=source).render(chat or _chat(), max_chars)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
-    return caught.value.why
+    return caught.value.reason
 
 
 SOURCES = [
@@ -125,7 +125,7 @@ def test_without_a_template() -> None:
     for templates in (_templates(), _templates(tool_use="t")):
         with pytest.raises(UnmappableError) as caught:
             templates.render(_chat(), MAX_CHARS)
-        assert caught.value.why == "no_chat_template"
+        assert caught.value.reason == "no_chat_template"
     assert _templates(tool_use="t").render(_chat(tools=TOOLS), MAX_CHARS).text == "t"
 
 
@@ -167,7 +167,7 @@ def test_a_name_that_no_template_has() -> None:
     ],
 )
 def test_whatever_a_template_raises_is_a_reason(source: str) -> None:
-    assert _why(source) == "template_error"
+    assert _reason_of(source) == "template_error"
 
 
 def test_attributes_that_the_sandbox_hides() -> None:
@@ -189,7 +189,7 @@ def test_attributes_that_the_sandbox_hides() -> None:
     ],
 )
 def test_output_is_bounded(source: str) -> None:
-    assert _why(source, _chat(*["0123456789"] * 200)) == "too_long"
+    assert _reason_of(source, _chat(*["0123456789"] * 200)) == "too_long"
 
 
 def test_output_of_just_the_length_that_is_allowed() -> None:
@@ -209,7 +209,7 @@ def test_messages_are_left_as_they_were() -> None:
 
 def test_a_low_effort_under_a_name_of_its_own() -> None:
     source = "{{ low_effort }}{{ truncate_history_thinking }}"
-    assert _why(source, _chat(effort="low")) == "unsupported"
+    assert _reason_of(source, _chat(effort="low")) == "unsupported"
     assert _text(source, _chat(effort="high")) == ""
 
 

@@ -158,7 +158,7 @@ async def test_every_template_and_every_chat(family: str, chat: str, base: Path)
         if expected is None:
             assert encoded == (None, "template_error")
         else:
-            assert encoded.why == ""
+            assert encoded.reason == ""
             assert encoded.ids is not None
             assert encoded.ids.dtype == "uint64"
             assert encoded.ids.tolist() == expected

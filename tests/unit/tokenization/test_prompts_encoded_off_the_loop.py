@@ -52,7 +52,7 @@ def _words(count: int, salt: str = "") -> str:
 
 async def test_a_prompt_that_maps_to_nothing_keeps_its_reason(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path)
-    assert await encoder.encode(Prompt(why="batch")) == (None, "batch")
+    assert await encoder.encode(Prompt(reason="batch")) == (None, "batch")
     assert await encoder.encode(Prompt()) == (None, "no_text")
     assert encoder.stats.failures == {**dict.fromkeys(REASONS, 0), "batch": 1, "no_text": 1}
 
@@ -61,7 +61,7 @@ async def test_ids_are_passed_on(tmp_path: Path) -> None:
     prompt = read_prompt("/generate", b'{"input_ids": [3, 1]}')
     encoded = await _encoder(tmp_path).encode(prompt)
     assert encoded.ids is prompt.ids
-    assert encoded.why == ""
+    assert encoded.reason == ""
 
 
 async def test_a_model_without_a_template_has_texts_only(tmp_path: Path) -> None:
@@ -90,14 +90,14 @@ def test_models_that_can_not_be_loaded(
 
 async def test_too_long(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path, max_chars=100, max_messages=3)
-    assert (await encoder.encode(_text("x" * 100))).why == ""
-    assert (await encoder.encode(_text("x" * 101))).why == "too_long"
-    assert (await encoder.encode(_chat("x" * 90))).why == "too_long"
-    assert (await encoder.encode(_chat("a", "b", "c"))).why in ("", "too_long")
-    assert (await encoder.encode(_chat("a", "b", "c", "d"))).why == "too_long"
+    assert (await encoder.encode(_text("x" * 100))).reason == ""
+    assert (await encoder.encode(_text("x" * 101))).reason == "too_long"
+    assert (await encoder.encode(_chat("x" * 90))).reason == "too_long"
+    assert (await encoder.encode(_chat("a", "b", "c"))).reason in ("", "too_long")
+    assert (await encoder.encode(_chat("a", "b", "c", "d"))).reason == "too_long"
     ids = np.arange(101, dtype=np.uint64)
-    assert (await encoder.encode(Prompt(ids=ids))).why == "too_long"
-    assert (await encoder.encode(Prompt(ids=ids[:100]))).why == ""
+    assert (await encoder.encode(Prompt(ids=ids))).reason == "too_long"
+    assert (await encoder.encode(Prompt(ids=ids[:100]))).reason == ""
     assert encoder.stats.failures["too_long"] >= 4
     with pytest.raises(TextTooLongError):
         await encoder.tokenize("x" * 101)
@@ -166,8 +166,8 @@ async def test_large_bodies_are_read_and_rendered_in_threads(
 
 async def test_odd_large_bodies(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path, inline_body_bytes=1000, max_body_bytes=2000)
-    assert (await encoder.read("/v1/completions", b"{" * 2000, None)).why == "malformed"
-    assert (await encoder.read("/v1/completions", b"{" * 2001, None)).why == "too_long"
+    assert (await encoder.read("/v1/completions", b"{" * 2000, None)).reason == "malformed"
+    assert (await encoder.read("/v1/completions", b"{" * 2001, None)).reason == "too_long"
 
 
 # -- a pool that is full
@@ -255,17 +255,17 @@ async def test_a_busy_encoder_says_so(tmp_path: Path, gate: _Gate) -> None:
     long = _words(100)
     assert await encoder.encode(_text(long)) == (None, "busy")
     assert await encoder.encode(_chat(_words(1000))) == (None, "busy")
-    assert (await encoder.read("/v1/completions", b" " * 6000, None)).why == "busy"
+    assert (await encoder.read("/v1/completions", b" " * 6000, None)).reason == "busy"
     assert encoder.stats.rejected_busy == 2
     with pytest.raises(EncoderBusyError):
         await encoder.tokenize(long)
     # What is short needs no thread.
-    assert (await encoder.encode(_text("short"))).why == ""
+    assert (await encoder.encode(_text("short"))).reason == ""
     gate.open.set()
     await occupied
-    assert (await encoder.encode(_text(long))).why == ""
+    assert (await encoder.encode(_text(long))).reason == ""
     encoder.close()
-    assert (await encoder.encode(_text(_words(100, "new")))).why == "busy"
+    assert (await encoder.encode(_text(_words(100, "new")))).reason == "busy"
 
 
 async def test_a_text_that_the_tokenizer_refuses(tmp_path: Path) -> None:
@@ -308,5 +308,5 @@ async def test_models_with_a_response_format_of_their_own(tmp_path: Path) -> Non
     folder = model_folder(tmp_path, tokenizer, {"chat_template": template("chatml")})
     encoder = PromptEncoder.load(folder, EncoderSettings())
     body = b'{"input": "x", "messages": [{"role": "user", "content": "x"}]}'
-    assert (await encoder.encode(read_prompt("/v1/responses", body))).why == "unsupported"
-    assert (await encoder.encode(read_prompt("/v1/chat/completions", body))).why == ""
+    assert (await encoder.encode(read_prompt("/v1/responses", body))).reason == "unsupported"
+    assert (await encoder.encode(read_prompt("/v1/chat/completions", body))).reason == ""

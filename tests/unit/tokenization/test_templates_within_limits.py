@@ -31,7 +31,7 @@ def _render(source: str, *contents: str) -> str:
 def _refused(source: str, *contents: str) -> str:
     with pytest.raises(UnmappableError) as caught:
         _render(source, *contents)
-    return caught.value.why
+    return caught.value.reason
 
 
 # -- steps

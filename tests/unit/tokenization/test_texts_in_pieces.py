@@ -183,12 +183,12 @@ UNSAFE: dict[str, tuple[Callable[[], Tokenizer], str]] = {
 
 @pytest.mark.parametrize("kind", UNSAFE)
 def test_tokenizers_that_are_not_cut(kind: str) -> None:
-    make, why = UNSAFE[kind]
+    make, reason = UNSAFE[kind]
     tokenizer = make()
     with structlog.testing.capture_logs() as logs:
         encoder = TextEncoder(tokenizer, CACHE_BYTES)
-    assert (encoder.cached, encoder.unsafe) == (False, why)
-    assert logs == [{"event": "tokens_not_cached", "log_level": "warning", "reason": why}]
+    assert (encoder.cached, encoder.unsafe) == (False, reason)
+    assert logs == [{"event": "tokens_not_cached", "log_level": "warning", "reason": reason}]
     if kind == "dropout":
         return
     text = "Some <mask> text <odd> with<|im_end|> tokens <s> [INST] 12"
@@ -201,7 +201,7 @@ def test_tokenizers_that_are_not_cut(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "value", "why"),
+    ("part", "value", "reason"),
     [
         ("pre_tokenizer", {"type": "FixedLength", "length": 5}, "pre-tokenizer FixedLength"),
         (
@@ -219,8 +219,8 @@ def test_tokenizers_that_are_not_cut(kind: str) -> None:
         ("model", {"type": "BPE", "dropout": 0.1}, "dropout"),
     ],
 )
-def test_what_is_not_known_is_not_safe(part: str, value: Any, why: str) -> None:
-    assert split_plan({**_serialised(small.o200k()), part: value}, False).unsafe == why
+def test_what_is_not_known_is_not_safe(part: str, value: Any, reason: str) -> None:
+    assert split_plan({**_serialised(small.o200k()), part: value}, False).unsafe == reason
 
 
 def test_a_wrong_plan_is_found_out_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ def _chat(**body: Any) -> Prompt:
 
 def _messages(*messages: Any) -> Any:
     prompt = _chat(messages=messages)
-    assert prompt.why == ""
+    assert prompt.reason == ""
     assert prompt.chat is not None
     return prompt.chat.messages
 
@@ -114,7 +114,7 @@ def test_the_last_word_is_a_users_or_to_be_continued() -> None:
 @pytest.mark.parametrize("kind", ["image_url", "video_url", "audio_url", "input_audio"])
 def test_media(kind: str) -> None:
     content = [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "http://x"}}]
-    assert _chat(messages=[{"role": "user", "content": content}]).why == "multimodal"
+    assert _chat(messages=[{"role": "user", "content": content}]).reason == "multimodal"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_media(kind: str) -> None:
     ],
 )
 def test_messages_that_the_engine_refuses(message: Any) -> None:
-    assert _chat(messages=[message]).why == "malformed"
+    assert _chat(messages=[message]).reason == "malformed"
 
 
 @pytest.mark.parametrize(
@@ -172,16 +172,16 @@ def test_messages_that_the_engine_refuses(message: Any) -> None:
     ],
 )
 def test_messages_whose_effect_is_not_known(message: Any) -> None:
-    assert _chat(messages=[message]).why == "unsupported"
+    assert _chat(messages=[message]).reason == "unsupported"
 
 
 @pytest.mark.parametrize("messages", [None, 1, "x", {}])
 def test_no_list_of_messages(messages: Any) -> None:
-    assert _chat(messages=messages).why == "malformed"
+    assert _chat(messages=messages).reason == "malformed"
 
 
 def test_an_empty_chat() -> None:
-    assert _chat(messages=[]).why == "no_text"
+    assert _chat(messages=[]).reason == "no_text"
 
 
 # -- what goes to the template besides
@@ -217,7 +217,7 @@ def test_template_arguments(body: Any, effort: Any, kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "why"),
+    ("body", "reason"),
     [
         ({"chat_template_kwargs": [1]}, "malformed"),
         ({"chat_template_kwargs": {"documents": "x"}}, "malformed"),
@@ -248,13 +248,13 @@ def test_template_arguments(body: Any, effort: Any, kwargs: Any) -> None:
         ({"tool_choice": {"function": []}}, "malformed"),
     ],
 )
-def test_what_the_template_is_not_given(body: Any, why: str) -> None:
-    assert _chat(**body).why == why
+def test_what_the_template_is_not_given(body: Any, reason: str) -> None:
+    assert _chat(**body).reason == reason
 
 
 def _tools(*functions: Any, **tool: Any) -> Any:
     prompt = _chat(tools=[{**tool, "function": function} for function in functions])
-    assert prompt.why == ""
+    assert prompt.reason == ""
     assert prompt.chat is not None
     return prompt.chat.tools
 
@@ -306,7 +306,7 @@ def test_no_tools() -> None:
     ],
 )
 def test_schemas_that_the_engine_rewrites(schema: Any) -> None:
-    assert _chat(tools=[{"function": {"name": "f", "parameters": schema}}]).why == "unsupported"
+    assert _chat(tools=[{"function": {"name": "f", "parameters": schema}}]).reason == "unsupported"
 
 
 def test_tool_lists_beyond_what_is_kept() -> None:
@@ -318,7 +318,7 @@ def test_deep_schemas() -> None:
     schema: dict[str, Any] = {"type": "object"}
     for _ in range(200):
         schema = {"type": "object", "properties": {"a": schema}}
-    assert _chat(tools=[{"function": {"name": "f", "parameters": schema}}]).why == "unsupported"
+    assert _chat(tools=[{"function": {"name": "f", "parameters": schema}}]).reason == "unsupported"
 
 
 def test_the_same_list_is_the_same_objects() -> None:

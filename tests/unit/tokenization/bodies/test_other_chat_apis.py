@@ -9,13 +9,13 @@ from extproc.tokenization.bodies.openai_chat import ChatPrompt
 from extproc.tokenization.bodies.prompts import read_prompt
 
 
-def _why(path: str, **body: Any) -> str:
-    return read_prompt(path, json.dumps(body).encode()).why
+def _reason_of(path: str, **body: Any) -> str:
+    return read_prompt(path, json.dumps(body).encode()).reason
 
 
 def _chat(path: str, **body: Any) -> ChatPrompt:
     prompt = read_prompt(path, json.dumps(body).encode())
-    assert prompt.why == ""
+    assert prompt.reason == ""
     assert prompt.chat is not None
     return prompt.chat
 
@@ -154,7 +154,7 @@ def test_reasoning_of_responses(reasoning: Any, effort: Any, thinking: bool | No
 
 
 @pytest.mark.parametrize(
-    ("body", "why"),
+    ("body", "reason"),
     [
         ({}, "no_text"),
         ({"input": []}, "no_text"),
@@ -198,8 +198,8 @@ def test_reasoning_of_responses(reasoning: Any, effort: Any, thinking: bool | No
         ({"input": [{"type": "function_call_output", "call_id": 1, "output": "x"}]}, "malformed"),
     ],
 )
-def test_responses_without_tokens(body: Any, why: str) -> None:
-    assert _why(RESPONSES, **body) == why
+def test_responses_without_tokens(body: Any, reason: str) -> None:
+    assert _reason_of(RESPONSES, **body) == reason
 
 
 # -- /v1/messages
@@ -329,7 +329,7 @@ def test_effort_of_messages(given: Any, effort: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "why"),
+    ("body", "reason"),
     [
         ({}, "malformed"),
         ({"messages": []}, "no_text"),
@@ -396,5 +396,5 @@ def test_effort_of_messages(given: Any, effort: Any) -> None:
         ({"messages": USER, "output_config": {"effort": 1}}, "malformed"),
     ],
 )
-def test_messages_without_tokens(body: Any, why: str) -> None:
-    assert _why(MESSAGES, **body) == why
+def test_messages_without_tokens(body: Any, reason: str) -> None:
+    assert _reason_of(MESSAGES, **body) == reason

@@ -34,7 +34,7 @@ def _chat(**body: Any) -> Prompt:
 def test_a_text_or_a_list_with_one(path: str, field: str) -> None:
     for given_text in ("a b", ["a b"]):
         prompt = _read(path, **{field: given_text})
-        assert (prompt.text, prompt.why) == ("a b", "")
+        assert (prompt.text, prompt.reason) == ("a b", "")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_text_or_a_list_with_one(path: str, field: str) -> None:
 def test_ids_or_a_list_with_one_list_of_them(path: str, field: str) -> None:
     for ids in ([5, 0, 2**32 - 1], [[5, 0, 2**32 - 1]]):
         prompt = _read(path, **{field: ids})
-        assert prompt.why == ""
+        assert prompt.reason == ""
         assert prompt.ids is not None
         assert prompt.ids.dtype == "uint64"
         assert prompt.ids.tolist() == [5, 0, 2**32 - 1]
@@ -60,23 +60,23 @@ def test_ids_of_a_chat_are_its_tokens() -> None:
 
 @pytest.mark.parametrize("several", [["a", "b"], [[1], [2]], ["a", [1]]])
 def test_several_prompts(several: Any) -> None:
-    assert _read(COMPLETIONS, prompt=several).why == "batch"
+    assert _read(COMPLETIONS, prompt=several).reason == "batch"
 
 
 @pytest.mark.parametrize("nothing", ["", [], [""], [[]], None])
 def test_no_prompt(nothing: Any) -> None:
-    assert _read(COMPLETIONS, prompt=nothing).why == "no_text"
+    assert _read(COMPLETIONS, prompt=nothing).reason == "no_text"
 
 
 @pytest.mark.parametrize(
     "odd", [1, 1.5, True, {}, [1, "2"], [1, True], [1, -1], [1, 2**32], [1, 2**70], [1.0], [None]]
 )
 def test_prompts_that_are_none(odd: Any) -> None:
-    assert _read(COMPLETIONS, prompt=odd).why == "malformed"
+    assert _read(COMPLETIONS, prompt=odd).reason == "malformed"
 
 
 @pytest.mark.parametrize(
-    ("body", "why"),
+    ("body", "reason"),
     [
         ({"prompt": "a", "suffix": "b"}, "unsupported"),
         ({"prompt": "a", "extra_key": "k"}, "unsupported"),
@@ -86,12 +86,12 @@ def test_prompts_that_are_none(odd: Any) -> None:
         ({"prompt": "a", "lora_path": {}}, "unsupported"),
     ],
 )
-def test_completions_of_which_the_engine_alone_knows_more(body: Any, why: str) -> None:
-    assert _read(COMPLETIONS, **body).why == why
+def test_completions_of_which_the_engine_alone_knows_more(body: Any, reason: str) -> None:
+    assert _read(COMPLETIONS, **body).reason == reason
 
 
 @pytest.mark.parametrize(
-    ("body", "why"),
+    ("body", "reason"),
     [
         ({"text": "a", "image_data": "x"}, "multimodal"),
         ({"text": "a", "audio_data": ["x"]}, "multimodal"),
@@ -101,13 +101,13 @@ def test_completions_of_which_the_engine_alone_knows_more(body: Any, why: str) -
         ({"text": ["a", "b"]}, "batch"),
     ],
 )
-def test_generate(body: Any, why: str) -> None:
-    assert _read("/generate", **body).why == why
+def test_generate(body: Any, reason: str) -> None:
+    assert _read("/generate", **body).reason == reason
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v1/score", "/v1/classify", "/v1/models", "/", ""])
 def test_endpoints_without_a_prompt(path: str) -> None:
-    assert _read(path, input="a", prompt="a").why == "unsupported"
+    assert _read(path, input="a", prompt="a").reason == "unsupported"
 
 
 def test_a_query_after_the_path() -> None:
@@ -118,7 +118,7 @@ def test_a_query_after_the_path() -> None:
 def test_the_cache_namespace(path: str) -> None:
     body = {"messages": [USER], "prompt": "a", "text": "a", "input": "a"}
     prompt = _read(path, **body, cache_salt="s", lora_path="l")
-    assert (prompt.cache_salt, prompt.lora, prompt.why) == ("s", "l", "")
+    assert (prompt.cache_salt, prompt.lora, prompt.reason) == ("s", "l", "")
     prompt = _read(path, **body, cache_salt="", lora_path=None)
     assert (prompt.cache_salt, prompt.lora) == (None, None)
     prompt = _read(path, **body, lora_path=["l"])
@@ -160,7 +160,7 @@ _BAD_BODIES = [
 def test_bodies_that_are_none(path: str, body: bytes) -> None:
     for given_body in (body, bytearray(body)):
         prompt = read_prompt(path, given_body)
-        assert prompt.why in REASONS
+        assert prompt.reason in REASONS
         assert prompt.body_bytes == len(body)
 
 
@@ -199,8 +199,8 @@ _FIELDS = [
 def test_wrong_types_everywhere(path: str, body: dict[str, Any]) -> None:
     prompt = _read(path, **body)
     found = [one is not None for one in (prompt.chat, prompt.text, prompt.ids)]
-    assert sum(found) == (not prompt.why)
-    assert not prompt.why or prompt.why in REASONS
+    assert sum(found) == (not prompt.reason)
+    assert not prompt.reason or prompt.reason in REASONS
 
 
 @settings(max_examples=300, deadline=None)
