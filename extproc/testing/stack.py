@@ -20,7 +20,7 @@ import aiohttp
 import yaml
 
 from extproc.config.loading import load_config
-from extproc.envoy_config.bootstrap import render_yaml
+from extproc.envoy_config import render_yaml
 from extproc.errors import ConfigError, ServiceError
 
 __all__ = ["ManagedProcess", "Stack", "StackError", "find_envoy", "free_ports", "wait_until"]
