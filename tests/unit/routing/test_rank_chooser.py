@@ -234,7 +234,7 @@ async def test_a_worker_that_left_is_not_chosen_and_keeps_no_prediction(fleet: M
     assert rank.pages is None
     pool.registry.remove(pool.workers[left].id)
     assert (await pool.complete(TEXT)).decision.reason == "below_threshold"
-    lease.close()  # its books may outlive it
+    lease.close()  # the claim may outlive its worker
     assert [one.worker.url for one in pool.ranks] == [pool.workers[1 - left].url]
 
 

@@ -148,13 +148,13 @@ class Case:
             found += [outcome] * int(value)
         return found
 
-    def failure_causes(self) -> list[str]:
+    def failure_reasons(self) -> list[str]:
         metric = "extproc_pd_prefill_failures_total"
-        causes = ("connect", "status_4xx", "status_5xx", "broken", "timeout", "no_kv")
+        reasons = ("connect", "status_4xx", "status_5xx", "broken", "timeout", "no_kv")
         return [
-            cause
-            for cause in causes
-            for _ in range(int(self.routing.metric(metric, model="m", reason=cause)))
+            reason
+            for reason in reasons
+            for _ in range(int(self.routing.metric(metric, model="m", reason=reason)))
         ]
 
     def nothing_is_left(self) -> None:
@@ -180,7 +180,7 @@ async def test_a_good_prefill_is_a_success_and_its_load_ends_with_it(status: int
     assert booking.calls == ["started", "release"]
     assert not case.pair.holds_stream
     assert case.routing.outcomes() == {P: ["success"]}
-    assert (case.failures, case.failure_causes(), case.rechecked) == ([], [], [])
+    assert (case.failures, case.failure_reasons(), case.rechecked) == ([], [], [])
     assert case.routing.metric("extproc_pd_prefill_seconds_sum", model="m") == pytest.approx(0.3)
     assert case.pairs.get(case.pair.id) is case.pair
     case.responds(200)
@@ -203,7 +203,7 @@ async def test_a_4xx_is_the_clients_fault_and_reaches_the_client_in_the_engines_
     case.prefill.breaker.failure(0.0)  # a success in between has reset the count
     assert case.prefill.breaker.state is CLOSED
     assert case.routing.outcomes() == {P: ["success"]}
-    assert case.failure_causes() == ["status_4xx"]
+    assert case.failure_reasons() == ["status_4xx"]
     assert case.rechecked == [case.prefill]
     assert case.routing.metric("extproc_pd_prefill_seconds_count", model="m") == 0
     case.pair.close()
@@ -212,7 +212,7 @@ async def test_a_4xx_is_the_clients_fault_and_reaches_the_client_in_the_engines_
 
 
 @pytest.mark.parametrize(
-    ("answer", "cause"),
+    ("answer", "reason"),
     [
         (500, "status_5xx"),
         (503, "status_5xx"),
@@ -221,7 +221,7 @@ async def test_a_4xx_is_the_clients_fault_and_reaches_the_client_in_the_engines_
     ],
 )
 async def test_a_failed_prefill_is_the_workers_fault_and_aborts_the_request_at_once(
-    answer: int | EngineUnreachableError, cause: str
+    answer: int | EngineUnreachableError, reason: str
 ) -> None:
     case = Case()
     booking = Booking()
@@ -235,7 +235,7 @@ async def test_a_failed_prefill_is_the_workers_fault_and_aborts_the_request_at_o
     assert "10.0" not in error.message
     assert case.prefill.breaker.state is OPEN
     assert case.routing.outcomes() == {P: ["error"]}
-    assert case.failure_causes() == [cause]
+    assert case.failure_reasons() == [reason]
     assert case.rechecked == [case.prefill]
     assert booking.calls == ["release"]
     assert case.load == (0, 1)
@@ -635,7 +635,7 @@ async def test_a_redirect_is_a_failure() -> None:
     assert len(case.failures) == 1
 
 
-# -- who is to blame
+# -- which worker is to blame
 
 
 @pytest.mark.parametrize(("seconds", "blamed"), [(0.5, False), (1.5, True)])

@@ -101,7 +101,7 @@ async def test_nixl_a_4xx_reaches_the_client_in_the_engines_words(status: int, b
 
 
 @pytest.mark.parametrize(
-    ("answer", "cause"),
+    ("answer", "reason"),
     [
         (500, "status_5xx"),
         (503, "status_5xx"),
@@ -113,7 +113,7 @@ async def test_nixl_a_4xx_reaches_the_client_in_the_engines_words(status: int, b
     ],
 )
 async def test_nixl_any_other_failure_is_the_workers_fault(
-    answer: int | EngineUnreachableError, cause: str
+    answer: int | EngineUnreachableError, reason: str
 ) -> None:
     fleet = nixl(threshold=1)
     task = await fleet.waiting()
@@ -126,7 +126,7 @@ async def test_nixl_any_other_failure_is_the_workers_fault(
     assert (error.status, error.code, error.body) == (502, "prefill_failed", None)
     assert fleet.prefills[0].breaker.state is BreakerState.OPEN
     assert fleet.outcomes() == {PREFILLS[0]: ["error"]}
-    assert fleet.failures(cause) == 1
+    assert fleet.failures(reason) == 1
     # It was sent once: the prefill may have begun there.
     assert len(fleet.prefill_client.posts) == 1
     fleet.nothing_is_left()
