@@ -167,7 +167,7 @@ def build_kv(config: Config, shared: Shared) -> Kv:
             ranks.indexer.index,
             prefill_tokens_per_second=model.min_ttft.prefill_tokens_per_second,
         )
-        ranks.serve(model.id, placement)
+        ranks.serve(model.id, placement.model_speed)
         # Alerts on a rate need the series to be there before the first event.
         shared.metrics.prompt_tokens(model.id)
         shared.metrics.cached_tokens(model.id)

@@ -1,8 +1,8 @@
-"""The ranks of registered workers: what each holds, what it has to do, whether to believe it.
+"""Keeps the ranks of registered workers: their load books and, where followed, their KV pages.
 
-Workers come and go with discovery; from here on their ranks are what KV-aware policies choose. A
-rank is followed only while its worker is registered: its sockets are closed before what it
-held is dropped, so that nothing that arrives late can be taken for something it holds.
+Workers join and leave with discovery. A rank's KV events are followed only while its worker is
+registered: its sockets are closed before its pages are dropped, so that no late event can store a
+page. Separate from the worker registry, which knows neither ranks nor KV events.
 """
 
 import asyncio
@@ -14,9 +14,9 @@ from extproc.clock import Clock
 from extproc.kv.events import LoadStat
 from extproc.kv.indexer import KvIndexer, RankSource, RankState
 from extproc.kv.subscriptions.subscription import EventEndpoint, SubscriberSettings
-from extproc.routing.placement import Placement
 from extproc.routing.rank import Rank
 from extproc.workers.observer import WorkerObserver
+from extproc.workers.prefill_speed import PrefillSpeed
 from extproc.workers.rank_load import RankLoad
 from extproc.workers.worker import KvEvents, Worker
 
@@ -26,21 +26,24 @@ _log = structlog.get_logger()
 
 
 class Ranks(WorkerObserver):
-    """The ranks of every worker of a model with a KV-aware policy.
+    """The ranks of all workers of models with a KV-aware policy.
 
-    `max_pages` and `settings` as in KvIndexer.
+    `max_pages` and `settings` are those of KvIndexer.
     """
 
     def __init__(self, clock: Clock, *, max_pages: int, settings: SubscriberSettings) -> None:
         self._clock = clock
-        self._placements: dict[str, Placement] = {}
+        self._speeds: dict[str, PrefillSpeed] = {}
         self._of_worker: dict[Worker, tuple[Rank, ...]] = {}
         self._next_order = 0
         self.indexer = KvIndexer(clock, max_pages=max_pages, settings=settings)
 
-    def serve(self, model: str, placement: Placement) -> None:
-        """Make ranks of the workers of this model that join from now on."""
-        self._placements[model] = placement
+    def serve(self, model: str, speed: PrefillSpeed) -> None:
+        """Keep ranks of the workers of this model that join from now on.
+
+        `speed` is the average prefill speed of the model's ranks, which new ranks start from.
+        """
+        self._speeds[model] = speed
 
     def __iter__(self) -> Iterator[Rank]:
         for ranks in self._of_worker.values():
@@ -51,18 +54,17 @@ class Ranks(WorkerObserver):
         return None if rank.pages is None else self.indexer.state(rank.pages)
 
     def of(self, worker: Worker) -> tuple[Rank, ...]:
-        """The worker's ranks; empty if no KV-aware policy has use for it."""
+        """The worker's ranks; empty if none of its models has a KV-aware policy."""
         return self._of_worker.get(worker, ())
 
     def joined(self, worker: Worker) -> None:
-        placement = self._placement(worker)
-        if placement is None:
+        speed = self._speed(worker)
+        if speed is None:
             return
         events = worker.spec.kv_events
         ranks = []
         for dp_rank in range(events.dp_size if events is not None else 1):
-            load = RankLoad(placement.model_speed)
-            rank = Rank(worker, dp_rank, order=self._next_order, load=load)
+            rank = Rank(worker, dp_rank, order=self._next_order, load=RankLoad(speed))
             self._next_order += 1
             ranks.append(rank)
             if events is not None:
@@ -70,34 +72,20 @@ class Ranks(WorkerObserver):
         self._of_worker[worker] = tuple(ranks)
 
     def _follow(self, rank: Rank, events: KvEvents) -> None:
-        worker, dp_rank = rank.worker.url, rank.dp_rank
-        replay, load_port = events.replay_port, events.load_port
-        endpoint = EventEndpoint(
-            host=events.host,
-            port=events.port + dp_rank,
-            topic=events.topic,
-            replay_port=None if replay is None else replay + dp_rank,
-            load_port=None if load_port is None else load_port + dp_rank,
-            load_topic=events.load_topic,
-        )
-        source = RankSource(
-            worker=worker,
-            dp_rank=dp_rank,
-            endpoint=endpoint,
-            page_size=events.block_size,
-            bigram=events.bigram,
-        )
         load, clock = rank.load, self._clock
 
         def report_load(stat: LoadStat) -> None:
             load.report(stat, clock.monotonic())
 
         try:
-            rank.pages = self.indexer.follow(source, report_load)
+            rank.pages = self.indexer.follow(_source(rank, events), report_load)
         except (RuntimeError, ValueError) as error:
-            # The worker can be routed to all the same, by its load.
+            # Requests can still be routed to the rank, by its load.
             _log.error(
-                "kv_events_not_followed", worker=rank.worker.url, rank=dp_rank, error=str(error)
+                "kv_events_not_followed",
+                worker=rank.worker.url,
+                rank=rank.dp_rank,
+                error=str(error),
             )
 
     async def left(self, worker: Worker) -> None:
@@ -108,9 +96,29 @@ class Ranks(WorkerObserver):
                 rank.pages = None
         await asyncio.gather(*(self.indexer.unfollow(pages) for pages in followed))
 
-    def _placement(self, worker: Worker) -> Placement | None:
-        """Of the first of its models that has one; a worker's models share its ranks."""
+    def _speed(self, worker: Worker) -> PrefillSpeed | None:
+        """The speed of the first of its models that has one; these models share its ranks."""
         for model in worker.model_ids:
-            if placement := self._placements.get(model):
-                return placement
+            if speed := self._speeds.get(model):
+                return speed
         return None
+
+
+def _source(rank: Rank, events: KvEvents) -> RankSource:
+    """Where the rank publishes; raises ValueError if one of its ports is not a TCP port."""
+    dp_rank, replay, load_port = rank.dp_rank, events.replay_port, events.load_port
+    endpoint = EventEndpoint(
+        host=events.host,
+        port=events.port + dp_rank,
+        topic=events.topic,
+        replay_port=None if replay is None else replay + dp_rank,
+        load_port=None if load_port is None else load_port + dp_rank,
+        load_topic=events.load_topic,
+    )
+    return RankSource(
+        worker=rank.worker.url,
+        dp_rank=dp_rank,
+        endpoint=endpoint,
+        page_size=events.block_size,
+        bigram=events.bigram,
+    )

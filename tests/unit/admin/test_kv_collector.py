@@ -2,20 +2,17 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
-from extproc.config.models import ModelConfig
 from extproc.kv.subscriptions.subscription import SubscriberSettings
-from extproc.policies.factory import create_kv_policy
-from extproc.routing.placement import Placement
 from extproc.routing.ranks import Ranks
 from extproc.tokenization.bodies.prompts import read_prompt
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
+from extproc.workers.prefill_speed import PrefillSpeed
 from extproc.workers.worker import KvEvents
 from tests.builders import make_worker
 from tests.fakes import FakeClock
@@ -28,8 +25,7 @@ URL = "http://10.0.0.1:8000"
 async def ranks() -> AsyncIterator[Ranks]:
     """The two ranks of one worker, whose ports are closed."""
     followed = Ranks(FakeClock(), max_pages=10_000, settings=SubscriberSettings())
-    model = ModelConfig(id="m", policy="min_ttft", tokenizer_path="-")
-    followed.serve("m", Placement(create_kv_policy(model, Random(0)), followed.indexer.index))
+    followed.serve("m", PrefillSpeed())
     events = KvEvents(host="127.0.0.1", port=1, block_size=4, dp_size=2)
     followed.joined(make_worker(URL, kv_events=events))
     yield followed

@@ -291,12 +291,16 @@ async def test_a_replay_port_without_a_listener_is_survived() -> None:
     async with Publisher() as engine, subscriber(_SOON) as made:
         applier = RecordingApplier()
         place = EventEndpoint("127.0.0.1", engine.port, replay_port=closed_port)
-        state = made.add(place, applier)
-        await until(lambda: engine.subscribed == 1)
-        engine.publish(2)
-        await until(lambda: applier.applied == engine.payloads())
+        with capture_logs() as logs:
+            state = made.add(place, applier)
+            await until(lambda: engine.subscribed == 1)
+            engine.publish(2)
+            await until(lambda: applier.applied == engine.payloads())
         assert state.replay_failures == 1
         assert applier.pages.trusted
+        (line,) = logs
+        assert (line["event"], line["reason"]) == ("kv_replay_failed", "timeout")
+        assert (line["worker"], line["rank"]) == ("http://w:1", 0)
 
 
 async def test_a_flood_does_not_block_the_event_loop() -> None:
