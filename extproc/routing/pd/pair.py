@@ -132,6 +132,8 @@ class Pair:
         self._call_on_abort(error)
 
     def _call_on_abort(self, error: RouterError) -> None:
+        # What ends now is not too old later, and no worker is to blame for that.
+        self.claim.ticket.owner = None
         on_abort, self.on_abort = self.on_abort, None
         if on_abort is not None:
             on_abort(error)

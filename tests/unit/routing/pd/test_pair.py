@@ -85,23 +85,23 @@ class Case:
     ) -> None:
         self.prefill = make_worker(P, role="prefill", threshold=threshold)
         self.decode = make_worker(D, order=1, role="decode", threshold=threshold)
-        self.routing = make_fleet([self.prefill, self.decode])
+        self.fleet = make_fleet([self.prefill, self.decode])
         self.rechecked: list[Worker] = []
         self.failures: list[RouterError] = []
         self.call = FakeCall()
-        self.pairs = Pairs(self.routing.clock, self.routing.metrics.pd, linger_seconds=linger)
+        self.pairs = Pairs(self.fleet.clock, self.fleet.metrics.pd, linger_seconds=linger)
         if probe:
             for worker in (self.prefill, self.decode):
                 for _ in range(threshold):
-                    worker.breaker.failure(self.routing.clock.monotonic())
-            self.routing.clock.tick(30.0)
+                    worker.breaker.failure(self.fleet.clock.monotonic())
+            self.fleet.clock.tick(30.0)
         self.pair = self._make(inline)
         self.pair.on_abort = self.failures.append
         self.pair.follow()
 
     def _make(self, inline: bool) -> Pair:
-        claims, now = self.routing.claims, self.routing.clock.monotonic()
-        leg_parts = msgspec.structs.replace(self.routing.leg_parts, recheck=self.rechecked.append)
+        claims, now = self.fleet.claims, self.fleet.clock.monotonic()
+        leg_parts = msgspec.structs.replace(self.fleet.leg_parts, recheck=self.rechecked.append)
         leg = PrefillLeg(leg_parts, "m", claims.take(self.prefill, now), now, request_id="")
         leg.call = self.call
         decision = Decision(
@@ -113,7 +113,7 @@ class Case:
             timeout_ms=0,
             decode_order="" if inline else f"1;10.0.0.1;x;{D_ADDRESS}",
         )
-        leases = DecodeLeases(self.routing.lease_parts, claims, lambda worker: None)
+        leases = DecodeLeases(self.fleet.lease_parts, claims, lambda worker: None)
         return Pair(
             self.pairs,
             Pairs.new_id(),
@@ -144,7 +144,7 @@ class Case:
         """Outcomes counted so far."""
         found: list[str] = []
         for outcome in OUTCOMES:
-            value = self.routing.metric("extproc_pd_pairs_total", model="m", outcome=outcome)
+            value = self.fleet.metric("extproc_pd_pairs_total", model="m", outcome=outcome)
             found += [outcome] * int(value)
         return found
 
@@ -154,12 +154,12 @@ class Case:
         return [
             reason
             for reason in reasons
-            for _ in range(int(self.routing.metric(metric, model="m", reason=reason)))
+            for _ in range(int(self.fleet.metric(metric, model="m", reason=reason)))
         ]
 
     def nothing_is_left(self) -> None:
         assert self.load == (0, 0)
-        assert len(self.routing.tickets) == 0
+        assert len(self.fleet.tickets) == 0
         assert len(self.pairs) == 0
         assert not self.call.is_open
 
@@ -174,20 +174,20 @@ async def test_a_good_prefill_is_a_success_and_its_load_ends_with_it(status: int
     case.pair.leg.claim.ticket.booking = booking
     assert case.load == (1, 1)
     assert case.pair.holds_stream
-    case.routing.clock.tick(0.3)
+    case.fleet.clock.tick(0.3)
     await case.answers(status)
     assert case.load == (0, 1)
     assert booking.calls == ["started", "release"]
     assert not case.pair.holds_stream
-    assert case.routing.outcomes() == {P: ["success"]}
+    assert case.fleet.outcomes() == {P: ["success"]}
     assert (case.failures, case.failure_reasons(), case.rechecked) == ([], [], [])
-    assert case.routing.metric("extproc_pd_prefill_seconds_sum", model="m") == pytest.approx(0.3)
+    assert case.fleet.metric("extproc_pd_prefill_seconds_sum", model="m") == pytest.approx(0.3)
     assert case.pairs.get(case.pair.id) is case.pair
     case.responds(200)
     case.pair.close()
     case.nothing_is_left()
     assert case.ended() == ["ok"]
-    assert case.routing.outcomes() == {P: ["success"]}
+    assert case.fleet.outcomes() == {P: ["success"]}
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 422, 429, 499])
@@ -202,10 +202,10 @@ async def test_a_4xx_is_the_clients_fault_and_reaches_the_client_in_the_engines_
     assert (error.status, error.code, error.body) == (status, "prefill_refused", body)
     case.prefill.breaker.failure(0.0)  # a success in between has reset the count
     assert case.prefill.breaker.state is CLOSED
-    assert case.routing.outcomes() == {P: ["success"]}
+    assert case.fleet.outcomes() == {P: ["success"]}
     assert case.failure_reasons() == ["status_4xx"]
     assert case.rechecked == [case.prefill]
-    assert case.routing.metric("extproc_pd_prefill_seconds_count", model="m") == 0
+    assert case.fleet.metric("extproc_pd_prefill_seconds_count", model="m") == 0
     case.pair.close()
     case.nothing_is_left()
     assert case.ended() == ["prefill_refused"]
@@ -234,14 +234,14 @@ async def test_a_failed_prefill_is_the_workers_fault_and_aborts_the_request_at_o
     assert (error.status, error.code, error.body) == (502, "prefill_failed", None)
     assert "10.0" not in error.message
     assert case.prefill.breaker.state is OPEN
-    assert case.routing.outcomes() == {P: ["error"]}
+    assert case.fleet.outcomes() == {P: ["error"]}
     assert case.failure_reasons() == [reason]
     assert case.rechecked == [case.prefill]
     assert booking.calls == ["release"]
     assert case.load == (0, 1)
-    case.routing.clock.tick(0.004)
+    case.fleet.clock.tick(0.004)
     case.pair.answer_written()
-    assert case.routing.metric("extproc_pd_fail_fast_seconds_sum") == pytest.approx(0.004)
+    assert case.fleet.metric("extproc_pd_fail_fast_seconds_sum") == pytest.approx(0.004)
     case.pair.close()
     case.nothing_is_left()
     assert case.ended() == ["prefill_failed"]
@@ -258,7 +258,7 @@ async def test_a_prefill_that_ends_after_the_stream_aborts_nothing(status: int) 
     assert case.ended() == ["ok"]
     case.nothing_is_left()
     expected = {200: "success", 400: "success", 500: "error"}
-    assert case.routing.outcomes() == {P: [expected[status]]}
+    assert case.fleet.outcomes() == {P: [expected[status]]}
 
 
 # -- the stream's end
@@ -270,7 +270,7 @@ async def test_a_client_that_leaves_ends_the_prefill_at_once(linger: float) -> N
     booking = Booking()
     case.pair.leg.claim.ticket.booking = booking
     assert case.prefill.breaker.state is HALF_OPEN
-    now = case.routing.clock.monotonic()
+    now = case.fleet.clock.monotonic()
     assert not case.prefill.breaker.would_allow(now)
     case.pair.close()
     assert case.call.cancels >= 1
@@ -281,7 +281,7 @@ async def test_a_client_that_leaves_ends_the_prefill_at_once(linger: float) -> N
     assert case.prefill.breaker.state is case.decode.breaker.state is HALF_OPEN
     assert case.prefill.breaker.would_allow(now)
     assert case.decode.breaker.would_allow(now)
-    assert case.routing.outcomes() == {P: ["cancelled"]}
+    assert case.fleet.outcomes() == {P: ["cancelled"]}
     assert (case.failures, case.ended()) == ([], ["cancelled"])
 
 
@@ -295,7 +295,7 @@ async def test_a_prefill_may_linger_after_a_good_response() -> None:
     case.call.respond(200)
     await settle()
     case.nothing_is_left()
-    assert case.routing.outcomes() == {P: ["success"]}
+    assert case.fleet.outcomes() == {P: ["success"]}
 
 
 async def test_a_lingering_prefill_is_cancelled_in_the_end() -> None:
@@ -307,7 +307,7 @@ async def test_a_lingering_prefill_is_cancelled_in_the_end() -> None:
             await asyncio.sleep(LINGER_SECONDS / 2)
     await settle()
     case.nothing_is_left()
-    assert case.routing.outcomes() == {P: ["cancelled"]}
+    assert case.fleet.outcomes() == {P: ["cancelled"]}
     assert (case.failures, case.ended()) == ([], ["ok"])
 
 
@@ -332,7 +332,7 @@ async def test_a_failed_decode_cancels_the_prefill_before_the_stream_ends(status
     case.pair.close()
     case.nothing_is_left()
     assert case.ended() == ["decode_failed"]
-    assert case.routing.outcomes() == {P: ["cancelled"]}
+    assert case.fleet.outcomes() == {P: ["cancelled"]}
     assert case.prefill.breaker.state is CLOSED
 
 
@@ -376,8 +376,8 @@ async def test_abandoning_cancels_the_prefill_and_aborts_the_request() -> None:
     assert case.call.cancels == 1
     assert case.prefill.in_flight == 0
     # The worker is not to blame.
-    assert case.prefill.breaker.would_allow(case.routing.clock.monotonic())
-    assert case.routing.outcomes() == {P: ["cancelled"]}
+    assert case.prefill.breaker.would_allow(case.fleet.clock.monotonic())
+    assert case.fleet.outcomes() == {P: ["cancelled"]}
     case.pairs.abandon()
     case.pair.close()
     await settle()
@@ -421,7 +421,7 @@ async def test_a_lingering_prefill_is_abandoned_without_an_abort() -> None:
 
 async def test_a_reservation_counts_until_it_is_released_once() -> None:
     case = Case(probe=True)
-    now = case.routing.clock.monotonic()
+    now = case.fleet.clock.monotonic()
     assert case.load == (1, 1)
     assert not case.decode.breaker.would_allow(now)
     case.pair.release_reservation()
@@ -430,7 +430,7 @@ async def test_a_reservation_counts_until_it_is_released_once() -> None:
     # The worker is picked, and another request has its probe now.
     probe = case.decode.breaker.claim(now)
     assert probe
-    ticket = case.routing.tickets.book(case.decode, now)
+    ticket = case.fleet.tickets.book(case.decode, now)
     case.pair.release_reservation()
     case.pair.close()
     assert case.decode.in_flight == 1
@@ -441,7 +441,7 @@ async def test_a_reservation_counts_until_it_is_released_once() -> None:
 
 async def test_the_claim_of_a_reservation_is_released_once() -> None:
     case = Case(probe=True)
-    now = case.routing.clock.monotonic()
+    now = case.fleet.clock.monotonic()
     reservation = case.pair.reservation
     assert reservation is not None
     reservation.release()
@@ -464,7 +464,7 @@ async def test_inline_the_response_is_recorded_for_the_decode_worker_too(
     assert case.responds(status)
     assert case.pair.served is case.prefill
     assert case.decode.breaker.state is state
-    assert case.routing.outcomes() == {P: ["success"], D: [outcome]}
+    assert case.fleet.outcomes() == {P: ["success"], D: [outcome]}
     case.pair.close()
     case.nothing_is_left()
     assert case.ended() == ["ok" if status < 400 else "decode_failed"]
@@ -474,10 +474,10 @@ async def test_inline_a_client_that_leaves_is_not_a_failure_of_either_worker() -
     case = Case(inline=True, probe=True)
     case.pair.close()
     case.nothing_is_left()
-    now = case.routing.clock.monotonic()
+    now = case.fleet.clock.monotonic()
     assert case.prefill.breaker.would_allow(now)
     assert case.decode.breaker.would_allow(now)
-    assert case.routing.outcomes() == {P: ["cancelled"], D: ["cancelled"]}
+    assert case.fleet.outcomes() == {P: ["cancelled"], D: ["cancelled"]}
 
 
 async def test_inline_a_request_that_is_too_old_is_the_decode_workers_failure() -> None:
@@ -486,6 +486,17 @@ async def test_inline_a_request_that_is_too_old_is_the_decode_workers_failure() 
     case.pair.close()
     assert case.decode.breaker.state is OPEN
     assert case.prefill.breaker.state is CLOSED
+    case.nothing_is_left()
+
+
+async def test_inline_a_failed_prefill_leaves_nothing_for_the_janitor_to_abort() -> None:
+    case = Case(inline=True)
+    await case.answers(500)
+    case.fleet.clock.tick(1000.0)
+    assert case.fleet.tickets.sweep() == 0
+    assert case.decode.breaker.state is CLOSED
+    assert len(case.failures) == 1
+    case.pair.close()
     case.nothing_is_left()
 
 
@@ -567,7 +578,7 @@ async def _play(steps: list[Any], *, inline: bool, linger: float, probe: bool) -
             case ("picked",):
                 case.pair.release_reservation()
             case ("wait",):
-                case.routing.clock.tick(1.0)
+                case.fleet.clock.tick(1.0)
                 await settle()
         assert min(case.load) >= 0
         assert len(case.failures) <= 1
@@ -581,14 +592,14 @@ async def _play(steps: list[Any], *, inline: bool, linger: float, probe: bool) -
     case.nothing_is_left()
     assert len(case.failures) == failures_before_close <= 1
     assert len(case.ended()) == 1
-    outcomes = case.routing.outcomes()
+    outcomes = case.fleet.outcomes()
     assert len(outcomes[P]) == 1
     assert len(outcomes.get(D, [])) == (1 if inline else 0)
     assert isinstance(booking, Booking)
     assert booking.calls in (["release"], ["started", "release"])
     # The next request may probe: no probe was forgotten.
-    case.routing.clock.tick(30.0)
-    now = case.routing.clock.monotonic()
+    case.fleet.clock.tick(30.0)
+    now = case.fleet.clock.monotonic()
     assert case.prefill.breaker.would_allow(now)
     assert case.decode.breaker.would_allow(now)
 
@@ -610,7 +621,7 @@ async def test_an_answer_on_its_way_when_the_stream_ends_counts_once(status: int
     case.call.respond(status)
     case.pair.close()
     await settle()
-    assert len(case.routing.outcomes()[P]) == 1
+    assert len(case.fleet.outcomes()[P]) == 1
 
 
 async def test_an_answer_on_its_way_when_the_pair_is_abandoned_aborts_only_once() -> None:
@@ -643,12 +654,12 @@ async def test_a_decode_worker_that_waited_for_the_prefill_is_not_to_blame(
     seconds: float, blamed: bool
 ) -> None:
     case = Case()
-    case.routing.clock.tick(seconds)
+    case.fleet.clock.tick(seconds)
     assert case.pair.leg.explains_decode_failure() is blamed
     case.responds(500)
     await settle()
     outcome = "error" if blamed else "cancelled"
-    assert case.routing.outcomes()[P] == [outcome]
+    assert case.fleet.outcomes()[P] == [outcome]
     assert case.pair.leg.explains_decode_failure() is False
     case.pair.close()
 
@@ -656,8 +667,8 @@ async def test_a_decode_worker_that_waited_for_the_prefill_is_not_to_blame(
 async def test_a_decode_worker_that_fails_after_the_prefill_is_to_blame() -> None:
     case = Case()
     await case.answers(200)
-    case.routing.clock.tick(5)
+    case.fleet.clock.tick(5)
     assert case.pair.leg.explains_decode_failure() is False
     case.responds(500)
-    assert case.routing.outcomes()[P] == ["success"]
+    assert case.fleet.outcomes()[P] == ["success"]
     case.pair.close()
