@@ -132,7 +132,7 @@ class Pair:
         self._call_on_abort(error)
 
     def _call_on_abort(self, error: RouterError) -> None:
-        # What ends now is not too old later, and no worker is to blame for that.
+        # The janitor would abort it again, and record a failure of the decode worker.
         self.claim.ticket.owner = None
         on_abort, self.on_abort = self.on_abort, None
         if on_abort is not None:
