@@ -1,8 +1,10 @@
 """Small configurations for tests."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from extproc.config.loading import parse_config
 from extproc.config.schema import Config
@@ -26,6 +28,13 @@ def raw_config(**sections: Any) -> dict[str, Any]:
 
 def config(**sections: Any) -> Config:
     return parse_config(raw_config(**sections))
+
+
+def written(folder: Path, raw: object) -> str:
+    """Path of a file with this configuration."""
+    path = folder / "c.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return str(path)
 
 
 def at(path: str, value: object) -> dict[str, Any]:
