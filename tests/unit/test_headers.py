@@ -10,8 +10,10 @@ from extproc import headers
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.config.loading import parse_config
 from extproc.envoy_config import render_bootstrap
+from extproc.server.decode_session import DecodeSession
 from extproc.server.messages import RequestHeadTable, ResponseTable, client_headers_of
 from tests.protocol.exchange import header_map
+from tests.unit.server.building import make_context
 
 ROOT = Path(__file__).parents[2]
 # The contract with prefill workers, as in sgl-router.
@@ -68,6 +70,24 @@ def test_the_route_filter_forwards_exactly_what_the_service_reads(name: str) -> 
     values = ("true", "200", "text/event-stream")
     is_read = any(read_by_the_route_pass({name: value}) != nothing for value in values)
     assert is_read == is_forwarded(name, patterns(0))
+
+
+def read_by_the_decode_pass(name: str, value: str) -> tuple[Any, ...]:
+    """All that the service takes from the headers of a request of the second pass."""
+    session = DecodeSession(make_context())
+    fields = {headers.DECODE_ORDER_HEADER: "1;h;p;a:1"} | {name: value}
+    head = pb.HttpHeaders(headers=header_map(fields))
+    session.receive(pb.ProcessingRequest(request_headers=head).SerializeToString())
+    response = ResponseTable().learn(b"", pb.ProcessingRequest(response_headers=head))
+    return session.question, session.request_id, session.debug, response
+
+
+@pytest.mark.parametrize("name", sorted(names()))
+def test_the_decode_filter_forwards_exactly_what_the_service_reads(name: str) -> None:
+    nothing = read_by_the_decode_pass("unused", "")
+    values = ("true", "200", "text/event-stream", "2;h;p;a:1")
+    is_read = any(read_by_the_decode_pass(name, value) != nothing for value in values)
+    assert is_read == is_forwarded(name, patterns(1))
 
 
 def test_the_prefill_headers_are_those_of_sgl_router() -> None:
