@@ -1,13 +1,16 @@
-"""Members added to a JSON object without touching the rest of its bytes."""
+"""Adds members to a JSON object without changing the rest of its bytes.
+
+Separate because both the session and the prefill pass extend bodies.
+"""
 
 __all__ = ["with_members"]
 
 
 def with_members(body: bytes | bytearray, members: bytes) -> bytes:
-    """A JSON object with members added behind its own; all other bytes stay as they are.
+    """The JSON object in `body` with `members` added at its end.
 
-    At the end, since of a name given twice every parser in use takes the last: what a client
-    has put there under the same name does not count. `body` must be known to be an object.
+    Engines' parsers take the last of two members with the same name, so a client's own member of
+    that name has no effect. `body` must be a JSON object.
     """
     end = body.rindex(b"}")
     head = bytes(body[:end]).rstrip(b" \t\r\n")

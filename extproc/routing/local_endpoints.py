@@ -1,6 +1,6 @@
-"""`/v1/tokenize` and `/v1/detokenize`: answered here, with the tokenizer that routing uses.
+"""Answers `/v1/tokenize` and `/v1/detokenize` with the tokenizer that routing uses.
 
-What a client counts is then what its requests are routed by; no worker is bothered.
+So a client counts the same tokens as routing does, and no worker is asked.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _ID_MAX: Final = (1 << 32) - 1
 
 
 class Answer(Struct, frozen=True):
-    """A response of our own: a JSON body with status 200."""
+    """A response that this service gives itself: a JSON body with status 200."""
 
     body: bytes
 
@@ -42,7 +42,7 @@ _encoder: Final = msgspec.json.Encoder()
 
 
 class LocalEndpoints:
-    """`encoders` by model id; a model without a tokenizer has none."""
+    """`encoders` are by model id, for the models that have a tokenizer."""
 
     def __init__(self, encoders: Mapping[str, PromptEncoder]) -> None:
         self._encoders = encoders

@@ -1,8 +1,8 @@
-"""From a path and the bytes of a body to what routing needs to know.
+"""Reads what routing needs from the path and the body of a request.
 
-Only the needed fields are decoded; everything else in the body is skipped by the JSON
-parser without building objects, and goes to the engine untouched. A parser's own words
-never reach a client: they can quote the body.
+A body is decoded once. The JSON parser skips all other fields without building objects, and the
+body goes to the engine unchanged. A parser's own error text never reaches a client, since it can
+quote the body.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,8 @@ _NULL: Final = Raw(b"null")
 class Endpoint(Struct, frozen=True, kw_only=True):
     """One API path. `path` is also its label in metrics.
 
-    `answered_locally`: this service answers it itself, without a worker. `generates`: its body
-    takes the fields by which a prefill and a decode worker meet.
+    `answered_locally`: this service answers it itself, without a worker. `generates`: a prefill
+    and a decode worker can serve it together, by fields added to its body.
     """
 
     path: str
@@ -51,7 +51,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
 
 
 class ClientHeaders(NamedTuple):
-    """What a request of our own for a client takes over: its `:path` and its headers."""
+    """The `:path` and the headers of a client's request, for a request made on its behalf."""
 
     path: str
     headers: tuple[tuple[str, str], ...]
@@ -63,12 +63,13 @@ def _no_client_headers() -> ClientHeaders:
 
 
 class Request(Struct):
-    """A request that can be routed. `model` None: the only configured one is meant.
+    """A request that can be routed.
 
-    `body` is empty where the gateway has not shown it. `client_headers` reads the headers only when
-    it is called, since that costs more than most decisions. `prompts` is the JSON of the field that
-    may have several prompts, on the endpoints where a prefill and a decode worker can serve such a
-    batch.
+    `model` is None where the body names no model: the only configured one is meant. `body` is
+    empty where the gateway does not send it. `client_headers` reads the headers when it is
+    called, since that costs more than most decisions. `prompts` is the JSON of the field that can
+    hold a batch of prompts, on the endpoints where prefill and decode workers serve batches.
+    `fields` are the decoded fields of the prompt, for `take_fields`.
     """
 
     endpoint: Endpoint
@@ -80,19 +81,20 @@ class Request(Struct):
     fields: BodyFields | None = None
 
     def take_fields(self) -> BodyFields | None:
-        """The decoded fields of the prompt, if the body was decoded for them.
+        """The decoded fields of the prompt; None if they were not decoded or already taken.
 
-        They are given once and not kept: the objects are several times as large as the body, and
-        a request may wait for minutes while its prefill runs.
+        The request does not keep them: the objects are several times as large as the body, and a
+        request can wait for minutes while its prefill runs.
         """
         fields, self.fields = self.fields, None
         return fields
 
 
 class _Head(Struct):
-    """Any, not str and bool: the sentence of a 400 names the field, not the parser.
+    """The fields of a body that is not decoded for its prompt.
 
-    The prompts stay bytes, which costs no more than skipping them.
+    `model` and `stream` may be of any type, so that the text of a 400 can name the field. The
+    prompts stay bytes, which costs no more than skipping them.
     """
 
     model: Any = UNSET
@@ -149,22 +151,22 @@ def parse_body(
     *,
     prompt_max_bytes: int,
 ) -> Request:
-    """Decode what is needed of a complete body; raises RouterError 400.
+    """Decode the fields of a complete body that routing needs; raises RouterError 400.
 
-    Bodies up to `prompt_max_bytes` are decoded with the fields of their prompt: 0 where no
-    model's policy looks at tokens.
+    The fields of the prompt are decoded, too, in bodies of up to `prompt_max_bytes`; this is 0
+    where no model's policy needs tokens.
     """
     if not body:
         raise body_required()
     fields = None
     try:
-        # Skipped strings are not validated by the parser; an engine would refuse them later,
-        # with one more hop and a worse message.
+        # The parser does not validate strings that it skips. An engine would refuse them, later
+        # and with a worse message.
         if not body.isascii():
             body.decode()
         if len(body) <= prompt_max_bytes:
             fields = decode_fields(endpoint.path, body)
-        # What has no readable prompt may still be routed: less is read of it.
+        # A body whose prompt cannot be decoded may still be routed.
         head = fields or _head_decoder.decode(body)
     except msgspec.ValidationError:
         if body.lstrip(b" \t\r\n").startswith(b"{"):

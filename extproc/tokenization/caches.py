@@ -63,7 +63,7 @@ class SegmentCache:
 
 
 class WordCache:
-    """Keeps about `max_bytes` of words, none with 0. Safe to use from several threads."""
+    """Keeps about `max_bytes` of words, and no words with 0. Safe to use from several threads."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_words = max_bytes // _WORD_ENTRY_BYTES // _GENERATIONS

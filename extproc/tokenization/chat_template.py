@@ -1,9 +1,9 @@
-"""Chat templates, run in the sandbox and with the surroundings that transformers gives them.
+"""Renders chats with the model's chat template, as transformers does.
 
-A template is compiled once and rendered for every chat. It comes with the model and is trusted
-as little as the engine trusts it: in Jinja's immutable sandbox, with a bound on what it writes
-and on its steps (see `template_limits`). Whatever it raises is a reason, never an exception, and
-nothing of the prompt or of the template's own words leaves this module but the rendered text.
+A template is compiled once and rendered for each chat. It comes with the model and is not
+trusted: it runs in Jinja's immutable sandbox, and its output, its steps and its values are bounded
+(see `template_limits`). Errors in a template become a reason. They can quote the prompt, so their
+text is neither logged nor shown.
 """
 
 import json
@@ -49,21 +49,21 @@ _WITH_TOOLS: Final = "tool_use"
 _MEDIA_WORDS: Final = ("image", "audio", "video", "vision")
 _MESSAGE_NAMES: Final = frozenset({"message", "msg", "m"})
 _DICT_ATTRIBUTES: Final = frozenset(dir(dict))
-# All but those that read attributes of their arguments, or can make long texts.
+# All methods but those that read attributes of their arguments or can make long texts.
 _STR_METHODS: Final = (
     frozenset(name for name in dir(str) if not name.startswith(("_", "format"))) - GROWING_METHODS
 )
 _TOOL_FIELDS: Final = frozenset({"type", "function", "defer_loading"})
-# Of all of them together; the tools themselves take up several times as much.
+# The texts of all tools together; the tools themselves take several times as much.
 _TOOL_TEXTS_MAX_CHARS: Final = 1 << 22
 _SURROUNDINGS: Final = frozenset({LoopContext, Namespace})
 _PLAIN: Final = frozenset({bool, dict, float, int, list, str})
-# A family that takes a low effort under another name, if and only if its template has both.
+# A template with both words belongs to a family that uses another name for a low effort.
 _LOW_EFFORT_WORDS: Final = ("low_effort", "truncate_history_thinking")
 
 
 class RenderedChat(Struct, frozen=True):
-    """The text to encode without special tokens, and the beginning of the answer to continue."""
+    """The text to encode without special tokens, and the beginning of the answer to continue it."""
 
     text: str
     continued: str
@@ -72,10 +72,10 @@ class RenderedChat(Struct, frozen=True):
 class ChatTemplates:
     """The compiled templates of one model.
 
-    `template_name`: always this one; without, the choice is that of transformers: `tool_use` if
-    there are tools and it exists, else `default`. `default_kwargs` are what the engine was
-    started with (`--default-chat-template-kwargs`). Raises TokenizerError for a template that
-    does not compile and for a name that does not exist.
+    With `template_name`, this template is always used. Without it, `tool_use` is used for chats
+    with tools if it exists, else `default`, as in transformers. `default_kwargs` are those of the
+    engine (`--default-chat-template-kwargs`). Raises TokenizerError for a template that does not
+    compile and for a name that does not exist.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class ChatTemplates:
             for name, source in files.templates.items()
         }
         if template_name is not None and template_name not in compiled:
-            known = ", ".join(sorted(compiled)) or "none at all"
+            known = ", ".join(sorted(compiled)) or "no templates"
             raise TokenizerError(f"chat template {template_name!r} does not exist, only {known}")
         self._default = compiled.get(template_name or _DEFAULT)
         self._with_tools = compiled.get(template_name or _WITH_TOOLS) or self._default
 
     def render(self, chat: ChatPrompt, max_chars: int) -> RenderedChat:
-        """Raises UnmappableError."""
+        """The text of a chat; raises UnmappableError."""
         template = self._default if chat.tools is None else self._with_tools
         if template is None:
             raise UnmappableError(NO_CHAT_TEMPLATE)
@@ -119,7 +119,7 @@ class ChatTemplates:
         except _TemplateFailedError:
             if chat.tools is None:
                 raise UnmappableError(TEMPLATE_ERROR) from None
-        # The engine's second try is for templates that want tools without their wrapping.
+        # The engine tries once more, for templates that want functions in place of tools.
         variables["tools"] = [tool["function"] for tool in chat.tools]
         try:
             return RenderedChat(template.render(variables, max_chars), continued)
@@ -140,7 +140,7 @@ class ChatTemplates:
 
 
 class _TemplateFailedError(ServiceError):
-    """Whatever a template raised, without its words."""
+    """A template raised an error, whose text is not kept."""
 
 
 class _Template:
@@ -157,7 +157,7 @@ class _Template:
         written: list[str] = []
         room = max_chars
         limit_steps(variables)
-        # Not render(): its errors are rewritten with the lines of the template, at some cost.
+        # Jinja's render() would rewrite errors with the lines of the template, which takes time.
         try:
             context = self._template.new_context(variables)
             for piece in self._template.root_render_func(context):
@@ -175,11 +175,11 @@ class _Template:
 
 
 def iterates_over_parts(source: str, tree: nodes.Template) -> bool:
-    """Whether a template is given the parts of a content as a list, or else their joined text.
+    """True if a template gets content as a list of parts, and not as their joined text.
 
-    The rule is the engine's, which judges by the template's syntax tree: a loop over `content`
-    of a variable called message, msg or m, or any word of media anywhere. Trying the template
-    out would be right more often than the engine is, and different tokens.
+    The rule is the engine's: the syntax tree has a loop over `content` of a variable named
+    message, msg or m, or the source has a word for media. A trial of the template would be right
+    more often than the engine, and would so give other tokens.
     """
     if any(word in source for word in _MEDIA_WORDS):
         return True
@@ -202,15 +202,14 @@ def _is_content(node: nodes.Node | None) -> bool:
     return named and isinstance(owner, nodes.Name) and owner.name in _MESSAGE_NAMES
 
 
-# -- what templates find around them
+# -- the environment of templates
 
 
 class _Environment(LimitedEnvironment):
-    """The sandbox with a short way to what chat templates ask for most.
+    """The sandbox, with a faster look-up of what chat templates use most.
 
-    Fields of messages, as attributes, are found without an exception. What the sandbox allows
-    always is had without asking it: the methods of strings, and plain values of loops and
-    namespaces.
+    Fields of messages are found as attributes without an exception. The sandbox always allows the
+    methods of strings and the plain values of loops and namespaces, so it is not asked for them.
     """
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -232,7 +231,7 @@ class _Environment(LimitedEnvironment):
 
 
 def template_environment() -> LimitedEnvironment:
-    """Filters, functions, tags and the treatment of blanks, all as in transformers."""
+    """Jinja's environment with the filters, functions, tags and blanks of transformers."""
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -243,9 +242,9 @@ def template_environment() -> LimitedEnvironment:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; here it changes nothing.
+    """The tag `{% generation %}`, which marks the assistant's text for training.
 
-    Its body is a call block, as in transformers: what is set inside stays inside.
+    Its body is a call block, as in transformers: a variable that is set inside stays inside.
     """
 
     tags = {"generation"}  # noqa: RUF012
@@ -261,10 +260,10 @@ class _Generation(Extension):
 
 
 class _ToJson:
-    """The filter of transformers, which remembers what it made of tools.
+    """The filter `tojson` of transformers, with a cache for tools.
 
-    Indented JSON takes Python milliseconds for the tools of an agent. The same tools come as the
-    same objects, so an entry is good for as long as it holds on to its object.
+    Python takes milliseconds to write the tools of an agent as indented JSON. The same tools are
+    the same objects, so an entry is valid while it keeps its object alive.
     """
 
     def __init__(self) -> None:
@@ -308,5 +307,5 @@ def _raise_exception(message: Any) -> NoReturn:
 
 
 def _strftime_now(form: str) -> str:
-    # The engine's clock and zone decide; they are taken to be the same as here.
+    # The engine uses its own clock and time zone, which are assumed to be the same as here.
     return datetime.now().strftime(form)

@@ -1,9 +1,9 @@
-"""Prompts to tokens, without holding up the event loop.
+"""Turns prompts into token ids without holding the event loop.
 
-What is short is done at once, since handing it to a thread costs more than the work. Rendering a
-large chat and encoding more than a few thousand characters that were never seen go to a small
-pool: the tokenizer lets the loop run meanwhile. How many may wait for it is bounded, because a
-request without tokens is routed by load, while one that waits is late for certain.
+Short work is done on the loop, since handing it to a thread costs more than the work itself.
+Large chats are rendered, and more than a few thousand new characters are encoded, in a small pool
+of threads; the tokenizer lets the loop run meanwhile. The queue of the pool is bounded: a request
+without tokens is still routed by load, while a request that waits is late.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,12 +44,12 @@ __all__ = ["Encoded", "EncoderSettings", "EncoderStats", "PromptEncoder"]
 
 _Result = TypeVar("_Result")
 
-# Ids that are turned into text on the loop.
+# So many ids are turned into text on the loop.
 _DECODED_INLINE_MAX_TOKENS: Final = 4096
 
 
 class Encoded(NamedTuple):
-    """Token ids of a prompt (uint64), or None and the reason."""
+    """The token ids of a prompt (uint64), or None with the reason."""
 
     ids: NDArray[np.uint64] | None
     reason: str
@@ -60,33 +60,33 @@ class EncoderSettings(Struct, frozen=True, kw_only=True):
 
     `template_name` picks one of several chat templates for all requests, as the engine's
     `--hf-chat-template-name` does; `template_kwargs` are the engine's
-    `--default-chat-template-kwargs`. Texts and rendered chats beyond `max_chars`, as many token
-    ids, chats of more than `max_messages` and bodies beyond `max_body_bytes` get no tokens. Up to
-    `inline_chars` characters that were not seen before are encoded on the event loop, and chats
-    up to `inline_body_bytes` and `inline_messages` are rendered there; whatever is larger waits
-    for one of `threads`, with `max_waiting` others at most.
+    `--default-chat-template-kwargs`. A prompt gets no tokens if its text or rendered chat has
+    more than `max_chars` characters, if it has more than `max_chars` token ids or `max_messages`
+    messages, or if its body is larger than `max_body_bytes`. Up to `inline_chars` new characters
+    are encoded on the event loop, and chats of up to `inline_body_bytes` and `inline_messages`
+    are rendered there. All larger work waits for one of `threads`, in a queue of `max_waiting`.
     """
 
     template_name: str | None = None
     template_kwargs: dict[str, Any] = {}
     cache_bytes: int = 64 * 1024 * 1024
     max_chars: int = 4_000_000
-    # Decoding JSON holds the interpreter, in a thread as well.
+    # Decoding JSON holds the interpreter, even in a thread.
     max_body_bytes: int = 8 * 1024 * 1024
     max_messages: int = 10_000
     inline_chars: int = 4096
     inline_body_bytes: int = 256 * 1024
-    # A template may go through all messages for each of them.
+    # A template may go through all messages for each message.
     inline_messages: int = 256
     threads: int = 2
     max_waiting: int = 64
 
 
 class EncoderStats:
-    """What happened since the start; plain numbers for a collector of metrics.
+    """Numbers since the start, for a collector of metrics.
 
-    `failures` counts by reason, `seconds` is the time spent on rendering and encoding in all
-    threads together, waiting excluded.
+    `failures` counts prompts without tokens by reason. `seconds` is the time that all threads
+    together spent on rendering and encoding, without waiting.
     """
 
     def __init__(self, texts: TextEncoder) -> None:
@@ -98,12 +98,12 @@ class EncoderStats:
 
     @property
     def segments(self) -> int:
-        """Pieces of text that were looked up."""
+        """Number of pieces that were looked up."""
         return self._texts.segments
 
     @property
     def segment_hits(self) -> int:
-        """Pieces of text whose tokens were known."""
+        """Number of pieces whose tokens were in the cache."""
         return self._texts.segment_hits
 
     @property
@@ -124,9 +124,9 @@ class EncoderStats:
 
     @property
     def cached(self) -> bool:
-        """Whether pieces are remembered; if not, `uncached_because` says why.
+        """True if pieces are cached. If not, `uncached_because` has the reason.
 
-        It says nothing if that was what the settings asked for.
+        That is empty if the settings turn the cache off.
         """
         return self._texts.cached
 
@@ -136,7 +136,7 @@ class EncoderStats:
 
 
 class PromptEncoder:
-    """The tokenizer and the chat templates of one model. Belongs to one event loop."""
+    """The tokenizer and the chat templates of one model, for use in one event loop."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class PromptEncoder:
     def load(
         cls, path: Path, settings: EncoderSettings, clock: Clock | None = None
     ) -> "PromptEncoder":
-        """Read a folder, or a tokenizer.json with what lies beside it.
+        """Read a model's folder, or a tokenizer.json and the files beside it.
 
         Raises TokenizerError, which names the file.
         """
@@ -178,8 +178,8 @@ class PromptEncoder:
     async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
         """The prompt in a body, from its decoded `fields` where they are given.
 
-        Without them the body is decoded here: in a thread if it is large, and not at all if it
-        is larger than `max_body_bytes` or all threads are busy. Then `reason` has the reason.
+        Without `fields` the body is decoded here, in a thread if it is large. It is not decoded
+        if it is larger than `max_body_bytes` or the queue is full; then the prompt has a reason.
         """
         if fields is not None:
             return prompt_of(path, fields, len(body))
@@ -193,7 +193,7 @@ class PromptEncoder:
             return Prompt(reason=BUSY, body_bytes=len(body))
 
     async def encode(self, prompt: Prompt) -> Encoded:
-        """The tokens that the engine will compute for a prompt, or why they are not known."""
+        """The token ids that the engine will compute for a prompt, or the reason without them."""
         try:
             if prompt.reason:
                 raise UnmappableError(prompt.reason)
@@ -212,8 +212,8 @@ class PromptEncoder:
         return Encoded(None, reason)
 
     async def tokenize(self, text: str) -> list[int]:
-        """The ids of a text as it is, as for /v1/tokenize: nothing is added to it, special
-        tokens that are written in it become themselves.
+        """The ids of a text, for /v1/tokenize. No special tokens are added, and those written in
+        the text are encoded as special tokens.
 
         Raises TextTooLongError, EncodeFailedError and EncoderBusyError.
         """
@@ -232,7 +232,7 @@ class PromptEncoder:
         return await self._pool.run(lambda: self._vocabulary.text(ids, skip_special_tokens))
 
     def close(self) -> None:
-        """Give up what is waiting; what runs finishes by itself."""
+        """Cancel the work that is waiting. Running work finishes in its thread."""
         self._pool.close()
 
     async def _encode(self, prompt: Prompt) -> NDArray[np.uint64]:
@@ -257,8 +257,8 @@ class PromptEncoder:
             rendered = self._at_once(render)
         ids = await self._encode_text(rendered.text, False)
         if rendered.continued:
-            # The engine encodes what is to be continued by itself, with what the tokenizer adds,
-            # and takes only the first token of a text away.
+            # The engine encodes the beginning of the answer separately, with special tokens, and
+            # then drops only the token that begins a text.
             more = await self._encode_text(rendered.continued, True)
             if len(more) and more[0] == self._vocabulary.first_token:
                 more = more[1:]

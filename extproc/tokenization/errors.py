@@ -1,4 +1,4 @@
-"""What the tokenization room raises; no text quotes a prompt."""
+"""The exceptions of tokenization. Their texts never quote a prompt."""
 
 from extproc.errors import ServiceError
 
@@ -13,27 +13,27 @@ __all__ = [
 
 
 class TokenizerError(ServiceError):
-    """A tokenizer that can not be loaded; the text names the file and what is wrong with it."""
+    """A tokenizer cannot be loaded; the text names the file and the fault."""
 
 
 class TextTooLongError(ServiceError, ValueError):
-    """More text than the settings allow."""
+    """A text is longer than the settings allow."""
 
 
 class UnknownTokenError(ServiceError, ValueError):
-    """A token id that the vocabulary does not have."""
+    """A token id is not in the vocabulary."""
 
 
 class EncodeFailedError(ServiceError):
-    """The tokenizer refused a text; its own words would quote it."""
+    """The tokenizer refused a text. Its own error is not shown, since it can quote the text."""
 
 
 class EncoderBusyError(ServiceError):
-    """Too many long texts are waiting; to be tried again."""
+    """Too many long texts are waiting to be encoded; a later try can succeed."""
 
 
 class UnmappableError(ServiceError):
-    """A request that does not map to tokens; `reason` is one of the reasons."""
+    """The tokens of a request cannot be known; `reason` is one of `reasons`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

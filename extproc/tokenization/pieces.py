@@ -1,27 +1,29 @@
-"""Where a text can be cut so that its pieces have, one after the other, the tokens of the whole.
+"""Finds places where a text can be cut so that its pieces have the same tokens as the whole.
 
-A tokenizer splits a text at its added tokens first and runs everything else on what lies between,
-each on its own. So right after an added token is a place to cut, unless something reaches across:
-tokens that swallow the blanks around them or want a word's border, and pre-tokenizers that treat
-the first piece differently. What a post-processor adds belongs to the whole text; where that is
-fixed ids before and after, they are put around the pieces.
+A tokenizer first splits a text at its added tokens, and then encodes each part between them
+alone. So a text can be cut after an added token, with three exceptions: tokens that take the
+blanks around them, tokens that must stand at a word's border, and pre-tokenizers that treat the
+first piece differently. Special tokens that a post-processor adds belong to the whole text. Where
+they are fixed ids before and after it, they are put around the pieces.
 
-Long texts between added tokens are cut further for the split expressions of the GPT-4 family,
-before a blank that something other than white space precedes, and after a line break that no other
-follows before the next word. A blank is matched first in its pre-token or among white space only,
-so that no pre-token goes on into it. White space with a line break in it is taken up to its last
-line break by an alternative that comes before the one that looks ahead. Ending the text at such a
-place therefore changes no match before it, and nothing looks behind. GPT-2's expression looks
-ahead at line breaks, too, and is cut before blanks only. Only ASCII counts, in which all
-expression engines agree, and which no canonical composition joins to a neighbour.
+For the split expressions of the GPT-4 family, long parts are cut further:
 
-Before the same blanks a text can be cut into its words, each of which is a piece of its own. A
-word of the GPT-4 family can be cut further between a letter and a mark, with which no pre-token
-goes on but with an apostrophe, and before and after digits, which are pre-tokens of their own in
-groups of one or three, counted from the first of a run: what white space before them becomes
-depends on what follows, unless it is a single blank, so it stays with them.
+* before a blank that follows a character other than white space. A blank is the first character
+  of its pre-token, or among white space only, so no pre-token continues across that place;
+* after a line break with no second line break before the next word. An alternative of the
+  expression takes white space up to its last line break, before the alternative that looks ahead.
 
-All is decided from the serialised tokenizer. A component that is not known is not safe.
+A text that ends at such a place has the same matches before it, and no alternative looks behind.
+GPT-2's expression looks ahead at line breaks, so its texts are cut before blanks only. Only ASCII
+characters count: all expression engines agree on them, and no canonical composition joins them to
+a neighbour.
+
+A text can be cut into words before the same blanks. For the GPT-4 family a word can be cut into
+parts: between a letter and a mark other than an apostrophe, and before and after digits. Digits
+are pre-tokens of their own, in groups of one or three from the first digit. White space before
+digits stays with them unless it is a single blank, since its tokens depend on what follows.
+
+All of this is decided from the serialised tokenizer. An unknown component counts as unsafe.
 """
 
 import re
@@ -31,7 +33,7 @@ from msgspec import Struct
 
 __all__ = ["AROUND_NOTHING", "PieceSplitter", "SplitPlan", "WordPlan", "split_plan"]
 
-# Pre-tokenizers that see one piece at a time and do not ask where it lies.
+# Pre-tokenizers that look at one piece at a time and not at its place in the text.
 _SAFE_PRE_TOKENIZERS: Final = frozenset(
     {
         "BertPreTokenizer",
@@ -84,10 +86,10 @@ _BEFORE_BLANK: Final = r"[!-~](?= )"
 _AFTER_BREAK: Final = r"\n(?=[!-.0-~]| +[!-~])"
 _CUT_GPT_4: Final = re.compile(f"{_BEFORE_BLANK}|{_AFTER_BREAK}")
 _CUT_GPT_2: Final = re.compile(_BEFORE_BLANK)
-# An added token with such a place in it, whatever follows the token.
+# Finds such a place inside an added token.
 _CUT_INSIDE: Final = re.compile(r"[!-~] |\n.", re.DOTALL)
-# The parts of an ASCII word, which may begin with a blank: digits, and what ends before them,
-# between a letter and a mark, or after a line break.
+# The parts of an ASCII word, which may begin with a blank: groups of digits, and other text up to
+# the next digits, up to a mark after a letter, or up to the end of a line.
 _PART_ENDS: Final = rf"[A-Za-z]++(?=[!-&(-/:-@\[-`{{-~])|{_AFTER_BREAK}"
 _PARTS: Final = (
     r"[0-9]{1,%d}|^ (?=[0-9])|"
@@ -103,9 +105,10 @@ _END: Final = ""
 
 
 class WordPlan(Struct, frozen=True):
-    """How texts may be cut before blanks, with added tokens in them, too.
+    """How texts may be cut into words, before blanks.
 
-    `parts` finds all parts of an ASCII word without any `added_token`; None: it has none.
+    `parts` finds the parts of an ASCII word that has no `added_token` in it; None: words are not
+    cut into parts.
     """
 
     parts: re.Pattern[str] | None = None
@@ -115,11 +118,11 @@ class WordPlan(Struct, frozen=True):
 class SplitPlan(Struct, frozen=True):
     """How texts of one tokenizer may be cut.
 
-    `unsafe` says why not at all, else it is empty. `raw_tokens` and `normalized_tokens` are the
-    added tokens after which a text may be cut, those of the tokenizer's first pass over the
-    text and those of its second. `inner` finds further places between them; `words`: how a text
-    may be cut into its words, None if not. `around`: the ids that are added before and after a
-    text where special tokens are wanted, None if that can only be left to the tokenizer.
+    `unsafe` is the reason if texts cannot be cut at all, else empty. `raw_tokens` and
+    `normalized_tokens` are the added tokens after which a text may be cut, of the tokenizer's
+    first and second pass over the text. `inner` finds further places between them. `words` says
+    how a text may be cut into words; None: it may not. `around` are the special ids to add before
+    and after a text; None: only the tokenizer can add them.
     """
 
     unsafe: str = ""
@@ -144,7 +147,7 @@ def split_plan(tokenizer: dict[str, Any], split_special_tokens: bool) -> SplitPl
     normalizers = _flat(tokenizer.get("normalizer"), "normalizers")
     added = [token for token in tokenizer.get("added_tokens", []) if token["content"]]
     raw = tuple(token["content"] for token in added if not token["normalized"])
-    # These are looked for in the normalised text, which the cutting does not see.
+    # The tokenizer finds these in the normalised text, but texts are cut before that.
     normalized = tuple(token["content"] for token in added if token["normalized"])
     seen = normalized if not normalizers else ()
     inner = _inner(tokenizer, normalizers) if len(seen) == len(normalized) else None
@@ -182,7 +185,7 @@ def _unsafe(tokenizer: dict[str, Any], split_special_tokens: bool) -> str:
     for part in _flat(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         if part.get("type") in _SAFE_PRE_TOKENIZERS:
             continue
-        # Any other scheme of Metaspace asks whether a piece is the first.
+        # With any other scheme, Metaspace treats the first piece differently.
         if part.get("type") != "Metaspace" or part.get("prepend_scheme") not in (
             "always",
             "never",
@@ -192,7 +195,7 @@ def _unsafe(tokenizer: dict[str, Any], split_special_tokens: bool) -> str:
 
 
 def _flat(part: Any, inside: str) -> list[dict[str, Any]]:
-    """The members of a sequence of sequences; a part alone is one of one."""
+    """All members of a part that may be a sequence of sequences."""
     if part is None:
         return []
     if part.get("type") != "Sequence":
@@ -224,7 +227,7 @@ def _inner(tokenizer: dict[str, Any], normalizers: list[dict[str, Any]]) -> re.P
 
 
 def _parts_of_words(tokenizer: dict[str, Any]) -> re.Pattern[str] | None:
-    """For a tokenizer whose texts can be cut inside."""
+    """The expression for the parts of a word, if the words of this tokenizer have parts."""
     split, *_ = _flat(tokenizer["pre_tokenizer"], "pretokenizers")
     expression = (split.get("pattern") or {}).get("Regex")
     if expression not in _GPT_4_FAMILY:
@@ -233,7 +236,7 @@ def _parts_of_words(tokenizer: dict[str, Any]) -> re.Pattern[str] | None:
 
 
 def _around(post_processor: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """What a post-processor puts before and after a single text."""
+    """The ids that a post-processor adds before and after a single text; None if not known."""
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     for part in _flat(post_processor, "processors"):
@@ -249,7 +252,7 @@ def _around(post_processor: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | No
             more = _around_template(part)
         else:
             more = None
-        # How two of them work together is not known.
+        # How two of them combine is not known.
         if more is None or before or after:
             return None
         before, after = more
@@ -272,10 +275,10 @@ def _around_template(part: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, 
 
 
 class PieceSplitter:
-    """Cuts texts by a plan, always from the left, so that equal beginnings have equal pieces.
+    """Cuts texts by a plan, from left to right, so that equal beginnings give equal pieces.
 
-    A piece ends with the first added token that makes it at least `min_chars` long. Without one
-    in sight, it is cut at the first inner place after `stride_chars`.
+    A piece ends with the first added token that makes it at least `min_chars` long. A piece
+    without such a token ends at the first inner place after `stride_chars`.
     """
 
     def __init__(self, plan: SplitPlan, *, min_chars: int, stride_chars: int) -> None:
@@ -286,7 +289,7 @@ class PieceSplitter:
         self._stride_chars = stride_chars
 
     def split(self, text: str) -> list[str]:
-        """Pieces that join to `text`; none of an empty one."""
+        """The pieces, which join to `text`; an empty text has no pieces."""
         pieces: list[str] = []
         start = gap = 0
         for first, end in self._tokens(text):
@@ -303,7 +306,7 @@ class PieceSplitter:
         return pieces
 
     def _tokens(self, text: str) -> list[tuple[int, int]]:
-        """Where the added tokens of both passes begin and end, in ascending order."""
+        """The start and the end of each added token of both passes, in ascending order."""
         raw = self._raw
         if self._normalized is None:
             return [] if raw is None else [match.span() for match in raw.finditer(text)]
@@ -317,7 +320,7 @@ class PieceSplitter:
         return spans
 
     def _split_gap(self, text: str, start: int, gap: int, end: int, pieces: list[str]) -> int:
-        """Cut what begins at `start` inside the gap between two tokens; returns what is left."""
+        """Cut the text from `start` inside the gap between two tokens; returns the last place."""
         if self._inner is None:
             return start
         while end - start > self._stride_chars:
@@ -331,10 +334,10 @@ class PieceSplitter:
 
 
 def _alternatives(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Finds the leftmost and of these the longest token, as the tokenizer does.
+    """An expression that finds the leftmost, longest token, as the tokenizer does.
 
-    Tokens with a common beginning share it, since hundreds of reserved ones would otherwise be
-    tried one after the other.
+    Tokens share their common beginnings. Otherwise, hundreds of reserved tokens would be tried
+    one after another at each place.
     """
     if not tokens:
         return None
@@ -359,5 +362,5 @@ def _expression(branch: _Branch) -> str:
     ]
     if not choices:
         return prefix
-    # What goes on is tried first: that makes it the longest.
+    # Longer tokens are tried first.
     return f"{prefix}(?:{'|'.join(choices)})" + ("?" if _END in branch else "")

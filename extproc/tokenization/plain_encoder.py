@@ -1,4 +1,7 @@
-"""The tokenizer as it is, with ids as the bytes of an uint32 array."""
+"""Encodes texts with the tokenizer alone, without any cache.
+
+Ids are returned as the bytes of a uint32 array, the form in which they are cached.
+"""
 
 from array import array
 from collections.abc import Sequence
@@ -14,18 +17,18 @@ _UINT32: Final = "I"
 
 
 class PlainEncoder:
-    """Safe to use from several threads. All raise EncodeFailedError for what can not be encoded.
+    """Safe to use from several threads. Its methods raise EncodeFailedError.
 
     `encode_batch_fast` computes no offsets, and unlike `encode` it lets other threads run
-    meanwhile (tokenizers 0.23). It runs in the calling thread: how many texts are encoded side
-    by side is decided by whoever calls, so the library's own pool stays off.
+    meanwhile (tokenizers 0.23). It runs in the calling thread: the caller decides how many texts
+    are encoded at the same time, so the library's own pool stays off.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def many(self, texts: Sequence[str], *, with_special: bool = False) -> list[bytes]:
-        """`with_special`: with what the post-processor adds."""
+        """The ids of each text; `with_special` adds the special tokens of the post-processor."""
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=with_special)
         except BaseException as error:
@@ -33,9 +36,9 @@ class PlainEncoder:
         return [packed(encoding.ids) for encoding in encodings]
 
     def few(self, words: Sequence[str]) -> list[bytes]:
-        """Some microseconds of work, in which other threads need not run.
+        """The ids of a few short words, without letting other threads run.
 
-        Letting them run costs more than that while many requests are served.
+        This takes microseconds. Letting other threads run costs more than that under load.
         """
         encode = self._tokenizer.encode
         try:
@@ -49,7 +52,7 @@ def packed(ids: Sequence[int]) -> bytes:
 
 
 def _refused(error: BaseException) -> BaseException:
-    """What to raise for what the library has raised; its panics are no Exceptions."""
+    """The error to raise for one of the library; its panics are not of the class Exception."""
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return EncodeFailedError("the tokenizer refused a text")
     return error

@@ -1,4 +1,4 @@
-"""Threads for work that takes longer than the event loop can wait, with a bound on the queue."""
+"""A pool of threads with a bounded queue, for work that would hold the event loop too long."""
 
 import asyncio
 from collections.abc import Callable
@@ -23,9 +23,9 @@ class BoundedPool:
         self._lock = Lock()
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
-        """The result of `work`; raises EncoderBusyError if too much is waiting, or after the end.
+        """The result of `work`; raises EncoderBusyError if the queue is full or the pool is closed.
 
-        Work of a cancelled caller that has begun still takes up its thread, and counts.
+        Work that has begun runs to its end, and counts, even if its caller is cancelled.
         """
         with self._lock:
             if self._pending >= self._max_pending:
@@ -40,7 +40,7 @@ class BoundedPool:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Give up what is waiting; what runs finishes by itself."""
+        """Cancel the work that is waiting. Running work finishes in its thread."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _done(self, _: "Future[Any] | None") -> None:

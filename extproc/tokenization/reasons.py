@@ -1,4 +1,7 @@
-"""Why a request has no tokens: a closed set, fit for a metric's label."""
+"""The reasons for which a request has no tokens.
+
+A closed set, used as values of a metric's label.
+"""
 
 from typing import Final
 
@@ -17,15 +20,15 @@ __all__ = [
     "UNSUPPORTED",
 ]
 
-# Several prompts in one request: they may live on different workers.
+# The request has several prompts, whose prefixes may be held by different workers.
 BATCH: Final = "batch"
-# Nothing that could be encoded, an empty prompt for instance.
+# There is nothing to encode: the prompt is empty, for instance.
 NO_TEXT: Final = "no_text"
-# Images, audio or video, which the engine expands to tokens that only it knows.
+# The prompt has images, audio or video. Only the engine knows their tokens.
 MULTIMODAL: Final = "multimodal"
-# The engine will refuse it, too.
+# The engine will refuse the request, too.
 MALFORMED: Final = "malformed"
-# The engine will serve it, but how it comes to its tokens is not known here.
+# The engine will serve the request, but its way from the body to tokens is not known here.
 UNSUPPORTED: Final = "unsupported"
 NO_CHAT_TEMPLATE: Final = "no_chat_template"
 TEMPLATE_ERROR: Final = "template_error"

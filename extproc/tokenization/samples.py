@@ -1,8 +1,8 @@
-"""Texts on which the cutting of texts is proved at start-up, before anything relies on it.
+"""Sample texts that show at start-up whether a tokenizer's texts can be cut into pieces.
 
-Each is a place where tokenizers have been known to look across: blanks of all kinds, line breaks,
-digits, code, apostrophes, letters of many scripts, marks that combine, and added tokens next to
-any of these and to each other.
+They hold what tokenizers are known to join into one token: blanks of all kinds, line breaks,
+digits, code, apostrophes, letters of many scripts, combining marks, and added tokens next to any
+of these and to each other. Separate because they are data.
 """
 
 from typing import Final
@@ -33,7 +33,7 @@ _TEXTS: Final = (
 
 
 def sample_texts(tokens: list[str]) -> list[str]:
-    """The texts, and every one of `tokens` between, before and after all kinds of neighbours."""
+    """The sample texts, and each of `tokens` before, after and between other texts."""
     texts = [*_TEXTS, "".join(_TEXTS), " ".join(_TEXTS), "\n".join(_TEXTS)]
     for n, token in enumerate(tokens):
         after = tokens[(n + 1) % len(tokens)]

@@ -1,12 +1,12 @@
 """Bounds the time and the memory of one rendering of a chat template.
 
-Jinja's sandbox bounds a single `range`, but not loops in loops, macros that call each other, or
-texts that double in each step. A template comes with a model and may run on the event loop, so
-its syntax tree is changed before it is compiled: the body of each loop and macro counts a step,
-and operations that can make long values check the length first. A step costs a fraction of a
-microsecond. Values that contain themselves many times, as lists in lists, are not bounded.
+Jinja's sandbox bounds a single `range`, but not nested loops, macros that call each other, or
+texts that double in each step. Templates may run on the event loop, so the syntax tree of a
+template is changed before it is compiled: loops and macros count steps, and operations that can
+make long values check the length first. A list that holds another list many times, over many
+levels, is not found: its text can still be long.
 
-Separate from `chat_template`, which says what a template finds around it.
+Separate from `chat_template`, which knows what chats need.
 """
 
 # ruff: noqa: N802 (a NodeTransformer finds its methods by the names of the nodes)
@@ -67,11 +67,11 @@ _ONLY_TEXTS: Final = {str}
 
 
 class TemplateLimitError(ServiceError):
-    """A template takes too many steps or too long, or makes too long a value."""
+    """A template takes too many steps or too much time, or makes too long a value."""
 
 
 def limit_steps(variables: dict[str, Any]) -> None:
-    """Add to the variables of one rendering what it counts its steps with."""
+    """Add the counter of steps to the variables of one rendering."""
     variables[_STEPS] = _Steps()
 
 
@@ -104,13 +104,13 @@ class _Steps:
 
 
 def limited(tree: nodes.Template, environment: "LimitedEnvironment") -> nodes.Template:
-    """The tree of a template, changed so that its renderings are bounded."""
+    """Change the tree of a template so that its renderings are bounded."""
     _Limiter().visit(tree)
     return tree.set_environment(environment)  # type: ignore[return-value]
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox for templates that went through `limited`."""
+    """The sandbox for templates that `limited` has changed."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
@@ -123,7 +123,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters[_SHORT] = _short
         for name, check in _CHECKED_FILTERS.items():
             self.filters[name] = _checked(self.filters[name], check)
-        # Random words, as many as it is asked for.
+        # It makes random words, whose tokens cannot be known.
         del self.globals["lipsum"]
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -132,7 +132,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        # Also asked by `text["ljust"]` and the filter `attr`.
+        # Jinja also asks this for `text["ljust"]` and for the filter `attr`.
         if attr in _HIDDEN_METHODS and isinstance(obj, str | bytes | int):
             return False
         return super().is_safe_attribute(obj, attr, value)
@@ -161,13 +161,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Limiter(NodeTransformer):
-    """Puts a step into each loop and macro, and checks around what can make long values."""
+    """Adds steps to loops and macros, and checks to operations that can make long values."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         node.iter = _filter(node.iter, _COUNTED, node)
         if node.recursive:
-            # What the inner calls of `loop` go through is not known here.
+            # Each call of `loop` has an iterable of its own, which is not counted.
             node.body.insert(0, _step_statement(node))
         return node
 
@@ -176,9 +176,10 @@ class _Limiter(NodeTransformer):
         return node
 
     def _written(self, node: nodes.Expr) -> nodes.Expr:
-        """An expression whose value is written and used for nothing else.
+        """The node of an expression whose value is only written to the output.
 
-        Its value is not longer than all of its parts together, so nothing is checked here.
+        A sum is as long as its parts together, so it needs no check. This is the most frequent
+        expression in templates.
         """
         if isinstance(node, nodes.Add):
             node.left, node.right = self._written(node.left), self.visit(node.right)
@@ -207,7 +208,7 @@ class _Limiter(NodeTransformer):
 
     def visit_Call(self, node: nodes.Call) -> nodes.Expr:
         self.generic_visit(node)
-        # Macros have names, methods of texts have not.
+        # A macro is called by its name; methods are not names.
         return _filter(node, _SHORT, node) if isinstance(node.node, nodes.Name) else node
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.AssignBlock:
@@ -351,7 +352,7 @@ def _checked(function: Callable[..., Any], check: Callable[..., None]) -> Callab
     def checked(*arguments: Any, **named: Any) -> Any:
         value = arguments[first]
         if isinstance(value, Iterator):
-            # It can be read only once.
+            # An iterator can be read only once, and the check reads it.
             value = list(value)
             arguments = (*arguments[:first], value, *arguments[first + 1 :])
         check(*arguments[first:], **named)

@@ -1,9 +1,9 @@
-"""Text to token ids: in pieces that are remembered where that gives the same ids, else whole.
+"""Turns text into token ids, in pieces whose ids are cached.
 
-What is not found as a piece is looked up once more by its words, where it can be cut into them.
-
-A look-up and the encoding of what was not found are two steps, because the second may have to
-wait for a thread and the first says whether.
+Texts are cut into pieces only where that gives the same ids as the whole text; other tokenizers
+get whole texts. A piece that is not in the cache is looked up by its words, where it can be cut
+into words. Looking up and encoding are two steps: the first shows how much is left to encode, and
+by that the caller decides whether the second needs a thread.
 """
 
 import os
@@ -29,18 +29,18 @@ __all__ = ["LookedUp", "TextEncoder"]
 
 _log = structlog.get_logger()
 
-# Below, an entry's overhead outweighs what it spares.
+# For shorter pieces an entry costs more than it saves.
 _PIECE_MIN_CHARS: Final = 64
 _PIECE_STRIDE_CHARS: Final = 1024
 _PROOF_STRIDE_CHARS: Final = 8
 _PROOF_TOKENS: Final = 48
 _PROOF_WORDS_BYTES: Final = 1 << 20
-# Share of the memory that words get.
+# One part in so many of the memory is for words.
 _WORDS_SHARE: Final = 8
 
 
 class _Serialised(Struct):
-    """What of a tokenizer decides how it can be cut; the vocabulary is skipped."""
+    """The parts of a tokenizer that decide how its texts can be cut, without the vocabulary."""
 
     added_tokens: list[dict[str, Any]]
     normalizer: dict[str, Any] | None
@@ -57,10 +57,10 @@ class _Model(Struct):
 
 
 class LookedUp(Struct):
-    """A text of which some pieces are known.
+    """A text, and the tokens that are known of its pieces.
 
-    `known` has the tokens of every piece, uint32, or None where `missing` has the next text to
-    encode. `whole`: the text is one and its special tokens are up to the tokenizer.
+    `known` has the tokens of each piece, uint32, or None for a piece that is in `missing`, in
+    the same order. `whole`: the text is not cut, and the tokenizer adds the special tokens.
     """
 
     known: list[bytes | None]
@@ -71,10 +71,10 @@ class LookedUp(Struct):
 
 
 class TextEncoder:
-    """One tokenizer with the pieces it has seen; safe to use from several threads.
+    """A tokenizer with a cache of pieces and words; safe to use from several threads.
 
     `cache_bytes` 0 turns the cache off. Raises TokenizerError for a tokenizer that does not
-    serialise or can not encode.
+    serialise or cannot encode.
     """
 
     def __init__(self, tokenizer: Tokenizer, cache_bytes: int) -> None:
@@ -105,7 +105,7 @@ class TextEncoder:
 
     @property
     def cached(self) -> bool:
-        """Whether pieces are remembered."""
+        """True if pieces are cached."""
         return self._splitter is not None
 
     @property
@@ -116,7 +116,7 @@ class TextEncoder:
     def look_up(self, text: str, with_special: bool) -> LookedUp:
         """Cut a text and find the tokens of its pieces.
 
-        `with_special`: it shall get what the post-processor adds.
+        `with_special` adds the special tokens of the post-processor.
         """
         if self._splitter is None or (with_special and not self._around_known):
             return LookedUp([None], [text], len(text), with_special, True)
@@ -130,7 +130,7 @@ class TextEncoder:
         return LookedUp(known, missing, sum(map(len, missing)), with_special, False)
 
     def encode(self, looked_up: LookedUp) -> NDArray[np.uint64]:
-        """The ids of the whole text; encodes what was missing, and keeps it.
+        """The ids of the whole text; encodes and caches the pieces that were missing.
 
         Raises EncodeFailedError.
         """
@@ -171,7 +171,7 @@ def _plan(tokenizer: Tokenizer) -> SplitPlan:
 
 
 def _difference(tokenizer: Tokenizer, plan: SplitPlan) -> str:
-    """Where pieces and whole texts have not the same ids, which no plan should lead to."""
+    """How the ids of pieces and of whole texts differ; empty if they are equal."""
     splitters = [
         PieceSplitter(plan, min_chars=1, stride_chars=_PROOF_STRIDE_CHARS),
         PieceSplitter(plan, min_chars=_PIECE_MIN_CHARS, stride_chars=_PIECE_STRIDE_CHARS),
@@ -199,5 +199,5 @@ def _difference(tokenizer: Tokenizer, plan: SplitPlan) -> str:
                 if [*before, *ids, *after] != around.ids:
                     return "special tokens around a sample differ"
     except Exception as error:
-        raise TokenizerError(f"the tokenizer can not encode: {error}") from error
+        raise TokenizerError(f"the tokenizer cannot encode: {error}") from error
     return ""

@@ -1,10 +1,10 @@
-"""A model's tokenizer as it lies on disk, read as transformers reads it.
+"""Reads a model's tokenizer and chat templates from disk, as transformers reads them.
 
-`tokenizer.json` is the tokenizer itself. Beside it lie the special tokens, in
-`tokenizer_config.json` or, for old models, in `special_tokens_map.json`, and the chat templates:
-files of their own (`chat_template.jinja`, `additional_chat_templates/*.jinja`) win over entries
-of the configuration. A tokenizer gets the tokens that only the configuration names, and loses
-truncation and padding: the engine asks for neither.
+`tokenizer.json` is the tokenizer itself. The special tokens are in `tokenizer_config.json` or,
+for old models, in `special_tokens_map.json`. Chat templates are files (`chat_template.jinja`,
+`additional_chat_templates/*.jinja`) or, if there are no such files, entries of the configuration.
+Tokens that only the configuration names are added to the tokenizer. Truncation and padding are
+turned off, since the engine uses neither.
 """
 
 from pathlib import Path
@@ -38,10 +38,10 @@ _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class TokenizerFiles(Struct, frozen=True):
-    """What was read.
+    """A tokenizer with its special tokens and chat templates.
 
-    `special_tokens` are the variables of a template, by name (`bos_token`, …). `templates` are
-    the sources by name, `template_files` says where each came from, for messages.
+    `special_tokens` are variables of a template, by name (`bos_token`, …). `templates` are the
+    sources by name; `template_files` has the file of each, for error texts.
     """
 
     tokenizer: Tokenizer
@@ -51,7 +51,7 @@ class TokenizerFiles(Struct, frozen=True):
 
 
 def read_tokenizer(path: Path) -> TokenizerFiles:
-    """Read a folder, or a tokenizer.json and what lies beside it.
+    """Read a model's folder, or a tokenizer.json and the files beside it.
 
     Raises TokenizerError.
     """
@@ -59,7 +59,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
         folder, file = (path, path / _TOKENIZER) if path.is_dir() else (path.parent, path)
         found = file.is_file()
     except OSError as error:
-        raise TokenizerError(f"{path}: can not be read: {error.strerror}") from error
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
     if not found:
         raise TokenizerError(f"{file}: no such file; a folder with {_TOKENIZER} is needed")
     try:
@@ -82,13 +82,13 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
 
 
 def _json_object(file: Path) -> dict[str, Any]:
-    """Empty if there is no such file."""
+    """The object in a file; empty if there is no such file."""
     try:
         content = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise TokenizerError(f"{file}: can not be read: {error.strerror}") from error
+        raise TokenizerError(f"{file}: cannot be read: {error.strerror}") from error
     try:
         return msgspec.json.decode(content, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -101,11 +101,11 @@ def _json_object(file: Path) -> dict[str, Any]:
 def _special_tokens(
     config: dict[str, Any], file: Path
 ) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """Those with a name, which templates can ask for, and the others."""
+    """The special tokens with a name, which templates can use, and those without."""
     named = {}
     for name in (*_NAMED_TOKENS, *config):
         value = config.get(name)
-        # Models name further tokens of their own, as strings.
+        # Some models name further tokens, as strings.
         if name in _NAMED_TOKENS or (name.endswith("_token") and type(value) is str):
             token = _token(value, file, name)
             if token is not None:
@@ -124,7 +124,7 @@ def _special_tokens(
 
 
 def _token(value: Any, file: Path, key: str) -> AddedToken | None:
-    """A token written as a string or as an object with its flags."""
+    """A token from a string, or from an object with its flags."""
     if value is None:
         return None
     if type(value) is str:
@@ -195,6 +195,6 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise TokenizerError(f"{file}: can not be read: {error.strerror}") from error
+        raise TokenizerError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeError as error:
         raise TokenizerError(f"{file}: not UTF-8") from error

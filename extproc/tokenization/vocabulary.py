@@ -1,4 +1,4 @@
-"""A model's token ids: which there are, what text they stand for, and those with a meaning."""
+"""The token ids of a model: which exist, their text, and the ids with a special meaning."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -7,22 +7,22 @@ from tokenizers import Tokenizer
 
 __all__ = ["Vocabulary"]
 
-# Models with these tokens answer /v1/responses in a format of their own, not by a template.
+# Models with these tokens answer /v1/responses in a format of their own, without a template.
 _HARMONY_TOKENS: Final = ("<|channel|>", "<|constrain|>", "<|call|>")
 
 
 class Vocabulary:
     """The ids of one tokenizer.
 
-    `first_token` is the id of the token that begins a text (bos), None if there is none.
-    `harmony`: the model speaks OpenAI's harmony format.
+    `first_token` is the id of the token that begins a text (bos), None if the model has no such
+    token. `harmony`: the model uses OpenAI's harmony format.
     """
 
     def __init__(self, tokenizer: Tokenizer, special_tokens: dict[str, str]) -> None:
         self._tokenizer = tokenizer
         ids = set(tokenizer.get_vocab(with_added_tokens=True).values())
         self._end = max(ids, default=-1) + 1
-        # Hardly any vocabulary has gaps, and a set of all ids is large.
+        # Few vocabularies have gaps, and a set of all ids is large.
         self._gaps = frozenset(range(self._end)) - ids
         begins = special_tokens.get("bos_token")
         self.first_token = None if begins is None else tokenizer.token_to_id(begins)

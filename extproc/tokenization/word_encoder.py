@@ -1,10 +1,10 @@
-"""Tokens of text that is new as a whole, from the tokens of its words.
+"""Finds the tokens of new text from the tokens of its words.
 
-The next turn of a chat is new text made of old words. Looking them up takes a tenth of the time
-of encoding them. A text is split at its blanks, each of which begins the word after it; where a
-text can not be cut before a blank (see pieces), the words around it stay together. Such groups,
-and words with digits in them, are looked up once more by their parts: nearly every number is new,
-its groups of three digits are not.
+The next turn of a chat is new text made of old words. Looking words up takes a tenth of the time
+of encoding them. A text is split at its blanks, and each blank begins the word after it. Where a
+text cannot be cut before a blank (see `pieces`), the words around it stay together as a group.
+Groups, and words that are not known, are looked up once more by their parts: nearly every number
+is new, but its groups of three digits are not.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,17 @@ from extproc.tokenization.plain_encoder import PlainEncoder
 
 __all__ = ["WordEncoder"]
 
-# With more that is unknown a text is encoded as a whole, twice as fast, and so many are learnt.
+# With more unknown parts the whole text is encoded, which is twice as fast, and only some parts
+# are learnt.
 _NEW_MAX: Final = 256
 _LEARNT_MAX: Final = 32
 _FEW: Final = 16
 
 
 class _Gap(NamedTuple):
-    """A place among the words of a text whose tokens are not known: `text` goes there.
+    """A place in a text whose tokens are not known; `text` is the text there.
 
-    `word` is the same without its blank if it is nothing but a word.
+    `word` is the text without its blank where it is a single word, else None.
     """
 
     tokens: list[bytes | None]
@@ -35,7 +36,7 @@ class _Gap(NamedTuple):
 
 
 class WordEncoder:
-    """Holds about `max_bytes` of words; safe to use from several threads."""
+    """Keeps about `max_bytes` of words; safe to use from several threads."""
 
     def __init__(self, plain: PlainEncoder, plan: WordPlan, max_bytes: int) -> None:
         self._plain = plain
@@ -50,7 +51,7 @@ class WordEncoder:
         return self._words.size_bytes + self._parts.size_bytes
 
     def encode(self, pieces: Sequence[str]) -> list[bytes]:
-        """The tokens of every piece; raises EncodeFailedError."""
+        """The tokens of each piece; raises EncodeFailedError."""
         found: list[list[bytes | None]] = []
         gaps: list[_Gap] = []
         for piece in pieces:
@@ -65,7 +66,7 @@ class WordEncoder:
         return [b"".join(tokens) for tokens in found]  # type: ignore[arg-type]
 
     def _fill(self, gaps: Sequence[_Gap]) -> bool:
-        """False if too much is unknown."""
+        """Put the tokens into the gaps; False if too many parts are unknown."""
         parts = [self._cut(gap.text) for gap in gaps]
         known = [self._parts.get(texts) for texts in parts]
         unknown: dict[str, None] = {}
@@ -106,7 +107,7 @@ class WordEncoder:
 
 
 def _find_gaps(words: list[str], tokens: list[bytes | None], gaps: list[_Gap]) -> None:
-    """What is missing in `tokens`; what was found and belongs to a gap becomes empty."""
+    """Add the gaps in `tokens` to `gaps`; tokens of words that belong to a gap become empty."""
     last = len(words) - 1
     place = -1
     for _ in range(tokens.count(None)):
@@ -115,7 +116,7 @@ def _find_gaps(words: list[str], tokens: list[bytes | None], gaps: list[_Gap]) -
         except ValueError:
             return
         end = place
-        # Where a word ends in anything else, the blank after it may belong to what is before.
+        # After any other character, the blank may belong to the token before it.
         while end < last and not "!" <= words[end][-1:] <= "~":
             end += 1
             tokens[end] = b""

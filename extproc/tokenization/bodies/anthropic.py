@@ -1,9 +1,8 @@
-"""/v1/messages, translated to chat messages as SGLang (0.5.23) does it.
+"""Translates bodies of /v1/messages to chat messages, as SGLang (0.5.23) does.
 
-Left out, as unsupported, is what depends on how the engine was started: whether a model's
-thinking can be switched, and how thoughts of earlier turns are shown to it. System messages
-between others are taken in place by some templates and get merged for others, so they are left
-out, too.
+Not supported is what depends on the options of the engine: whether a model's thinking can be
+switched, and how it sees thoughts of earlier turns. System messages between other messages are
+not supported either: the engine merges them for some templates and not for others.
 """
 
 from typing import Any
@@ -23,7 +22,7 @@ _SERVER_TOOLS = ("web_search_", "computer_", "bash_", "text_editor_")
 
 
 class AnthropicBody(BodyFields):
-    """The fields of /v1/messages that the prompt is made of."""
+    """The fields of /v1/messages that make up the prompt."""
 
     messages: Any = None
     system: Any = None
@@ -34,7 +33,7 @@ class AnthropicBody(BodyFields):
 
 
 def anthropic_chat(body: AnthropicBody) -> ChatPrompt:
-    """Raises UnmappableError."""
+    """The chat that a body of /v1/messages is translated to; raises UnmappableError."""
     if body.thinking is not None:
         raise UnmappableError(UNSUPPORTED)
     messages = _system(body.system)
@@ -60,7 +59,7 @@ def _system(given: Any) -> list[Message]:
 
 
 def _messages(given: Any) -> list[Message]:
-    """The chat messages of one message: results of tools become messages of their own."""
+    """The chat messages for one message; each result of a tool becomes a message."""
     role = given.get("role") if type(given) is dict else None
     if role == "system":
         raise UnmappableError(UNSUPPORTED)
@@ -110,7 +109,7 @@ def _assistant(blocks: list[Any]) -> list[Message]:
             arguments, name, identity = block.get("input"), block.get("name"), block.get("id")
             if type(identity) is not str or type(name) is not str:
                 raise UnmappableError(MALFORMED)
-            # Without an id the engine draws one at random.
+            # If there is no id, the engine makes a random one.
             if not identity:
                 raise UnmappableError(UNSUPPORTED)
             function = {"name": name, "arguments": arguments or {}}
@@ -147,7 +146,7 @@ def _result(given: Any) -> Any:
 
 
 def _content(parts: list[Message]) -> Any:
-    """One text is a string; the list is not kept by anybody else."""
+    """The text alone if there is one part, else the list of parts."""
     return parts[0]["text"] if len(parts) == 1 else parts
 
 
@@ -180,7 +179,7 @@ def _tools(given: Any) -> list[Tool]:
             raise UnmappableError(MALFORMED)
         kind = tool.get("type") or "custom"
         if type(kind) is str and kind.startswith(_SERVER_TOOLS):
-            # The engine leaves them out.
+            # The engine ignores these tools.
             continue
         schema = tool.get("input_schema")
         if kind != "custom" or type(schema) is not dict:

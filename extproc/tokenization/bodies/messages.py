@@ -1,12 +1,12 @@
-"""Chat messages as the engine hands them to a chat template.
+"""Normalises chat messages to what the engine gives a chat template.
 
-SGLang (0.5.23) reads messages into typed models and hands on what these write out again. So
-fields it does not know are gone, optional ones are there only with a value, and a tool call has
-exactly the fields id, index, type and function, null or not. Templates print tool calls as JSON
-and ask whether a field is there, therefore every one of these details is part of the prompt.
+SGLang (0.5.23) reads messages into typed models and writes them out again. Unknown fields are
+dropped, optional fields are written only if they have a value, and a tool call has exactly the
+fields id, index, type and function, which may be null. Templates print tool calls as JSON and
+test whether a field exists, so each of these details can change the prompt.
 
-Two steps depend on the template and are made later: whether content stays a list of parts, and
-what becomes of a trailing assistant message (`for_template`).
+Two steps depend on the template and follow later, in `for_template`: whether content stays a list
+of parts, and how a trailing assistant message is treated.
 """
 
 import re
@@ -30,15 +30,15 @@ _THOUGHTS: Final = frozenset({"thinking", "reasoning"})
 _STRINGS: Final = ("tool_call_id", "name", "phase", "reasoning_content")
 
 _arguments_decoder: Final = msgspec.json.Decoder(dict[str, Any])
-# The engine's parser of arguments makes floats of integers beyond 64 bits.
+# The engine's parser of arguments turns integers over 64 bits into floats.
 _HUGE_INTEGER: Final = re.compile(r"\d{19}")
 
 
 def chat_messages(given: Any) -> tuple[list[Message], bool]:
-    """The messages of a chat body, and whether the content of any is a list of parts.
+    """The messages of a chat body, and whether the content of any message is a list of parts.
 
-    Raises UnmappableError for media, for what the engine refuses and for fields whose effect is
-    not known.
+    Raises UnmappableError for media, for what the engine refuses, and for fields with an unknown
+    effect.
     """
     if type(given) is not list:
         raise UnmappableError(MALFORMED)
@@ -64,11 +64,11 @@ def chat_messages(given: Any) -> tuple[list[Message], bool]:
 def for_template(
     messages: list[Message], keep_parts: bool, continue_final: bool
 ) -> tuple[list[Message], str]:
-    """What the template is given, and the text that follows its generation prompt.
+    """The messages for the template, and the text that follows its generation prompt.
 
-    `keep_parts` says that the template iterates over the parts of a content. A trailing
-    assistant message is cut off and continued, or else becomes a user's, since the engine
-    wants the last word to be a user's.
+    `keep_parts`: the template iterates over the parts of a content. With `continue_final`, a
+    trailing assistant message is removed and its text is returned; otherwise it becomes a user's
+    message, since the engine wants the last message to be a user's.
     """
     messages = [_flat(message, keep_parts) for message in messages]
     last = messages[-1]
@@ -88,7 +88,7 @@ def _flat(message: Message, keep_parts: bool) -> Message:
         return {**message, "content": _joined(content)}
     if message["role"] == "tool" and all(part["type"] == "text" for part in content):
         content = _joined(content)
-    # The engine puts it last here, and some templates print whole messages.
+    # The engine puts the content last here, and some templates print whole messages.
     others = {field: value for field, value in message.items() if field != "content"}
     return {**others, "content": content}
 
@@ -107,7 +107,7 @@ def _generic_message(message: Message, role: Any, content: Any) -> Message:
     normal: Message = {"role": role, "content": content}
     if len(message) == 2 and "content" in message:
         return normal
-    # Tools of a message and prefix completion reach only some encoders of the engine.
+    # Only some encoders of the engine use the tools of a message and prefix completion.
     if message.get("tools") is not None or message.get("prefix") is not None:
         raise UnmappableError(UNSUPPORTED)
     for field in _STRINGS:
@@ -127,7 +127,7 @@ def _generic_message(message: Message, role: Any, content: Any) -> Message:
 
 
 def _parts(given: Any, role: str) -> list[Message]:
-    """Only text and references to tools; thoughts are not shown to templates."""
+    """The text and the references to tools among the parts; templates get no thoughts."""
     if type(given) is not list:
         raise UnmappableError(MALFORMED)
     parts = []

@@ -1,7 +1,7 @@
-"""Chat bodies, from decoded fields to what a chat template is rendered with.
+"""Builds the input of a chat template from the decoded fields of a chat body.
 
-The OpenAI chat API as SGLang (0.5.23) reads it. The other chat APIs are translated to it first,
-as the engine does, and share `chat_prompt`.
+Follows the OpenAI chat API as SGLang (0.5.23) reads it. The other chat APIs are translated to it
+first, as the engine does, and share `chat_prompt`.
 """
 
 from typing import Any, Final
@@ -26,8 +26,8 @@ __all__ = [
 _EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"})
 _EFFORT_MAX: Final = 0.99
 _TRUE_WORDS: Final = frozenset({"1", "true", "yes", "y", "on"})
-# Parameters of the function that renders, not of the template: the engine fails on some and
-# does something else with the others.
+# Parameters of the engine's render function. In template arguments, some make the engine fail and
+# the others change what it does.
 NO_TEMPLATE_KWARGS: Final = frozenset(
     {
         "add_generation_prompt",
@@ -52,10 +52,10 @@ NO_TEMPLATE_KWARGS: Final = frozenset(
 
 
 class ChatPrompt(Struct, frozen=True, kw_only=True, eq=False):
-    """What a template is rendered with, and which API it came from.
+    """The input of a chat template, and whether it comes from /v1/responses.
 
     `parts`: the content of some message is a list. `effort` is the engine's `reasoning_effort`,
-    a word or a number, and not yet among `template_kwargs`.
+    a word or a number; `template_kwargs` does not have it yet.
     """
 
     messages: list[Message]
@@ -68,8 +68,9 @@ class ChatPrompt(Struct, frozen=True, kw_only=True, eq=False):
 
 
 class BodyFields(Struct):
-    """Fields of every body: model and stream, and those that select a part of the cache or
-    change what is in it.
+    """The fields that every body can have.
+
+    Besides `model` and `stream`, these select a part of the cache or change its content.
     """
 
     model: Any = UNSET
@@ -81,7 +82,7 @@ class BodyFields(Struct):
 
 
 class ChatBody(BodyFields):
-    """The fields of /v1/chat/completions that the prompt is made of."""
+    """The fields of /v1/chat/completions that make up the prompt."""
 
     messages: Any = None
     tools: Raw = Raw(b"null")
@@ -95,7 +96,7 @@ class ChatBody(BodyFields):
 
 
 def openai_chat(body: ChatBody) -> ChatPrompt:
-    """Raises UnmappableError."""
+    """The chat in a body of /v1/chat/completions; raises UnmappableError."""
     continue_final = body.continue_final_message
     if continue_final is not None and type(continue_final) is not bool:
         raise UnmappableError(MALFORMED)
@@ -122,7 +123,7 @@ def chat_prompt(
     continue_final: bool = False,
     responses_api: bool = False,
 ) -> ChatPrompt:
-    """Check the messages and put everything together; raises UnmappableError."""
+    """Check the messages and build the chat; raises UnmappableError."""
     normal, parts = chat_messages(messages)
     if not normal:
         raise UnmappableError(NO_TEXT)
@@ -138,7 +139,7 @@ def chat_prompt(
 
 
 def thinking_kwargs(kwargs: Any, thinking: bool | None) -> dict[str, Any]:
-    """The client's template arguments with thinking switched under both names in use.
+    """The client's template arguments, with `thinking` under both names in use.
 
     Raises UnmappableError for arguments that do not go to the template.
     """
@@ -158,7 +159,7 @@ def thinking_kwargs(kwargs: Any, thinking: bool | None) -> dict[str, Any]:
 
 
 def _reasoning(body: ChatBody) -> tuple[str | float | None, dict[str, Any]]:
-    """Effort and template arguments from the three places where clients write them."""
+    """The effort and the template arguments, which clients write in three places."""
     effort, thinking = body.reasoning_effort, None
     reasoning = body.reasoning
     if type(reasoning) is dict:

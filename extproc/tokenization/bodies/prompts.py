@@ -27,12 +27,12 @@ _TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 32)]
 
 
 class Prompt(Struct, frozen=True, kw_only=True, eq=False):
-    """What one request asks the engine to compute.
+    """The prompt of one request.
 
-    At most one of `chat`, `text` (to be encoded with the special tokens that the tokenizer adds)
-    and `ids` (uint64) is set; with `reason` none is. `cache_salt` and `lora` name the cache
-    namespace and are None for the common one; a `model` of the form base:adapter is not taken
-    apart. `body_bytes` is the size of the body.
+    Either one of `chat`, `text` and `ids` (uint64) is set, or `reason`. A `text` is encoded with
+    the special tokens that the tokenizer adds. `cache_salt` and `lora` name the cache namespace;
+    both are None for the common one. The adapter in a `model` of the form base:adapter is not
+    among them. `body_bytes` is the size of the body.
     """
 
     chat: ChatPrompt | None = None
@@ -135,7 +135,7 @@ def _anthropic_prompt(fields: AnthropicBody, size: int) -> Prompt:
 
 
 def _completion_prompt(fields: _CompletionFields, size: int) -> Prompt:
-    # What becomes of a suffix depends on a template that only the engine has.
+    # How a suffix is used depends on a template that only the engine has.
     if fields.suffix:
         raise UnmappableError(UNSUPPORTED)
     return _one_of(fields, size, fields.prompt)
@@ -176,7 +176,7 @@ def _is_given(raw: Raw) -> bool:
 
 
 def _one_of(fields: BodyFields, size: int, raw: Raw) -> Prompt:
-    """A text, token ids, or a list with one of these."""
+    """The prompt in a text, in token ids, or in a list with one of these."""
     given = _prompts_decoder.decode(raw)
     if isinstance(given, list) and given and type(given[0]) is not int:
         if len(given) > 1:
@@ -192,7 +192,7 @@ def _one_of(fields: BodyFields, size: int, raw: Raw) -> Prompt:
 def _token_ids(given: Any) -> NDArray[np.uint64]:
     if not given:
         raise UnmappableError(NO_TEXT)
-    # The conversion would read a text among the ids as a number.
+    # The conversion would turn a text among the ids into a number.
     if set(map(type, given)) != {int}:
         raise UnmappableError(MALFORMED)
     return np.array(given, np.uint64)
@@ -206,8 +206,8 @@ def _prompt(
     text: str | None = None,
     ids: NDArray[np.uint64] | None = None,
 ) -> Prompt:
-    # The key's holdings can not be told from others in what engines publish, and a session's
-    # tokens come before the request's.
+    # The KV events of engines do not name the extra key, and a session puts tokens before those
+    # of the request.
     if fields.extra_key or fields.session_params:
         raise UnmappableError(UNSUPPORTED)
     return Prompt(
@@ -221,7 +221,7 @@ def _prompt(
 
 
 def _name(given: Any) -> str | None:
-    """A namespace's name; the empty one is none."""
+    """The name of a namespace; None for an empty name."""
     if type(given) is list and len(given) == 1:
         given = given[0]
     if given is not None and type(given) is not str:

@@ -1,8 +1,8 @@
-"""/v1/responses, translated to chat messages as SGLang (0.5.23) does it.
+"""Translates bodies of /v1/responses to chat messages, as SGLang (0.5.23) does.
 
-Left out, as unsupported, is what needs the engine's memory or its configuration: earlier
-responses, tools other than functions, and system messages anywhere but at the beginning, which
-some templates take in place and others get merged.
+Not supported is what depends on the engine's memory or its options: earlier responses, tools
+other than functions, and system messages after the first message, which the engine merges for
+some templates and not for others.
 """
 
 from typing import Any, Final
@@ -32,7 +32,7 @@ _REASONING_ONLY: Final = {"role", "reasoning_content"}
 
 
 class ResponsesBody(BodyFields):
-    """The fields of /v1/responses that the prompt is made of."""
+    """The fields of /v1/responses that make up the prompt."""
 
     input: Any = None
     instructions: Any = None
@@ -44,7 +44,7 @@ class ResponsesBody(BodyFields):
 
 
 def responses_chat(body: ResponsesBody) -> ChatPrompt:
-    """Raises UnmappableError."""
+    """The chat that a body of /v1/responses is translated to; raises UnmappableError."""
     if body.previous_response_id is not None:
         raise UnmappableError(UNSUPPORTED)
     effort = _effort(body.reasoning)
@@ -84,12 +84,12 @@ def _messages(body: ResponsesBody) -> list[Message]:
 
 
 def _message(item: Any) -> Message | None:
-    """The chat message of one input item; None for a thought without words."""
+    """The chat message for one input item; None for a thought without text."""
     if type(item) is not dict:
         raise UnmappableError(MALFORMED)
     kind = item.get("type")
     role = item.get("role")
-    # A developer's text is labelled and joins the system message, wherever that is.
+    # The engine labels a developer's text and appends it to the system message.
     if role == "developer":
         raise UnmappableError(UNSUPPORTED)
     if kind == "function_call":
@@ -118,7 +118,7 @@ def _message(item: Any) -> Message | None:
 def _call(item: Message) -> Message:
     arguments = item.get("arguments")
     if type(arguments) is str:
-        # Calls that were cut short are replayed without arguments.
+        # Of a call that was cut short, the engine drops the arguments.
         try:
             parsed = msgspec.json.decode(arguments) if arguments else None
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
@@ -174,7 +174,7 @@ def _part(part: Any) -> Any:
 
 
 def _merged(messages: list[Message]) -> list[Message]:
-    """One message for each turn of the assistant, which comes in as several items."""
+    """The messages, with those of one turn of the assistant merged into one."""
     merged: list[Message] = []
     for message in messages:
         last = merged[-1] if merged else {}
@@ -241,7 +241,7 @@ def _chosen(tools: list[Tool], choice: Any) -> list[Tool] | None:
     if not tools:
         return None
     if type(choice) is dict:
-        # Other forced tools than functions are left to the model.
+        # The engine leaves forced tools other than functions to the model.
         name = choice.get("name")
         if choice.get("type") != "function" or type(name) is not str:
             raise UnmappableError(UNSUPPORTED)
@@ -254,7 +254,7 @@ def _effort(reasoning: Any) -> str | None:
         return None
     if type(reasoning) is not dict:
         raise UnmappableError(MALFORMED)
-    # Given as null it is none at all; not given it is the usual one.
+    # A null turns reasoning effort off; a missing field stands for the default.
     effort = reasoning.get("effort", _EFFORT_WITHOUT_WORD)
     if effort is not None and (type(effort) is not str or effort not in _EFFORTS):
         raise UnmappableError(MALFORMED)

@@ -1,13 +1,13 @@
-"""Tool lists as the engine hands them to a chat template.
+"""Normalises tool lists to what the engine gives a chat template.
 
-SGLang (0.5.23) reads tools into typed models: fields it does not know are dropped, the known
-fields of a function stay in the client's order, missing ones follow as null except `strict` and
-`defer_loading`, and the tool around it has exactly type, function and defer_loading. Types of a
-JSON schema that databases use ("varchar") are rewritten, which is not done here.
+SGLang (0.5.23) reads tools into typed models. Unknown fields are dropped. The known fields of a
+function stay in the client's order, and missing fields follow as null, except `strict` and
+`defer_loading`. The tool around a function has exactly type, function and defer_loading. The
+engine rewrites JSON schema types that databases use ("varchar"); such tools are not supported.
 
-Agents send the same list with every request, tens of kilobytes of it. So the finished lists are
-kept by their bytes; nobody changes them, templates run in a sandbox that can not. Being the same
-objects every time, they can be recognised by whoever has done something with them before.
+Agents send the same list of tens of kilobytes with each request, so finished lists are cached by
+their bytes. The sandbox of templates cannot change them. The same list gives the same objects, so
+`chat_template` can cache the JSON text of a tool by its identity.
 """
 
 from collections.abc import Callable
@@ -40,9 +40,9 @@ _decoder: Final = msgspec.json.Decoder()
 
 
 def kept_by_bytes(read: _ListReader) -> Callable[[bytes], list[Tool]]:
-    """Makes a function from JSON of one that reads a body's `tools`, and keeps what it gives.
+    """Wrap a reader of decoded `tools` to take their JSON and to cache the results.
 
-    Raises UnmappableError as `read` does, and for what is no JSON.
+    The result raises UnmappableError as `read` does, and for text that is not JSON.
     """
 
     def from_json(raw: bytes) -> list[Tool]:
@@ -62,7 +62,7 @@ def kept_by_bytes(read: _ListReader) -> Callable[[bytes], list[Tool]]:
 
 
 def chosen_tools(tools: list[Tool], choice: Any) -> list[Tool] | None:
-    """What a template sees of `tools` under a body's `tool_choice`; None is no tools at all.
+    """The tools that a template gets under a body's `tool_choice`; None if it gets no tools.
 
     Raises UnmappableError for a choice that the engine refuses.
     """
@@ -81,7 +81,7 @@ def chosen_tools(tools: list[Tool], choice: Any) -> list[Tool] | None:
 
 
 def finished_tool(function: dict[str, Any], kind: str = "function", defer: Any = None) -> Tool:
-    """One tool around a function of which only the type of its name is known to be right."""
+    """The tool for a function; of the function, only the type of its name was checked before."""
     inherited = {"defer_loading": defer} if defer is not None else {}
     normal = {field: function[field] for field in function if field in _FUNCTION_FIELDS}
     for field in _FUNCTION_FIELDS:
@@ -100,7 +100,7 @@ def finished_tool(function: dict[str, Any], kind: str = "function", defer: Any =
 
 @kept_by_bytes
 def function_tools(given: Any) -> list[Tool]:
-    """The finished list for a chat body's `tools`; empty for null.
+    """The normalised list for a chat body's `tools`; empty for null.
 
     Raises UnmappableError for what the engine refuses or rewrites.
     """
@@ -121,10 +121,10 @@ def function_tools(given: Any) -> list[Tool]:
 
 
 def _check_schema(schema: Any, depth: int) -> None:
-    """Whether the engine leaves the types of a schema as they are.
+    """Raise UnmappableError if the engine rewrites the types of a schema.
 
-    Looks at every `type` that is a string or a list, also where it is the name of a property
-    and not a type at all: then nothing is lost but the tokens of a rare request.
+    Every `type` that is a string or a list is checked. It may be the name of a property instead;
+    then the only loss is the tokens of a rare request.
     """
     if depth > _SCHEMA_MAX_DEPTH:
         raise UnmappableError(UNSUPPORTED)

@@ -1,4 +1,4 @@
-"""Paths and bodies to what routing needs; whatever a client sends, the answer is our own."""
+"""Paths and bodies are parsed to a request, or to an error that does not quote them."""
 
 import json
 from typing import Any
@@ -84,7 +84,7 @@ def test_a_known_path_is_found_with_and_without_a_query(path: str, suffix: str) 
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_the_list_of_models_is_read(method: str) -> None:
+def test_the_list_of_models_takes_get_and_head(method: str) -> None:
     assert find_endpoint(method, "/v1/models?limit=1").path == MODELS_PATH
 
 
@@ -121,7 +121,7 @@ def test_another_path_is_not_found(path: str) -> None:
         *((method, MODELS_PATH, "GET") for method in ("POST", "DELETE", "get")),
     ],
 )
-def test_another_method_is_told_what_is_allowed(method: str, path: str, allowed: str) -> None:
+def test_another_method_gets_the_allowed_methods(method: str, path: str, allowed: str) -> None:
     with pytest.raises(RouterError) as caught:
         find_endpoint(method, path)
     assert (caught.value.code, caught.value.status) == ("method_not_allowed", 405)
@@ -142,7 +142,7 @@ def test_model_and_stream_are_read_on_every_path(path: str) -> None:
 
 @pytest.mark.parametrize("path", POST_PATHS)
 @pytest.mark.parametrize("body", [{}, {"model": None}, {"prompt": "x"}])
-def test_the_model_may_be_left_out_only_where_engines_need_none(
+def test_the_model_may_be_missing_only_where_engines_need_no_model(
     path: str, body: dict[str, Any]
 ) -> None:
     endpoint = find_endpoint("POST", path)
@@ -154,25 +154,25 @@ def test_the_model_may_be_left_out_only_where_engines_need_none(
 
 @pytest.mark.parametrize("endpoint", [CHAT, GENERATE], ids=["chat", "generate"])
 @pytest.mark.parametrize("model", ["", 5, 1.5, True, False, {}, {"id": "m"}, [], ["m"]])
-def test_a_model_that_is_no_name_is_refused(endpoint: Any, model: object) -> None:
+def test_a_model_that_is_not_a_name_is_refused(endpoint: Any, model: object) -> None:
     assert "`model`" in refused({"model": model}, endpoint)
 
 
 @pytest.mark.parametrize(
     ("stream", "expected"), [(True, True), (False, False), (None, False), ("absent", False)]
 )
-def test_stream(stream: object, expected: bool) -> None:
+def test_stream_is_false_unless_it_is_true(stream: object, expected: bool) -> None:
     body = {"model": "m"} if stream == "absent" else {"model": "m", "stream": stream}
     assert parse(body).stream is expected
 
 
 @pytest.mark.parametrize("stream", [0, 1, 1.0, "true", "", [], [True], {}])
-def test_a_stream_that_is_no_boolean_is_refused(stream: object) -> None:
+def test_a_stream_that_is_not_a_boolean_is_refused(stream: object) -> None:
     assert "`stream`" in refused({"model": "m", "stream": stream})
 
 
 @pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "模型", "a" * 10, "m:lora", " m ", "m\n"])
-def test_a_name_is_taken_as_it_is(model: str) -> None:
+def test_a_model_name_is_not_changed(model: str) -> None:
     assert parse({"model": model}).model == model
 
 
@@ -190,7 +190,7 @@ def test_only_keys_of_the_top_level_count() -> None:
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b"5", b'"m"', b"true", b'[{"model": "m"}]'])
-def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
+def test_a_body_that_is_not_an_object_is_refused(body: bytes) -> None:
     assert "object" in refused(body)
 
 
@@ -218,7 +218,7 @@ def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
     ],
     ids=lambda body: repr(body)[:32],
 )
-def test_a_body_that_is_no_json_is_refused(body: bytes) -> None:
+def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
     assert "JSON" in refused(body)
 
 
@@ -240,14 +240,14 @@ def test_an_empty_body_is_refused(body: bytes) -> None:
     ],
     ids=["skipped", "skipped-objects", "model", "model-open", "top"],
 )
-def test_deep_nesting_is_refused_and_nothing_worse(body: bytes) -> None:
+def test_deep_nesting_is_refused(body: bytes) -> None:
     refused(body)
 
 
 @pytest.mark.parametrize(
     "number", [b"1e999", b"-1e999", b"9" * 5000, b"0." + b"1" * 5000], ids=lambda n: repr(n[:8])
 )
-def test_huge_numbers(number: bytes) -> None:
+def test_huge_numbers_are_skipped_but_refused_as_model_or_stream(number: bytes) -> None:
     assert parse(b'{"seed": ' + number + b', "model": "m"}').model == "m"
     assert "`model`" in refused(b'{"model": ' + number + b"}")
     assert "`stream`" in refused(b'{"model": "m", "stream": ' + number + b"}")
@@ -258,7 +258,7 @@ def test_a_model_of_a_megabyte_is_still_a_name() -> None:
     assert parse({"model": name}).model == name
 
 
-def test_a_bytearray_is_as_good_as_bytes() -> None:
+def test_a_body_may_be_a_bytearray() -> None:
     body = bytearray('{"prompt": "größe", "model": "m"}'.encode())
     for request in parse_twice(CHAT, body):
         assert isinstance(request, Request)
@@ -326,7 +326,7 @@ def error_of(endpoint: Endpoint, body: bytes) -> RouterError | None:
 
 
 @given(st.binary(max_size=80) | _JSONISH.map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_no_bytes_raise_anything_but_our_error(body: bytes) -> None:
+def test_any_bytes_give_a_request_or_a_router_error(body: bytes) -> None:
     for endpoint in (CHAT, GENERATE):
         error = error_of(endpoint, body)
         assert error is None or error.status == 400
@@ -346,7 +346,7 @@ def test_no_bytes_raise_anything_but_our_error(body: bytes) -> None:
     ),
     quoted=st.booleans(),
 )
-def test_an_error_says_nothing_of_the_body(
+def test_an_error_does_not_quote_the_body(
     prefix: bytes, suffix: bytes, template: bytes, quoted: bool
 ) -> None:
     secret = _SECRET.encode()

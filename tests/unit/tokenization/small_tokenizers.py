@@ -1,4 +1,4 @@
-"""Tokenizers of the usual kinds, trained on a few sentences, and model folders made of them."""
+"""Tokenizers of the usual kinds, trained on a few sentences, and model folders with them."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What templates find around them, and what becomes of those that misbehave."""
+"""Chat templates run as in transformers, and errors in them become reasons."""
 
 import json
 import re
@@ -83,7 +83,7 @@ SOURCES = [
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_same_text_as_with_transformers(source: str) -> None:
+def test_a_template_gives_the_same_text_as_with_transformers(source: str) -> None:
     chat = _chat("hi", " <you> ", "thére", "x")
     # Its annotation is wrong.
     rendered: Any = render_jinja_template(
@@ -98,7 +98,7 @@ def test_the_same_text_as_with_transformers(source: str) -> None:
     assert address.sub("", _text(source, chat, bos_token="<s>")) == address.sub("", expected)
 
 
-def test_today() -> None:
+def test_strftime_now_gives_the_current_date() -> None:
     form = "%d %b %Y"
     before = datetime.now().strftime(form)
     found = _text("{{ strftime_now('%d %b %Y') }}")
@@ -110,7 +110,7 @@ def test_special_tokens_can_be_overridden_by_the_client() -> None:
     assert _text("{{ bos_token }}{{ x.y[0] }}", chat, bos_token="<s>") == "!1"
 
 
-def test_tools_have_a_template_of_their_own() -> None:
+def test_a_chat_with_tools_uses_the_template_for_tools() -> None:
     templates = _templates(default="d", tool_use="t")
     assert templates.render(_chat(), MAX_CHARS).text == "d"
     assert templates.render(_chat(tools=TOOLS), MAX_CHARS).text == "t"
@@ -121,7 +121,7 @@ def test_tools_have_a_template_of_their_own() -> None:
     assert named.render(_chat(tools=TOOLS), MAX_CHARS).text == "o"
 
 
-def test_without_a_template() -> None:
+def test_without_a_template_the_reason_is_no_chat_template() -> None:
     for templates in (_templates(), _templates(tool_use="t")):
         with pytest.raises(UnmappableError) as caught:
             templates.render(_chat(), MAX_CHARS)
@@ -133,15 +133,15 @@ def test_without_a_template() -> None:
     "source",
     ["{% if %}", "{{ x", "{% endfor %}", "{{ x | nosuchfilter }}", "{% generation %}", "{% x %}"],
 )
-def test_templates_that_do_not_compile(source: str) -> None:
+def test_a_template_that_does_not_compile_is_refused_at_start(source: str) -> None:
     with pytest.raises(TokenizerError, match=r"/m/x\.jinja \(default\): the chat template does"):
         _templates(default=source)
 
 
-def test_a_name_that_no_template_has() -> None:
+def test_an_unknown_template_name_is_refused_with_the_known_names() -> None:
     with pytest.raises(TokenizerError, match="'rag' does not exist, only default, tool_use"):
         _templates(name="rag", default="a", tool_use="b")
-    with pytest.raises(TokenizerError, match="none at all"):
+    with pytest.raises(TokenizerError, match="no templates"):
         _templates(name="rag")
 
 
@@ -166,11 +166,11 @@ def test_a_name_that_no_template_has() -> None:
         "{% include 'other' %}",
     ],
 )
-def test_whatever_a_template_raises_is_a_reason(source: str) -> None:
+def test_every_error_in_a_template_becomes_a_reason(source: str) -> None:
     assert _reason_of(source) == "template_error"
 
 
-def test_attributes_that_the_sandbox_hides() -> None:
+def test_the_sandbox_hides_internal_attributes() -> None:
     source = (
         "[{{ ''.__class__ }}{{ messages.__class__ }}{{ messages[0].__len__ }}{{ ''.format.x }}]"
     )
@@ -188,11 +188,11 @@ def test_attributes_that_the_sandbox_hides() -> None:
         "{% for m in messages %}{% for n in messages %}{{ m.content }}{% endfor %}{% endfor %}",
     ],
 )
-def test_output_is_bounded(source: str) -> None:
+def test_an_output_over_the_limit_is_too_long(source: str) -> None:
     assert _reason_of(source, _chat(*["0123456789"] * 200)) == "too_long"
 
 
-def test_output_of_just_the_length_that_is_allowed() -> None:
+def test_an_output_of_exactly_the_limit_is_allowed() -> None:
     chat = _chat("x" * 100)
     templates = _templates(default="{{ messages[0].content }}")
     assert templates.render(chat, 100).text == "x" * 100
@@ -200,14 +200,14 @@ def test_output_of_just_the_length_that_is_allowed() -> None:
         templates.render(chat, 99)
 
 
-def test_messages_are_left_as_they_were() -> None:
+def test_rendering_does_not_change_the_messages() -> None:
     chat = _chat("a", "b", tools=[{**TOOLS[0]}])
     before = json.dumps([chat.messages, chat.tools])
     _text("{% set messages = messages[1:] %}{% set tools = none %}{{ messages }}", chat)
     assert json.dumps([chat.messages, chat.tools]) == before
 
 
-def test_a_low_effort_under_a_name_of_its_own() -> None:
+def test_a_low_effort_is_unsupported_where_the_template_renames_it() -> None:
     source = "{{ low_effort }}{{ truncate_history_thinking }}"
     assert _reason_of(source, _chat(effort="low")) == "unsupported"
     assert _text(source, _chat(effort="high")) == ""
@@ -218,7 +218,7 @@ def _tool(name: str, size: int = 10) -> dict[str, Any]:
     return {"type": "function", "function": function, "defer_loading": None}
 
 
-def test_texts_of_tools_are_remembered_by_the_object_and_the_form() -> None:
+def test_texts_of_tools_are_cached_by_object_and_format() -> None:
     source = "{% for t in tools %}{{ t | tojson }}{{ t | tojson(indent=1) }}{% endfor %}"
     templates = _templates(default=source)
     tools = [_tool("a"), _tool("b"), _tool("a")]
@@ -229,11 +229,11 @@ def test_texts_of_tools_are_remembered_by_the_object_and_the_form() -> None:
         fresh = [_tool(str(n))]
         expected = json.dumps(fresh[0]) + json.dumps(fresh[0], indent=1)
         assert templates.render(_chat(tools=fresh), MAX_CHARS).text == expected
-    tools[0]["function"]["name"] = "changed by nobody but this test"
+    tools[0]["function"]["name"] = "changed by this test only"
     assert "changed" not in templates.render(_chat(tools=tools), MAX_CHARS).text
 
 
-def test_texts_of_tools_are_remembered_within_a_bound() -> None:
+def test_the_cache_of_texts_of_tools_is_bounded() -> None:
     templates = _templates(default="{% for t in tools %}{{ t | tojson }}{% endfor %}")
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()

@@ -1,4 +1,4 @@
-"""The whole way of a chat, against what transformers makes of the same messages."""
+"""Chats have the same tokens as transformers gives for the same messages."""
 
 import itertools
 import json
@@ -149,7 +149,9 @@ def _by_transformers(tokenizer: Any, prompt: Prompt, keep_parts: bool) -> list[i
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chat", CHATS)
-async def test_every_template_and_every_chat(family: str, chat: str, base: Path) -> None:
+async def test_every_chat_with_every_template_has_the_tokens_of_transformers(
+    family: str, chat: str, base: Path
+) -> None:
     encoder, tokenizer = _loaded(family, base)
     prompt = _prompt(CHATS[chat])
     expected = _by_transformers(tokenizer, prompt, keep_parts=family == "parts")
@@ -164,7 +166,7 @@ async def test_every_template_and_every_chat(family: str, chat: str, base: Path)
             assert encoded.ids.tolist() == expected
 
 
-def test_hardly_anything_is_refused(base: Path) -> None:
+def test_few_chats_are_refused_by_templates(base: Path) -> None:
     """Or the test above would compare nothing."""
     refused = []
     for family, chat in itertools.product(FAMILIES, CHATS):
@@ -176,7 +178,9 @@ def test_hardly_anything_is_refused(base: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen", "llama", "deepseek"])
-async def test_turn_by_turn_out_of_the_cache(family: str, base: Path) -> None:
+async def test_each_turn_of_a_chat_is_encoded_correctly_from_the_cache(
+    family: str, base: Path
+) -> None:
     encoder, tokenizer = _loaded(family, base)
     messages = [SYSTEM]
     for turn in range(6):
@@ -191,7 +195,7 @@ async def test_turn_by_turn_out_of_the_cache(family: str, base: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_an_answer_that_is_to_be_continued(family: str, base: Path) -> None:
+async def test_the_beginning_of_an_answer_is_encoded_separately(family: str, base: Path) -> None:
     """Its text is encoded by itself, as any text is, only without the token that begins one."""
     encoder, tokenizer = _loaded(family, base)
     body = {
@@ -208,7 +212,7 @@ async def test_an_answer_that_is_to_be_continued(family: str, base: Path) -> Non
     assert encoded.ids.tolist() == before + begun
 
 
-async def test_only_the_assistants_words_are_continued(base: Path) -> None:
+async def test_only_a_message_of_the_assistant_is_continued(base: Path) -> None:
     encoder, _ = _loaded("qwen", base)
     plain = await encoder.encode(_prompt({"messages": [USER]}))
     asked = await encoder.encode(_prompt({"messages": [USER], "continue_final_message": True}))
@@ -217,7 +221,7 @@ async def test_only_the_assistants_words_are_continued(base: Path) -> None:
     assert plain.ids.tolist() == asked.ids.tolist()
 
 
-async def test_nothing_is_left_of_a_chat_that_only_continues(base: Path) -> None:
+async def test_a_chat_with_only_a_message_to_continue_is_malformed(base: Path) -> None:
     encoder, _ = _loaded("qwen", base)
     body = {"messages": [ANSWER], "continue_final_message": True}
     assert await encoder.encode(_prompt(body)) == (None, "malformed")
@@ -225,7 +229,9 @@ async def test_nothing_is_left_of_a_chat_that_only_continues(base: Path) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text", ["Once", "  a\n\nb 123", "<s>[INST]<|im_start|>x", "你好 👍🏽"])
-async def test_texts_get_what_the_tokenizer_adds(family: str, text: str, base: Path) -> None:
+async def test_texts_get_the_special_tokens_that_the_tokenizer_adds(
+    family: str, text: str, base: Path
+) -> None:
     encoder, tokenizer = _loaded(family, base)
     body = json.dumps({"prompt": text}).encode()
     encoded = await encoder.encode(read_prompt("/v1/completions", body))
@@ -233,7 +239,7 @@ async def test_texts_get_what_the_tokenizer_adds(family: str, text: str, base: P
     assert encoded.ids.tolist() == tokenizer.encode(text)
 
 
-async def test_templates_with_tools_wrapped_or_bare(tmp_path: Path) -> None:
+async def test_templates_get_tools_or_else_their_functions(tmp_path: Path) -> None:
     """A template that fails on a tool's wrapping is tried again without it."""
     bare = "{% for t in tools %}{{ t.parameters.properties.city.type }}{% endfor %}"
     folder = model_folder(tmp_path, o200k(), {"chat_template": bare})
@@ -245,7 +251,7 @@ async def test_templates_with_tools_wrapped_or_bare(tmp_path: Path) -> None:
     assert refused == (None, "template_error")
 
 
-async def test_what_the_engine_was_started_with(tmp_path: Path) -> None:
+async def test_default_template_arguments_are_those_of_the_engine(tmp_path: Path) -> None:
     source = "{{ a }}|{{ b }}|{{ reasoning_effort }}"
     folder = model_folder(tmp_path, o200k(), {"chat_template": source})
     settings = EncoderSettings(template_kwargs={"a": "1", "b": "2", "reasoning_effort": "low"})
@@ -282,6 +288,6 @@ async def test_what_the_engine_was_started_with(tmp_path: Path) -> None:
         ("{# vision #}", True),
     ],
 )
-def test_which_templates_see_parts(source: str, expected: bool) -> None:
+def test_templates_that_loop_over_content_get_parts(source: str, expected: bool) -> None:
 
     assert iterates_over_parts(source, template_environment().parse(source)) is expected

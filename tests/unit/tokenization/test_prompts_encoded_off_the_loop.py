@@ -1,4 +1,4 @@
-"""The encoder as the rest of the service sees it: limits, threads, counters, texts and ids."""
+"""The encoder of a model: its limits, threads and counters, and texts to ids and back."""
 
 import asyncio
 import json
@@ -50,21 +50,21 @@ def _words(count: int, salt: str = "") -> str:
     return " ".join(f"word{salt}{n}" for n in range(count))
 
 
-async def test_a_prompt_that_maps_to_nothing_keeps_its_reason(tmp_path: Path) -> None:
+async def test_a_prompt_without_tokens_keeps_its_reason(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path)
     assert await encoder.encode(Prompt(reason="batch")) == (None, "batch")
     assert await encoder.encode(Prompt()) == (None, "no_text")
     assert encoder.stats.failures == {**dict.fromkeys(REASONS, 0), "batch": 1, "no_text": 1}
 
 
-async def test_ids_are_passed_on(tmp_path: Path) -> None:
+async def test_the_ids_of_a_body_are_its_tokens(tmp_path: Path) -> None:
     prompt = read_prompt("/generate", b'{"input_ids": [3, 1]}')
     encoded = await _encoder(tmp_path).encode(prompt)
     assert encoded.ids is prompt.ids
     assert encoded.reason == ""
 
 
-async def test_a_model_without_a_template_has_texts_only(tmp_path: Path) -> None:
+async def test_a_model_without_a_template_has_tokens_for_texts_only(tmp_path: Path) -> None:
     encoder = PromptEncoder.load(model_folder(tmp_path, o200k()), EncoderSettings())
     assert await encoder.encode(_chat("x")) == (None, "no_chat_template")
     encoded = await encoder.encode(_text("x"))
@@ -79,7 +79,7 @@ async def test_a_model_without_a_template_has_texts_only(tmp_path: Path) -> None
         ({"chat_template": 7}, "neither"),
     ],
 )
-def test_models_that_can_not_be_loaded(
+def test_a_model_that_cannot_be_loaded_is_refused(
     config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = model_folder(tmp_path, o200k(), config)
@@ -88,7 +88,7 @@ def test_models_that_can_not_be_loaded(
     assert str(tmp_path) in str(caught.value)
 
 
-async def test_too_long(tmp_path: Path) -> None:
+async def test_prompts_over_the_limits_are_too_long(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path, max_chars=100, max_messages=3)
     assert (await encoder.encode(_text("x" * 100))).reason == ""
     assert (await encoder.encode(_text("x" * 101))).reason == "too_long"
@@ -103,7 +103,7 @@ async def test_too_long(tmp_path: Path) -> None:
         await encoder.tokenize("x" * 101)
 
 
-async def test_what_is_long_and_new_leaves_the_loop(tmp_path: Path) -> None:
+async def test_long_new_text_is_encoded_in_a_thread(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path, "llama", inline_chars=1000)
     stats = encoder.stats
     await encoder.encode(_text(_words(50)))
@@ -164,7 +164,7 @@ async def test_large_bodies_are_read_and_rendered_in_threads(
     assert [name.startswith("tokens") for name in threads] == [False, True]
 
 
-async def test_odd_large_bodies(tmp_path: Path) -> None:
+async def test_large_bodies_that_are_not_json_are_malformed(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path, inline_body_bytes=1000, max_body_bytes=2000)
     assert (await encoder.read("/v1/completions", b"{" * 2000, None)).reason == "malformed"
     assert (await encoder.read("/v1/completions", b"{" * 2001, None)).reason == "too_long"
@@ -199,7 +199,7 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-async def test_only_so_many_wait(gate: _Gate) -> None:
+async def test_the_queue_of_the_pool_is_bounded(gate: _Gate) -> None:
     pool = BoundedPool(1, 2)
     tasks = [asyncio.create_task(pool.run(gate)) for _ in range(3)]
     await _until(lambda: gate.begun == 1)
@@ -214,7 +214,7 @@ async def test_only_so_many_wait(gate: _Gate) -> None:
     pool.close()
 
 
-async def test_work_of_those_who_left_counts_until_it_is_done(gate: _Gate) -> None:
+async def test_work_of_a_cancelled_caller_counts_until_it_ends(gate: _Gate) -> None:
     pool = BoundedPool(1, 0)
     task = asyncio.create_task(pool.run(gate))
     await _until(lambda: gate.begun == 1)
@@ -229,7 +229,7 @@ async def test_work_of_those_who_left_counts_until_it_is_done(gate: _Gate) -> No
     pool.close()
 
 
-async def test_failures_come_back_to_who_asked() -> None:
+async def test_a_failure_in_a_thread_is_raised_to_its_caller() -> None:
     def failing() -> None:
         raise EncodeFailedError("x")
 
@@ -240,7 +240,7 @@ async def test_failures_come_back_to_who_asked() -> None:
     pool.close()
 
 
-async def test_nothing_runs_after_the_end() -> None:
+async def test_a_closed_pool_refuses_work() -> None:
     pool = BoundedPool(1, 0)
     pool.close()
     for _ in range(2):
@@ -248,7 +248,7 @@ async def test_nothing_runs_after_the_end() -> None:
             await pool.run(lambda: None)
 
 
-async def test_a_busy_encoder_says_so(tmp_path: Path, gate: _Gate) -> None:
+async def test_with_a_full_queue_the_reason_is_busy(tmp_path: Path, gate: _Gate) -> None:
     encoder = _encoder(tmp_path, threads=1, max_waiting=0, inline_chars=100, inline_body_bytes=5000)
     occupied = asyncio.create_task(encoder._pool.run(gate))
     await _until(lambda: gate.begun == 1)
@@ -268,7 +268,7 @@ async def test_a_busy_encoder_says_so(tmp_path: Path, gate: _Gate) -> None:
     assert (await encoder.encode(_text(_words(100, "new")))).reason == "busy"
 
 
-async def test_a_text_that_the_tokenizer_refuses(tmp_path: Path) -> None:
+async def test_a_text_that_the_tokenizer_refuses_is_an_encode_error(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path)
     assert await encoder.encode(_text("\ud800")) == (None, "encode_error")
     with pytest.raises(EncodeFailedError):
@@ -278,7 +278,7 @@ async def test_a_text_that_the_tokenizer_refuses(tmp_path: Path) -> None:
 # -- texts and ids by themselves
 
 
-async def test_tokens_of_a_text_as_it_is(tmp_path: Path) -> None:
+async def test_a_text_is_tokenized_without_added_tokens_and_back(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path, "llama")
     text = "Hello <|eot_id|> wörld"
     ids = await encoder.tokenize(text)
@@ -297,12 +297,12 @@ async def test_many_ids_become_text_in_a_thread(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("one", [-1, 10**6, 2**40, 2**70])
-async def test_ids_that_are_no_tokens(one: int, tmp_path: Path) -> None:
+async def test_ids_outside_the_vocabulary_are_refused(one: int, tmp_path: Path) -> None:
     with pytest.raises(UnknownTokenError, match=str(one)):
         await _encoder(tmp_path).detokenize([1, one], skip_special_tokens=False)
 
 
-async def test_models_with_a_response_format_of_their_own(tmp_path: Path) -> None:
+async def test_responses_of_models_with_the_harmony_format_are_unsupported(tmp_path: Path) -> None:
     tokens = special([*CHATML_TOKENS, "<|channel|>", "<|constrain|>", "<|call|>"])
     tokenizer = byte_level_bpe(LLAMA_SPLIT, tokens)
     folder = model_folder(tmp_path, tokenizer, {"chat_template": template("chatml")})

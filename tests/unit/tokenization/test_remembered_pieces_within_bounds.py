@@ -1,4 +1,4 @@
-"""The cache of pieces: what it keeps, what goes, and that its bound is on real memory."""
+"""The cache of pieces drops the least recently used ones and bounds its memory."""
 
 import tracemalloc
 
@@ -16,7 +16,7 @@ def _filled(count: int, max_bytes: int) -> SegmentCache:
     return cache
 
 
-def test_what_was_not_used_for_the_longest_time_goes_first() -> None:
+def test_the_least_recently_used_piece_is_dropped_first() -> None:
     cache = SegmentCache(10_000)
     size = cache.put("piece 0", bytes(4))
     count = 10_000 // size
@@ -33,7 +33,7 @@ def test_what_was_not_used_for_the_longest_time_goes_first() -> None:
     assert cache.bytes <= 10_000
 
 
-def test_a_piece_is_kept_once() -> None:
+def test_a_piece_is_cached_once() -> None:
     cache = SegmentCache(10_000)
     assert cache.put("piece", bytes(4)) > 0
     before = cache.bytes
@@ -41,7 +41,7 @@ def test_a_piece_is_kept_once() -> None:
     assert (cache.bytes, len(cache)) == (before, 1)
 
 
-def test_nothing_larger_than_a_share_is_kept() -> None:
+def test_a_piece_larger_than_a_share_is_not_cached() -> None:
     cache = _filled(20, 80_000)
     assert cache.put("x" * 10_001, bytes(4)) == 0
     assert cache.put("x", bytes(10_001)) == 0
@@ -49,7 +49,7 @@ def test_nothing_larger_than_a_share_is_kept() -> None:
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "你", "👍"])
-def test_the_bound_is_on_real_memory(letter: str) -> None:
+def test_the_bound_holds_for_measured_memory(letter: str) -> None:
     """Wide characters cost up to four bytes each, and many small pieces their bookkeeping."""
     bound = 2_000_000
     for chars in (10, 300):
@@ -65,12 +65,12 @@ def test_the_bound_is_on_real_memory(letter: str) -> None:
         assert 0.7 * bound < after - before < 1.1 * bound
 
 
-def test_one_request_does_not_push_out_everybody_elses() -> None:
+def test_one_request_does_not_push_out_the_pieces_of_others() -> None:
     encoder = TextEncoder(llama(), 400_000)
-    others = [f"{n} is what somebody else asked for, in some more words." for n in range(100)]
+    others = [f"{n} is a question of another client, in some more words." for n in range(100)]
     for text in others:
         encoder.encode(encoder.look_up(text, False))
-    huge = "\n".join(f"line {n} of a text that nobody will send again" for n in range(20_000))
+    huge = "\n".join(f"line {n} of a text that comes only once" for n in range(20_000))
     encoder.encode(encoder.look_up(huge, False))
     assert len(encoder.cache) > 100
     assert all(not encoder.look_up(text, False).missing for text in others)

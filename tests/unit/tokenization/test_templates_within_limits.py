@@ -1,4 +1,4 @@
-"""Chat templates that would run or grow without end are stopped, with a reason."""
+"""Chat templates that would run or grow without end are stopped with a reason."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def _refused(source: str, *contents: str) -> str:
         "{% endfor %}",
     ],
 )
-def test_loops_in_loops_and_recursion_end(source: str) -> None:
+def test_nested_loops_and_recursion_are_stopped(source: str) -> None:
     assert _refused(source, "ab " * 30_000) == "template_limit"
 
 
@@ -70,13 +70,13 @@ def test_the_steps_of_all_loops_together_are_bounded() -> None:
     assert _refused(loops(3), content) == "template_limit"
 
 
-def test_each_rendering_has_all_steps() -> None:
+def test_steps_are_counted_for_each_rendering_alone() -> None:
     source = "{% for a in messages[0].content %}{% endfor %}done"
     for _ in range(4):
         assert _render(source, "x" * HALF_A_STEP_LIMIT) == "done"
 
 
-def test_a_rendering_of_few_but_slow_steps_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_steps_are_stopped_by_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     source = "{% for a in range(9) %}{{ range(99) | list | length }}{% endfor %}"
     assert _render(source, "x") == "99" * 9
     monkeypatch.setattr(template_limits, "_SECONDS_MAX", 0.0)
@@ -98,7 +98,7 @@ _DOUBLED = [
 
 
 @pytest.mark.parametrize("doubled", _DOUBLED)
-def test_a_text_that_doubles_in_each_step_ends(doubled: str) -> None:
+def test_a_text_that_doubles_in_each_step_is_stopped(doubled: str) -> None:
     source = (
         "{% macro d(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(s='x') %}"
         "{% for i in range(LAST) %}" + doubled + "{% endfor %}{{ ns.s | length }}"
@@ -111,7 +111,7 @@ def test_a_text_that_doubles_in_each_step_ends(doubled: str) -> None:
     "doubled", ["ns.s + ns.s", "ns.s * 2", "ns.s * ns.s", "ns.s ** 2"], ids=repr
 )
 @pytest.mark.parametrize("first", ["[1]", "9"])
-def test_a_list_or_a_number_that_grows_in_each_step_ends(first: str, doubled: str) -> None:
+def test_a_list_or_a_number_that_doubles_in_each_step_is_stopped(first: str, doubled: str) -> None:
     source = (
         f"{{% set ns = namespace(s={first}) %}}{{% for i in range(60) %}}"
         f"{{% set ns.s = {doubled} %}}{{% endfor %}}{{{{ ns.s > 0 }}}}"
@@ -171,7 +171,7 @@ def test_one_operation_that_makes_a_huge_value_is_refused(source: str) -> None:
         "{{ lipsum(n=10**6) }}",
     ],
 )
-def test_what_could_make_a_huge_value_and_no_template_needs_is_not_there(source: str) -> None:
+def test_functions_that_make_huge_values_and_have_no_use_are_removed(source: str) -> None:
     assert _refused(source, "x") == "template_error"
 
 

@@ -1,4 +1,4 @@
-"""Texts encoded in remembered pieces have the ids of the whole, or the cache is off."""
+"""Texts that are encoded in cached pieces have the ids of the whole text."""
 
 import json
 from collections.abc import Callable
@@ -91,7 +91,7 @@ def test_pieces_have_the_ids_of_the_whole(kind: str, text: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen", "o200k", "gpt2"])
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=st.lists(st.sampled_from([*_BITS, *_TOKENS[:5]]), max_size=60).map("".join))
-def test_neighbours_that_look_ahead(kind: str, text: str) -> None:
+def test_places_next_to_a_look_ahead_are_cut_correctly(kind: str, text: str) -> None:
     tokenizer, _, splitter = _encoder(kind)
     encodings = tokenizer.encode_batch_fast(splitter.split(text), add_special_tokens=False)
     whole = tokenizer.encode(text, add_special_tokens=False).ids
@@ -99,7 +99,7 @@ def test_neighbours_that_look_ahead(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])
-def test_pieces_of_a_beginning_are_the_first_pieces_of_what_goes_on(kind: str) -> None:
+def test_a_longer_text_begins_with_the_pieces_of_its_beginning(kind: str) -> None:
     tokenizer, _, _ = _encoder(kind)
     splitter = PieceSplitter(
         split_plan(_serialised(tokenizer), False), min_chars=20, stride_chars=50
@@ -112,7 +112,7 @@ def test_pieces_of_a_beginning_are_the_first_pieces_of_what_goes_on(kind: str) -
         assert begun[:-1] == pieces[: len(begun) - 1]
 
 
-def test_long_texts_without_tokens_are_cut_and_found_again() -> None:
+def test_long_texts_without_added_tokens_are_cut_and_found_in_the_cache() -> None:
     encoder = TextEncoder(small.llama(), CACHE_BYTES)
     text = "some words, and 12 more.\n" * 400
     encoder.encode(encoder.look_up(text, False))
@@ -182,7 +182,7 @@ UNSAFE: dict[str, tuple[Callable[[], Tokenizer], str]] = {
 
 
 @pytest.mark.parametrize("kind", UNSAFE)
-def test_tokenizers_that_are_not_cut(kind: str) -> None:
+def test_an_unsafe_tokenizer_gets_whole_texts_and_a_warning(kind: str) -> None:
     make, reason = UNSAFE[kind]
     tokenizer = make()
     with structlog.testing.capture_logs() as logs:
@@ -219,11 +219,11 @@ def test_tokenizers_that_are_not_cut(kind: str) -> None:
         ("model", {"type": "BPE", "dropout": 0.1}, "dropout"),
     ],
 )
-def test_what_is_not_known_is_not_safe(part: str, value: Any, reason: str) -> None:
+def test_an_unknown_component_counts_as_unsafe(part: str, value: Any, reason: str) -> None:
     assert split_plan({**_serialised(small.o200k()), part: value}, False).unsafe == reason
 
 
-def test_a_wrong_plan_is_found_out_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_plan_is_found_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = SplitPlan(raw_tokens=("o", " "), around=((), ()))
     monkeypatch.setattr(text_encoder, "split_plan", lambda *_: plan)
     with structlog.testing.capture_logs() as logs:
@@ -235,14 +235,14 @@ def test_a_wrong_plan_is_found_out_at_the_start(monkeypatch: pytest.MonkeyPatch)
     assert ids.tolist() == small.qwen().encode(text, add_special_tokens=False).ids
 
 
-def test_wrong_special_tokens_are_found_out_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_special_tokens_are_found_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_encoder, "split_plan", lambda *_: SplitPlan(around=((1,), ())))
     with structlog.testing.capture_logs():
         encoder = TextEncoder(small.qwen(), CACHE_BYTES)
     assert encoder.unsafe == "special tokens around a sample differ"
 
 
-def test_without_room_there_is_no_cache_and_no_warning() -> None:
+def test_zero_bytes_turn_the_cache_off_without_a_warning() -> None:
     with structlog.testing.capture_logs() as logs:
         encoder = TextEncoder(small.qwen(), 0)
     assert (encoder.cached, encoder.unsafe, logs) == (False, "", [])
@@ -251,7 +251,7 @@ def test_without_room_there_is_no_cache_and_no_warning() -> None:
 # -- where the plan comes from
 
 
-def test_tokens_that_are_looked_for_in_normalised_text_are_no_places_to_cut() -> None:
+def test_texts_are_not_cut_at_tokens_that_are_found_in_normalised_text() -> None:
     tokenizer = _changed(small.qwen())
     tokenizer.add_tokens([AddedToken("two words", normalized=True)])
     plan = split_plan(_serialised(tokenizer), False)
@@ -273,12 +273,12 @@ def test_tokens_that_are_looked_for_in_normalised_text_are_no_places_to_cut() ->
         ("sentencepiece", False),
     ],
 )
-def test_long_texts_are_cut_for_expressions_that_are_known(kind: str, inner: bool) -> None:
+def test_long_texts_are_cut_inside_for_known_expressions(kind: str, inner: bool) -> None:
     plan = split_plan(_serialised(_encoder(kind)[0]), False)
     assert (plan.inner is not None) is inner
 
 
-def test_prefix_spaces_and_other_expressions_are_not_cut_inside() -> None:
+def test_texts_are_not_cut_inside_with_prefix_spaces_or_unknown_expressions() -> None:
     form = _serialised(small.llama())
     split, byte_level = form["pre_tokenizer"]["pretokenizers"]
     for parts in (
@@ -337,18 +337,18 @@ _IDS = {"b": [7, 8], "e": [9]}
         ),
     ],
 )
-def test_what_is_put_around_a_text(post_processor: Any, around: Any) -> None:
+def test_the_plan_has_the_special_tokens_around_a_text(post_processor: Any, around: Any) -> None:
     form = {**_serialised(small.o200k()), "post_processor": post_processor}
     assert split_plan(form, False).around == around
 
 
-def test_an_empty_text() -> None:
+def test_an_empty_text_has_only_special_tokens() -> None:
     encoder = TextEncoder(small.llama(), CACHE_BYTES)
     assert encoder.encode(encoder.look_up("", False)).tolist() == []
     assert encoder.encode(encoder.look_up("", True)).tolist() == small.llama().encode("").ids
 
 
-def test_errors_of_the_tokenizer_quote_nothing() -> None:
+def test_errors_of_the_tokenizer_do_not_quote_the_text() -> None:
     encoder = TextEncoder(small.llama(), CACHE_BYTES)
     with pytest.raises(EncodeFailedError) as caught:
         encoder.encode(encoder.look_up("my secret \ud800", False))
@@ -356,7 +356,7 @@ def test_errors_of_the_tokenizer_quote_nothing() -> None:
     assert caught.value.__suppress_context__
 
 
-def test_a_tokenizer_that_can_not_encode() -> None:
+def test_a_tokenizer_that_cannot_encode_is_refused_at_start() -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
-    with pytest.raises(TokenizerError, match="can not encode"):
+    with pytest.raises(TokenizerError, match="cannot encode"):
         TextEncoder(tokenizer, CACHE_BYTES)

@@ -1,4 +1,4 @@
-"""Folders as they come with models, and what is wrong with some."""
+"""Model folders are read as in transformers, and faults in them are named."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def _read(folder: Path, config: dict[str, Any] | None = None) -> TokenizerFiles:
     return read_tokenizer(model_folder(folder, o200k(), config))
 
 
-def test_the_folder_or_the_file_in_it(tmp_path: Path) -> None:
+def test_a_model_is_named_by_its_folder_or_by_its_tokenizer_file(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, o200k(), {"chat_template": "x", "eos_token": "<|im_end|>"})
     for path in (folder, folder / "tokenizer.json"):
         files = read_tokenizer(path)
@@ -24,7 +24,7 @@ def test_the_folder_or_the_file_in_it(tmp_path: Path) -> None:
         assert files.special_tokens == {"eos_token": "<|im_end|>"}
 
 
-def test_a_tokenizer_alone(tmp_path: Path) -> None:
+def test_a_tokenizer_without_other_files_has_no_templates(tmp_path: Path) -> None:
     files = _read(tmp_path)
     assert (files.templates, files.special_tokens) == ({}, {})
 
@@ -32,14 +32,14 @@ def test_a_tokenizer_alone(tmp_path: Path) -> None:
 # -- templates
 
 
-def test_several_templates_of_the_configuration(tmp_path: Path) -> None:
+def test_the_configuration_can_name_several_templates(tmp_path: Path) -> None:
     given = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     files = _read(tmp_path, {"chat_template": given})
     assert files.templates == {"default": "a", "tool_use": "b"}
     assert files.template_files["tool_use"] == tmp_path / "tokenizer_config.json"
 
 
-def test_files_win_over_the_configuration(tmp_path: Path) -> None:
+def test_template_files_win_over_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "readme").write_text("x")
     (tmp_path / "chat_template.jinja").write_text("file\n")
@@ -50,7 +50,7 @@ def test_files_win_over_the_configuration(tmp_path: Path) -> None:
     assert tokenizer.chat_template == files.templates
 
 
-def test_only_additional_files(tmp_path: Path) -> None:
+def test_additional_template_files_work_without_a_default(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("r")
     files = _read(tmp_path, {"chat_template": "configuration"})
@@ -89,7 +89,7 @@ def test_variables_and_tokens_are_those_of_transformers(
     assert files.tokenizer.encode(text).ids == tokenizer.encode(text)
 
 
-def test_special_tokens_of_old_models(tmp_path: Path) -> None:
+def test_special_tokens_of_old_models_are_read_from_their_map(tmp_path: Path) -> None:
     given = {
         "bos_token": {"content": "<|endoftext|>", "lstrip": False, "normalized": False},
         "eos_token": "<|im_end|>",
@@ -103,7 +103,7 @@ def test_special_tokens_of_old_models(tmp_path: Path) -> None:
     assert files.special_tokens == {"eos_token": "<|im_start|>"}
 
 
-def test_truncation_and_padding_are_for_training(tmp_path: Path) -> None:
+def test_truncation_and_padding_are_turned_off(tmp_path: Path) -> None:
     tokenizer = blank_swallower()
     tokenizer.enable_truncation(max_length=4)
     tokenizer.enable_padding(length=8)
@@ -116,7 +116,7 @@ def test_truncation_and_padding_are_for_training(tmp_path: Path) -> None:
     assert ids == PreTrainedTokenizerFast.from_pretrained(folder).encode(text)
 
 
-def test_special_tokens_that_are_split(tmp_path: Path) -> None:
+def test_split_special_tokens_is_passed_to_the_tokenizer(tmp_path: Path) -> None:
     files = _read(tmp_path, {"split_special_tokens": True})
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     text = "a<|im_end|>b"
@@ -159,7 +159,7 @@ def test_special_tokens_that_are_split(tmp_path: Path) -> None:
         ("special_tokens_map.json", "5", "special_tokens_map.json: not a JSON object"),
     ],
 )
-def test_broken_files_are_named(
+def test_the_error_names_a_broken_file(
     name: str, content: str | None, message: str, tmp_path: Path
 ) -> None:
     folder = model_folder(tmp_path, o200k())
@@ -172,17 +172,17 @@ def test_broken_files_are_named(
     assert message in str(caught.value)
 
 
-def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="no such file"):
         read_tokenizer(tmp_path / "missing")
 
 
-def test_template_files_that_can_not_be_read(tmp_path: Path) -> None:
+def test_a_template_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, o200k())
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TokenizerError, match=r"chat_template\.jinja: not UTF-8"):
         read_tokenizer(folder)
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").mkdir()
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: can not be read"):
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: cannot be read"):
         read_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""Texts encoded word by word have the tokens of the whole, and words are kept within bounds."""
+"""Texts that are encoded word by word have the tokens of the whole text."""
 
 import json
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ class _Counting(PlainEncoder):
         return super().few(words)
 
 
-def test_numbers_are_known_by_their_groups_of_digits() -> None:
+def test_numbers_are_cached_by_their_groups_of_digits() -> None:
     tokenizer = llama()
     plain = _Counting(tokenizer)
     plain.texts = []
@@ -90,12 +90,12 @@ def test_numbers_are_known_by_their_groups_of_digits() -> None:
 
 
 @pytest.mark.parametrize("token", ["a b", "x\ny", "<s> ", "\n\n"])
-def test_tokens_that_could_be_cut_leave_texts_whole(token: str) -> None:
+def test_texts_are_not_cut_into_words_if_an_added_token_could_be_cut(token: str) -> None:
     tokenizer = byte_level_bpe(LLAMA_SPLIT, special([token]))
     assert TextEncoder(tokenizer, 1 << 20)._words is None
 
 
-def test_a_text_of_new_words_only_is_encoded_as_a_whole() -> None:
+def test_a_text_of_only_new_words_is_encoded_as_a_whole() -> None:
     tokenizer = llama()
     encoder = TextEncoder(tokenizer, 1 << 20)
     text = " ".join(f"w{number:x}x" for number in range(2 * _NEW_MAX))
@@ -104,7 +104,7 @@ def test_a_text_of_new_words_only_is_encoded_as_a_whole() -> None:
     assert 0 < encoder.cache_bytes - encoder.cache.bytes < 20_000
 
 
-def test_the_words_used_last_stay() -> None:
+def test_recently_used_words_stay_in_the_cache() -> None:
     cache = WordCache(100 * 240 * 2)
     for number in range(1000):
         cache.put(f"w{number}", b"1234")
@@ -113,7 +113,7 @@ def test_the_words_used_last_stay() -> None:
     assert cache.get(["w999", "w1"]) == [b"1234", None]
 
 
-def test_long_words_and_words_without_room_are_not_kept() -> None:
+def test_long_words_are_not_cached_and_zero_bytes_cache_no_words() -> None:
     cache = WordCache(1 << 20)
     cache.put("x" * 1000, b"1234")
     assert cache.get(["x" * 1000]) == [None]
@@ -122,7 +122,7 @@ def test_long_words_and_words_without_room_are_not_kept() -> None:
     assert none.get(["a"]) == [None]
 
 
-def test_the_plan_of_an_unknown_expression_has_no_words() -> None:
+def test_an_unknown_expression_has_no_plan_for_words() -> None:
     plan = split_plan(
         {
             "model": {"type": "BPE"},

@@ -1,4 +1,4 @@
-"""Chat bodies: the messages, tools and arguments that a template is given."""
+"""Chat bodies give the messages, tools and arguments that a template gets."""
 
 import json
 from typing import Any
@@ -26,7 +26,7 @@ def _messages(*messages: Any) -> Any:
 # -- messages of a chat, as the engine writes them out
 
 
-def test_fields_that_no_template_sees() -> None:
+def test_unknown_fields_of_messages_are_dropped() -> None:
     assert _messages(
         {"role": "system", "content": "s", "name": None, "id": "7"},
         {"role": "user", "content": "u", "name": "Eve", "tool_calls": []},
@@ -66,7 +66,7 @@ def test_tool_calls_have_every_field_and_arguments_become_objects() -> None:
     }
 
 
-def test_parts_are_reduced_to_what_templates_see() -> None:
+def test_parts_keep_only_the_fields_that_templates_get() -> None:
     (message,) = _messages(
         {
             "role": "assistant",
@@ -98,7 +98,7 @@ def test_fields_are_in_the_engines_order() -> None:
         assert message["content"] == "a b"
 
 
-def test_the_last_word_is_a_users_or_to_be_continued() -> None:
+def test_a_trailing_assistant_message_is_continued_or_becomes_a_users() -> None:
     user = {"role": "user", "content": "u"}
     answer = {"role": "assistant", "content": "a", "reasoning_content": "r"}
     in_parts = {"role": "assistant", "content": [{"type": "text", "text": "a"}]}
@@ -112,7 +112,7 @@ def test_the_last_word_is_a_users_or_to_be_continued() -> None:
 
 
 @pytest.mark.parametrize("kind", ["image_url", "video_url", "audio_url", "input_audio"])
-def test_media(kind: str) -> None:
+def test_media_are_multimodal(kind: str) -> None:
     content = [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "http://x"}}]
     assert _chat(messages=[{"role": "user", "content": content}]).reason == "multimodal"
 
@@ -156,7 +156,7 @@ def test_media(kind: str) -> None:
         {"role": "assistant", "tool_calls": [{"id": 1, "function": {}}]},
     ],
 )
-def test_messages_that_the_engine_refuses(message: Any) -> None:
+def test_messages_that_the_engine_refuses_are_malformed(message: Any) -> None:
     assert _chat(messages=[message]).reason == "malformed"
 
 
@@ -171,16 +171,16 @@ def test_messages_that_the_engine_refuses(message: Any) -> None:
         },
     ],
 )
-def test_messages_whose_effect_is_not_known(message: Any) -> None:
+def test_messages_with_an_unknown_effect_are_unsupported(message: Any) -> None:
     assert _chat(messages=[message]).reason == "unsupported"
 
 
 @pytest.mark.parametrize("messages", [None, 1, "x", {}])
-def test_no_list_of_messages(messages: Any) -> None:
+def test_messages_that_are_not_a_list_are_malformed(messages: Any) -> None:
     assert _chat(messages=messages).reason == "malformed"
 
 
-def test_an_empty_chat() -> None:
+def test_an_empty_chat_has_no_text() -> None:
     assert _chat(messages=[]).reason == "no_text"
 
 
@@ -210,7 +210,9 @@ def test_an_empty_chat() -> None:
         ({"chat_template_kwargs": {"documents": [{"a": 1}]}}, None, {"documents": [{"a": 1}]}),
     ],
 )
-def test_template_arguments(body: Any, effort: Any, kwargs: Any) -> None:
+def test_effort_and_template_arguments_are_combined_as_in_the_engine(
+    body: Any, effort: Any, kwargs: Any
+) -> None:
     prompt = _chat(**body)
     assert prompt.chat is not None
     assert (prompt.chat.effort, prompt.chat.template_kwargs) == (effort, kwargs)
@@ -248,7 +250,7 @@ def test_template_arguments(body: Any, effort: Any, kwargs: Any) -> None:
         ({"tool_choice": {"function": []}}, "malformed"),
     ],
 )
-def test_what_the_template_is_not_given(body: Any, reason: str) -> None:
+def test_fields_that_cannot_reach_the_template_have_a_reason(body: Any, reason: str) -> None:
     assert _chat(**body).reason == reason
 
 
@@ -274,7 +276,7 @@ def test_tools_keep_the_clients_order_of_known_fields() -> None:
     assert list(tool["function"]) == ["parameters", "name", "description"]
 
 
-def test_tools_that_are_strict_or_loaded_later() -> None:
+def test_tools_keep_strict_and_defer_loading() -> None:
     (tool,) = _tools({"name": "f", "strict": False}, defer_loading=True)
     assert tool["function"] == {
         "name": "f",
@@ -289,7 +291,7 @@ def test_tools_that_are_strict_or_loaded_later() -> None:
     assert next(iter(tool["function"].items())) == ("defer_loading", False)
 
 
-def test_no_tools() -> None:
+def test_without_tools_the_template_gets_no_tools() -> None:
     for nothing in ("null", "[]"):
         prompt = _chat(tools=json.loads(nothing))
         assert prompt.chat is not None
@@ -305,23 +307,23 @@ def test_no_tools() -> None:
         {"anyOf": [{"anyOf": [{"type": "float"}]}]},
     ],
 )
-def test_schemas_that_the_engine_rewrites(schema: Any) -> None:
+def test_schemas_that_the_engine_rewrites_are_unsupported(schema: Any) -> None:
     assert _chat(tools=[{"function": {"name": "f", "parameters": schema}}]).reason == "unsupported"
 
 
-def test_tool_lists_beyond_what_is_kept() -> None:
+def test_tool_lists_too_large_for_the_cache_are_read() -> None:
     names = [f"f{n}" for n in range(20_000)]
     assert [tool["function"]["name"] for tool in _tools(*({"name": n} for n in names))] == names
 
 
-def test_deep_schemas() -> None:
+def test_deep_schemas_are_unsupported() -> None:
     schema: dict[str, Any] = {"type": "object"}
     for _ in range(200):
         schema = {"type": "object", "properties": {"a": schema}}
     assert _chat(tools=[{"function": {"name": "f", "parameters": schema}}]).reason == "unsupported"
 
 
-def test_the_same_list_is_the_same_objects() -> None:
+def test_the_same_list_of_tools_gives_the_same_objects() -> None:
     """So that its texts can be remembered."""
     tools = [{"function": {"name": "f"}}]
     bodies = [_chat(messages=[{**USER, "content": text}], tools=tools) for text in "ab"]

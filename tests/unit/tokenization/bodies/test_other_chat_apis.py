@@ -1,4 +1,4 @@
-"""/v1/responses and /v1/messages, as the engine translates them to chat messages."""
+"""Bodies of /v1/responses and /v1/messages become chat messages as in the engine."""
 
 import json
 from typing import Any
@@ -30,7 +30,7 @@ def _call(name: str, arguments: Any, identity: str | None = "c") -> dict[str, An
 RESPONSES = "/v1/responses"
 
 
-def test_a_text_with_instructions() -> None:
+def test_instructions_become_a_system_message() -> None:
     chat = _chat(RESPONSES, input="hi", instructions="be brief")
     assert chat.messages == [
         {"role": "system", "content": "be brief"},
@@ -42,7 +42,7 @@ def test_a_text_with_instructions() -> None:
     ]
 
 
-def test_a_turn_of_the_assistant_comes_in_several_items() -> None:
+def test_the_items_of_one_turn_become_one_message() -> None:
     items = [
         {"role": "user", "content": [{"type": "input_text", "text": "weather?"}]},
         {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "hm"}]},
@@ -80,7 +80,7 @@ def test_a_turn_of_the_assistant_comes_in_several_items() -> None:
     ]
 
 
-def test_thoughts_join_and_texts_mix_with_parts() -> None:
+def test_thoughts_and_texts_of_one_turn_are_joined() -> None:
     items = [
         {"type": "reasoning", "summary": [], "content": [{"text": "one"}, {"text": "two"}]},
         {"type": "reasoning", "summary": []},
@@ -104,12 +104,12 @@ def test_thoughts_join_and_texts_mix_with_parts() -> None:
     ]
 
 
-def test_a_system_message_at_the_beginning() -> None:
+def test_a_system_message_may_come_first() -> None:
     items = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     assert _chat(RESPONSES, input=items).messages == items
 
 
-def test_tools_of_responses() -> None:
+def test_tools_of_responses_are_normalised() -> None:
     tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}, "more": 1}]
     chat = _chat(RESPONSES, input="hi", tools=tools)
     assert chat.tools == [
@@ -146,7 +146,9 @@ def test_tools_of_responses() -> None:
         ({"effort": None, "summary": "auto"}, None, None),
     ],
 )
-def test_reasoning_of_responses(reasoning: Any, effort: Any, thinking: bool | None) -> None:
+def test_reasoning_effort_of_responses_is_read(
+    reasoning: Any, effort: Any, thinking: bool | None
+) -> None:
     chat = _chat(RESPONSES, input="hi", reasoning=reasoning)
     assert chat.effort == effort
     expected = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
@@ -198,7 +200,7 @@ def test_reasoning_of_responses(reasoning: Any, effort: Any, thinking: bool | No
         ({"input": [{"type": "function_call_output", "call_id": 1, "output": "x"}]}, "malformed"),
     ],
 )
-def test_responses_without_tokens(body: Any, reason: str) -> None:
+def test_responses_that_cannot_be_translated_have_a_reason(body: Any, reason: str) -> None:
     assert _reason_of(RESPONSES, **body) == reason
 
 
@@ -223,13 +225,13 @@ def _text(text: str) -> dict[str, Any]:
         ([], None),
     ],
 )
-def test_the_system_prompt(system: Any, expected: str | None) -> None:
+def test_the_system_prompt_is_a_text_or_blocks(system: Any, expected: str | None) -> None:
     chat = _chat(MESSAGES, system=system, messages=[{"role": "user", "content": "u"}])
     before = [] if expected is None else [{"role": "system", "content": expected}]
     assert chat.messages == [*before, {"role": "user", "content": "u"}]
 
 
-def test_blocks_become_texts_calls_and_results() -> None:
+def test_blocks_become_texts_tool_calls_and_results() -> None:
     messages = [
         {"role": "user", "content": [_text("a"), _text("b")]},
         {
@@ -287,7 +289,7 @@ USER = [{"role": "user", "content": "u"}]
 SCHEMA = {"type": "object", "properties": {}}
 
 
-def test_tools_of_messages() -> None:
+def test_tools_of_messages_are_normalised() -> None:
     tools = [
         {"name": "f", "input_schema": {"properties": {}}, "cache_control": {}},
         {"type": "web_search_20250305", "name": "web_search"},
@@ -323,7 +325,7 @@ def test_tools_of_messages() -> None:
 
 
 @pytest.mark.parametrize(("given", "effort"), [("high", "high"), ("xhigh", "max"), (None, None)])
-def test_effort_of_messages(given: Any, effort: Any) -> None:
+def test_effort_of_messages_is_read(given: Any, effort: Any) -> None:
     chat = _chat(MESSAGES, messages=USER, output_config={"effort": given})
     assert (chat.effort, chat.template_kwargs) == (effort, {})
 
@@ -396,5 +398,5 @@ def test_effort_of_messages(given: Any, effort: Any) -> None:
         ({"messages": USER, "output_config": {"effort": 1}}, "malformed"),
     ],
 )
-def test_messages_without_tokens(body: Any, reason: str) -> None:
+def test_messages_that_cannot_be_translated_have_a_reason(body: Any, reason: str) -> None:
     assert _reason_of(MESSAGES, **body) == reason

@@ -1,4 +1,4 @@
-"""Bodies of all endpoints: what becomes of them, and of what nobody should send."""
+"""Bodies of all endpoints give a prompt, or a reason."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ def _chat(**body: Any) -> Prompt:
     ("path", "field"),
     [(COMPLETIONS, "prompt"), ("/v1/embeddings", "input"), ("/generate", "text")],
 )
-def test_a_text_or_a_list_with_one(path: str, field: str) -> None:
+def test_a_prompt_is_a_text_or_a_list_with_one_text(path: str, field: str) -> None:
     for given_text in ("a b", ["a b"]):
         prompt = _read(path, **{field: given_text})
         assert (prompt.text, prompt.reason) == ("a b", "")
@@ -41,7 +41,7 @@ def test_a_text_or_a_list_with_one(path: str, field: str) -> None:
     ("path", "field"),
     [(COMPLETIONS, "prompt"), ("/v1/embeddings", "input"), ("/generate", "input_ids")],
 )
-def test_ids_or_a_list_with_one_list_of_them(path: str, field: str) -> None:
+def test_a_prompt_is_ids_or_a_list_with_one_list_of_ids(path: str, field: str) -> None:
     for ids in ([5, 0, 2**32 - 1], [[5, 0, 2**32 - 1]]):
         prompt = _read(path, **{field: ids})
         assert prompt.reason == ""
@@ -59,19 +59,19 @@ def test_ids_of_a_chat_are_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("several", [["a", "b"], [[1], [2]], ["a", [1]]])
-def test_several_prompts(several: Any) -> None:
+def test_several_prompts_are_a_batch(several: Any) -> None:
     assert _read(COMPLETIONS, prompt=several).reason == "batch"
 
 
 @pytest.mark.parametrize("nothing", ["", [], [""], [[]], None])
-def test_no_prompt(nothing: Any) -> None:
+def test_an_empty_prompt_has_no_text(nothing: Any) -> None:
     assert _read(COMPLETIONS, prompt=nothing).reason == "no_text"
 
 
 @pytest.mark.parametrize(
     "odd", [1, 1.5, True, {}, [1, "2"], [1, True], [1, -1], [1, 2**32], [1, 2**70], [1.0], [None]]
 )
-def test_prompts_that_are_none(odd: Any) -> None:
+def test_a_prompt_of_another_type_is_malformed(odd: Any) -> None:
     assert _read(COMPLETIONS, prompt=odd).reason == "malformed"
 
 
@@ -86,7 +86,7 @@ def test_prompts_that_are_none(odd: Any) -> None:
         ({"prompt": "a", "lora_path": {}}, "unsupported"),
     ],
 )
-def test_completions_of_which_the_engine_alone_knows_more(body: Any, reason: str) -> None:
+def test_completions_that_depend_on_the_engine_are_unsupported(body: Any, reason: str) -> None:
     assert _read(COMPLETIONS, **body).reason == reason
 
 
@@ -101,21 +101,21 @@ def test_completions_of_which_the_engine_alone_knows_more(body: Any, reason: str
         ({"text": ["a", "b"]}, "batch"),
     ],
 )
-def test_generate(body: Any, reason: str) -> None:
+def test_odd_bodies_of_generate_have_a_reason(body: Any, reason: str) -> None:
     assert _read("/generate", **body).reason == reason
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v1/score", "/v1/classify", "/v1/models", "/", ""])
-def test_endpoints_without_a_prompt(path: str) -> None:
+def test_endpoints_without_a_known_prompt_are_unsupported(path: str) -> None:
     assert _read(path, input="a", prompt="a").reason == "unsupported"
 
 
-def test_a_query_after_the_path() -> None:
+def test_a_query_after_the_path_is_ignored() -> None:
     assert _read(COMPLETIONS + "?x=1", prompt="a").text == "a"
 
 
 @pytest.mark.parametrize("path", PATHS[:4])
-def test_the_cache_namespace(path: str) -> None:
+def test_the_cache_namespace_is_read_from_the_body(path: str) -> None:
     body = {"messages": [USER], "prompt": "a", "text": "a", "input": "a"}
     prompt = _read(path, **body, cache_salt="s", lora_path="l")
     assert (prompt.cache_salt, prompt.lora, prompt.reason) == ("s", "l", "")
@@ -157,14 +157,14 @@ _BAD_BODIES = [
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("body", _BAD_BODIES, ids=lambda body: repr(body[:24]))
-def test_bodies_that_are_none(path: str, body: bytes) -> None:
+def test_invalid_bodies_have_a_reason(path: str, body: bytes) -> None:
     for given_body in (body, bytearray(body)):
         prompt = read_prompt(path, given_body)
         assert prompt.reason in REASONS
         assert prompt.body_bytes == len(body)
 
 
-def test_long_strings() -> None:
+def test_long_strings_are_read_whole() -> None:
     text = "äx" * 500_000
     assert _read(COMPLETIONS, prompt=text).text == text
     prompt = _chat(messages=[{"role": "user", "content": text}])
@@ -196,7 +196,7 @@ _FIELDS = [
 
 @settings(max_examples=600, deadline=None)
 @given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(_FIELDS), _ANYTHING, max_size=6))
-def test_wrong_types_everywhere(path: str, body: dict[str, Any]) -> None:
+def test_fields_of_any_type_give_a_prompt_or_a_reason(path: str, body: dict[str, Any]) -> None:
     prompt = _read(path, **body)
     found = [one is not None for one in (prompt.chat, prompt.text, prompt.ids)]
     assert sum(found) == (not prompt.reason)
@@ -205,6 +205,6 @@ def test_wrong_types_everywhere(path: str, body: dict[str, Any]) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(PATHS), st.binary(max_size=200))
-def test_random_bytes(path: str, body: bytes) -> None:
+def test_random_bytes_raise_nothing(path: str, body: bytes) -> None:
     read_prompt(path, body)
     read_prompt(path, b'{"messages": [' + body)
