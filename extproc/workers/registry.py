@@ -50,10 +50,6 @@ class WorkerRegistry:
     def get(self, worker_id: str) -> Worker | None:
         return self._by_id.get(worker_id)
 
-    def pool(self, model: str) -> tuple[Worker, ...]:
-        """The workers that can serve a plain request for the model, in registration order."""
-        return self._pools["plain"].get(model, ())
-
     def pool_of(self, model: str, role: Role) -> tuple[Worker, ...]:
         """The model's workers in that role that have an address, in registration order."""
         return self._pools[role].get(model, ())

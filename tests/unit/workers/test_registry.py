@@ -18,14 +18,16 @@ def registry(*workers: Worker) -> WorkerRegistry:
 
 
 def snapshot(workers: WorkerRegistry) -> tuple[list[str], dict[str, list[str]]]:
-    pools = {model: [worker.url for worker in workers.pool(model)] for model in ("m", "n")}
+    pools = {
+        model: [worker.url for worker in workers.pool_of(model, "plain")] for model in ("m", "n")
+    }
     return [worker.url for worker in workers], pools
 
 
 def test_an_empty_registry_has_no_workers() -> None:
     workers = WorkerRegistry()
     assert len(workers) == 0
-    assert workers.pool("m") == ()
+    assert workers.pool_of("m", "plain") == ()
     assert workers.get("x") is None
     assert workers.at_address("10.0.0.1:8000") is None
     assert workers.remove("x") is None
@@ -36,8 +38,8 @@ def test_a_worker_with_the_same_id_replaces_the_old_one_everywhere() -> None:
     new = make_worker(B, id="pod", model_ids=("n",))
     workers.upsert(new)
     assert len(workers) == 1
-    assert workers.pool("m") == ()
-    assert workers.pool("n") == (new,)
+    assert workers.pool_of("m", "plain") == ()
+    assert workers.pool_of("n", "plain") == (new,)
     assert workers.at_address("10.0.0.1:8000") is None
     assert workers.at_address("10.0.0.2:8000") is new
 
@@ -45,35 +47,35 @@ def test_a_worker_with_the_same_id_replaces_the_old_one_everywhere() -> None:
 def test_a_pool_is_in_order_of_registration() -> None:
     a, b, c = (make_worker(url, order=n) for n, url in enumerate((A, B, C)))
     workers = registry(c, a, b)
-    assert workers.pool("m") == (a, b, c)
+    assert workers.pool_of("m", "plain") == (a, b, c)
     again = make_worker(A, order=0)
     workers.upsert(again)
-    assert workers.pool("m") == (again, b, c)
+    assert workers.pool_of("m", "plain") == (again, b, c)
 
 
 def test_a_worker_of_several_models_is_in_each_pool() -> None:
     worker = make_worker(A, model_ids=("m", "n"))
     workers = registry(worker)
-    assert workers.pool("m") == workers.pool("n") == (worker,)
+    assert workers.pool_of("m", "plain") == workers.pool_of("n", "plain") == (worker,)
     workers.remove(worker.id)
-    assert workers.pool("m") == workers.pool("n") == ()
+    assert workers.pool_of("m", "plain") == workers.pool_of("n", "plain") == ()
 
 
 def test_a_worker_without_a_model_is_registered_but_in_no_pool() -> None:
     worker = make_worker(A, model_ids=())
     workers = registry(worker)
     assert workers.get(worker.id) is worker
-    assert workers.pool("") == ()
+    assert workers.pool_of("", "plain") == ()
     assert workers.at_address("10.0.0.1:8000") is worker
 
 
 def test_a_worker_without_an_address_is_not_in_the_pool() -> None:
     worker = make_worker("http://name:8000", resolved=False)
     workers = registry(worker)
-    assert workers.pool("m") == ()
+    assert workers.pool_of("m", "plain") == ()
     worker.address = "10.0.0.9:8000"
     workers.reindex()
-    assert workers.pool("m") == (worker,)
+    assert workers.pool_of("m", "plain") == (worker,)
     assert workers.at_address("10.0.0.9:8000") is worker
 
 
@@ -84,7 +86,7 @@ def test_an_ipv6_worker_is_found_by_its_bracketed_address() -> None:
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_workers_of_a_pd_pool_serve_no_plain_request(role: Role) -> None:
-    assert registry(make_worker(role=role)).pool("m") == ()
+    assert registry(make_worker(role=role)).pool_of("m", "plain") == ()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_a_refused_replacement_leaves_the_old_worker() -> None:
     with pytest.raises(MixedRolesError):
         workers.upsert(make_worker(C, id="pod", role="prefill", model_ids=("n", "m")))
     assert workers.get("pod") is old
-    assert workers.pool("n") == (old,)
+    assert workers.pool_of("n", "plain") == (old,)
 
 
 def test_each_role_has_its_pool_in_order_of_registration() -> None:
@@ -209,7 +211,7 @@ def test_roles_of_different_models_are_independent() -> None:
 def test_the_only_worker_of_a_model_can_change_its_role() -> None:
     workers = registry(make_worker(A, role="plain"))
     workers.upsert(make_worker(A, role="prefill"))
-    assert workers.pool("m") == ()
+    assert workers.pool_of("m", "plain") == ()
 
 
 def test_of_two_workers_at_one_address_the_first_is_found_until_it_leaves() -> None:
@@ -223,7 +225,7 @@ def test_of_two_workers_at_one_address_the_first_is_found_until_it_leaves() -> N
 def test_a_pool_that_was_read_does_not_change_later() -> None:
     a = make_worker(A)
     workers = registry(a)
-    pool = workers.pool("m")
+    pool = workers.pool_of("m", "plain")
     workers.remove(a.id)
     assert pool == (a,)
 

@@ -109,7 +109,7 @@ class Fleet(RuleBasedStateMachine):
             for role, pool in pools.items():
                 assert registry.pool_of(model, role) == pool
                 usable.update(pool)
-            assert registry.pool(model) == pools["plain"]
+            assert registry.pool_of(model, "plain") == pools["plain"]
             assert not (pools["plain"] and (pools["prefill"] or pools["decode"]))
             assert registry.is_served(model) is bool(
                 pools["plain"] or (pools["prefill"] and pools["decode"])
