@@ -93,8 +93,10 @@ class ChatTemplates:
             for name, source in files.templates.items()
         }
         if template_name is not None and template_name not in compiled:
-            known = ", ".join(sorted(compiled)) or "no templates"
-            raise TokenizerError(f"chat template {template_name!r} does not exist, only {known}")
+            known = (
+                f"only {', '.join(sorted(compiled))}" if compiled else "the model has no templates"
+            )
+            raise TokenizerError(f"chat template {template_name!r} does not exist, {known}")
         self._default = compiled.get(template_name or _DEFAULT)
         self._with_tools = compiled.get(template_name or _WITH_TOOLS) or self._default
 
