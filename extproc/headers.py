@@ -2,7 +2,7 @@
 
 Envoy, this service, its two passes and the engines talk to each other in headers. The service
 reads and writes them, the rendered Envoy configuration forwards, routes by and strips them, and
-the configuration rules reserve them. Each name is written here once, so that these can not drift
+the configuration rules reserve them. Each name is written here once, so that these cannot drift
 apart. Names that only one module uses (`content-type`, `allow`) are not listed.
 """
 

@@ -1,9 +1,9 @@
-"""Config -> Envoy's bootstrap, so that the two can not disagree.
+"""Renders Envoy's bootstrap from the configuration, so that the two cannot disagree.
 
-Time-outs, limits, header names and addresses are written once, in our configuration; what
-Envoy gets is rendered from it. Rendering contacts nobody and reads no file, so it can happen
-on another machine than the one that serves. The same file serves every role of the static
-workers, since models and roles are learnt from the workers at run time.
+Begin with `bootstrap`: it puts the `listener` with its `routes`, the `clusters` and the listener
+of the `decode_pass` together. Time-outs, limits, header names and addresses are written once, in
+the configuration. Rendering opens no connection and reads no file, so it works on any machine.
+One file serves workers of every role, since models and roles are learnt at run time.
 
 Needs Envoy 1.38 or later; tested with 1.40.
 """

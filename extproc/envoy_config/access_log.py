@@ -1,7 +1,8 @@
-"""One JSON line per request: what happened and who served, never what was asked.
+"""Renders the access log: one JSON line per request, without prompts and credentials.
 
-Prompt text is in bodies only and `authorization` is not among the fields; the query string
-is cut off, since API keys travel there too.
+A line names the outcome, the worker and the decision. Prompts are in bodies, which are not
+logged. `authorization` is not among the fields, and the query string is cut off, since clients
+put API keys there, too.
 """
 
 from typing import Any, Final
@@ -48,7 +49,7 @@ _FIELDS: Final = {
     "upstream_hosts_attempted": "%UPSTREAM_HOSTS_ATTEMPTED%",
     "upstream_attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
     "upstream_failure": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
-    # What the service says about its decision, by dynamic metadata.
+    # The decision, from dynamic metadata of this service.
     "model": _decision("model"),
     "policy": _decision("policy"),
     "reason": _decision("reason"),
@@ -63,10 +64,10 @@ _FIELDS: Final = {
 def access_log(path: str | None, *, listener: str = "ingress") -> list[dict[str, Any]]:
     """The loggers for `envoy.access_log`.
 
-    A request that passes two listeners has a line of each, with one request id.
+    A request that passes two listeners has a line of each, with the same request id.
 
-    The standard streams are written to directly: opening /dev/stdout as a file fails where it
-    is a socket or belongs to another user.
+    Standard output and error have loggers of their own: opening /dev/stdout as a file fails where
+    it is a socket or belongs to another user.
     """
     if path is None:
         return []

@@ -1,4 +1,4 @@
-"""The whole bootstrap, and what can not be rendered."""
+"""Puts the bootstrap together, and refuses configurations that Envoy cannot run with."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -34,7 +34,7 @@ _HEADER: Final = """\
 
 
 def render_bootstrap(config: Config) -> dict[str, Any]:
-    """Envoy's bootstrap as plain data.
+    """Return Envoy's bootstrap as plain data.
 
     Raises ConfigError with every key whose value Envoy could not run with.
     """
@@ -68,13 +68,13 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
 
 
 def render_yaml(config: Config) -> str:
-    """The bootstrap as the text of a YAML file; raises like render_bootstrap."""
+    """Return the bootstrap as the text of a YAML file; raises like render_bootstrap."""
     body = yaml.dump(render_bootstrap(config), Dumper=_PlainDumper, sort_keys=False, width=100)
     return _HEADER + body
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """Writes repeated parts out: anchors would be harder to read and to edit."""
+    """Writes repeated parts out, since anchors are harder to read and to edit."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -93,8 +93,8 @@ def _problems(config: Config) -> Iterator[str]:
     for index, url in enumerate(worker_urls(config)):
         if "%" in url.host:
             yield (
-                f"discovery.static_urls.urls[{index}]: an IPv6 address with a zone can not be "
-                "dialled by Envoy"
+                f"discovery.static_urls.urls[{index}]: Envoy cannot connect to an IPv6 address "
+                "with a zone"
             )
     if config.server.unix_socket is None and config.server.tls is None and envoy.extproc.ca_file:
         yield "envoy.extproc.ca_file: the service has no TLS to verify, set server.tls"

@@ -1,4 +1,4 @@
-"""The clusters: the pool of workers, and this service itself."""
+"""Renders the clusters: the workers, and this service."""
 
 from typing import Any, Final
 
@@ -30,10 +30,10 @@ def worker_urls(config: Config) -> list[WorkerUrl]:
 
 
 def worker_cluster(config: Config) -> dict[str, Any]:
-    """All static workers, whatever their model: the destination we name picks among them.
+    """The cluster of all static workers, whatever their model; the destination picks among them.
 
-    An unknown destination is skipped and the fallback policy chooses, so nobody can send a
-    request to an address that is not in this list.
+    Envoy skips an unknown destination and uses the fallback policy, so no request reaches an
+    address that is not in this list.
     """
     urls = worker_urls(config)
     cluster: dict[str, Any] = {
@@ -52,7 +52,7 @@ def worker_cluster(config: Config) -> dict[str, Any]:
                 "extensions.upstreams.http.v3.HttpProtocolOptions",
                 common_http_protocol_options={
                     # Shorter than the engine's keep-alive: a request written to a connection
-                    # the engine is just closing is lost and may not be sent twice.
+                    # that the engine is closing is lost, and must not be sent twice.
                     "idle_timeout": duration(config.envoy.worker_idle_timeout_secs),
                 },
                 explicit_http_config={"http_protocol_options": {}},
@@ -65,7 +65,7 @@ def worker_cluster(config: Config) -> dict[str, Any]:
 
 
 def extproc_cluster(config: Config) -> dict[str, Any]:
-    """This service over HTTP/2, probed so that a dead one is noticed within two seconds."""
+    """The cluster of this service, over HTTP/2; health checks notice a dead one in two seconds."""
     server = config.server
     if server.unix_socket is not None:
         host = None
@@ -83,8 +83,8 @@ def extproc_cluster(config: Config) -> dict[str, Any]:
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
         },
         "circuit_breakers": no_limits(),
-        # Without panic mode off, Envoy would go on asking a service it knows to be dead, and a
-        # request whose body is under way then fails instead of taking the fallback route.
+        # In panic mode Envoy goes on asking a service that it knows to be dead, and a request
+        # whose body is under way then fails instead of taking the fallback route.
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
         "health_checks": [_grpc_health_check()],
         "typed_extension_protocol_options": {
@@ -115,14 +115,14 @@ def _resolution(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
     section = config.discovery.static_urls
     if isinstance(section, UnsetType) or all(url.is_ip for url in urls):
         return {"type": "STATIC"}
-    # The service resolves at the same pace: what it names must be known here.
+    # The service resolves as often: Envoy must know the addresses that it names.
     return _by_dns(section.dns_ttl_secs)
 
 
 def _by_dns(refresh_seconds: float) -> dict[str, Any]:
-    """Strict DNS, every address an endpoint; in the form that replaces `type: STRICT_DNS`.
+    """Strict DNS with one endpoint per address, in the form that replaces `type: STRICT_DNS`.
 
-    The record's own time to live is ignored: it would make us and Envoy drift apart.
+    The record's own time to live is ignored: with it this service and Envoy would drift apart.
     """
     dns_cluster = typed(
         "extensions.clusters.dns.v3.DnsCluster",
@@ -179,7 +179,7 @@ def no_limits() -> dict[str, Any]:
 
 
 def _tcp_keepalive() -> dict[str, int]:
-    # A worker that vanished without a FIN while it prefills a long prompt: noticed in a minute.
+    # Notices within a minute a worker that has vanished without a FIN.
     return {"keepalive_time": 30, "keepalive_interval": 10, "keepalive_probes": 3}
 
 
@@ -187,8 +187,8 @@ def _grpc_health_check() -> dict[str, Any]:
     return {
         "timeout": "1s",
         "interval": "1s",
-        # Envoy's defaults for clusters without traffic are 60 s: after a quiet minute a
-        # restarted service would be bypassed for as long.
+        # Envoy's default without traffic is 60 s: after a quiet minute Envoy would bypass a
+        # restarted service for as long.
         "no_traffic_interval": "1s",
         "no_traffic_healthy_interval": "1s",
         "unhealthy_threshold": 2,
@@ -203,10 +203,10 @@ def _tls_key(url: WorkerUrl) -> str:
 
 
 def _transport_socket_matches(config: Config, urls: list[WorkerUrl]) -> list[dict[str, Any]]:
-    """TLS by endpoint: names share one context, each IP address has its own.
+    """TLS contexts by endpoint: names share one context, each IP address has its own.
 
-    A name's certificate is held against the name (sent as SNI). An address has no SNI, so the
-    address itself is expected among the certificate's IP SANs.
+    The certificate of a name must have the name, which is sent as SNI. An address has no SNI, so
+    the certificate must have the address among its IP SANs.
     """
     ca_file = config.workers.ca_file or _SYSTEM_CA_FILE
     contexts: dict[str, dict[str, Any]] = {}
@@ -230,7 +230,7 @@ def _transport_socket_matches(config: Config, urls: list[WorkerUrl]) -> list[dic
 
 def _tls_to_us(config: Config, host: str) -> dict[str, Any]:
     extproc = config.envoy.extproc
-    assert extproc.ca_file is not None  # noqa: S101 (a rule of config_loading)
+    assert extproc.ca_file is not None  # noqa: S101 (a rule of config.rules)
     client: dict[str, Any] = {"alpn_protocols": ["h2"]}
     if extproc.cert_file is not None and extproc.key_file is not None:
         client["tls_certificates"] = [
@@ -243,7 +243,7 @@ def _tls_to_us(config: Config, host: str) -> dict[str, Any]:
 
 
 def _verified_tls(ca_file: str, host: str, common: dict[str, Any] | None = None) -> dict[str, Any]:
-    """TLS to one known host, whose name or address must be in the certificate."""
+    """TLS to one known host; its certificate must have the name or the address."""
     by_ip = host_is_ip(host)
     validation = {
         "trusted_ca": {"filename": ca_file},

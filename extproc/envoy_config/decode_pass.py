@@ -1,8 +1,8 @@
-"""The second pass: an internal listener whose filter asks for the decode worker.
+"""Renders the second pass: an internal listener whose filter asks for the decode worker.
 
-A request comes here from the ingress listener and again for each further attempt, so that every
-attempt gets a worker that is picked at that moment. What the first pass has to tell the second
-is in headers that the ingress listener takes away from clients.
+The ingress listener sends a request here once for each attempt, so every attempt gets a worker
+that is picked at that moment. The first pass gives the second its facts in headers, which the
+ingress listener removes from requests of clients.
 """
 
 from typing import Any, Final
@@ -32,7 +32,7 @@ from extproc.headers import (
 __all__ = ["decode_pass_cluster", "decode_pass_listener", "internal_listener_extension"]
 
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-# The peer may close a connection that is not in use at any time; here it is ourselves.
+# Idle connections close after this; both ends are in this Envoy.
 _IDLE_SECONDS: Final = 60.0
 _DELAYED_CLOSE_SECONDS: Final = 0.05
 
@@ -45,7 +45,7 @@ def internal_listener_extension() -> dict[str, Any]:
 
 
 def decode_pass_cluster() -> dict[str, Any]:
-    """Leads to the listener, inside the same Envoy."""
+    """The cluster that leads to the listener inside the same Envoy."""
     endpoint = {
         "address": {"envoy_internal_address": {"server_listener_name": DECODE_CLUSTER}},
     }
@@ -78,7 +78,7 @@ def decode_pass_listener(config: Config) -> dict[str, Any]:
             "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
             stat_prefix=DECODE_CLUSTER,
             codec_type="HTTP1",
-            # The ingress listener has done what is to be done for clients.
+            # The ingress listener has made the request id already.
             generate_request_id=False,
             preserve_external_request_id=True,
             always_set_request_id_in_response=True,
@@ -91,7 +91,7 @@ def decode_pass_listener(config: Config) -> dict[str, Any]:
             http_filters=[decode_filter(config), router_filter()],
             route_config=_route_config(config),
             local_reply_config=local_replies(retry_header=RETRY_HEADER),
-            # The other end is in this process: there is no slow client to wait for.
+            # The other end is in this process, so there is no slow client to wait for.
             delayed_close_timeout=duration(_DELAYED_CLOSE_SECONDS),
             access_log=access_log(config.envoy.access_log, listener=DECODE_CLUSTER),
         ),
@@ -107,7 +107,7 @@ def decode_pass_listener(config: Config) -> dict[str, Any]:
 def _route_config(config: Config) -> dict[str, Any]:
     return {
         "name": DECODE_CLUSTER,
-        # Before our own local replies get it: from an engine it means nothing.
+        # Only local replies of this listener may have the retry header, not an engine's response.
         "response_headers_to_remove": [*stripped_response_headers(config), DECODE_WORKER_HEADER],
         "request_headers_to_remove": [DECODE_ORDER_HEADER],
         "virtual_hosts": [
@@ -126,7 +126,7 @@ def _picked(config: Config) -> dict[str, Any]:
         "match": {"prefix": "/", "headers": [{"name": DESTINATION_HEADER, "present_match": True}]},
         "route": {
             "cluster": config.envoy.cluster,
-            # The ingress route has the limits, and makes the next attempt.
+            # The ingress route has the limits and makes the next attempt.
             "timeout": "0s",
             "idle_timeout": "0s",
         },

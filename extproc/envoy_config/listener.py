@@ -1,4 +1,4 @@
-"""The ingress listener: what a client meets before and after this service is asked."""
+"""Renders the ingress listener, where clients connect, and the filters that ask this service."""
 
 from typing import Any, Final
 
@@ -34,14 +34,14 @@ __all__ = [
 ]
 
 _MEBIBYTE: Final = 1024 * 1024
-# Envoy lets through a little more than server.max_body_bytes: the exact limit is then told by
-# the service, with the number in the message, and a body it has added to still fits: rooms for a
-# batch, or a prefill worker's handle to its cache.
+# Envoy accepts a little more than server.max_body_bytes. So the service answers a body over the
+# limit, with the number in the message, and a body that it has extended still fits: bootstrap
+# rooms for a batch, or a prefill worker's handle to its cache.
 BODY_HEADROOM_BYTES: Final = 1280 * 1024
-# Clients behind proxies collect headers; beyond these Envoy closes an HTTP/1.1 connection.
+# Proxies in front add headers. Beyond these limits Envoy closes an HTTP/1.1 connection.
 MAX_HEADERS: Final = 1000
 MAX_HEADERS_KIBIBYTES: Final = 256
-# Longer than load balancers in front keep an idle connection, so that they close it first.
+# Longer than load balancers in front keep idle connections, so that they close them first.
 _CLIENT_IDLE_SECONDS: Final = 600.0
 _REQUEST_HEADERS_SECONDS: Final = 30.0
 
@@ -57,16 +57,16 @@ def ingress_listener(config: Config) -> dict[str, Any]:
     return {
         "name": "ingress",
         "address": address,
-        # How much of a body may wait for our decision, and for a second try. A virtual host's
-        # request_body_buffer_limit would not do: it is skipped while a direct_response is the
-        # route, which is what every request meets before we have named a cluster.
+        # How much of a body may wait for the decision and for a second attempt. A virtual host's
+        # request_body_buffer_limit does not work here: Envoy ignores it while the route is a
+        # direct_response, which is the route of every request before the decision.
         "per_connection_buffer_limit_bytes": config.server.max_body_bytes + BODY_HEADROOM_BYTES,
         "filter_chains": [{"filters": [manager]}],
     }
 
 
 def ext_proc_filter(config: Config) -> dict[str, Any]:
-    """The filter that asks this service."""
+    """The filter of the first pass."""
     return _asking_filter(
         config,
         which=ROUTE_PASS,
@@ -80,7 +80,7 @@ def ext_proc_filter(config: Config) -> dict[str, Any]:
 
 
 def decode_filter(config: Config) -> dict[str, Any]:
-    """The filter that asks for the decode worker."""
+    """The filter of the second pass."""
     return _asking_filter(
         config,
         which=DECODE_PASS,
@@ -104,10 +104,10 @@ def _asking_filter(
     request_body_mode: str,
     headers: list[dict[str, str]],
 ) -> dict[str, Any]:
-    """An ext_proc filter that sends this service the listed headers, of requests and responses.
+    """An ext_proc filter that forwards only `headers`, of requests and of responses.
 
-    Only what the service reads is listed: it does not need cookies, and parsing twenty headers
-    would be a good part of its work.
+    These are the headers that the service reads. Parsing all the others would take a good part
+    of its time.
     """
     external_processor = typed(
         "extensions.filters.http.ext_proc.v3.ExternalProcessor",
@@ -115,25 +115,25 @@ def _asking_filter(
             "envoy_grpc": {"cluster_name": EXTPROC_CLUSTER, "skip_envoy_headers": True},
             "initial_metadata": [{"key": PASS_KEY, "value": which}],
         },
-        # Always: the routes decide what happens to a request without a decision.
+        # In any case: the routes decide what happens to a request without a decision.
         failure_mode_allow=True,
         status_on_error={"code": 503},
         message_timeout=duration(message_timeout),
         processing_mode={
             "request_header_mode": "SEND",
             "request_body_mode": request_body_mode,
-            # A request may have trailers and no body: without them we would never hear of it.
+            # A request may have trailers and no body: the service must get a message for it.
             "request_trailer_mode": "SEND",
             "response_header_mode": "SEND",
             "response_body_mode": "NONE",
-            # Keeps our stream open to the last byte: load is released exactly then.
+            # Keeps the stream open to the last byte, when the load is released.
             "response_trailer_mode": "SEND",
         },
         forward_rules={"allowed_headers": {"patterns": headers}},
         response_attributes=["upstream.address", "response.code_details"],
-        # x-envoy-max-retries and the time-out of requests that are not streamed.
+        # The service sets x-envoy-max-retries, and the time-out of responses that are not streamed.
         mutation_rules={"allow_envoy": True},
-        # Anything not listed is dropped without a word.
+        # Envoy silently drops metadata of other namespaces.
         metadata_options={
             "receiving_namespaces": {"untyped": [DESTINATION_NAMESPACE, DECISION_NAMESPACE]}
         },
@@ -159,8 +159,8 @@ def _connection_manager(config: Config) -> dict[str, Any]:
         use_remote_address=True,
         preserve_external_request_id=True,
         always_set_request_id_in_response=True,
-        # What the service matches is what the worker gets. Escaped slashes stay: a model's
-        # name may hold one, and the service answers 404 to paths it does not know.
+        # The worker gets the path that the service has matched. Escaped slashes stay: a model's
+        # name may have one, and the service answers 404 to paths it does not know.
         normalize_path=True,
         merge_slashes=True,
         path_with_escaped_slashes_action="KEEP_UNCHANGED",
@@ -177,7 +177,7 @@ def _connection_manager(config: Config) -> dict[str, Any]:
         },
         stream_idle_timeout=idle,
         request_headers_timeout=duration(_REQUEST_HEADERS_SECONDS),
-        # Until the body is here; what follows has no limit but silence.
+        # Until the body is complete. A response is limited only by its silence.
         request_timeout=duration(config.proxy.request_timeout_secs),
         early_header_mutation_extensions=[
             {

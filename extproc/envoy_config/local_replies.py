@@ -1,12 +1,12 @@
-"""Envoy's own answers in our envelope, and nobody else's.
+"""Renders Envoy's own error answers in the error envelope of this service.
 
-An answer by this service (ImmediateResponse) passes the same mappers, so none of them looks
-at the status alone: failures towards a worker are told by response flags, which an answer of
-ours never has, the rest by the detail string Envoy gives its own replies. Responses of
-workers do not come here at all.
+Envoy's mappers also see the answers of this service (ImmediateResponse), so no mapper looks at the
+status alone. Failures of workers are recognised by response flags, which an answer of this
+service never has, and the rest by the detail string that Envoy gives its own replies. Responses
+of workers do not pass the mappers.
 
-What the codec refuses (a malformed request line, more headers than allowed) is closed without
-an answer: Envoy does not wait for our filter to look at such a reply.
+Requests that the codec refuses (a malformed request line, too many headers) get no answer: Envoy
+closes their connection before the filter sees them.
 """
 
 from typing import Any, Final, NamedTuple
@@ -19,7 +19,7 @@ __all__ = ["ROUTER_UNAVAILABLE", "LocalError", "envelope_format", "error_headers
 
 
 class LocalError(NamedTuple):
-    """One error Envoy answers by itself."""
+    """One error that Envoy answers by itself."""
 
     status: int
     code: str
@@ -34,7 +34,7 @@ _TIMEOUT: Final = LocalError(504, "upstream_timeout", "upstream request timed ou
 _REQUEST_TIMEOUT: Final = LocalError(408, "request_timeout", "the request did not arrive in time")
 _TOO_LARGE: Final = LocalError(413, "payload_too_large", "the request body is over the limit")
 _OVERLOADED: Final = LocalError(503, "service_overloaded", "the gateway is overloaded, try again")
-# Whatever else Envoy refuses by itself keeps its status (400, 403, 426, 431).
+# Other requests that Envoy refuses by itself keep their status (400, 403, 426, 431).
 _BAD_REQUEST: Final = LocalError(400, "bad_request", "bad request: refused by the gateway")
 _INTERNAL: Final = LocalError(500, "internal_error", "internal error")
 
@@ -44,14 +44,14 @@ _TIMEOUT_FLAGS: Final = ("UT", "SI")
 _NOT_CONNECTED_FLAGS: Final = ("UF", "UH")
 _UNREACHABLE_FLAGS: Final = ("UF", "UO", "URX", "UH", "UC", "UR", "UPE", "LR", "NC", "NR")
 _OVERLOAD_FLAGS: Final = ("OM",)
-# Our own answers carry the header of their code when the mappers look at them.
+# Answers of this service have the header of their code already.
 _NOT_OURS: Final = f'!("{ERROR_CODE_HEADER}" in response.headers)'
 
 
 def local_replies(*, retry_header: str | None = None) -> dict[str, Any]:
-    """The connection manager's `local_reply_config`; the first mapper that matches wins.
+    """The connection manager's `local_reply_config`. The first mapper that matches is used.
 
-    `retry_header` is set on answers for a worker that could not be connected to.
+    `retry_header` is set where Envoy could not connect to the worker.
     """
     mappers = []
     if retry_header is not None:
@@ -88,7 +88,7 @@ def local_replies(*, retry_header: str | None = None) -> dict[str, Any]:
 
 
 def envelope_format(error: LocalError) -> dict[str, Any]:
-    """The body, with the request id filled in (and escaped) by Envoy."""
+    """The body. Envoy fills in the request id and escapes it."""
     kind = "invalid_request_error" if 400 <= error.status < 500 else "server_error"
     return {
         "json_format": {
@@ -121,7 +121,7 @@ def _flags(flags: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _expression(expression: str) -> dict[str, Any]:
-    """A filter in CEL, the only one that sees the details of a reply."""
+    """A filter in CEL, the only kind that sees the details of a reply."""
     return {
         "extension_filter": {
             "name": "envoy.access_loggers.extension_filters.cel",

@@ -1,7 +1,7 @@
-"""Where a request goes once this service has decided, and where when it could not.
+"""Renders the routes of requests with a decision of this service, and without one.
 
-Our filter always fails open: one that fails closed would cut every open response when the
-service dies. Whether requests without a decision are served is therefore decided here.
+The filter always fails open: one that fails closed would cut every open response when the service
+dies. So it is the routes that decide whether requests without a decision are served.
 """
 
 import re
@@ -19,8 +19,8 @@ from extproc.headers import DECODE_CLUSTER, RETRY_HEADER
 
 __all__ = ["FAIL_OPEN_PATHS", "route_config", "unavailable"]
 
-# What clients reach without us. An engine's port also takes cache flushes, weight updates and
-# aborts; those stay out of reach however long this service is gone.
+# The paths that clients reach without this service. An engine also accepts cache flushes, weight
+# updates and aborts on its port: those stay out of reach however long this service is away.
 FAIL_OPEN_PATHS: Final = (
     "/generate",
     "/v1/chat/completions",
@@ -34,7 +34,7 @@ FAIL_OPEN_PATHS: Final = (
     "/v1/score",
 )
 
-# Only what never reached a worker is sent again: a generation that may have begun is not.
+# Only a request that never reached a worker is sent again, since a generation may have begun.
 _RETRY_ON: Final = "connect-failure,refused-stream,reset-before-request"
 
 
@@ -58,7 +58,7 @@ def route_config(config: Config) -> dict[str, Any]:
 
 
 def _decode_pass(config: Config) -> dict[str, Any]:
-    """On to the second pass, and there again while it says that nothing was lost."""
+    """The route to the second pass, with further attempts while its answers allow them."""
     return {
         "name": "decode_pass",
         "match": {
@@ -72,7 +72,7 @@ def _decode_pass(config: Config) -> dict[str, Any]:
             "timeout": "0s",
             "idle_timeout": duration(config.decode_silence_secs),
             "retry_policy": {
-                # An engine's own 5xx is none: its room is used up.
+                # An engine's own 5xx is not retried: its bootstrap room is used up.
                 "retry_on": "retriable-headers",
                 "retriable_headers": [{"name": RETRY_HEADER, "present_match": True}],
                 "num_retries": 0,
@@ -92,8 +92,8 @@ def _decided(config: Config) -> dict[str, Any]:
         "route": {
             "cluster_header": header,
             **_limits(config),
-            # The service raises the number by x-envoy-max-retries to what its list of
-            # destinations holds; a list of one is never tried twice.
+            # The service raises the number with x-envoy-max-retries to the length of its list
+            # of destinations; a single destination is not tried twice.
             "retry_policy": _retry_policy(0),
         },
     }
@@ -126,7 +126,7 @@ def _fail_open(config: Config) -> dict[str, Any]:
 
 
 def unavailable() -> dict[str, Any]:
-    """What a request without a decision meets, in the end."""
+    """The last route, for requests without a decision."""
     return {
         "name": "unavailable",
         "match": {"prefix": "/"},
@@ -139,7 +139,7 @@ def unavailable() -> dict[str, Any]:
 
 
 def _limits(config: Config) -> dict[str, Any]:
-    """No limit for the length of a response, only for silence in it."""
+    """The length of a response is not limited, only the silence in it."""
     return {
         "timeout": "0s",
         "idle_timeout": duration(config.envoy.stream_idle_timeout_secs),
@@ -150,6 +150,6 @@ def _retry_policy(num_retries: int) -> dict[str, Any]:
     return {
         "retry_on": _RETRY_ON,
         "num_retries": num_retries,
-        # The next try goes to another worker: nothing is gained by waiting.
+        # The next attempt goes to another worker, so waiting gains nothing.
         "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
     }

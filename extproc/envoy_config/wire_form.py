@@ -1,13 +1,13 @@
-"""The few shapes every part of an Envoy configuration is made of."""
+"""Builds the small pieces that every part of an Envoy configuration uses."""
 
 import ipaddress
 from typing import Any, Final
 
 __all__ = ["UNLIMITED", "duration", "host_is_ip", "socket_address", "typed"]
 
-# Envoy's defaults of 1024 are meant for short requests. Each generation holds a connection to
-# its worker and a stream to us for minutes, so limits belong to the router, not to a breaker
-# that answers 503 at the 1025th request. Fits 32 bits.
+# Envoy's default of 1024 suits short requests. A generation holds a connection to its worker and a
+# stream to this service for minutes, so the router must limit load, not a breaker that answers 503
+# to the 1025th request. Fits 32 bits.
 UNLIMITED: Final = 1_000_000_000
 
 
@@ -30,5 +30,5 @@ def host_is_ip(host: str) -> bool:
 
 
 def socket_address(host: str, port: int) -> dict[str, Any]:
-    """A TCP address; IPv6 without brackets, as Envoy wants it here."""
+    """A TCP address; Envoy expects IPv6 without brackets here."""
     return {"socket_address": {"address": host, "port_value": port}}

@@ -1,6 +1,6 @@
-"""Request bodies in every mode Envoy can send them, behind one face.
+"""Collects request bodies in every mode in which Envoy can send them.
 
-What differs is when a body is complete and which reply carries the decision:
+The modes differ in when a body is complete and in which reply carries the decision:
 
 ======================  ==============================  ====================================
 mode                    complete                        the decision travels in
@@ -33,11 +33,11 @@ class BodyTooLargeError(ServiceError):
 
 
 class BodyMode(Struct, frozen=True):
-    """What follows from the way a gateway sends request bodies."""
+    """The consequences of the mode in which a gateway sends request bodies."""
 
     full_duplex: bool
     whole_in_one_message: bool
-    # Whether a decision can look at the body at all.
+    # True if the body is there before the decision.
     visible_before_decision: bool
     headers_carry_decision: bool
     may_be_cut: bool
@@ -73,7 +73,7 @@ class RequestBody:
 
     def __init__(self, mode: BodyMode) -> None:
         self.mode = mode
-        # Messages received so far: outside full duplex each needs a reply of its own.
+        # Messages received so far. Outside full duplex each needs a reply of its own.
         self.chunks = 0
         self.complete = False
         self._data: bytes | bytearray = b""
@@ -95,10 +95,10 @@ class RequestBody:
             self.complete = True
 
     def take(self) -> bytes | bytearray:
-        """The collected bytes; they are not kept, a stream may stay open for minutes."""
+        """Return the collected bytes and drop them: a stream may stay open for minutes."""
         data, self._data = self._data, b""
         return data
 
     def peek(self) -> bytes | bytearray:
-        """The collected bytes, kept for the echo."""
+        """Return the collected bytes and keep them for the echo."""
         return self._data

@@ -1,7 +1,7 @@
 """The session of the second pass: request headers in, the decode worker out.
 
-This pass sees no body. What it has to know was put into the headers by the first pass, and the
-number of the attempt by Envoy.
+This pass sees no body. The first pass has put the decode order into the headers, and Envoy the
+number of the attempt.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _RETRY: Final = ((RETRY_HEADER, "1"),)
 
 
 class DecodeSession(Session):
-    """One attempt at a decode worker. The request is counted in the first pass."""
+    """One attempt to find a decode worker. The request is counted in the first pass."""
 
     __slots__ = ()
 

@@ -1,8 +1,8 @@
-"""The gRPC server: addresses, TLS, health, draining. What is said on a stream is in stream.py.
+"""The gRPC server: addresses, TLS, health checks and draining.
 
-Messages are handed over as bytes both ways: replies are serialised once by replies, and a
-message that does not parse ends its stream with a clear status instead of an exception in
-the library.
+It is separate from stream, which serves one stream. gRPC hands over messages as bytes both ways:
+replies are serialised already, and a message that does not parse ends its stream with a clear
+status instead of an exception in the library.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
-# Health names that answer for the process, and those that answer for the workers as well.
+# Health names for the process alone, and those for the process and its workers.
 HEALTH_SERVICES_ALIVE: Final = ("", "liveness")
 HEALTH_SERVICES_READY: Final = ("readiness", SERVICE)
 
@@ -46,7 +46,7 @@ _DRAIN_QUIET_SECONDS: Final = 2.5
 
 def grpc_options(max_body_bytes: int) -> list[tuple[str, int]]:
     """Channel arguments of the server."""
-    # Twice the limit is let in, so that a body over it is still answered with our 413.
+    # Twice the limit is accepted, so that a body over it still gets the 413 of this service.
     receive_limit = 2 * max_body_bytes + _MESSAGE_OVERHEAD_BYTES
     return [
         ("grpc.max_receive_message_length", min(receive_limit, 2**31 - 1)),
@@ -56,7 +56,7 @@ def grpc_options(max_body_bytes: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Proxies ping often; that is no attack here.
+        # Proxies ping often; that is not an attack here.
         ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
         ("grpc.http2.max_ping_strikes", 0),
     ]
@@ -95,13 +95,13 @@ class ExtProcServer:
         return self.streams.draining
 
     async def start(self) -> None:
-        """Begin to answer on the addresses that `bind` has taken."""
+        """Begin to serve on the addresses that `bind` has taken."""
         await self.set_health(ready=False)
         await self._server.start()
         self.streams.spawn(self.streams.deadlines.run())
 
     def bind(self) -> None:
-        """Take the addresses; raises ConfigError naming the key of one that can not be had."""
+        """Take the addresses; raises ConfigError with the key of one that is not available."""
         config = self._config
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"{host}:{config.port}"
@@ -113,8 +113,8 @@ class ExtProcServer:
         except RuntimeError:
             raise ConfigError(
                 [
-                    f"server.port: can not listen on {address}: the port is in use, "
-                    "or server.host is no address of this machine"
+                    f"server.port: cannot listen on {address}: the port is in use, "
+                    "or server.host is not an address of this machine"
                 ]
             ) from None
         if config.unix_socket is None:
@@ -124,18 +124,18 @@ class ExtProcServer:
         try:
             self._server.add_insecure_port(f"unix:{path}")
         except RuntimeError:
-            raise ConfigError([f"server.unix_socket: can not listen on {path}"]) from None
+            raise ConfigError([f"server.unix_socket: cannot listen on {path}"]) from None
         self._socket_file = (path, _identity(path))
 
     def _unlink_socket(self) -> None:
-        """Remove our socket file, unless somebody else has put theirs in its place."""
+        """Remove the socket file, unless another process has put its own in its place."""
         if self._socket_file is not None:
             path, identity = self._socket_file
             if identity is not None and _identity(path) == identity:
                 path.unlink(missing_ok=True)
 
     async def set_health(self, *, ready: bool) -> None:
-        """Publish readiness; while draining every name stays NOT_SERVING."""
+        """Publish readiness. While draining, every name stays NOT_SERVING."""
         if self.draining:
             return
         serving = health_pb2.HealthCheckResponse.SERVING
@@ -146,10 +146,10 @@ class ExtProcServer:
             await self._health.set(name, serving if ready else not_serving)
 
     async def drain(self, limit_seconds: float) -> None:
-        """Say NOT_SERVING, go on answering until Envoy has turned away, then end all streams.
+        """Report NOT_SERVING, and serve until Envoy has noticed and every stream has ended.
 
-        Streams whose request is decided are ended at once with status OK: their responses go
-        on without us. Others are answered first.
+        Streams whose request is decided end at once with status OK: their responses go on
+        without this service. Other streams get their decision first.
         """
         await self._health.enter_graceful_shutdown()
         streams = self.streams
@@ -163,7 +163,7 @@ class ExtProcServer:
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
 
     async def stop(self) -> None:
-        """Close what is left; every stream's books are settled afterwards."""
+        """Close the streams that are left; every lease is closed afterwards."""
         await self._server.stop(_STOP_GRACE_SECONDS)
         await self.streams.close()
         self._unlink_socket()
@@ -179,7 +179,7 @@ class ExtProcServer:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of a file; None when there is none."""
+    """Device and inode of a file; None if it does not exist."""
     try:
         found = path.lstat()
     except OSError:
@@ -188,11 +188,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _remove_left_over(path: Path) -> None:
-    """Make way for our socket; raises ConfigError for anything but a dead one."""
+    """Remove the socket of a dead process; raises ConfigError for anything else."""
     if _identity(path) is None:
         return
     if not path.is_socket():
-        raise ConfigError([f"server.unix_socket: {path} exists and is no socket"])
+        raise ConfigError([f"server.unix_socket: {path} exists and is not a socket"])
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

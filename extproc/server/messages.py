@@ -48,8 +48,8 @@ _TABLE_MAX_ENTRIES: Final = 1024
 _REQUEST_MAX_BYTES: Final = 1024
 # The same for responses; their messages are short.
 KNOWN_MAX_BYTES: Final = 512
-# How the two headers stand in a message: key and raw_value with tags and lengths. No value of
-# another header can contain that, data planes refuse control characters.
+# The bytes of the two headers in a message: key and raw_value with tags and lengths. No value of
+# another header contains them, since data planes refuse control characters.
 _ID_CHARS: Final = 36
 _ID_MARK: Final = b"\x0a\x0cx-request-id\x1a" + bytes((_ID_CHARS,))
 _LENGTH_MARK: Final = b"\x0a\x0econtent-length\x1a"
@@ -59,7 +59,7 @@ _FULL_DUPLEX: Final = pb.ProcessingMode.FULL_DUPLEX_STREAMED
 
 
 class RequestHead(Struct, frozen=True, kw_only=True):
-    """A request headers message without what belongs to one request alone."""
+    """A request headers message without the values that belong to one request alone."""
 
     method: str
     path: str
@@ -72,15 +72,15 @@ class RequestHead(Struct, frozen=True, kw_only=True):
 class RequestHeadTable:
     """Request heads by the bytes of their message; bounded.
 
-    Both ways to read give head, request id ("" when there is none) and the announced length of
-    the body in bytes (-1 when there is none).
+    Both ways to read return the head, the request id ("" without one) and the announced length of
+    the body in bytes (-1 without one).
     """
 
     def __init__(self) -> None:
         self._table: dict[bytes, RequestHead] = {}
 
     def find(self, raw: bytes) -> tuple[RequestHead, str, int] | None:
-        """Read a message whose like was seen before."""
+        """Look a message up; None if no similar message was read before."""
         parts = _cut(raw)
         if parts is None:
             return None
@@ -89,7 +89,7 @@ class RequestHeadTable:
         return (head, request_id, length) if head is not None else None
 
     def read(self, raw: bytes, message: pb.ProcessingRequest) -> tuple[RequestHead, str, int]:
-        """Read a parsed message, and keep it if its like may come again."""
+        """Read a parsed message, and keep it if similar ones may come."""
         config = message.protocol_config if message.HasField("protocol_config") else None
         seen = wanted_headers(message.request_headers.headers)
         request_id = seen.get(REQUEST_ID_HEADER, "")
@@ -116,7 +116,7 @@ class RequestHeadTable:
 
 
 def _cut(raw: bytes) -> tuple[bytes, str, int] | None:
-    """The message without the values of request id and length, and the two of them."""
+    """Return the message without the values of request id and length, and these two values."""
     if len(raw) > _REQUEST_MAX_BYTES:
         return None
     at = raw.find(_ID_MARK)
@@ -143,7 +143,7 @@ def _cut(raw: bytes) -> tuple[bytes, str, int] | None:
 
 
 def client_headers_of(raw: bytes, request_id: str) -> ClientHeaders:
-    """What a request to a prefill worker takes over from a request headers message."""
+    """Return the headers of the client that a request to a prefill worker takes over."""
     path = ""
     taken = [(REQUEST_ID_HEADER, request_id)]
     for header in pb.ProcessingRequest.FromString(raw).request_headers.headers.headers:
@@ -163,7 +163,7 @@ def client_headers_of(raw: bytes, request_id: str) -> ClientHeaders:
 
 
 def wanted_headers(headers: pb.HeaderMap, wanted: frozenset[str] = _WANTED) -> dict[str, str]:
-    """The request headers we read; the first of repeated ones.
+    """Return the wanted headers; the first of repeated ones.
 
     Envoy fills `raw_value`, other data planes may fill `value`.
     """
@@ -181,10 +181,10 @@ def wanted_headers(headers: pb.HeaderMap, wanted: frozenset[str] = _WANTED) -> d
 
 
 class Response(Struct, frozen=True):
-    """The response headers message.
+    """A response headers message.
 
-    `status` is 0 when missing; `address` is the `ip:port` that was tried last and
-    `code_details` Envoy's `response.code_details`, each "" where the gateway does not send it.
+    `status` is 0 when it is missing. `address` is the `ip:port` that was tried last, and
+    `code_details` Envoy's `response.code_details`; each is "" where the gateway does not send it.
     """
 
     status: int
@@ -227,7 +227,7 @@ def _status_and_kind(headers: pb.HeaderMap) -> tuple[int, bool]:
 
 
 def _served_by(message: pb.ProcessingRequest) -> tuple[str, str]:
-    """The tried address and the code details.
+    """Return the address that was tried and the code details.
 
     Gateways of the endpoint picker protocol name the endpoint in metadata instead.
     """

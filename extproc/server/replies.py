@@ -1,7 +1,7 @@
-"""Builds replies to Envoy, serialised.
+"""Builds the serialised replies to Envoy.
 
-Replies that never vary are made once. A routing reply depends only on the decision, and few
-decisions differ, so serialised ones are kept in a bounded table.
+Replies that never vary are built once. A routing reply depends only on the decision, and few
+decisions differ, so the serialised replies are kept in a bounded table.
 """
 
 from collections.abc import Iterable, Sequence
@@ -89,7 +89,7 @@ def _set_headers(pairs: Iterable[tuple[str, str]]) -> pb.HeaderMutation:
 
 
 class ReplyBuilder:
-    """Routing replies for one configuration.
+    """Builds routing replies for one configuration.
 
     `authorization` is set on every routed request where the configuration asks for it.
     """
@@ -100,9 +100,9 @@ class ReplyBuilder:
         self._table: dict[tuple[object, ...], bytes] = {}
 
     def routed(self, decision: Decision, *, in_body: bool, request_id: str | None) -> bytes:
-        """The reply that carries a decision, to the body or to the headers message.
+        """Return the reply that carries a decision, to the body or to the headers message.
 
-        `request_id` is given when the request came without one and must get ours.
+        `request_id` is given when the request came without one.
         """
         key = (
             decision.model,
@@ -121,8 +121,8 @@ class ReplyBuilder:
                     self._table.clear()
                 self._table[key] = reply
         if decision.decode_order:
-            # No two of them are alike. Two serialised messages one after the other are one
-            # message with the fields of both.
+            # Every decode order differs, so it is not in the table. Two serialised messages in a
+            # row are one message with the fields of both.
             order = pb.CommonResponse(
                 header_mutation=_set_headers(((DECODE_ORDER_HEADER, decision.decode_order),))
             )
@@ -150,7 +150,7 @@ class ReplyBuilder:
             pairs.append((REQUEST_ID_HEADER, request_id))
         common = pb.CommonResponse(header_mutation=_set_headers(pairs), clear_route_cache=True)
         if decision.body_members:
-            # A gateway that does not strip it would let a client contradict the body.
+            # Otherwise a client could contradict the body, where the gateway does not strip it.
             common.header_mutation.remove_headers.append(DATA_PARALLEL_RANK_HEADER)
         metadata = Struct()
         if not second_pass:
@@ -191,9 +191,9 @@ def _text_struct(pairs: Iterable[tuple[str, str]]) -> Struct:
 def with_request_body(reply: bytes, body: bytes, *, set_length: bool) -> bytes:
     """A reply to the request body that also replaces it.
 
-    Two serialised messages one after the other are one message with the fields of both. With
-    `set_length` the header says the new length: in BUFFERED mode Envoy insists on that, in
-    others it has taken the header away.
+    Two serialised messages in a row are one message with the fields of both. With `set_length`
+    the header gets the new length: in BUFFERED mode Envoy insists on that, in other modes it has
+    removed the header.
     """
     headers = _set_headers(((CONTENT_LENGTH_HEADER, str(len(body))),)) if set_length else None
     common = pb.CommonResponse(header_mutation=headers, body_mutation=pb.BodyMutation(body=body))
@@ -202,7 +202,7 @@ def with_request_body(reply: bytes, body: bytes, *, set_length: bool) -> bytes:
 
 
 def request_body_replacements(body: bytes, chunks: int) -> list[bytes]:
-    """Replies to the pieces of a streamed body: all of the new one for the first, then nothing."""
+    """Replies to the pieces of a streamed body: the whole new body first, then empty ones."""
     mutations = [pb.BodyMutation(body=body), *[pb.BodyMutation(clear_body=True)] * (chunks - 1)]
     return [
         pb.ProcessingResponse(
@@ -213,7 +213,7 @@ def request_body_replacements(body: bytes, chunks: int) -> list[bytes]:
 
 
 def request_body_pieces(body: bytes | bytearray, *, end_of_stream: bool) -> list[bytes]:
-    """A request body echoed in full duplex; at least one message, the end only on the last."""
+    """A request body echoed in full duplex: at least one message, the end only on the last."""
     view = memoryview(body)
     starts = range(0, len(body), _PIECE_MAX_BYTES) or range(1)
     last = starts[-1]
@@ -254,7 +254,7 @@ def immediate_response(
     headers: Iterable[tuple[str, str]],
     details: str,
 ) -> bytes:
-    """An answer to the client from us; `details` shows up in Envoy's response code details."""
+    """An answer of this service; `details` goes into Envoy's response code details."""
     return pb.ProcessingResponse(
         immediate_response=pb.ImmediateResponse(
             status=pb.HttpStatus(code=status),
@@ -275,7 +275,7 @@ def error_response(
         if error.body is None
         else error.body,
         (
-            (CONTENT_TYPE_HEADER, "application/json"),  # unless the engine's own follows
+            (CONTENT_TYPE_HEADER, "application/json"),  # the engine's own may follow
             (ERROR_CODE_HEADER, error.code),
             *error.headers,
             *more_headers,

@@ -1,8 +1,8 @@
 """The session of the first pass: a request in, the decision out.
 
-When a request is complete it becomes a question to the router. In full duplex the reply to the
-headers waits for the decision and the body is echoed behind it; the stream is never ended early
-there, since that loses pieces of the response.
+A complete request becomes a question to the router. In full duplex the reply to the headers waits
+for the decision, and the body is echoed after it. Such a stream is never ended early, since that
+loses pieces of the response.
 """
 
 from collections.abc import Sequence
@@ -112,7 +112,7 @@ class RouteSession(Session):
         return steps.REQUEST_HEADERS_CONTINUE
 
     def _ask_without_body(self, body: RequestBody, endpoint: Endpoint) -> Step:
-        """The gateway shows no body before it wants a decision: only one model can be meant."""
+        """The gateway wants a decision before it sends the body: only one model can be meant."""
         only_model = self._context.only_model
         if endpoint.answered_locally or only_model is None:
             event = log_event(
@@ -125,7 +125,7 @@ class RouteSession(Session):
             return msgspec.structs.replace(step, events=(event, *step.events))
         self._body = body
         self._state = SessionState.ROUTING
-        # Whether it streams is unknown; a stream must not be cut by the time-out of the others.
+        # The response may be streamed: it must not get the time-out of responses that are not.
         self.question = Request(endpoint, only_model, stream=True)
         return NOTHING
 
@@ -133,7 +133,7 @@ class RouteSession(Session):
         body = self._body
         if self._state is not SessionState.BODY or body is None:
             if body is not None and not body.mode.visible_before_decision:
-                # Decided without the body: its pieces pass by, each with a reply.
+                # The decision was made without the body: each of its pieces gets a plain reply.
                 return steps.REQUEST_BODY_CONTINUE
             return NOTHING
         try:
@@ -145,7 +145,7 @@ class RouteSession(Session):
         return self._ask(body, cut=body.mode.may_be_cut and not chunk.end_of_stream)
 
     def _ask(self, body: RequestBody, *, cut: bool) -> Step:
-        """The body is complete: set the question, or answer that it makes no request."""
+        """The body is complete: set the question, or answer with an error."""
         assert self._endpoint is not None  # noqa: S101 (set before the state BODY)
         data = body.peek()
         try:
@@ -190,7 +190,7 @@ class RouteSession(Session):
             request_id=self.request_id if self._made_request_id else None,
         )
         data = body.take()
-        # A body that was not seen can not be changed.
+        # A body that was not seen cannot be changed.
         members = decision.body_members if data else b""
         if members:
             data = with_members(data, members)

@@ -1,12 +1,12 @@
-"""The state machine of one ext_proc stream, as far as both passes share it.
+"""The state machine of one ext_proc stream: the part that both passes share.
 
-A session gets messages and returns steps. It does no I/O and knows no sockets, no clock, no
-metrics and no log. A message that needs a decision leaves it as a `question`; the stream asks
-the router and comes back with `routed` or `failed`. How a request becomes a question differs
-between the passes (route_session, decode_session); the response and the ends do not.
+A session gets messages and returns steps. It does no I/O and knows no sockets, clock, metrics or
+log. When a decision is needed, the session sets its `question`; the stream asks the router and
+calls `routed` or `failed`. The passes differ in how a request becomes a question (route_session,
+decode_session). The response and the ways to end are the same.
 
-Replies are exact: one per message outside full duplex, none to messages that Envoy repeats or
-that came after an answer of our own.
+Outside full duplex there is exactly one reply to each message. Messages that Envoy repeats, or
+that come after an answer of this service, get no reply.
 """
 
 import enum
@@ -38,7 +38,7 @@ class SessionState(enum.IntEnum):
     ROUTING = 2  # a question is open
     ROUTED = 3  # the decision is out, waiting for the response
     RESPONDING = 4  # response headers seen
-    ANSWERED = 5  # we answered the client ourselves
+    ANSWERED = 5  # this service has answered the client
 
 
 class SessionContext(Struct, frozen=True, kw_only=True):
@@ -54,7 +54,7 @@ class SessionContext(Struct, frozen=True, kw_only=True):
     # Larger bodies are not decoded for their prompts; 0 where no model's policy needs tokens.
     prompt_max_bytes: int
     model_header: str
-    # Gives the id of a request that came without one.
+    # Makes the id of a request that came without one.
     new_request_id: Callable[[], str]
 
 
@@ -93,7 +93,7 @@ class Session:
 
     @property
     def may_end_early(self) -> bool:
-        """True when the stream can be ended from our side without harm to the response."""
+        """True when this service can end the stream without harm to the response."""
         return self._state in (SessionState.ROUTED, SessionState.RESPONDING)
 
     def receive(self, raw: bytes) -> Step:
@@ -169,7 +169,7 @@ class Session:
         raise NotImplementedError
 
     def answered(self, body: bytes) -> Step:
-        """The router has answered the client itself, with a JSON body."""
+        """The router has answered the request, with a JSON body."""
         self.question = None
         if self._state is not SessionState.ROUTING:
             return NOTHING
@@ -178,7 +178,7 @@ class Session:
     def _answer(
         self, body: bytes, status: int = 200, headers: tuple[tuple[str, str], ...] = _JSON
     ) -> Step:
-        """Answer the client ourselves, and without an error."""
+        """Answer the client from here, without an error."""
         self._state = SessionState.ANSWERED
         self._forget_request()
         reply = replies.immediate_response(status, body, headers, "extproc_answered")
@@ -186,7 +186,7 @@ class Session:
         return Step(replies=(reply,), path=path, code="answered" if path else "")
 
     def failed(self, error: RouterError) -> Step:
-        """There is no decision, so the client gets an error."""
+        """There is no decision; the client gets the error."""
         return self._refuse(error, "request_refused")
 
     def _refuse(
@@ -218,7 +218,7 @@ class Session:
         """Drop what is kept of the request: a stream may stay open for minutes."""
 
     def body_timed_out(self) -> Step:
-        """The rest of the body did not come within our deadline."""
+        """The rest of the body did not come within the deadline."""
         return self.failed(request_timeout()) if self.waits_for_body else NOTHING
 
     def aborted(self, error: RouterError) -> Step:

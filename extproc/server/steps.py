@@ -1,7 +1,7 @@
-"""What a session has decided: the replies to Envoy, and the facts to count, to log and to settle.
+"""The results of a session: replies to Envoy, and facts to count, to log and to settle.
 
-A session returns a Step and does nothing of it itself; the stream carries it out. So a test can
-compare what follows from a message without a metric, a log or a router.
+A session returns a Step, and the stream carries it out. So a test compares the consequences of a
+message without metrics, logs or a router.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ class Step(Struct, frozen=True, kw_only=True, gc=False):
     `body_bytes`: the size of the request body, once it is complete.
     `events`: to log.
     `response`: the response headers, by which the lease is settled.
-    `released`: the response has ended, or none will come: what the lease holds is free.
+    `released`: the response has ended, or no response will come: the lease is closed.
     """
 
     replies: Sequence[bytes] = ()

@@ -1,8 +1,8 @@
 """One open ext_proc stream: the I/O around a session, and the set of all open streams.
 
-A session decides, without I/O, what is replied to a message. The stream reads the messages,
-writes the replies, asks the router, and keeps the deadlines. It is apart from the gRPC server,
-which has to do with addresses, health and the end of the process.
+A session decides without I/O. The stream reads the messages, asks the router, writes the
+replies, keeps the deadlines, and counts, logs and settles what the session returns. It is
+separate from the gRPC server, which handles addresses, health and the end of the process.
 """
 
 import asyncio
@@ -178,7 +178,7 @@ class Stream:
             _uncancel()
             step = session.failed(routing_timeout())
         except Exception:
-            # Our own mistake must cost one request, and say so, but never the stream's answer.
+            # A fault of the router costs one request, and its client still gets an answer.
             _log.exception("routing_failed", request_id=session.request_id)
             step = session.failed(internal_error())
         finally:
@@ -218,11 +218,11 @@ class Stream:
             self._writing = False
 
     def timed_out(self) -> None:
-        """A deadline of ours has passed; called by Deadlines."""
+        """The deadline of the body or of the decision has passed; called by Deadlines."""
         if self.session.question is None:
             self._interrupt(self.session.body_timed_out())
         elif self._task is not None:
-            # The router does not come back: `_ask` answers.
+            # `_ask` catches the cancellation and answers.
             self.overdue = True
             self._task.cancel()
 
@@ -262,7 +262,7 @@ class Stream:
 
 
 def _uncancel() -> None:
-    """A cancellation of our own has done its work."""
+    """Take back a cancellation that this module has made and caught."""
     task = asyncio.current_task()
     if task is not None:
         task.uncancel()
@@ -306,7 +306,7 @@ class Streams:
         self.decider = decider
         self.metrics = metrics
         self.settings = settings
-        # Set once, when the process is about to end: streams then end as soon as they may.
+        # Set when the process is about to end: streams then end as soon as they may.
         self.draining = False
         self.deadlines = Deadlines()
         self.last_opened_at = 0.0
@@ -321,8 +321,8 @@ class Streams:
     def is_crowded(self) -> bool:
         """True when several requests are being decided at once.
 
-        A reply then waits until the other streams that are ready have made theirs. Written in
-        one turn of the loop, many replies leave in one system call and wake Envoy once; one by
+        A reply then waits until the other streams that are ready have built theirs. Replies that
+        are written in one turn of the loop leave in one system call and wake Envoy once; one by
         one, each of them wakes it. With few requests the wait would only add latency.
         """
         return len(self.deadlines) > _CROWD_STREAMS
@@ -351,7 +351,7 @@ class Streams:
             self.metrics.streams(outcome).inc()
 
     def end_idle(self) -> None:
-        """End the streams whose request is decided; their responses go on without us."""
+        """End the streams whose request is decided; their responses go on without this service."""
         for stream in list(self._open):
             stream.end_if_idle()
 
@@ -362,7 +362,7 @@ class Streams:
         task.add_done_callback(self._background.discard)
 
     async def close(self) -> None:
-        """End what runs beside the streams; they themselves have ended."""
+        """Cancel what runs beside the streams, which have ended."""
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

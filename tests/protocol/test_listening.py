@@ -114,7 +114,7 @@ async def test_files_of_others_at_the_socket_path_are_left_alone(tmp_path: Path)
     path = tmp_path / "extproc.sock"
     path.write_text("precious")
     service = Service(["m"], 1, server={"unix_socket": str(path)})
-    with pytest.raises(ConfigError, match=r"server\.unix_socket: .* is no socket"):
+    with pytest.raises(ConfigError, match=r"server\.unix_socket: .* is not a socket"):
         service.server.bind()
     await service.server.stop()
     assert path.read_text() == "precious"
