@@ -5,8 +5,10 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,3 +109,42 @@ def test_pure_packages_load_no_io_library(name: str) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def public_modules(package: str) -> set[str]:
+    """The modules and packages that a door names; names that it re-exports are left out."""
+    door = importlib.import_module(package)
+    folder = Path(str(door.__file__)).parent
+    return {
+        name
+        for name in door.__all__
+        if (folder / f"{name}.py").exists() or (folder / name).is_dir()
+    }
+
+
+def private_modules(package: str) -> set[str]:
+    folder = Path(str(importlib.import_module(package).__file__)).parent
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+    return modules - public_modules(package)
+
+
+def contract_of(package: str) -> dict[str, Any] | None:
+    """The import contract that keeps others out of the package's private modules."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    for contract in settings["tool"]["importlinter"]["contracts"]:
+        if contract.get("protected_modules") == [f"{package}.*"]:
+            found: dict[str, Any] = contract
+            return found
+    return None
+
+
+@pytest.mark.parametrize("package", [name for name in packages() if private_modules(name)])
+def test_a_contract_protects_the_modules_that_the_door_does_not_name(package: str) -> None:
+    contract = contract_of(package)
+    assert contract is not None, f"pyproject.toml has no contract for {package}"
+    assert contract["allowed_importers"] == [package]
+    open_modules = {
+        target.removeprefix(f"extproc.** -> {package}.").removesuffix(".*")
+        for target in contract["ignore_imports"]
+    }
+    assert open_modules == public_modules(package)

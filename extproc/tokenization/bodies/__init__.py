@@ -5,4 +5,4 @@ a template is given them: `openai_chat` as they are, `responses` and `anthropic`
 `messages` and `tools` normalise their parts. Everything here is pure.
 """
 
-__all__ = ["openai_chat", "prompts"]
+__all__ = ["messages", "openai_chat", "prompts"]
