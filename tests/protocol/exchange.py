@@ -1,6 +1,6 @@
 """Builders that make a whole ext_proc exchange one readable line.
 
-The messages cross a real gRPC connection; only the workers behind the router are made up.
+The messages cross a real gRPC connection; only the workers behind the router are fakes.
 """
 
 import asyncio

@@ -77,7 +77,7 @@ async def test_the_echo_in_full_duplex_is_the_new_body() -> None:
         assert ends == [False, True]
 
 
-async def test_a_body_nobody_has_seen_is_left_alone() -> None:
+async def test_a_body_that_was_not_sent_is_left_unchanged() -> None:
     async with serving(Telling(["m"], 1)) as service, stream(service) as envoy:
         await envoy.send(request_headers(mode="NONE"))
         assert destination(await envoy.reply()) == "10.0.0.1:8000"

@@ -183,7 +183,7 @@ async def test_the_end_of_the_second_stream_releases_its_worker() -> None:
         await running.settled()
 
 
-async def test_a_further_attempt_gets_a_worker_of_its_own_hand() -> None:
+async def test_a_further_attempt_gets_a_worker_of_its_own_group() -> None:
     async with service(threshold=1) as running:
         async with stream(running) as first:
             order = order_of(await first_pass(first))
@@ -220,7 +220,7 @@ async def test_without_a_worker_only_the_last_attempt_is_final(attempt: int, ret
 
 
 @pytest.mark.parametrize("order", [None, "", "garbage", "0;h;p;a:1", "2;h;p"])
-async def test_the_second_pass_without_the_first_is_a_mistake(order: str | None) -> None:
+async def test_a_second_pass_without_a_decode_order_is_an_internal_error(order: str | None) -> None:
     async with service() as running:
         async with stream(running, DECODE) as second:
             await second.send(decode_headers(order))
@@ -251,7 +251,7 @@ async def test_an_unknown_pass_is_refused() -> None:
         assert await envoy.ended() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_what_is_no_message_ends_the_second_pass() -> None:
+async def test_bytes_that_do_not_parse_end_the_stream_of_the_second_pass() -> None:
     async with service() as running:
         async with grpc.aio.insecure_channel(running.target) as channel:
             method: Any = channel.stream_stream(
@@ -263,7 +263,7 @@ async def test_what_is_no_message_ends_the_second_pass() -> None:
         await running.settled()
 
 
-async def test_headers_of_the_second_pass_mean_nothing_in_the_first() -> None:
+async def test_headers_of_the_second_pass_have_no_effect_in_the_first() -> None:
     async with service() as running, stream(running) as envoy:
         await envoy.send(decode_headers("1;10.0.0.1;x;10.9.9.9:1"), request_body(b'{"model":"m"}'))
         # It is a request like any other: its worker is picked anew.
@@ -274,7 +274,7 @@ async def test_headers_of_the_second_pass_mean_nothing_in_the_first() -> None:
 # -- ways to end early
 
 
-async def test_a_prefill_that_fails_is_told_while_the_client_waits() -> None:
+async def test_a_failed_prefill_is_answered_while_the_client_waits() -> None:
     async with service(threshold=1) as running:
         async with stream(running) as first:
             await first_pass(first)
@@ -286,7 +286,7 @@ async def test_a_prefill_that_fails_is_told_while_the_client_waits() -> None:
         assert running.fleet.metric("extproc_pd_fail_fast_seconds_count") == 1
 
 
-async def test_a_prefill_that_is_refused_is_told_in_the_engines_words() -> None:
+async def test_a_refused_prefill_is_answered_with_the_engines_own_body() -> None:
     words = b'{"object":"error","message":"too long"}'
     async with service() as running:
         async with stream(running) as first:
@@ -330,7 +330,7 @@ async def test_our_deadline_leaves_no_prefill_behind() -> None:
         await running.settled()
 
 
-async def test_nobody_to_prefill_is_told_before_anything_is_sent() -> None:
+async def test_without_prefill_workers_the_error_comes_before_anything_is_sent() -> None:
     async with service() as running, stream(running) as first:
         running.fleet.trip(*running.fleet.prefills)
         reply = await first_pass(first)
@@ -341,7 +341,7 @@ async def test_nobody_to_prefill_is_told_before_anything_is_sent() -> None:
 # -- one pass
 
 
-async def test_inline_one_reply_names_the_workers() -> None:
+async def test_with_inline_decode_one_reply_names_the_decode_workers() -> None:
     async with service(inline=True, decode_attempts=2) as running:
         async with stream(running) as envoy:
             reply = await first_pass(envoy)
@@ -374,7 +374,7 @@ async def test_with_nixl_the_reply_waits_for_the_prefill() -> None:
         await running.settled()
 
 
-async def test_a_client_that_leaves_a_prefill_that_is_waited_for_ends_it() -> None:
+async def test_a_client_that_leaves_ends_the_prefill_that_its_reply_waits_for() -> None:
     async with service(protocols={"m": "nixl"}) as running:
         async with stream(running) as envoy:
             await envoy.send(request_headers(), request_body(llm_body()))
@@ -387,7 +387,7 @@ async def test_a_client_that_leaves_a_prefill_that_is_waited_for_ends_it() -> No
 # -- many at once
 
 
-async def test_many_requests_with_mixed_ends_leave_nothing() -> None:
+async def test_many_requests_with_mixed_ends_leave_nothing_behind() -> None:
     async with service(threshold=1000) as running:
 
         async def one(number: int) -> None:

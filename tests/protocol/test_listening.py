@@ -34,7 +34,7 @@ async def health(channel: grpc.aio.Channel, name: str) -> int:
     return int(answer.status)
 
 
-async def test_health_names_tell_alive_from_ready_and_draining_from_both() -> None:
+async def test_health_names_distinguish_alive_ready_and_draining() -> None:
     async with (
         serving(Service(["m"], 1)) as service,
         grpc.aio.insecure_channel(service.target) as channel,
@@ -110,7 +110,7 @@ async def test_tls_and_mutual_tls(tmp_path: Path, mutual: bool) -> None:
                 await health(channel, "")
 
 
-async def test_files_of_others_at_the_socket_path_are_left_alone(tmp_path: Path) -> None:
+async def test_a_file_of_another_program_at_the_socket_path_is_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "extproc.sock"
     path.write_text("precious")
     service = Service(["m"], 1, server={"unix_socket": str(path)})
@@ -120,7 +120,7 @@ async def test_files_of_others_at_the_socket_path_are_left_alone(tmp_path: Path)
     assert path.read_text() == "precious"
 
 
-async def test_a_socket_somebody_listens_on_is_left_alone(tmp_path: Path) -> None:
+async def test_a_socket_of_a_running_process_is_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "extproc.sock"
     first = Service(["m"], 1, server={"unix_socket": str(path)})
     second = Service(["m"], 1, server={"unix_socket": str(path)})

@@ -1,4 +1,4 @@
-"""The request path in every body mode: who is chosen, and exactly which replies go out."""
+"""The request path in every body mode: which worker is chosen, and exactly which replies."""
 
 import json
 from typing import Any
@@ -150,7 +150,7 @@ async def test_streamed_without_waiting_holds_the_headers_back_until_the_body_is
 
 
 @pytest.mark.parametrize("mode", ["STREAMED", "NONE"])
-async def test_a_body_shown_too_late_is_routed_blindly_when_one_model_is_served(mode: str) -> None:
+async def test_without_a_visible_body_the_only_model_is_routed(mode: str) -> None:
     async with serving(Service(["m"], 1)) as service, stream(service) as envoy:
         await envoy.send(request_headers(mode=mode))
         reply = await envoy.reply()
@@ -163,7 +163,7 @@ async def test_a_body_shown_too_late_is_routed_blindly_when_one_model_is_served(
 
 
 @pytest.mark.parametrize("mode", ["STREAMED", "NONE"])
-async def test_a_body_shown_too_late_is_refused_when_several_models_are_served(mode: str) -> None:
+async def test_without_a_visible_body_several_models_are_refused(mode: str) -> None:
     async with serving(Service(["m", "n"], 1)) as service, stream(service) as envoy:
         await envoy.send(request_headers(mode=mode))
         assert error(await envoy.reply())[:2] == (503, "body_mode_unsupported")
@@ -179,7 +179,7 @@ async def test_a_second_end_of_stream_is_ignored(mode: str) -> None:
         assert service.in_flight == 1
 
 
-async def test_request_trailers_behind_a_buffered_body_get_their_reply() -> None:
+async def test_request_trailers_after_a_buffered_body_get_a_reply() -> None:
     async with serving(Service(["m"], 1)) as service, stream(service) as envoy:
         await envoy.send(request_headers(), request_body(llm_body(), end=False), request_trailers())
         kinds = [kind(reply) for reply in await envoy.replies(3)]
@@ -192,7 +192,7 @@ async def test_trailers_without_a_body_are_a_request_without_a_body() -> None:
         assert error((await envoy.replies(2))[1])[:2] == (400, "bad_request")
 
 
-async def test_a_bad_buffered_body_before_trailers_is_no_matter_of_size() -> None:
+async def test_a_bad_buffered_body_before_trailers_is_not_reported_as_too_large() -> None:
     async with serving(Service(["m"], 1)) as service, stream(service) as envoy:
         await envoy.send(request_headers(), request_body(b"{", end=False))
         assert error((await envoy.replies(2))[1])[:2] == (400, "bad_request")
@@ -225,7 +225,7 @@ async def test_raw_value_wins_over_value_and_value_is_a_fallback() -> None:
         assert kind(await envoy.reply()) == "request_headers"
 
 
-async def test_a_request_without_an_id_gets_ours_in_header_and_envelope() -> None:
+async def test_a_request_without_an_id_gets_a_new_one_in_header_and_envelope() -> None:
     async with serving(Service(["m"], 1)) as service:
         async with stream(service) as envoy:
             await envoy.send(request_headers(x_request_id=""), request_body(llm_body()))
@@ -254,7 +254,7 @@ async def test_a_request_without_an_id_gets_ours_in_header_and_envelope() -> Non
     ],
     ids=lambda value: repr(value)[:40],
 )
-async def test_bad_bodies_are_answered_in_our_envelope(
+async def test_bad_bodies_are_answered_in_the_error_envelope(
     mode: str, body: bytes, status: int, code: str
 ) -> None:
     async with serving(Service(["m"], 1)) as service, stream(service) as envoy:
@@ -280,7 +280,7 @@ async def test_generate_without_a_model_is_not_found_among_several() -> None:
         assert error((await envoy.replies(2))[1])[:2] == (404, "model_not_found")
 
 
-async def test_an_unknown_model_is_told_before_the_health_of_workers() -> None:
+async def test_an_unknown_model_is_answered_before_the_health_of_workers_counts() -> None:
     async with serving(Service(["m"], 0)) as service:
         async with stream(service) as envoy:
             await envoy.send(request_headers(), request_body(llm_body("other")))
@@ -303,7 +303,7 @@ async def test_an_unknown_model_is_told_before_the_health_of_workers() -> None:
         ("OPTIONS", "/v1/unknown", 404, "not_found"),
     ],
 )
-async def test_requests_without_a_body_that_can_not_be_served(
+async def test_requests_without_a_body_that_cannot_be_served(
     method: str, path: str, status: int, code: str
 ) -> None:
     async with serving(Service(["m"], 1)) as service, stream(service) as envoy:
@@ -313,7 +313,7 @@ async def test_requests_without_a_body_that_can_not_be_served(
         assert ("allow" in set_headers(reply)) == (status == 405)
 
 
-async def test_models_are_answered_by_us() -> None:
+async def test_models_are_answered_without_a_worker() -> None:
     async with serving(Service(["m", "n"], 1)) as service:
         for method in ("GET", "HEAD"):
             async with stream(service) as envoy:
@@ -323,7 +323,7 @@ async def test_models_are_answered_by_us() -> None:
                 assert json.loads(immediate.body) == {"data": ["m", "n"]}
 
 
-async def test_options_tells_the_methods() -> None:
+async def test_options_lists_the_methods() -> None:
     async with serving(Service(["m"], 1)) as service, stream(service) as envoy:
         await envoy.send(request_headers(method="OPTIONS", end=True))
         reply = await envoy.reply()
@@ -377,7 +377,7 @@ async def test_an_unknown_pass_is_refused() -> None:
         assert (await envoy.ended()).name == "UNIMPLEMENTED"
 
 
-async def test_bytes_that_are_no_message_end_only_their_stream() -> None:
+async def test_bytes_that_do_not_parse_end_only_their_stream() -> None:
     async with serving(Service(["m"], 1)) as service:
         async with grpc.aio.insecure_channel(service.target) as channel:
             method: Any = channel.stream_stream(

@@ -1,4 +1,4 @@
-"""The response path: who really served, when load is released, and what is echoed."""
+"""The response path: which worker served, when load is released, and what is echoed."""
 
 import asyncio
 from typing import Any
@@ -76,7 +76,7 @@ async def test_load_counts_from_the_decision_to_the_end_of_the_stream(mode: str)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
-async def test_an_abort_at_any_point_leaves_nothing(steps: int) -> None:
+async def test_an_abort_at_any_point_leaves_nothing_behind(steps: int) -> None:
     messages = [
         request_headers(),
         request_body(llm_body()),
@@ -93,7 +93,7 @@ async def test_an_abort_at_any_point_leaves_nothing(steps: int) -> None:
         assert outcome(service, 0, "cancelled") == (1 if steps == 2 else 0)
 
 
-async def test_an_abort_while_the_router_is_thinking_leaves_nothing() -> None:
+async def test_an_abort_while_the_router_decides_leaves_nothing_behind() -> None:
     async with serving(Service(["m"], 1, route_seconds=0.2)) as service:
         async with stream(service) as envoy:
             await envoy.send(request_headers(), request_body(llm_body()))
@@ -130,7 +130,7 @@ async def test_three_broken_requests_open_the_breaker_and_no_worker_is_left() ->
             assert error((await envoy.replies(2))[1])[:2] == (503, "no_healthy_workers")
 
 
-async def test_an_endpoint_we_did_not_name_is_counted_and_fails_the_chosen_one() -> None:
+async def test_a_response_of_another_endpoint_is_counted_and_fails_the_chosen_one() -> None:
     async with serving(Service(["m"], 2)) as service, stream(service) as envoy:
         await routed(envoy)
         await envoy.send(response_headers(upstream=SECOND))
@@ -140,7 +140,7 @@ async def test_an_endpoint_we_did_not_name_is_counted_and_fails_the_chosen_one()
         assert [worker.in_flight for worker in service.workers] == [0, 1]
 
 
-async def test_the_served_endpoint_of_the_picker_protocol_is_believed() -> None:
+async def test_the_served_endpoint_of_the_picker_protocol_settles_the_lease() -> None:
     async with serving(Service(["m"], 2)) as service, stream(service) as envoy:
         await routed(envoy)
         await envoy.send(response_headers(details="", served=FIRST))
@@ -148,7 +148,7 @@ async def test_the_served_endpoint_of_the_picker_protocol_is_believed() -> None:
         assert outcome(service, 0, "success") == 1
 
 
-async def test_a_local_reply_that_reached_nobody_says_nothing_of_the_worker() -> None:
+async def test_a_local_reply_without_an_upstream_does_not_count_against_the_worker() -> None:
     async with serving(Service(["m"], 1)) as service, stream(service) as envoy:
         await routed(envoy)
         await envoy.send(response_headers(503, details="overload"))
@@ -243,7 +243,7 @@ async def test_a_stale_stream_is_cut_after_its_headers() -> None:
             await envoy.reply()
             await asyncio.sleep(0.06)
             service.tickets.sweep()
-            # Envoy resets a response that has begun when it is told to answer otherwise.
+            # Envoy resets a response that has begun when it gets an immediate response.
             assert kind(await envoy.reply()) == "immediate_response"
             assert outcome(service, 0, "error") == 0
             # Whatever still comes is not replied to.
@@ -252,7 +252,7 @@ async def test_a_stale_stream_is_cut_after_its_headers() -> None:
         await eventually(lambda: service.in_flight == 0)
 
 
-async def test_our_own_deadline_answers_before_the_proxy_gives_up() -> None:
+async def test_the_step_deadline_answers_before_the_proxy_gives_up() -> None:
     service = Service(["m"], 1, server={"step_deadline_secs": 0.05}, route_seconds=5)
     async with serving(service), stream(service) as envoy:
         await envoy.send(request_headers(), request_body(llm_body()))
@@ -268,7 +268,7 @@ async def test_a_body_that_never_comes_is_answered_with_408(mode: str) -> None:
         assert error(replies[-1])[:2] == (408, "request_timeout")
 
 
-async def test_an_exception_in_the_router_costs_one_request_and_is_answered() -> None:
+async def test_an_exception_in_the_router_is_answered_and_costs_one_request() -> None:
     class Exploding(Service):
         explodes = True
 
@@ -304,7 +304,7 @@ async def test_an_estimated_release_outlives_a_stream_that_closes_at_the_headers
             assert service.in_flight == 0
 
 
-async def test_draining_ends_decided_streams_with_ok_and_answers_the_others_first() -> None:
+async def test_draining_ends_decided_streams_with_ok_and_first_answers_the_others() -> None:
     async with serving(Service(["m"], 1)) as service:
         async with stream(service) as decided, stream(service) as waiting:
             await routed(decided)

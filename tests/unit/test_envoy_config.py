@@ -1,4 +1,4 @@
-"""What the rendered bootstrap says about safety: who is trusted, what ends, what fails open."""
+"""The rendered bootstrap: stripped headers, routes that fail open, limits, workers and logs."""
 
 import re
 from pathlib import Path
@@ -122,7 +122,7 @@ class TestStrippedHeaders:
             "x-extproc-pass",
         ],
     )
-    def test_headers_that_steer_envoy_are_stripped(self, name: str) -> None:
+    def test_headers_that_control_envoy_are_stripped(self, name: str) -> None:
         assert name in stripped(render_bootstrap(config()))
 
     @pytest.mark.parametrize("enabled", [False, True])
@@ -130,7 +130,7 @@ class TestStrippedHeaders:
         rendered = render_bootstrap(config(observability={"debug_headers": enabled}))
         assert ("x-extproc-debug" in stripped(rendered)) is not enabled
 
-    def test_workers_can_not_name_themselves(self) -> None:
+    def test_workers_cannot_send_debug_headers(self) -> None:
         removed = manager(render_bootstrap(config()))["route_config"]["response_headers_to_remove"]
         assert {"x-extproc-worker", "x-gateway-destination-endpoint-served"} <= set(removed)
 
@@ -194,7 +194,7 @@ class TestTimeouts:
         assert found["request_timeout"] == "42s"
         assert found["request_headers_timeout"] == "30s"
 
-    def test_our_message_timeout_is_the_configured_one(self) -> None:
+    def test_the_message_timeout_is_the_configured_one(self) -> None:
         rendered = render_bootstrap(config(envoy={"message_timeout_secs": 7}))
         assert ext_proc(rendered)["message_timeout"] == "7s"
 
@@ -214,7 +214,7 @@ class TestBodies:
         rendered = render_bootstrap(config(models=models, server={"max_body_bytes": 8 * MEBIBYTE}))
         assert listener(rendered)["per_connection_buffer_limit_bytes"] == 8 * MEBIBYTE + 1280 * 1024
 
-    def test_bodies_of_responses_are_never_looked_at(self) -> None:
+    def test_bodies_of_responses_are_not_sent_to_the_service(self) -> None:
         mode = ext_proc(render_bootstrap(config()))["processing_mode"]
         assert mode["request_body_mode"] == "BUFFERED"
         assert mode["response_body_mode"] == "NONE"
@@ -222,7 +222,7 @@ class TestBodies:
 
 
 class TestWorkers:
-    def test_addresses_are_static_and_names_are_resolved_as_often_as_by_us(self) -> None:
+    def test_addresses_are_static_and_names_are_resolved_as_often_as_by_the_service(self) -> None:
         static = cluster(render_bootstrap(config("http://10.0.0.1:1", "http://[::1]:2")), "workers")
         assert static["type"] == "STATIC"
         discovery = {
@@ -311,7 +311,7 @@ class TestTheServiceItself:
             ({"host": "0.0.0.0"}, {"host": "router.example"}, "router.example"),
         ],
     )
-    def test_where_envoy_finds_it(
+    def test_the_address_of_the_service(
         self, server: dict[str, Any], endpoint: dict[str, Any], address: str
     ) -> None:
         found = cluster(
@@ -336,7 +336,7 @@ class TestLogs:
         assert fields["path"] == "%PATH(NQ)%"
         assert not any("AUTHORIZATION" in value.upper() for value in fields.values())
 
-    def test_null_is_no_log(self) -> None:
+    def test_null_switches_the_access_log_off(self) -> None:
         assert manager(render_bootstrap(config(envoy={"access_log": None})))["access_log"] == []
 
 
@@ -350,7 +350,7 @@ class TestProblems:
             ({"envoy": {"extproc": {"ca_file": "/ca.pem"}}}, "envoy.extproc.ca_file"),
         ],
     )
-    def test_what_envoy_could_not_run_is_refused_by_key(
+    def test_a_value_that_envoy_cannot_run_with_is_refused_by_its_key(
         self, sections: dict[str, Any], key: str
     ) -> None:
         with pytest.raises(ConfigError) as caught:

@@ -103,7 +103,7 @@ def test_the_prefill_headers_are_those_of_sgl_router() -> None:
         ).headers
 
 
-def test_a_header_of_ours_is_written_in_one_module() -> None:
+def test_header_names_are_written_in_one_module() -> None:
     written = re.compile(
         r"""["'](x-(?:extproc|envoy|gateway|router|data|override)-[a-z-]*[a-z])["']"""
     )

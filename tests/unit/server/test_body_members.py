@@ -1,4 +1,4 @@
-"""Members added to a request body: everything else stays byte for byte."""
+"""Adding members to a request body leaves every other byte as it is."""
 
 import json
 
@@ -26,12 +26,12 @@ MEMBER = b'"routed_dp_rank":3'
         ),
     ],
 )
-def test_members_come_behind_the_clients_own(body: bytes, expected: bytes) -> None:
+def test_members_are_added_after_the_clients_own(body: bytes, expected: bytes) -> None:
     assert with_members(body, MEMBER) == expected
     assert with_members(bytearray(body), MEMBER) == expected
 
 
-def test_the_last_of_two_counts() -> None:
+def test_the_added_member_overrides_the_clients() -> None:
     assert json.loads(with_members(b'{"routed_dp_rank":0}', MEMBER))["routed_dp_rank"] == 3
 
 

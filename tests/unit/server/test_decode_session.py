@@ -231,7 +231,7 @@ def test_the_headers_are_answered_with_a_worker_and_nothing_is_counted() -> None
     assert session.may_end_early
 
 
-def test_our_credentials_are_set_here_too() -> None:
+def test_the_configured_credentials_are_set_here_too() -> None:
     session = DecodeSession(make_context(authorization="Bearer ours"))
     receive(session, decode_headers())
     assert set_headers(only_reply(session.routed(DECISION)))["authorization"] == "Bearer ours"
@@ -322,7 +322,7 @@ def test_an_aborted_request_is_answered_without_another_attempt(
     assert step == Step(replies=step.replies, events=(LogEvent("warning", event, fields),))
 
 
-def test_after_an_answer_of_our_own_nothing_follows() -> None:
+def test_after_an_answer_of_the_service_nothing_follows() -> None:
     session = routed()
     session.aborted(stale_request_expired())
     for message in (

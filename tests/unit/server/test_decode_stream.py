@@ -159,7 +159,7 @@ async def test_the_second_headers_of_a_stream_pick_no_worker() -> None:
         (413, "request_payload_too_large", BreakerState.CLOSED),
     ],
 )
-async def test_the_response_settles_the_workers_books(
+async def test_the_response_decides_the_outcome_and_the_breaker(
     status: int, details: str, state: BreakerState
 ) -> None:
     async with running() as case:
@@ -194,7 +194,7 @@ async def test_the_end_of_the_response_releases_the_worker(how: str) -> None:
         assert case.worker.in_flight == 0
 
 
-async def test_a_client_that_leaves_says_nothing_of_the_worker() -> None:
+async def test_a_client_that_leaves_does_not_count_against_the_worker() -> None:
     async with running() as case:
         await case.receive(decode_headers())
     assert case.fleet.outcomes() == {case.worker.url: ["cancelled"]}

@@ -1,4 +1,4 @@
-"""A head that is looked up says the same as one that is parsed."""
+"""A request head that is looked up equals one that is parsed."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,14 +68,14 @@ def test_only_the_first_of_repeated_ids_counts() -> None:
     assert table.find(raw) is None
 
 
-def test_messages_that_are_only_observed_are_not_kept() -> None:
+def test_messages_in_observability_mode_are_not_kept() -> None:
     table = RequestHeadTable()
     raw = _message(_post(_ID, "10"), observability=True)
     _learn(table, raw)
     assert table.find(raw) is None
 
 
-def test_lengths_that_are_no_numbers_are_parsed() -> None:
+def test_a_message_with_a_malformed_length_is_parsed_each_time() -> None:
     table = RequestHeadTable()
     raw = _message(_post(_ID, "1_0"))
     assert _learn(table, raw)[2] == -1
@@ -92,7 +92,7 @@ _VALUES = st.one_of(
 
 
 @given(st.lists(st.lists(st.tuples(_NAMES, _VALUES), max_size=7), min_size=1, max_size=4))
-def test_what_is_looked_up_equals_what_is_parsed(requests: list[list[tuple[str, str]]]) -> None:
+def test_a_look_up_gives_the_same_as_parsing(requests: list[list[tuple[str, str]]]) -> None:
     table, fresh = RequestHeadTable(), RequestHeadTable()
     for headers in requests * 2:
         raw = _message(headers)

@@ -107,7 +107,7 @@ def test_without_a_visible_body_the_question_comes_with_the_headers() -> None:
     assert (session.question.model, session.question.stream) == ("m", True)
 
 
-def test_without_a_visible_body_and_with_several_models_the_gateway_is_to_blame() -> None:
+def test_without_a_visible_body_several_models_are_refused_with_a_hint_in_the_log() -> None:
     session = RouteSession(make_context(only_model=None))
     step = receive(session, request_headers(mode="NONE"))
     expected = refused(unsupported_body_mode())
