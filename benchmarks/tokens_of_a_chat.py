@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer
 
+from extproc.clock import SystemClock
 from extproc.tokenization.bodies.prompts import read_prompt
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
@@ -115,7 +116,7 @@ async def _family(family: str, rounds: int, vocabulary: int, tool_count: int) ->
     with tempfile.TemporaryDirectory() as temporary:
         config = {**FAMILIES[family][1], "chat_template": template(family)}
         folder = model_folder(Path(temporary), trained, config)
-        encoder = PromptEncoder.load(folder, EncoderSettings())
+        encoder = PromptEncoder.load(folder, EncoderSettings(), SystemClock())
         files = read_tokenizer(folder)
         templates = ChatTemplates(files)
         figures: dict[str, list[float]] = {}

@@ -346,6 +346,7 @@ def load_encoders(config: Config) -> dict[str, PromptEncoder]:
                         inline_chars=settings.inline_chars,
                         threads=settings.threads,
                     ),
+                    SystemClock(),
                 )
             except TokenizerError as error:
                 problems.append(f"models[{index}].tokenizer_path: {error}")

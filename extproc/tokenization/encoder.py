@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from extproc.clock import Clock, SystemClock
+from extproc.clock import Clock
 from extproc.tokenization.bodies.openai_chat import BodyFields
 from extproc.tokenization.bodies.prompts import Prompt, prompt_of, read_prompt
 from extproc.tokenization.chat_template import ChatTemplates
@@ -155,9 +155,7 @@ class PromptEncoder:
         self.stats = EncoderStats(texts)
 
     @classmethod
-    def load(
-        cls, path: Path, settings: EncoderSettings, clock: Clock | None = None
-    ) -> "PromptEncoder":
+    def load(cls, path: Path, settings: EncoderSettings, clock: Clock) -> "PromptEncoder":
         """Read a model's folder, or a tokenizer.json and the files beside it.
 
         Raises TokenizerError, which names the file.
@@ -173,7 +171,7 @@ class PromptEncoder:
             texts = TextEncoder(files.tokenizer, settings.cache_bytes)
         except TokenizerError as error:
             raise TokenizerError(f"{path}: {error}") from error
-        return cls(texts, templates, vocabulary, settings, clock or SystemClock())
+        return cls(texts, templates, vocabulary, settings, clock)
 
     async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
         """The prompt in a body, from its decoded `fields` where they are given.

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
+from extproc.clock import SystemClock
 from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.routing.ranks import Ranks
 from extproc.tokenization.bodies.prompts import read_prompt
@@ -62,7 +63,7 @@ async def test_ranks_are_shown_while_they_are_followed(ranks: Ranks) -> None:
 
 
 async def test_tokenization_is_counted_by_model(tmp_path: Path) -> None:
-    encoder = PromptEncoder.load(Path(model_folder(tmp_path)), EncoderSettings())
+    encoder = PromptEncoder.load(Path(model_folder(tmp_path)), EncoderSettings(), SystemClock())
     registry = CollectorRegistry()
     registry.register(EncoderCollector({"m": encoder}))
     body = b'{"model": "m", "messages": [{"role": "user", "content": "hello hello hello"}]}'

@@ -93,6 +93,16 @@ def test_a_complete_body_becomes_a_question_and_its_size_is_a_fact() -> None:
     assert not session.waits_for_body
 
 
+@pytest.mark.parametrize("limit", [0, len(BODY)])
+def test_the_prompt_is_decoded_with_the_model_where_a_policy_needs_tokens(limit: int) -> None:
+    session = RouteSession(make_context(prompt_max_bytes=limit))
+    receive(session, request_headers())
+    receive(session, request_body(BODY))
+    request = session.question
+    assert isinstance(request, Request)
+    assert (request.fields is not None) is (limit > 0)
+
+
 def test_in_full_duplex_nothing_is_replied_before_the_body_is_complete() -> None:
     session = RouteSession(make_context())
     assert receive(session, request_headers(mode="FULL_DUPLEX_STREAMED")) == NOTHING

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from extproc.clock import SystemClock
 from extproc.tokenization.bodies.messages import for_template
 from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.chat_template import iterates_over_parts, template_environment
@@ -113,7 +114,7 @@ CHATS: dict[str, dict[str, Any]] = {
 def _loaded(family: str, base: Path) -> tuple[PromptEncoder, Any]:
     folder = family_folder(family, base / family)
     return (
-        PromptEncoder.load(folder, EncoderSettings()),
+        PromptEncoder.load(folder, EncoderSettings(), SystemClock()),
         PreTrainedTokenizerFast.from_pretrained(folder),
     )
 
@@ -243,7 +244,7 @@ async def test_templates_get_tools_or_else_their_functions(tmp_path: Path) -> No
     """A template that fails on a tool's wrapping is tried again without it."""
     bare = "{% for t in tools %}{{ t.parameters.properties.city.type }}{% endfor %}"
     folder = model_folder(tmp_path, o200k(), {"chat_template": bare})
-    encoder = PromptEncoder.load(folder, EncoderSettings())
+    encoder = PromptEncoder.load(folder, EncoderSettings(), SystemClock())
     encoded = await encoder.encode(_prompt({"messages": [USER], "tools": [WEATHER]}))
     assert encoded.ids is not None
     assert await encoder.detokenize(encoded.ids.tolist(), skip_special_tokens=False) == "string"
@@ -255,7 +256,7 @@ async def test_default_template_arguments_are_those_of_the_engine(tmp_path: Path
     source = "{{ a }}|{{ b }}|{{ reasoning_effort }}"
     folder = model_folder(tmp_path, o200k(), {"chat_template": source})
     settings = EncoderSettings(template_kwargs={"a": "1", "b": "2", "reasoning_effort": "low"})
-    encoder = PromptEncoder.load(folder, settings)
+    encoder = PromptEncoder.load(folder, settings, SystemClock())
     for asked, expected in (
         ({}, "1|2|low"),
         ({"chat_template_kwargs": {"b": "3"}}, "1|3|low"),

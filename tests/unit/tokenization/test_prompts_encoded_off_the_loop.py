@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from extproc.clock import SystemClock
 from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import (
@@ -34,7 +35,9 @@ from tests.unit.tokenization.small_tokenizers import (
 
 
 def _encoder(folder: Path, family: str = "qwen", **settings: Any) -> PromptEncoder:
-    return PromptEncoder.load(family_folder(family, folder), EncoderSettings(**settings))
+    return PromptEncoder.load(
+        family_folder(family, folder), EncoderSettings(**settings), SystemClock()
+    )
 
 
 def _text(text: str) -> Prompt:
@@ -65,7 +68,7 @@ async def test_the_ids_of_a_body_are_its_tokens(tmp_path: Path) -> None:
 
 
 async def test_a_model_without_a_template_has_tokens_for_texts_only(tmp_path: Path) -> None:
-    encoder = PromptEncoder.load(model_folder(tmp_path, o200k()), EncoderSettings())
+    encoder = PromptEncoder.load(model_folder(tmp_path, o200k()), EncoderSettings(), SystemClock())
     assert await encoder.encode(_chat("x")) == (None, "no_chat_template")
     encoded = await encoder.encode(_text("x"))
     assert encoded.ids is not None
@@ -84,7 +87,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(
 ) -> None:
     folder = model_folder(tmp_path, o200k(), config)
     with pytest.raises(TokenizerError, match=message) as caught:
-        PromptEncoder.load(folder, EncoderSettings())
+        PromptEncoder.load(folder, EncoderSettings(), SystemClock())
     assert str(tmp_path) in str(caught.value)
 
 
@@ -306,7 +309,7 @@ async def test_responses_of_models_with_the_harmony_format_are_unsupported(tmp_p
     tokens = special([*CHATML_TOKENS, "<|channel|>", "<|constrain|>", "<|call|>"])
     tokenizer = byte_level_bpe(LLAMA_SPLIT, tokens)
     folder = model_folder(tmp_path, tokenizer, {"chat_template": template("chatml")})
-    encoder = PromptEncoder.load(folder, EncoderSettings())
+    encoder = PromptEncoder.load(folder, EncoderSettings(), SystemClock())
     body = b'{"input": "x", "messages": [{"role": "user", "content": "x"}]}'
     assert (await encoder.encode(read_prompt("/v1/responses", body))).reason == "unsupported"
     assert (await encoder.encode(read_prompt("/v1/chat/completions", body))).reason == ""
