@@ -13,13 +13,6 @@ from extproc.cli import main
 from tests.unit.configs import raw_config, written
 from tests.unit.simulator.model_folders import model_folder
 
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "extproc", *arguments], capture_output=True, text=True, timeout=60
-    )
-
-
 BAD = raw_config(
     models=[{"id": "m", "policy": "foo"}], server={"port": 0, "prot": 1}, envoy={"port": 9090}
 )
@@ -31,7 +24,8 @@ def keys(text: str) -> set[str]:
 
 
 def test_the_version_is_printed() -> None:
-    done = run("--version")
+    command = [sys.executable, "-m", "extproc", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"extproc {__version__}\n", "")
 
 
@@ -104,10 +98,11 @@ def test_check_says_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (captured.out, captured.err) == (f"{path}: good\n", "")
 
 
-def test_envoy_config_prints_yaml_alone(tmp_path: Path) -> None:
-    done = run("envoy-config", "--config", written(tmp_path, raw_config()))
-    assert (done.returncode, done.stderr) == (0, "")
-    documents: list[Any] = list(yaml.safe_load_all(done.stdout))
+def test_envoy_config_prints_yaml_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["envoy-config", "--config", written(tmp_path, raw_config())]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    documents: list[Any] = list(yaml.safe_load_all(captured.out))
     assert len(documents) == 1
     assert "static_resources" in documents[0]
 
@@ -139,14 +134,15 @@ def test_an_output_that_can_not_be_written_is_1(
     assert out in captured.err
 
 
-def test_what_a_template_can_not_be_given_is_no_default_for_it(tmp_path: Path) -> None:
+def test_what_a_template_can_not_be_given_is_no_default_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = {
         "id": "m",
         "tokenizer_path": model_folder(tmp_path),
         "chat_template_kwargs": {"messages": [], "thinking": True, "add_generation_prompt": False},
     }
-    done = run("check", "--config", written(tmp_path, raw_config(models=[model])))
-    assert done.returncode == 2
-    assert done.stderr == (
+    assert main(["check", "--config", written(tmp_path, raw_config(models=[model]))]) == 2
+    assert capsys.readouterr().err == (
         "models[0].chat_template_kwargs: not for the template: add_generation_prompt, messages\n"
     )

@@ -1,5 +1,6 @@
 """Level and format of the log. Each test runs a process, because logging is global."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ except ValueError:
 _ENDING = ["failed", "library failed"]
 
 
+@functools.cache
 def lines(level: str, log_format: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", _PROGRAM, level, log_format],

@@ -4,8 +4,32 @@ import argparse
 
 import pytest
 
+from extproc.cli import main
 from extproc.simulator import cli
 from extproc.simulator.settings import SimulatorSettings
+
+
+def test_bad_settings_name_the_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--page-size", "0"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("page_size:")
+
+
+def test_no_workers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["simulate", "--workers", "0"])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "--workers: expected a number from 1 to 256" in captured.err
+
+
+def test_workers_beyond_the_last_port_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--workers", "2", "--port", "65535"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("port:")
 
 
 def test_workers_in_a_row_have_ports_in_a_row() -> None:
