@@ -65,7 +65,7 @@ async def _measure(stack: Stack, count: int, body_bytes: int) -> list[tuple[str,
     body = request.encode()
     async with _open_streams(url, _WARM_UP_STREAMS, body):
         await settle(stack, _WARM_UP_STREAMS)
-    readings = [("none open", await settle(stack))]
+    readings = [("no stream open", await settle(stack))]
     for turn in range(1, _ROUNDS + 1):
         async with _open_streams(url, count, body):
             readings.append((f"{count} open, round {turn}", await settle(stack, count)))

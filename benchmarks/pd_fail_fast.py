@@ -72,7 +72,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> int:
     waits.sort()
     within = sum(wait < _LIMIT_SECONDS for wait in waits)
     print(
-        f"{len(waits)} failed prefills: {within} told within {_LIMIT_SECONDS * 1e3:.0f} ms; "
+        f"{len(waits)} failed prefills: {within} answered within {_LIMIT_SECONDS * 1e3:.0f} ms; "
         f"median {waits[len(waits) // 2] * 1e3:.1f} ms, p95 {waits[-len(waits) // 20] * 1e3:.1f} ms"
     )
     return 0

@@ -132,7 +132,7 @@ class RoutingSettings(Struct, frozen=True, kw_only=True):
 def build_shared(
     config: Config, *, clock: Clock | None = None, random: Random | None = None
 ) -> Shared:
-    """`clock` and `random` are the system's where none is given."""
+    """Make what all parts share; `clock` and `random` default to the system's."""
     clock = clock or SystemClock()
     prometheus = CollectorRegistry()
     metrics = Metrics(prometheus)

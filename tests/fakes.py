@@ -91,7 +91,7 @@ _Scripted = EngineAnswer | Exception | Callable[[], Awaitable[EngineAnswer]]
 class FakeEngineClient:
     """Answers as scripted per URL and path; the last answer of a script repeats.
 
-    Nothing scripted = nobody listens there. `calls` are (url, path, timeout in seconds).
+    A URL without a script refuses the connection. `calls` are (url, path, timeout in seconds).
     """
 
     def __init__(self) -> None:

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
             "one to prefill and one to decode"
         )
     try:
-        import rich  # noqa: F401 (an optional dependency; better told now than after the start)
+        import rich  # noqa: F401 (an optional dependency: report now, not after the start)
     except ImportError:
         sys.stderr.write("the demo needs more packages: pip install 'llm-extproc[demo]'\n")
         return 1

@@ -32,7 +32,7 @@ _HELP = {
     "prefill_tokens_per_second": "prefill speed, one prompt at a time",
     "decode_milliseconds_per_token": "time between two tokens of one request",
     "max_running_requests": "requests decoded at once on each rank; more wait",
-    "default_max_tokens": "output length when the request names none",
+    "default_max_tokens": "output length of a request without a limit",
     "max_total_num_tokens": "size of the prefix cache of each rank, in tokens",
     "host_cache_tokens": "host memory of each rank for what its cache evicts, in tokens",
     "context_length": "reported context length",
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     except OSError as error:
-        sys.stderr.write(f"port: can not listen on {settings.host}:{settings.port}: {error}\n")
+        sys.stderr.write(f"port: cannot listen on {settings.host}:{settings.port}: {error}\n")
         return 1
     return 0
 

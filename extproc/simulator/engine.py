@@ -6,7 +6,7 @@ at once. A full cache delays no request: pages that do not fit are not kept.
 
 Every moment is an absolute deadline on the event loop's clock: a prefill starts where the
 previous one ended, and token n is due at the first token's time plus n steps, so a busy
-event loop delays tokens but never makes the worker slower than it was told to be.
+event loop delays tokens but never makes the worker slower than its settings say.
 """
 
 from extproc.simulator.generation import FinishReason, Generation, Job

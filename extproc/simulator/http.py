@@ -81,7 +81,7 @@ class RunningSimulator:
 
     @property
     def publisher(self) -> KvPublisher | None:
-        """The present publisher of KV events; None if the worker publishes none."""
+        """The present publisher of KV events; None if the worker does not publish."""
         return None if self._runner.app is None else self._runner.app[_WORKER].publisher
 
     @property

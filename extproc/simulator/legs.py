@@ -54,7 +54,7 @@ class Transfers:
         except TimeoutError as error:
             self.timed_out += rooms - wait.done
             raise ApiError(
-                500, f"KV transfer failed: nobody came in {self._timeout_seconds:g} seconds"
+                500, f"KV transfer failed: no partner came in {self._timeout_seconds:g} seconds"
             ) from error
         except TransferError as error:
             raise ApiError(500, f"KV transfer failed: {error}") from error

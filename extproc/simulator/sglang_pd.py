@@ -197,7 +197,7 @@ class _DecodeLeg(RemotePrefill):
         address, ranks = await self._connect(place)
         rank = place.room % ranks if self._rank is None else self._rank
         room = address / "rooms" / str(rank) / str(place.room)
-        while not await self._has_kv(room):  # noqa: ASYNC110  # nobody here could set an event
+        while not await self._has_kv(room):  # noqa: ASYNC110  # no code here could set an event
             await asyncio.sleep(_RETRY_SECONDS)
         wait.done += 1
 

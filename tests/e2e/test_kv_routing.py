@@ -179,7 +179,7 @@ async def test_namespaces_do_not_share_pages(pool: StartPool) -> None:
 
 
 @pytest.mark.parametrize("mode", ["buffered", "partial", "streamed", "duplex", "duplex-both"])
-async def test_the_engine_is_told_which_rank_holds_the_prefix(pool: StartPool, mode: str) -> None:
+async def test_the_engine_learns_which_rank_holds_the_prefix(pool: StartPool, mode: str) -> None:
     edit = None if mode == "buffered" else with_modes(**MODES[mode])
     fleet = await pool(
         1, worker={"dp_size": 4, "prefill_tokens_per_second": 1e9}, edit_bootstrap=edit

@@ -124,7 +124,7 @@ class Watched:
         return state
 
     def pages(self) -> list[int]:
-        """The pages that routing would find of each prompt; none if the rank is not trusted."""
+        """The pages that routing would find of each prompt; 0 if the rank is not trusted."""
         pages = self.rank_pages
         if not pages.trusted:
             return [0] * PROMPTS

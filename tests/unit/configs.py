@@ -51,7 +51,7 @@ def at(path: str, value: object) -> dict[str, Any]:
 
 
 def problems_of(raw: object) -> list[str]:
-    """The problems of a configuration; fails if it has none."""
+    """The problems of a configuration, which must have at least one."""
     with pytest.raises(ConfigError) as caught:
         parse_config(raw)
     assert caught.value.problems

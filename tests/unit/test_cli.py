@@ -123,7 +123,7 @@ def test_envoy_config_writes_a_file_and_nothing_else(
     assert out.read_text(encoding="utf-8") == printed
 
 
-def test_an_output_that_can_not_be_written_is_1(
+def test_an_output_that_cannot_be_written_ends_with_exit_code_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "none" / "envoy.yaml")
@@ -134,7 +134,7 @@ def test_an_output_that_can_not_be_written_is_1(
     assert out in captured.err
 
 
-def test_what_a_template_can_not_be_given_is_no_default_for_it(
+def test_a_variable_that_no_template_can_get_is_refused_as_a_default(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = {

@@ -79,7 +79,7 @@ async def built_service() -> AsyncIterator[CollectorRegistry]:
 
 
 def label_names(metric: Metric) -> set[str]:
-    """Those of its samples; where there are none yet, those it was declared with."""
+    """The labels of its samples; without a sample, those it was declared with."""
     found = {name for sample in metric.samples for name in sample.labels} - {"le"}
     return found or set(getattr(metric, "_labelnames", ()))
 

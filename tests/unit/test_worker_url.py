@@ -70,7 +70,7 @@ def test_one_worker_has_one_spelling(text: str, normal: str) -> None:
         ("http://[v1.x]:80", "."),
     ],
 )
-def test_what_can_not_be_dialled_is_refused(text: str, sentence: str) -> None:
+def test_a_url_that_cannot_be_dialled_is_refused(text: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         parse_worker_url(text)
 

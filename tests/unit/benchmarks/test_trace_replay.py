@@ -202,7 +202,7 @@ def test_a_small_cache_holds_less(replay: Replay) -> None:
 
 
 def test_load_reports_improve_the_result(replay: Replay) -> None:
-    # So little room, and decoding so slow, that who is full shows in reports alone.
+    # So little room, and decoding so slow, that only reports show which worker is full.
     arguments = ["--workers", "3", "--capacity-tokens", "30000", "--decode-ms", "50"]
     arguments += ["--policy", *KV_POLICIES]
     without, having = replay(*arguments), replay(*arguments, "--load-stat")

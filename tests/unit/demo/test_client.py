@@ -78,7 +78,7 @@ async def test_a_conversation_ends_with_a_failed_turn(fault: dict[str, object]) 
     assert [outcome.good for outcome in outcomes] == [False, True]
 
 
-async def test_nobody_there() -> None:
+async def test_a_service_that_is_gone() -> None:
     async with await start(worker()) as simulator:
         url = simulator.url
     (only,) = await held(url, conversation(0, 0))

@@ -56,7 +56,7 @@ async def test_a_running_prefill_is_waited_for(worker: RunningSimulator) -> None
     assert found.prompt_tokens == len(PROMPT)
 
 
-async def test_nobody_there() -> None:
+async def test_a_worker_that_is_gone() -> None:
     async with await start(SimulatorSettings()) as gone:
         url = gone.url
     async with aiohttp.ClientSession() as session:

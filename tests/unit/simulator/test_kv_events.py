@@ -303,7 +303,7 @@ async def test_load_is_reported_on_change_and_without(launch: Launch, connect: C
     assert (await client.load())[1:4] == [0, 0, 0]
 
 
-async def test_load_changes_are_told_at_once(launch: Launch, connect: Connect) -> None:
+async def test_load_changes_are_published_at_once(launch: Launch, connect: Connect) -> None:
     worker = await launch(publishing(**endless_fields()))
     tasks = []
 

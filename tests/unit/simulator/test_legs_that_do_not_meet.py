@@ -164,7 +164,7 @@ async def test_the_decode_leg_does_not_notice_a_dead_prefill_worker(launch: Laun
     await legs.prefill.simulator.stop()
     status, answer = await waiting
     assert status == 500
-    assert "nobody came" in answer["error"]["message"]
+    assert "no partner came" in answer["error"]["message"]
     assert pd(await legs.decode.stats()) == (0, 1, 0)
 
 
@@ -217,7 +217,7 @@ async def test_a_prefill_leg_that_is_refused_after_a_while(launch: Launch) -> No
     legs = await faulty(launch, {"hang": 0.05, "status": 500})
     prefill, decode = await legs.both(legs.body())
     assert (prefill[0], decode[0]) == (500, 500)
-    assert "nobody came" in decode[1]["error"]["message"]
+    assert "no partner came" in decode[1]["error"]["message"]
     prefill, decode = await legs.both(legs.body())
     assert (prefill[0], decode[0]) == (200, 200)
 
