@@ -8,7 +8,7 @@ ARGS ?=
 # Percent of extproc's lines and branches that unit and protocol tests reach.
 COVERAGE_FLOOR := 90
 
-.PHONY: venv demo test cov fmt lint sentences lock wheel newest bench protos docs clean
+.PHONY: venv demo test cov fmt lint lock wheel newest bench protos docs clean
 
 venv: $(VENV)/.dev
 
@@ -61,10 +61,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
-
-# Sentences that are hard to read, by patterns.
-sentences: $(VENV)/.dev
-	@$(BIN)/python -m lint.sentences
+	$(BIN)/python -m lint.sentences
 
 # Renews the lock. Versions stay as they are where pyproject.toml allows them. ARGS=--upgrade takes
 # the newest of all, ARGS='--upgrade-package NAME' the newest of one. The files for the service, the

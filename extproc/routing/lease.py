@@ -97,7 +97,7 @@ class Lease:
     def responded(self, status: int, address: str, code_details: str, streamed: bool) -> bool:
         """Envoy has response headers, its own or the worker's.
 
-        `address` is the `ip:port` that was tried last, "" when none was; `code_details` as
+        `address` is the `ip:port` that was tried last, "" without a try; `code_details` as
         Envoy's `response.code_details`, "" from gateways that do not send it. Returns False when
         Envoy tried an address that the decision does not name.
         """

@@ -33,11 +33,11 @@ class Encoder(Protocol):
     """The part of a model's tokenizer that routing uses."""
 
     async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
-        """Return the prompt in a body, or why there is none; `fields`: the decoded body, if any."""
+        """Return the prompt in a body, or why it has no prompt; `fields`: the decoded body."""
         ...
 
     async def encode(self, prompt: Prompt) -> Encoded:
-        """Return the prompt's token ids, or why there are none."""
+        """Return the prompt's token ids, or why they are not known."""
         ...
 
 

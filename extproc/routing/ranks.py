@@ -54,7 +54,7 @@ class Ranks(WorkerObserver):
         return None if rank.pages is None else self.indexer.state(rank.pages)
 
     def of(self, worker: Worker) -> tuple[Rank, ...]:
-        """The worker's ranks; empty if none of its models has a KV-aware policy."""
+        """The worker's ranks; empty if its models have no KV-aware policy."""
         return self._of_worker.get(worker, ())
 
     def joined(self, worker: Worker) -> None:

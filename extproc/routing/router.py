@@ -43,7 +43,7 @@ class Router:
 
     @property
     def only_model(self) -> str | None:
-        """The model that is meant when a request names none, if there is just one."""
+        """The model of a request that does not name one, if there is just one model."""
         return self._only_model
 
     async def answer(self, request: Request) -> Answer:
@@ -57,8 +57,8 @@ class Router:
     async def route(self, request: Request) -> Lease | Pair:
         """Decide and claim; the caller closes the lease however the request ends.
 
-        Raises RouterError: 404 for an unknown model (before any worker is asked), 503 when none
-        of its workers may be tried.
+        Raises RouterError: 404 for an unknown model (before any worker is asked), 503 when no
+        worker of the model may be tried.
         """
         model, adapter = self._resolve(request.model)
         chooser = self._choosers[model]
@@ -100,7 +100,7 @@ class Router:
         if name is None:
             name = self._only_model
             if name is None:
-                raise model_not_found("(none named, and several are served)")
+                raise model_not_found("(no model named, and several are served)")
         if name in self._choosers:
             return name, None
         base, _, adapter = name.rpartition(":")
@@ -109,7 +109,7 @@ class Router:
         raise model_not_found(name)
 
     def _candidates(self, model: str, now: float) -> list[Worker]:
-        """Return the workers that may be tried; raises RouterError 503 when there are none."""
+        """Return the workers that may be tried; raises RouterError 503 without one."""
         candidates = self._registry.candidates(model, "plain", now)
         if not candidates:
             raise no_healthy_workers()

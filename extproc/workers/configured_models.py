@@ -28,7 +28,7 @@ class ConfiguredModels:
         return models[0].circuit_breaker
 
     def complete(self, spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
-        """The spec with the worker's answer, and with configured KV events if it named none."""
+        """The spec with the answer, and with the configured KV events if it named no others."""
         if spec.kv_events is not None and spec.kv_events == self._kv_events(spec):
             # Those of the models it served so far: they may not hold for its models now.
             spec = msgspec.structs.replace(spec, kv_events=None)

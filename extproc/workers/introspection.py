@@ -57,7 +57,7 @@ class _ModelList(Struct):
 class Introspection(Struct, frozen=True, kw_only=True):
     """A worker's answer about itself.
 
-    `role` is None if the answer has none. `problem` says why there is no usable answer, and
+    `role` is None if the answer does not have it. `problem` says why there is no usable answer, and
     `kv_problem` why its KV events cannot be used; both are empty if all is well.
     """
 

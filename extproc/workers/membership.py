@@ -134,7 +134,7 @@ class Membership:
         await self._remove(worker_id)
 
     def update_addresses(self, answers: list[tuple[Worker, tuple[str, ...]]]) -> None:
-        """Take over new addresses; a worker whose name has none keeps its last address."""
+        """Take over new addresses; a worker whose name has no address now keeps its last one."""
         changed = False
         for worker, addresses in answers:
             self._warnings.addresses(worker.spec, addresses)

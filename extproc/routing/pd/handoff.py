@@ -77,7 +77,7 @@ def _room(dp_rank: int, dp_size: int) -> int:
 
 
 def kv_decode_members(answer: bytes) -> bytes | None:
-    """Return the member of a prefill worker's answer that decode needs; None if there is none."""
+    """Return the member of a prefill worker's answer that decode needs, None if it is missing."""
     try:
         answer.decode()  # the decoder does not validate members that it skips
         params = _answer_decoder.decode(answer).kv_transfer_params

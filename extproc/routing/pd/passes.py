@@ -186,7 +186,7 @@ class Disaggregation(WorkerObserver):
     ) -> list[Worker]:
         """Return the decode workers that may be tried, those of `addresses` if that is given.
 
-        Raises RouterError 503 if there are none.
+        Raises RouterError 503 if no worker may be tried.
         """
         workers = self._registry.candidates(model, "decode", now)
         if addresses is not None:

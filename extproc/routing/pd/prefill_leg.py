@@ -79,7 +79,7 @@ class PrefillLeg:
         return self._parts.clock.monotonic() - self._sent_at >= _OWN_FAILURE_SECONDS
 
     async def answer(self) -> EngineAnswer | str:
-        """Wait for the worker's answer; returns the reason of the failure if there is none."""
+        """Wait for the worker's answer; returns the reason if it failed."""
         assert self.call is not None  # noqa: S101 (made before)
         try:
             return await self.call.answer()

@@ -171,7 +171,9 @@ async def test_a_gateway_without_attributes_is_taken_to_have_asked_the_chosen_wo
 # -- Envoy's own replies
 
 
-async def test_when_all_workers_refuse_all_that_were_tried_have_failed_and_none_served() -> None:
+async def test_when_all_workers_refuse_all_that_were_tried_have_failed_and_no_worker_served() -> (
+    None
+):
     case = Case()
     lease = await case.lease()
     assert lease.responded(503, ADDRESSES[2], REFUSED, streamed=False)

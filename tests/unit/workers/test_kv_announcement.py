@@ -66,7 +66,7 @@ def test_some_speculative_algorithms_publish_pages_of_token_pairs(
     assert found.bigram is bigram
 
 
-def test_an_engine_without_kv_events_has_none() -> None:
+def test_an_engine_without_kv_events_announces_no_endpoint() -> None:
     assert read_kv_events(None, "EAGLE", URL) is None
 
 
