@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.tokenization.caches import WordCache
-from extproc.tokenization.pieces import split_plan
+from extproc.tokenization.pieces import WordPlan, split_plan
 from extproc.tokenization.plain_encoder import PlainEncoder, packed
 from extproc.tokenization.text_encoder import TextEncoder
 from extproc.tokenization.word_encoder import _NEW_MAX, WordEncoder
@@ -33,9 +34,14 @@ TEXTS = st.text(alphabet=LETTERS, max_size=60) | st.lists(
 
 
 def _words(tokenizer: Any, plain: PlainEncoder | None = None) -> WordEncoder:
+    return WordEncoder(plain or PlainEncoder(tokenizer), _plan(tokenizer), 1 << 20)
+
+
+@cache
+def _plan(tokenizer: Any) -> WordPlan:
     plan = split_plan(json.loads(tokenizer.to_str()), False).words
     assert plan is not None
-    return WordEncoder(plain or PlainEncoder(tokenizer), plan, 1 << 20)
+    return plan
 
 
 @pytest.fixture(scope="module", params=[llama, qwen, o200k, gpt2])
