@@ -12,7 +12,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +23,15 @@ from extproc.config.loading import load_config
 from extproc.envoy_config import render_yaml
 from extproc.errors import ConfigError, ServiceError
 
-__all__ = ["ManagedProcess", "Stack", "StackError", "find_envoy", "free_ports", "wait_until"]
+__all__ = [
+    "ManagedProcess",
+    "Stack",
+    "StackError",
+    "find_envoy",
+    "free_ports",
+    "reserved_ports",
+    "wait_until",
+]
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 20.0
@@ -51,6 +59,21 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [int(one.getsockname()[1]) for one in sockets]
+
+
+@contextlib.contextmanager
+def reserved_ports(count: int) -> Iterator[list[int]]:
+    """Distinct ports on 127.0.0.1 that the system does not give to a request for any free port.
+
+    A server that names one of them can listen there, as often as it likes: the sockets that
+    hold the ports do not listen, and all servers here set SO_REUSEADDR.
+    """
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield [int(one.getsockname()[1]) for one in sockets]
 
 
 async def wait_until(
@@ -152,7 +175,10 @@ class Stack:
         *,
         edit_bootstrap: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        grpc_port, admin_port, envoy_port, envoy_admin_port = free_ports(4)
+        self._ports = contextlib.ExitStack()
+        grpc_port, admin_port, envoy_port, envoy_admin_port = self._ports.enter_context(
+            reserved_ports(4)
+        )
         base: dict[str, Any] = {
             "server": {"port": grpc_port, "admin_port": admin_port, "drain_secs": 0},
             "discovery": {
@@ -214,7 +240,8 @@ class Stack:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.gather(self.envoy.stop(), self.service.stop())
+        with self._ports:
+            await asyncio.gather(self.envoy.stop(), self.service.stop())
 
     def write_config(self) -> None:
         self.config_file.write_text(yaml.safe_dump(self.config, sort_keys=False))

@@ -13,7 +13,7 @@ import pytest
 
 from extproc.simulator.http import RunningSimulator, start
 from extproc.simulator.settings import SimulatorSettings
-from extproc.testing.stack import Stack
+from extproc.testing.stack import Stack, reserved_ports
 
 __all__ = ["Fleet", "Launch", "Running"]
 
@@ -123,7 +123,9 @@ async def launch(tmp_path: Path) -> AsyncIterator[Launch]:
             fleet = Fleet([])
             for model in models:
                 for _ in range(workers):
-                    simulator = await start(SimulatorSettings(model=model, **fast))
+                    # A worker that a test stops must not be replaced by one of another test.
+                    (port,) = exits.enter_context(reserved_ports(1))
+                    simulator = await start(SimulatorSettings(model=model, port=port, **fast))
                     exits.push_async_callback(simulator.stop)
                     fleet.workers.append(simulator)
             found = [one.url for one in fleet.workers]

@@ -10,7 +10,7 @@ import aiohttp
 
 from extproc.simulator.http import RunningSimulator, start
 from extproc.simulator.settings import SimulatorSettings
-from extproc.testing.stack import Stack
+from extproc.testing.stack import Stack, reserved_ports, wait_until
 from tests.e2e.conftest import Fleet, Running
 
 __all__ = ["PdRunning", "pd_stack"]
@@ -47,7 +47,7 @@ class PdRunning(Running):
         """The requests that arrived at these workers, oldest first within a worker."""
         return [one for worker in workers for one in (await self.stats_of(worker))["requests"]]
 
-    async def at_rest(self, seconds: float = 10.0) -> None:
+    async def at_rest(self, seconds: float = 60.0) -> None:
         """Wait until no ticket, leg or room is left; fails after this many seconds."""
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
@@ -61,6 +61,30 @@ class PdRunning(Running):
                 return
             assert asyncio.get_running_loop().time() < deadline, (left, workers, stats)
             await asyncio.sleep(0.05)
+
+    async def arrived(self, worker: RunningSimulator) -> None:
+        """Waits until a leg is with this worker."""
+
+        async def check() -> bool:
+            return bool(await self.legs([worker]))
+
+        await wait_until(check, "a leg arrives")
+
+    async def kv_settled(self, page: int) -> None:
+        """Waits until the service knows all pages, of so many tokens each, that workers hold."""
+
+        async def check() -> bool:
+            held = {
+                worker.url: [cache["gpu_tokens"] // page for cache in stats["caches"]]
+                for worker in self.fleet.workers
+                for stats in [await self.stats_of(worker)]
+            }
+            return held == {
+                worker["url"]: [rank["pages"] for rank in worker["kv"]["ranks"] if rank["trusted"]]
+                for worker in await self.stack.workers()
+            }
+
+        await wait_until(check, "the service knows what the workers hold")
 
     async def roles(self) -> dict[str, str]:
         async with self.http.get(f"{self.stack.admin_url}/workers") as answer:
@@ -84,18 +108,20 @@ async def pd_stack(
     async with AsyncExitStack() as exits:
 
         async def simulator(**more: Any) -> RunningSimulator:
-            given = {"decode_milliseconds_per_token": _DECODE_MILLISECONDS} | (worker or {})
+            # A worker that a test stops must not be replaced by one of another test.
+            port, bootstrap_port = exits.enter_context(reserved_ports(2))
+            given = {
+                "port": port,
+                "decode_milliseconds_per_token": _DECODE_MILLISECONDS,
+            } | (worker or {})
+            if more.get("disaggregation_mode") == "prefill":
+                more["disaggregation_bootstrap_port"] = bootstrap_port
             one = await start(SimulatorSettings(**(given | more)))
             exits.push_async_callback(one.stop)
             return one
 
         prefilling = [
-            await simulator(
-                model="m",
-                disaggregation_mode="prefill",
-                disaggregation_bootstrap_port=0,
-            )
-            for _ in range(prefills)
+            await simulator(model="m", disaggregation_mode="prefill") for _ in range(prefills)
         ]
         decoding = [
             await simulator(model="m", disaggregation_mode="decode") for _ in range(decodes)

@@ -52,7 +52,7 @@ async def test_with_all_workers_dead_clients_get_503_until_they_recover(launch: 
             async with running.chat() as response:
                 return bool(response.status == 200)
 
-        await wait_until(served, "a probe closes the breaker", 15)
+        await wait_until(served, "a probe closes the breaker")
     finally:
         await again.stop()
 
@@ -92,8 +92,8 @@ async def test_a_client_disconnect_ends_the_upstream_request(launch: Launch) -> 
     async def aborted() -> bool:
         return bool((await running.fleet.stats())[0]["aborted"] == 1)
 
-    await wait_until(aborted, "the worker sees the abort", 15)
-    await wait_until(lambda: no_load(running), "load released", 15)
+    await wait_until(aborted, "the worker sees the abort")
+    await wait_until(lambda: no_load(running), "load released")
 
 
 async def test_a_client_disconnect_before_the_answer_ends_the_upstream_request(
@@ -104,7 +104,7 @@ async def test_a_client_disconnect_before_the_answer_ends_the_upstream_request(
         async with asyncio.timeout(1):
             async with running.chat(fault="hang"):
                 raise AssertionError("a hanging worker answered")
-    await wait_until(lambda: no_load(running), "load released", 15)
+    await wait_until(lambda: no_load(running), "load released")
     workers = await running.stack.workers()
     assert workers[0]["breaker"] == "closed"
 

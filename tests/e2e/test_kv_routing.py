@@ -65,7 +65,7 @@ class Pool:
                 all(rank["trusted"] for rank in ranks) and [rank["pages"] for rank in ranks] == held
             )
 
-        await wait_until(check, "the service knows what the workers hold", 15)
+        await wait_until(check, "the service knows what the workers hold")
 
 
 StartPool = Callable[..., Any]

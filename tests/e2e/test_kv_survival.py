@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from extproc.testing.stack import ManagedProcess, Stack, free_ports, wait_until
+from extproc.testing.stack import ManagedProcess, Stack, reserved_ports, wait_until
 from tests.unit.simulator.model_folders import model_folder
 
 PAGE = 16
@@ -20,8 +20,8 @@ TENANTS = [f"tenant {number}: " + "the same long instructions " * 30 for number 
 class Engine:
     """A simulated worker in its own process, which restarts at the same ports."""
 
-    def __init__(self, folder: Path, model: str) -> None:
-        self.port, self.events, self.replay, self.load = free_ports(4)
+    def __init__(self, folder: Path, model: str, ports: list[int]) -> None:
+        self.port, self.events, self.replay, self.load = ports
         self.url = f"http://127.0.0.1:{self.port}"
         self._argv = [
             *(sys.executable, "-m", "extproc", "simulate", "--model", "m"),
@@ -100,7 +100,9 @@ async def rig(folder: Path, engines: int = 2) -> AsyncIterator[Rig]:
         model = folder / "model"
         model.mkdir()
         path = model_folder(model)
-        fleet = [Engine(folder, path) for _ in range(engines)]
+        fleet = [
+            Engine(folder, path, exits.enter_context(reserved_ports(4))) for _ in range(engines)
+        ]
         for engine in fleet:
             exits.push_async_callback(engine.kill)
             await engine.start()
@@ -122,7 +124,7 @@ async def rig(folder: Path, engines: int = 2) -> AsyncIterator[Rig]:
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30))
         )
         started = Rig(stack, fleet, http)
-        await wait_until(started.is_right, "all ranks are followed", 20)
+        await wait_until(started.is_right, "all ranks are followed")
         yield started
 
 
@@ -148,15 +150,15 @@ async def test_an_engine_killed_under_traffic_comes_back_with_an_empty_cache(
             async def is_holder() -> bool:
                 return int((await running.rank(victim))["pages"]) > 0
 
-            await wait_until(is_holder, "the victim holds something", 10)
+            await wait_until(is_holder, "the victim holds something")
             await victim.kill()
 
             async def is_marked() -> bool:
                 return not (await running.rank(victim))["trusted"]
 
-            await wait_until(is_marked, "the dead rank is marked", 10)
+            await wait_until(is_marked, "the dead rank is marked")
             await victim.start()
-            await wait_until(running.is_right, "overlaps are true again", 20)
+            await wait_until(running.is_right, "overlaps are true again")
         stop.set()
         await asyncio.gather(*clients)
         assert len(statuses) > 50
@@ -181,7 +183,7 @@ async def test_a_dead_engine_gets_no_requests(tmp_path: Path) -> None:
                 for status, shown, _ in answers
             )
 
-        await wait_until(goes_to_the_other, "the other engine serves all", 20)
+        await wait_until(goes_to_the_other, "the other engine serves all")
         assert not (await running.rank(running.engines[0]))["trusted"]
         samples = await running.stack.metrics()
         assert samples["extproc_kv_ranks_untrusted"] == 1

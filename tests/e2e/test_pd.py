@@ -191,7 +191,7 @@ async def switch(running: PdRunning, worker: RunningSimulator, role: str) -> Non
     body = {"new_role": role}
     async with running.http.post(f"{worker.url}/pd_role_switch", json=body) as answer:
         assert answer.status == 200, await answer.text()
-    deadline = asyncio.get_running_loop().time() + 5
+    deadline = asyncio.get_running_loop().time() + 60
     while (await running.roles())[worker.url] != role:
         assert asyncio.get_running_loop().time() < deadline
         await asyncio.sleep(0.05)
@@ -243,7 +243,7 @@ async def test_roles_change_under_load(tmp_path: Path) -> None:
         clients = [asyncio.create_task(send()) for _ in range(4)]
         changing = running.prefills[1]
         for role in ("decode", "prefill", "decode"):
-            deadline = asyncio.get_running_loop().time() + 10
+            deadline = asyncio.get_running_loop().time() + 60
             while True:
                 url, body = f"{changing.url}/pd_role_switch", {"new_role": role}
                 async with running.http.post(url, json=body) as answer:

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ from tests.e2e.pd_fleet import PdRunning, pd_stack
 
 # The event itself takes this long in the simulated worker.
 EVENT_SECONDS = 0.3
-# Seconds a client may wait after it; 0.05 on a quiet machine, with room for a busy one.
+# Seconds a client may wait after it; 0.05 on a quiet machine.
 AT_ONCE = 0.25
+TRIES = 30
+# Seconds for a busy machine; what must not be waited for takes much longer.
+SOON = 30.0
 STREAMS = [False, True]
+# Failures are counted here, not ended by a breaker.
+PATIENT = {"circuit_breaker": {"threshold": 1000}}
 MODES = ["two_pass", "inline"]
 
 
@@ -32,6 +38,19 @@ async def timed(running: PdRunning, stream: bool) -> tuple[int, str, float]:
         await response.read()
         code = response.headers.get("x-router-error-code", "")
         return response.status, code, time.monotonic() - started
+
+
+async def tries_until_one_takes(limit_seconds: float, ask: Callable[[], Awaitable[None]]) -> int:
+    """How often it was asked until it took less than the limit; fails if it never does.
+
+    A busy machine is slow now and then. A router that waits for something is slow every time.
+    """
+    for tries in range(1, TRIES + 1):
+        started = time.monotonic()
+        await ask()
+        if time.monotonic() - started < limit_seconds:
+            return tries
+    raise AssertionError(f"{TRIES} requests took {limit_seconds} s or more")
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -52,20 +71,23 @@ async def timed(running: PdRunning, stream: bool) -> tuple[int, str, float]:
 async def test_a_failed_prefill_is_answered_at_once(
     tmp_path: Path, fault: dict[str, Any], expected: tuple[int, str], mode: str, stream: bool
 ) -> None:
-    async with pd_stack(tmp_path, settings={"pd": {"decode": mode}}) as running:
+    settings = {"pd": {"decode": mode}}
+    async with pd_stack(tmp_path, settings=settings, model=PATIENT) as running:
         await running.fault(running.prefills[0], **fault)
-        # In a stream the decode worker's headers may be out; then all that is left is to cut it.
-        try:
-            status, code, seconds = await timed(running, stream)
-            assert (status, code) == expected
-        except aiohttp.ClientPayloadError:
-            assert stream
-            seconds = EVENT_SECONDS
-        assert seconds < EVENT_SECONDS + AT_ONCE
+
+        async def ask() -> None:
+            # In a stream the decode worker's headers may be out; then it is cut.
+            try:
+                status, code, _ = await timed(running, stream)
+                assert (status, code) == expected
+            except aiohttp.ClientPayloadError:
+                assert stream
+
+        tries = await tries_until_one_takes(EVENT_SECONDS + AT_ONCE, ask)
         await running.at_rest()
         outcome = "prefill_refused" if expected[0] < 500 else "prefill_failed"
         name = f'extproc_pd_pairs_total{{model="m",outcome="{outcome}"}}'
-        assert await running.sample(name) == 1
+        assert await running.sample(name) == tries
 
 
 async def test_the_engines_error_for_a_bad_request_is_passed_on(tmp_path: Path) -> None:
@@ -78,11 +100,17 @@ async def test_the_engines_error_for_a_bad_request_is_passed_on(tmp_path: Path) 
 
 
 async def test_a_prefill_that_takes_too_long_is_answered_with_an_error(tmp_path: Path) -> None:
-    async with pd_stack(tmp_path, settings={"pd": {"prefill_timeout_secs": 0.5}}) as running:
+    async with pd_stack(
+        tmp_path, settings={"pd": {"prefill_timeout_secs": 0.5}}, model=PATIENT
+    ) as running:
         await running.fault(running.prefills[0], hang=True)
-        status, code, seconds = await timed(running, False)
-        assert (status, code) == (502, "prefill_failed")
-        assert 0.5 <= seconds < 0.5 + AT_ONCE
+
+        async def ask() -> None:
+            status, code, seconds = await timed(running, False)
+            assert (status, code) == (502, "prefill_failed")
+            assert seconds >= 0.5
+
+        await tries_until_one_takes(0.5 + AT_ONCE, ask)
         await running.fault(running.prefills[0])
         await running.at_rest()
 
@@ -193,7 +221,7 @@ async def test_a_decode_worker_that_fails_ends_the_prefill(
             await running.fault(worker, **fault)
         status, code, seconds = await timed(running, False)
         assert (status, code) == ((500, "") if "status" in fault else (503, "upstream_unreachable"))
-        assert seconds < 2
+        assert seconds < SOON
         # One attempt uses the room up, and the prefill does not wait for another.
         assert sum([len(await running.legs([worker])) for worker in running.decodes]) == 1
         await running.at_rest()
@@ -207,10 +235,11 @@ async def test_a_client_disconnect_ends_both_legs(tmp_path: Path, mode: str, str
     settings = {"pd": {"decode": mode, "prefill_linger_secs": 0.2}}
     async with pd_stack(tmp_path, settings=settings) as running:
         await running.fault(running.prefills[0], hang=True)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.5):
-                async with running.chat(stream=stream) as response:
-                    await response.read()
+        chat = asyncio.create_task(timed(running, stream))
+        await running.arrived(running.prefills[0])
+        chat.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await chat
         await running.at_rest()
 
 
@@ -218,11 +247,11 @@ async def test_a_stopping_service_answers_clients_whose_prefill_runs(tmp_path: P
     async with pd_stack(tmp_path) as running:
         await running.fault(running.prefills[0], hang=True)
         chat = asyncio.create_task(timed(running, False))
-        await asyncio.sleep(0.5)
+        await running.arrived(running.prefills[0])
         await running.stack.service.stop()
         status, code, seconds = await chat
         assert (status, code) == (502, "prefill_failed")
-        assert seconds < 5
+        assert seconds < SOON
 
 
 async def test_a_service_that_is_killed_leaves_no_client_hanging(tmp_path: Path) -> None:
@@ -230,11 +259,11 @@ async def test_a_service_that_is_killed_leaves_no_client_hanging(tmp_path: Path)
     async with pd_stack(tmp_path, settings=settings) as running:
         await running.fault(running.prefills[0], hang=True)
         chat = asyncio.create_task(timed(running, False))
-        await asyncio.sleep(0.5)
+        await running.arrived(running.prefills[0])
         os.kill(running.stack.service.pid, signal.SIGKILL)
         status, code, seconds = await chat
         assert (status, code) == (504, "upstream_timeout")
-        assert seconds < 4
+        assert seconds < SOON
 
 
 async def test_random_failures_leave_nothing_behind(tmp_path: Path) -> None:
@@ -300,8 +329,8 @@ async def test_random_failures_leave_nothing_behind(tmp_path: Path) -> None:
         }
         assert set(seen) <= allowed, seen
         assert seen[200, ""] > 200, seen
-        assert slowest < 12, slowest
-        await running.at_rest(15)
+        assert slowest < 8 + SOON, slowest
+        await running.at_rest()
         for one in [*running.prefills, *running.decodes]:
             with contextlib.suppress(Exception):
                 await one.stop()

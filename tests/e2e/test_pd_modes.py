@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from extproc.testing.stack import ManagedProcess, free_ports, wait_until
+from extproc.testing.stack import ManagedProcess, reserved_ports, wait_until
 from tests.e2e.pd_fleet import PdRunning, pd_stack
 from tests.e2e.test_gateway_modes import MODES, with_modes
 from tests.unit.simulator.model_folders import model_folder
@@ -69,8 +69,15 @@ async def test_pairs_work_in_a_gateway_with_one_destination(tmp_path: Path) -> N
 @contextlib.asynccontextmanager
 async def two_replicas(tmp_path: Path, **more: Any) -> AsyncIterator[PdRunning]:
     """The first pass asks one replica, the attempts of the second pass ask two in turn."""
-    grpc_port, admin_port = free_ports(2)
+    with reserved_ports(2) as ports:
+        async with _two_replicas(tmp_path, *ports, **more) as running:
+            yield running
 
+
+@contextlib.asynccontextmanager
+async def _two_replicas(
+    tmp_path: Path, grpc_port: int, admin_port: int, **more: Any
+) -> AsyncIterator[PdRunning]:
     def edit(bootstrap: dict[str, Any]) -> None:
         clusters = bootstrap["static_resources"]["clusters"]
         (ours,) = [cluster for cluster in clusters if cluster["name"] == "extproc"]
@@ -110,7 +117,7 @@ async def two_replicas(tmp_path: Path, **more: Any) -> AsyncIterator[PdRunning]:
                     )
                 return False
 
-            await wait_until(ready, "both replicas answer", 20)
+            await wait_until(ready, "both replicas answer")
             yield running
         finally:
             await second.stop()
@@ -178,7 +185,7 @@ async def test_the_prefill_goes_where_the_prefix_is(tmp_path: Path) -> None:
             first, _ = await ask(text)
             (holder,) = [one for one in running.prefills if one.url == first]
             rank = (await running.legs([holder]))[-1]["rank"]
-            await asyncio.sleep(0.5)
+            await running.kv_settled(PAGE)
             for turn in range(3):
                 assert await ask(f"{text} and then {turn}") == (first, "hit")
                 leg = (await running.legs([holder]))[-1]
@@ -296,7 +303,7 @@ async def test_a_short_rest_of_a_prompt_needs_no_prefill_worker(tmp_path: Path) 
 
         await ask(LONG)
         assert len(await running.legs(running.prefills)) == 1
-        await asyncio.sleep(0.5)
+        await running.kv_settled(PAGE)
         await ask(f"{LONG} and more")
         assert len(await running.legs(running.prefills)) == 1
         assert len(await running.legs(running.decodes)) == 2

@@ -14,6 +14,15 @@ async def read_stream(running: Running, tokens: int) -> int:
         return int((await response.read()).count(b"data: "))
 
 
+async def streams_are_open(running: Running, count: int) -> None:
+    """Waits until workers generate for so many requests."""
+
+    async def check() -> bool:
+        return int(sum(stats["running"] for stats in await running.fleet.stats())) == count
+
+    await wait_until(check, f"{count} streams are open")
+
+
 async def bypassed(running: Running) -> bool:
     return not await running.stack.envoy_sees_service()
 
@@ -24,11 +33,11 @@ async def test_kill_9_in_mid_stream_then_the_pool_serves_then_routing_resumes(
     running = await launch(2)
     streaming = asyncio.create_task(read_stream(running, 30))
     waiting = asyncio.create_task(read_stream(running, 3))
-    await asyncio.sleep(1)
+    await streams_are_open(running, 2)
     await running.stack.service.stop(signal.SIGKILL)
     assert await streaming == 33
     assert await waiting == 6
-    await wait_until(lambda: bypassed(running), "Envoy notices", 10)
+    await wait_until(lambda: bypassed(running), "Envoy notices")
     for _ in range(4):
         async with running.chat() as response:
             assert response.status == 200
@@ -42,15 +51,15 @@ async def test_kill_9_in_mid_stream_then_the_pool_serves_then_routing_resumes(
             assert response.status == 200
         return await running.sample("extproc_requests_total") > 0
 
-    await wait_until(routed, "routing resumes", 10)
-    # Not a matter of this machine's speed: Envoy probes the service every second.
-    assert time.monotonic() - started < 3
+    await wait_until(routed, "routing resumes")
+    # Envoy probes the service every second, not every minute as by default.
+    assert time.monotonic() - started < 20
 
 
 async def test_with_two_models_requests_never_fail_open(launch: Launch) -> None:
     running = await launch(1, models=("a", "b"))
     await running.stack.service.stop(signal.SIGKILL)
-    await wait_until(lambda: bypassed(running), "Envoy notices", 10)
+    await wait_until(lambda: bypassed(running), "Envoy notices")
     async with running.chat("a") as response:
         assert await running.error(response) == (503, "router_unavailable")
     assert await running.fleet.requests() == []
@@ -66,7 +75,7 @@ async def test_fail_open_can_be_switched_off(launch: Launch) -> None:
 async def test_sigterm_drains_without_losing_a_request(launch: Launch) -> None:
     running = await launch(2, settings={"server": {"drain_secs": 20}})
     streaming = asyncio.create_task(read_stream(running, 30))
-    await asyncio.sleep(0.5)
+    await streams_are_open(running, 1)
     running.stack.service.send(signal.SIGTERM)
     statuses = []
     while running.stack.service.returncode is None:

@@ -96,7 +96,12 @@ async def test_requests_never_reach_workers_of_another_model(launch: Launch) -> 
 async def test_two_hundred_concurrent_streams_are_spread_evenly(launch: Launch) -> None:
     running = await launch(
         4,
-        worker={"max_running_requests": 256, "prefill_tokens_per_second": 1e6},
+        worker={
+            "max_running_requests": 256,
+            "prefill_tokens_per_second": 1e6,
+            # Long enough for all to be open at a time.
+            "decode_milliseconds_per_token": 30.0,
+        },
         settings={"models": [{"id": "m", "policy": "least_load"}]},
     )
     seen_in_flight = 0

@@ -73,7 +73,7 @@ class EngineProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([command, arguments]).encode() + b"\n")
-        line = await asyncio.wait_for(self._process.stdout.readline(), 30)
+        line = await asyncio.wait_for(self._process.stdout.readline(), 60)
         return json.loads(line)
 
     async def truth(self) -> Truth:
@@ -141,7 +141,7 @@ class Watched:
             and self.pages() == truth.pages
         )
 
-    async def becomes_right(self, engine: EngineProcess, seconds: float = 15.0) -> Truth:
+    async def becomes_right(self, engine: EngineProcess, seconds: float = 60.0) -> Truth:
         """Wait until all published batches are applied; the engine must not publish meanwhile."""
         truth = await engine.truth()
         await until(lambda: self.is_right(truth), seconds)
@@ -165,12 +165,12 @@ async def watching(
         watched.follow(engine, replay=replay)
         yield watched
     finally:
-        await asyncio.wait_for(indexer.close(), 10)
+        await asyncio.wait_for(indexer.close(), 60)
         sweeping.cancel()
         await asyncio.gather(sweeping, return_exceptions=True)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for a condition; the time-out allows for a busy machine."""
     end = time.monotonic() + seconds
     while not condition():

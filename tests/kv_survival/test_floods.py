@@ -51,7 +51,7 @@ async def _settled(watched: Watched, truth: Truth) -> None:
             and (watched.is_right(truth) or watched.state.partial)
             and watched.claims_nothing_untrue(truth)
         ),
-        30,
+        120,
     )
 
 

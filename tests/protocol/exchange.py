@@ -39,7 +39,7 @@ MODES = {
     "FULL_DUPLEX_STREAMED": pb.ProcessingMode.FULL_DUPLEX_STREAMED,
     "NONE": pb.ProcessingMode.NONE,
 }
-REPLY_SECONDS = 10.0
+REPLY_SECONDS = 60.0
 QUIET_SECONDS = 0.15
 NEW_REQUEST_ID = "7b81811c-9cbc-4f3b-aa0a-52d02348ad88"
 ATTRIBUTES = "envoy.filters.http.ext_proc"

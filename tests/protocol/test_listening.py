@@ -34,6 +34,12 @@ async def health(channel: grpc.aio.Channel, name: str) -> int:
     return int(answer.status)
 
 
+async def stop_unstarted(service: Service) -> None:
+    """gRPC frees the addresses of a server only if it was started."""
+    await service.server.start()
+    await service.server.stop()
+
+
 async def test_health_names_distinguish_alive_ready_and_draining() -> None:
     async with (
         serving(Service(["m"], 1)) as service,
@@ -72,7 +78,7 @@ async def test_a_port_in_use_names_its_key() -> None:
         second.server._config = service.config
         with pytest.raises(ConfigError, match=r"server\.port"):
             second.server.bind()
-        await second.server.stop()
+        await stop_unstarted(second)
 
 
 @pytest.mark.parametrize("mutual", [False, True])
@@ -116,7 +122,7 @@ async def test_a_file_of_another_program_at_the_socket_path_is_not_removed(tmp_p
     service = Service(["m"], 1, server={"unix_socket": str(path)})
     with pytest.raises(ConfigError, match=r"server\.unix_socket: .* is not a socket"):
         service.server.bind()
-    await service.server.stop()
+    await stop_unstarted(service)
     assert path.read_text() == "precious"
 
 
@@ -127,6 +133,6 @@ async def test_a_socket_of_a_running_process_is_not_removed(tmp_path: Path) -> N
     async with serving(first):
         with pytest.raises(ConfigError, match="another process listens"):
             second.server.bind()
-        await second.server.stop()
+        await stop_unstarted(second)
         async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
             assert await health(channel, "") == SERVING

@@ -13,7 +13,7 @@ from extproc.simulator.settings import SimulatorSettings
 from .clients import SimulatedWorker, endless
 
 END = b"\xff" * 8
-PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 60
 CLEARED = {"type": "AllBlocksCleared"}
 
 

@@ -22,7 +22,7 @@ from extproc.workers.prefill_client import AiohttpPrefillClient
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 MEBIBYTE = 1024 * 1024
-WAIT_SECONDS = 10.0
+WAIT_SECONDS = 60.0
 
 
 class Engine:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -223,11 +223,3 @@ class PdFleet(Fleet):
 
     def failures(self, reason: str) -> float:
         return self.metric("extproc_pd_prefill_failures_total", model="m", reason=reason)
-
-
-@pytest.fixture(autouse=True)
-async def sockets_closed() -> AsyncIterator[None]:
-    """Close the sockets of every fleet that a test has made."""
-    yield
-    while PdFleet.made:
-        await PdFleet.made.pop().close()

@@ -449,6 +449,7 @@ async def test_the_claim_of_a_reservation_is_released_once() -> None:
     reservation.release()
     assert not case.decode.breaker.would_allow(now)
     assert case.decode.in_flight == 0
+    await case.answers(200)
 
 
 @pytest.mark.parametrize(
