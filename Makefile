@@ -5,10 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LOCKED := --require-hashes --only-binary :all: --requirement
 ARGS ?=
+# Several tests at a time: most end-to-end tests wait. ARGS="-n 0" runs them one by one.
+SIDE_BY_SIDE := --numprocesses 4 --dist worksteal
 # Percent of extproc's lines and branches that unit and protocol tests reach.
 COVERAGE_FLOOR := 90
 
-.PHONY: venv demo test cov fmt lint lock wheel newest bench protos docs clean
+.PHONY: venv demo test unit cov fmt lint lock wheel newest bench protos docs clean
 
 venv: $(VENV)/.dev
 
@@ -45,7 +47,11 @@ demo: $(VENV)/.demo
 	@$(BIN)/extproc demo $(ARGS)
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+# The tests that start neither Envoy nor the service.
+unit: $(VENV)/.dev
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit tests/protocol $(ARGS)
 
 cov: $(VENV)/.dev
 	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered \
