@@ -1,10 +1,12 @@
 """Each test closes what it opens: what it leaves open makes that test fail, not a later one."""
 
+import asyncio
 import gc
 import inspect
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import uvloop
 
 from tests.leftovers import OpenThings, lost_objects, open_tasks
 
@@ -15,6 +17,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
         # The first fixture to be set up is the last to end.
         item.fixturenames.insert(0, no_open_tasks.__name__)
+
+
+def pytest_sessionstart() -> None:
+    # uvloop opens a pipe for its first loop and keeps it for the later ones.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.sleep(0))
 
 
 def pytest_collection_finish() -> None:
