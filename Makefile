@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LOCKED := --require-hashes --only-binary :all: --requirement
 ARGS ?=
+# Without bytecode files each of the many Python processes compiles all modules again, which takes
+# longer than most end-to-end tests.
+unexport PYTHONDONTWRITEBYTECODE
 # Several tests at a time: most end-to-end tests wait. ARGS="-n 0" runs them one by one.
 SIDE_BY_SIDE := --numprocesses 4 --dist worksteal
 # Percent of extproc's lines and branches that unit and protocol tests reach.
