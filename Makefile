@@ -57,7 +57,7 @@ unit: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit tests/protocol $(ARGS)
 
 cov: $(VENV)/.dev
-	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered \
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term:skip-covered \
 		--cov-fail-under=$(COVERAGE_FLOOR) tests/unit tests/protocol $(ARGS)
 
 fmt: $(VENV)/.dev
