@@ -11,7 +11,7 @@ from typing import Self
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from extproc.simulator.binding import dialled, listen
+from extproc.simulator.binding import Listener, dialled, listen
 from extproc.simulator.bodies import readers
 from extproc.simulator.control import Control
 from extproc.simulator.errors import ApiError, error_body
@@ -66,9 +66,16 @@ class RunningSimulator:
     `stop` aborts running requests: their clients see connections that break.
     """
 
-    def __init__(self, settings: SimulatorSettings, runner: web.AppRunner, worker: Worker) -> None:
+    def __init__(
+        self,
+        settings: SimulatorSettings,
+        runner: web.AppRunner,
+        listener: Listener,
+        worker: Worker,
+    ) -> None:
         self._host = dialled(settings.host)
         self._runner = runner
+        self._listener = listener
         self._worker = worker
         self.settings = settings
         self.port: int = runner.addresses[0][1]
@@ -106,7 +113,7 @@ class RunningSimulator:
         await self._worker.restart()
 
     async def stop(self) -> None:
-        await self._runner.cleanup()
+        await self._listener.stop()
 
     async def __aenter__(self) -> Self:
         return self
@@ -129,8 +136,8 @@ async def start(settings: SimulatorSettings) -> RunningSimulator:
         access_log=None,
         shutdown_timeout=_SHUTDOWN_SECONDS,
     )
-    await listen(runner, settings.host, settings.port, backlog=_BACKLOG_CONNECTIONS)
-    return RunningSimulator(settings, runner, app[_WORKER])
+    listener = await listen(runner, settings.host, settings.port, backlog=_BACKLOG_CONNECTIONS)
+    return RunningSimulator(settings, runner, listener, app[_WORKER])
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:

@@ -8,7 +8,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from extproc.simulator.binding import listen
+from extproc.simulator.binding import Listener, listen
 
 __all__ = ["UNREACHABLE", "SideServer", "patient_client"]
 
@@ -29,7 +29,7 @@ class SideServer:
         self._setting = setting
         self._host = host
         self._routes = list(routes)
-        self._runner: web.AppRunner | None = None
+        self._listener: Listener | None = None
         self._handlers: set[asyncio.Task[object]] = set()
 
     async def start(self) -> None:
@@ -44,17 +44,16 @@ class SideServer:
             shutdown_timeout=_SHUTDOWN_SECONDS,
         )
         try:
-            await listen(runner, self._host, self.port)
+            self._listener = await listen(runner, self._host, self.port)
         except OSError as error:
             place = f"{self._host}:{self.port}"
             raise OSError(error.errno, f"{self._setting}: {place}: {error.strerror}") from error
-        self._runner = runner
         self.port = runner.addresses[0][1]
 
     async def stop(self) -> None:
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            await runner.cleanup()
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            await listener.stop()
 
     @web.middleware
     async def _tracked(self, request: web.Request, handler: Handler) -> web.StreamResponse:

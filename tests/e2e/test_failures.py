@@ -67,7 +67,9 @@ async def test_clients_get_our_error_when_a_worker_dies_before_its_answer(launch
 
 async def test_the_stream_breaks_when_its_worker_dies(launch: Launch) -> None:
     running = await launch(1)
-    async with running.chat(stream=True, tokens=10, fault="die-after-tokens=3") as response:
+    async with running.chat(
+        stream=True, tokens=10, fault="die-after-tokens=3, slow-token=0.5"
+    ) as response:
         assert response.status == 200
         with pytest.raises(aiohttp.ClientError):
             await response.read()

@@ -172,7 +172,7 @@ async def _drain(worker: SimulatedWorker, body: object) -> None:
 
 async def test_a_taken_port_is_an_error() -> None:
     async with await start(SimulatorSettings()) as first:
-        with pytest.raises(OSError, match="address already in use"):
+        with pytest.raises(OSError, match="Address already in use"):
             await start(SimulatorSettings(port=first.port))
 
 
