@@ -52,9 +52,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-# The tests that start neither Envoy nor the service.
+# For work on the code, in under a minute: tests that start neither Envoy nor the service, without
+# the property tests, which hypothesis marks and `make test` runs.
 unit: $(VENV)/.dev
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit tests/protocol $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not hypothesis" \
+		tests/unit tests/protocol $(ARGS)
 
 cov: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term:skip-covered \
