@@ -5,8 +5,10 @@ import gc
 import inspect
 from collections.abc import AsyncIterator, Iterator
 
+import grpc.aio
 import pytest
 import uvloop
+from grpc.aio import init_grpc_aio
 
 from tests.leftovers import OpenThings, lost_objects, open_tasks
 
@@ -23,6 +25,9 @@ def pytest_sessionstart() -> None:
     # uvloop opens a pipe for its first loop and keeps it for the later ones.
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.sleep(0))
+    # So does gRPC with its first server, until nothing uses it any more: this use never ends.
+    init_grpc_aio()
+    asyncio.run(_make_grpc_server())
 
 
 def pytest_collection_finish() -> None:
@@ -51,6 +56,10 @@ async def no_open_tasks() -> AsyncIterator[None]:
     """Ends after the other fixtures, while the event loop of the test still runs."""
     yield
     _fail_for(await open_tasks())
+
+
+async def _make_grpc_server() -> None:
+    grpc.aio.server()
 
 
 def _fail_for(left: list[str]) -> None:
