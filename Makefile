@@ -55,7 +55,7 @@ test: $(VENV)/.dev
 # For work on the code, in under a minute: tests that start neither Envoy nor the service, without
 # the property tests, which hypothesis marks and `make test` runs.
 unit: $(VENV)/.dev
-	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not hypothesis" \
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not hypothesis" \
 		tests/unit tests/protocol $(ARGS)
 
 cov: $(VENV)/.dev
