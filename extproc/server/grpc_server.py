@@ -72,7 +72,6 @@ class ExtProcServer:
     ) -> None:
         self.streams = streams
         self._config = config
-        self._started = False
         self._socket_file: tuple[Path, tuple[int, int] | None] | None = None
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=grpc_options(config.max_body_bytes))
@@ -98,7 +97,6 @@ class ExtProcServer:
     async def start(self) -> None:
         """Begin to serve on the addresses that `bind` has taken."""
         await self.set_health(ready=False)
-        self._started = True
         await self._server.start()
         self.streams.spawn(self.streams.deadlines.run())
 
@@ -166,9 +164,6 @@ class ExtProcServer:
 
     async def stop(self) -> None:
         """Close the streams that are left; every lease is closed afterwards."""
-        if not self._started:
-            # A gRPC server (1.80) that was never started keeps its poller open for ever.
-            await self._server.start()
         await self._server.stop(_STOP_GRACE_SECONDS)
         await self.streams.close()
         self._unlink_socket()
