@@ -16,7 +16,6 @@ from extproc.admin.collector import WorkerCollector
 from extproc.admin.http import AdminServer
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
 from extproc.build import (
-    api_key_of,
     build_kv,
     build_manager,
     build_router,
@@ -67,7 +66,7 @@ class App(WorkerObserver):
         shared.prometheus.register(KvCollector(self.ranks, self._clock))
         shared.prometheus.register(EncoderCollector(encoders))
         worker_tls = worker_tls_of(config)
-        self._client = AiohttpIntrospectionClient(api_key_of(config), worker_tls)
+        self._client = AiohttpIntrospectionClient(shared.api_key, worker_tls)
         self._prefill_client = AiohttpPrefillClient(worker_tls)
         self._manager = build_manager(config, shared, self._client)
         routing = build_router(

@@ -64,7 +64,6 @@ __all__ = [
     "Routing",
     "RoutingSettings",
     "Shared",
-    "api_key_of",
     "assemble_routing",
     "build_kv",
     "build_manager",
@@ -81,8 +80,12 @@ _PATIENCE_SHARE: Final = 0.5
 
 
 class Shared(Struct, frozen=True, kw_only=True):
-    """What the parts have in common. `prometheus` holds every metric of this service."""
+    """What the parts have in common. `prometheus` holds every metric of this service.
 
+    `api_key` is for workers; where it comes from a file, the file is read once.
+    """
+
+    api_key: str | None
     clock: Clock
     random: Random
     prometheus: CollectorRegistry
@@ -117,7 +120,7 @@ class RoutingSettings(Struct, frozen=True, kw_only=True):
     pd: PdSettings
 
     @classmethod
-    def of(cls, config: Config) -> "RoutingSettings":
+    def of(cls, config: Config, api_key: str | None) -> "RoutingSettings":
         load = config.load
         return cls(
             request_timeout_seconds=config.proxy.request_timeout_secs,
@@ -125,7 +128,7 @@ class RoutingSettings(Struct, frozen=True, kw_only=True):
             estimated_stream_seconds=(
                 load.estimated_stream_secs if load.release == "estimate" else None
             ),
-            pd=PdSettings.of(config, _forwarded_authorization(config)),
+            pd=PdSettings.of(config, _forwarded_authorization(config, api_key)),
         )
 
 
@@ -137,6 +140,7 @@ def build_shared(
     prometheus = CollectorRegistry()
     metrics = Metrics(prometheus)
     return Shared(
+        api_key=_api_key(config),
         clock=clock,
         random=random or Random(),  # noqa: S311 (load spreading, not secrets)
         prometheus=prometheus,
@@ -214,7 +218,7 @@ def build_router(
         shared.metrics.missed(model.id)
         shared.metrics.fallbacks(model.id)
     return assemble_routing(
-        RoutingSettings.of(config),
+        RoutingSettings.of(config, shared.api_key),
         shared,
         kv.ranks,
         _choosers(config, shared, kv, encoders),
@@ -292,7 +296,7 @@ def assemble_routing(
 def build_streams(config: Config, shared: Shared, router: Router) -> Streams:
     """What the gRPC server does with its streams."""
     context = SessionContext(
-        builder=ReplyBuilder(config.envoy, _forwarded_authorization(config)),
+        builder=ReplyBuilder(config.envoy, _forwarded_authorization(config, shared.api_key)),
         heads=RequestHeadTable(),
         responses=ResponseTable(),
         max_body_bytes=config.server.max_body_bytes,
@@ -357,8 +361,7 @@ def load_encoders(config: Config) -> dict[str, PromptEncoder]:
     return encoders
 
 
-def api_key_of(config: Config) -> str | None:
-    """The API key for workers, from the configuration or from the file that it names."""
+def _api_key(config: Config) -> str | None:
     if config.workers.api_key_file is not None:
         return read_api_key(Path(config.workers.api_key_file))
     return config.workers.api_key
@@ -371,8 +374,8 @@ def worker_tls_of(config: Config) -> ssl.SSLContext | None:
     return ssl.create_default_context(cafile=config.workers.ca_file)
 
 
-def _forwarded_authorization(config: Config) -> str | None:
-    return f"Bearer {api_key_of(config)}" if config.workers.forward_api_key else None
+def _forwarded_authorization(config: Config, api_key: str | None) -> str | None:
+    return f"Bearer {api_key}" if config.workers.forward_api_key else None
 
 
 def _prompt_max_bytes(config: Config) -> int:

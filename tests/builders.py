@@ -120,6 +120,7 @@ def make_shared(
         registry.upsert(worker)
     metrics = Metrics(prometheus)
     return Shared(
+        api_key=None,
         clock=clock,
         random=Random(seed),
         prometheus=prometheus,
