@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import contextlib
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from extproc.demo.pools import PAIR_WORKERS_MIN, Pool, divided_pool, plain_pool
 from extproc.demo.report import summary, table
 from extproc.demo.tiny_model import write_model_folder
 from extproc.demo.workload import conversations
-from extproc.testing.stack import Stack, StackError, wait_until
+from extproc.testing.stack import Stack, StackError, reserved_port, wait_until
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,8 +144,9 @@ async def _serve(options: argparse.Namespace, folder: Path, stop: asyncio.Event)
             ],
             "observability": {"debug_headers": True},
         }
-        if envoy_port := _preferred_port():
-            settings["envoy"] = {"port": envoy_port}
+        # Easy to type. Held to the end: Envoys of two demos would share it.
+        if exits.enter_context(reserved_port(_PREFERRED_ENVOY_PORT)):
+            settings["envoy"] = {"port": _PREFERRED_ENVOY_PORT}
         stack = await exits.enter_async_context(Stack(folder, fleet.urls, settings))
         tallies = [Tally(policy, pool.prefilling) for policy in policies]
         await _round(console, stack, options, pool, tallies)
@@ -158,17 +158,6 @@ async def _serve(options: argparse.Namespace, folder: Path, stop: asyncio.Event)
 
 def _model(policy: str) -> str:
     return "demo-" + policy.removesuffix("_zmq").replace("_", "-")
-
-
-def _preferred_port() -> int | None:
-    """8080 if it is free, since it is easy to type; else None."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", _PREFERRED_ENVOY_PORT))
-        except OSError:
-            return None
-    return _PREFERRED_ENVOY_PORT
 
 
 async def _round(

@@ -29,6 +29,7 @@ __all__ = [
     "StackError",
     "find_envoy",
     "free_ports",
+    "reserved_port",
     "reserved_ports",
     "wait_until",
 ]
@@ -71,9 +72,27 @@ def reserved_ports(count: int) -> Iterator[list[int]]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
-            one.bind(("127.0.0.1", 0))
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _hold(one, 0)
         yield [int(one.getsockname()[1]) for one in sockets]
+
+
+@contextlib.contextmanager
+def reserved_port(port: int) -> Iterator[bool]:
+    """Hold this port as `reserved_ports` does; yields False if another process uses it."""
+    with socket.socket() as one:
+        try:
+            _hold(one, port)
+        except OSError:
+            held = False
+        else:
+            held = True
+        yield held
+
+
+def _hold(one: socket.socket, port: int) -> None:
+    # Bound before it may share: so the port cannot be held twice, and Envoys do not share it.
+    one.bind(("127.0.0.1", port))
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 async def wait_until(
