@@ -9,7 +9,8 @@ ARGS ?=
 # longer than most end-to-end tests.
 unexport PYTHONDONTWRITEBYTECODE
 # Several tests at a time: most end-to-end tests wait. ARGS="-n 0" runs them one by one.
-SIDE_BY_SIDE := --numprocesses 4 --dist worksteal
+# They are given out two by two, end-to-end tests first, so that all four end together.
+SIDE_BY_SIDE := --numprocesses 4 --dist load --maxschedchunk 2
 # Percent of the lines and branches of extproc that unit and protocol tests must reach.
 COVERAGE_FLOOR := 80
 
