@@ -69,17 +69,17 @@ async def test_a_false_removal_only_removes_its_page() -> None:
         await engine.do("tell", events=[_removed(await engine.do("known"))])
         await engine.do("publish", batches=50)
         truth = await engine.truth()
-        await until(lambda: watched.state.stream.batches == truth.seq)
+        await until(lambda: watched.state.trusted and watched.state.stream.batches == truth.seq)
         assert watched.claims_nothing_untrue(truth)
-        assert watched.state.trusted
+        assert sum(watched.pages()) > 0
 
 
 async def test_a_cleared_cache_is_followed() -> None:
     async with await EngineProcess.start() as engine, watching(engine) as watched:
         await engine.do("publish", batches=100)
         await engine.do("tell", events=[{"type": "AllBlocksCleared"}])
-        await until(lambda: watched.state.counts.cleared_events == 1)
-        assert watched.state.trusted
+        # The event may come out of a replay; the rank is trusted when the replay has ended.
+        await until(lambda: watched.state.trusted and watched.state.counts.cleared_events == 1)
         assert watched.state.pages == 0
 
 
