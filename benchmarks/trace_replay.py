@@ -178,8 +178,9 @@ def observer_of(policy: str, settings: FleetSettings, seed: int) -> KvRouter | P
             return PlainRouter(PowerOfTwo(random), settings.workers)
         case "random":
             return PlainRouter(RandomPolicy(random), settings.workers)
-        case _:
+        case "round_robin":
             return PlainRouter(RoundRobin(), settings.workers)
+    raise ValueError(f"no such policy: {policy}")
 
 
 _POLICIES: Final = (

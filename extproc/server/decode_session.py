@@ -40,7 +40,7 @@ class DecodeSession(Session):
             return NOTHING
         context = self._context
         wanted = frozenset((*DECODE_PASS_HEADERS, context.model_header))
-        seen = wanted_headers(message.request_headers.headers, wanted)
+        seen = wanted_headers(message, wanted)
         self._take_request_id(seen.get(REQUEST_ID_HEADER, ""))
         self.debug = context.debug_headers and seen.get(DEBUG_HEADER) == "true"
         digits = seen.get(ATTEMPT_COUNT_HEADER, "1")

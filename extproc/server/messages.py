@@ -91,7 +91,7 @@ class RequestHeadTable:
     def read(self, raw: bytes, message: pb.ProcessingRequest) -> tuple[RequestHead, str, int]:
         """Read a parsed message, and keep it if similar ones may come."""
         config = message.protocol_config if message.HasField("protocol_config") else None
-        seen = wanted_headers(message.request_headers.headers)
+        seen = wanted_headers(message)
         request_id = seen.get(REQUEST_ID_HEADER, "")
         digits = seen.get(CONTENT_LENGTH_HEADER, "")
         length = int(digits[:_LENGTH_MAX_DIGITS]) if digits.isdecimal() else -1
@@ -162,13 +162,15 @@ def client_headers_of(raw: bytes, request_id: str) -> ClientHeaders:
     return ClientHeaders(path, tuple(taken), request_id)
 
 
-def wanted_headers(headers: pb.HeaderMap, wanted: frozenset[str] = _WANTED) -> dict[str, str]:
-    """Return the wanted headers; the first of repeated ones.
+def wanted_headers(
+    message: pb.ProcessingRequest, wanted: frozenset[str] = _WANTED
+) -> dict[str, str]:
+    """Return the wanted headers of a request headers message; the first of repeated ones.
 
     Envoy fills `raw_value`, other data planes may fill `value`.
     """
     found: dict[str, str] = {}
-    for header in headers.headers:
+    for header in message.request_headers.headers.headers:
         name = header.key
         if name not in wanted:
             name = name.lower()

@@ -111,6 +111,20 @@ def test_pure_packages_load_no_io_library(name: str) -> None:
     assert done.stdout.split() == []
 
 
+def test_one_module_reads_headers() -> None:
+    """What clients and workers send in headers is read in one place, where it can be reviewed."""
+    reading = {
+        name_of(path)
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr == "headers"
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr in ("request_headers", "response_headers", "headers")
+    }
+    assert reading == {"extproc/server/messages.py"}
+
+
 def public_modules(package: str) -> set[str]:
     """The modules and packages that a door names; names that it re-exports are left out."""
     door = importlib.import_module(package)
