@@ -182,12 +182,16 @@ async def test_a_decode_worker_that_refuses_connections_is_skipped(
     async with pd_stack(tmp_path, decodes=3, settings=settings) as running:
         await running.decodes[0].stop()
         running.fleet.workers.remove(running.decodes[0])
-        for _ in range(12):
+        retries = 0.0
+        # Chosen by chance: every third request meets the dead worker first.
+        for number in range(300):
+            if number >= 12 and (retries or mode == "inline"):
+                break
             async with running.chat(stream=stream) as response:
                 assert response.status == 200, await response.text()
                 assert "x-extproc-retry" not in response.headers
-        if mode == "two_pass":
-            assert await running.sample("extproc_pd_decode_retries_total") >= 1
+            retries = await running.sample("extproc_pd_decode_retries_total")
+        assert (retries >= 1) is (mode == "two_pass")
         await running.at_rest()
 
 
