@@ -12,7 +12,7 @@ from msgspec import UnsetType
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 
 from extproc import __version__
-from extproc.admin.collector import WorkerCollector
+from extproc.admin.collector import GatewayCollector, WorkerCollector
 from extproc.admin.http import AdminServer
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
 from extproc.build import (
@@ -73,7 +73,9 @@ class App(WorkerObserver):
             config, shared, kv, encoders, self._prefill_client, self._manager.recheck
         )
         self.router, self.pd = routing.router, routing.pd
-        for observer in (self.ranks, self.pd, self):
+        gateway = routing.lease_parts.gateway
+        shared.prometheus.register(GatewayCollector(gateway))
+        for observer in (self.ranks, self.pd, gateway, self):
             self._manager.observe(observer)
         self.server = build_server(config, shared, routing)
         self._admin = AdminServer(
@@ -83,6 +85,7 @@ class App(WorkerObserver):
             is_ready=self.is_ready,
             models=self.router.model_ids,
             ranks=self.ranks,
+            gateway=gateway,
         )
         self._warned_of_failing_open = False
         self._changed = asyncio.Event()

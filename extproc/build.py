@@ -23,11 +23,13 @@ from extproc.config.schema import Config
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
 from extproc.kv.subscriptions.subscription import SubscriberSettings
+from extproc.metrics import table
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
 from extproc.routing.chooser import Chooser, WorkerChooser
 from extproc.routing.claim import Claims, WorkerRanks
 from extproc.routing.dispatch import Dispatch
+from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.lease import LeaseParts
 from extproc.routing.local_endpoints import LocalEndpoints
 from extproc.routing.outcomes import WorkerOutcomes
@@ -189,7 +191,7 @@ def build_manager(config: Config, shared: Shared, client: IntrospectionClient) -
         registry=shared.registry,
         membership=Membership(shared.registry, models, shared.metrics),
         client=client,
-        resolver=SystemResolver(),
+        resolver=SystemResolver(static_urls.dns_lookup_family),
         clock=shared.clock,
         metrics=shared.metrics,
         settings=IntrospectionSettings(
@@ -215,7 +217,8 @@ def build_router(
     """
     for model in config.models:
         # Alerts on a rate need the series to be there before the first event.
-        shared.metrics.missed(model.id)
+        for reason in table.DESTINATION_MISSED.labels[1].values:
+            shared.metrics.missed(model.id, reason)
         shared.metrics.fallbacks(model.id)
     return assemble_routing(
         RoutingSettings.of(config, shared.api_key),
@@ -264,11 +267,13 @@ def assemble_routing(
     clock, metrics = shared.clock, shared.metrics
     outcomes = WorkerOutcomes(metrics)
     claims = Claims(shared.tickets, ranks)
+    gateway = GatewayWatch(clock, shared.registry, metrics, choosers)
     lease_parts = LeaseParts(
         clock=clock,
         registry=shared.registry,
         metrics=metrics,
         outcomes=outcomes,
+        gateway=gateway,
         estimated_stream_seconds=settings.estimated_stream_seconds,
     )
     leg_parts = LegParts(clock=clock, metrics=metrics.pd, outcomes=outcomes, recheck=recheck)

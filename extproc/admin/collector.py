@@ -1,4 +1,7 @@
-"""Gauges of the workers, read at a scrape, so that a worker that left leaves no series behind."""
+"""Gauges of the workers, read at a scrape, so that a worker that left leaves no series behind.
+
+And the gauge of what the gateway does with decisions, which changes with time alone.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,10 +10,11 @@ from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
 from extproc.metrics import table
+from extproc.routing.gateway_watch import GatewayWatch
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.tickets import Tickets
 
-__all__ = ["WorkerCollector"]
+__all__ = ["GatewayCollector", "WorkerCollector"]
 
 
 class WorkerCollector(Collector):
@@ -43,3 +47,19 @@ class WorkerCollector(Collector):
             workers.add_metric(labels, count)
         yield from (in_flight, breaker, workers)
         yield table.TICKETS_OPEN.family(len(self._active_load))
+
+
+class GatewayCollector(Collector):
+    """Whether the gateway follows the decisions, by model."""
+
+    def __init__(self, gateway: GatewayWatch) -> None:
+        self._gateway = gateway
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        ignores = table.GATEWAY_IGNORES.family()
+        for model, ignored in self._gateway.verdicts().items():
+            ignores.add_metric([model], ignored)
+        yield ignores

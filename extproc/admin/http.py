@@ -15,6 +15,7 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 from extproc.config.schema import ServerConfig
 from extproc.errors import ConfigError
 from extproc.kv.indexer import RankState
+from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.rank import Rank
 from extproc.routing.ranks import Ranks
 from extproc.workers.circuit_breaker import BreakerState
@@ -36,12 +37,14 @@ class AdminServer:
         is_ready: Callable[[], bool],
         models: Sequence[str],
         ranks: Ranks,
+        gateway: GatewayWatch,
     ) -> None:
         self._config = config
         self._workers = workers
         self._is_ready = is_ready
         self._models = models
         self._ranks = ranks
+        self._gateway = gateway
         app = web.Application(client_max_size=64 * 1024)
         app.add_routes(
             [
@@ -76,10 +79,18 @@ class AdminServer:
     async def _get_workers(self, request: web.Request) -> web.Response:
         usable = self._workers.usable(self._models)
         body = {
+            # The models whose requests the gateway sends elsewhere than decided.
+            "ignored_by_gateway": [
+                model for model, ignored in self._gateway.verdicts().items() if ignored
+            ],
             "workers": [
-                _describe(worker, worker in usable) | {"kv": self._describe_kv(worker)}
+                _describe(worker, worker in usable)
+                | {
+                    "known_to_gateway": self._gateway.knows(worker),
+                    "kv": self._describe_kv(worker),
+                }
                 for worker in self._workers
-            ]
+            ],
         }
         return web.Response(body=msgspec.json.encode(body), content_type="application/json")
 

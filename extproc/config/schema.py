@@ -18,6 +18,7 @@ __all__ = [
     "ActiveLoadConfig",
     "Config",
     "DiscoveryConfig",
+    "DnsLookupFamily",
     "KvConfig",
     "LoadConfig",
     "ObservabilityConfig",
@@ -40,6 +41,9 @@ _STATIC_URLS_ARE_NEEDED = {
     "if": {"properties": {"backend": {"const": "static_urls"}}},
     "then": {"required": ["static_urls"]},
 }
+
+
+DnsLookupFamily = Literal["v4_preferred", "v6_preferred", "v4_only", "v6_only"]
 
 
 class ServerTlsConfig(Section, frozen=True, kw_only=True):
@@ -135,6 +139,14 @@ class StaticUrlsConfig(Section, frozen=True, kw_only=True):
     dns_ttl_secs: Annotated[
         Seconds, Meta(description="Interval at which host names are resolved again.")
     ] = 30 * SECONDS
+    dns_lookup_family: Annotated[
+        DnsLookupFamily,
+        Meta(
+            description="Which addresses of a host name are used, by this service and by the "
+            "rendered Envoy configuration. Another gateway must use the same family, or it does "
+            "not know the addresses that this service names."
+        ),
+    ] = "v4_preferred"
 
 
 class DiscoveryConfig(Section, frozen=True, kw_only=True):

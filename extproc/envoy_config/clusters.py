@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from msgspec import UnsetType
 
-from extproc.config.schema import Config
+from extproc.config.schema import Config, DnsLookupFamily
 from extproc.envoy_config.wire_form import (
     UNLIMITED,
     duration,
@@ -20,6 +20,13 @@ __all__ = ["extproc_cluster", "no_limits", "worker_cluster", "worker_urls"]
 _SYSTEM_CA_FILE: Final = "/etc/ssl/certs/ca-certificates.crt"
 _MEBIBYTE: Final = 1024 * 1024
 _EXTPROC_DNS_REFRESH_SECONDS: Final = 5.0
+# Envoy's names. With AUTO it asks for IPv4 only where there is no IPv6 address.
+_DNS_FAMILIES: Final[dict[DnsLookupFamily, str]] = {
+    "v4_preferred": "V4_PREFERRED",
+    "v6_preferred": "AUTO",
+    "v4_only": "V4_ONLY",
+    "v6_only": "V6_ONLY",
+}
 _TLS_TO_NAMES: Final = "tls"
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
@@ -76,7 +83,9 @@ def extproc_cluster(config: Config) -> dict[str, Any]:
     by_name = host is not None and not host_is_ip(host)
     cluster: dict[str, Any] = {
         "name": EXTPROC_CLUSTER,
-        **(_by_dns(_EXTPROC_DNS_REFRESH_SECONDS) if by_name else {"type": "STATIC"}),
+        **(
+            _by_dns(_EXTPROC_DNS_REFRESH_SECONDS, "v4_preferred") if by_name else {"type": "STATIC"}
+        ),
         "connect_timeout": "1s",
         "load_assignment": {
             "cluster_name": EXTPROC_CLUSTER,
@@ -115,18 +124,18 @@ def _resolution(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
     section = config.discovery.static_urls
     if isinstance(section, UnsetType) or all(url.is_ip for url in urls):
         return {"type": "STATIC"}
-    # The service resolves as often: Envoy must know the addresses that it names.
-    return _by_dns(section.dns_ttl_secs)
+    # The service resolves as often and in the same family: Envoy must know what it names.
+    return _by_dns(section.dns_ttl_secs, section.dns_lookup_family)
 
 
-def _by_dns(refresh_seconds: float) -> dict[str, Any]:
+def _by_dns(refresh_seconds: float, family: DnsLookupFamily) -> dict[str, Any]:
     """Strict DNS with one endpoint per address, in the form that replaces `type: STRICT_DNS`.
 
     The record's own time to live is ignored: with it this service and Envoy would drift apart.
     """
     dns_cluster = typed(
         "extensions.clusters.dns.v3.DnsCluster",
-        dns_lookup_family="V4_PREFERRED",
+        dns_lookup_family=_DNS_FAMILIES[family],
         dns_refresh_rate=duration(refresh_seconds),
         dns_failure_refresh_rate={"base_interval": "1s", "max_interval": "10s"},
         respect_dns_ttl=False,

@@ -130,7 +130,11 @@ def _asking_filter(
             "response_trailer_mode": "SEND",
         },
         forward_rules={"allowed_headers": {"patterns": headers}},
-        response_attributes=["upstream.address", "response.code_details"],
+        response_attributes=[
+            "upstream.address",
+            "upstream.request_attempt_count",
+            "response.code_details",
+        ],
         # The service sets x-envoy-max-retries, and the time-out of responses that are not streamed.
         mutation_rules={"allow_envoy": True},
         # Envoy silently drops metadata of other namespaces.

@@ -57,6 +57,11 @@ class Histogram:
         self._sum += value
 
     @property
+    def count(self) -> int:
+        """Number of observed values."""
+        return sum(self._counts)
+
+    @property
     def sum(self) -> float:
         return self._sum
 

@@ -85,7 +85,21 @@ WORKER_REQUESTS = _requests.counter(
 )
 DESTINATION_MISSED = _requests.counter(
     "extproc_destination_missed_total",
-    "Requests that Envoy sent to an endpoint this service did not name. Should stay 0.",
+    "Requests that the gateway sent elsewhere without a try of the chosen worker. Should stay 0.",
+    "model",
+    Label(
+        "reason",
+        {
+            "other_worker": "the worker that served is another one",
+            "unknown_address": "no worker has the address that served",
+            "lag": "the chosen worker has been known for less than 5 s",
+            "further_attempt": "an attempt after the first one left the list",
+        },
+    ),
+)
+GATEWAY_IGNORES = _requests.gauge(
+    "extproc_gateway_ignores_destinations",
+    "1 while most requests of a model are served elsewhere than decided, else 0.",
     "model",
 )
 FALLBACK_SERVED = _requests.counter(

@@ -12,6 +12,7 @@ __all__ = [
     "claim",
     "decision",
     "dispatch",
+    "gateway_watch",
     "json_members",
     "lease",
     "local_endpoints",

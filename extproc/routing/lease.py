@@ -14,7 +14,9 @@ from extproc.errors import RouterError
 from extproc.metrics.service import Metrics
 from extproc.routing.claim import Claim
 from extproc.routing.decision import Decision
+from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.outcomes import WorkerOutcomes
+from extproc.routing.walk import read_walk
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker
 
@@ -47,6 +49,7 @@ class LeaseParts(Struct, frozen=True, kw_only=True):
     registry: WorkerRegistry
     metrics: Metrics
     outcomes: WorkerOutcomes
+    gateway: GatewayWatch
     estimated_stream_seconds: float | None
 
 
@@ -94,15 +97,17 @@ class Lease:
         """True while the stream must stay open though the decision is out."""
         return False
 
-    def responded(self, status: int, address: str, code_details: str, streamed: bool) -> bool:
+    def responded(
+        self, status: int, address: str, code_details: str, streamed: bool, attempts: int = 0
+    ) -> None:
         """Envoy has response headers, its own or the worker's.
 
         `address` is the `ip:port` that was tried last, "" without a try; `code_details` as
-        Envoy's `response.code_details`, "" from gateways that do not send it. Returns False when
-        Envoy tried an address that the decision does not name.
+        Envoy's `response.code_details`, "" from gateways that do not send it. `attempts` is the
+        number of attempts, 0 from gateways that do not send it.
         """
         if self._settled:
-            return True
+            return
         self._settled = True
         parts, decision = self._parts, self.decision
         now = parts.clock.monotonic()
@@ -113,24 +118,41 @@ class Lease:
         answered = code_details in (_VIA_UPSTREAM, "")
         if not address:
             self._settle(self._named[0], status, code_details, answered, now)
-            return True
-        destinations = decision.destinations
-        position = destinations.index(address) if address in destinations else -1
+            return
+        destinations, gateway = decision.destinations, parts.gateway
+        if address == destinations[0]:
+            position = 0
+            if gateway.doubts:
+                gateway.followed(address)
+        else:
+            position = destinations.index(address) if address in destinations else -1
+            self._tried_others(address, position, attempts, now)
         served = self._named[position] if position >= 0 else parts.registry.at_address(address)
-        # Those before the one that served were tried first and could not be reached.
-        for failed in self._named[: position if position >= 0 else 1]:
-            parts.outcomes.failed(failed, decision.model, now)
         if served is not None:
             if status >= _CLIENT_ERROR:
                 self._answered_with_error(served)
             if served is not self.claim.worker:
                 self.claim.move(served, now)
-            self._settle(served, status, code_details, answered, now)
+        if position >= 0:
+            self._settle(self._named[position], status, code_details, answered, now)
+        elif answered:
+            # The address may be a translated one, so no worker gets the outcome.
+            self.served = served
         if position > 0 and answered:
             parts.metrics.fallbacks(decision.model).inc()
-        if position < 0:
-            parts.metrics.missed(decision.model).inc()
-        return position >= 0
+
+    def _tried_others(self, address: str, position: int, attempts: int, now: float) -> None:
+        """The worker at `address`, which is not the chosen one, was tried last."""
+        parts, named, model = self._parts, self._named, self.decision.model
+        walk = read_walk(position, attempts, len(named))
+        for failed in named[: walk.failed]:
+            parts.outcomes.failed(failed, model, now)
+        if walk.passed_over:
+            parts.gateway.passed_over(model, named[: walk.passed_over], address)
+        elif position < 0:
+            parts.gateway.left_the_list(model)
+        if not walk.failed:
+            self.claim.give_back_probe()
 
     def _settle(
         self, worker: Worker, status: int, code_details: str, answered: bool, now: float
@@ -165,8 +187,12 @@ class Lease:
         """End the request with `error`. A worker that has not begun to answer has failed."""
         if not self._settled:
             self._settled = True
-            parts = self._parts
-            parts.outcomes.failed(self._named[0], self.decision.model, parts.clock.monotonic())
+            parts, model, chosen = self._parts, self.decision.model, self._named[0]
+            if parts.gateway.ignores(model):
+                # Another worker has the request.
+                parts.outcomes.undecided(chosen, model)
+            else:
+                parts.outcomes.failed(chosen, model, parts.clock.monotonic())
         on_abort, self.on_abort = self.on_abort, None
         if on_abort is not None:
             on_abort(error)

@@ -54,6 +54,7 @@ _ID_CHARS: Final = 36
 _ID_MARK: Final = b"\x0a\x0cx-request-id\x1a" + bytes((_ID_CHARS,))
 _LENGTH_MARK: Final = b"\x0a\x0econtent-length\x1a"
 _LENGTH_MAX_DIGITS: Final = 20
+_ATTEMPTS_MAX: Final = 100
 
 _FULL_DUPLEX: Final = pb.ProcessingMode.FULL_DUPLEX_STREAMED
 
@@ -187,12 +188,14 @@ class Response(Struct, frozen=True):
 
     `status` is 0 when it is missing. `address` is the `ip:port` that was tried last, and
     `code_details` Envoy's `response.code_details`; each is "" where the gateway does not send it.
+    `attempts` is the number of attempts, 0 where the gateway does not send it.
     """
 
     status: int
     streamed: bool
     address: str
     code_details: str
+    attempts: int
     end_of_stream: bool
 
 
@@ -206,10 +209,9 @@ class ResponseTable:
     def learn(self, raw: bytes, message: pb.ProcessingRequest) -> Response:
         """Read a message that is not in the table, and keep it if it may come again."""
         status, streamed = _status_and_kind(message.response_headers.headers)
-        address, code_details = _served_by(message)
-        response = Response(
-            status, streamed, address, code_details, message.response_headers.end_of_stream
-        )
+        address, code_details, attempts = _served_by(message)
+        end_of_stream = message.response_headers.end_of_stream
+        response = Response(status, streamed, address, code_details, attempts, end_of_stream)
         if len(raw) <= KNOWN_MAX_BYTES:
             if len(self._table) >= _TABLE_MAX_ENTRIES:
                 self._table.clear()
@@ -228,20 +230,24 @@ def _status_and_kind(headers: pb.HeaderMap) -> tuple[int, bool]:
     return status, streamed
 
 
-def _served_by(message: pb.ProcessingRequest) -> tuple[str, str]:
-    """Return the address that was tried and the code details.
+def _served_by(message: pb.ProcessingRequest) -> tuple[str, str, int]:
+    """Return the address that was tried last, the code details and the number of attempts.
 
     Gateways of the endpoint picker protocol name the endpoint in metadata instead.
     """
     address = details = ""
+    attempts = 0
     if EXTPROC_FILTER in message.attributes:
         fields = message.attributes[EXTPROC_FILTER].fields
         if "upstream.address" in fields:
             address = fields["upstream.address"].string_value
         if "response.code_details" in fields:
             details = fields["response.code_details"].string_value
+        if "upstream.request_attempt_count" in fields:
+            count = fields["upstream.request_attempt_count"].number_value
+            attempts = int(count) if 0 < count < _ATTEMPTS_MAX else 0
     if not address and DESTINATION_NAMESPACE in message.metadata_context.filter_metadata:
         fields = message.metadata_context.filter_metadata[DESTINATION_NAMESPACE].fields
         if DESTINATION_SERVED_HEADER in fields:
             address = fields[DESTINATION_SERVED_HEADER].string_value
-    return address, details
+    return address, details, attempts

@@ -141,15 +141,13 @@ class Stream:
         self, lease: Lease | Pair, response: Response, out: Sequence[bytes]
     ) -> Sequence[bytes]:
         """Settle the lease by the response headers; gives the replies to them."""
-        if not lease.responded(
-            response.status, response.address, response.code_details, response.streamed
-        ):
-            _log.warning(
-                "destination_missed",
-                request_id=self.session.request_id,
-                worker=lease.decision.worker_url,
-                served=response.address,
-            )
+        lease.responded(
+            response.status,
+            response.address,
+            response.code_details,
+            response.streamed,
+            response.attempts,
+        )
         if response.end_of_stream:
             lease.close()
         if not self.session.debug:

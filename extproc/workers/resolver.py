@@ -2,13 +2,21 @@
 
 import asyncio
 import socket
-from typing import Protocol
+from collections.abc import Collection
+from typing import Final, Protocol
 
+from extproc.config.schema import DnsLookupFamily
 from extproc.worker_url import WorkerUrl, format_endpoint
 
-__all__ = ["Resolver", "SystemResolver"]
+__all__ = ["Resolver", "SystemResolver", "of_one_family"]
 
 _TIMEOUT_SECONDS = 5.0
+_FAMILIES: Final[dict[DnsLookupFamily, tuple[int, ...]]] = {
+    "v4_preferred": (socket.AF_INET, socket.AF_INET6),
+    "v6_preferred": (socket.AF_INET6, socket.AF_INET),
+    "v4_only": (socket.AF_INET,),
+    "v6_only": (socket.AF_INET6,),
+}
 
 
 class Resolver(Protocol):
@@ -20,7 +28,10 @@ class Resolver(Protocol):
 
 
 class SystemResolver:
-    """The system's resolver; it prefers IPv4, like the cluster that is rendered for Envoy."""
+    """The system's resolver, for one choice of families: the one with which Envoy resolves."""
+
+    def __init__(self, family: DnsLookupFamily = "v4_preferred") -> None:
+        self._family = family
 
     async def resolve(self, url: WorkerUrl) -> tuple[str, ...]:
         if url.is_ip:
@@ -32,13 +43,18 @@ class SystemResolver:
                 )
         except (OSError, TimeoutError, UnicodeError):
             return ()
-        families = (socket.AF_INET, socket.AF_INET6)
-        addresses = [
-            format_endpoint(str(sockaddr[0]).partition("%")[0], url.port)
-            for family in families
-            for found_family, _, _, _, sockaddr in found
-            if found_family == family
-        ]
-        # One family, sorted, so that the same answer always gives the same first address.
-        ipv4 = [address for address in addresses if not address.startswith("[")]
-        return tuple(sorted(set(ipv4 or addresses)))
+        answers = {(family, str(sockaddr[0])) for family, _, _, _, sockaddr in found}
+        hosts = of_one_family(answers, self._family)
+        return tuple([format_endpoint(host, url.port) for host in hosts])
+
+
+def of_one_family(answers: Collection[tuple[int, str]], family: DnsLookupFamily) -> list[str]:
+    """The addresses of the first family that has one, without their zones.
+
+    They are sorted, so that the same answer always gives the same first address.
+    """
+    for wanted in _FAMILIES[family]:
+        hosts = {host.partition("%")[0] for found, host in answers if found == wanted}
+        if hosts:
+            return sorted(hosts)
+    return []

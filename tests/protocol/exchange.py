@@ -252,6 +252,7 @@ def response_headers(
     *,
     upstream: str = "",
     details: str = "via_upstream",
+    attempts: int = 0,
     content_type: str = "application/json",
     served: str = "",
     end: bool = False,
@@ -266,6 +267,8 @@ def response_headers(
     if upstream or details:
         attributes = Struct()
         attributes.update({"upstream.address": upstream, "response.code_details": details})
+        if attempts:
+            attributes["upstream.request_attempt_count"] = attempts
         message.attributes[ATTRIBUTES].CopyFrom(attributes)
     if served:
         metadata = Struct()

@@ -130,13 +130,18 @@ async def test_three_broken_requests_open_the_breaker_and_no_worker_is_left() ->
             assert error((await envoy.replies(2))[1])[:2] == (503, "no_healthy_workers")
 
 
-async def test_a_response_of_another_endpoint_is_counted_and_fails_the_chosen_one() -> None:
+@pytest.mark.parametrize(
+    ("attempts", "reason"), [(0, "other_worker"), (1, "other_worker"), (2, "further_attempt")]
+)
+async def test_a_response_of_another_endpoint_is_counted_and_is_no_workers_outcome(
+    attempts: int, reason: str
+) -> None:
     async with serving(Service(["m"], 2)) as service, stream(service) as envoy:
         await routed(envoy)
-        await envoy.send(response_headers(upstream=SECOND))
+        await envoy.send(response_headers(upstream=SECOND, attempts=attempts))
         await envoy.reply()
-        assert sample(service, "extproc_destination_missed_total", model="m") == 1
-        assert (outcome(service, 0, "error"), outcome(service, 1, "success")) == (1, 1)
+        assert sample(service, "extproc_destination_missed_total", model="m", reason=reason) == 1
+        assert sample(service, "extproc_worker_requests_total") == 0
         assert [worker.in_flight for worker in service.workers] == [0, 1]
 
 

@@ -232,7 +232,31 @@ class TestWorkers:
         named = cluster(render_bootstrap(config(discovery=discovery)), "workers")
         dns = named["cluster_type"]["typed_config"]
         assert dns["dns_refresh_rate"] == "5s"
+        assert dns["dns_lookup_family"] == "V4_PREFERRED"
         assert dns["all_addresses_in_single_endpoint"] is False
+
+    @pytest.mark.parametrize(
+        ("family", "in_envoy"),
+        [
+            ("v4_preferred", "V4_PREFERRED"),
+            ("v6_preferred", "AUTO"),
+            ("v4_only", "V4_ONLY"),
+            ("v6_only", "V6_ONLY"),
+        ],
+    )
+    def test_names_are_resolved_in_the_family_of_the_service(
+        self, family: str, in_envoy: str
+    ) -> None:
+        discovery = {
+            "backend": "static_urls",
+            "static_urls": {"urls": ["http://worker-0:1"], "dns_lookup_family": family},
+        }
+        named = cluster(render_bootstrap(config(discovery=discovery)), "workers")
+        assert named["cluster_type"]["typed_config"]["dns_lookup_family"] == in_envoy
+
+    def test_the_attempts_of_a_request_are_reported(self) -> None:
+        attributes = ext_proc(render_bootstrap(config()))["response_attributes"]
+        assert "upstream.request_attempt_count" in attributes
 
     def test_the_destination_is_read_from_metadata_before_the_header(self) -> None:
         (policy,) = cluster(render_bootstrap(config()), "workers")["load_balancing_policy"][

@@ -27,9 +27,11 @@ def test_the_version_is_shown() -> None:
 def test_two_services_in_one_process_do_not_share_numbers() -> None:
     registries = [CollectorRegistry(), CollectorRegistry()]
     first, _ = (Metrics(registry) for registry in registries)
-    first.missed("m").inc()
+    first.missed("m", "lag").inc()
     values = [
-        registry.get_sample_value("extproc_destination_missed_total", {"model": "m"})
+        registry.get_sample_value(
+            "extproc_destination_missed_total", {"model": "m", "reason": "lag"}
+        )
         for registry in registries
     ]
     assert values == [1, None]

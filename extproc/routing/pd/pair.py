@@ -144,12 +144,13 @@ class Pair:
             seconds = self._pairs.clock.monotonic() - self._failed_at
             self._pairs.metrics.fail_fast_seconds().observe(seconds)
 
-    def responded(self, status: int, address: str, code_details: str, streamed: bool) -> bool:
+    def responded(
+        self, status: int, address: str, code_details: str, streamed: bool, attempts: int = 0
+    ) -> None:
         """As Lease.responded, for the response of the decode worker."""
         self._responded = status
-        known = True
         if self.decode is not None:
-            known = self.decode.responded(status, address, code_details, streamed)
+            self.decode.responded(status, address, code_details, streamed, attempts)
         if status >= _CLIENT_ERROR:
             # The decode half of the request is over, so the prefill is not needed.
             if status >= _SERVER_ERROR and self.leg.explains_decode_failure():
@@ -158,7 +159,6 @@ class Pair:
             else:
                 self.leg.cancel()
                 self._end("decode_failed")
-        return known
 
     def close(self) -> None:
         """The stream has ended, in whatever way; idempotent."""

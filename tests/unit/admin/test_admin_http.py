@@ -20,6 +20,8 @@ from extproc.build import build_kv, build_shared
 from extproc.config.models import ModelConfig
 from extproc.config.schema import ServerConfig
 from extproc.errors import ConfigError
+from extproc.metrics.service import Metrics
+from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.ranks import Ranks
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import KvEvents
@@ -36,18 +38,26 @@ class Admin:
         self.workers = WorkerRegistry()
         self.metrics = metrics
         self.ready = False
+        self.gateway = gateway_of(self.workers)
         self.ranks = ranks_of(ModelConfig(id="m", policy="min_ttft", tokenizer_path="-"))
 
     async def get(self, path: str) -> tuple[int, str, bytes]:
         async with self.session.get(path) as response:
             return response.status, response.headers.get("content-type", ""), await response.read()
 
-    async def listed(self) -> list[dict[str, Any]]:
+    async def page(self) -> dict[str, Any]:
         async with self.session.get("/workers") as response:
-            body = await response.json()
-        assert body.keys() == {"workers"}
-        workers: list[dict[str, Any]] = body["workers"]
+            body: dict[str, Any] = await response.json()
+        assert body.keys() == {"ignored_by_gateway", "workers"}
+        return body
+
+    async def listed(self) -> list[dict[str, Any]]:
+        workers: list[dict[str, Any]] = (await self.page())["workers"]
         return workers
+
+
+def gateway_of(workers: WorkerRegistry) -> GatewayWatch:
+    return GatewayWatch(FakeClock(), workers, Metrics(CollectorRegistry()), ["m"])
 
 
 def ranks_of(model: ModelConfig) -> Ranks:
@@ -76,6 +86,7 @@ async def running(metrics: CollectorRegistry | None = None) -> AsyncIterator[Adm
                 is_ready=lambda: admin.ready,
                 models=["m"],
                 ranks=admin.ranks,
+                gateway=admin.gateway,
             )
             await server.start()
             try:
@@ -188,7 +199,9 @@ async def test_workers_are_listed_with_their_state() -> None:
             make_worker("https://[::1]", order=1, role="prefill", model_ids=("n", "lora"))
         )
         first, second = await admin.listed()
-        contract = {"url", "model", "mode", "breaker", "in_flight", "ready", "kv"}
+        contract = {
+            *("url", "model", "mode", "breaker", "in_flight", "ready", "known_to_gateway", "kv")
+        }
         assert contract <= first.keys() == second.keys()
         assert {key: first[key] for key in contract} == {
             "url": "http://10.0.0.1:8000",
@@ -197,10 +210,23 @@ async def test_workers_are_listed_with_their_state() -> None:
             "breaker": "open",
             "in_flight": 4,
             "ready": False,
+            "known_to_gateway": True,
             "kv": {},
         }
         assert (second["url"], second["mode"]) == ("https://[::1]:443", "prefill")
         assert (second["model"], second["breaker"]) == ("n", "closed")
+
+
+async def test_a_gateway_that_does_not_follow_is_shown() -> None:
+    async with running() as admin:
+        worker = make_worker()
+        admin.workers.upsert(worker)
+        assert (await admin.page())["ignored_by_gateway"] == []
+        for _ in range(5):
+            admin.gateway.passed_over("m", [worker], "10.9.9.9:1")
+        page = await admin.page()
+        assert page["ignored_by_gateway"] == ["m"]
+        assert [one["known_to_gateway"] for one in page["workers"]] == [False]
 
 
 async def test_the_ranks_of_a_worker_are_shown_with_their_pages() -> None:
@@ -300,6 +326,7 @@ async def test_the_error_for_a_port_in_use_names_the_key() -> None:
             is_ready=lambda: True,
             models=["m"],
             ranks=ranks,
+            gateway=gateway_of(WorkerRegistry()),
         )
         try:
             with pytest.raises(ConfigError) as caught:

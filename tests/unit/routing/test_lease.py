@@ -67,8 +67,16 @@ def counted(routing: Fleet, metric: str) -> float:
     return routing.metric(metric, model="m")
 
 
+def missed(routing: Fleet, reason: str | None = None) -> float:
+    reasons = ("other_worker", "unknown_address", "lag", "further_attempt")
+    counts = {
+        one: routing.metric("extproc_destination_missed_total", model="m", reason=one)
+        for one in reasons
+    }
+    return sum(counts.values()) if reason is None else counts[reason]
+
+
 FALLBACK_SERVED = "extproc_fallback_served_total"
-MISSED = "extproc_destination_missed_total"
 
 
 # -- which worker an outcome belongs to
@@ -79,7 +87,7 @@ async def test_an_answer_below_500_is_a_success(status: int) -> None:
     case = Case(threshold=2)
     case.chosen.breaker.failure(0.0)
     lease = await case.lease()
-    assert lease.responded(status, ADDRESSES[0], VIA, streamed=False)
+    lease.responded(status, ADDRESSES[0], VIA, streamed=False)
     case.chosen.breaker.failure(0.0)  # a success in between has reset the count
     assert case.states() == [CLOSED, CLOSED, CLOSED]
     assert case.routing.outcomes() == {URLS[0]: ["success"]}
@@ -90,7 +98,7 @@ async def test_an_answer_below_500_is_a_success(status: int) -> None:
 async def test_a_5xx_is_a_failure_of_the_worker_that_served(status: int) -> None:
     case = Case()
     lease = await case.lease()
-    assert lease.responded(status, ADDRESSES[0], VIA, streamed=False)
+    lease.responded(status, ADDRESSES[0], VIA, streamed=False)
     assert case.states() == [OPEN, CLOSED, CLOSED]
     assert case.routing.outcomes() == {URLS[0]: ["error"]}
 
@@ -113,46 +121,87 @@ async def test_the_destinations_before_the_fallback_that_served_have_failed(
 ) -> None:
     case = Case()
     lease = await case.lease()
-    assert lease.responded(status, ADDRESSES[position], VIA, streamed=False)
+    lease.responded(status, ADDRESSES[position], VIA, streamed=False)
     assert case.states() == states
     assert case.routing.outcomes() == outcomes
     assert lease.served is case.workers[position]
     assert case.load()[position] == 1
     assert sum(case.load()) == 1
     assert counted(case.routing, FALLBACK_SERVED) == 1
-    assert counted(case.routing, MISSED) == 0
+    assert missed(case.routing) == 0
     lease.close()
     assert case.load() == [0, 0, 0]
 
 
-async def test_the_outcome_of_a_registered_worker_that_was_not_named_is_recorded_as_missed() -> (
-    None
-):
+async def test_the_load_moves_to_a_worker_that_was_not_named_and_no_outcome_is_recorded() -> None:
     case = Case()
     other = make_worker("http://10.0.0.4:8000", order=9, threshold=1)
     lease = await case.lease()
     case.routing.registry.upsert(other)
-    assert not lease.responded(500, "10.0.0.4:8000", VIA, streamed=False)
-    assert case.states() == [OPEN, CLOSED, CLOSED]
-    assert other.breaker.state is OPEN
+    lease.responded(500, "10.0.0.4:8000", VIA, streamed=False)
+    assert case.states() == [CLOSED, CLOSED, CLOSED]
+    assert other.breaker.state is CLOSED
+    assert case.routing.outcomes() == {}
     assert lease.served is other
     assert (case.load(), other.in_flight) == ([0, 0, 0], 1)
-    assert counted(case.routing, MISSED) == 1
+    assert missed(case.routing, "other_worker") == 1
     assert counted(case.routing, FALLBACK_SERVED) == 0
     lease.close()
     assert other.in_flight == 0
 
 
-async def test_an_unknown_endpoint_is_missed_and_the_chosen_worker_has_failed() -> None:
+@pytest.mark.parametrize(
+    ("attempts", "reason"),
+    [(0, "unknown_address"), (1, "unknown_address"), (2, "further_attempt")],
+)
+@pytest.mark.parametrize("status", [200, 500])
+async def test_a_response_of_an_unknown_address_is_no_workers_outcome(
+    attempts: int, reason: str, status: int
+) -> None:
     case = Case()
     lease = await case.lease()
-    assert not lease.responded(200, UNKNOWN, VIA, streamed=False)
-    assert case.states() == [OPEN, CLOSED, CLOSED]
-    assert case.routing.outcomes() == {URLS[0]: ["error"]}
+    lease.responded(status, UNKNOWN, VIA, False, attempts)
+    assert case.states() == [CLOSED, CLOSED, CLOSED]
+    assert case.routing.outcomes() == {}
     assert lease.served is None
-    assert counted(case.routing, MISSED) == 1
+    assert missed(case.routing, reason) == 1
     lease.close()
     assert case.load() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("position", "attempts", "states"),
+    [
+        (1, 2, [OPEN, CLOSED, CLOSED]),
+        (2, 3, [OPEN, OPEN, CLOSED]),
+        # In the first attempt: those before are unknown to the gateway.
+        (1, 1, [CLOSED, CLOSED, CLOSED]),
+        (2, 1, [CLOSED, CLOSED, CLOSED]),
+        # One of two has failed, and the other is unknown to the gateway.
+        (2, 2, [CLOSED, CLOSED, CLOSED]),
+        (1, 3, [CLOSED, CLOSED, CLOSED]),
+    ],
+)
+async def test_only_destinations_that_were_tried_have_failed(
+    position: int, attempts: int, states: list[BreakerState]
+) -> None:
+    case = Case()
+    lease = await case.lease()
+    lease.responded(200, ADDRESSES[position], VIA, False, attempts)
+    assert case.states() == states
+    assert lease.served is case.workers[position]
+    assert missed(case.routing, "other_worker") == (attempts == 1)
+    assert counted(case.routing, FALLBACK_SERVED) == 1
+
+
+async def test_a_stale_request_is_not_the_chosen_workers_failure_if_the_gateway_ignores_it() -> (
+    None
+):
+    case = Case()
+    for _ in range(5):
+        (await case.lease()).responded(200, UNKNOWN, VIA, False, 1)
+    (await case.lease()).abort(stale_request_expired())
+    assert case.states() == [CLOSED, CLOSED, CLOSED]
 
 
 @pytest.mark.parametrize("status", [200, 503])
@@ -162,10 +211,10 @@ async def test_a_gateway_without_attributes_is_taken_to_have_asked_the_chosen_wo
 ) -> None:
     case = Case()
     lease = await case.lease()
-    assert lease.responded(status, "", details, streamed=False)
+    lease.responded(status, "", details, streamed=False)
     assert case.states() == [OPEN if status == 503 else CLOSED, CLOSED, CLOSED]
     assert lease.served is case.chosen
-    assert counted(case.routing, MISSED) == 0
+    assert missed(case.routing) == 0
 
 
 # -- Envoy's own replies
@@ -176,7 +225,7 @@ async def test_when_all_workers_refuse_all_that_were_tried_have_failed_and_no_wo
 ):
     case = Case()
     lease = await case.lease()
-    assert lease.responded(503, ADDRESSES[2], REFUSED, streamed=False)
+    lease.responded(503, ADDRESSES[2], REFUSED, streamed=False)
     assert case.states() == [OPEN, OPEN, OPEN]
     assert case.routing.outcomes() == {url: ["error"] for url in URLS}
     assert counted(case.routing, FALLBACK_SERVED) == 0
@@ -193,7 +242,7 @@ async def test_envoys_own_reply_in_place_of_the_chosen_worker_is_the_workers_fai
 ) -> None:
     case = Case()
     lease = await case.lease()
-    assert lease.responded(504, ADDRESSES[0], details, streamed=False)
+    lease.responded(504, ADDRESSES[0], details, streamed=False)
     assert case.states() == [OPEN, CLOSED, CLOSED]
     assert case.routing.outcomes() == {URLS[0]: ["error"]}
 
@@ -201,7 +250,7 @@ async def test_envoys_own_reply_in_place_of_the_chosen_worker_is_the_workers_fai
 async def test_a_refused_connection_is_a_failure_even_without_an_address() -> None:
     case = Case()
     lease = await case.lease()
-    assert lease.responded(503, "", REFUSED, streamed=False)
+    lease.responded(503, "", REFUSED, streamed=False)
     assert case.chosen.breaker.state is OPEN
 
 
@@ -209,7 +258,7 @@ async def test_a_refused_connection_is_a_failure_even_without_an_address() -> No
 async def test_envoys_own_reply_without_an_attempt_records_no_failure(details: str) -> None:
     case = Case()
     lease = await case.probe()
-    assert lease.responded(503, "", details, streamed=False)
+    lease.responded(503, "", details, streamed=False)
     assert case.chosen.breaker.state is HALF_OPEN
     assert case.probe_is_free()
     assert case.routing.outcomes() == {URLS[0]: ["cancelled"]}
@@ -228,7 +277,6 @@ async def test_envoys_own_reply_without_an_attempt_records_no_failure(details: s
         (429, ADDRESSES[0], CLOSED),
         (500, ADDRESSES[0], OPEN),
         (200, ADDRESSES[1], OPEN),
-        (200, UNKNOWN, OPEN),
         (200, "", CLOSED),
         (500, "", OPEN),
     ],
@@ -242,6 +290,17 @@ async def test_an_outcome_resolves_the_probe(
     assert case.chosen.breaker.state is state
     lease.close()
     assert case.chosen.breaker.state is state
+
+
+@pytest.mark.parametrize("address", [UNKNOWN, ADDRESSES[1]])
+async def test_a_gateway_that_passes_over_the_chosen_worker_gives_the_probe_back(
+    address: str,
+) -> None:
+    case = Case()
+    lease = await case.probe()
+    lease.responded(200, address, VIA, False, 1)
+    assert case.chosen.breaker.state is HALF_OPEN
+    assert case.probe_is_free()
 
 
 async def test_a_fallback_that_serves_closes_its_own_breaker() -> None:
@@ -287,8 +346,8 @@ async def test_a_late_close_does_not_free_the_probe_of_another_request() -> None
 async def test_a_second_report_changes_nothing() -> None:
     case = Case()
     lease = await case.lease()
-    assert lease.responded(200, ADDRESSES[0], VIA, streamed=False)
-    assert lease.responded(500, ADDRESSES[1], VIA, streamed=False)
+    lease.responded(200, ADDRESSES[0], VIA, streamed=False)
+    lease.responded(500, ADDRESSES[1], VIA, streamed=False)
     assert case.states() == [CLOSED, CLOSED, CLOSED]
     assert case.routing.outcomes() == {URLS[0]: ["success"]}
     assert counted(case.routing, "extproc_response_headers_seconds_count") == 1
@@ -365,6 +424,6 @@ async def test_response_headers_of_a_stale_request_are_not_recorded() -> None:
     lease = await case.lease()
     lease.abort(stale_request_expired())
     lease.abort(stale_request_expired())
-    assert lease.responded(200, ADDRESSES[1], VIA, streamed=False)
+    lease.responded(200, ADDRESSES[1], VIA, streamed=False)
     assert case.states() == [OPEN, CLOSED, CLOSED]
     assert case.routing.outcomes() == {URLS[0]: ["error"]}

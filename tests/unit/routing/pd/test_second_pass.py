@@ -33,7 +33,7 @@ async def test_the_second_pass_replaces_the_reservation() -> None:
     assert (decision.decode_order, decision.body_members) == ("", b"")
     assert fleet.metric("extproc_pd_decode_choices_total", model="m", reason="no_peer") == 1
     assert fleet.metric("extproc_pd_decode_retries_total", model="m") == 0
-    assert lease.responded(200, decision.destinations[0], VIA, streamed=True)
+    lease.responded(200, decision.destinations[0], VIA, streamed=True)
     assert fleet.outcomes() == {decision.worker_url: ["success"]}
     lease.close()
     pair.close()
@@ -139,7 +139,7 @@ async def test_an_error_makes_the_service_recheck_the_role_of_the_worker(status:
     pair = await fleet.pair()
     lease = fleet.pick(pair)
     worker = lease.claim.ticket.worker
-    assert lease.responded(status, lease.decision.destinations[0], VIA, streamed=False)
+    lease.responded(status, lease.decision.destinations[0], VIA, streamed=False)
     assert fleet.rechecked == [worker]
     assert (worker.breaker.state is BreakerState.OPEN) == (status >= 500)
     lease.close()
@@ -158,7 +158,7 @@ async def test_a_refused_decode_worker_fails_and_the_next_attempt_takes_another(
     assert first.breaker.state is BreakerState.OPEN
     second = fleet.pick(pair, 2)
     assert second.claim.ticket.worker is not first
-    assert second.responded(200, second.decision.destinations[0], VIA, streamed=False)
+    second.responded(200, second.decision.destinations[0], VIA, streamed=False)
     assert pair.leg.is_open
     second.close()
     pair.close()
