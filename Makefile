@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # They are given out two by two, end-to-end tests first, so that all four end together.
 SIDE_BY_SIDE := --numprocesses 4 --dist load --maxschedchunk 2
 # Percent of the lines and branches of extproc that unit and protocol tests must reach.
-COVERAGE_FLOOR := 80
+COVERAGE_FLOOR := 95
 
 .PHONY: venv demo test unit cov fmt lint lock wheel newest bench protos docs clean
 

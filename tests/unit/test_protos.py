@@ -169,7 +169,7 @@ def test_fields_agree_with_xds_protos() -> None:
 
 
 def test_enum_values_agree_with_envoy_data_plane() -> None:
-    ext_proc = importlib.import_module("envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3")
+    ext_proc = published_stubs("envoy.extensions.filters.http.ext_proc.v3")
     core = published_stubs("envoy.config.core.v3")
     for ours, original in (
         (pb.ProcessingMode.BodySendMode, ext_proc.ProcessingModeBodySendMode),
