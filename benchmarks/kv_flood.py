@@ -73,7 +73,7 @@ def apply_rate(batches: list[bytes], pages: int, page_size: int) -> float:
     """Pages a second, decoding included."""
     index = PrefixIndex(PrefixHasher(), 10_000_000)
     rank_pages = index.add("w", page_size)
-    applier = EventApplier(index, rank_pages, index.hasher.seed, lambda load: None)
+    applier = EventApplier(index, rank_pages, index.hasher.seed, lambda load: None, lambda: None)
     started = time.perf_counter()
     for payload in batches:
         for _ in applier.apply(payload):
@@ -168,7 +168,7 @@ async def flooded(shape: int, rounds: int, seconds: float) -> None:
             indexer.index.store(rank_pages, ids, None, prompt, page_size)
     endpoint = EventEndpoint("127.0.0.1", port)
     source = RankSource(worker="flooded", dp_rank=0, endpoint=endpoint, page_size=page_size)
-    flooded_rank = indexer.follow(source, lambda load: None)
+    flooded_rank = indexer.follow(source, lambda load: None, lambda: None)
     growths = []
     for _ in range(rounds):
         await asyncio.to_thread(pipe.recv)

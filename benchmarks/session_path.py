@@ -95,7 +95,7 @@ def build(workers: int) -> Streams:
             address=f"{url.host}:{url.port}",
         )
         shared.registry.upsert(worker)
-    kv = build_kv(config, shared)
+    kv = build_kv(config, shared, lambda worker: None)
     client = AiohttpPrefillClient(None)
     routing = build_router(config, shared, kv, {}, client, lambda worker: None)
     return build_streams(config, shared, routing.router)

@@ -60,15 +60,15 @@ class App(WorkerObserver):
         ProcessCollector(registry=shared.prometheus)
         PlatformCollector(registry=shared.prometheus)
         GCCollector(registry=shared.prometheus)
-        kv = build_kv(config, shared)
-        self.ranks = kv.ranks
-        shared.prometheus.register(WorkerCollector(self.workers, self.tickets))
-        shared.prometheus.register(KvCollector(self.ranks, self._clock))
-        shared.prometheus.register(EncoderCollector(encoders))
         worker_tls = worker_tls_of(config)
         self._client = AiohttpIntrospectionClient(shared.api_key, worker_tls)
         self._prefill_client = AiohttpPrefillClient(worker_tls)
         self._manager = build_manager(config, shared, self._client)
+        kv = build_kv(config, shared, self._manager.recheck)
+        self.ranks = kv.ranks
+        shared.prometheus.register(WorkerCollector(self.workers, self.tickets))
+        shared.prometheus.register(KvCollector(self.ranks, self._clock))
+        shared.prometheus.register(EncoderCollector(encoders))
         routing = build_router(
             config, shared, kv, encoders, self._prefill_client, self._manager.recheck
         )
@@ -86,6 +86,7 @@ class App(WorkerObserver):
             models=self.router.model_ids,
             ranks=self.ranks,
             gateway=gateway,
+            refused=self._manager.refused,
         )
         self._warned_of_failing_open = False
         self._changed = asyncio.Event()

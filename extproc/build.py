@@ -23,7 +23,6 @@ from extproc.config.schema import Config
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
 from extproc.kv.subscriptions.subscription import SubscriberSettings
-from extproc.metrics import table
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
 from extproc.routing.chooser import Chooser, WorkerChooser
@@ -154,8 +153,11 @@ def build_shared(
     )
 
 
-def build_kv(config: Config, shared: Shared) -> Kv:
-    """The index of KV pages and a placement for each model whose policy looks at tokens."""
+def build_kv(config: Config, shared: Shared, recheck: Callable[[Worker], None]) -> Kv:
+    """The index of KV pages and a placement for each model whose policy looks at tokens.
+
+    `recheck` is called with a worker that may have become another engine.
+    """
     ranks = Ranks(
         shared.clock,
         max_pages=config.kv.max_pages,
@@ -163,6 +165,7 @@ def build_kv(config: Config, shared: Shared) -> Kv:
             replay_timeout_seconds=config.kv.replay_timeout_secs,
             replay_cool_down_seconds=config.kv.replay_retry_secs,
         ),
+        recheck=recheck,
     )
     placements = {}
     for model in config.models:
@@ -174,9 +177,7 @@ def build_kv(config: Config, shared: Shared) -> Kv:
             prefill_tokens_per_second=model.min_ttft.prefill_tokens_per_second,
         )
         ranks.serve(model.id, placement.model_speed)
-        # Alerts on a rate need the series to be there before the first event.
-        shared.metrics.prompt_tokens(model.id)
-        shared.metrics.cached_tokens(model.id)
+        shared.metrics.begin_tokens(model.id)
     return Kv(ranks=ranks, placements=placements)
 
 
@@ -213,13 +214,10 @@ def build_router(
     """The router with both PD passes.
 
     `encoders` are by model id and hold every model with a placement. `recheck` is called with a
-    worker whose answer may mean that it has another role now.
+    worker that may have become another engine.
     """
     for model in config.models:
-        # Alerts on a rate need the series to be there before the first event.
-        for reason in table.DESTINATION_MISSED.labels[1].values:
-            shared.metrics.missed(model.id, reason)
-        shared.metrics.fallbacks(model.id)
+        shared.metrics.begin(model.id)
     return assemble_routing(
         RoutingSettings.of(config, shared.api_key),
         shared,
@@ -274,6 +272,7 @@ def assemble_routing(
         metrics=metrics,
         outcomes=outcomes,
         gateway=gateway,
+        recheck=recheck,
         estimated_stream_seconds=settings.estimated_stream_seconds,
     )
     leg_parts = LegParts(clock=clock, metrics=metrics.pd, outcomes=outcomes, recheck=recheck)
@@ -281,7 +280,7 @@ def assemble_routing(
         settings.pd,
         PrefillSender(settings.pd, shared.registry, claims, prefill_client, leg_parts),
         DecodeChooser(ranks, shared.random),
-        DecodeLeases(lease_parts, claims, recheck),
+        DecodeLeases(lease_parts, claims),
         Pairs(clock, metrics.pd, linger_seconds=settings.pd.linger_seconds),
         claims,
     )

@@ -229,7 +229,12 @@ class Fleet:
         self.lease_parts, self.leg_parts = routing.lease_parts, routing.leg_parts
 
     def _follow_kv(self, policy: Any, models: Sequence[str]) -> None:
-        self._ranks = Ranks(self.shared.clock, max_pages=10_000, settings=SubscriberSettings())
+        self._ranks = Ranks(
+            self.shared.clock,
+            max_pages=10_000,
+            settings=SubscriberSettings(),
+            recheck=self.rechecked.append,
+        )
         model = ModelConfig(id=models[0], policy=policy, tokenizer_path="-")
         self._placement = Placement(create_kv_policy(model, self.random), self._ranks.indexer.index)
         for name in models:

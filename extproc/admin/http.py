@@ -20,13 +20,15 @@ from extproc.routing.rank import Rank
 from extproc.routing.ranks import Ranks
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.worker import Worker
+from extproc.workers.worker import Worker, WorkerSpec
 
 __all__ = ["AdminServer"]
 
 
 class AdminServer:
-    """`is_ready` is called on every probe; `models` are the configured ids."""
+    """`is_ready` is called on every probe; `models` are the configured ids. `refused` gives the
+    workers that are not registered for their role.
+    """
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class AdminServer:
         models: Sequence[str],
         ranks: Ranks,
         gateway: GatewayWatch,
+        refused: Callable[[], Sequence[WorkerSpec]],
     ) -> None:
         self._config = config
         self._workers = workers
@@ -45,6 +48,7 @@ class AdminServer:
         self._models = models
         self._ranks = ranks
         self._gateway = gateway
+        self._refused = refused
         app = web.Application(client_max_size=64 * 1024)
         app.add_routes(
             [
@@ -91,6 +95,8 @@ class AdminServer:
                 }
                 for worker in self._workers
             ],
+            # Their roles do not fit the other workers of their model.
+            "refused": [_describe_refused(spec) for spec in self._refused()],
         }
         return web.Response(body=msgspec.json.encode(body), content_type="application/json")
 
@@ -131,4 +137,12 @@ def _describe(worker: Worker, usable: bool) -> dict[str, Any]:
         "in_flight": worker.in_flight,
         "ready": usable and worker.breaker.state is not BreakerState.OPEN,
         "address": worker.address,
+    }
+
+
+def _describe_refused(spec: WorkerSpec) -> dict[str, Any]:
+    return {
+        "url": str(spec.url),
+        "model": spec.model_ids[0] if spec.model_ids else None,
+        "mode": spec.role,
     }

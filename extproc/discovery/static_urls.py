@@ -24,8 +24,15 @@ class StaticUrls:
 
     async def events(self) -> AsyncIterator[WorkerEvent]:
         for url in self._urls:
-            role = self._roles.get(str(url), "plain")
-            yield Added(WorkerSpec(id=str(url), url=url, role=role))
+            role = self._roles.get(str(url))
+            yield Added(
+                WorkerSpec(
+                    id=str(url),
+                    url=url,
+                    role=role or "plain",
+                    role_is_configured=role is not None,
+                )
+            )
         yield Listed()
         # A source never ends; an end would look like a failure.
         await asyncio.Event().wait()

@@ -39,13 +39,15 @@ _PAGES_A_STEP: Final = 512
 _LARGE_BYTES: Final = 1 << 16
 # The index's tier of each medium: disk and external storage count alike.
 _TIERS: Final = (0, 1, 2, 2)
+# Reasons after which the events may be those of another engine process.
+_BREAKS: Final = frozenset(("disconnected", "reconnected", "restarted"))
 
 
 class EventApplier:
     """Applies the events of one rank to its pages, and keeps their trust; an Applier.
 
     `seed` gives the start of a namespace's prefix hashes. `report_load` takes the engine's load
-    reports.
+    reports. `report_break` is called when the engine may have been replaced by another process.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class EventApplier:
         pages: RankPages,
         seed: Callable[[str | None, str | int | None], int],
         report_load: Callable[[LoadStat], None],
+        report_break: Callable[[], None],
     ) -> None:
         self.pages = pages
         self.counts = RankStats()
         self._index = index
         self._seed = seed
         self._report_load = report_load
+        self._report_break = report_break
         self._log = _log.bind(worker=pages.worker, rank=pages.dp_rank)
         self._warned: set[str] = set()
 
@@ -103,9 +107,13 @@ class EventApplier:
 
     def clear(self, reason: str) -> None:
         self._index.clear(self.pages)
+        if reason in _BREAKS:
+            self._report_break()
 
     def set_trusted(self, trusted: bool, reason: str) -> None:
         self.pages.trusted, self.pages.reason = trusted, reason
+        if reason in _BREAKS:
+            self._report_break()
 
     def on_load(self, payload: bytes) -> None:
         try:

@@ -119,16 +119,22 @@ class KvIndexer:
         self._past_streams = StreamStats()
         self._past_events = RankStats()
 
-    def follow(self, source: RankSource, report_load: Callable[[LoadStat], None]) -> RankPages:
+    def follow(
+        self,
+        source: RankSource,
+        report_load: Callable[[LoadStat], None],
+        report_break: Callable[[], None],
+    ) -> RankPages:
         """Subscribe to a rank's events; gives its pages, the same object until `unfollow`.
 
-        `report_load` takes the newest of the engine's load reports. Raises ValueError for a page
+        `report_load` takes the newest of the engine's load reports. `report_break` is called when
+        the connection breaks, or another engine process uses it. Raises ValueError for a page
         size below 1, and RuntimeError after `close`.
         """
         pages = self.index.add(
             source.worker, source.page_size, dp_rank=source.dp_rank, bigram=source.bigram
         )
-        applier = EventApplier(self.index, pages, self._seed, report_load)
+        applier = EventApplier(self.index, pages, self._seed, report_load, report_break)
         try:
             stream = self._subscriber.add(source.endpoint, applier)
         except BaseException:

@@ -46,6 +46,17 @@ class Metrics:
         self.pd = PdMetrics(made)
         registry.register(made)
 
+    def begin(self, model: str) -> None:
+        """Make the series of which alerts read the rate: they are needed before the first event."""
+        for reason in table.DESTINATION_MISSED.labels[1].values:
+            self.missed(model, reason)
+        self.fallbacks(model)
+
+    def begin_tokens(self, model: str) -> None:
+        """As `begin`, for a model whose policy looks at tokens."""
+        self.prompt_tokens(model)
+        self.cached_tokens(model)
+
     def forget_worker(self, worker: str) -> None:
         """Drop the series of a worker that left."""
         children = self.worker_requests.children

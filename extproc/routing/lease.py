@@ -23,6 +23,7 @@ from extproc.workers.worker import Worker
 __all__ = ["Lease", "LeaseParts"]
 
 _CLIENT_ERROR = 400
+_NOT_FOUND = 404
 _SERVER_ERROR = 500
 # Envoy's `response.code_details` for an answer of the upstream; others are Envoy's own replies.
 _VIA_UPSTREAM = "via_upstream"
@@ -41,8 +42,9 @@ _OVERFLOW = "overflow"
 class LeaseParts(Struct, frozen=True, kw_only=True):
     """What all leases of one service use.
 
-    `estimated_stream_seconds` is how long a streamed response is taken to run; None where the
-    gateway tells us its end.
+    `recheck` is called with a worker that may have become another engine: it refused a connection
+    or answered 404. `estimated_stream_seconds` is how long a streamed response is taken to run;
+    None where the gateway tells us its end.
     """
 
     clock: Clock
@@ -50,6 +52,7 @@ class LeaseParts(Struct, frozen=True, kw_only=True):
     metrics: Metrics
     outcomes: WorkerOutcomes
     gateway: GatewayWatch
+    recheck: Callable[[Worker], None]
     estimated_stream_seconds: float | None
 
 
@@ -130,7 +133,7 @@ class Lease:
         served = self._named[position] if position >= 0 else parts.registry.at_address(address)
         if served is not None:
             if status >= _CLIENT_ERROR:
-                self._answered_with_error(served)
+                self._answered_with_error(served, status)
             if served is not self.claim.worker:
                 self.claim.move(served, now)
         if position >= 0:
@@ -147,6 +150,7 @@ class Lease:
         walk = read_walk(position, attempts, len(named))
         for failed in named[: walk.failed]:
             parts.outcomes.failed(failed, model, now)
+            parts.recheck(failed)
         if walk.passed_over:
             parts.gateway.passed_over(model, named[: walk.passed_over], address)
         elif position < 0:
@@ -171,6 +175,7 @@ class Lease:
                 return
         elif code_details.startswith(_WORKER_FAILED) and _OVERFLOW not in code_details:
             outcomes.failed(worker, model, now)
+            self._parts.recheck(worker)
             return
         # Envoy's own reply, or another worker's fault.
         self.claim.give_back_probe()
@@ -180,8 +185,10 @@ class Lease:
         """True if a 5xx of the worker is another worker's fault."""
         return False
 
-    def _answered_with_error(self, worker: Worker) -> None:
+    def _answered_with_error(self, worker: Worker, status: int) -> None:
         """The worker, or Envoy in its place, answered with a 4xx or 5xx."""
+        if status == _NOT_FOUND:
+            self._parts.recheck(worker)  # it may serve another model by now
 
     def abort(self, error: RouterError) -> None:
         """End the request with `error`. A worker that has not begun to answer has failed."""

@@ -6,7 +6,7 @@ page. Separate from the worker registry, which knows neither ranks nor KV events
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import structlog
 
@@ -28,11 +28,20 @@ _log = structlog.get_logger()
 class Ranks(WorkerObserver):
     """The ranks of all workers of models with a KV-aware policy.
 
-    `max_pages` and `settings` are those of KvIndexer.
+    `max_pages` and `settings` are those of KvIndexer. `recheck` is called with a worker whose
+    engine may have been replaced by another process.
     """
 
-    def __init__(self, clock: Clock, *, max_pages: int, settings: SubscriberSettings) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        max_pages: int,
+        settings: SubscriberSettings,
+        recheck: Callable[[Worker], None],
+    ) -> None:
         self._clock = clock
+        self._recheck = recheck
         self._speeds: dict[str, PrefillSpeed] = {}
         self._of_worker: dict[Worker, tuple[Rank, ...]] = {}
         self._next_order = 0
@@ -77,8 +86,12 @@ class Ranks(WorkerObserver):
         def report_load(stat: LoadStat) -> None:
             load.report(stat, clock.monotonic())
 
+        def report_break() -> None:
+            self._recheck(rank.worker)
+
         try:
-            rank.pages = self.indexer.follow(_source(rank, events), report_load)
+            source = _source(rank, events)
+            rank.pages = self.indexer.follow(source, report_load, report_break)
         except (RuntimeError, ValueError) as error:
             # Requests can still be routed to the rank, by its load.
             _log.error(

@@ -4,7 +4,12 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from extproc.config.models import TOKEN_POLICIES, CircuitBreakerConfig, ModelConfig
+from extproc.config.models import (
+    TOKEN_POLICIES,
+    CircuitBreakerConfig,
+    ModelConfig,
+    PdModelConfig,
+)
 from extproc.workers.introspection import Introspection, apply_introspection
 from extproc.workers.kv_announcement import configured_kv_events
 from extproc.workers.worker import KvEvents, WorkerSpec
@@ -21,6 +26,11 @@ class ConfiguredModels:
     @property
     def ids(self) -> Collection[str]:
         return self._by_id.keys()
+
+    def is_disaggregated(self, model: str) -> bool:
+        """True if the configuration says that prefill and decode workers serve the model."""
+        found = self._by_id.get(model)
+        return found is not None and found.pd != PdModelConfig()
 
     def breaker_of(self, spec: WorkerSpec) -> CircuitBreakerConfig:
         """The breaker of the first configured model that the worker serves, else the defaults."""

@@ -192,4 +192,5 @@ def apply_introspection(spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
         model_ids=answer.model_ids or spec.model_ids,
         bootstrap_port=bootstrap_port,
         kv_events=answer.kv_events or spec.kv_events,
+        role_is_configured=spec.role_is_configured,
     )

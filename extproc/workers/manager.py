@@ -6,6 +6,7 @@ same queue, so that a late answer cannot bring back a worker that has left.
 """
 
 import asyncio
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -34,6 +35,14 @@ _LATER_ATTEMPTS: Final = 1
 # The interval has so many parts, and each part asks its share of the workers.
 _TURNS: Final = 16
 _RECHECK_MIN_SECONDS: Final = 1.0
+# A registered worker that did not answer may come back as another engine. So many of them are
+# asked within each time.
+_UNANSWERED_SECONDS: Final = 1.0
+_UNANSWERED_AT_ONCE: Final = 32
+# The key of the task that compares roles.
+_ROLES: Final = "(roles)"
+# Compare roles, put workers out, ask those that fit.
+_SETTLING_ROUNDS: Final = 3
 
 
 class IntrospectionSettings(Struct, frozen=True, kw_only=True):
@@ -76,6 +85,9 @@ class WorkerManager:
         # When a registered worker was last rechecked, and the rechecks that have not begun.
         self._rechecked_at: dict[str, float] = {}
         self._rechecks_waiting: set[str] = set()
+        # Registered workers whose last answer failed, the one asked longest ago first.
+        self._unanswered: dict[str, None] = {}
+        self._settling = False
         self.first_round_done = False
 
     def observe(self, observer: WorkerObserver) -> None:
@@ -88,11 +100,16 @@ class WorkerManager:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._retry_unsettled())
                 group.create_task(self._ask_all_again())
+                group.create_task(self._ask_unanswered())
                 group.create_task(self._refresh_addresses())
                 async for event in self._source.events():
                     self._handle(event)
         finally:
             await self._tasks.close()
+
+    def refused(self) -> list[WorkerSpec]:
+        """The workers that are not registered, since their role does not fit."""
+        return self._membership.refused()
 
     def recheck(self, worker: Worker) -> None:
         """Ask the worker again at once; at most once a second, further calls are dropped."""
@@ -124,6 +141,10 @@ class WorkerManager:
     async def _finish_first_round(self, pending: list[asyncio.Task[None]]) -> None:
         if pending:
             await asyncio.wait(pending)
+        for _ in range(_SETTLING_ROUNDS):
+            own = asyncio.current_task()
+            if others := [task for task in self._tasks.last_tasks() if task is not own]:
+                await asyncio.wait(others)
         self.first_round_done = True
         self._membership.notify_changed()
 
@@ -133,10 +154,32 @@ class WorkerManager:
         )
         self._membership.answered(spec, answer)
         await self._membership.join(self._membership.complete(spec, answer), addresses)
+        self._settle_roles()
 
     async def _remove(self, worker_id: str) -> None:
         self._rechecked_at.pop(worker_id, None)
+        self._unanswered.pop(worker_id, None)
         await self._membership.leave(worker_id)
+        self._settle_roles()
+
+    def _settle_roles(self) -> None:
+        """After a change: let the kind of most workers of each model serve it."""
+        if self._membership.kinds_changed() and not self._settling:
+            self._settling = True
+            self._tasks.start(_ROLES, self._compare_roles())
+
+    async def _compare_roles(self) -> None:
+        self._settling = False
+        out_of_place = self._membership.out_of_place()
+        for worker_id in out_of_place:
+            self._tasks.start(worker_id, self._put_out(worker_id))
+        if not out_of_place:
+            for worker_id in self._membership.fitting():
+                self._ask_unless_busy(worker_id)
+
+    async def _put_out(self, worker_id: str) -> None:
+        await self._membership.put_out(worker_id)
+        self._settle_roles()
 
     async def _ask(self, spec: WorkerSpec, attempts: int) -> Introspection:
         """The worker's answer; an unexpected exception is a problem like any other."""
@@ -185,6 +228,8 @@ class WorkerManager:
             return
         answer = await self._ask(spec, _LATER_ATTEMPTS)
         self._membership.answered_later(spec, answer)
+        if answer.problem:
+            self._unanswered[worker_id] = None
         if discovered is not None:
             spec = msgspec.structs.replace(spec, role=discovered)
         elif answer.problem:
@@ -195,6 +240,17 @@ class WorkerManager:
             await self._membership.join(spec, await self._resolve(spec))
         else:
             await self._membership.change(worker, spec)
+        self._settle_roles()
+
+    async def _ask_unanswered(self) -> None:
+        while True:
+            await self._clock.sleep(_UNANSWERED_SECONDS)
+            for worker_id in list(islice(self._unanswered, _UNANSWERED_AT_ONCE)):
+                # To the end of the queue, if it does not answer again.
+                del self._unanswered[worker_id]
+                worker = self._registry.get(worker_id)
+                if worker is not None and worker.model_ids:
+                    self._ask_unless_busy(worker_id)
 
     async def _refresh_addresses(self) -> None:
         while True:

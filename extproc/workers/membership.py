@@ -4,12 +4,15 @@ It is separate from the manager so that one module decides what a change means, 
 decides when a worker is asked. All calls for one worker come one after the other.
 """
 
+from collections.abc import Mapping
+
 import structlog
 
 from extproc.metrics.service import Metrics
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.configured_models import ConfiguredModels
 from extproc.workers.introspection import Introspection
+from extproc.workers.kinds import is_for_plain
 from extproc.workers.observer import WorkerObserver
 from extproc.workers.registry import MixedRolesError, WorkerRegistry
 from extproc.workers.worker import Worker, WorkerSpec
@@ -24,7 +27,8 @@ class Membership:
     """The registered workers, and those that were refused for their role.
 
     A refused worker is never registered. It is tried again, since the workers that it did not
-    fit may have left.
+    fit may have left. Where most workers of a model are among the refused ones, those registered
+    are `out_of_place`.
     """
 
     def __init__(
@@ -37,6 +41,8 @@ class Membership:
         self._warnings = WorkerWarnings(models.ids)
         self._refused: dict[str, WorkerSpec] = {}
         self._next_order = 0
+        # Set when a worker was registered, removed or refused with another role.
+        self._kinds_changed = False
 
     def observe(self, observer: WorkerObserver) -> None:
         """Notify this observer, too; observers are notified in the order of these calls."""
@@ -51,6 +57,65 @@ class Membership:
         """The spec of a registered or refused worker."""
         worker = self._registry.get(worker_id)
         return worker.spec if worker is not None else self._refused.get(worker_id)
+
+    def refused(self) -> list[WorkerSpec]:
+        """The workers that were refused."""
+        return list(self._refused.values())
+
+    def kinds_changed(self) -> bool:
+        """True if `out_of_place` and `fitting` may have changed since the last call."""
+        changed, self._kinds_changed = self._kinds_changed, False
+        return changed and bool(self._refused)
+
+    def out_of_place(self) -> list[str]:
+        """The ids of registered workers whose kind is not that of most workers of their model."""
+        models = self._models_of_refused()
+        return [
+            worker.id
+            for worker in self._registry
+            if self._odd_model(worker.spec, models) is not None
+        ]
+
+    def fitting(self) -> list[str]:
+        """The ids of refused workers whose kind is that of most workers of their models."""
+        models = self._models_of_refused()
+        return [spec.id for spec in self._refused.values() if self._odd_model(spec, models) is None]
+
+    async def put_out(self, worker_id: str) -> None:
+        """Refuse a registered worker that is out of place, if it still is."""
+        worker = self._registry.get(worker_id)
+        if worker is None:
+            return
+        model = self._odd_model(worker.spec, self._models_of_refused())
+        if model is not None:
+            await self._refuse(worker.spec, MixedRolesError(model, worker.role))
+
+    def _models_of_refused(self) -> dict[str, bool]:
+        """The models of refused workers; True for those that plain workers should serve."""
+        found: dict[str, bool] = {}
+        for refused in self._refused.values():
+            for model in refused.model_ids:
+                if model not in found:
+                    found[model] = self._is_for_plain(model)
+        return found
+
+    def _is_for_plain(self, model: str) -> bool:
+        registered = [worker.spec for worker in self._registry if model in worker.model_ids]
+        refused = [spec for spec in self._refused.values() if model in spec.model_ids]
+        return is_for_plain(
+            registered + refused,
+            configured=self._models.is_disaggregated(model),
+            now_plain=bool(registered) and registered[0].role == "plain",
+        )
+
+    @staticmethod
+    def _odd_model(spec: WorkerSpec, models: Mapping[str, bool]) -> str | None:
+        """The first of the worker's models that workers of the other kind should serve."""
+        plain = spec.role == "plain"
+        for model in spec.model_ids:
+            if models.get(model, plain) != plain:
+                return model
+        return None
 
     def unsettled(self) -> list[str]:
         """The ids of workers whose model is unknown, and of refused ones."""
@@ -97,6 +162,7 @@ class Membership:
             await self._refuse(spec, error)
             return
         self._refused.pop(spec.id, None)
+        self._kinds_changed = True
         self._warnings.addresses(spec, addresses)
         if known is not None:
             await self._notify_left(known)
@@ -119,6 +185,7 @@ class Membership:
         except MixedRolesError as error:
             await self._refuse(spec, error)
             return
+        self._kinds_changed = True
         if rejoins:
             settings = self._models.breaker_of(spec)
             worker.breaker.threshold = settings.threshold
@@ -130,7 +197,7 @@ class Membership:
     async def leave(self, worker_id: str) -> None:
         """Remove a worker, whether it was registered or refused."""
         self._warnings.left(worker_id)
-        self._refused.pop(worker_id, None)
+        self._kinds_changed = self._refused.pop(worker_id, None) is not None or self._kinds_changed
         await self._remove(worker_id)
 
     def update_addresses(self, answers: list[tuple[Worker, tuple[str, ...]]]) -> None:
@@ -161,6 +228,9 @@ class Membership:
             )
 
     async def _refuse(self, spec: WorkerSpec, error: MixedRolesError) -> None:
+        before = self._refused.get(spec.id)
+        if before is None or (before.role, before.model_ids) != (spec.role, spec.model_ids):
+            self._kinds_changed = True
         self._refused[spec.id] = spec
         if self._warnings.refused(spec, error):
             self._metrics.workers_refused.inc()
@@ -170,6 +240,7 @@ class Membership:
         worker = self._registry.remove(worker_id)
         if worker is None:
             return
+        self._kinds_changed = True
         await self._notify_left(worker)
         if all(other.url != worker.url for other in self._registry):
             self._metrics.forget_worker(worker.url)

@@ -25,9 +25,9 @@ class MixedRolesError(ServiceError):
     """The worker's role does not fit the workers that serve the model."""
 
     def __init__(self, model: str, role: Role) -> None:
+        others = "prefill and decode" if role == "plain" else "plain"
         super().__init__(
-            f"a {role} worker cannot join model {model}: plain workers and "
-            "prefill or decode workers of one model do not mix"
+            f"a {role} worker cannot serve model {model}, whose other workers are {others} workers"
         )
         self.model = model
 

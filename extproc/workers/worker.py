@@ -35,6 +35,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
 
     `id` is unique: the URL for static workers, for example the uid of a pod for others, so that
     a new engine at an old address does not inherit the breaker of the old one.
+    `role_is_configured` is set where the configuration names the role, whatever the worker says.
     """
 
     id: str
@@ -43,6 +44,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     model_ids: tuple[str, ...] = ()
     bootstrap_port: int | None = None
     kv_events: KvEvents | None = None
+    role_is_configured: bool = False
 
 
 class Worker:

@@ -104,13 +104,18 @@ class Watched:
         self.worker = worker
         self._rank_pages: RankPages | None = None
         self.loads: list[LoadStat] = []
+        # How often the engine may have been replaced by another process.
+        self.breaks = 0
 
     def follow(self, engine: EngineProcess, *, replay: bool = True) -> None:
         endpoint = EventEndpoint(
             "127.0.0.1", engine.port, replay_port=engine.replay_port if replay else None
         )
         source = RankSource(worker=self.worker, dp_rank=0, endpoint=endpoint, page_size=PAGE)
-        self._rank_pages = self.indexer.follow(source, self.loads.append)
+        self._rank_pages = self.indexer.follow(source, self.loads.append, self.count_break)
+
+    def count_break(self) -> None:
+        self.breaks += 1
 
     @property
     def rank_pages(self) -> RankPages:

@@ -25,6 +25,8 @@ async def test_another_process_at_the_same_port_is_followed_from_scratch(
     async with first, watching(first) as watched:
         await first.do("publish", batches=before)
         await watched.becomes_right(first)
+        assert watched.breaks <= 1  # until the first connection was made
+        before_death = watched.breaks
         await first.kill()
         async with await first.successor() as second:
             await second.do("publish", batches=after)
@@ -32,6 +34,7 @@ async def test_another_process_at_the_same_port_is_followed_from_scratch(
             await second.do("publish", batches=20)
             await watched.becomes_right(second)
             assert watched.state.stream.restarts == 1
+            assert watched.breaks > before_death
 
 
 async def test_an_engine_may_be_killed_again_and_again_during_traffic() -> None:

@@ -1,6 +1,6 @@
 """The lease of a decode worker, whose failure can be the fault of the prefill worker."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from extproc.routing.claim import Claim, Claims
 from extproc.routing.decision import Decision
@@ -14,39 +14,32 @@ __all__ = ["DecodeLease", "DecodeLeases"]
 class DecodeLease(Lease):
     """As Lease. `leg` is the prefill of the same request, None in another replica."""
 
-    __slots__ = ("_leases", "_leg")
+    __slots__ = ("_leg",)
 
     def __init__(
         self,
-        leases: "DecodeLeases",
+        parts: LeaseParts,
         decision: Decision,
         named: Sequence[Worker],
         claim: Claim,
         decided_at: float,
         leg: PrefillLeg | None,
     ) -> None:
-        super().__init__(leases.parts, decision, named, claim, decided_at)
-        self._leases = leases
+        super().__init__(parts, decision, named, claim, decided_at)
         self._leg = leg
 
     def _failed_for_want_of_prefill(self) -> bool:
         return self._leg is not None and self._leg.explains_decode_failure()
 
-    def _answered_with_error(self, worker: Worker) -> None:
-        self._leases.recheck(worker)
+    def _answered_with_error(self, worker: Worker, status: int) -> None:
+        self._parts.recheck(worker)  # it may have another role by now
 
 
 class DecodeLeases:
-    """Claims decode workers.
+    """Claims decode workers."""
 
-    `recheck` is called with a worker whose answer may mean that it has another role by now.
-    """
-
-    def __init__(
-        self, parts: LeaseParts, claims: Claims, recheck: Callable[[Worker], None]
-    ) -> None:
+    def __init__(self, parts: LeaseParts, claims: Claims) -> None:
         self.parts = parts
-        self.recheck = recheck
         self._claims = claims
 
     def reserve(self, worker: Worker, now: float) -> Claim:
@@ -58,4 +51,4 @@ class DecodeLeases:
     ) -> DecodeLease:
         """Claim the first of `named`, the workers behind `decision.destinations`."""
         claim = self._claims.take(named[0], now)
-        return DecodeLease(self, decision, named, claim, now, leg)
+        return DecodeLease(self.parts, decision, named, claim, now, leg)

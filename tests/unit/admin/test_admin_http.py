@@ -24,8 +24,8 @@ from extproc.metrics.service import Metrics
 from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.ranks import Ranks
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.worker import KvEvents
-from tests.builders import make_worker
+from extproc.workers.worker import KvEvents, WorkerSpec
+from tests.builders import make_spec, make_worker
 from tests.fakes import FakeClock
 from tests.unit.configs import config
 
@@ -38,6 +38,7 @@ class Admin:
         self.workers = WorkerRegistry()
         self.metrics = metrics
         self.ready = False
+        self.refused: list[WorkerSpec] = []
         self.gateway = gateway_of(self.workers)
         self.ranks = ranks_of(ModelConfig(id="m", policy="min_ttft", tokenizer_path="-"))
 
@@ -48,7 +49,7 @@ class Admin:
     async def page(self) -> dict[str, Any]:
         async with self.session.get("/workers") as response:
             body: dict[str, Any] = await response.json()
-        assert body.keys() == {"ignored_by_gateway", "workers"}
+        assert body.keys() == {"ignored_by_gateway", "refused", "workers"}
         return body
 
     async def listed(self) -> list[dict[str, Any]]:
@@ -63,7 +64,7 @@ def gateway_of(workers: WorkerRegistry) -> GatewayWatch:
 def ranks_of(model: ModelConfig) -> Ranks:
     """Ranks of a service with this model."""
     settings = config(models=[msgspec.to_builtins(model)])
-    return build_kv(settings, build_shared(settings, clock=FakeClock())).ranks
+    return build_kv(settings, build_shared(settings, clock=FakeClock()), print).ranks
 
 
 @contextmanager
@@ -87,6 +88,7 @@ async def running(metrics: CollectorRegistry | None = None) -> AsyncIterator[Adm
                 models=["m"],
                 ranks=admin.ranks,
                 gateway=admin.gateway,
+                refused=lambda: admin.refused,
             )
             await server.start()
             try:
@@ -229,6 +231,14 @@ async def test_a_gateway_that_does_not_follow_is_shown() -> None:
         assert [one["known_to_gateway"] for one in page["workers"]] == [False]
 
 
+async def test_refused_workers_are_named() -> None:
+    async with running() as admin:
+        admin.refused.append(make_spec("http://10.0.0.9:8000", role="decode", model_ids=("m",)))
+        assert (await admin.page())["refused"] == [
+            {"url": "http://10.0.0.9:8000", "model": "m", "mode": "decode"}
+        ]
+
+
 async def test_the_ranks_of_a_worker_are_shown_with_their_pages() -> None:
     async with running() as admin:
         events = KvEvents(host="127.0.0.1", port=1, block_size=4, dp_size=2)
@@ -327,6 +337,7 @@ async def test_the_error_for_a_port_in_use_names_the_key() -> None:
             models=["m"],
             ranks=ranks,
             gateway=gateway_of(WorkerRegistry()),
+            refused=list,
         )
         try:
             with pytest.raises(ConfigError) as caught:

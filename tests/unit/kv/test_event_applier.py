@@ -23,9 +23,13 @@ class OneRank:
         self.index = PrefixIndex(PrefixHasher(secret=3), 1_000_000)
         self.pages = self.index.add("http://w:1", page_size, dp_rank=3, bigram=bigram)
         self.loads: list[LoadStat] = []
+        self.breaks = 0
         self.applier = EventApplier(
-            self.index, self.pages, self.index.hasher.seed, self.loads.append
+            self.index, self.pages, self.index.hasher.seed, self.loads.append, self.count_break
         )
+
+    def count_break(self) -> None:
+        self.breaks += 1
 
     def apply(self, *events: Any) -> int:
         """Apply a batch; gives the number of steps."""
@@ -187,6 +191,18 @@ def test_a_load_report_is_passed_on_and_an_unreadable_one_counted() -> None:
     assert rank.applier.counts.unreadable_loads == 1
 
 
+@pytest.mark.parametrize(
+    ("reason", "breaks"),
+    [("disconnected", 1), ("reconnected", 1), ("restarted", 1), ("gap", 0), ("unreadable", 0)],
+)
+def test_a_process_that_may_be_another_one_is_reported(reason: str, breaks: int) -> None:
+    rank = OneRank()
+    rank.applier.clear(reason)
+    assert rank.breaks == breaks
+    rank.applier.set_trusted(False, reason)
+    assert rank.breaks == 2 * breaks
+
+
 def test_an_error_of_the_load_book_is_passed_on() -> None:
     """The subscriber counts it."""
 
@@ -194,7 +210,7 @@ def test_an_error_of_the_load_book_is_passed_on() -> None:
         raise RuntimeError
 
     rank = OneRank()
-    applier = EventApplier(rank.index, rank.pages, rank.index.hasher.seed, fail)
+    applier = EventApplier(rank.index, rank.pages, rank.index.hasher.seed, fail, rank.count_break)
     with pytest.raises(RuntimeError):
         applier.on_load(msgspec.msgpack.encode(["LoadStat", 1, 2, 3, 4, 0]))
 

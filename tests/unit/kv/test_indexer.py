@@ -41,6 +41,7 @@ class Followers:
 
     def __init__(self) -> None:
         self.loads: list[LoadStat] = []
+        self.breaks = 0
         self.indexer = KvIndexer(SystemClock(), max_pages=100_000, settings=SubscriberSettings())
 
     def follow(
@@ -53,7 +54,10 @@ class Followers:
             load_port=load.port if load else None,
         )
         source = RankSource(worker=_WORKER, dp_rank=dp_rank, endpoint=endpoint, page_size=_PAGE)
-        return self.indexer.follow(source, self.loads.append)
+        return self.indexer.follow(source, self.loads.append, self.count_break)
+
+    def count_break(self) -> None:
+        self.breaks += 1
 
     def held(self, pages: RankPages) -> int:
         """Number of pages that the rank holds from the start of the prompt."""

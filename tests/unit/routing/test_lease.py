@@ -427,3 +427,24 @@ async def test_response_headers_of_a_stale_request_are_not_recorded() -> None:
     lease.responded(200, ADDRESSES[1], VIA, streamed=False)
     assert case.states() == [OPEN, CLOSED, CLOSED]
     assert case.routing.outcomes() == {URLS[0]: ["error"]}
+
+
+# -- a worker that may have become another engine
+
+
+@pytest.mark.parametrize(
+    ("status", "details", "rechecked"),
+    [(200, VIA, 0), (400, VIA, 0), (404, VIA, 1), (500, VIA, 0), (503, REFUSED, 1)],
+)
+async def test_a_worker_that_does_not_know_the_model_or_refuses_is_asked_again(
+    status: int, details: str, rechecked: int
+) -> None:
+    case = Case()
+    (await case.lease()).responded(status, ADDRESSES[0], details, False, 1)
+    assert case.routing.rechecked == [case.chosen] * rechecked
+
+
+async def test_workers_that_refused_before_another_served_are_asked_again() -> None:
+    case = Case()
+    (await case.lease()).responded(200, ADDRESSES[2], VIA, False, 3)
+    assert case.routing.rechecked == case.workers[:2]

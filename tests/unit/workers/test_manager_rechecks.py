@@ -3,13 +3,14 @@
 from typing import Any
 
 import pytest
+from msgspec import structs
 from structlog.testing import capture_logs
 
-from extproc.config.models import KvEventsConfig, ModelConfig
+from extproc.config.models import KvEventsConfig, ModelConfig, PdModelConfig
 from extproc.workers.circuit_breaker import BreakerState
-from extproc.workers.engine_calls import EngineAnswer
+from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError
 from extproc.workers.observer import WorkerObserver
-from extproc.workers.source import Added, Removed, RoleChanged
+from extproc.workers.source import Added, Listed, Removed, RoleChanged
 from extproc.workers.worker import Role, Worker
 from tests.builders import make_spec
 from tests.fakes import FakeEngineClient, settle
@@ -135,9 +136,7 @@ async def test_a_worker_that_stops_answering_stays_registered_and_is_logged_once
             worker, spec, changes = setup.worker(A), setup.worker(A).spec, setup.changes
             for status in (503, 401, 500, 503):
                 setup.client.script(A, "/server_info", EngineAnswer(status, b""))
-                asked = len(setup.client.asked(A))
                 await setup.clock.advance(INTERVAL_SECONDS)
-                assert len(setup.client.asked(A)) == asked + 1  # one attempt
             assert setup.worker(A) is worker
             assert (worker.spec, setup.changes) == (spec, changes)
             setup.client.tell(A, "m", **DECODE)
@@ -149,6 +148,88 @@ async def test_a_worker_that_stops_answering_stays_registered_and_is_logged_once
     assert {line["event"] for line in logs if line["log_level"] == "warning"} == {
         "worker_not_answering"
     }
+
+
+async def test_a_worker_that_did_not_answer_is_asked_every_second_until_it_does() -> None:
+    """It may come back as another engine, and must not get requests for its old model."""
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m")
+        await setup.deliver(Added(make_spec(A)))
+        setup.client.script(A, "/server_info", EngineUnreachableError("refused"))
+        setup.manager.recheck(setup.worker(A))
+        await settle()
+        asked = len(setup.client.asked(A))
+        await setup.clock.advance(5.0)
+        assert 5 <= len(setup.client.asked(A)) - asked <= 6  # one may be that of the interval
+        setup.client.tell(A, "n")
+        await setup.clock.advance(1.0)
+        assert (setup.pool("m"), setup.pool("n")) == ([], [A])
+        asked = len(setup.client.asked(A))
+        await setup.clock.advance(0.5 * INTERVAL_SECONDS)
+        assert len(setup.client.asked(A)) <= asked + 1  # at the usual interval again
+
+
+async def test_of_many_workers_that_do_not_answer_a_few_are_asked_each_second() -> None:
+    async with running(asking()) as setup:
+        urls = [f"http://10.1.0.{n}:8000" for n in range(100)]
+        for url in urls:
+            setup.client.tell(url, "m")
+        await setup.deliver(*(Added(make_spec(url)) for url in urls))
+        for url in urls:
+            setup.client.script(url, "/server_info", EngineUnreachableError("refused"))
+        await setup.clock.advance(INTERVAL_SECONDS)
+        before = {url: len(setup.client.asked(url)) for url in urls}
+        await setup.clock.advance(4.0)
+        counts = [len(setup.client.asked(url)) - before[url] for url in urls]
+        assert 4 * 32 <= sum(counts) <= 4 * 32 + 40
+        assert min(counts) >= 1  # every worker has its turn
+
+
+@pytest.mark.parametrize("odd", [PREFILL, DECODE], ids=["prefill", "decode"])
+@pytest.mark.parametrize("plain", [1, 2, 5])
+async def test_a_worker_with_a_wrong_role_that_answers_first_is_put_out_and_named(
+    odd: dict[str, Any], plain: int
+) -> None:
+    with capture_logs() as logs:
+        async with running(asking()) as setup:
+            urls = [f"http://10.2.0.{n}:8000" for n in range(plain)]
+            setup.client.tell(A, "m", **odd)
+            await setup.deliver(Added(make_spec(A)))
+            for url in urls:
+                setup.client.tell(url, "m", **PLAIN)
+            await setup.deliver(*(Added(make_spec(url)) for url in urls), Listed())
+            assert setup.manager.first_round_done
+            assert sorted(setup.pool()) == urls
+            assert [spec.id for spec in setup.manager.refused()] == [A]
+    refused = [line for line in logs if line["event"] == "worker_refused"]
+    assert refused[-1]["worker"] == A
+    assert "whose other workers are plain workers" in refused[-1]["error"]
+
+
+async def test_a_plain_worker_that_answers_first_is_put_out_of_a_pair_of_pools() -> None:
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m", **PLAIN)
+        await setup.deliver(Added(make_spec(A)))
+        setup.client.tell(B, "m", **PREFILL)
+        setup.client.tell(C, "m", **DECODE)
+        await setup.deliver(Added(make_spec(B)), Added(make_spec(C)))
+        assert (setup.pool(role="prefill"), setup.pool(role="decode")) == ([B], [C])
+        assert [spec.id for spec in setup.manager.refused()] == [A]
+
+
+@pytest.mark.parametrize("by_url", [False, True])
+async def test_configured_roles_outvote_a_majority(by_url: bool) -> None:
+    models = [ModelConfig(id="m", pd=PdModelConfig(protocol="sglang" if by_url else "nixl"))]
+    async with running(asking(models=models)) as setup:
+        plain = [f"http://10.2.0.{n}:8000" for n in range(3)]
+        for url in plain:
+            setup.client.tell(url, "m", **PLAIN)
+        await setup.deliver(*(Added(make_spec(url)) for url in plain))
+        assert sorted(setup.pool()) == plain
+        setup.client.tell(A, "m", **PREFILL)
+        spec = structs.replace(make_spec(A, role="prefill"), role_is_configured=by_url)
+        await setup.deliver(Added(spec))
+        assert (setup.pool(), setup.pool(role="prefill")) == ([], [A])
 
 
 async def test_a_worker_with_unusable_kv_events_is_warned_about_once() -> None:
@@ -363,12 +444,12 @@ async def test_a_worker_whose_role_does_not_fit_its_new_model_is_removed() -> No
     async with running(asking()) as setup:
         setup.client.tell(A, "m")
         setup.client.tell(B, "n", **DECODE)
-        await setup.deliver(Added(make_spec(A)), Added(make_spec(B)))
+        setup.client.tell(C, "n", **PREFILL)
+        await setup.deliver(*(Added(make_spec(url)) for url in (A, B, C)))
         setup.client.tell(A, "n")
         await setup.clock.advance(INTERVAL_SECONDS)
         assert setup.registry.get(A) is None
-        await setup.deliver(Removed(B))
-        await setup.clock.advance(RETRY_SECONDS)
+        await setup.deliver(Removed(B), Removed(C))
         assert setup.pool("n") == [A]
 
 

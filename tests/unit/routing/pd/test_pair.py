@@ -113,7 +113,7 @@ class Case:
             timeout_ms=0,
             decode_order="" if inline else f"1;10.0.0.1;x;{D_ADDRESS}",
         )
-        leases = DecodeLeases(self.fleet.lease_parts, claims, lambda worker: None)
+        leases = DecodeLeases(self.fleet.lease_parts, claims)
         return Pair(
             self.pairs,
             Pairs.new_id(),
