@@ -3,7 +3,8 @@
 Envoy, this service, its two passes and the engines talk to each other in headers. The service
 reads and writes them, the rendered Envoy configuration forwards, routes by and strips them, and
 the configuration rules reserve them. Each name is written here once, so that these cannot drift
-apart. Names that only one module uses (`content-type`, `allow`) are not listed.
+apart. Names that only one module uses (`content-type`, `allow`) are not listed. Headers that
+steer engines are in `steering`.
 """
 
 from typing import Final
@@ -13,7 +14,6 @@ __all__ = [
     "AUTHORIZATION_HEADER",
     "CONTENT_LENGTH_HEADER",
     "CONTENT_TYPE_HEADER",
-    "DATA_PARALLEL_RANK_HEADER",
     "DEBUG_HEADER",
     "DECISION_NAMESPACE",
     "DECODE_CLUSTER",
@@ -28,7 +28,6 @@ __all__ = [
     "DESTINATION_SERVED_HEADER",
     "DESTINATION_SUBSET_HEADER",
     "ENDPOINT_PICKER_HEADERS",
-    "ENGINE_CONTROL_HEADERS",
     "ENVOY_CONTROL_HEADERS",
     "ERROR_CODE_HEADER",
     "EXTPROC_CLUSTER",
@@ -154,23 +153,6 @@ ENVOY_CONTROL_HEADERS: Final = (
     "x-envoy-upstream-rq-timeout-alt-response",
     REQUEST_TIMEOUT_HEADER,
     "x-envoy-upstream-stream-duration-ms",
-)
-
-# -- engines
-
-# SGLang takes the data-parallel rank from this header in place of the body's.
-DATA_PARALLEL_RANK_HEADER: Final = "x-data-parallel-rank"
-
-# Headers from which SGLang takes a rank, a prefill partner or a priority in place of the body's.
-ENGINE_CONTROL_HEADERS: Final = (
-    DATA_PARALLEL_RANK_HEADER,
-    "x-override-bootstrap-host",
-    "x-override-bootstrap-port",
-    "x-override-bootstrap-room",
-    "x-override-disagg-prefill-dp-rank",
-    "x-override-priority",
-    "x-override-rid",
-    "x-override-routed-dp-rank",
 )
 
 # -- lists that the filter forwards and the service reads

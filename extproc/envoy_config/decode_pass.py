@@ -19,7 +19,7 @@ from extproc.envoy_config.listener import (
 )
 from extproc.envoy_config.local_replies import local_replies
 from extproc.envoy_config.routes import unavailable
-from extproc.envoy_config.stripped_headers import stripped_response_headers
+from extproc.envoy_config.stripped_headers import stripped_response_headers, stripped_worker_headers
 from extproc.envoy_config.wire_form import duration, typed
 from extproc.headers import (
     DECODE_CLUSTER,
@@ -124,6 +124,7 @@ def _picked(config: Config) -> dict[str, Any]:
     return {
         "name": "picked",
         "match": {"prefix": "/", "headers": [{"name": DESTINATION_HEADER, "present_match": True}]},
+        "response_headers_to_remove": stripped_worker_headers(),
         "route": {
             "cluster": config.envoy.cluster,
             # The ingress route has the limits and makes the next attempt.

@@ -6,7 +6,7 @@ from extproc.config.schema import Config
 from extproc.envoy_config.access_log import access_log
 from extproc.envoy_config.local_replies import local_replies
 from extproc.envoy_config.routes import route_config
-from extproc.envoy_config.stripped_headers import stripped_request_headers
+from extproc.envoy_config.stripped_headers import request_header_removals
 from extproc.envoy_config.wire_form import duration, socket_address, typed
 from extproc.headers import (
     DECISION_NAMESPACE,
@@ -188,7 +188,7 @@ def _connection_manager(config: Config) -> dict[str, Any]:
                 "name": "envoy.http.early_header_mutation.header_mutation",
                 "typed_config": typed(
                     "extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
-                    mutations=[{"remove": name} for name in stripped_request_headers(config)],
+                    mutations=request_header_removals(config),
                 ),
             }
         ],

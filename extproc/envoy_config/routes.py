@@ -13,7 +13,7 @@ from extproc.envoy_config.local_replies import (
     envelope_format,
     error_headers,
 )
-from extproc.envoy_config.stripped_headers import stripped_response_headers
+from extproc.envoy_config.stripped_headers import stripped_response_headers, stripped_worker_headers
 from extproc.envoy_config.wire_form import duration
 from extproc.headers import DECODE_CLUSTER, RETRY_HEADER
 
@@ -89,6 +89,7 @@ def _decided(config: Config) -> dict[str, Any]:
     return {
         "name": "decided",
         "match": {"prefix": "/", "headers": [{"name": header, "present_match": True}]},
+        "response_headers_to_remove": stripped_worker_headers(),
         "route": {
             "cluster_header": header,
             **_limits(config),
@@ -117,6 +118,7 @@ def _fail_open(config: Config) -> dict[str, Any]:
     return {
         "name": "fail_open",
         "match": {"safe_regex": {"regex": paths}},
+        "response_headers_to_remove": stripped_worker_headers(),
         "route": {
             "cluster": config.envoy.cluster,
             **_limits(config),

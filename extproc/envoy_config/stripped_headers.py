@@ -2,20 +2,38 @@
 
 A header that a filter or the router reads is an instruction, so a client must not be able to
 send it. All of them are removed before any filter sees the request; this service's reply sets
-those it uses again. They are removed by name: a prefix would hide a new header from review.
+those it uses again. Ours and Envoy's are removed by name: a prefix would hide a new header from
+review. Those that steer engines are removed in every spelling that a server may take for them.
 """
+
+from typing import Any
 
 from extproc.config.schema import Config
 from extproc.headers import (
     DEBUG_HEADER,
     DECODE_WORKER_HEADER,
     ENDPOINT_PICKER_HEADERS,
-    ENGINE_CONTROL_HEADERS,
     ENVOY_CONTROL_HEADERS,
+    ERROR_CODE_HEADER,
     EXTPROC_HEADERS,
 )
+from extproc.steering import STEERING_HEADER_PATTERN
 
-__all__ = ["stripped_request_headers", "stripped_response_headers"]
+__all__ = [
+    "request_header_removals",
+    "stripped_request_headers",
+    "stripped_response_headers",
+    "stripped_worker_headers",
+]
+
+
+def request_header_removals(config: Config) -> list[dict[str, Any]]:
+    """The removals from every request before the first filter, as header mutations."""
+    steering = {"safe_regex": {"regex": STEERING_HEADER_PATTERN}}
+    return [
+        *({"remove": name} for name in stripped_request_headers(config)),
+        {"remove_on_match": {"key_matcher": steering}},
+    ]
 
 
 def stripped_request_headers(config: Config) -> list[str]:
@@ -27,7 +45,6 @@ def stripped_request_headers(config: Config) -> list[str]:
         *EXTPROC_HEADERS,
         DECODE_WORKER_HEADER,
         *ENDPOINT_PICKER_HEADERS,
-        *ENGINE_CONTROL_HEADERS,
         *ENVOY_CONTROL_HEADERS,
         config.envoy.cluster_header,
         config.envoy.model_header,
@@ -50,3 +67,11 @@ def stripped_response_headers(config: Config) -> list[str]:
         config.envoy.model_header,
     }
     return sorted(names)
+
+
+def stripped_worker_headers() -> list[str]:
+    """Names removed from a worker's response only, not from that of the second pass.
+
+    The second pass answers some errors itself, and these have the code in a header.
+    """
+    return [ERROR_CODE_HEADER]

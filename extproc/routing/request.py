@@ -1,8 +1,8 @@
 """Reads what routing needs from the path and the body of a request.
 
 A body is decoded once. The JSON parser skips all other fields without building objects, and the
-body goes to the engine unchanged. A parser's own error text never reaches a client, since it can
-quote the body.
+body goes to the engine unchanged, unless it has members by which a client would steer the engine.
+A parser's own error text never reaches a client, since it can quote the body.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,9 @@ from extproc.errors import (
     method_not_allowed,
     not_found,
 )
+from extproc.routing.json_faults import json_fault
+from extproc.routing.json_members import without_steering
+from extproc.steering import SteeringMembers, is_steered
 from extproc.tokenization.bodies.openai_chat import BodyFields
 from extproc.tokenization.bodies.prompts import decode_fields
 
@@ -34,6 +37,7 @@ __all__ = [
 
 
 _NULL: Final = Raw(b"null")
+_UTF8_BOM: Final = b"\xef\xbb\xbf"
 
 
 class Endpoint(Struct, frozen=True, kw_only=True):
@@ -66,9 +70,10 @@ class Request(Struct):
     """A request that can be routed.
 
     `model` is None where the body names no model: the only configured one is meant. `body` is
-    empty where the gateway does not send it. `client_headers` reads the headers when it is
-    called, since that costs more than most decisions. `prompts` is the JSON of the field that can
-    hold a batch of prompts, on the endpoints where prefill and decode workers serve batches.
+    what an engine may get, and is empty where the gateway does not send it. `client_headers`
+    reads the headers when it is called, since that costs more than most decisions. `prompts` is
+    the JSON of the field that can hold a batch of prompts, on the endpoints where prefill and
+    decode workers serve batches.
     `fields` are the decoded fields of the prompt, for `take_fields`.
     """
 
@@ -90,7 +95,7 @@ class Request(Struct):
         return fields
 
 
-class _Head(Struct):
+class _Head(SteeringMembers):
     """The fields of a body that is not decoded for its prompt.
 
     `model` and `stream` may be of any type, so that the text of a 400 can name the field. The
@@ -154,26 +159,18 @@ def parse_body(
     """Decode the fields of a complete body that routing needs; raises RouterError 400.
 
     The fields of the prompt are decoded, too, in bodies of up to `prompt_max_bytes`; this is 0
-    where no model's policy needs tokens.
+    where no model's policy needs tokens. The request's body is `body` itself unless it must be
+    changed: members by which an engine is steered and a byte order mark are removed.
     """
     if not body:
         raise body_required()
+    if not body.isascii():
+        body = _utf8(body)
     fields = None
-    try:
-        # The parser does not validate strings that it skips. An engine would refuse them, later
-        # and with a worse message.
-        if not body.isascii():
-            body.decode()
-        if len(body) <= prompt_max_bytes:
-            fields = decode_fields(endpoint.path, body)
-        # A body whose prompt cannot be decoded may still be routed.
-        head = fields or _head_decoder.decode(body)
-    except msgspec.ValidationError:
-        if body.lstrip(b" \t\r\n").startswith(b"{"):
-            raise bad_request("`model` must be a string and `stream` a boolean") from None
-        raise body_required() from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise bad_request("the body is not valid JSON") from None
+    if len(body) <= prompt_max_bytes:
+        fields = decode_fields(endpoint.path, body)
+    # A body whose prompt cannot be decoded may still be routed.
+    head = fields or _decode_head(body)
     model, stream = head.model, head.stream
     if type(model) is not str:
         if model is not UNSET and model is not None:
@@ -185,9 +182,38 @@ def parse_body(
         raise bad_request("`model` must not be empty")
     if stream is not None and type(stream) is not bool:
         raise bad_request("`stream` must be a boolean")
+    if is_steered(head):
+        body = without_steering(body)
     return Request(
         endpoint, model, stream is True, body, client_headers, _prompts(endpoint, head), fields
     )
+
+
+def _utf8(body: bytes | bytearray) -> bytes | bytearray:
+    """The body without a byte order mark; raises RouterError 400 if it is not in UTF-8.
+
+    The parser does not validate strings that it skips. An engine would refuse them, later and with
+    a worse message.
+    """
+    if body.startswith(_UTF8_BOM):
+        body = body[len(_UTF8_BOM) :]
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise bad_request(json_fault(body, error)) from None
+    return body
+
+
+def _decode_head(body: bytes | bytearray) -> _Head:
+    try:
+        return _head_decoder.decode(body)
+    except msgspec.ValidationError:
+        # Numbers that are too large are not a model or a flag either.
+        if body.lstrip(b" \t\r\n").startswith(b"{"):
+            raise bad_request("`model` must be a string and `stream` a boolean") from None
+        raise body_required() from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise bad_request(json_fault(body, error)) from None
 
 
 def _prompts(endpoint: Endpoint, head: Any) -> Raw:

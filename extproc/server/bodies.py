@@ -41,6 +41,8 @@ class BodyMode(Struct, frozen=True):
     visible_before_decision: bool
     headers_carry_decision: bool
     may_be_cut: bool
+    # True if the body is there, but only after the decision.
+    visible_after_decision: bool
 
 
 def body_mode(config: pb.ProtocolConfiguration | None) -> BodyMode:
@@ -63,19 +65,22 @@ def _mode(mode: int, not_waiting: bool) -> BodyMode:
         visible_before_decision=whole or full_duplex or (mode == _Mode.STREAMED and not_waiting),
         headers_carry_decision=not whole,
         may_be_cut=mode == _Mode.BUFFERED_PARTIAL,
+        visible_after_decision=mode == _Mode.STREAMED and not not_waiting,
     )
 
 
 class RequestBody:
     """Collects one request body."""
 
-    __slots__ = ("_data", "chunks", "complete", "mode")
+    __slots__ = ("_data", "changed", "chunks", "complete", "mode")
 
     def __init__(self, mode: BodyMode) -> None:
         self.mode = mode
         # Messages received so far. Outside full duplex each needs a reply of its own.
         self.chunks = 0
         self.complete = False
+        # True if the engine must not get the bytes that the client has sent.
+        self.changed = False
         self._data: bytes | bytearray = b""
 
     def append(self, chunk: pb.HttpBody, limit_bytes: int) -> None:
@@ -98,6 +103,11 @@ class RequestBody:
         """Return the collected bytes and drop them: a stream may stay open for minutes."""
         data, self._data = self._data, b""
         return data
+
+    def replace(self, data: bytes | bytearray) -> None:
+        """Set the bytes that the engine gets in place of the collected ones."""
+        self._data = data
+        self.changed = True
 
     def peek(self) -> bytes | bytearray:
         """Return the collected bytes and keep them for the echo."""

@@ -29,6 +29,7 @@ from extproc.headers import (
 )
 from extproc.routing.request import ClientHeaders
 from extproc.server.bodies import BodyMode, body_mode
+from extproc.steering import is_steering_header
 
 __all__ = [
     "KNOWN_MAX_BYTES",
@@ -60,7 +61,11 @@ _FULL_DUPLEX: Final = pb.ProcessingMode.FULL_DUPLEX_STREAMED
 
 
 class RequestHead(Struct, frozen=True, kw_only=True):
-    """A request headers message without the values that belong to one request alone."""
+    """A request headers message without the values that belong to one request alone.
+
+    `steering` are the names, as the client has spelled them, of headers that would steer an engine.
+    Our own Envoy removes them before its filter asks.
+    """
 
     method: str
     path: str
@@ -68,6 +73,7 @@ class RequestHead(Struct, frozen=True, kw_only=True):
     end_of_stream: bool
     body_mode: BodyMode
     response_full_duplex: bool
+    steering: tuple[str, ...] = ()
 
 
 class RequestHeadTable:
@@ -103,6 +109,7 @@ class RequestHeadTable:
             end_of_stream=message.request_headers.end_of_stream,
             body_mode=body_mode(config),
             response_full_duplex=config is not None and config.response_body_mode == _FULL_DUPLEX,
+            steering=_steering_headers(message),
         )
         parts = _cut(raw)
         if (
@@ -181,6 +188,11 @@ def wanted_headers(
             raw = header.raw_value
             found[name] = raw.decode("latin-1") if raw else header.value
     return found
+
+
+def _steering_headers(message: pb.ProcessingRequest) -> tuple[str, ...]:
+    headers = message.request_headers.headers.headers
+    return tuple([header.key for header in headers if is_steering_header(header.key)])
 
 
 class Response(Struct, frozen=True):

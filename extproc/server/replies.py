@@ -16,7 +16,6 @@ from extproc.headers import (
     AUTHORIZATION_HEADER,
     CONTENT_LENGTH_HEADER,
     CONTENT_TYPE_HEADER,
-    DATA_PARALLEL_RANK_HEADER,
     DECISION_NAMESPACE,
     DECODE_CLUSTER,
     DECODE_ORDER_HEADER,
@@ -33,6 +32,7 @@ from extproc.headers import (
     WORKER_HEADER,
 )
 from extproc.routing.decision import Decision
+from extproc.steering import DATA_PARALLEL_RANK_HEADER
 
 __all__ = [
     "REQUEST_BODY_CONTINUE",
@@ -49,6 +49,7 @@ __all__ = [
     "request_body_replacements",
     "response_body_piece",
     "with_request_body",
+    "without_request_headers",
 ]
 
 # Some builds of Envoy refuse pieces of more than 64 KiB in full duplex.
@@ -186,6 +187,12 @@ def _text_struct(pairs: Iterable[tuple[str, str]]) -> Struct:
     for name, text in pairs:
         struct.fields[name].string_value = text
     return struct
+
+
+def without_request_headers(reply: bytes, names: Iterable[str], *, in_body: bool) -> bytes:
+    """The reply that carries a decision, and that also removes headers of the request."""
+    removal = pb.CommonResponse(header_mutation=pb.HeaderMutation(remove_headers=names))
+    return reply + _to_request(removal, in_body=in_body).SerializeToString()
 
 
 def with_request_body(reply: bytes, body: bytes, *, set_length: bool) -> bytes:

@@ -47,6 +47,7 @@ class RouteSession(Session):
         "_endpoint",
         "_first_message",
         "_response_full_duplex",
+        "_steering_headers",
         "_trailers_waiting",
     )
 
@@ -56,6 +57,7 @@ class RouteSession(Session):
         self._endpoint: Endpoint | None = None
         self._first_message = b""
         self._response_full_duplex = False
+        self._steering_headers: tuple[str, ...] = ()
         self._trailers_waiting = False
 
     @property
@@ -68,6 +70,18 @@ class RouteSession(Session):
             self._state in (SessionState.ROUTED, SessionState.RESPONDING)
             and not self._response_full_duplex
             and not (self._body is not None and self._body.mode.full_duplex)
+            and not self._waits_for_late_body
+        )
+
+    @property
+    def _waits_for_late_body(self) -> bool:
+        """True while pieces of a body are held back that came after the decision."""
+        body = self._body
+        return (
+            body is not None
+            and body.mode.visible_after_decision
+            and not body.complete
+            and self._state in (SessionState.ROUTED, SessionState.RESPONDING)
         )
 
     def _receive_first(self, raw: bytes) -> Step:
@@ -88,6 +102,7 @@ class RouteSession(Session):
     def _request_headers(self, head: RequestHead, given_id: str, length: int) -> Step:
         context = self._context
         self._response_full_duplex = head.response_full_duplex
+        self._steering_headers = head.steering
         self._take_request_id(given_id)
         self.debug = head.debug and context.debug_headers
         try:
@@ -131,30 +146,52 @@ class RouteSession(Session):
 
     def _request_body(self, chunk: pb.HttpBody) -> Step:
         body = self._body
-        if self._state is not SessionState.BODY or body is None:
-            if body is not None and not body.mode.visible_before_decision:
-                # The decision was made without the body: each of its pieces gets a plain reply.
-                return steps.REQUEST_BODY_CONTINUE
+        if body is None:
             return NOTHING
+        late = self._state is not SessionState.BODY
+        if late and not self._waits_for_late_body:
+            is_shown = body.mode.visible_before_decision or body.mode.visible_after_decision
+            return NOTHING if is_shown else steps.REQUEST_BODY_CONTINUE
         try:
             body.append(chunk, self._context.max_body_bytes)
         except BodyTooLargeError:
             return self.failed(payload_too_large(self._context.max_body_bytes))
         if not body.complete:
             return NOTHING
+        if late:
+            return self._check_late(body)
         return self._ask(body, cut=body.mode.may_be_cut and not chunk.end_of_stream)
+
+    def _check_late(self, body: RequestBody) -> Step:
+        """The body came after the decision: all that is left is to remove what steers engines."""
+        data = body.peek()
+        try:
+            self._parse(body)
+        except RouterError as error:
+            # What cannot be read here cannot be checked, so it must not reach the engine.
+            step = self.failed(error)
+            return msgspec.structs.replace(step, body_bytes=len(data))
+        return Step(replies=self._pieces(body), body_bytes=len(data))
+
+    def _parse(self, body: RequestBody) -> Request:
+        """Read the complete body, and change it if the engine must not get all of it."""
+        assert self._endpoint is not None  # noqa: S101 (set with the headers)
+        data = body.peek()
+        request = parse_body(
+            self._endpoint,
+            data,
+            self._client_headers,
+            prompt_max_bytes=self._context.prompt_max_bytes,
+        )
+        if request.body is not data:
+            body.replace(request.body)
+        return request
 
     def _ask(self, body: RequestBody, *, cut: bool) -> Step:
         """The body is complete: set the question, or answer with an error."""
-        assert self._endpoint is not None  # noqa: S101 (set before the state BODY)
         data = body.peek()
         try:
-            self.question = parse_body(
-                self._endpoint,
-                data,
-                self._client_headers,
-                prompt_max_bytes=self._context.prompt_max_bytes,
-            )
+            self.question = self._parse(body)
         except RouterError as error:
             # A body that is cut off is larger than the gateway's buffer.
             step = self.failed(body_over_gateway_buffer() if cut else error)
@@ -167,6 +204,10 @@ class RouteSession(Session):
 
     def _request_trailers(self) -> Step:
         body = self._body
+        if self._waits_for_late_body and body is not None:
+            self._trailers_waiting = True
+            body.complete = True
+            return self._check_late(body)
         if self._state is not SessionState.BODY or body is None:
             return super()._request_trailers()
         if body.mode.whole_in_one_message:
@@ -189,21 +230,32 @@ class RouteSession(Session):
             in_body=not mode.headers_carry_decision,
             request_id=self.request_id if self._made_request_id else None,
         )
+        if self._steering_headers:
+            decided = replies.without_request_headers(
+                decided, self._steering_headers, in_body=not mode.headers_carry_decision
+            )
+        if decision.body_members and body.peek():  # a body that was not seen cannot be changed
+            body.replace(with_members(body.peek(), decision.body_members))
+        if not mode.visible_before_decision:
+            return (decided,)
+        if mode.headers_carry_decision:
+            return (decided, *self._pieces(body))
         data = body.take()
-        # A body that was not seen cannot be changed.
-        members = decision.body_members if data else b""
-        if members:
-            data = with_members(data, members)
-        out = [decided]
-        if mode.full_duplex:
-            out += replies.request_body_pieces(data, end_of_stream=not self._trailers_waiting)
-        elif members and mode.headers_carry_decision:
-            out += replies.request_body_replacements(bytes(data), body.chunks)
-        elif members:
+        if body.changed:
             set_length = not mode.may_be_cut
-            out = [replies.with_request_body(decided, bytes(data), set_length=set_length)]
-        elif mode.headers_carry_decision and mode.visible_before_decision:
-            out += [replies.REQUEST_BODY_CONTINUE] * body.chunks
+            decided = replies.with_request_body(decided, bytes(data), set_length=set_length)
+        return (decided,)
+
+    def _pieces(self, body: RequestBody) -> Sequence[bytes]:
+        """Replies to the pieces of a body that are behind the reply to the headers."""
+        data = body.take()
+        out: list[bytes]
+        if body.mode.full_duplex:
+            out = replies.request_body_pieces(data, end_of_stream=not self._trailers_waiting)
+        elif body.changed:
+            out = replies.request_body_replacements(bytes(data), body.chunks)
+        else:
+            out = [replies.REQUEST_BODY_CONTINUE] * body.chunks
         if self._trailers_waiting:
             out.append(replies.REQUEST_TRAILERS_CONTINUE)
         return out

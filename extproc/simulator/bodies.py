@@ -4,6 +4,7 @@ Prompts are given on as texts, as chats or, when the client sends them so, as to
 `tokens` turns a chat into token ids.
 """
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,7 +13,16 @@ import msgspec
 from extproc.simulator.chats import Chat, chat
 from extproc.simulator.errors import ApiError
 
-__all__ = ["AbortBody", "InferenceRequest", "Prompt", "Reader", "RoleBody", "decode", "readers"]
+__all__ = [
+    "AbortBody",
+    "InferenceRequest",
+    "Prompt",
+    "Reader",
+    "RoleBody",
+    "decode",
+    "member_names",
+    "readers",
+]
 
 _MOST_SEQUENCES = 128
 
@@ -65,6 +75,19 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise ApiError(400, "the body is not valid UTF-8") from error
     except (msgspec.DecodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not the JSON expected here: {error}") from error
+
+
+def member_names(body: bytes) -> list[str]:
+    """The names of the members of a JSON object, as often as they occur."""
+
+    def names(pairs: list[tuple[str, Any]]) -> list[str]:
+        return [name for name, _ in pairs]
+
+    try:
+        found = json.loads(body, object_pairs_hook=names)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "the body is not valid JSON") from error
+    return found if isinstance(found, list) else []
 
 
 class AbortBody(msgspec.Struct):

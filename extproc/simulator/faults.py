@@ -32,6 +32,7 @@ class RequestFault(
     * `die_after_tokens`, `error_after_tokens`, `stall_after_tokens`: after so many tokens
       break the TCP connection, send an error event, or send nothing more. Without streaming
       the client has received nothing by then: it gets no answer, a 500, or waits for ever.
+    * `response_headers`: the answer has these headers; only in a request's own header.
     * `reset`: connections die with a TCP reset, as behind a failed host, instead of a FIN.
     """
 
@@ -44,6 +45,7 @@ class RequestFault(
     error_after_tokens: _Count | None = None
     stall_after_tokens: _Count | None = None
     reset: bool = False
+    response_headers: dict[str, str] = {}
 
     @property
     def answer_status(self) -> int | None:

@@ -4,6 +4,7 @@ aiohttp cancels the handler of a client that disconnects only with `handler_canc
 An application cannot set that option, so this module makes the runner too.
 """
 
+import contextlib
 import hmac
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,7 @@ from extproc.simulator.binding import Listener, dialled, listen
 from extproc.simulator.bodies import readers
 from extproc.simulator.control import Control
 from extproc.simulator.errors import ApiError, error_body
+from extproc.simulator.faults import FAULT_HEADER, parse_header
 from extproc.simulator.inference import json_answer, listening_port, serve
 from extproc.simulator.kv_publisher import KvPorts, KvPublisher
 from extproc.simulator.settings import SimulatorSettings
@@ -142,6 +144,10 @@ async def start(settings: SimulatorSettings) -> RunningSimulator:
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["x-simulator-port"] = str(listening_port(request))
+    fault = request.headers.get(FAULT_HEADER)
+    if fault is not None:
+        with contextlib.suppress(ValueError):  # answered with 400
+            response.headers.update(parse_header(fault).response_headers)
 
 
 def _tracked(worker: Worker) -> Middleware:

@@ -18,7 +18,7 @@ import structlog
 from aiohttp import web
 
 from extproc.simulator.answers import Answer, Ticket
-from extproc.simulator.bodies import InferenceRequest, Prompt, readers
+from extproc.simulator.bodies import InferenceRequest, Prompt, member_names, readers
 from extproc.simulator.cache_events import Namespace
 from extproc.simulator.chat_template import ChatTemplateError
 from extproc.simulator.chats import Chat
@@ -100,6 +100,8 @@ async def hang(fault: RequestFault) -> None:
 async def _answer(worker: Worker, request: web.Request, entry: Entry) -> web.StreamResponse:
     body = await request.read()
     entry.body_bytes = len(body)
+    if worker.settings.log_requests:
+        entry.members = member_names(body)
     asked = readers[request.path](body)
     _note(worker, asked, entry)
     prompts = [_tokens(worker, prompt, asked) for prompt in asked.prompts]

@@ -16,7 +16,8 @@ _KEPT_REQUESTS = 100
 class Entry(msgspec.Struct, kw_only=True):
     """One inference request as the worker saw it; `outcome` is None while it runs.
 
-    `role` is the worker's role at arrival. Fields of disaggregation are unchecked; None stands
+    `role` is the worker's role at arrival. `members` are the names in the body, repeated ones
+    included, where the worker logs requests. Fields of disaggregation are unchecked; None stands
     for a field that was not sent.
     """
 
@@ -29,6 +30,7 @@ class Entry(msgspec.Struct, kw_only=True):
     cached_tokens: int = 0
     completion_tokens: int = 0
     body_bytes: int = 0
+    members: list[str] = []
     rank: int | None = None
     role: str = "null"
     bootstrap_host: Any = None

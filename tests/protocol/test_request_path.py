@@ -156,8 +156,9 @@ async def test_without_a_visible_body_the_only_model_is_routed(mode: str) -> Non
         reply = await envoy.reply()
         assert kind(reply) == "request_headers"
         assert destination(reply) == "10.0.0.1:8000"
-        # What streams by afterwards gets one reply each.
-        await envoy.send(request_body(b"{", end=False), request_body(b"}"))
+        # Each piece of the body that comes afterwards gets one reply.
+        body = llm_body()
+        await envoy.send(request_body(body[:5], end=False), request_body(body[5:]))
         assert [kind(reply) for reply in await envoy.replies(2)] == ["request_body"] * 2
         await envoy.no_reply()
 

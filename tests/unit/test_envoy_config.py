@@ -65,7 +65,8 @@ def cluster(rendered: dict[str, Any], name: str) -> dict[str, Any]:
 
 def stripped(rendered: dict[str, Any]) -> set[str]:
     (extension,) = manager(rendered)["early_header_mutation_extensions"]
-    return {mutation["remove"] for mutation in extension["typed_config"]["mutations"]}
+    mutations = extension["typed_config"]["mutations"]
+    return {mutation["remove"] for mutation in mutations if "remove" in mutation}
 
 
 def http_options(found: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from msgspec import UNSET, Raw, Struct
 
+from extproc.steering import SteeringMembers
 from extproc.tokenization.bodies.messages import Message, chat_messages
 from extproc.tokenization.bodies.tools import Tool, chosen_tools, function_tools
 from extproc.tokenization.errors import UnmappableError
@@ -67,10 +68,11 @@ class ChatPrompt(Struct, frozen=True, kw_only=True, eq=False):
     responses_api: bool = False
 
 
-class BodyFields(Struct):
+class BodyFields(SteeringMembers):
     """The fields that every body can have.
 
-    Besides `model` and `stream`, these select a part of the cache or change its content.
+    Besides `model`, `stream` and the members that steer an engine, these select a part of the
+    cache or change its content.
     """
 
     model: Any = UNSET

@@ -207,7 +207,6 @@ def test_a_body_that_is_not_an_object_is_refused(body: bytes) -> None:
         b'{"model": "m", "x": NaN}',
         b'{"model": "m", "x": 01}',
         b'{"model": "m", "x": "\x01"}',
-        b'\xef\xbb\xbf{"model": "m"}',
         '{"model": "m"}'.encode("utf-16"),
         b'{"model": "\xff"}',
         b'{"model": "m", "x": "\xff"}',
@@ -220,6 +219,51 @@ def test_a_body_that_is_not_an_object_is_refused(body: bytes) -> None:
 )
 def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
     assert "JSON" in refused(body)
+
+
+@pytest.mark.parametrize(
+    "value", [b"NaN", b"-NaN", b"Infinity", b"-Infinity", b"[1, NaN]", b'{"a": -Infinity }']
+)
+def test_a_number_that_json_does_not_have_is_named(value: bytes) -> None:
+    for body in (b'{"x": %s, "model": "m"}', b'{"model": "m", "x":%s}', b'{"y":"NaN", "x": %s}'):
+        assert refused(body % value).endswith("it has NaN or Infinity")
+    assert "NaN" not in refused(b'{"model": "NaN", "x": oops}')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\\ud800",
+        b"\\uD83D",
+        b"\\udc00",
+        b"\\ud83d\\ud83d",
+        b"a\\ud83d b",
+        b"\\ud83d\\n",
+        b"\xed\xa0\x80",
+        b"\xed\xb0\x80",
+    ],
+)
+def test_a_lone_surrogate_is_named(text: bytes) -> None:
+    for body in (
+        b'{"model": "m", "x": "%s"}',
+        b'{"x": ["%s"], "model": "m"}',
+        b'{"%s": 1, "model": "m"}',
+        b'{"model": "%s"}',
+        b'{"model": "m", "messages": [{"role": "user", "content": "%s and more of it"}]}',
+    ):
+        assert "lone surrogate" in refused(body % text)
+
+
+def test_a_pair_of_surrogates_is_a_character() -> None:
+    assert parse(b'{"model": "m", "x": "\\ud83d\\ude00"}').model == "m"
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_a_byte_order_mark_is_accepted_and_removed(kind: Any) -> None:
+    body = kind(b'\xef\xbb\xbf{"model": "m", "x": "\xc3\xa9"}')
+    for request in parse_twice(CHAT, body):
+        assert isinstance(request, Request)
+        assert (request.model, request.body) == ("m", body[3:])
 
 
 @pytest.mark.parametrize("body", [b"", bytearray()])

@@ -164,6 +164,7 @@ class PdFleet(Fleet):
             nameless = msgspec.structs.replace(endpoint, model_optional=True)
             parsed = parse_body(nameless, body, client_headers, prompt_max_bytes=len(body))
             request.prompts, request.fields = parsed.prompts, parsed.fields
+            request.body = parsed.body
         return await self.router.route(request)
 
     async def refused(self, body: bytes = BODY, **request: Any) -> RouterError:
@@ -171,9 +172,9 @@ class PdFleet(Fleet):
             await self.start(body, **request)
         return caught.value
 
-    async def waiting(self) -> "asyncio.Task[Lease | Pair]":
+    async def waiting(self, body: bytes = BODY) -> "asyncio.Task[Lease | Pair]":
         """A request whose prefill was sent and is waited for."""
-        task = asyncio.create_task(self.start())
+        task = asyncio.create_task(self.start(body))
         await settle()
         assert not task.done()
         return task
