@@ -20,7 +20,8 @@ import uvloop
 from grpc_health.v1 import health, health_pb2_grpc
 
 from extproc.config.envoy import EnvoyConfig
-from extproc.config.schema import ProxyConfig, ServerConfig
+from extproc.config.schema import ProxyConfig
+from extproc.config.server import ServerConfig
 from extproc.routing.decision import Decision
 from extproc.server import replies
 from extproc.server.grpc_server import SERVICE, grpc_options

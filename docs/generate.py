@@ -68,6 +68,7 @@ discovery:
   ends with this service's error reply and not with the proxy's time-out.
 * `envoy.stream_idle_timeout_secs` is longer than `proxy.request_timeout_secs`.
 * The four ports differ. Header names begin with `x-`, but not with `x-envoy-`.
+* `server.admin_token_file` and `server.admin_token_env` exclude each other.
 * `workers.api_key` and `workers.api_key_file` exclude each other; `workers.forward_api_key`
   needs one of them.
 * With `server.tls` and no `server.unix_socket`, `envoy.extproc.ca_file` is needed, and with

@@ -1,18 +1,21 @@
 """The admin HTTP server: `/metrics`, `/healthz`, `/readyz`, `/workers`.
 
 For operators and probes inside the mesh. It names workers, so it listens on loopback unless it is
-configured otherwise.
+configured otherwise, and can ask for a token.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
+import structlog
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
-from extproc.config.schema import ServerConfig
+from extproc.admin.access import require_token
+from extproc.config.files import read_admin_token
+from extproc.config.server import ServerConfig
 from extproc.errors import ConfigError
 from extproc.kv.indexer import RankState
 from extproc.routing.gateway_watch import GatewayWatch
@@ -23,6 +26,10 @@ from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker, WorkerSpec
 
 __all__ = ["AdminServer"]
+
+_log = structlog.get_logger()
+
+_PROBES = frozenset({"/healthz", "/readyz"})
 
 
 class AdminServer:
@@ -49,7 +56,12 @@ class AdminServer:
         self._ranks = ranks
         self._gateway = gateway
         self._refused = refused
-        app = web.Application(client_max_size=64 * 1024)
+        token = read_admin_token(config)
+        self._is_open = token is None
+        app = web.Application(
+            client_max_size=64 * 1024,
+            middlewares=[] if token is None else [require_token(token, without=_PROBES)],
+        )
         app.add_routes(
             [
                 web.get("/metrics", make_aiohttp_handler(metrics)),
@@ -70,6 +82,12 @@ class AdminServer:
             raise ConfigError(
                 [f"server.admin_port: cannot listen on {host}:{port}: {error.strerror}"]
             ) from None
+        if self._is_open and self._config.admin_is_exposed:
+            _log.warning(
+                "admin_port_without_token",
+                address=f"{host}:{port}",
+                fix="server.admin_token_file, or server.admin_host: 127.0.0.1",
+            )
 
     async def stop(self) -> None:
         await self._runner.cleanup()

@@ -1,9 +1,10 @@
 """The configuration file: its keys, its rules, and how it is read.
 
 Begin with `schema`: `Config` has every section, with type, default, bounds and meaning of each key
-(`models` has those of a model, `envoy` those of the rendered Envoy configuration). `loading` reads
-a file, `rules` checks what spans keys, `files` checks the files that it names, and `json_schema`
-describes the file for editors. docs/configuration.md is generated from the same structs.
+(`models` has those of a model, `server` those of this service's ports, `envoy` those of the
+rendered Envoy configuration). `loading` reads a file, `rules` checks what spans keys, `files`
+checks the files that it names, and `json_schema` describes the file for editors. The page
+docs/configuration.md is generated from the same structs.
 """
 
-__all__ = ["envoy", "files", "json_schema", "loading", "models", "schema", "section"]
+__all__ = ["envoy", "files", "json_schema", "loading", "models", "schema", "section", "server"]

@@ -1,17 +1,19 @@
-"""Checks the files that a configuration names.
+"""Checks the files that a configuration names, and the environment variable of a token.
 
 Separate from the rules because Envoy's configuration may be rendered on another machine, where
 these files do not exist.
 """
 
+import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from extproc.config.rules import API_KEY
 from extproc.config.schema import Config
+from extproc.config.server import ServerConfig
 
-__all__ = ["file_problems", "read_api_key"]
+__all__ = ["file_problems", "read_admin_token", "read_api_key"]
 
 
 def file_problems(config: Config) -> list[str]:
@@ -20,6 +22,8 @@ def file_problems(config: Config) -> list[str]:
     problems = [
         _file_problem("workers.api_key_file", workers.api_key_file, read_api_key),
         _file_problem("workers.ca_file", workers.ca_file, _load_bundle),
+        _file_problem("server.admin_token_file", config.server.admin_token_file, read_api_key),
+        _variable_problem(config.server.admin_token_env),
     ]
     if tls is not None:
 
@@ -47,9 +51,40 @@ def read_api_key(path: Path) -> str:
         key = path.read_text(encoding="ascii").strip()
     except UnicodeDecodeError:
         raise ValueError("expected printable ASCII") from None
-    if not API_KEY.fullmatch(key):
+    return _checked(key)
+
+
+def read_admin_token(
+    server: ServerConfig, environment: Mapping[str, str] = os.environ
+) -> str | None:
+    """Read the token of the admin server, if one is configured.
+
+    Raises ValueError or OSError if it cannot be used, which `file_problems` reports first.
+    """
+    if server.admin_token_file is not None:
+        return read_api_key(Path(server.admin_token_file))
+    if server.admin_token_env is not None:
+        return _checked(environment.get(server.admin_token_env, ""))
+    return None
+
+
+def _checked(token: str) -> str:
+    if not API_KEY.fullmatch(token):
         raise ValueError("expected one token of printable ASCII without blanks")
-    return key
+    return token
+
+
+def _variable_problem(name: str | None) -> str | None:
+    if name is None:
+        return None
+    if not os.environ.get(name):
+        return f"server.admin_token_env: the environment variable {name} is not set"
+    if not API_KEY.fullmatch(os.environ[name]):
+        return (
+            f"server.admin_token_env: the environment variable {name} must hold one token of "
+            "printable ASCII without blanks"
+        )
+    return None
 
 
 def _load_bundle(path: Path) -> None:

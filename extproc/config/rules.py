@@ -4,7 +4,6 @@ Separate from the schema because a type cannot express them.
 """
 
 import contextlib
-import ipaddress
 import re
 from collections.abc import Iterator
 from typing import Final
@@ -13,6 +12,7 @@ from msgspec import UnsetType
 
 from extproc.config.models import TOKEN_POLICIES, ModelConfig
 from extproc.config.schema import Config
+from extproc.config.server import is_loopback
 from extproc.headers import (
     DEBUG_HEADER,
     DECODE_ORDER_HEADER,
@@ -136,7 +136,7 @@ def _static_url_problems(config: Config) -> Iterator[str]:
         except ValueError as error:
             yield f"{key}: {error}"
             continue
-        host = "loopback" if _is_loopback(parsed.host) else parsed.host
+        host = "loopback" if is_loopback(parsed.host) else parsed.host
         if owner := own.get((host, parsed.port)):
             yield f"{key}: this is {owner}; requests would go in a circle"
         if url in seen:
@@ -164,16 +164,9 @@ def _own_addresses(config: Config) -> Iterator[tuple[tuple[str, int], str]]:
         ("server.port", server.host, server.port),
         ("server.admin_port", server.admin_host, server.admin_port),
     ):
-        if _is_loopback(host) or host in ("0.0.0.0", "::"):  # noqa: S104 (a comparison)
+        if is_loopback(host) or host in ("0.0.0.0", "::"):  # noqa: S104 (a comparison)
             yield ("loopback", port), key
         yield (host, port), key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _port_problems(config: Config) -> Iterator[str]:
@@ -219,7 +212,9 @@ def _timeout_problems(config: Config) -> Iterator[str]:
 
 
 def _credential_problems(config: Config) -> Iterator[str]:
-    workers = config.workers
+    workers, server = config.workers, config.server
+    if server.admin_token_file is not None and server.admin_token_env is not None:
+        yield "server.admin_token_env: not beside admin_token_file, only one can be given"
     if workers.api_key is not None and workers.api_key_file is not None:
         yield "workers.api_key_file: only one of api_key and api_key_file can be given"
     if workers.api_key is not None and not API_KEY.fullmatch(workers.api_key):
@@ -227,8 +222,8 @@ def _credential_problems(config: Config) -> Iterator[str]:
     if workers.forward_api_key and workers.api_key is None and workers.api_key_file is None:
         yield "workers.forward_api_key: needs workers.api_key or workers.api_key_file"
     extproc = config.envoy.extproc
-    tls = config.server.tls
-    if config.server.unix_socket is None and tls is not None:
+    tls = server.tls
+    if server.unix_socket is None and tls is not None:
         if extproc.ca_file is None:
             yield (
                 "envoy.extproc.ca_file: needed with server.tls, or Envoy could not verify this "

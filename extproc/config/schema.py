@@ -12,7 +12,8 @@ from msgspec import UNSET, Meta, UnsetType, field
 
 from extproc.config.envoy import EnvoyConfig
 from extproc.config.models import TOKEN_POLICIES, ModelConfig, PdModelConfig
-from extproc.config.section import KIBIBYTE, MEBIBYTE, SECONDS, Port, Seconds, Section, Text
+from extproc.config.section import MEBIBYTE, SECONDS, Seconds, Section
+from extproc.config.server import ServerConfig
 
 __all__ = [
     "ActiveLoadConfig",
@@ -24,8 +25,6 @@ __all__ = [
     "ObservabilityConfig",
     "PdConfig",
     "ProxyConfig",
-    "ServerConfig",
-    "ServerTlsConfig",
     "StaticUrlsConfig",
     "TokenizationConfig",
     "WorkersConfig",
@@ -44,60 +43,6 @@ _STATIC_URLS_ARE_NEEDED = {
 
 
 DnsLookupFamily = Literal["v4_preferred", "v6_preferred", "v4_only", "v6_only"]
-
-
-class ServerTlsConfig(Section, frozen=True, kw_only=True):
-    cert_file: Annotated[Text, Meta(description="PEM certificate chain of the gRPC server.")]
-    key_file: Annotated[Text, Meta(description="PEM private key of the gRPC server.")]
-    client_ca_file: Annotated[
-        str | None,
-        Meta(description="PEM CA bundle. If set, clients must present a certificate (mTLS)."),
-    ] = None
-
-
-class ServerConfig(Section, frozen=True, kw_only=True):
-    host: Annotated[
-        Text, Meta(description="Address of the gRPC server; `0.0.0.0` or `::` for all addresses.")
-    ] = "127.0.0.1"
-    port: Annotated[Port, Meta(description="Port of the gRPC server.")] = 9002
-    unix_socket: Annotated[
-        str | None,
-        Meta(
-            description="Path of a Unix socket on which the gRPC server listens, too. The "
-            "rendered Envoy configuration then uses it instead of TCP."
-        ),
-    ] = None
-    admin_host: Annotated[
-        Text, Meta(description="Address of the admin HTTP server (`/metrics`, `/workers`, …).")
-    ] = "127.0.0.1"
-    admin_port: Annotated[Port, Meta(description="Port of the admin HTTP server.")] = 9090
-    max_body_bytes: Annotated[
-        int,
-        Meta(
-            ge=KIBIBYTE,
-            le=1024 * MEBIBYTE,
-            description="Largest request body in bytes. A larger one gets a 413.",
-        ),
-    ] = 32 * MEBIBYTE
-    step_deadline_secs: Annotated[
-        Seconds,
-        Meta(
-            description="Time limit for one routing decision. Must be shorter than "
-            "`envoy.message_timeout_secs`, so that the client gets this service's error reply."
-        ),
-    ] = 5 * SECONDS
-    drain_secs: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=3600,
-            description="After SIGTERM, requests are still answered for this long at most, while "
-            "the health check reports NOT_SERVING.",
-        ),
-    ] = 10 * SECONDS
-    tls: Annotated[
-        ServerTlsConfig | None, Meta(description="TLS on the TCP port; without it, plain text.")
-    ] = None
 
 
 class ObservabilityConfig(Section, frozen=True, kw_only=True):

@@ -15,8 +15,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from extproc.config.schema import ServerConfig, ServerTlsConfig
 from extproc.config.section import MEBIBYTE
+from extproc.config.server import ServerConfig, ServerTlsConfig
 from extproc.errors import ConfigError
 from extproc.headers import DECODE_PASS, PASS_KEY, ROUTE_PASS
 from extproc.server.decode_session import DecodeSession

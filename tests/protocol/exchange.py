@@ -17,7 +17,8 @@ from extproc._protos import llm_extproc_pb2 as pb
 from extproc.clock import Clock, SystemClock
 from extproc.config.envoy import EnvoyConfig
 from extproc.config.models import PolicyName
-from extproc.config.schema import LoadConfig, ServerConfig
+from extproc.config.schema import LoadConfig
+from extproc.config.server import ServerConfig
 from extproc.headers import DEFAULT_MODEL_HEADER
 from extproc.routing.lease import Lease
 from extproc.routing.local_endpoints import Answer

@@ -10,7 +10,7 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from extproc.config.schema import ServerTlsConfig
+from extproc.config.server import ServerTlsConfig
 from extproc.errors import ConfigError
 from extproc.server.grpc_server import SERVICE
 from tests.protocol.exchange import (

@@ -18,7 +18,7 @@ from extproc.admin.http import AdminServer
 from extproc.app import App
 from extproc.build import build_kv, build_shared
 from extproc.config.models import ModelConfig
-from extproc.config.schema import ServerConfig
+from extproc.config.server import ServerConfig
 from extproc.errors import ConfigError
 from extproc.metrics.service import Metrics
 from extproc.routing.gateway_watch import GatewayWatch
@@ -76,12 +76,14 @@ def free_port() -> Iterator[int]:
 
 
 @asynccontextmanager
-async def running(metrics: CollectorRegistry | None = None) -> AsyncIterator[Admin]:
+async def running(
+    metrics: CollectorRegistry | None = None, **settings: Any
+) -> AsyncIterator[Admin]:
     with free_port() as port:
         async with ClientSession(f"http://127.0.0.1:{port}") as session:
             admin = Admin(session, metrics or CollectorRegistry())
             server = AdminServer(
-                ServerConfig(admin_port=port),
+                ServerConfig(admin_port=port, **settings),
                 metrics=admin.metrics,
                 workers=admin.workers,
                 is_ready=lambda: admin.ready,
