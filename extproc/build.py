@@ -199,6 +199,7 @@ def build_manager(config: Config, shared: Shared, client: IntrospectionClient) -
             retry_seconds=config.discovery.introspection_retry_secs,
             interval_seconds=config.discovery.introspection_interval_secs,
             dns_ttl_seconds=static_urls.dns_ttl_secs,
+            ranks_max=config.kv.ranks_per_worker_max,
         ),
     )
 

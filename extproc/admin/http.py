@@ -143,6 +143,7 @@ def _describe_rank(rank: Rank, state: RankState | None) -> dict[str, Any]:
         "last_event_age_seconds": state.last_event_age_seconds,
         "gaps": state.stream.gaps,
         "restarts": state.stream.restarts,
+        "malformed": state.stream.malformed,
     }
 
 

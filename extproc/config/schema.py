@@ -197,6 +197,15 @@ class KvConfig(Section, frozen=True, kw_only=True):
             "takes about 250 bytes. Further pages are not added, and are counted.",
         ),
     ] = 8_000_000
+    ranks_per_worker_max: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1024,
+            description="Most data-parallel ranks of a worker whose KV events are followed. Each "
+            "takes up to six file descriptors. A worker that reports more is used without them.",
+        ),
+    ] = 128
     replay_timeout_secs: Annotated[
         Seconds, Meta(description="A replay fails if no frame arrives for this long.")
     ] = 5 * SECONDS

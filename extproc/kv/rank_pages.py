@@ -35,8 +35,8 @@ class RankPages:
     `worker` is the worker's URL, `dp_rank` its data-parallel rank. Routing may rely on the pages
     while `trusted` is true. `reason` says why they are trusted ("complete", "partial") or not
     ("connecting", "disconnected", "replaying", "verifying", "gap", "behind", "restarted",
-    "unreadable", "unfollowed"). `generation` rises each time everything held becomes void, so
-    that others can tell that what they derived from it is void, too.
+    "unreadable", "malformed", "unfollowed"). `generation` rises each time everything held
+    becomes void, so that others can tell that what they derived from it is void, too.
     """
 
     __slots__ = (

@@ -76,6 +76,8 @@ class RankSequence:
         self._asked_again = False
         # The request under way checks whether the live batches have brought everything.
         self._checking = False
+        # No message could be read so far: the port may be that of another service.
+        self._malformed_only = False
         self._last_trust: Trust | None = None
         self._actions: list[Action] = []
 
@@ -115,6 +117,21 @@ class RankSequence:
             self._rebuild_asked = False
             self._buffer.drop()
         self._set_trust(False, "disconnected")
+        return self._take()
+
+    def malformed(self) -> list[Action]:
+        """Note a message that cannot be read, before any batch could: nothing shows that this is
+        a stream of KV events.
+        """
+        self._malformed_only = True
+        self._set_trust(False, "malformed")
+        return self._take()
+
+    def decoded(self) -> list[Action]:
+        """Note that a batch was applied, after `malformed`."""
+        self._malformed_only = False
+        if self._phase is _Phase.FOLLOWING:
+            self._trust()
         return self._take()
 
     def live(self, seq: int, payload: bytes) -> list[Action]:
@@ -352,7 +369,8 @@ class RankSequence:
         self._actions.append(RequestReplay(start))
 
     def _trust(self) -> None:
-        self._set_trust(True, "partial" if self.partial else "complete")
+        if not self._malformed_only:
+            self._set_trust(True, "partial" if self.partial else "complete")
 
     def _set_trust(self, trusted: bool, reason: str) -> None:
         trust = Trust(trusted, reason)

@@ -75,11 +75,12 @@ class _NoAnswerError(ServiceError):
 
 
 async def introspect(
-    client: IntrospectionClient, url: WorkerUrl, clock: Clock, attempts: int
+    client: IntrospectionClient, url: WorkerUrl, clock: Clock, attempts: int, *, ranks_max: int
 ) -> Introspection:
     """Ask a worker about itself; after a network error or a 5xx again, up to `attempts` times.
 
-    Without a usable answer, `problem` of the result says why.
+    The KV events of more than `ranks_max` data-parallel ranks cannot be used. Without a usable
+    answer, `problem` of the result says why.
     """
     try:
         answer = await _get(client, url, "/server_info", clock, attempts)
@@ -94,7 +95,7 @@ async def introspect(
         info = msgspec.json.decode(answer.body, type=_ServerInfo)
     except _NOT_DECODABLE:
         return Introspection(problem="/server_info is not a JSON object")
-    return _with_kv_events(_read(info), info, url)
+    return _with_kv_events(_read(info), info, url, ranks_max)
 
 
 async def _get(
@@ -168,9 +169,12 @@ def _read(info: _ServerInfo) -> Introspection:
             return Introspection(model_ids=model_ids, warning="unknown_role")
 
 
-def _with_kv_events(answer: Introspection, info: _ServerInfo, url: WorkerUrl) -> Introspection:
+def _with_kv_events(
+    answer: Introspection, info: _ServerInfo, url: WorkerUrl, ranks_max: int
+) -> Introspection:
+    algorithm = _value(info.speculative_algorithm)
     try:
-        found = read_kv_events(_value(info.kv_events), _value(info.speculative_algorithm), url)
+        found = read_kv_events(_value(info.kv_events), algorithm, url, ranks_max)
     except ValueError as error:
         return msgspec.structs.replace(answer, kv_problem=str(error))
     return msgspec.structs.replace(answer, kv_events=found) if found else answer

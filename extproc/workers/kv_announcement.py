@@ -15,24 +15,23 @@ from extproc.workers.worker import KvEvents
 __all__ = ["configured_kv_events", "read_kv_events"]
 
 _PORT_MAX: Final = 65_535
-_RANKS_MAX: Final = 1024
 _BLOCK_MAX: Final = 65_536
 _TOPIC_MAX_CHARS: Final = 256
 # With these draft models SGLang caches pages of token pairs.
 _BIGRAM_ALGORITHMS: Final = frozenset(("EAGLE", "EAGLE3", "FROZEN_KV_MTP"))
 
 
-def read_kv_events(block: Any, algorithm: Any, url: WorkerUrl) -> KvEvents | None:
+def read_kv_events(block: Any, algorithm: Any, url: WorkerUrl, ranks_max: int) -> KvEvents | None:
     """Read the fields `kv_events` (`block`) and `speculative_algorithm` of an answer.
 
-    Returns None if the worker publishes no events. Raises ValueError, which says what is wrong
-    with the block.
+    More than `ranks_max` ranks are not followed, since each of them takes sockets. Returns None if
+    the worker publishes no events. Raises ValueError, which says what is wrong with the block.
     """
     if block is None:
         return None
     if not isinstance(block, dict):
         raise ValueError("kv_events is not an object")
-    ranks = _number(block, "dp_size", _RANKS_MAX, default=1)
+    ranks = _number(block, "dp_size", ranks_max, default=1)
     return KvEvents(
         host=url.host,
         port=_port(block, "endpoint_port_base", ranks),

@@ -50,11 +50,13 @@ class IntrospectionSettings(Struct, frozen=True, kw_only=True):
 
     Every `retry_seconds` for workers whose model is unknown and for refused ones, every
     `interval_seconds` for all others; host names are resolved every `dns_ttl_seconds`.
+    A worker that claims more than `ranks_max` data-parallel ranks is used without its KV events.
     """
 
     retry_seconds: float
     interval_seconds: float
     dns_ttl_seconds: float
+    ranks_max: int
 
 
 class WorkerManager:
@@ -184,7 +186,13 @@ class WorkerManager:
     async def _ask(self, spec: WorkerSpec, attempts: int) -> Introspection:
         """The worker's answer; an unexpected exception is a problem like any other."""
         try:
-            answer = await introspect(self._client, spec.url, self._clock, attempts)
+            answer = await introspect(
+                self._client,
+                spec.url,
+                self._clock,
+                attempts,
+                ranks_max=self._settings.ranks_max,
+            )
         except Exception as error:
             _log.exception("introspection_failed", worker=str(spec.url))
             answer = Introspection(problem=f"unexpected {type(error).__name__}")

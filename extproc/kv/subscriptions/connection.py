@@ -127,11 +127,16 @@ class Connection:
             return None
         live.refresh()
         if live.lost.is_set():
-            live.close()
-            self._live = None
-            self._live_ended.set()
+            self.refuse()
             return False
         return True if live.connected.is_set() else None
+
+    def refuse(self) -> None:
+        """Give up the live connection; the next one is made after a wait."""
+        if self._live is not None:
+            self._live.close()
+            self._live = None
+            self._live_ended.set()
 
     def receive_live(self) -> list[bytes] | None:
         """The next live message, as Channel.receive gives it."""

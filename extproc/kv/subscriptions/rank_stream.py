@@ -73,6 +73,9 @@ class RankStream:
         self._without_pause = 0
         self._log_error_at = -math.inf
         self._replay_failing = False
+        # A batch has been applied; until then a malformed message makes the whole stream suspect.
+        self._has_decoded = False
+        self._suspect = False
         self._closed = False
 
     def start(self) -> None:
@@ -128,11 +131,17 @@ class RankStream:
         self._without_pause += 1
         if not frames:
             return True
-        self._be_connected()
+        if not self.state.connected:
+            self._see_connection()
+            if not self.state.connected:
+                # libzmq takes any bytes for messages of its oldest version, which has no greeting.
+                self._malformed()
+                self._connection.refuse()
+                return True
         try:
             batch = parse_live(frames, self._topic)
         except ValueError:
-            self.state.malformed += 1
+            self._malformed()
             return True
         if batch is not None:
             self.state.last_event_at = self._clock.monotonic()
@@ -144,6 +153,29 @@ class RankStream:
         if self.state.batches == batches:  # else a later batch has shown it
             self._feed(self._sequence.caught_up())
             self._wake()
+
+    def _malformed(self) -> None:
+        """Count a message that cannot be read; before the first batch it is also logged."""
+        self.state.malformed += 1
+        if not self._has_decoded and not self._suspect:
+            self.log.warning(
+                "kv_events_malformed",
+                port=self._endpoint.port,
+                fix="the port must be that of the engine's publisher of KV events",
+            )
+            self._doubt()
+
+    def _doubt(self) -> None:
+        """Nothing could be read so far, so the stream is not trusted until a batch is applied."""
+        self._suspect = True
+        self._feed(self._sequence.malformed())
+
+    def _decoded(self) -> None:
+        """The first batch was applied."""
+        self._has_decoded = True
+        if self._suspect:
+            self._suspect = False
+            self._feed(self._sequence.decoded())
 
     def _read_replay(self) -> bool:
         replay = self._replay
@@ -220,12 +252,16 @@ class RankStream:
         else:
             if steps is not None:
                 self._applying = payload, steps
+            elif not self._has_decoded:
+                self._decoded()
 
     def _apply_step(self, payload: bytes, steps: Iterator[None]) -> None:
         try:
             next(steps)
         except StopIteration:
             self._applying = None
+            if not self._has_decoded:
+                self._decoded()
         except Exception as error:
             self._applying = None
             self._apply_failed(payload, error)
@@ -239,6 +275,8 @@ class RankStream:
         else:
             self._ask_again_at = now + self._settings.replay_cool_down_seconds
         self._feed(actions)
+        if not self._has_decoded:
+            self._doubt()
 
     def _call(self, method: Callable[..., None], *arguments: object) -> None:
         try:

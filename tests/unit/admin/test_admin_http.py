@@ -266,6 +266,7 @@ async def test_the_ranks_of_a_worker_are_shown_with_their_pages() -> None:
             "last_event_age_seconds": None,
             "gaps": 0,
             "restarts": 0,
+            "malformed": 0,
         }
         assert (second["rank"], second["pages"], second["in_flight"]) == (1, 0, 0)
 

@@ -75,6 +75,7 @@ class ManagerSetup:
                 retry_seconds=RETRY_SECONDS,
                 interval_seconds=interval_seconds,
                 dns_ttl_seconds=DNS_TTL_SECONDS,
+                ranks_max=64,
             ),
         )
         for observer in (*observers, self._changes):

@@ -25,7 +25,7 @@ def answer(body: Any, status: int = 200) -> EngineAnswer:
 async def ask(client: FakeEngineClient, clock: FakeClock | None = None) -> Introspection:
     """Introspect; the fake clock skips the waits between attempts."""
     clock = clock or FakeClock()
-    task = asyncio.create_task(introspect(client, parse_worker_url(URL), clock, 3))
+    task = asyncio.create_task(introspect(client, parse_worker_url(URL), clock, 3, ranks_max=64))
     await clock.advance(60.0)
     assert task.done()
     return await task
@@ -261,7 +261,7 @@ def test_no_answer_of_a_worker_raises(body: bytes) -> None:
             client = FakeEngineClient()
             for path, scripted in script.items():
                 client.script(URL, path, scripted)
-            found = await introspect(client, parse_worker_url(URL), FakeClock(), 3)
+            found = await introspect(client, parse_worker_url(URL), FakeClock(), 3, ranks_max=64)
             spec = apply_introspection(make_spec(URL), found)
             assert all(spec.model_ids)
 

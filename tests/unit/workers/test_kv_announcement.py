@@ -24,7 +24,7 @@ BLOCK: dict[str, Any] = {
 
 
 def test_the_kv_events_block_of_an_engine_is_read() -> None:
-    assert read_kv_events(BLOCK, None, URL) == KvEvents(
+    assert read_kv_events(BLOCK, None, URL, 64) == KvEvents(
         host="10.0.0.7",
         port=5557,
         block_size=64,
@@ -36,14 +36,14 @@ def test_the_kv_events_block_of_an_engine_is_read() -> None:
 
 @pytest.mark.parametrize("host", ["*", "0.0.0.0", "::", "169.254.169.254", "evil", 5])
 def test_the_host_is_always_that_of_the_url(host: object) -> None:
-    found = read_kv_events(BLOCK | {"endpoint_host": host}, None, URL)
+    found = read_kv_events(BLOCK | {"endpoint_host": host}, None, URL, 64)
     assert found is not None
     assert found.host == "10.0.0.7"
 
 
 def test_ports_for_replay_and_load_are_optional() -> None:
     block = {key: BLOCK[key] for key in ("endpoint_port_base", "block_size", "dp_size")}
-    found = read_kv_events(block | {"load_endpoint_port_base": None}, None, URL)
+    found = read_kv_events(block | {"load_endpoint_port_base": None}, None, URL, 64)
     assert found == KvEvents(host="10.0.0.7", port=5557, block_size=64, dp_size=2)
 
 
@@ -61,13 +61,13 @@ def test_ports_for_replay_and_load_are_optional() -> None:
 def test_some_speculative_algorithms_publish_pages_of_token_pairs(
     algorithm: object, bigram: bool
 ) -> None:
-    found = read_kv_events(BLOCK, algorithm, URL)
+    found = read_kv_events(BLOCK, algorithm, URL, 64)
     assert found is not None
     assert found.bigram is bigram
 
 
 def test_an_engine_without_kv_events_announces_no_endpoint() -> None:
-    assert read_kv_events(None, "EAGLE", URL) is None
+    assert read_kv_events(None, "EAGLE", URL, 64) is None
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,7 @@ def test_an_engine_without_kv_events_announces_no_endpoint() -> None:
         ({"block_size": 1.5}, "block_size"),
         ({"block_size": 1 << 40}, "block_size"),
         ({"dp_size": 0}, "dp_size"),
+        ({"dp_size": 65}, "dp_size is not a number from 1 to 64"),
         ({"dp_size": 100_000}, "dp_size"),
         ({"replay_endpoint_port_base": 0}, "replay_endpoint_port_base"),
         ({"topic": 5}, "topic"),
@@ -93,7 +94,7 @@ def test_an_engine_without_kv_events_announces_no_endpoint() -> None:
 def test_the_error_names_the_field_that_cannot_be_used(change: Any, named: str) -> None:
     block = BLOCK | change if isinstance(change, dict) else change
     with pytest.raises(ValueError, match=named):
-        read_kv_events(block, None, URL)
+        read_kv_events(block, None, URL, 64)
 
 
 def entry(**fields: Any) -> KvEventsConfig:

@@ -618,3 +618,51 @@ async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             writer.write(chunk)
             await writer.drain()
     writer.close()
+
+
+async def answer_as_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """As an HTTP server that does not understand what ZMQ sends."""
+    with contextlib.suppress(ConnectionError):
+        await reader.read(100)
+        # For libzmq the H announces 72 bytes of a name, and what follows is a message.
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n".ljust(73, b"-") + b"\x05\x00oops")
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("replay", [True, False])
+async def test_the_port_of_an_http_server_is_neither_connected_nor_trusted(replay: bool) -> None:
+    server = await asyncio.start_server(answer_as_http, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with capture_logs() as logs:
+        async with server, subscriber(_SOON) as made:
+            applier = RecordingApplier()
+            place = EventEndpoint("127.0.0.1", port, replay_port=port if replay else None)
+            state = made.add(place, applier)
+            await until(lambda: state.malformed >= 3)
+            assert not state.connected
+            assert (True, "partial") not in applier.trust
+            assert applier.trust[-1] == (False, "malformed")
+    assert [line["event"] for line in logs].count("kv_events_malformed") == 1
+
+
+@pytest.mark.parametrize("kind", ["frames", "payload"])
+async def test_a_stream_of_malformed_messages_is_not_trusted_until_a_batch_is_applied(
+    kind: str,
+) -> None:
+    async with Publisher() as engine, subscriber() as made:
+        applier, state = await follow(made, engine, replay=False)
+        if kind == "payload":
+            applier.failures = 3
+            engine.publish(3)
+        else:
+            for _ in range(3):
+                engine.send([b"", b"not a number", b"x"])
+        await until(lambda: state.malformed + state.apply_errors >= 3)
+        await until(lambda: applier.trust[-1] == (False, "malformed"))
+        engine.publish()
+        await until(lambda: applier.pages.trusted)
+        engine.send([b"one frame"])
+        await until(lambda: state.malformed == (1 if kind == "payload" else 4))
+        assert applier.pages.trusted  # malformed messages among good ones are only counted
