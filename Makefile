@@ -14,7 +14,7 @@ SIDE_BY_SIDE := --numprocesses 4 --dist load --maxschedchunk 2
 # Percent of the lines and branches of extproc that unit and protocol tests must reach.
 COVERAGE_FLOOR := 95
 
-.PHONY: venv demo test unit cov fmt lint lock wheel newest bench protos docs clean
+.PHONY: venv demo test unit fuzz cov fmt lint lock wheel newest bench protos docs clean
 
 venv: $(VENV)/.dev
 
@@ -58,6 +58,13 @@ test: $(VENV)/.dev
 unit: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not hypothesis" \
 		tests/unit tests/protocol $(ARGS)
+
+# Coverage-guided fuzzing, a million inputs for each target: half an hour, most of it for templates.
+# ARGS="--seconds 60" for less. `make test` has a short run.
+fuzz: $(VENV)/.dev
+	@for target in bodies events templates; do \
+		$(BIN)/python -m tests.fuzz $$target --runs 1000000 $(ARGS) || exit 1; \
+	done
 
 cov: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term:skip-covered \

@@ -20,10 +20,9 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-@cache
-def locked(path: Path, python: str) -> dict[str, str]:
-    """Name and version of each package that `path` installs on Linux with this Python."""
-    environment = {
+def environment_of(python: str) -> dict[str, str]:
+    """What markers are compared with, on Linux with this Python."""
+    return {
         "python_version": python,
         "python_full_version": f"{python}.0",
         "sys_platform": "linux",
@@ -31,6 +30,12 @@ def locked(path: Path, python: str) -> dict[str, str]:
         "platform_python_implementation": "CPython",
         "implementation_name": "cpython",
     }
+
+
+@cache
+def locked(path: Path, python: str) -> dict[str, str]:
+    """Name and version of each package that `path` installs on Linux with this Python."""
+    environment = environment_of(python)
     versions: dict[str, str] = {}
     for line in re.findall(r"^(\w.*?) *\\?$", path.read_text(), re.M):
         requirement = Requirement(line)
@@ -68,6 +73,8 @@ def asked() -> Iterator[tuple[str, str]]:
 def test_each_requirement_is_locked_within_its_bounds(name: str, requirement: str) -> None:
     wanted = Requirement(requirement)
     for python in PYTHONS:
+        if wanted.marker is not None and not wanted.marker.evaluate(environment_of(python)):
+            continue
         versions = locked(ROOT / "requirements" / name, python)
         version = versions.get(canonicalize_name(wanted.name))
         assert version is not None, f"{name} has no {wanted.name} for Python {python}: `make lock`"
