@@ -15,7 +15,7 @@ from extproc.config.files import file_problems
 from extproc.config.json_schema import json_schema_text
 from extproc.config.loading import load_config
 from extproc.demo import cli as demo_cli
-from extproc.envoy_config import render_yaml
+from extproc.envoy_config import bootstrap_problems, render_yaml
 from extproc.errors import ConfigError
 from extproc.logs import configure_logging
 from extproc.simulator import cli as simulator_cli
@@ -87,12 +87,11 @@ def _check(options: argparse.Namespace) -> int:
             if error.partial is None:
                 raise
             config, problems = error.partial, error.problems
-        more = file_problems(config)
-        for look in (render_yaml, load_encoders):
-            try:
-                look(config)
-            except ConfigError as error:
-                more += error.problems
+        more = [*file_problems(config), *bootstrap_problems(config)]
+        try:
+            load_encoders(config)
+        except ConfigError as error:
+            more += error.problems
         # Report each key once.
         named = {problem.partition(":")[0] for problem in problems}
         problems += [problem for problem in more if problem.partition(":")[0] not in named]

@@ -8,12 +8,17 @@ import os
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final
 
+from extproc.config.regular_file import read_regular_file
 from extproc.config.rules import API_KEY
 from extproc.config.schema import Config
 from extproc.config.server import ServerConfig
 
 __all__ = ["file_problems", "read_admin_token", "read_api_key"]
+
+# Certificate bundles of whole systems have about 250 KB.
+_FILE_MAX_BYTES: Final = 4 * 1024 * 1024
 
 
 def file_problems(config: Config) -> list[str]:
@@ -31,7 +36,7 @@ def file_problems(config: Config) -> list[str]:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, tls.key_file)
 
         problems += [
-            _file_problem("server.tls.key_file", tls.key_file, Path.read_bytes),
+            _file_problem("server.tls.key_file", tls.key_file, _any),
             _file_problem("server.tls.cert_file", tls.cert_file, load_pair),
             _file_problem("server.tls.client_ca_file", tls.client_ca_file, _load_bundle),
         ]
@@ -48,7 +53,7 @@ def file_problems(config: Config) -> list[str]:
 def read_api_key(path: Path) -> str:
     """Read the token in a file, without blanks around it; raises ValueError or OSError."""
     try:
-        key = path.read_text(encoding="ascii").strip()
+        key = read_regular_file(path, _FILE_MAX_BYTES).decode("ascii").strip()
     except UnicodeDecodeError:
         raise ValueError("expected printable ASCII") from None
     return _checked(key)
@@ -87,6 +92,10 @@ def _variable_problem(name: str | None) -> str | None:
     return None
 
 
+def _any(_: Path) -> None:
+    """Any content will do; the certificate is loaded with it."""
+
+
 def _load_bundle(path: Path) -> None:
     ssl.create_default_context(cafile=path)
 
@@ -102,7 +111,8 @@ def _file_problem(key: str, name: str | None, load: Callable[[Path], object]) ->
     if name is None:
         return None
     try:
-        if not load(Path(name)) and not Path(name).read_bytes().strip():
+        content = read_regular_file(Path(name), _FILE_MAX_BYTES)
+        if not load(Path(name)) and not content.strip():
             return f"{key}: {name} is empty"
     except ssl.SSLError:
         return f"{key}: {name} has no usable PEM certificate or key"

@@ -7,6 +7,7 @@ So this module walks the sections, and msgspec converts one value at a time.
 import math
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,8 +16,10 @@ import msgspec
 import yaml
 from msgspec import Struct
 
+from extproc.config.regular_file import read_regular_file
 from extproc.config.rules import rule_problems
 from extproc.config.schema import Config
+from extproc.config.yaml_loader import read_yaml
 from extproc.errors import ConfigError
 
 __all__ = ["load_config", "parse_config", "section_type"]
@@ -28,47 +31,8 @@ _NOT_AVAILABLE_VALUES: Final = {
     "backend": ("k8s",),
 }
 _FILE_MAX_BYTES: Final = 1024 * 1024
-_ALIASES_MAX: Final = 100
 # Stands for a value that was refused, so that the rest can still be checked.
 _BROKEN: Final = object()
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, and aliases of aliases.
-
-    Of two equal keys the second would win without notice. Aliases of aliases let a small file grow
-    without bound.
-    """
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._aliases = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        before = self._aliases
-        if isinstance(event, yaml.AliasEvent):
-            self._aliases += 1
-            if self._aliases > _ALIASES_MAX:
-                raise ConfigError([f"more than {_ALIASES_MAX} YAML aliases"])
-        node = super().compose_node(parent, index)
-        anchor = getattr(event, "anchor", None)
-        if anchor and not isinstance(event, yaml.AliasEvent) and self._aliases > before:
-            line = event.start_mark.line + 1
-            raise ConfigError([f"line {line}: an anchor around an alias is not supported"])
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ConfigError([f"line {line}: the key {key!r} is given twice"])
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def load_config(path: Path) -> Config:
@@ -77,17 +41,16 @@ def load_config(path: Path) -> Config:
     Raises ConfigError with all problems, each led by its key.
     """
     try:
-        if path.stat().st_size > _FILE_MAX_BYTES:
-            raise ConfigError([f"{path}: larger than {_FILE_MAX_BYTES} bytes"])
-        text = path.read_text(encoding="utf-8")
+        text = read_regular_file(path, _FILE_MAX_BYTES).decode()
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError:
         raise ConfigError([f"{path}: not UTF-8 text"]) from None
+    problems: list[str] = []
     match path.suffix.lower():
         case ".yaml" | ".yml":
             try:
-                raw = yaml.load(text, _StrictLoader)  # noqa: S506 (a SafeLoader)
+                raw, problems = read_yaml(text)
             except ConfigError:
                 raise
             except Exception as error:  # the library lets more out than its own errors
@@ -99,16 +62,18 @@ def load_config(path: Path) -> Config:
                 raise ConfigError([f"{path}: not valid TOML: {_first_line(error)}"]) from None
         case _:
             raise ConfigError([f"{path}: the file name must end in .yaml, .yml or .toml"])
-    return parse_config(raw)
+    return parse_config(raw, problems)
 
 
-def parse_config(raw: object) -> Config:
+def parse_config(raw: object, problems: Sequence[str] = ()) -> Config:
     """Check decoded YAML or TOML against the schema and the rules; raises ConfigError.
+
+    `problems` were found before and are reported with those found here.
 
     Broken parts are replaced by placeholders before the rules run, so that one pass finds all
     problems. Problems of the placeholders are left out.
     """
-    found = _Findings()
+    found = _Findings(problems)
     values = _section(Config, raw, "", found)
     config = msgspec.convert(values, Config)
     for problem in rule_problems(config):
@@ -123,8 +88,8 @@ def parse_config(raw: object) -> Config:
 class _Findings:
     """The problems so far, and the paths of the keys that hold a placeholder."""
 
-    def __init__(self) -> None:
-        self.problems: list[str] = []
+    def __init__(self, problems: Sequence[str] = ()) -> None:
+        self.problems = list(problems)
         self.paths: list[str] = []
 
     def broken(self, path: str, problem: str) -> None:
@@ -154,7 +119,7 @@ def _section(section: type[Struct], raw: object, path: str, found: _Findings) ->
     if not isinstance(raw, dict):
         problem = f"{path or 'the file'}: expected a mapping of keys, found {_kind(raw)}"
         if not path:
-            raise ConfigError([problem])
+            raise ConfigError([*found.problems, problem])
         found.broken(path, problem)
         return _section(section, {}, path, _Findings())
     hints = get_type_hints(section, include_extras=True)

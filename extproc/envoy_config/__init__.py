@@ -8,6 +8,6 @@ One file serves workers of every role, since models and roles are learnt at run 
 Needs Envoy 1.38 or later; tested with 1.40.
 """
 
-from extproc.envoy_config.bootstrap import render_bootstrap, render_yaml
+from extproc.envoy_config.bootstrap import bootstrap_problems, render_bootstrap, render_yaml
 
-__all__ = ["render_bootstrap", "render_yaml"]
+__all__ = ["bootstrap_problems", "render_bootstrap", "render_yaml"]

@@ -1,15 +1,16 @@
 """Puts the bootstrap together, and refuses configurations that Envoy cannot run with."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, Final
 
 import yaml
+from msgspec import UnsetType
 
 from extproc.config.schema import Config
 from extproc.envoy_config.clusters import (
     extproc_cluster,
     worker_cluster,
-    worker_urls,
 )
 from extproc.envoy_config.decode_pass import (
     decode_pass_cluster,
@@ -20,8 +21,9 @@ from extproc.envoy_config.listener import ingress_listener
 from extproc.envoy_config.wire_form import host_is_ip, socket_address, typed
 from extproc.errors import ConfigError
 from extproc.headers import DECODE_CLUSTER, EXTPROC_CLUSTER
+from extproc.worker_url import parse_worker_url
 
-__all__ = ["render_bootstrap", "render_yaml"]
+__all__ = ["bootstrap_problems", "render_bootstrap", "render_yaml"]
 
 _NODE: Final = "llm-extproc"
 _MAX_MESSAGE_TIMEOUT_SECONDS: Final = 3600
@@ -38,7 +40,7 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
 
     Raises ConfigError with every key whose value Envoy could not run with.
     """
-    if problems := list(_problems(config)):
+    if problems := list(bootstrap_problems(config)):
         raise ConfigError(problems)
     connections = typed(
         "extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
@@ -80,7 +82,11 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
 
-def _problems(config: Config) -> Iterator[str]:
+def bootstrap_problems(config: Config) -> Iterator[str]:
+    """Every value that Envoy could not run with, as `key: sentence`.
+
+    The configuration may break rules: then it cannot be rendered, but it can be checked.
+    """
     envoy = config.envoy
     if not host_is_ip(envoy.host):
         yield "envoy.host: Envoy listens on addresses only, expected an IP address"
@@ -90,11 +96,14 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"envoy.cluster: {EXTPROC_CLUSTER!r} is the name of this service's own cluster"
     if envoy.cluster == DECODE_CLUSTER:
         yield f"envoy.cluster: {DECODE_CLUSTER!r} is the name of the second pass"
-    for index, url in enumerate(worker_urls(config)):
-        if "%" in url.host:
-            yield (
-                f"discovery.static_urls.urls[{index}]: Envoy cannot connect to an IPv6 address "
-                "with a zone"
-            )
+    section = config.discovery.static_urls
+    for index, text in enumerate([] if isinstance(section, UnsetType) else section.urls):
+        # A URL that cannot be parsed breaks a rule of the configuration.
+        with contextlib.suppress(ValueError):
+            if "%" in parse_worker_url(text).host:
+                yield (
+                    f"discovery.static_urls.urls[{index}]: Envoy cannot connect to an IPv6 "
+                    "address with a zone"
+                )
     if config.server.unix_socket is None and config.server.tls is None and envoy.extproc.ca_file:
         yield "envoy.extproc.ca_file: the service has no TLS to verify, set server.tls"

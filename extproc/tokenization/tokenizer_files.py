@@ -7,6 +7,7 @@ Tokens that only the configuration names are added to the tokenizer. Truncation 
 turned off, since the engine uses neither.
 """
 
+import stat
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,9 @@ _CONFIG: Final = "tokenizer_config.json"
 _SPECIAL_TOKENS: Final = "special_tokens_map.json"
 _TEMPLATE: Final = "chat_template.jinja"
 _MORE_TEMPLATES: Final = "additional_chat_templates"
+
+# The largest vocabularies take 40 MB.
+_FILE_MAX_BYTES: Final = 256 * 1024 * 1024
 
 _NAMED_TOKENS: Final = (
     "bos_token",
@@ -63,6 +67,8 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
     if not found:
         raise TokenizerError(f"{file}: no such file; a folder with {_TOKENIZER} is needed")
     try:
+        if file.stat().st_size > _FILE_MAX_BYTES:
+            raise ValueError(f"larger than {_FILE_MAX_BYTES} bytes")
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:
         # The library raises bare exceptions.
@@ -84,11 +90,9 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
 def _json_object(file: Path) -> dict[str, Any]:
     """The object in a file; empty if there is no such file."""
     try:
-        content = file.read_bytes()
+        content = _content(file)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except OSError as error:
-        raise TokenizerError(f"{file}: cannot be read: {error.strerror}") from error
     try:
         return msgspec.json.decode(content, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -191,9 +195,25 @@ def _templates(
     return templates, dict.fromkeys(templates, config_file)
 
 
+def _content(file: Path) -> bytes:
+    """Raises TokenizerError, and OSError only if there is no such file."""
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            # A pipe would be waited for without end.
+            raise TokenizerError(f"{file}: not a regular file")
+        if status.st_size > _FILE_MAX_BYTES:
+            raise TokenizerError(f"{file}: larger than {_FILE_MAX_BYTES} bytes")
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise TokenizerError(f"{file}: cannot be read: {error.strerror}") from error
+
+
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return _content(file).decode()
     except OSError as error:
         raise TokenizerError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeError as error:
