@@ -46,6 +46,7 @@ class RouteSession(Session):
         "_body",
         "_endpoint",
         "_first_message",
+        "_response_ended",
         "_response_full_duplex",
         "_steering_headers",
         "_trailers_waiting",
@@ -57,6 +58,7 @@ class RouteSession(Session):
         self._endpoint: Endpoint | None = None
         self._first_message = b""
         self._response_full_duplex = False
+        self._response_ended = False
         self._steering_headers: tuple[str, ...] = ()
         self._trailers_waiting = False
 
@@ -151,7 +153,9 @@ class RouteSession(Session):
         late = self._state is not SessionState.BODY
         if late and not self._waits_for_late_body:
             is_shown = body.mode.visible_before_decision or body.mode.visible_after_decision
-            return NOTHING if is_shown else steps.REQUEST_BODY_CONTINUE
+            # While the router decides, the reply to the headers is still to come.
+            is_early = self._state is SessionState.ROUTING
+            return NOTHING if is_shown or is_early else steps.REQUEST_BODY_CONTINUE
         try:
             body.append(chunk, self._context.max_body_bytes)
         except BodyTooLargeError:
@@ -269,7 +273,9 @@ class RouteSession(Session):
     def _response_body(self, chunk: pb.HttpBody) -> Step:
         if not self._response_full_duplex or self._state is SessionState.ANSWERED:
             return super()._response_body(chunk)
-        end = chunk.end_of_stream
+        if self._response_ended:
+            return NOTHING  # the end again
+        end = self._response_ended = chunk.end_of_stream
         return Step(
             replies=replies.response_body_piece(chunk.body, end_of_stream=end), released=end
         )

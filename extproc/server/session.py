@@ -147,7 +147,8 @@ class Session:
         return NOTHING
 
     def _request_trailers(self) -> Step:
-        if self._state in (SessionState.HEADERS, SessionState.ANSWERED):
+        if self._state not in (SessionState.ROUTED, SessionState.RESPONDING):
+            # The reply to the headers is still to come, and Envoy wants replies in order.
             return NOTHING
         return steps.REQUEST_TRAILERS_CONTINUE
 
