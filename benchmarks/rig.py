@@ -39,6 +39,7 @@ __all__ = [
 MODEL: Final = "benchmark-model"
 _WORKERS: Final = 3
 _BARE_CLUSTER: Final = "bare_responder"
+_ROUTER_FILTER = "envoy.filters.http.router"
 _BODY_LIMIT_BYTES: Final = 64 * 1024 * 1024
 _HEADER_MUTATION: Final = "OVERWRITE_IF_EXISTS_OR_ADD"
 _ANSWER: Final = {
@@ -175,7 +176,7 @@ def derive_listeners(
     no_filter = _listener(ingress, "no_filter", no_filter_port)
     manager = _manager(no_filter)
     manager["http_filters"] = [
-        each for each in manager["http_filters"] if each["name"] != EXTPROC_FILTER
+        each for each in manager["http_filters"] if each["name"] == _ROUTER_FILTER
     ]
     (virtual_host,) = manager["route_config"]["virtual_hosts"]
     (decided,) = (route for route in virtual_host["routes"] if route["name"] == "decided")

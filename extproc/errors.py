@@ -20,8 +20,9 @@
         └── StackError                       (testing) a process of the test stack failed
 
 Every RouterError has a code that is stable, a status, and a message that names no worker and
-quotes nothing of the request but the model's name. `docs/errors.md` lists the codes; they are part
-of the service's contract. Envoy's own local replies get the same envelope in `envoy_config`.
+quotes nothing of the request but the names of the model and of the content encoding.
+`docs/errors.md` lists the codes; they are part of the service's contract. Envoy's own local replies
+get the same envelope in `envoy_config`.
 """
 
 from typing import Any, Final
@@ -29,17 +30,21 @@ from typing import Any, Final
 import msgspec
 
 __all__ = [
+    "ANTHROPIC_PATH",
     "RETRY_AFTER_SECONDS",
     "ConfigError",
     "ErrorBody",
     "ErrorEnvelope",
     "RouterError",
     "ServiceError",
+    "anthropic_envelope",
+    "anthropic_error_type",
     "bad_request",
     "body_over_gateway_buffer",
     "body_required",
     "envelope",
     "internal_error",
+    "is_anthropic",
     "method_not_allowed",
     "model_not_found",
     "no_decode_workers",
@@ -56,13 +61,27 @@ __all__ = [
     "service_overloaded",
     "stale_request_expired",
     "unsupported_body_mode",
+    "unsupported_content_encoding",
 ]
 
 # The `retry-after` of a 503: a worker comes back within a few introspections or health checks,
 # not within milliseconds.
 RETRY_AFTER_SECONDS: Final = 1
 
+# Anthropic's API: /v1/messages, and the paths below it.
+ANTHROPIC_PATH: Final = "/v1/messages"
+_ANTHROPIC_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
 _MODEL_NAME_SHOWN_CHARS = 200
+_ENCODING_SHOWN_CHARS = 40
 
 
 class ServiceError(Exception):
@@ -97,6 +116,20 @@ class ErrorEnvelope(msgspec.Struct, frozen=True):
     error: ErrorBody
 
 
+class _AnthropicBody(msgspec.Struct, frozen=True):
+    type: str
+    code: str
+    message: str
+
+
+class _AnthropicEnvelope(msgspec.Struct, frozen=True):
+    """`{"type": "error", "error": {...}}`, as clients of the Anthropic API expect it."""
+
+    type: str
+    error: _AnthropicBody
+    request_id: str
+
+
 class RouterError(Exception):
     """Ends a request: `code` and `message` go into the envelope, `status` is the HTTP status.
 
@@ -129,6 +162,24 @@ def envelope(code: str, status: int, message: Any, request_id: str = "") -> byte
     """The JSON body of an error reply; `type` is `invalid_request_error` for a 4xx."""
     kind = "invalid_request_error" if 400 <= status < 500 else "server_error"
     return _encoder.encode(ErrorEnvelope(ErrorBody(kind, code, message, request_id)))
+
+
+def is_anthropic(path: str) -> bool:
+    """True for a path, with or without a query, whose clients expect errors of Anthropic's API."""
+    return path.startswith(ANTHROPIC_PATH)
+
+
+def anthropic_error_type(status: int) -> str:
+    """The `type` of an error, from https://docs.anthropic.com/en/api/errors."""
+    if status in _ANTHROPIC_TYPES:
+        return _ANTHROPIC_TYPES[status]
+    return "invalid_request_error" if 400 <= status < 500 else "api_error"
+
+
+def anthropic_envelope(code: str, status: int, message: Any, request_id: str = "") -> bytes:
+    """The JSON body of an error reply to a client of the Anthropic API."""
+    body = _AnthropicBody(anthropic_error_type(status), code, message)
+    return _encoder.encode(_AnthropicEnvelope("error", body, request_id))
 
 
 def bad_request(what: str) -> RouterError:
@@ -190,6 +241,17 @@ def body_over_gateway_buffer() -> RouterError:
     """413: the gateway sent only the beginning of the body."""
     return RouterError(
         "payload_too_large", 413, "the request body does not fit the gateway's buffer"
+    )
+
+
+def unsupported_content_encoding(encoding: str) -> RouterError:
+    """415; a client can send any text as the encoding, so it is named in part."""
+    shown = "".join(one for one in encoding if one.isalnum() or one in ", -_.")
+    return RouterError(
+        "unsupported_content_encoding",
+        415,
+        f"the content encoding {shown[:_ENCODING_SHOWN_CHARS]} is not decoded here",
+        (("accept-encoding", "identity"),),
     )
 
 

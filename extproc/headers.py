@@ -12,6 +12,7 @@ from typing import Final
 __all__ = [
     "ATTEMPT_COUNT_HEADER",
     "AUTHORIZATION_HEADER",
+    "CONTENT_ENCODING_HEADER",
     "CONTENT_LENGTH_HEADER",
     "CONTENT_TYPE_HEADER",
     "DEBUG_HEADER",
@@ -45,6 +46,7 @@ __all__ = [
     "REQUEST_ID_HEADER",
     "REQUEST_TIMEOUT_HEADER",
     "RESPONSE_HEADERS",
+    "RETRY_AFTER_HEADER",
     "RETRY_HEADER",
     "ROUTE_PASS",
     "ROUTE_PASS_HEADERS",
@@ -58,8 +60,10 @@ METHOD_HEADER: Final = ":method"
 PATH_HEADER: Final = ":path"
 STATUS_HEADER: Final = ":status"
 AUTHORIZATION_HEADER: Final = "authorization"
+CONTENT_ENCODING_HEADER: Final = "content-encoding"
 CONTENT_LENGTH_HEADER: Final = "content-length"
 CONTENT_TYPE_HEADER: Final = "content-type"
+RETRY_AFTER_HEADER: Final = "retry-after"
 REQUEST_ID_HEADER: Final = "x-request-id"
 
 # -- this service
@@ -164,7 +168,13 @@ PREFILL_HEADER_PREFIXES: Final = ("x-request-id-", "x-sgl-")
 
 # What each pass reads of a request, besides the model header in the second one. The first pass
 # also reads content-length where a gateway sends it; our own Envoy checks the length itself.
-ROUTE_PASS_HEADERS: Final = (METHOD_HEADER, PATH_HEADER, DEBUG_HEADER, REQUEST_ID_HEADER)
+ROUTE_PASS_HEADERS: Final = (
+    METHOD_HEADER,
+    PATH_HEADER,
+    CONTENT_ENCODING_HEADER,
+    DEBUG_HEADER,
+    REQUEST_ID_HEADER,
+)
 DECODE_PASS_HEADERS: Final = (
     DEBUG_HEADER,
     REQUEST_ID_HEADER,
@@ -172,4 +182,4 @@ DECODE_PASS_HEADERS: Final = (
     ATTEMPT_COUNT_HEADER,
 )
 # What both passes read of a response.
-RESPONSE_HEADERS: Final = (STATUS_HEADER, CONTENT_TYPE_HEADER)
+RESPONSE_HEADERS: Final = (STATUS_HEADER, CONTENT_TYPE_HEADER, RETRY_AFTER_HEADER)

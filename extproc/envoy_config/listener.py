@@ -4,6 +4,7 @@ from typing import Any, Final
 
 from extproc.config.schema import Config
 from extproc.envoy_config.access_log import access_log
+from extproc.envoy_config.decompressors import decompressors
 from extproc.envoy_config.local_replies import local_replies
 from extproc.envoy_config.routes import route_config
 from extproc.envoy_config.stripped_headers import request_header_removals
@@ -42,6 +43,7 @@ BODY_HEADROOM_BYTES: Final = 1280 * 1024
 MAX_HEADERS: Final = 1000
 MAX_HEADERS_KIBIBYTES: Final = 256
 # Longer than load balancers in front keep idle connections, so that they close them first.
+_HTTP_10_HOST: Final = "localhost"
 _CLIENT_IDLE_SECONDS: Final = 600.0
 _REQUEST_HEADERS_SECONDS: Final = 30.0
 
@@ -60,9 +62,13 @@ def ingress_listener(config: Config) -> dict[str, Any]:
         # How much of a body may wait for the decision and for a second attempt. A virtual host's
         # request_body_buffer_limit does not work here: Envoy ignores it while the route is a
         # direct_response, which is the route of every request before the decision.
-        "per_connection_buffer_limit_bytes": config.server.max_body_bytes + BODY_HEADROOM_BYTES,
+        "per_connection_buffer_limit_bytes": _buffer_bytes(config),
         "filter_chains": [{"filters": [manager]}],
     }
+
+
+def _buffer_bytes(config: Config) -> int:
+    return config.server.max_body_bytes + BODY_HEADROOM_BYTES
 
 
 def ext_proc_filter(config: Config) -> dict[str, Any]:
@@ -174,10 +180,16 @@ def _connection_manager(config: Config) -> dict[str, Any]:
             "max_headers_count": MAX_HEADERS,
             "headers_with_underscores_action": "ALLOW",
         },
+        http_protocol_options={
+            "accept_http_10": True,
+            # Clients of HTTP/1.0 need not name a host.
+            "default_host_for_http_10": _HTTP_10_HOST,
+        },
         http2_protocol_options={
             "max_concurrent_streams": 1000,
-            "initial_stream_window_size": _MEBIBYTE,
-            "initial_connection_window_size": 16 * _MEBIBYTE,
+            # Envoy buffers no more of a stream than its window, so a body has to fit in it.
+            "initial_stream_window_size": _buffer_bytes(config),
+            "initial_connection_window_size": max(_buffer_bytes(config), 16 * _MEBIBYTE),
         },
         stream_idle_timeout=idle,
         request_headers_timeout=duration(_REQUEST_HEADERS_SECONDS),
@@ -193,6 +205,7 @@ def _connection_manager(config: Config) -> dict[str, Any]:
             }
         ],
         http_filters=[
+            *decompressors(),
             ext_proc_filter(config),
             router_filter(),
         ],

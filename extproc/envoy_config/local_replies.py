@@ -12,10 +12,17 @@ closes their connection before the filter sees them.
 from typing import Any, Final, NamedTuple
 
 from extproc.envoy_config.wire_form import typed
-from extproc.errors import RETRY_AFTER_SECONDS
-from extproc.headers import ERROR_CODE_HEADER, REQUEST_ID_HEADER
+from extproc.errors import ANTHROPIC_PATH, RETRY_AFTER_SECONDS, anthropic_error_type
+from extproc.headers import ERROR_CODE_HEADER, REQUEST_ID_HEADER, RETRY_AFTER_HEADER
 
-__all__ = ["ROUTER_UNAVAILABLE", "LocalError", "envelope_format", "error_headers", "local_replies"]
+__all__ = [
+    "ROUTER_UNAVAILABLE",
+    "LocalError",
+    "anthropic_format",
+    "envelope_format",
+    "error_headers",
+    "local_replies",
+]
 
 
 class LocalError(NamedTuple):
@@ -37,6 +44,7 @@ _OVERLOADED: Final = LocalError(503, "service_overloaded", "the gateway is overl
 # Other requests that Envoy refuses by itself keep their status (400, 403, 426, 431).
 _BAD_REQUEST: Final = LocalError(400, "bad_request", "bad request: refused by the gateway")
 _INTERNAL: Final = LocalError(500, "internal_error", "internal error")
+_UNAVAILABLE: Final = LocalError(503, "internal_error", "internal error")
 
 # Response flags, https://www.envoyproxy.io/docs/envoy/latest/configuration/observability/access_log/usage
 _TIMEOUT_FLAGS: Final = ("UT", "SI")
@@ -55,14 +63,14 @@ def local_replies(*, retry_header: str | None = None) -> dict[str, Any]:
     """
     mappers = []
     if retry_header is not None:
-        mapper = _mapper(_flags(_NOT_CONNECTED_FLAGS), _UNREACHABLE)
+        mapper, _ = not_connected = _mapper(_flags(_NOT_CONNECTED_FLAGS), _UNREACHABLE)
         mapper["headers_to_add"].append(
             {
                 "header": {"key": retry_header, "value": "1"},
                 "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
             }
         )
-        mappers.append(mapper)
+        mappers.append(not_connected)
     mappers += [
         _mapper(_expression('response.code_details == "request_payload_too_large"'), _TOO_LARGE),
         _mapper(
@@ -82,9 +90,37 @@ def local_replies(*, retry_header: str | None = None) -> dict[str, Any]:
             _BAD_REQUEST,
             keep_status=True,
         ),
+        # Its own entry, since every 503 says when to retry.
+        _mapper(_expression(f"response.code == 503 && {_NOT_OURS}"), _UNAVAILABLE),
         _mapper(_expression(f"response.code >= 500 && {_NOT_OURS}"), _INTERNAL, keep_status=True),
     ]
-    return {"mappers": mappers}
+    return {"mappers": [variant for mapper in mappers for variant in _by_api(*mapper)]}
+
+
+def _by_api(mapper: dict[str, Any], error: LocalError) -> list[dict[str, Any]]:
+    """The mapper for requests of the Anthropic API, then the one for all others."""
+    anthropic = {
+        **mapper,
+        "filter": {"and_filter": {"filters": [_ANTHROPIC_REQUEST, mapper["filter"]]}},
+        "body_format_override": anthropic_format(error),
+    }
+    return [anthropic, mapper]
+
+
+def anthropic_format(error: LocalError) -> dict[str, Any]:
+    """The body for clients of the Anthropic API."""
+    return {
+        "json_format": {
+            "type": "error",
+            "error": {
+                "type": anthropic_error_type(error.status),
+                "code": error.code,
+                "message": error.message,
+            },
+            "request_id": f"%REQ({REQUEST_ID_HEADER.upper()})%",
+        },
+        "content_type": "application/json",
+    }
 
 
 def envelope_format(error: LocalError) -> dict[str, Any]:
@@ -106,7 +142,7 @@ def envelope_format(error: LocalError) -> dict[str, Any]:
 def error_headers(error: LocalError) -> list[dict[str, Any]]:
     headers = [(ERROR_CODE_HEADER, error.code)]
     if error.status == 503:
-        headers.append(("retry-after", str(RETRY_AFTER_SECONDS)))
+        headers.append((RETRY_AFTER_HEADER, str(RETRY_AFTER_SECONDS)))
     return [
         {
             "header": {"key": key, "value": value},
@@ -132,12 +168,15 @@ def _expression(expression: str) -> dict[str, Any]:
     }
 
 
+_ANTHROPIC_REQUEST: Final = _expression(f'request.url_path.startsWith("{ANTHROPIC_PATH}")')
+
+
 def _mapper(
     when: dict[str, Any], error: LocalError, *, keep_status: bool = False
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], LocalError]:
     mapper: dict[str, Any] = {"filter": when}
     if not keep_status:
         mapper["status_code"] = error.status
     mapper["headers_to_add"] = error_headers(error)
     mapper["body_format_override"] = envelope_format(error)
-    return mapper
+    return mapper, error

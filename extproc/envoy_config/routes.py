@@ -10,11 +10,13 @@ from typing import Any, Final
 from extproc.config.schema import Config
 from extproc.envoy_config.local_replies import (
     ROUTER_UNAVAILABLE,
+    anthropic_format,
     envelope_format,
     error_headers,
 )
 from extproc.envoy_config.stripped_headers import stripped_response_headers, stripped_worker_headers
 from extproc.envoy_config.wire_form import duration
+from extproc.errors import ANTHROPIC_PATH
 from extproc.headers import DECODE_CLUSTER, RETRY_HEADER
 
 __all__ = ["FAIL_OPEN_PATHS", "route_config", "unavailable"]
@@ -42,7 +44,7 @@ def route_config(config: Config) -> dict[str, Any]:
     routes = [_decode_pass(config), _decided(config)]
     if config.envoy.fail_open and len(config.models) == 1 and not config.is_disaggregated:
         routes.append(_fail_open(config))
-    routes.append(unavailable())
+    routes += [_messages_unavailable(), unavailable()]
     return {
         "name": "llm",
         "response_headers_to_remove": stripped_response_headers(config),
@@ -125,6 +127,15 @@ def _fail_open(config: Config) -> dict[str, Any]:
             "retry_policy": retry_policy,
         },
     }
+
+
+def _messages_unavailable() -> dict[str, Any]:
+    """As `unavailable`, for clients of the Anthropic API."""
+    route = unavailable()
+    route["name"] = "messages_unavailable"
+    route["match"] = {"prefix": ANTHROPIC_PATH}
+    route["direct_response"]["body_format"] = anthropic_format(ROUTER_UNAVAILABLE)
+    return route
 
 
 def unavailable() -> dict[str, Any]:

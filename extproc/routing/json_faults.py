@@ -15,6 +15,7 @@ _LONE_SURROGATE: Final = (
 )
 _NOT_UTF8: Final = "the body is not valid JSON: it is not in UTF-8"
 _NOT_JSON: Final = "the body is not valid JSON"
+_CUT: Final = "the body is not valid JSON: it ends too early"
 
 # The decoder's messages end with the offset at which it stopped.
 _OFFSET: Final = re.compile(r"\(byte (\d+)\)$")
@@ -47,4 +48,4 @@ def json_fault(body: bytes | bytearray, error: Exception) -> str:
         return _LONE_SURROGATE
     if any(found.start() <= stopped - start <= found.end() for found in _CONSTANT.finditer(near)):
         return _NOT_A_NUMBER
-    return _NOT_JSON
+    return _CUT if "truncated" in text else _NOT_JSON

@@ -66,4 +66,4 @@ class DecodeSession(Session):
         return self._refuse(error, "request_refused", _RETRY if may_retry else ())
 
     def served_by(self, worker: str, decode_worker: str | None) -> Step:
-        return Step(replies=(replies.debug_decode_worker(worker),))
+        return self._with_debug_headers(replies.debug_decode_worker(worker))

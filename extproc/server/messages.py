@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.headers import (
+    CONTENT_ENCODING_HEADER,
     CONTENT_LENGTH_HEADER,
     CONTENT_TYPE_HEADER,
     DEBUG_HEADER,
@@ -24,6 +25,7 @@ from extproc.headers import (
     PREFILL_HEADER_PREFIXES,
     PREFILL_HEADERS,
     REQUEST_ID_HEADER,
+    RETRY_AFTER_HEADER,
     ROUTE_PASS_HEADERS,
     STATUS_HEADER,
 )
@@ -63,6 +65,7 @@ _FULL_DUPLEX: Final = pb.ProcessingMode.FULL_DUPLEX_STREAMED
 class RequestHead(Struct, frozen=True, kw_only=True):
     """A request headers message without the values that belong to one request alone.
 
+    `encoding` is the content coding in which the body comes, "" if there is no coding.
     `steering` are the names, as the client has spelled them, of headers that would steer an engine.
     Our own Envoy removes them before its filter asks.
     """
@@ -74,6 +77,7 @@ class RequestHead(Struct, frozen=True, kw_only=True):
     body_mode: BodyMode
     response_full_duplex: bool
     steering: tuple[str, ...] = ()
+    encoding: str = ""
 
 
 class RequestHeadTable:
@@ -110,6 +114,7 @@ class RequestHeadTable:
             body_mode=body_mode(config),
             response_full_duplex=config is not None and config.response_body_mode == _FULL_DUPLEX,
             steering=_steering_headers(message),
+            encoding=_encoding(seen.get(CONTENT_ENCODING_HEADER, "")),
         )
         parts = _cut(raw)
         if (
@@ -190,6 +195,11 @@ def wanted_headers(
     return found
 
 
+def _encoding(value: str) -> str:
+    encoding = value.strip().lower()
+    return "" if encoding == "identity" else encoding
+
+
 def _steering_headers(message: pb.ProcessingRequest) -> tuple[str, ...]:
     headers = message.request_headers.headers.headers
     return tuple([header.key for header in headers if is_steering_header(header.key)])
@@ -200,7 +210,8 @@ class Response(Struct, frozen=True):
 
     `status` is 0 when it is missing. `address` is the `ip:port` that was tried last, and
     `code_details` Envoy's `response.code_details`; each is "" where the gateway does not send it.
-    `attempts` is the number of attempts, 0 where the gateway does not send it.
+    `attempts` is the number of attempts, 0 where the gateway does not send it. `retry_after` is the
+    header's value, "" without it.
     """
 
     status: int
@@ -209,6 +220,7 @@ class Response(Struct, frozen=True):
     code_details: str
     attempts: int
     end_of_stream: bool
+    retry_after: str = ""
 
 
 class ResponseTable:
@@ -220,10 +232,12 @@ class ResponseTable:
 
     def learn(self, raw: bytes, message: pb.ProcessingRequest) -> Response:
         """Read a message that is not in the table, and keep it if it may come again."""
-        status, streamed = _status_and_kind(message.response_headers.headers)
+        status, streamed, retry_after = _read_response(message.response_headers.headers)
         address, code_details, attempts = _served_by(message)
         end_of_stream = message.response_headers.end_of_stream
-        response = Response(status, streamed, address, code_details, attempts, end_of_stream)
+        response = Response(
+            status, streamed, address, code_details, attempts, end_of_stream, retry_after
+        )
         if len(raw) <= KNOWN_MAX_BYTES:
             if len(self._table) >= _TABLE_MAX_ENTRIES:
                 self._table.clear()
@@ -231,15 +245,18 @@ class ResponseTable:
         return response
 
 
-def _status_and_kind(headers: pb.HeaderMap) -> tuple[int, bool]:
-    status, streamed = 0, False
+def _read_response(headers: pb.HeaderMap) -> tuple[int, bool, str]:
+    """Return the status, whether the response is streamed, and the value of retry-after."""
+    status, streamed, retry_after = 0, False, ""
     for header in headers.headers:
+        raw = header.raw_value or header.value.encode()
         if header.key == STATUS_HEADER:
-            raw = header.raw_value or header.value.encode()
             status = int(raw) if len(raw) == 3 and raw.isdigit() else 0
         elif header.key == CONTENT_TYPE_HEADER:
-            streamed = (header.raw_value or header.value.encode()).startswith(b"text/event-stream")
-    return status, streamed
+            streamed = raw.startswith(b"text/event-stream")
+        elif header.key == RETRY_AFTER_HEADER:
+            retry_after = raw.decode("latin-1")
+    return status, streamed, retry_after
 
 
 def _served_by(message: pb.ProcessingRequest) -> tuple[str, str, int]:

@@ -11,7 +11,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.config.envoy import EnvoyConfig
-from extproc.errors import RouterError, envelope
+from extproc.errors import RETRY_AFTER_SECONDS, RouterError, anthropic_envelope, envelope
 from extproc.headers import (
     AUTHORIZATION_HEADER,
     CONTENT_LENGTH_HEADER,
@@ -29,6 +29,7 @@ from extproc.headers import (
     REASON_HEADER,
     REQUEST_ID_HEADER,
     REQUEST_TIMEOUT_HEADER,
+    RETRY_AFTER_HEADER,
     WORKER_HEADER,
 )
 from extproc.routing.decision import Decision
@@ -49,6 +50,7 @@ __all__ = [
     "request_body_replacements",
     "response_body_piece",
     "with_request_body",
+    "with_retry_after",
     "without_request_headers",
 ]
 
@@ -273,14 +275,20 @@ def immediate_response(
 
 
 def error_response(
-    error: RouterError, request_id: str, more_headers: tuple[tuple[str, str], ...] = ()
+    error: RouterError,
+    request_id: str,
+    more_headers: tuple[tuple[str, str], ...] = (),
+    *,
+    anthropic: bool = False,
 ) -> bytes:
-    """The error in its envelope."""
+    """The error in its envelope, which is that of the OpenAI or of the Anthropic API."""
+    body = error.body
+    if body is None:
+        enveloped = anthropic_envelope if anthropic else envelope
+        body = enveloped(error.code, error.status, error.message, request_id)
     return immediate_response(
         error.status,
-        envelope(error.code, error.status, error.message, request_id)
-        if error.body is None
-        else error.body,
+        body,
         (
             (CONTENT_TYPE_HEADER, "application/json"),  # the engine's own may follow
             (ERROR_CODE_HEADER, error.code),
@@ -319,3 +327,14 @@ def _with_response_headers(pairs: Iterable[tuple[str, str]]) -> bytes:
             response=pb.CommonResponse(header_mutation=_set_headers(pairs))
         )
     ).SerializeToString()
+
+
+_RETRY_AFTER: Final = _with_response_headers(((RETRY_AFTER_HEADER, str(RETRY_AFTER_SECONDS)),))
+
+
+def with_retry_after(reply: bytes) -> bytes:
+    """The reply to the response headers, which also says when to retry.
+
+    Envoy (1.40) does not know "add if absent" here, so this is for responses without the header.
+    """
+    return reply + _RETRY_AFTER

@@ -15,8 +15,10 @@ from extproc.errors import (
     RouterError,
     body_over_gateway_buffer,
     body_required,
+    is_anthropic,
     payload_too_large,
     unsupported_body_mode,
+    unsupported_content_encoding,
 )
 from extproc.routing.decision import Decision
 from extproc.routing.json_members import with_members
@@ -46,6 +48,7 @@ class RouteSession(Session):
         "_body",
         "_endpoint",
         "_first_message",
+        "_raw_path",
         "_response_ended",
         "_response_full_duplex",
         "_steering_headers",
@@ -57,6 +60,8 @@ class RouteSession(Session):
         self._body: RequestBody | None = None
         self._endpoint: Endpoint | None = None
         self._first_message = b""
+        # As the client has sent it.
+        self._raw_path = ""
         self._response_full_duplex = False
         self._response_ended = False
         self._steering_headers: tuple[str, ...] = ()
@@ -103,6 +108,7 @@ class RouteSession(Session):
 
     def _request_headers(self, head: RequestHead, given_id: str, length: int) -> Step:
         context = self._context
+        self._raw_path = head.path
         self._response_full_duplex = head.response_full_duplex
         self._steering_headers = head.steering
         self._take_request_id(given_id)
@@ -113,6 +119,8 @@ class RouteSession(Session):
                 return self._answer(context.models_body)
             if head.end_of_stream:
                 raise body_required()
+            if head.encoding:
+                raise unsupported_content_encoding(head.encoding)
             if length > context.max_body_bytes:
                 raise payload_too_large(context.max_body_bytes)
         except RouterError as error:
@@ -264,6 +272,10 @@ class RouteSession(Session):
             out.append(replies.REQUEST_TRAILERS_CONTINUE)
         return out
 
+    def _error_reply(self, error: RouterError, more_headers: tuple[tuple[str, str], ...]) -> bytes:
+        anthropic = is_anthropic(self._raw_path)
+        return replies.error_response(error, self.request_id, more_headers, anthropic=anthropic)
+
     def _forget_request(self) -> None:
         self._body = None
         self._first_message = b""
@@ -283,4 +295,4 @@ class RouteSession(Session):
     def served_by(self, worker: str, decode_worker: str | None) -> Step:
         assert self._decision is not None  # noqa: S101 (a response follows a decision)
         reply = replies.debug_response_headers(self._decision, worker, decode_worker)
-        return Step(replies=(reply,))
+        return self._with_debug_headers(reply)

@@ -29,6 +29,10 @@ __all__ = ["Session", "SessionContext", "SessionState"]
 
 _REQUEST_ID_MAX_CHARS: Final = 128
 _SERVER_ERROR: Final = 500
+_UNAVAILABLE: Final = 503
+_RESPONSE_HEADERS_RETRY_AFTER: Final = (
+    replies.with_retry_after(replies.RESPONSE_HEADERS_CONTINUE),
+)
 _JSON: Final = ((CONTENT_TYPE_HEADER, "application/json"),)
 
 
@@ -64,6 +68,7 @@ class Session:
     __slots__ = (
         "_context",
         "_decision",
+        "_lacks_retry_after",
         "_made_request_id",
         "_state",
         "debug",
@@ -76,6 +81,7 @@ class Session:
         self._state = SessionState.HEADERS
         self._decision: Decision | None = None
         self._made_request_id = False
+        self._lacks_retry_after = False
         self.request_id = ""
         # True when the client gets debug headers: the stream calls `served_by` for them.
         self.debug = False
@@ -209,11 +215,14 @@ class Session:
             code=error.code,
         )
         return Step(
-            replies=(replies.error_response(error, self.request_id, more_headers),),
+            replies=(self._error_reply(error, more_headers),),
             path=path,
             code=error.code if path else "",
             events=(log,),
         )
+
+    def _error_reply(self, error: RouterError, more_headers: tuple[tuple[str, str], ...]) -> bytes:
+        return replies.error_response(error, self.request_id, more_headers)
 
     def _forget_request(self) -> None:
         """Drop what is kept of the request: a stream may stay open for minutes."""
@@ -238,8 +247,17 @@ class Session:
             return steps.RESPONSE_HEADERS_CONTINUE
         self._state = SessionState.RESPONDING
         if self.debug:
+            self._lacks_retry_after = _lacks_retry_after(response)
             return Step(response=response)
+        if response.status == _UNAVAILABLE and not response.retry_after:
+            return Step(replies=_RESPONSE_HEADERS_RETRY_AFTER, response=response)
         return Step(replies=steps.RESPONSE_HEADERS_CONTINUE.replies, response=response)
+
+    def _with_debug_headers(self, reply: bytes) -> Step:
+        """The step that answers the response headers with debug headers."""
+        if self._lacks_retry_after:
+            reply = replies.with_retry_after(reply)
+        return Step(replies=(reply,))
 
     def served_by(self, worker: str, decode_worker: str | None) -> Step:
         """Reply to the response headers with debug headers, once the lease is settled.
@@ -258,3 +276,8 @@ class Session:
         if self._state is SessionState.ANSWERED:
             return NOTHING
         return steps.RESPONSE_TRAILERS_END
+
+
+def _lacks_retry_after(response: Response) -> bool:
+    """True for a 503, also one of a worker, that does not say when to retry."""
+    return response.status == _UNAVAILABLE and not response.retry_after

@@ -259,15 +259,24 @@ def test_the_istio_patches_say_what_is_rendered() -> None:
     listener, _ = rendered["static_resources"]["listeners"]
     ours = listener["filter_chains"][0]["filters"][0]["typed_config"]
     patches: dict[str, Any] = {}
+    filters: list[dict[str, Any]] = []
     for target, match, value in istio_patches("istio/envoyfilter.yaml"):
         patches[match["cluster"]["name"] if target == "CLUSTER" else target] = value
+        filters += [value] if target == "HTTP_FILTER" else []
     key = "early_header_mutation_extensions"
-    assert patches["NETWORK_FILTER"]["typed_config"][key] == ours[key]
-    expected = copy.deepcopy(ours["http_filters"][0])
-    expected["disabled"] = True
-    grpc = expected["typed_config"]["grpc_service"]["envoy_grpc"]
+    merged_in = patches["NETWORK_FILTER"]["typed_config"]
+    assert merged_in[key] == ours[key]
+    assert merged_in["http_protocol_options"] == ours["http_protocol_options"]
+    windows = ours["http2_protocol_options"]
+    assert merged_in["http2_protocol_options"].items() <= windows.items()
+    expected = copy.deepcopy(ours["http_filters"][:-1])
+    for one in expected:
+        one["disabled"] = True
+    grpc = expected[-1]["typed_config"]["grpc_service"]["envoy_grpc"]
     grpc["cluster_name"] = "outbound|9002||extproc.llm.svc.cluster.local"
-    assert patches["HTTP_FILTER"] == expected
+    assert filters == expected
+    switched_on = patches["VIRTUAL_HOST"]["typed_per_filter_config"]
+    assert set(switched_on) == {one["name"] for one in expected}
     workers, _, service = rendered["static_resources"]["clusters"]
     assert patches[WORKERS]["load_balancing_policy"] == workers["load_balancing_policy"]
     assert patches[grpc["cluster_name"]]["health_checks"] == service["health_checks"]
@@ -313,7 +322,7 @@ def test_envoy_accepts_the_filter_of_envoy_gateway_with_our_patch(tmp_path: Path
     assert_accepted(yaml.safe_dump(gateway_bootstrap({}, filters, {}, clusters)), tmp_path)
     rendered = render_bootstrap(parse_config(raw_config({}, {})))
     listener, _ = rendered["static_resources"]["listeners"]
-    (ours, _) = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"]
+    ours = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"][-2]
     for key in ("mutation_rules", "metadata_options", "response_attributes"):
         assert external_processor[key] == ours["typed_config"][key]
 
@@ -334,3 +343,4 @@ def test_envoy_gateway_strips_what_routes(tmp_path: Path) -> None:
     listener, _ = rendered["static_resources"]["listeners"]
     limit = listener["per_connection_buffer_limit_bytes"]
     assert policy["spec"]["connection"]["bufferLimit"] == limit
+    assert policy["spec"]["http2"]["initialStreamWindowSize"] == limit

@@ -90,7 +90,7 @@ async def _two_replicas(
         clusters.append(both)
         listener = bootstrap["static_resources"]["listeners"][1]
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-        asking = manager["http_filters"][0]["typed_config"]
+        asking = manager["http_filters"][-2]["typed_config"]
         asking["grpc_service"]["envoy_grpc"]["cluster_name"] = "both"
 
     async with pd_stack(tmp_path, edit_bootstrap=edit, **more) as running:

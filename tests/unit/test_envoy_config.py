@@ -47,7 +47,7 @@ def manager(rendered: dict[str, Any]) -> dict[str, Any]:
 
 
 def ext_proc(rendered: dict[str, Any]) -> dict[str, Any]:
-    found = manager(rendered)["http_filters"][0]["typed_config"]
+    found = manager(rendered)["http_filters"][-2]["typed_config"]
     assert isinstance(found, dict)
     return found
 
@@ -139,7 +139,13 @@ class TestStrippedHeaders:
 class TestFailingOpen:
     def test_one_model_fails_open_on_inference_paths_only(self) -> None:
         found = routes(render_bootstrap(config()))
-        assert list(found) == ["decode_pass", "decided", "fail_open", "unavailable"]
+        assert list(found) == [
+            "decode_pass",
+            "decided",
+            "fail_open",
+            "messages_unavailable",
+            "unavailable",
+        ]
         assert found["fail_open"]["route"]["cluster"] == "workers"
         paths = re.compile(found["fail_open"]["match"]["safe_regex"]["regex"])
         assert paths.fullmatch("/v1/chat/completions")
@@ -153,7 +159,7 @@ class TestFailingOpen:
     ) -> None:
         rendered = render_bootstrap(config(models=models, envoy={"fail_open": fail_open}))
         found = routes(rendered)
-        assert list(found) == ["decode_pass", "decided", "unavailable"]
+        assert list(found) == ["decode_pass", "decided", "messages_unavailable", "unavailable"]
         last = found["unavailable"]
         assert last["direct_response"]["status"] == 503
         error = last["direct_response"]["body_format"]["json_format"]["error"]
@@ -177,6 +183,34 @@ class TestFailingOpen:
             assert check[name] == "1s"
         assert check["healthy_threshold"] == 1
         assert found["common_lb_config"]["healthy_panic_threshold"] == {"value": 0}
+
+
+class TestLocalReplies:
+    def test_every_503_says_when_to_retry(self) -> None:
+        seen = set()
+        for found in render_bootstrap(config())["static_resources"]["listeners"]:
+            (chain,) = found["filter_chains"]
+            for mapper in chain["filters"][0]["typed_config"]["local_reply_config"]["mappers"]:
+                headers = {
+                    one["header"]["key"]: one["header"]["value"] for one in mapper["headers_to_add"]
+                }
+                assert ("retry-after" in headers) is (mapper.get("status_code") == 503)
+                seen.add(mapper.get("status_code"))
+        assert seen == {None, 408, 413, 503, 504}
+
+    def test_no_503_is_left_to_the_mapper_of_other_errors(self) -> None:
+        replies = manager(render_bootstrap(config()))["local_reply_config"]["mappers"]
+        assert "response.code == 503" in str(replies[-3]["filter"])
+        assert "response.code >= 500" in str(replies[-1]["filter"])
+
+    def test_each_mapper_comes_first_for_the_anthropic_api(self) -> None:
+        replies = manager(render_bootstrap(config()))["local_reply_config"]["mappers"]
+        for anthropic, other in zip(replies[::2], replies[1::2], strict=True):
+            assert anthropic["filter"]["and_filter"]["filters"][1] == other["filter"]
+            shape = anthropic["body_format_override"]["json_format"]
+            assert set(shape) == {"type", "error", "request_id"}
+            error = other["body_format_override"]["json_format"]["error"]
+            assert shape["error"]["code"] == error["code"]
 
 
 class TestTimeouts:
@@ -213,7 +247,22 @@ class TestBodies:
         # At the listener: a direct_response route, met before the decision, ignores the limit
         # of its virtual host.
         rendered = render_bootstrap(config(models=models, server={"max_body_bytes": 8 * MEBIBYTE}))
-        assert listener(rendered)["per_connection_buffer_limit_bytes"] == 8 * MEBIBYTE + 1280 * 1024
+        limit = 8 * MEBIBYTE + 1280 * 1024
+        assert listener(rendered)["per_connection_buffer_limit_bytes"] == limit
+        # Over HTTP/2 a stream's window is a second limit.
+        http2 = manager(rendered)["http2_protocol_options"]
+        assert http2["initial_stream_window_size"] == limit
+        assert http2["initial_connection_window_size"] >= limit
+
+    def test_bodies_are_decompressed_before_the_service_and_responses_never(self) -> None:
+        *found, last, _ = manager(render_bootstrap(config()))["http_filters"]
+        assert last["name"] == "envoy.filters.http.ext_proc"
+        assert [one["name"].rpartition(".")[2] for one in found] == ["gzip", "brotli", "zstd"]
+        for one in found:
+            directions = one["typed_config"]
+            assert directions["request_direction_config"] == {"advertise_accept_encoding": False}
+            responses = directions["response_direction_config"]["common_config"]["enabled"]
+            assert responses["default_value"] is False
 
     def test_bodies_of_responses_are_not_sent_to_the_service(self) -> None:
         mode = ext_proc(render_bootstrap(config()))["processing_mode"]

@@ -10,7 +10,14 @@ import pytest
 
 import extproc
 from extproc import errors
-from extproc.errors import ConfigError, RouterError, ServiceError, envelope
+from extproc.errors import (
+    ConfigError,
+    RouterError,
+    ServiceError,
+    anthropic_envelope,
+    envelope,
+    is_anthropic,
+)
 from tests.unit.error_factories import error_factories
 
 
@@ -39,6 +46,12 @@ from tests.unit.error_factories import error_factories
         (errors.payload_too_large(1024), "payload_too_large", 413, "1024"),
         (errors.body_over_gateway_buffer(), "payload_too_large", 413, "buffer"),
         (errors.prefill_refused(422, b"{}"), "prefill_refused", 422, ""),
+        (
+            errors.unsupported_content_encoding('br"\n' + "x" * 100),
+            "unsupported_content_encoding",
+            415,
+            f"the content encoding br{'x' * 38} is not decoded here",
+        ),
         (errors.internal_error(), "internal_error", 500, "internal error"),
         (errors.prefill_failed(), "prefill_failed", 502, ""),
         (
@@ -159,3 +172,29 @@ def test_a_config_error_holds_and_prints_every_problem() -> None:
     error = ConfigError(["a: x", "b: y"])
     assert error.problems == ["a: x", "b: y"]
     assert str(error) == "a: x\nb: y"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (404, "not_found_error"),
+        (405, "invalid_request_error"),
+        (413, "request_too_large"),
+        (500, "api_error"),
+        (502, "api_error"),
+        (503, "overloaded_error"),
+        (504, "timeout_error"),
+    ],
+)
+def test_clients_of_the_anthropic_api_get_its_envelope(status: int, kind: str) -> None:
+    body = json.loads(anthropic_envelope("some_code", status, 'a "message"', "req-1"))
+    error = {"type": kind, "code": "some_code", "message": 'a "message"'}
+    assert body == {"type": "error", "error": error, "request_id": "req-1"}
+
+
+def test_only_the_messages_api_is_anthropics() -> None:
+    assert all(
+        map(is_anthropic, ("/v1/messages", "/v1/messages?beta=true", "/v1/messages/batches"))
+    )
+    assert not any(map(is_anthropic, ("", "/v1/chat/completions", "/v1/models?x=/v1/messages")))

@@ -47,7 +47,7 @@ def patterns(listener: int) -> list[dict[str, str]]:
     found = render_bootstrap(config)["static_resources"]["listeners"][listener]
     (chain,) = found["filter_chains"]
     (manager,) = chain["filters"]
-    processor = manager["typed_config"]["http_filters"][0]["typed_config"]
+    processor = manager["typed_config"]["http_filters"][-2]["typed_config"]
     rules: list[dict[str, str]] = processor["forward_rules"]["allowed_headers"]["patterns"]
     return rules
 

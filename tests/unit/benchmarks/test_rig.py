@@ -39,7 +39,7 @@ def manager(bootstrap: dict[str, Any], name: str) -> dict[str, Any]:
 
 def test_the_bare_arm_differs_by_its_cluster_only(bootstrap: dict[str, Any]) -> None:
     ours, bare = manager(bootstrap, "ingress"), manager(bootstrap, "with_bare")
-    grpc_service = bare["http_filters"][0]["typed_config"]["grpc_service"]
+    grpc_service = bare["http_filters"][-2]["typed_config"]["grpc_service"]
     assert grpc_service["envoy_grpc"]["cluster_name"] == "bare_responder"
     grpc_service["envoy_grpc"]["cluster_name"] = "extproc"
     bare["stat_prefix"] = ours["stat_prefix"]

@@ -23,6 +23,7 @@ from tests.fakes import settle
 from tests.protocol.exchange import (
     destination,
     error,
+    kind,
     response_body,
     response_headers,
     response_trailers,
@@ -165,7 +166,8 @@ async def test_the_response_decides_the_outcome_and_the_breaker(
     async with running() as case:
         await case.receive(decode_headers())
         reply = await case.reply(response_headers(status, upstream=ADDRESS, details=details))
-        assert reply == pb.ProcessingResponse(response_headers=pb.HeadersResponse())
+        assert kind(reply) == "response_headers"
+        assert set_headers(reply) == ({"retry-after": "1"} if status == 503 else {})
         assert case.worker.breaker.state is state
         assert len(case.fleet.outcomes()[case.worker.url]) == 1
         assert case.worker.in_flight == 1

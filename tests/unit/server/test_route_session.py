@@ -300,3 +300,60 @@ def test_only_a_body_that_is_missing_can_be_late() -> None:
     receive(session, request_headers())
     assert session.body_timed_out() == refused(request_timeout())
     assert routed().body_timed_out() == NOTHING
+
+
+# -- odd requests
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "BR ", "gzip, br"])
+def test_an_encoded_body_is_refused_before_it_is_read(encoding: str) -> None:
+    session = RouteSession(make_context())
+    step = receive(session, request_headers(content_encoding=encoding))
+    assert step.code == "unsupported_content_encoding"
+    (reply,) = step.replies
+    immediate = pb.ProcessingResponse.FromString(reply).immediate_response
+    assert immediate.status.code == 415
+    assert encoding.strip().lower() in immediate.body.decode()
+
+
+@pytest.mark.parametrize("encoding", ["identity", " Identity"])
+def test_a_body_without_an_encoding_may_say_so(encoding: str) -> None:
+    session = RouteSession(make_context())
+    receive(session, request_headers(content_encoding=encoding))
+    assert session.waits_for_body
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages?beta=true"])
+def test_errors_on_messages_are_in_anthropics_envelope(path: str) -> None:
+    session = RouteSession(make_context())
+    receive(session, request_headers(path))
+    receive(session, request_body(BODY))
+    step = session.failed(no_healthy_workers())
+    error = replies.error_response(no_healthy_workers(), "req-1", anthropic=True)
+    assert step.replies == (error,)
+    session = routed()
+    assert session.aborted(prefill_failed()).replies == (
+        replies.error_response(prefill_failed(), "req-1"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_after", "added"), [(503, "", True), (503, "7", False), (429, "", False)]
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_503_says_when_to_retry(status: int, retry_after: str, added: bool, debug: bool) -> None:
+    session = routed(x_extproc_debug=str(debug).lower())
+    message = response_headers(status, upstream=ADDRESS)
+    if retry_after:
+        message.response_headers.headers.headers.add(
+            key="retry-after", raw_value=retry_after.encode()
+        )
+    step = receive(session, message)
+    assert step.response is not None
+    assert step.response.retry_after == retry_after
+    if debug:
+        step = session.served_by(URL, None)
+    (reply,) = step.replies
+    found = set_headers(pb.ProcessingResponse.FromString(reply))
+    assert found.get("retry-after") == ("1" if added else None)
+    assert ("x-extproc-worker" in found) is debug
