@@ -44,7 +44,6 @@ _OVERLOADED: Final = LocalError(503, "service_overloaded", "the gateway is overl
 # Other requests that Envoy refuses by itself keep their status (400, 403, 426, 431).
 _BAD_REQUEST: Final = LocalError(400, "bad_request", "bad request: refused by the gateway")
 _INTERNAL: Final = LocalError(500, "internal_error", "internal error")
-_UNAVAILABLE: Final = LocalError(503, "internal_error", "internal error")
 
 # Response flags, https://www.envoyproxy.io/docs/envoy/latest/configuration/observability/access_log/usage
 _TIMEOUT_FLAGS: Final = ("UT", "SI")
@@ -90,8 +89,8 @@ def local_replies(*, retry_header: str | None = None) -> dict[str, Any]:
             _BAD_REQUEST,
             keep_status=True,
         ),
-        # Its own entry, since every 503 says when to retry.
-        _mapper(_expression(f"response.code == 503 && {_NOT_OURS}"), _UNAVAILABLE),
+        # Overload has no flag where Envoy sheds load early. Every 503 says when to retry.
+        _mapper(_expression(f"response.code == 503 && {_NOT_OURS}"), _OVERLOADED),
         _mapper(_expression(f"response.code >= 500 && {_NOT_OURS}"), _INTERNAL, keep_status=True),
     ]
     return {"mappers": [variant for mapper in mappers for variant in _by_api(*mapper)]}
