@@ -19,10 +19,11 @@ from typing import Any
 from grpc.aio import EOF
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.build import build_kv, build_router, build_shared, build_streams
+from extproc.build import build_kv, build_router, build_shared
 from extproc.config.loading import parse_config
 from extproc.server.route_session import RouteSession
 from extproc.server.stream import Streams
+from extproc.serving import build_streams
 from extproc.worker_url import parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.prefill_client import AiohttpPrefillClient

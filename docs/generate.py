@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 from msgspec import NODEFAULT, Meta, Struct, UnsetType
 
+from extproc.config.changes import HOW_CHANGED
 from extproc.config.json_schema import json_schema_text
 from extproc.config.loading import section_type
 from extproc.config.schema import Config
@@ -36,8 +37,11 @@ start. Times are in seconds, with fractions. Sizes are in bytes.
 installed version. An editor with a YAML language server completes and checks the file if its first
 line names the schema: `# yaml-language-server: $schema=schema.json`.
 
-Envoy's file is made from the same configuration, also from keys outside `envoy`. After a change,
-render it again with `extproc envoy-config` and let Envoy load it.
+A change of this file is applied while the service runs, but for keys that are marked *Restart*; see
+[reload.md](reload.md).
+
+Envoy's file is made from the same configuration, also from keys outside `envoy`. When the service
+logs `envoy_config_outdated`, render it again with `extproc envoy-config` and restart Envoy.
 
 This page is generated from the code with `make docs`.
 
@@ -67,6 +71,7 @@ discovery:
 * `server.step_deadline_secs` is shorter than `envoy.message_timeout_secs`, so that a slow decision
   ends with this service's error reply and not with the proxy's time-out.
 * `envoy.stream_idle_timeout_secs` is longer than `proxy.request_timeout_secs`.
+* `envoy.endpoints_file` is an absolute path that ends in `.json`.
 * The four ports differ. Header names begin with `x-`, but not with `x-envoy-`.
 * `server.admin_token_file` and `server.admin_token_env` exclude each other.
 * `workers.api_key` and `workers.api_key_file` exclude each other; `workers.forward_api_key`
@@ -91,17 +96,30 @@ def _section(section: type[Struct], path: str, meaning: str) -> list[str]:
         inner = section_type(hint)
         if inner is None:
             default = _default(field)
-            rows.append(f"| `{key}` | {_type(hint)} | {default} | {_meaning(hint)} |")
+            meaning_here = _meaning(hint) + _restart(key)
+            rows.append(f"| `{key}` | {_type(hint)} | {default} | {meaning_here} |")
             continue
         if "list" in _type(hint):
             key += "[]"
         note = _meaning(hint)
         if field.required:
             note += " Required."
+        if key in HOW_CHANGED:
+            note += _restart(key)
         nested += ["", *_section(inner, key, note)]
     heading = [f"## `{path}`", "", meaning, ""] if path else []
     table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows] if rows else []
     return [*heading, *table, *nested]
+
+
+def _restart(key: str) -> str:
+    """What a change of the key needs."""
+    notes = {
+        "live": "",
+        "restart": " *Restart.*",
+        "live_while_set": " *Restart* to set or remove it.",
+    }
+    return notes[HOW_CHANGED[key]]
 
 
 def _default(field: Any) -> str:

@@ -1,35 +1,28 @@
-"""The life cycle of the service: starts its parts, drains and stops them (`build` makes them)."""
+"""The life cycle of the service: starts its parts, drains and stops them (`live` has them)."""
 
 import asyncio
 import contextlib
 import gc
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import structlog
 from msgspec import UnsetType
-from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 
 from extproc import __version__
-from extproc.admin.collector import GatewayCollector, WorkerCollector
-from extproc.admin.http import AdminServer
-from extproc.admin.kv_collector import EncoderCollector, KvCollector
-from extproc.build import (
-    build_kv,
-    build_manager,
-    build_router,
-    build_server,
-    build_shared,
-    worker_tls_of,
-)
+from extproc.admin.http import AdminServer, Questions
 from extproc.clock import Clock
 from extproc.config.schema import Config
+from extproc.envoy_config.endpoints_file import EndpointsFile, configured_endpoints
 from extproc.event_loop import EventLoop
+from extproc.live import LiveParts
+from extproc.reload import Reloader
+from extproc.routing.pd.passes import Disaggregation
+from extproc.routing.router import Router
 from extproc.tokenization.encoder import PromptEncoder
-from extproc.workers.introspection_client import AiohttpIntrospectionClient
 from extproc.workers.observer import WorkerObserver
-from extproc.workers.prefill_client import AiohttpPrefillClient
 
 __all__ = ["App", "run_app"]
 
@@ -48,52 +41,95 @@ class App(WorkerObserver):
         config: Config,
         encoders: Mapping[str, PromptEncoder],
         clock: Clock | None = None,
+        config_file: Path | None = None,
     ) -> None:
-        """`encoders` by model id, as load_encoders gives them; closed at the end of `run`."""
-        self.config = config
-        self._encoders = encoders
-        shared = build_shared(config, clock=clock)
+        """`encoders` by model id, as load_encoders gives them; closed at the end of `run`.
+
+        `config_file` is the file of `config`, which is followed if it is given.
+        """
+        parts = self._parts = LiveParts(config, encoders, clock)
+        shared, self._manager, self.server = parts.shared, parts.manager, parts.server
         self._clock = shared.clock
         self.metrics = shared.metrics
         self.workers = shared.registry
         self.tickets = shared.tickets
-        ProcessCollector(registry=shared.prometheus)
-        PlatformCollector(registry=shared.prometheus)
-        GCCollector(registry=shared.prometheus)
-        worker_tls = worker_tls_of(config)
-        self._client = AiohttpIntrospectionClient(shared.api_key, worker_tls)
-        self._prefill_client = AiohttpPrefillClient(worker_tls)
-        self._manager = build_manager(config, shared, self._client)
-        kv = build_kv(config, shared, self._manager.recheck)
-        self.ranks = kv.ranks
-        shared.prometheus.register(WorkerCollector(self.workers, self.tickets))
-        shared.prometheus.register(KvCollector(self.ranks, self._clock))
-        shared.prometheus.register(EncoderCollector(encoders))
-        routing = build_router(
-            config, shared, kv, encoders, self._prefill_client, self._manager.recheck
+        self.ranks = parts.kv.ranks
+        gateway = parts.routing.lease_parts.gateway
+        self._endpoints = self._build_endpoints()
+        for observer in (self.ranks, self.pd, gateway, self._endpoints, self):
+            if observer is not None:
+                self._manager.observe(observer)
+        self._reloader = (
+            None if config_file is None else Reloader(config_file, config, self, self.metrics)
         )
-        self.router, self.pd = routing.router, routing.pd
-        gateway = routing.lease_parts.gateway
-        shared.prometheus.register(GatewayCollector(gateway))
-        for observer in (self.ranks, self.pd, gateway, self):
-            self._manager.observe(observer)
-        self.server = build_server(config, shared, routing)
         self._admin = AdminServer(
             config.server,
             metrics=shared.prometheus,
             workers=self.workers,
-            is_ready=self.is_ready,
-            models=self.router.model_ids,
             ranks=self.ranks,
             gateway=gateway,
-            refused=self._manager.refused,
+            questions=Questions(
+                is_ready=self.is_ready,
+                models=lambda: self.router.model_ids,
+                refused=self._manager.refused,
+                reloads=lambda: None if self._reloader is None else self._reloader.status,
+            ),
         )
+        # The models without which the service is not ready. One that a reload adds is not among
+        # them before it was served once: its workers may still be starting.
+        self._needed = set(self.router.model_ids)
         self._warned_of_failing_open = False
         self._changed = asyncio.Event()
         self._may_serve = asyncio.Event()
 
+    @property
+    def config(self) -> Config:
+        """The configuration in use."""
+        return self._parts.config
+
+    @property
+    def router(self) -> Router:
+        """The router of new requests."""
+        return self._parts.routing.router
+
+    @property
+    def pd(self) -> Disaggregation:
+        """Both passes of new requests."""
+        return self._parts.routing.pd
+
+    def ask_for_reload(self) -> None:
+        """Read the configuration file again."""
+        if self._reloader is not None:
+            self._reloader.ask()
+
+    async def prepare(self, config: Config) -> Callable[[], None]:
+        """Get ready for another configuration; see ReloadTarget."""
+        use = await self._parts.prepare(config)
+
+        def commit() -> None:
+            use()
+            self._needed.intersection_update(self.router.model_ids)
+            self.workers_changed()
+
+        return commit
+
+    def _build_endpoints(self) -> EndpointsFile | None:
+        envoy = self.config.envoy
+        if envoy.endpoints_file is None:
+            return None
+        return EndpointsFile(
+            Path(envoy.endpoints_file),
+            envoy.cluster,
+            self.workers,
+            self._clock,
+            all_named=lambda: self._manager.first_round_done,
+            known_changed=self.workers_changed,
+        )
+
     def is_ready(self) -> bool:
         """True after the first round if every configured model has a worker that can serve it.
+
+        A model that a reload has added counts from the moment when it is served.
 
         Breakers do not count: readiness that follows them would take the last router away
         while workers recover.
@@ -105,7 +141,7 @@ class App(WorkerObserver):
         )
 
     def _all_models_served(self) -> bool:
-        return all(self.workers.is_served(model) for model in self.router.model_ids)
+        return all(self.workers.is_served(model) for model in self._needed)
 
     def _warn_of_failing_open(self) -> None:
         """Warn once: without this service no pair is made, and neither worker can serve alone."""
@@ -121,6 +157,7 @@ class App(WorkerObserver):
 
     def workers_changed(self) -> None:
         self._changed.set()
+        self._needed.update(filter(self.workers.is_served, self.router.model_ids))
         self._warn_of_failing_open()
         if self._manager.first_round_done or self._all_models_served():
             self._may_serve.set()
@@ -128,11 +165,10 @@ class App(WorkerObserver):
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain; raises ConfigError for addresses in use."""
         async with contextlib.AsyncExitStack() as stack:
-            for encoder in self._encoders.values():
-                stack.callback(encoder.close)
-            await stack.enter_async_context(self._client)
-            self._prefill_client.open()
-            stack.push_async_callback(self._prefill_client.close)
+            stack.callback(self._parts.close)
+            await stack.enter_async_context(self._parts.client)
+            self._parts.prefill_client.open()
+            stack.push_async_callback(self._parts.prefill_client.close)
             stack.push_async_callback(self.ranks.indexer.close)
             stack.push_async_callback(self.server.stop)
             self.server.bind()
@@ -148,6 +184,10 @@ class App(WorkerObserver):
             ]
             if self.config.load.release == "estimate":
                 background.append(self.tickets.run_estimates())
+            if self._endpoints is not None:
+                background.append(self._endpoints.run(configured_endpoints(self.config)))
+            if self._reloader is not None:
+                background.append(self._reloader.run())
             stopping = asyncio.create_task(stop.wait())
             tasks = [asyncio.create_task(work) for work in background]
             done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -222,8 +262,11 @@ class App(WorkerObserver):
                 )
 
 
-def run_app(config: Config, encoders: Mapping[str, PromptEncoder]) -> None:
-    """Run until SIGTERM or SIGINT; returns after a drain, raises ConfigError at start."""
+def run_app(config: Config, encoders: Mapping[str, PromptEncoder], config_file: Path) -> None:
+    """Run until SIGTERM or SIGINT; returns after a drain, raises ConfigError at start.
+
+    A second signal ends the process at once. SIGHUP reads the file of `config` again.
+    """
 
     # This process does not fork, and gRPC's fork support costs time on every poll.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -234,12 +277,25 @@ def run_app(config: Config, encoders: Mapping[str, PromptEncoder]) -> None:
     gc.freeze()
     gc.set_threshold(_GC_YOUNG_OBJECTS, 50, 100)
     with asyncio.Runner(loop_factory=EventLoop) as runner:
-        runner.run(_until_signal(config, encoders))
+        runner.run(_until_signal(config, encoders, config_file))
 
 
-async def _until_signal(config: Config, encoders: Mapping[str, PromptEncoder]) -> None:
+async def _until_signal(
+    config: Config, encoders: Mapping[str, PromptEncoder], config_file: Path
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await App(config, encoders).run(stop)
+    stopping = (signal.SIGTERM, signal.SIGINT)
+
+    def stop_or_end() -> None:
+        stop.set()
+        for number in stopping:
+            # The next one has its default effect: it ends the process, whatever it waits for.
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in stopping:
+        loop.add_signal_handler(number, stop_or_end)
+    app = App(config, encoders, config_file=config_file)
+    loop.add_signal_handler(signal.SIGHUP, app.ask_for_reload)
+    await app.run(stop)

@@ -10,17 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Final
-from uuid import uuid4
 
-import msgspec
 from msgspec import Struct, UnsetType
 from prometheus_client import CollectorRegistry
 
 from extproc.clock import Clock, SystemClock
 from extproc.config.files import read_api_key
 from extproc.config.models import TOKEN_POLICIES
-from extproc.config.schema import Config
-from extproc.discovery.static_urls import StaticUrls
+from extproc.config.schema import Config, StaticUrlsConfig
 from extproc.errors import ConfigError
 from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.metrics.service import Metrics
@@ -43,20 +40,14 @@ from extproc.routing.placement import Placement
 from extproc.routing.rank_chooser import Encoder, RankChooser
 from extproc.routing.ranks import Ranks
 from extproc.routing.router import Router
-from extproc.server.grpc_server import ExtProcServer
-from extproc.server.messages import RequestHeadTable, ResponseTable
-from extproc.server.replies import ReplyBuilder
-from extproc.server.session import SessionContext
-from extproc.server.stream import Streams, StreamSettings
-from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
-from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
-from extproc.tokenization.errors import TokenizerError
+from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.configured_models import ConfiguredModels
 from extproc.workers.engine_calls import IntrospectionClient, PrefillClient
 from extproc.workers.manager import IntrospectionSettings, WorkerManager
 from extproc.workers.membership import Membership
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.resolver import SystemResolver
+from extproc.workers.source import WorkerSource
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Worker
 
@@ -65,14 +56,16 @@ __all__ = [
     "Routing",
     "RoutingSettings",
     "Shared",
+    "api_key_of",
     "assemble_routing",
     "build_kv",
     "build_manager",
     "build_router",
-    "build_server",
     "build_shared",
-    "build_streams",
-    "load_encoders",
+    "forwarded_authorization",
+    "introspection_settings",
+    "place_models",
+    "static_urls_of",
     "worker_tls_of",
 ]
 
@@ -95,7 +88,7 @@ class Shared(Struct, frozen=True, kw_only=True):
     tickets: Tickets
 
 
-class Kv(Struct, frozen=True, kw_only=True):
+class Kv(Struct, kw_only=True):
     """The ranks that are followed, and the placements of models with a KV-aware policy, by id."""
 
     ranks: Ranks
@@ -107,6 +100,7 @@ class Routing(Struct, frozen=True, kw_only=True):
 
     router: Router
     pd: Disaggregation
+    choosers: Mapping[str, Chooser]
     claims: Claims
     lease_parts: LeaseParts
     leg_parts: LegParts
@@ -129,7 +123,7 @@ class RoutingSettings(Struct, frozen=True, kw_only=True):
             estimated_stream_seconds=(
                 load.estimated_stream_secs if load.release == "estimate" else None
             ),
-            pd=PdSettings.of(config, _forwarded_authorization(config, api_key)),
+            pd=PdSettings.of(config, forwarded_authorization(config, api_key)),
         )
 
 
@@ -141,7 +135,7 @@ def build_shared(
     prometheus = CollectorRegistry()
     metrics = Metrics(prometheus)
     return Shared(
-        api_key=_api_key(config),
+        api_key=api_key_of(config),
         clock=clock,
         random=random or Random(),  # noqa: S311 (load spreading, not secrets)
         prometheus=prometheus,
@@ -167,40 +161,65 @@ def build_kv(config: Config, shared: Shared, recheck: Callable[[Worker], None]) 
         ),
         recheck=recheck,
     )
+    kv = Kv(ranks=ranks, placements={})
+    place_models(config, shared, kv)
+    return kv
+
+
+def place_models(config: Config, shared: Shared, kv: Kv) -> None:
+    """Make the placements that the models need, and keep what is known of models that had one."""
+    index = kv.ranks.indexer.index
+    index.max_pages = config.kv.max_pages
     placements = {}
     for model in config.models:
         if model.policy not in TOKEN_POLICIES:
             continue
-        placement = placements[model.id] = Placement(
-            create_kv_policy(model, shared.random),
-            ranks.indexer.index,
-            prefill_tokens_per_second=model.min_ttft.prefill_tokens_per_second,
-        )
-        ranks.serve(model.id, placement.model_speed)
+        policy = create_kv_policy(model, shared.random)
+        speed = model.min_ttft.prefill_tokens_per_second
+        placement = kv.placements.get(model.id)
+        if placement is None:
+            placement = Placement(policy, index, prefill_tokens_per_second=speed)
+        else:
+            placement.policy = policy
+            placement.model_speed.default_tokens_per_second = speed
+        placements[model.id] = placement
         shared.metrics.begin_tokens(model.id)
-    return Kv(ranks=ranks, placements=placements)
+    kv.placements = placements
+    kv.ranks.serve({model: one.model_speed for model, one in placements.items()})
 
 
-def build_manager(config: Config, shared: Shared, client: IntrospectionClient) -> WorkerManager:
-    """Discovery and introspection of workers; raises ConfigError without a discovery section."""
+def static_urls_of(config: Config) -> StaticUrlsConfig:
+    """The list of workers; raises ConfigError without that section."""
     static_urls = config.discovery.static_urls
     if isinstance(static_urls, UnsetType):
         raise ConfigError(["discovery.static_urls: this section is needed"])
+    return static_urls
+
+
+def introspection_settings(config: Config) -> IntrospectionSettings:
+    """How often workers are asked, and their names resolved."""
+    return IntrospectionSettings(
+        retry_seconds=config.discovery.introspection_retry_secs,
+        interval_seconds=config.discovery.introspection_interval_secs,
+        dns_ttl_seconds=static_urls_of(config).dns_ttl_secs,
+        ranks_max=config.kv.ranks_per_worker_max,
+    )
+
+
+def build_manager(
+    config: Config, shared: Shared, client: IntrospectionClient, source: WorkerSource
+) -> WorkerManager:
+    """Introspection of the workers that `source` names."""
     models = ConfiguredModels(config.models)
     return WorkerManager(
-        source=StaticUrls(static_urls),
+        source=source,
         registry=shared.registry,
         membership=Membership(shared.registry, models, shared.metrics),
         client=client,
-        resolver=SystemResolver(static_urls.dns_lookup_family),
+        resolver=SystemResolver(static_urls_of(config).dns_lookup_family),
         clock=shared.clock,
         metrics=shared.metrics,
-        settings=IntrospectionSettings(
-            retry_seconds=config.discovery.introspection_retry_secs,
-            interval_seconds=config.discovery.introspection_interval_secs,
-            dns_ttl_seconds=static_urls.dns_ttl_secs,
-            ranks_max=config.kv.ranks_per_worker_max,
-        ),
+        settings=introspection_settings(config),
     )
 
 
@@ -211,11 +230,13 @@ def build_router(
     encoders: Mapping[str, Encoder],
     prefill_client: PrefillClient,
     recheck: Callable[[Worker], None],
+    before: Routing | None = None,
 ) -> Routing:
     """The router with both PD passes.
 
     `encoders` are by model id and hold every model with a placement. `recheck` is called with a
-    worker that may have become another engine.
+    worker that may have become another engine. What `before` knows of requests and workers goes
+    on in the new one.
     """
     for model in config.models:
         shared.metrics.begin(model.id)
@@ -223,23 +244,31 @@ def build_router(
         RoutingSettings.of(config, shared.api_key),
         shared,
         kv.ranks,
-        _choosers(config, shared, kv, encoders),
+        _choosers(config, shared, kv, encoders, before),
         LocalEndpoints(
             {model: one for model, one in encoders.items() if isinstance(one, PromptEncoder)}
         ),
         prefill_client,
         recheck,
+        before,
     )
 
 
 def _choosers(
-    config: Config, shared: Shared, kv: Kv, encoders: Mapping[str, Encoder]
+    config: Config,
+    shared: Shared,
+    kv: Kv,
+    encoders: Mapping[str, Encoder],
+    before: Routing | None,
 ) -> dict[str, Chooser]:
     choosers: dict[str, Chooser] = {}
     for model in config.models:
         placement = kv.placements.get(model.id)
         if placement is None:
-            choosers[model.id] = WorkerChooser(create_policy(model.policy, shared.random))
+            known = None if before is None else before.choosers.get(model.id)
+            if not isinstance(known, WorkerChooser) or known.policy_name != model.policy:
+                known = WorkerChooser(create_policy(model.policy, shared.random))
+            choosers[model.id] = known
             continue
         choosers[model.id] = RankChooser(
             model.id,
@@ -261,12 +290,20 @@ def assemble_routing(
     local_endpoints: LocalEndpoints,
     prefill_client: PrefillClient,
     recheck: Callable[[Worker], None],
+    before: Routing | None = None,
 ) -> Routing:
     """The router over `choosers`, which are by model id; see build_router for the others."""
     clock, metrics = shared.clock, shared.metrics
-    outcomes = WorkerOutcomes(metrics)
     claims = Claims(shared.tickets, ranks)
-    gateway = GatewayWatch(clock, shared.registry, metrics, choosers)
+    if before is None:
+        outcomes = WorkerOutcomes(metrics)
+        gateway = GatewayWatch(clock, shared.registry, metrics, choosers)
+        pairs = Pairs(clock, metrics.pd, linger_seconds=settings.pd.linger_seconds)
+    else:
+        outcomes, gateway = before.lease_parts.outcomes, before.lease_parts.gateway
+        pairs = before.pd.pairs
+        pairs.linger_seconds = settings.pd.linger_seconds
+        gateway.watch(choosers)
     lease_parts = LeaseParts(
         clock=clock,
         registry=shared.registry,
@@ -282,7 +319,7 @@ def assemble_routing(
         PrefillSender(settings.pd, shared.registry, claims, prefill_client, leg_parts),
         DecodeChooser(ranks, shared.random),
         DecodeLeases(lease_parts, claims),
-        Pairs(clock, metrics.pd, linger_seconds=settings.pd.linger_seconds),
+        pairs,
         claims,
     )
     dispatch = Dispatch(
@@ -294,79 +331,17 @@ def assemble_routing(
     )
     router = Router(choosers, lease_parts, dispatch, local_endpoints, pd)
     return Routing(
-        router=router, pd=pd, claims=claims, lease_parts=lease_parts, leg_parts=leg_parts
+        router=router,
+        pd=pd,
+        choosers=choosers,
+        claims=claims,
+        lease_parts=lease_parts,
+        leg_parts=leg_parts,
     )
 
 
-def build_streams(config: Config, shared: Shared, router: Router) -> Streams:
-    """What the gRPC server does with its streams."""
-    context = SessionContext(
-        builder=ReplyBuilder(config.envoy, _forwarded_authorization(config, shared.api_key)),
-        heads=RequestHeadTable(),
-        responses=ResponseTable(),
-        max_body_bytes=config.server.max_body_bytes,
-        models_body=_models_body(router.model_ids),
-        only_model=router.only_model,
-        debug_headers=config.observability.debug_headers,
-        prompt_max_bytes=_prompt_max_bytes(config),
-        model_header=config.envoy.model_header,
-        new_request_id=_new_request_id,
-    )
-    settings = StreamSettings(
-        step_deadline_seconds=config.routing_deadline_secs,
-        body_deadline_seconds=config.proxy.request_timeout_secs,
-        log_decisions=config.observability.log_level == "debug",
-    )
-    return Streams(context, router, shared.metrics, settings)
-
-
-def build_server(config: Config, shared: Shared, routing: Routing) -> ExtProcServer:
-    """The gRPC server."""
-    return ExtProcServer(config.server, build_streams(config, shared, routing.router))
-
-
-def load_encoders(config: Config) -> dict[str, PromptEncoder]:
-    """Load the configured tokenizers, by model id; raises ConfigError.
-
-    Models with equal settings share a tokenizer and its cache. Large vocabularies take seconds.
-    """
-    settings = config.tokenization
-    loaded: dict[object, PromptEncoder] = {}
-    encoders: dict[str, PromptEncoder] = {}
-    problems = []
-    for index, model in enumerate(config.models):
-        path, template_kwargs = model.tokenizer_path, model.chat_template_kwargs
-        if path is None:
-            continue
-        if taken := sorted(NO_TEMPLATE_KWARGS.intersection(template_kwargs)):
-            problems.append(
-                f"models[{index}].chat_template_kwargs: not for the template: {', '.join(taken)}"
-            )
-            continue
-        key = (path, model.chat_template_name, repr(template_kwargs))
-        if key not in loaded:
-            try:
-                loaded[key] = PromptEncoder.load(
-                    Path(path),
-                    EncoderSettings(
-                        template_name=model.chat_template_name,
-                        template_kwargs=template_kwargs,
-                        cache_bytes=settings.cache_bytes,
-                        inline_chars=settings.inline_chars,
-                        threads=settings.threads,
-                    ),
-                    SystemClock(),
-                )
-            except TokenizerError as error:
-                problems.append(f"models[{index}].tokenizer_path: {error}")
-                continue
-        encoders[model.id] = loaded[key]
-    if problems:
-        raise ConfigError(problems)
-    return encoders
-
-
-def _api_key(config: Config) -> str | None:
+def api_key_of(config: Config) -> str | None:
+    """The token for workers; where it is in a file, the file is read now."""
     if config.workers.api_key_file is not None:
         return read_api_key(Path(config.workers.api_key_file))
     return config.workers.api_key
@@ -379,22 +354,6 @@ def worker_tls_of(config: Config) -> ssl.SSLContext | None:
     return ssl.create_default_context(cafile=config.workers.ca_file)
 
 
-def _forwarded_authorization(config: Config, api_key: str | None) -> str | None:
+def forwarded_authorization(config: Config, api_key: str | None) -> str | None:
+    """The header that replaces those of clients; None where theirs stay."""
     return f"Bearer {api_key}" if config.workers.forward_api_key else None
-
-
-def _prompt_max_bytes(config: Config) -> int:
-    if all(model.policy not in TOKEN_POLICIES for model in config.models):
-        return 0
-    return EncoderSettings().inline_body_bytes
-
-
-def _new_request_id() -> str:
-    return str(uuid4())
-
-
-def _models_body(model_ids: list[str]) -> bytes:
-    data = [
-        {"id": model, "object": "model", "created": 0, "owned_by": "sglang"} for model in model_ids
-    ]
-    return msgspec.json.encode({"object": "list", "data": data})

@@ -4,17 +4,18 @@ Exit codes: 0 good (SIGTERM included), 2 bad configuration or usage, 1 anything 
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from extproc import __version__
 from extproc.app import run_app
-from extproc.build import load_encoders
 from extproc.config.files import file_problems
 from extproc.config.json_schema import json_schema_text
 from extproc.config.loading import load_config
 from extproc.demo import cli as demo_cli
+from extproc.encoders import load_encoders
 from extproc.envoy_config import bootstrap_problems, render_yaml
 from extproc.errors import ConfigError
 from extproc.logs import configure_logging
@@ -62,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    # A SIGHUP means a reload. Until the file can be reloaded, it must not end the process; the
+    # service looks at the file again when it runs.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         config = load_config(options.config)
         if problems := file_problems(config):
@@ -71,7 +75,7 @@ def _serve(options: argparse.Namespace) -> int:
     except ConfigError as error:
         return _report(error, _EXIT_BAD_CONFIG)
     try:
-        run_app(config, encoders)
+        run_app(config, encoders, options.config)
     except ConfigError as error:
         # The configuration is valid, but it fails on this machine: a port in use, for example.
         return _report(error, _EXIT_FAILED)

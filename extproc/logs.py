@@ -17,7 +17,7 @@ import structlog
 
 from extproc.config.schema import ObservabilityConfig
 
-__all__ = ["configure_logging"]
+__all__ = ["configure_logging", "set_log_level"]
 
 _BACKLOG_LINES = 10_000
 _CLOSE_SECONDS = 2.0
@@ -72,7 +72,6 @@ class _BackgroundStream:
 def configure_logging(config: ObservabilityConfig) -> None:
     """Send all events, of this service and of libraries, to stderr."""
     stream = _BackgroundStream(sys.stderr)
-    level = _LEVELS[config.log_level]
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -89,7 +88,6 @@ def configure_logging(config: ObservabilityConfig) -> None:
     )
     structlog.configure(
         processors=[*shared, *renderers],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, stream)),
         cache_logger_on_first_use=False,
     )
@@ -102,5 +100,12 @@ def configure_logging(config: ObservabilityConfig) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    set_log_level(config)
+
+
+def set_log_level(config: ObservabilityConfig) -> None:
+    """Log at the configured level from now on."""
+    level = _LEVELS[config.log_level]
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level))
     # The debug output of libraries (asyncio, grpc) can contain request data: only warnings pass.
-    root.setLevel(max(level, logging.WARNING))
+    logging.getLogger().setLevel(max(level, logging.WARNING))

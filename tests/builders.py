@@ -237,8 +237,7 @@ class Fleet:
         )
         model = ModelConfig(id=models[0], policy=policy, tokenizer_path="-")
         self._placement = Placement(create_kv_policy(model, self.random), self._ranks.indexer.index)
-        for name in models:
-            self._ranks.serve(name, self._placement.model_speed)
+        self._ranks.serve(dict.fromkeys(models, self._placement.model_speed))
 
     def _chooser(self, model: str, policy: PolicyName | Policy) -> Chooser:
         if not isinstance(policy, str):

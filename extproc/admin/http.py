@@ -1,4 +1,4 @@
-"""The admin HTTP server: `/metrics`, `/healthz`, `/readyz`, `/workers`.
+"""The admin HTTP server: `/metrics`, `/healthz`, `/readyz`, `/workers`, `/config`.
 
 For operators and probes inside the mesh. It names workers, so it listens on loopback unless it is
 configured otherwise, and can ask for a token.
@@ -10,12 +10,14 @@ from typing import Any
 import msgspec
 import structlog
 from aiohttp import web
+from msgspec import Struct
 from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from extproc.admin.access import require_token
 from extproc.config.files import read_admin_token
 from extproc.config.server import ServerConfig
+from extproc.config.status import ReloadStatus
 from extproc.errors import ConfigError
 from extproc.kv.indexer import RankState
 from extproc.routing.gateway_watch import GatewayWatch
@@ -25,17 +27,28 @@ from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker, WorkerSpec
 
-__all__ = ["AdminServer"]
+__all__ = ["AdminServer", "Questions"]
 
 _log = structlog.get_logger()
 
 _PROBES = frozenset({"/healthz", "/readyz"})
 
 
-class AdminServer:
-    """`is_ready` is called on every probe; `models` are the configured ids. `refused` gives the
-    workers that are not registered for their role.
+class Questions(Struct, frozen=True, kw_only=True):
+    """What the pages ask of the service, on every request.
+
+    `models` gives the configured ids, `refused` the workers that are not registered for their
+    role, and `reloads` None without a file that could change.
     """
+
+    is_ready: Callable[[], bool]
+    models: Callable[[], Sequence[str]]
+    refused: Callable[[], Sequence[WorkerSpec]]
+    reloads: Callable[[], ReloadStatus | None]
+
+
+class AdminServer:
+    """The pages."""
 
     def __init__(
         self,
@@ -43,19 +56,15 @@ class AdminServer:
         *,
         metrics: CollectorRegistry,
         workers: WorkerRegistry,
-        is_ready: Callable[[], bool],
-        models: Sequence[str],
         ranks: Ranks,
         gateway: GatewayWatch,
-        refused: Callable[[], Sequence[WorkerSpec]],
+        questions: Questions,
     ) -> None:
         self._config = config
         self._workers = workers
-        self._is_ready = is_ready
-        self._models = models
+        self._questions = questions
         self._ranks = ranks
         self._gateway = gateway
-        self._refused = refused
         token = read_admin_token(config)
         self._is_open = token is None
         app = web.Application(
@@ -68,6 +77,7 @@ class AdminServer:
                 web.get("/healthz", self._get_healthz),
                 web.get("/readyz", self._get_readyz),
                 web.get("/workers", self._get_workers),
+                web.get("/config", self._get_config),
             ]
         )
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -96,10 +106,10 @@ class AdminServer:
         return web.Response()
 
     async def _get_readyz(self, request: web.Request) -> web.Response:
-        return web.Response(status=200 if self._is_ready() else 503)
+        return web.Response(status=200 if self._questions.is_ready() else 503)
 
     async def _get_workers(self, request: web.Request) -> web.Response:
-        usable = self._workers.usable(self._models)
+        usable = self._workers.usable(self._questions.models())
         body = {
             # The models whose requests the gateway sends elsewhere than decided.
             "ignored_by_gateway": [
@@ -108,15 +118,23 @@ class AdminServer:
             "workers": [
                 _describe(worker, worker in usable)
                 | {
-                    "known_to_gateway": self._gateway.knows(worker),
+                    "known_to_gateway": self._known_to_gateway(worker),
                     "kv": self._describe_kv(worker),
                 }
                 for worker in self._workers
             ],
             # Their roles do not fit the other workers of their model.
-            "refused": [_describe_refused(spec) for spec in self._refused()],
+            "refused": [_describe_refused(spec) for spec in self._questions.refused()],
         }
         return web.Response(body=msgspec.json.encode(body), content_type="application/json")
+
+    async def _get_config(self, request: web.Request) -> web.Response:
+        body = msgspec.json.encode(self._questions.reloads())
+        return web.Response(body=body, content_type="application/json")
+
+    def _known_to_gateway(self, worker: Worker) -> bool:
+        """False if the gateway passed the worker over, or has not got its address yet."""
+        return self._gateway.knows(worker) and self._workers.gateway_knows(worker)
 
     def _describe_kv(self, worker: Worker) -> dict[str, Any]:
         """Empty for a worker whose model does not use KV events."""

@@ -86,6 +86,14 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
     model_header: Annotated[Text, Meta(description="Request header that names the model.")] = (
         DEFAULT_MODEL_HEADER
     )
+    endpoints_file: Annotated[
+        Text | None,
+        Meta(
+            description="JSON file of the workers' addresses, in a folder that this service may "
+            "write and Envoy reads. The service keeps it up to date, so that Envoy need not be "
+            "restarted when workers change. Without it, the workers are in the rendered file."
+        ),
+    ] = None
     access_log: Annotated[
         Text | None,
         Meta(description="File of the JSON access log; `null` switches it off."),

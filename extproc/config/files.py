@@ -40,13 +40,12 @@ def file_problems(config: Config) -> list[str]:
             _file_problem("server.tls.cert_file", tls.cert_file, load_pair),
             _file_problem("server.tls.client_ca_file", tls.client_ca_file, _load_bundle),
         ]
-    if config.server.unix_socket is not None:
-        folder = Path(config.server.unix_socket).parent
-        problems.append(
-            None
-            if _is_folder(folder)
-            else f"server.unix_socket: the folder {folder} does not exist"
-        )
+    for key, name in (
+        ("server.unix_socket", config.server.unix_socket),
+        ("envoy.endpoints_file", config.envoy.endpoints_file),
+    ):
+        if name is not None and not _is_folder(folder := Path(name).parent):
+            problems.append(f"{key}: the folder {folder} does not exist")
     return [problem for problem in problems if problem is not None]
 
 

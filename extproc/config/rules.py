@@ -194,6 +194,9 @@ def _header_problems(config: Config) -> Iterator[str]:
             yield f"envoy.{key}: {name} has another meaning"
     if envoy.cluster_header == envoy.model_header:
         yield "envoy.model_header: must differ from envoy.cluster_header"
+    path = envoy.endpoints_file
+    if path is not None and not (path.startswith("/") and path.endswith(".json")):
+        yield "envoy.endpoints_file: expected an absolute path that ends in .json"
     if not re.fullmatch(r"[A-Za-z0-9_.|:-]{1,200}", envoy.cluster):
         yield "envoy.cluster: expected letters, digits and any of _ . | : -"
 

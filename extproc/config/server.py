@@ -74,6 +74,16 @@ class ServerConfig(Section, frozen=True, kw_only=True):
             "the health check reports NOT_SERVING.",
         ),
     ] = 10 * SECONDS
+    watch_secs: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="Interval at which this file, and the certificates and keys that it "
+            "names, are looked at for changes. A change is applied when two looks in a row see "
+            "it. 0 leaves it to SIGHUP.",
+        ),
+    ] = 1 * SECONDS
     tls: Annotated[
         ServerTlsConfig | None, Meta(description="TLS on the TCP port; without it, plain text.")
     ] = None

@@ -1,11 +1,11 @@
-"""Discovery from a list in the configuration: workers never join later or leave."""
+"""Discovery from a list in the configuration, which may be replaced by another one."""
 
 import asyncio
 from collections.abc import AsyncIterator
 
 from extproc.config.schema import StaticUrlsConfig
-from extproc.worker_url import parse_worker_url
-from extproc.workers.source import Added, Listed, WorkerEvent
+from extproc.worker_url import WorkerUrl, parse_worker_url
+from extproc.workers.source import Added, Listed, Removed, WorkerEvent
 from extproc.workers.worker import Role, WorkerSpec
 
 __all__ = ["StaticUrls"]
@@ -15,24 +15,44 @@ class StaticUrls:
     """A WorkerSource; the configuration has checked the URLs."""
 
     def __init__(self, config: StaticUrlsConfig) -> None:
-        self._urls = [parse_worker_url(url) for url in config.urls]
-        self._roles: dict[str, Role] = {}
-        for url in config.prefill_urls:
-            self._roles[str(parse_worker_url(url))] = "prefill"
-        for url in config.decode_urls:
-            self._roles[str(parse_worker_url(url))] = "decode"
+        self._specs = _specs(config)
+        self._events: asyncio.Queue[WorkerEvent] = asyncio.Queue()
+        for spec in self._specs.values():
+            self._events.put_nowait(Added(spec))
+        self._events.put_nowait(Listed())
+
+    def replace(self, config: StaticUrlsConfig) -> None:
+        """Take over another list: `events` has what differs."""
+        before, self._specs = self._specs, _specs(config)
+        for worker_id in before:
+            if worker_id not in self._specs:
+                self._events.put_nowait(Removed(worker_id))
+        for spec in self._specs.values():
+            known = before.get(spec.id)
+            if known is not None and known != spec:
+                # A configured role says what the engine was started as: it is another one now.
+                self._events.put_nowait(Removed(spec.id))
+            if known != spec:
+                self._events.put_nowait(Added(spec))
 
     async def events(self) -> AsyncIterator[WorkerEvent]:
-        for url in self._urls:
-            role = self._roles.get(str(url))
-            yield Added(
-                WorkerSpec(
-                    id=str(url),
-                    url=url,
-                    role=role or "plain",
-                    role_is_configured=role is not None,
-                )
-            )
-        yield Listed()
         # A source never ends; an end would look like a failure.
-        await asyncio.Event().wait()
+        while True:
+            yield await self._events.get()
+
+
+def _specs(config: StaticUrlsConfig) -> dict[str, WorkerSpec]:
+    """The workers by id, which is the URL in its normal form."""
+    roles: dict[str, Role] = {}
+    for text in config.prefill_urls:
+        roles[str(parse_worker_url(text))] = "prefill"
+    for text in config.decode_urls:
+        roles[str(parse_worker_url(text))] = "decode"
+    urls = [parse_worker_url(text) for text in config.urls]
+    return {str(url): _spec(url, roles.get(str(url))) for url in urls}
+
+
+def _spec(url: WorkerUrl, role: Role | None) -> WorkerSpec:
+    return WorkerSpec(
+        id=str(url), url=url, role=role or "plain", role_is_configured=role is not None
+    )

@@ -4,10 +4,18 @@ Begin with `bootstrap`: it puts the `listener` with its `routes`, the `clusters`
 of the `decode_pass` together. Time-outs, limits, header names and addresses are written once, in
 the configuration. Rendering opens no connection and reads no file, so it works on any machine.
 One file serves workers of every role, since models and roles are learnt at run time.
+`endpoints_file` keeps the file up to date from which Envoy can read the workers.
 
 Needs Envoy 1.38 or later; tested with 1.40.
 """
 
 from extproc.envoy_config.bootstrap import bootstrap_problems, render_bootstrap, render_yaml
+from extproc.envoy_config.clusters import tls_contexts
 
-__all__ = ["bootstrap_problems", "render_bootstrap", "render_yaml"]
+__all__ = [
+    "bootstrap_problems",
+    "endpoints_file",
+    "render_bootstrap",
+    "render_yaml",
+    "tls_contexts",
+]

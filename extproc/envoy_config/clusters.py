@@ -15,7 +15,14 @@ from extproc.envoy_config.wire_form import (
 from extproc.headers import DESTINATION_HEADER, DESTINATION_NAMESPACE, EXTPROC_CLUSTER
 from extproc.worker_url import WorkerUrl, parse_worker_url
 
-__all__ = ["extproc_cluster", "no_limits", "worker_cluster", "worker_urls"]
+__all__ = [
+    "extproc_cluster",
+    "lb_endpoint",
+    "no_limits",
+    "tls_contexts",
+    "worker_cluster",
+    "worker_urls",
+]
 
 _SYSTEM_CA_FILE: Final = "/etc/ssl/certs/ca-certificates.crt"
 _MEBIBYTE: Final = 1024 * 1024
@@ -47,10 +54,7 @@ def worker_cluster(config: Config) -> dict[str, Any]:
         "name": config.envoy.cluster,
         **_resolution(config, urls),
         "connect_timeout": duration(config.proxy.connect_timeout_secs),
-        "load_assignment": {
-            "cluster_name": config.envoy.cluster,
-            "endpoints": [{"lb_endpoints": [_lb_endpoint(url) for url in urls]}],
-        },
+        **_load_assignment(config, urls),
         "load_balancing_policy": {"policies": [_destination_policy()]},
         "circuit_breakers": no_limits(),
         "upstream_connection_options": {"tcp_keepalive": _tcp_keepalive()},
@@ -66,8 +70,11 @@ def worker_cluster(config: Config) -> dict[str, Any]:
             )
         },
     }
-    if matches := _transport_socket_matches(config, urls):
-        cluster["transport_socket_matches"] = matches
+    if contexts := tls_contexts(config):
+        cluster["transport_socket_matches"] = [
+            {"name": name, "match": {"tls": name}, "transport_socket": context}
+            for name, context in sorted(contexts.items())
+        ]
     return cluster
 
 
@@ -120,8 +127,24 @@ def _extproc_host(config: Config) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 (compared only)
 
 
+def _load_assignment(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
+    """The endpoints, unless Envoy has them from the file that the service keeps up to date."""
+    if config.envoy.endpoints_file is not None:
+        return {}
+    entries = [lb_endpoint(url, url.host, url.port) for url in urls]
+    return {
+        "load_assignment": {
+            "cluster_name": config.envoy.cluster,
+            "endpoints": [{"lb_endpoints": entries}],
+        }
+    }
+
+
 def _resolution(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
-    section = config.discovery.static_urls
+    section, path = config.discovery.static_urls, config.envoy.endpoints_file
+    if path is not None:
+        source = {"path_config_source": {"path": path}, "resource_api_version": "V3"}
+        return {"type": "EDS", "eds_cluster_config": {"eds_config": source}}
     if isinstance(section, UnsetType) or all(url.is_ip for url in urls):
         return {"type": "STATIC"}
     # The service resolves as often and in the same family: Envoy must know what it names.
@@ -144,8 +167,9 @@ def _by_dns(refresh_seconds: float, family: DnsLookupFamily) -> dict[str, Any]:
     return {"cluster_type": {"name": "envoy.clusters.dns", "typed_config": dns_cluster}}
 
 
-def _lb_endpoint(url: WorkerUrl) -> dict[str, Any]:
-    entry: dict[str, Any] = {"endpoint": {"address": socket_address(url.host, url.port)}}
+def lb_endpoint(url: WorkerUrl, host: str, port: int) -> dict[str, Any]:
+    """The worker of this URL at a host, which is an address or a name."""
+    entry: dict[str, Any] = {"endpoint": {"address": socket_address(host, port)}}
     if not url.is_ip:
         entry["endpoint"]["hostname"] = url.host
     if url.tls:
@@ -211,30 +235,22 @@ def _tls_key(url: WorkerUrl) -> str:
     return f"{_TLS_TO_NAMES}-{url.host}" if url.is_ip else _TLS_TO_NAMES
 
 
-def _transport_socket_matches(config: Config, urls: list[WorkerUrl]) -> list[dict[str, Any]]:
-    """TLS contexts by endpoint: names share one context, each IP address has its own.
+def tls_contexts(config: Config) -> dict[str, dict[str, Any]]:
+    """TLS contexts by the key that endpoints carry: names share one, each IP address has its own.
 
     The certificate of a name must have the name, which is sent as SNI. An address has no SNI, so
     the certificate must have the address among its IP SANs.
     """
     ca_file = config.workers.ca_file or _SYSTEM_CA_FILE
-    contexts: dict[str, dict[str, Any]] = {}
-    for url in urls:
-        if not url.tls:
-            continue
-        contexts[_tls_key(url)] = (
-            _verified_tls(ca_file, url.host)
-            if url.is_ip
-            else _tls_context(
-                {"trusted_ca": {"filename": ca_file}},
-                auto_host_sni=True,
-                auto_sni_san_validation=True,
-            )
-        )
-    return [
-        {"name": name, "match": {"tls": name}, "transport_socket": context}
-        for name, context in sorted(contexts.items())
-    ]
+    to_names = _tls_context(
+        {"trusted_ca": {"filename": ca_file}}, auto_host_sni=True, auto_sni_san_validation=True
+    )
+    # In the file of endpoints, https workers with names may appear later.
+    contexts = {} if config.envoy.endpoints_file is None else {_TLS_TO_NAMES: to_names}
+    for url in worker_urls(config):
+        if url.tls:
+            contexts[_tls_key(url)] = _verified_tls(ca_file, url.host) if url.is_ip else to_names
+    return contexts
 
 
 def _tls_to_us(config: Config, host: str) -> dict[str, Any]:

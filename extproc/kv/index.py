@@ -54,7 +54,7 @@ class PrefixIndex:
         self.page_count = 0
         # Removed pages that held pages still follow.
         self.missing_pages = 0
-        self._max_pages = max_pages
+        self.max_pages = max_pages
         self._ownership = Ownership()
 
     # -- ranks
@@ -143,7 +143,7 @@ class PrefixIndex:
             self.counts.over_limit += len(ids)
             return
         keys = [engine_id & _KEY for engine_id in ids]
-        room = self._max_pages - self.page_count - self.missing_pages - self.retired_pages
+        room = self.max_pages - self.page_count - self.missing_pages - self.retired_pages
         if known and 1 < len(keys) <= room:
             slots = self._free_slots(pages, len(keys))
             if pages.name_all(keys, slots):

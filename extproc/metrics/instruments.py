@@ -99,6 +99,8 @@ class Instruments(Collector):
     """Makes families from their specs, and turns them into samples at a scrape."""
 
     def __init__(self) -> None:
+        # By the name of a label: series with other values of it are dropped at each scrape.
+        self.kept: dict[str, frozenset[str]] = {}
         self._counters: list[tuple[CounterSpec, Family[Counter]]] = []
         self._gauges: list[tuple[GaugeSpec, Family[Gauge]]] = []
         self._histograms: list[tuple[HistogramSpec, Family[Histogram]]] = []
@@ -118,7 +120,17 @@ class Instruments(Collector):
         self._histograms.append((spec, family))
         return family
 
+    def _drop(self) -> None:
+        for label, values in self.kept.items():
+            for counted, counters in self._counters:
+                _keep(counters.children, counted.label_names, label, values)
+            for measured, gauges in self._gauges:
+                _keep(gauges.children, measured.label_names, label, values)
+            for observed, histograms in self._histograms:
+                _keep(histograms.children, observed.label_names, label, values)
+
     def collect(self) -> Iterator[Metric]:
+        self._drop()
         for counted, counters in self._counters:
             rising = counted.family()
             for values, counter in counters.children.items():
@@ -134,3 +146,16 @@ class Instruments(Collector):
             for values, histogram in histograms.children.items():
                 shown.add_metric(values, histogram.buckets(), histogram.sum)
             yield shown
+
+
+def _keep(
+    children: dict[tuple[str, ...], ChildT],
+    names: Sequence[str],
+    label: str,
+    values: frozenset[str],
+) -> None:
+    """Keep the series of a family whose label has one of these values, if it has the label."""
+    if label in names:
+        position = names.index(label)
+        for labels in [labels for labels in children if labels[position] not in values]:
+            del children[labels]

@@ -4,6 +4,8 @@ The registry is passed in, never global. Gauges that are read at a scrape are ma
 collectors of `admin/`.
 """
 
+from collections.abc import Collection
+
 from prometheus_client import CollectorRegistry
 
 from extproc import __version__
@@ -36,6 +38,10 @@ class Metrics:
         self.streams = made.counter(table.STREAMS)
         self.introspections = made.counter(table.INTROSPECTIONS)
         self.workers_refused = made.counter(table.WORKERS_REFUSED)()
+        self.reloads = made.counter(table.RELOADS)
+        self.config_current = made.gauge(table.CONFIG_CURRENT)()
+        self.config_current.set(1)
+        self.envoy_config_outdated = made.gauge(table.ENVOY_CONFIG_OUTDATED)()
         self.event_loop_lag_seconds = made.gauge(table.EVENT_LOOP_LAG_SECONDS)()
         self.asyncio_tasks = made.gauge(table.ASYNCIO_TASKS)()
         self.prompt_tokens = made.counter(kv_table.PROMPT_TOKENS)
@@ -44,6 +50,7 @@ class Metrics:
         self.prompts_without_tokens = made.counter(kv_table.PROMPTS_WITHOUT_TOKENS)
         self.tokenization_seconds = made.histogram(kv_table.TOKENIZATION_SECONDS)
         self.pd = PdMetrics(made)
+        self._made = made
         registry.register(made)
 
     def begin(self, model: str) -> None:
@@ -56,6 +63,10 @@ class Metrics:
         """As `begin`, for a model whose policy looks at tokens."""
         self.prompt_tokens(model)
         self.cached_tokens(model)
+
+    def keep_models(self, models: Collection[str]) -> None:
+        """Show no series of other models from now on, even if their last requests still run."""
+        self._made.kept["model"] = frozenset(models)
 
     def forget_worker(self, worker: str) -> None:
         """Drop the series of a worker that left."""

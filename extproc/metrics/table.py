@@ -131,11 +131,36 @@ EVENT_LOOP_LAG_SECONDS = _requests.gauge(
     "extproc_event_loop_lag_seconds", "Delay of the last periodic wake-up of the event loop."
 )
 ASYNCIO_TASKS = _requests.gauge("extproc_asyncio_tasks_open", "Open asyncio tasks.")
+RELOADS = _requests.counter(
+    "extproc_reloads_total",
+    "Attempts to apply a changed configuration, by outcome.",
+    Label(
+        "outcome",
+        {
+            "applied": "",
+            "unchanged": "the files say what is in use",
+            "refused": "the configuration in use stays; `/config` of the admin server has the "
+            "problems",
+        },
+    ),
+)
+CONFIG_CURRENT = _requests.gauge(
+    "extproc_config_current",
+    "Whether the configuration file is in use as it is now: 0 if its last change was refused.",
+)
+ENVOY_CONFIG_OUTDATED = _requests.gauge(
+    "extproc_envoy_config_outdated",
+    "Whether extproc envoy-config renders another file now than when this service started.",
+)
 WORKERS = _requests.gauge(
     "extproc_workers",
     "Registered workers by model and role. The model is empty until a worker has reported one.",
     "model",
     _ROLE,
+)
+WORKERS_UNKNOWN_TO_GATEWAY = _requests.gauge(
+    "extproc_workers_unknown_to_gateway",
+    "Workers with an address that get no requests because Envoy does not know them yet.",
 )
 WORKER_IN_FLIGHT = _requests.gauge(
     "extproc_worker_in_flight", "Requests in flight by worker.", "worker"

@@ -74,6 +74,10 @@ class WorkerChooser:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
+    @property
+    def policy_name(self) -> str:
+        return self._policy.name
+
     async def read(self, request: Request, adapter: str | None) -> PromptTokens:
         return NO_TOKENS
 

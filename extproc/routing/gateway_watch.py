@@ -68,6 +68,10 @@ class GatewayWatch(WorkerObserver):
         self._windows = {model: _Window() for model in models}  # those without requests, too
         self.doubts: dict[str, _Doubt] = {}
 
+    def watch(self, models: Iterable[str]) -> None:
+        """Watch these models from now on, and no others."""
+        self._windows = {model: self._windows.get(model) or _Window() for model in models}
+
     def workers_changed(self) -> None:
         now, before = self._clock.monotonic(), self._known_since
         addresses = [worker.address for worker in self._registry if worker.address]

@@ -26,6 +26,7 @@ __all__ = ["Encoder", "RankChooser"]
 # Of English text; JSON around it included.
 _BYTES_PER_TOKEN = 5
 _BODY_NOT_SEEN = "body_not_visible"
+_NO_EVENTS = "no_events"
 _LATE = Encoded(None, BUSY)
 
 
@@ -102,6 +103,10 @@ class RankChooser:
         of = self._ranks.of
         for worker in workers:
             ranks += of(worker)
+        if not ranks:
+            # Between leaving and joining again: the worker's KV events come from elsewhere, or
+            # a reload has just given its model this policy.
+            return Chosen(min(workers, key=_in_flight), self._policy_name, _NO_EVENTS)
         placed = self._placement.place(
             ranks, prompt.ids, prompt.seed, now, expected_tokens=prompt.guess
         )
@@ -115,3 +120,7 @@ class RankChooser:
             self._prompt_tokens.value += placed.total_tokens
             self._cached_tokens.value += placed.cached_tokens
             self._metrics.overlap_tokens(self._model).observe(placed.cached_tokens)
+
+
+def _in_flight(worker: Worker) -> int:
+    return worker.in_flight

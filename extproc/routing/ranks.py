@@ -6,7 +6,7 @@ page. Separate from the worker registry, which knows neither ranks nor KV events
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import structlog
 
@@ -47,12 +47,9 @@ class Ranks(WorkerObserver):
         self._next_order = 0
         self.indexer = KvIndexer(clock, max_pages=max_pages, settings=settings)
 
-    def serve(self, model: str, speed: PrefillSpeed) -> None:
-        """Keep ranks of the workers of this model that join from now on.
-
-        `speed` is the average prefill speed of the model's ranks, which new ranks start from.
-        """
-        self._speeds[model] = speed
+    def serve(self, speeds: Mapping[str, PrefillSpeed]) -> None:
+        """Keep ranks of the workers of these models that join from now on, and of no others."""
+        self._speeds = dict(speeds)
 
     def __iter__(self) -> Iterator[Rank]:
         for ranks in self._of_worker.values():

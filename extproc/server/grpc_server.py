@@ -16,9 +16,10 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from extproc.config.section import MEBIBYTE
-from extproc.config.server import ServerConfig, ServerTlsConfig
+from extproc.config.server import ServerConfig
 from extproc.errors import ConfigError
 from extproc.headers import DECODE_PASS, PASS_KEY, ROUTE_PASS
+from extproc.server.certificates import Certificates
 from extproc.server.decode_session import DecodeSession
 from extproc.server.route_session import RouteSession
 from extproc.server.stream import Streams
@@ -71,6 +72,8 @@ class ExtProcServer:
         streams: Streams,
     ) -> None:
         self.streams = streams
+        # None without TLS.
+        self.certificates = None if config.tls is None else Certificates(config.tls)
         self._config = config
         self._socket_file: tuple[Path, tuple[int, int] | None] | None = None
         self._health = health.aio.HealthServicer()
@@ -106,10 +109,10 @@ class ExtProcServer:
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"{host}:{config.port}"
         try:
-            if config.tls is None:
+            if self.certificates is None:
                 self._server.add_insecure_port(address)
             else:
-                self._server.add_secure_port(address, _credentials(config.tls))
+                self._server.add_secure_port(address, self.certificates.credentials())
         except RuntimeError:
             raise ConfigError(
                 [
@@ -200,12 +203,3 @@ def _remove_left_over(path: Path) -> None:
             path.unlink(missing_ok=True)  # left over from a process that was killed
             return
     raise ConfigError([f"server.unix_socket: another process listens on {path}"])
-
-
-def _credentials(tls: ServerTlsConfig) -> grpc.ServerCredentials:
-    client_ca = Path(tls.client_ca_file).read_bytes() if tls.client_ca_file else None
-    return grpc.ssl_server_credentials(
-        [(Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes())],
-        root_certificates=client_ca,
-        require_client_auth=client_ca is not None,
-    )

@@ -66,10 +66,12 @@ class Stream:
 
     __slots__ = (
         "_context",
+        "_decider",
         "_interrupted",
         "_lease",
         "_overtaking",
         "_reading",
+        "_settings",
         "_streams",
         "_task",
         "_writing",
@@ -80,6 +82,9 @@ class Stream:
 
     def __init__(self, streams: "Streams", context: Any, session: Session) -> None:
         self._streams = streams
+        # Kept for the whole stream: a request is served by the configuration it began with.
+        self._decider = streams.decider
+        self._settings = streams.settings
         self._context = context
         self._task = asyncio.current_task()
         self._lease: Lease | Pair | None = None
@@ -115,7 +120,7 @@ class Stream:
             if session.question is not None:
                 await self._ask(session.question)
             elif session.waits_for_body and self not in streams.deadlines:
-                streams.deadlines.start(self, streams.settings.body_deadline_seconds)
+                streams.deadlines.start(self, self._settings.body_deadline_seconds)
             if streams.draining and self._may_end_early:
                 return
 
@@ -157,8 +162,8 @@ class Stream:
     async def _ask(self, question: Request | DecodeQuery) -> None:
         """Get the answer to the session's question, and write what follows from it."""
         streams, session = self._streams, self.session
-        decider = streams.decider
-        started = streams.deadlines.start(self, streams.settings.step_deadline_seconds)
+        decider = self._decider
+        started = streams.deadlines.start(self, self._settings.step_deadline_seconds)
         try:
             if isinstance(question, DecodeQuery):
                 step = self._take(decider.pick_decode(question), question.attempt)
@@ -187,7 +192,7 @@ class Stream:
         """The router has decided; the stream closes the lease in the end."""
         self._lease = lease
         lease.on_abort = self._on_abort
-        if self._streams.settings.log_decisions:
+        if self._settings.log_decisions:
             _log_decision(self.session.request_id, lease, attempt)
         return self.session.routed(lease.decision)
 
@@ -310,6 +315,14 @@ class Streams:
         self.last_opened_at = 0.0
         self._open: set[Stream] = set()
         self._background: set[asyncio.Task[None]] = set()
+
+    def use(
+        self, session_context: SessionContext, decider: Decider, settings: StreamSettings
+    ) -> None:
+        """Serve the streams that open from now on with these; open ones stay as they are."""
+        self.session_context = session_context
+        self.decider = decider
+        self.settings = settings
 
     def __len__(self) -> int:
         """The number of open streams."""

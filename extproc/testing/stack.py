@@ -239,7 +239,7 @@ class Stack:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
             yield session
 
-    async def _answers(self, url: str, status: int = 200, text: str = "") -> bool:
+    async def answers(self, url: str, status: int = 200, text: str = "") -> bool:
         try:
             async with self._http() as session, session.get(url) as response:
                 return response.status == status and text in await response.text()
@@ -263,12 +263,15 @@ class Stack:
             await asyncio.gather(self.envoy.stop(), self.service.stop())
 
     def write_config(self) -> None:
-        self.config_file.write_text(yaml.safe_dump(self.config, sort_keys=False))
+        """Replace the file, so that a service that runs never reads half of one."""
+        beside = self.config_file.with_suffix(".new")
+        beside.write_text(yaml.safe_dump(self.config, sort_keys=False))
+        beside.replace(self.config_file)
 
     async def start_service(self) -> None:
         """Start the service and wait until it is ready."""
         await self.service.start()
-        await self.service.wait_ready(lambda: self._answers(f"{self.admin_url}/readyz"))
+        await self.service.wait_ready(lambda: self.answers(f"{self.admin_url}/readyz"))
 
     def render_bootstrap(self) -> None:
         """Render Envoy's configuration from the service's configuration file.
@@ -289,13 +292,13 @@ class Stack:
     async def envoy_sees_service(self) -> bool:
         """True once Envoy's health check of the service has passed."""
         return (
-            await self._answers(f"{self.envoy_admin_url}/clusters", text="extproc::")
+            await self.answers(f"{self.envoy_admin_url}/clusters", text="extproc::")
             and await self._extproc_healthy()
         )
 
     async def _extproc_healthy(self) -> bool:
         url = f"{self.envoy_admin_url}/stats?filter=cluster.extproc.membership_healthy"
-        return await self._answers(url, text="membership_healthy: 1")
+        return await self.answers(url, text="membership_healthy: 1")
 
     async def metrics(self) -> dict[str, float]:
         """All samples of the service, keyed as in the exposition: `name{label="value"}`."""
@@ -308,6 +311,31 @@ class Stack:
         async with self._http() as session, session.get(f"{self.admin_url}/workers") as answer:
             workers: list[dict[str, Any]] = (await answer.json())["workers"]
             return workers
+
+    async def reload(self) -> dict[str, Any]:
+        """Write the configuration, have the service read it, and return what became of it.
+
+        The keys are those of the admin server's `/config`.
+        """
+        before = await self._reloads()
+        self.write_config()
+        self.service.send(signal.SIGHUP)
+
+        async def done() -> bool:
+            return await self._reloads() > before
+
+        await wait_until(done, "the service has read its configuration")
+        return await self.config_status()
+
+    async def config_status(self) -> dict[str, Any]:
+        """What the admin server's `/config` shows."""
+        async with self._http() as session, session.get(f"{self.admin_url}/config") as answer:
+            status: dict[str, Any] = await answer.json()
+            return status
+
+    async def _reloads(self) -> float:
+        samples = (await self.metrics()).items()
+        return sum(value for name, value in samples if name.startswith("extproc_reloads_total"))
 
     async def in_flight(self) -> int:
         """Open tickets of all workers."""

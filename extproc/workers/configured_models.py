@@ -25,12 +25,31 @@ class ConfiguredModels:
 
     @property
     def ids(self) -> Collection[str]:
+        """A view: it follows `replace`."""
         return self._by_id.keys()
+
+    def replace(self, models: Sequence[ModelConfig]) -> "ConfiguredModels":
+        """Take over other models; returns what was configured so far."""
+        before = ConfiguredModels(list(self._by_id.values()))
+        self._by_id.clear()
+        self._by_id.update({model.id: model for model in models})
+        return before
 
     def is_disaggregated(self, model: str) -> bool:
         """True if the configuration says that prefill and decode workers serve the model."""
         found = self._by_id.get(model)
         return found is not None and found.pd != PdModelConfig()
+
+    def moved(self, spec: WorkerSpec, before: "ConfiguredModels") -> WorkerSpec:
+        """The spec with the KV events of these models, where it had those of `before`."""
+        if spec.kv_events is None or spec.kv_events == before._kv_events(spec):
+            return msgspec.structs.replace(spec, kv_events=self._kv_events(spec))
+        return spec
+
+    def token_model(self, spec: WorkerSpec) -> str | None:
+        """The first model of the worker whose policy looks at tokens: it has ranks for that."""
+        models = self._of(spec)
+        return next((model.id for model in models if model.policy in TOKEN_POLICIES), None)
 
     def breaker_of(self, spec: WorkerSpec) -> CircuitBreakerConfig:
         """The breaker of the first configured model that the worker serves, else the defaults."""

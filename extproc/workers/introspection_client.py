@@ -22,16 +22,17 @@ class AiohttpIntrospectionClient:
     """
 
     def __init__(self, api_key: str | None, tls: ssl.SSLContext | None) -> None:
-        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._tls = tls
+        self.use(api_key, tls)
         self._session: aiohttp.ClientSession | None = None
 
+    def use(self, api_key: str | None, tls: ssl.SSLContext | None) -> None:
+        """Take another key or other authorities for the requests from now on."""
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._tls = tls
+
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(ssl=self._tls if self._tls is not None else True)
         # A proxy from the environment is not meant for traffic inside the cluster.
-        self._session = aiohttp.ClientSession(
-            connector=connector, headers=self._headers, trust_env=False
-        )
+        self._session = aiohttp.ClientSession(trust_env=False)
         return self
 
     async def __aexit__(
@@ -50,7 +51,11 @@ class AiohttpIntrospectionClient:
         try:
             # A redirect could send the API key to a host that is not configured.
             async with self._session.get(
-                f"{url}{path}", timeout=timeout, allow_redirects=False
+                f"{url}{path}",
+                headers=self._headers,
+                ssl=self._tls if self._tls is not None else True,
+                timeout=timeout,
+                allow_redirects=False,
             ) as response:
                 body = bytearray()
                 async for chunk in response.content.iter_chunked(64 * 1024):

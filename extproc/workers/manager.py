@@ -6,6 +6,7 @@ same queue, so that a late answer cannot bring back a worker that has left.
 """
 
 import asyncio
+from collections.abc import Sequence
 from itertools import islice
 from typing import Final
 
@@ -14,6 +15,7 @@ import structlog
 from msgspec import Struct
 
 from extproc.clock import Clock
+from extproc.config.models import ModelConfig
 from extproc.metrics.service import Metrics
 from extproc.workers.engine_calls import IntrospectionClient
 from extproc.workers.introspection import Introspection, introspect
@@ -112,6 +114,16 @@ class WorkerManager:
     def refused(self) -> list[WorkerSpec]:
         """The workers that are not registered, since their role does not fit."""
         return self._membership.refused()
+
+    def reconfigure(self, models: Sequence[ModelConfig], settings: IntrospectionSettings) -> None:
+        """Take over other configured models and intervals, for registered workers, too.
+
+        An interval holds from its next round on.
+        """
+        self._settings = settings
+        before = self._membership.replace_models(models)
+        for worker in self._registry:
+            self._tasks.start(worker.id, self._membership.conform(worker.id, before))
 
     def recheck(self, worker: Worker) -> None:
         """Ask the worker again at once; at most once a second, further calls are dropped."""

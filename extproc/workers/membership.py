@@ -4,10 +4,11 @@ It is separate from the manager so that one module decides what a change means, 
 decides when a worker is asked. All calls for one worker come one after the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import structlog
 
+from extproc.config.models import ModelConfig
 from extproc.metrics.service import Metrics
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.configured_models import ConfiguredModels
@@ -52,6 +53,25 @@ class Membership:
         """Tell the observers that workers changed."""
         for observer in self._observers:
             observer.workers_changed()
+
+    def replace_models(self, models: Sequence[ModelConfig]) -> ConfiguredModels:
+        """Take over other configured models; returns those so far, for `conform`."""
+        return self._models.replace(models)
+
+    async def conform(self, worker_id: str, before: ConfiguredModels) -> None:
+        """Apply what the configured models say now about a registered worker, instead of `before`.
+
+        Its load stays, and its pages unless they are read from elsewhere or for another model.
+        """
+        worker = self._registry.get(worker_id)
+        if worker is None:
+            return
+        models, spec = self._models, worker.spec
+        rejoins = models.token_model(spec) != before.token_model(spec)
+        settings = models.breaker_of(spec)
+        worker.breaker.threshold = settings.threshold
+        worker.breaker.cool_down_seconds = settings.cool_down_secs
+        await self.change(worker, models.moved(spec, before), rejoins=rejoins)
 
     def spec_of(self, worker_id: str) -> WorkerSpec | None:
         """The spec of a registered or refused worker."""
@@ -169,10 +189,17 @@ class Membership:
         self._registered(worker)
         self.notify_changed()
 
-    async def change(self, worker: Worker, spec: WorkerSpec) -> None:
-        """Give a registered worker a new spec; its load and its breaker's state stay."""
+    async def change(self, worker: Worker, spec: WorkerSpec, *, rejoins: bool = False) -> None:
+        """Give a registered worker a new spec; its load and its breaker's state stay.
+
+        `rejoins`: the observers see it leave and join, even where the spec does not ask for that.
+        """
         before = worker.spec
-        rejoins = set(spec.model_ids) != set(before.model_ids) or spec.kv_events != before.kv_events
+        rejoins = (
+            rejoins
+            or set(spec.model_ids) != set(before.model_ids)
+            or spec.kv_events != before.kv_events
+        )
         if not rejoins and (spec.role, spec.bootstrap_port) == (before.role, before.bootstrap_port):
             return
         if rejoins:

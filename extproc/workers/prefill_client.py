@@ -63,10 +63,12 @@ class AiohttpPrefillClient:
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
 
+    def use(self, tls: ssl.SSLContext | None) -> None:
+        """Verify https workers with these authorities from now on."""
+        self._tls = tls
+
     def open(self) -> None:
-        connector = aiohttp.TCPConnector(
-            ssl=self._tls if self._tls is not None else True, limit=0, force_close=True
-        )
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         trace = aiohttp.TraceConfig()
         trace.on_connection_create_end.append(_connected)
         self._session = aiohttp.ClientSession(
@@ -130,6 +132,7 @@ class AiohttpPrefillClient:
                 URL(url, encoded=True),
                 data=body if len(body) <= _PIECEMEAL_BYTES else io.BytesIO(body),
                 headers=CIMultiDict(headers),
+                ssl=self._tls if self._tls is not None else True,
                 timeout=timeout,
                 allow_redirects=False,
                 trace_request_ctx={"connected": connected},

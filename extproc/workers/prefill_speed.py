@@ -34,7 +34,7 @@ class PrefillSpeed:
     Until it has samples, a rank has the speed of its model (`prior`).
     """
 
-    __slots__ = ("_default", "_known", "_prior", "_seconds", "_tokens")
+    __slots__ = ("_known", "_prior", "_seconds", "_tokens", "default_tokens_per_second")
 
     def __init__(
         self,
@@ -43,7 +43,8 @@ class PrefillSpeed:
         default_tokens_per_second: float = SPEED_DEFAULT_TOKENS_PER_SECOND,
     ) -> None:
         self._prior = prior
-        self._default = default_tokens_per_second
+        # Assumed while nothing is known.
+        self.default_tokens_per_second = default_tokens_per_second
         self._tokens = 0.0
         self._seconds = 0.0
         self._known: float | None = None
@@ -55,7 +56,7 @@ class PrefillSpeed:
             return known
         if self._prior is not None:
             return self._prior.tokens_per_second
-        return self._default
+        return self.default_tokens_per_second
 
     def observe(self, tokens: int, seconds: float) -> bool:
         """Learn from a prefill; returns False if the sample is too small or implausible."""

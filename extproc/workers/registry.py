@@ -40,6 +40,7 @@ class WorkerRegistry:
         self._pools: dict[Role, dict[str, tuple[Worker, ...]]] = {role: {} for role in _ROLES}
         self._disaggregated: frozenset[str] = frozenset()
         self._by_address: dict[str, Worker] = {}
+        self._known_to_gateway: frozenset[str] | None = None
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._by_id.values())
@@ -51,7 +52,10 @@ class WorkerRegistry:
         return self._by_id.get(worker_id)
 
     def pool_of(self, model: str, role: Role) -> tuple[Worker, ...]:
-        """The model's workers in that role that have an address, in registration order."""
+        """The model's workers in that role that can be reached, in registration order.
+
+        Such a worker has an address, and Envoy knows it.
+        """
         return self._pools[role].get(model, ())
 
     def candidates(self, model: str, role: Role, now: float) -> list[Worker]:
@@ -67,7 +71,7 @@ class WorkerRegistry:
         return model in self._disaggregated
 
     def is_served(self, model: str) -> bool:
-        """True if workers with an address can do every part of a request for the model."""
+        """True if workers in pools can do every part of a request for the model."""
         pools = self._pools
         return bool(
             pools["plain"].get(model)
@@ -82,6 +86,16 @@ class WorkerRegistry:
             for pools in self._pools.values()
             for worker in pools.get(model, ())
         }
+
+    def limit_to(self, addresses: frozenset[str]) -> None:
+        """From now on only workers at these addresses are in pools: Envoy knows no others."""
+        self._known_to_gateway = addresses
+        self.reindex()
+
+    def gateway_knows(self, worker: Worker) -> bool:
+        """False if Envoy does not know the worker's address, as far as we can tell."""
+        known = self._known_to_gateway
+        return known is None or worker.address in known
 
     def at_address(self, address: str) -> Worker | None:
         """The worker that Envoy knows as `ip:port`."""
@@ -136,6 +150,8 @@ class WorkerRegistry:
             if worker.address is None:
                 continue
             by_address.setdefault(worker.address, worker)
+            if not self.gateway_knows(worker):
+                continue
             for model in worker.model_ids:
                 pools[worker.role].setdefault(model, []).append(worker)
         self._pools = {

@@ -136,6 +136,11 @@ class Tickets:
                 _abort(ticket)
         return len(stale)
 
+    def limit(self, stale_seconds: float) -> None:
+        """Take another time-out: requests that are too old by it are aborted now."""
+        self._stale_seconds = stale_seconds
+        self.sweep()
+
     def expire(self, worker: Worker) -> None:
         """Abort all requests on a worker, since they are in vain."""
         for ticket in [one for one in self._tickets if one.worker is worker]:
@@ -143,11 +148,10 @@ class Tickets:
 
     async def run_janitor(self) -> None:
         """Sweep for ever: ten times within the stale time-out, and at least every minute."""
-        period = min(max(self._stale_seconds / 10, _JANITOR_MIN_SECONDS), _JANITOR_MAX_SECONDS)
-        if self._stale_seconds < _JANITOR_MIN_SECONDS:
-            period = self._stale_seconds
         while True:
-            await self._clock.sleep(period)
+            stale = self._stale_seconds
+            period = min(max(stale / 10, _JANITOR_MIN_SECONDS), _JANITOR_MAX_SECONDS)
+            await self._clock.sleep(stale if stale < _JANITOR_MIN_SECONDS else period)
             self.sweep()
 
     def release_due(self) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from extproc.config.loading import parse_config
 from extproc.envoy_config import render_bootstrap, render_yaml
+from extproc.envoy_config.endpoints import Endpoint, endpoints_text
 
 ENVOY_FOLDER = Path(__file__).parents[2] / "envoy"
 RECIPE_FILES = sorted(ENVOY_FOLDER.rglob("*.yaml"))
@@ -54,6 +55,10 @@ def pem_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     authority.cert_pem.write_to_path(paths["ca"])
     leaf.cert_chain_pems[0].write_to_path(paths["cert"])
     leaf.private_key_pem.write_to_path(paths["key"])
+    # Envoy does not start without the file that the service writes.
+    paths["endpoints"] = str(folder / "endpoints.json")
+    endpoints = [Endpoint("10.0.0.2:1", "http://v.example:1"), Endpoint("[::1]:1", "https://w:1")]
+    Path(paths["endpoints"]).write_bytes(endpoints_text("workers", endpoints))
     return paths
 
 
@@ -76,6 +81,11 @@ CASES: dict[str, dict[str, Any]] = {
     "names and addresses": {"urls": ["http://w.example:1", "http://10.0.0.1:1", "http://[::1]:1"]},
     "https names": {"urls": ["https://w.example", "https://v.example"], "tls_workers": True},
     "https addresses": {"urls": ["https://10.0.0.1:1", "https://[::1]:1"], "tls_workers": True},
+    "endpoints in a file": {
+        "urls": ["https://w.example", "https://10.0.0.1:1", "http://v.example:1"],
+        "tls_workers": True,
+        "endpoints_file": True,
+    },
     "mixed schemes": {
         "urls": ["https://w.example", "https://10.0.0.1:1", "http://v.example:1"],
         "tls_workers": True,
@@ -93,12 +103,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def raw_config(case: dict[str, Any], pem: dict[str, str]) -> dict[str, Any]:
-    """The raw configuration of a case; `urls` and `tls_workers` are short for longer sections."""
+    """The raw configuration of a case; `urls` and the like are short for longer sections."""
     raw = {"models": [{"id": "m"}], **copy.deepcopy(case)}
     urls = raw.pop("urls", ["http://10.0.0.1:8000"])
     raw["discovery"] = {"backend": "static_urls", "static_urls": {"urls": urls}}
     if raw.pop("tls_workers", False):
         raw["workers"] = {"ca_file": pem["ca"]}
+    if raw.pop("endpoints_file", False):
+        raw["envoy"] = {"endpoints_file": pem["endpoints"]}
     return raw
 
 

@@ -136,3 +136,30 @@ async def test_a_socket_of_a_running_process_is_not_removed(tmp_path: Path) -> N
         await stop_unstarted(second)
         async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
             assert await health(channel, "") == SERVING
+
+
+async def test_another_certificate_is_shown_to_new_connections(tmp_path: Path) -> None:
+    authorities = [trustme.CA(), trustme.CA()]
+
+    def issue(authority: trustme.CA) -> grpc.ChannelCredentials:
+        certificate = authority.issue_cert("127.0.0.1")
+        certificate.private_key_pem.write_to_path(tmp_path / "tls.key")
+        certificate.cert_chain_pems[0].write_to_path(tmp_path / "tls.pem")
+        return grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+
+    tls = ServerTlsConfig(cert_file=str(tmp_path / "tls.pem"), key_file=str(tmp_path / "tls.key"))
+    trusts_first = issue(authorities[0])
+    async with serving(Service(["m"], 1, server={"tls": tls})) as service:
+        certificates = service.server.certificates
+        assert certificates is not None
+        async with grpc.aio.secure_channel(service.target, trusts_first) as open_before:
+            assert await health(open_before, "") == SERVING
+            trusts_second = issue(authorities[1])
+            certificates.use(certificates.read(tls))
+            async with grpc.aio.secure_channel(service.target, trusts_second) as channel:
+                assert await health(channel, "") == SERVING
+            async with grpc.aio.secure_channel(service.target, trusts_first) as channel:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await health(channel, "")
+            # The connection from before goes on.
+            assert await health(open_before, "") == SERVING

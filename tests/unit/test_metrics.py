@@ -6,6 +6,8 @@ from extproc import __version__
 from extproc.metrics.service import Metrics
 
 _UNITS = ("_seconds", "_bytes", "_total", "_info", "_open", "_tokens")
+# 0 or 1, without a unit.
+_FLAGS = ("extproc_config_current", "extproc_envoy_config_outdated")
 
 
 def test_every_metric_name_has_the_prefix_and_its_unit() -> None:
@@ -14,7 +16,7 @@ def test_every_metric_name_has_the_prefix_and_its_unit() -> None:
     for family in registry.collect():
         assert family.name.startswith("extproc_")
         name = family.name + ("_total" if family.type == "counter" else "")
-        assert name.endswith(_UNITS), name
+        assert name.endswith(_UNITS) or name in _FLAGS, name
         assert family.documentation.endswith(".")
 
 
@@ -58,3 +60,28 @@ def test_only_the_series_of_a_forgotten_worker_vanish() -> None:
     }
     assert left == {"http://b:1"}
     metrics.forget_worker("http://never:1")
+
+
+def test_series_of_a_model_that_is_not_kept_vanish_also_when_they_come_late() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    for model in ("gone", "kept"):
+        metrics.fallbacks(model).inc()
+        metrics.response_seconds(model).observe(1.0)
+    metrics.keep_models(["kept"])
+
+    def models() -> set[str]:
+        return {
+            sample.labels["model"]
+            for family in registry.collect()
+            for sample in family.samples
+            if "model" in sample.labels
+        }
+
+    assert models() == {"kept"}
+    # The last response of the model that was removed.
+    metrics.response_seconds("gone").observe(1.0)
+    assert models() == {"kept"}
+    metrics.keep_models(["kept", "gone"])
+    metrics.fallbacks("gone").inc()
+    assert registry.get_sample_value("extproc_fallback_served_total", {"model": "gone"}) == 1

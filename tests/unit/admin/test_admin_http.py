@@ -14,11 +14,12 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as plain_text
 
-from extproc.admin.http import AdminServer
+from extproc.admin.http import AdminServer, Questions
 from extproc.app import App
 from extproc.build import build_kv, build_shared
 from extproc.config.models import ModelConfig
 from extproc.config.server import ServerConfig
+from extproc.config.status import ReloadStatus
 from extproc.errors import ConfigError
 from extproc.metrics.service import Metrics
 from extproc.routing.gateway_watch import GatewayWatch
@@ -39,6 +40,7 @@ class Admin:
         self.metrics = metrics
         self.ready = False
         self.refused: list[WorkerSpec] = []
+        self.reloads: ReloadStatus | None = None
         self.gateway = gateway_of(self.workers)
         self.ranks = ranks_of(ModelConfig(id="m", policy="min_ttft", tokenizer_path="-"))
 
@@ -86,11 +88,14 @@ async def running(
                 ServerConfig(admin_port=port, **settings),
                 metrics=admin.metrics,
                 workers=admin.workers,
-                is_ready=lambda: admin.ready,
-                models=["m"],
                 ranks=admin.ranks,
                 gateway=admin.gateway,
-                refused=lambda: admin.refused,
+                questions=Questions(
+                    is_ready=lambda: admin.ready,
+                    models=lambda: ["m"],
+                    refused=lambda: admin.refused,
+                    reloads=lambda: admin.reloads,
+                ),
             )
             await server.start()
             try:
@@ -114,6 +119,26 @@ async def test_readiness_is_evaluated_on_every_probe() -> None:
             assert body == b""
             seen.append(status)
         assert seen == [503, 200, 503, 200]
+
+
+async def test_the_last_reload_is_shown_with_its_problems() -> None:
+    async with running() as admin:
+        status, kind, body = await admin.get("/config")
+        assert (status, kind.partition(";")[0], body) == (200, "application/json", b"null")
+        admin.reloads = ReloadStatus(file="c.yaml", loaded_at=5.0, applied=2)
+        admin.reloads.problems = ["models: at least one model is needed"]
+        shown = msgspec.json.decode((await admin.get("/config"))[2])
+        assert (shown["file"], shown["applied"], shown["refused_at"]) == ("c.yaml", 2, None)
+        assert shown["problems"] == ["models: at least one model is needed"]
+
+
+async def test_a_worker_that_is_not_in_the_file_of_endpoints_is_unknown_to_the_gateway() -> None:
+    async with running() as admin:
+        for number in (1, 2):
+            admin.workers.upsert(make_worker(f"http://10.0.0.{number}:8000", order=number))
+        admin.workers.limit_to(frozenset({"10.0.0.2:8000"}))
+        shown = [(one["known_to_gateway"], one["ready"]) for one in await admin.listed()]
+        assert shown == [(False, False), (True, True)]
 
 
 async def test_metrics_are_served_before_the_service_is_ready() -> None:
@@ -336,11 +361,11 @@ async def test_the_error_for_a_port_in_use_names_the_key() -> None:
             ServerConfig(admin_port=port),
             metrics=CollectorRegistry(),
             workers=WorkerRegistry(),
-            is_ready=lambda: True,
-            models=["m"],
             ranks=ranks,
             gateway=gateway_of(WorkerRegistry()),
-            refused=list,
+            questions=Questions(
+                is_ready=lambda: True, models=lambda: ["m"], refused=list, reloads=lambda: None
+            ),
         )
         try:
             with pytest.raises(ConfigError) as caught:

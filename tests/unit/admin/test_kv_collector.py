@@ -26,7 +26,7 @@ URL = "http://10.0.0.1:8000"
 async def ranks() -> AsyncIterator[Ranks]:
     """The two ranks of one worker, whose ports are closed."""
     followed = Ranks(FakeClock(), max_pages=10_000, settings=SubscriberSettings(), recheck=print)
-    followed.serve("m", PrefillSpeed())
+    followed.serve({"m": PrefillSpeed()})
     events = KvEvents(host="127.0.0.1", port=1, block_size=4, dp_size=2)
     followed.joined(make_worker(URL, kv_events=events))
     yield followed

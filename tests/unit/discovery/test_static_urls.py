@@ -1,4 +1,4 @@
-"""The configured list as a source: all workers at once, then no further event."""
+"""The configured list as a source: all workers at once, then what another list changes."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ import pytest
 
 from extproc.config.schema import StaticUrlsConfig
 from extproc.discovery.static_urls import StaticUrls
-from extproc.workers.source import Added, Listed
+from extproc.workers.source import Added, Listed, Removed
 from tests.builders import make_spec
 from tests.fakes import settle
 
@@ -33,3 +33,27 @@ async def test_the_source_stays_open_until_it_is_cancelled() -> None:
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
+
+
+async def test_another_list_adds_and_removes_what_differs() -> None:
+    source = StaticUrls(StaticUrlsConfig(urls=["http://a:1", "http://b:1", "http://c:1"]))
+    events = source.events()
+    for _ in range(4):
+        await anext(events)
+    source.replace(StaticUrlsConfig(urls=["http://d:1", "http://b:1/", "http://c:1"]))
+    source.replace(
+        StaticUrlsConfig(
+            urls=["http://d:1", "http://c:1", "http://a:1"], decode_urls=["http://c:1"]
+        )
+    )
+    seen = [await anext(events) for _ in range(6)]
+    assert seen[:3] == [
+        Removed("http://a:1"),
+        Added(make_spec("http://d:1")),
+        Removed("http://b:1"),
+    ]
+    # What a worker was configured as belongs to it.
+    assert seen[3] == Removed("http://c:1")
+    assert isinstance(seen[4], Added)
+    assert (seen[4].spec.id, seen[4].spec.role) == ("http://c:1", "decode")
+    assert seen[5] == Added(make_spec("http://a:1"))

@@ -258,3 +258,18 @@ async def test_a_worker_that_comes_back_is_followed_anew(fleet: MakeFleet) -> No
         assert [rank.dp_rank for rank in pool.ranks.of(worker)] == [0, 1]
         await pool.ranks.left(worker)
         assert pool.ranks.indexer.states() == {}
+
+
+async def test_a_worker_whose_ranks_are_away_for_a_moment_is_chosen_by_load(
+    fleet: MakeFleet,
+) -> None:
+    """It leaves and joins again when its KV events come from elsewhere."""
+    pool = await fleet()
+    for worker in pool.workers:
+        await pool.ranks.left(worker)
+    leases = [await pool.complete(TEXT) for _ in range(2)]
+    assert [lease.decision.worker_url for lease in leases] == [A, B]
+    assert {lease.decision.reason for lease in leases} == {"no_events"}
+    for lease in leases:
+        lease.close()
+    assert [worker.in_flight for worker in pool.workers] == [0, 0]

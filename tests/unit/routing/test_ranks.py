@@ -22,7 +22,7 @@ def events(port: int = 5557, dp_size: int = 2) -> KvEvents:
 @pytest.fixture
 async def ranks() -> AsyncIterator[Ranks]:
     made = Ranks(FakeClock(), max_pages=1000, settings=SubscriberSettings(), recheck=print)
-    made.serve("m", PrefillSpeed())
+    made.serve({"m": PrefillSpeed()})
     yield made
     await made.indexer.close()
 

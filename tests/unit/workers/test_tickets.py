@@ -223,3 +223,13 @@ async def test_estimates_are_released_within_a_second_of_their_time() -> None:
         assert worker.in_flight == 1
         await book.clock.advance(1.1)
         assert worker.in_flight == 0
+
+
+def test_a_shorter_time_out_ends_requests_that_are_too_old_by_it() -> None:
+    book, worker = Book(600.0), make_worker()
+    ended: list[str] = []
+    book.book(worker).owner = Owner(lambda: ended.append("old"))
+    book.clock.tick(50.0)
+    book.book(worker).owner = Owner(lambda: ended.append("young"))
+    book.load.limit(30.0)
+    assert ended == ["old"]

@@ -1,0 +1,159 @@
+"""The parts of the service that a reload changes, and how it changes them.
+
+Each part either takes other settings while it works, or is built again around what the old one
+knew. Separate from the application, which starts and stops them once.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Callable, Mapping
+
+import msgspec
+from msgspec import Struct
+from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
+
+from extproc.admin.collector import GatewayCollector, WorkerCollector
+from extproc.admin.kv_collector import EncoderCollector, KvCollector
+from extproc.build import (
+    api_key_of,
+    build_kv,
+    build_manager,
+    build_router,
+    build_shared,
+    introspection_settings,
+    place_models,
+    static_urls_of,
+    worker_tls_of,
+)
+from extproc.clock import Clock
+from extproc.config.schema import Config
+from extproc.discovery.static_urls import StaticUrls
+from extproc.encoders import LoadedEncoders, load_encoders
+from extproc.errors import ConfigError
+from extproc.logs import set_log_level
+from extproc.server.certificates import Certificate
+from extproc.serving import build_server, session_context, stream_settings
+from extproc.tokenization.encoder import PromptEncoder
+from extproc.workers.introspection_client import AiohttpIntrospectionClient
+from extproc.workers.prefill_client import AiohttpPrefillClient
+
+__all__ = ["LiveParts"]
+
+
+class _Read(Struct, frozen=True):
+    """What was read from the files of a new configuration."""
+
+    api_key: str | None
+    worker_tls: ssl.SSLContext | None
+    certificate: Certificate | None
+    encoders: Mapping[str, PromptEncoder]
+
+
+class LiveParts:
+    """The parts, for the configuration that is in use."""
+
+    def __init__(
+        self, config: Config, encoders: Mapping[str, PromptEncoder], clock: Clock | None
+    ) -> None:
+        """`encoders` by model id, as load_encoders gives them; `close` closes them."""
+        self.config = config
+        shared = self.shared = build_shared(config, clock=clock)
+        self._encoders = dict(encoders)
+        # Those of an earlier configuration that may still be in use.
+        self._retired: set[PromptEncoder] = set()
+        worker_tls = worker_tls_of(config)
+        self.client = AiohttpIntrospectionClient(shared.api_key, worker_tls)
+        self.prefill_client = AiohttpPrefillClient(worker_tls)
+        self._source = StaticUrls(static_urls_of(config))
+        self.manager = build_manager(config, shared, self.client, self._source)
+        self.kv = build_kv(config, shared, self.manager.recheck)
+        self.routing = build_router(
+            config, shared, self.kv, encoders, self.prefill_client, self.manager.recheck
+        )
+        self.server = build_server(config, shared, self.routing)
+        shared.metrics.keep_models(self.routing.router.model_ids)
+        self._register_collectors()
+
+    def _register_collectors(self) -> None:
+        shared = self.shared
+        ProcessCollector(registry=shared.prometheus)
+        PlatformCollector(registry=shared.prometheus)
+        GCCollector(registry=shared.prometheus)
+        for collector in (
+            WorkerCollector(shared.registry, shared.tickets),
+            KvCollector(self.kv.ranks, shared.clock),
+            EncoderCollector(self._encoders),
+            GatewayCollector(self.routing.lease_parts.gateway),
+        ):
+            shared.prometheus.register(collector)
+
+    async def prepare(self, config: Config) -> Callable[[], None]:
+        """Read what another configuration needs; returns what puts it into use.
+
+        Until that is called, nothing changes. Raises ConfigError.
+        """
+        before = LoadedEncoders(self.config, dict(self._encoders))
+        certificates, tls = self.server.certificates, config.server.tls
+
+        def read() -> _Read:
+            certificate = None
+            if certificates is not None and tls is not None:
+                certificate = certificates.read(tls)
+            key, authorities = api_key_of(config), worker_tls_of(config)
+            # At last: encoders that were loaded would have to be closed.
+            return _Read(key, authorities, certificate, load_encoders(config, before))
+
+        try:
+            found = await asyncio.to_thread(read)
+        except (OSError, ValueError) as error:
+            # A file that has changed since it was checked.
+            raise ConfigError([f"a file of this configuration cannot be used: {error}"]) from error
+        return lambda: self._use(config, found)
+
+    def _use(self, config: Config, found: _Read) -> None:
+        """Put a configuration into use, in one step of the event loop. Open streams go on."""
+        shared = self.shared = msgspec.structs.replace(self.shared, api_key=found.api_key)
+        place_models(config, shared, self.kv)
+        self.routing = build_router(
+            config,
+            shared,
+            self.kv,
+            found.encoders,
+            self.prefill_client,
+            self.manager.recheck,
+            self.routing,
+        )
+        router = self.routing.router
+        context = session_context(config, shared, router)
+        self.server.streams.use(context, router, stream_settings(config))
+        if self.server.certificates is not None and found.certificate is not None:
+            self.server.certificates.use(found.certificate)
+        self.client.use(found.api_key, found.worker_tls)
+        self.prefill_client.use(found.worker_tls)
+        self._replace_encoders(found.encoders)
+        if config.observability.log_level != self.config.observability.log_level:
+            set_log_level(config.observability)
+        self.config = config
+        shared.metrics.keep_models(router.model_ids)
+        self.manager.reconfigure(config.models, introspection_settings(config))
+        self._source.replace(static_urls_of(config))
+        shared.tickets.limit(config.active_load.stale_request_timeout_secs)
+
+    def _replace_encoders(self, encoders: Mapping[str, PromptEncoder]) -> None:
+        gone = set(self._encoders.values()) - set(encoders.values())
+        self._encoders.clear()
+        self._encoders.update(encoders)
+        # Requests that began with them are decided by then.
+        loop, seconds = asyncio.get_running_loop(), self.config.routing_deadline_secs
+        for encoder in gone:
+            self._retired.add(encoder)
+            loop.call_later(seconds, self._retire, encoder)
+
+    def _retire(self, encoder: PromptEncoder) -> None:
+        self._retired.discard(encoder)
+        encoder.close()
+
+    def close(self) -> None:
+        """Close the encoders."""
+        for encoder in {*self._encoders.values(), *self._retired}:
+            encoder.close()

@@ -1,0 +1,75 @@
+"""Builds the gRPC server and what its streams are served with, from a Config.
+
+Separate from the wiring below it because a reload builds the second part again, for a server that
+runs.
+"""
+
+from uuid import uuid4
+
+import msgspec
+
+from extproc.build import Routing, Shared, forwarded_authorization
+from extproc.config.models import TOKEN_POLICIES
+from extproc.config.schema import Config
+from extproc.routing.router import Router
+from extproc.server.grpc_server import ExtProcServer
+from extproc.server.messages import RequestHeadTable, ResponseTable
+from extproc.server.replies import ReplyBuilder
+from extproc.server.session import SessionContext
+from extproc.server.stream import Streams, StreamSettings
+from extproc.tokenization.encoder import EncoderSettings
+
+__all__ = ["build_server", "build_streams", "session_context", "stream_settings"]
+
+
+def session_context(config: Config, shared: Shared, router: Router) -> SessionContext:
+    """What all sessions share."""
+    return SessionContext(
+        builder=ReplyBuilder(config.envoy, forwarded_authorization(config, shared.api_key)),
+        heads=RequestHeadTable(),
+        responses=ResponseTable(),
+        max_body_bytes=config.server.max_body_bytes,
+        models_body=_models_body(router.model_ids),
+        only_model=router.only_model,
+        debug_headers=config.observability.debug_headers,
+        prompt_max_bytes=_prompt_max_bytes(config),
+        model_header=config.envoy.model_header,
+        new_request_id=_new_request_id,
+    )
+
+
+def stream_settings(config: Config) -> StreamSettings:
+    """The deadlines of streams."""
+    return StreamSettings(
+        step_deadline_seconds=config.routing_deadline_secs,
+        body_deadline_seconds=config.proxy.request_timeout_secs,
+        log_decisions=config.observability.log_level == "debug",
+    )
+
+
+def build_streams(config: Config, shared: Shared, router: Router) -> Streams:
+    """What the gRPC server does with its streams."""
+    context = session_context(config, shared, router)
+    return Streams(context, router, shared.metrics, stream_settings(config))
+
+
+def build_server(config: Config, shared: Shared, routing: Routing) -> ExtProcServer:
+    """The gRPC server."""
+    return ExtProcServer(config.server, build_streams(config, shared, routing.router))
+
+
+def _prompt_max_bytes(config: Config) -> int:
+    if all(model.policy not in TOKEN_POLICIES for model in config.models):
+        return 0
+    return EncoderSettings().inline_body_bytes
+
+
+def _new_request_id() -> str:
+    return str(uuid4())
+
+
+def _models_body(model_ids: list[str]) -> bytes:
+    data = [
+        {"id": model, "object": "model", "created": 0, "owned_by": "sglang"} for model in model_ids
+    ]
+    return msgspec.json.encode({"object": "list", "data": data})
