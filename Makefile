@@ -14,7 +14,7 @@ SIDE_BY_SIDE := --numprocesses 4 --dist load --maxschedchunk 2
 # Percent of the lines and branches of extproc that unit and protocol tests must reach.
 COVERAGE_FLOOR := 95
 
-.PHONY: venv demo test unit fuzz cov fmt lint lock wheel newest bench protos docs clean
+.PHONY: venv demo test unit fuzz faults cov fmt lint lock wheel newest bench protos docs clean
 
 venv: $(VENV)/.dev
 
@@ -65,6 +65,11 @@ fuzz: $(VENV)/.dev
 	@for target in bodies events templates; do \
 		$(BIN)/python -m tests.fuzz $$target --runs 1000000 $(ARGS) || exit 1; \
 	done
+
+# Storms of faults over the real Envoy, five minutes; `make test` has short ones.
+# ARGS="--preset storm", "--preset soak", "--seed 7 --fleet pd --policy min_ttft --minutes 3".
+faults: $(VENV)/.dev
+	@$(BIN)/python -m tests.faults $(ARGS)
 
 cov: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term:skip-covered \
