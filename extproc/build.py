@@ -111,18 +111,17 @@ class RoutingSettings(Struct, frozen=True, kw_only=True):
 
     request_timeout_seconds: float
     destinations_max: int
+    retry_busy: bool
     estimated_stream_seconds: float | None
     pd: PdSettings
 
     @classmethod
     def of(cls, config: Config, api_key: str | None) -> "RoutingSettings":
-        load = config.load
         return cls(
             request_timeout_seconds=config.proxy.request_timeout_secs,
             destinations_max=config.destinations_max,
-            estimated_stream_seconds=(
-                load.estimated_stream_secs if load.release == "estimate" else None
-            ),
+            retry_busy=config.proxy.retry_busy,
+            estimated_stream_seconds=config.load.estimate_secs,
             pd=PdSettings.of(config, forwarded_authorization(config, api_key)),
         )
 
@@ -328,6 +327,7 @@ def assemble_routing(
         shared.random,
         request_timeout_seconds=settings.request_timeout_seconds,
         destinations_max=settings.destinations_max,
+        retry_busy=settings.retry_busy,
     )
     router = Router(choosers, lease_parts, dispatch, local_endpoints, pd)
     return Routing(

@@ -10,7 +10,9 @@ steer engines are in `steering`.
 from typing import Final
 
 __all__ = [
+    "ATTEMPTS_NAMESPACE",
     "ATTEMPT_COUNT_HEADER",
+    "ATTEMPT_PASS",
     "AUTHORIZATION_HEADER",
     "CONTENT_ENCODING_HEADER",
     "CONTENT_LENGTH_HEADER",
@@ -46,8 +48,10 @@ __all__ = [
     "REQUEST_ID_HEADER",
     "REQUEST_TIMEOUT_HEADER",
     "RESPONSE_HEADERS",
+    "RETRIABLE_STATUS_HEADER",
     "RETRY_AFTER_HEADER",
     "RETRY_HEADER",
+    "RETRY_ON_HEADER",
     "ROUTE_PASS",
     "ROUTE_PASS_HEADERS",
     "STATUS_HEADER",
@@ -63,8 +67,8 @@ AUTHORIZATION_HEADER: Final = "authorization"
 CONTENT_ENCODING_HEADER: Final = "content-encoding"
 CONTENT_LENGTH_HEADER: Final = "content-length"
 CONTENT_TYPE_HEADER: Final = "content-type"
-RETRY_AFTER_HEADER: Final = "retry-after"
 REQUEST_ID_HEADER: Final = "x-request-id"
+RETRY_AFTER_HEADER: Final = "retry-after"
 
 # -- this service
 
@@ -89,6 +93,10 @@ ERROR_CODE_HEADER: Final = "x-router-error-code"
 PASS_KEY: Final = "x-extproc-pass"  # noqa: S105 (not a password)
 ROUTE_PASS: Final = "route"  # noqa: S105
 DECODE_PASS: Final = "decode"  # noqa: S105
+# The filter of the workers' cluster, which reports a busy answer of an attempt.
+ATTEMPT_PASS: Final = "attempt"  # noqa: S105
+# Dynamic metadata with the busy answers of a request, for the first pass.
+ATTEMPTS_NAMESPACE: Final = "extproc.attempts"
 # Dynamic metadata with the decision, for access logs.
 DECISION_NAMESPACE: Final = "extproc"
 # The cluster of this service, and the one that leads to the second pass.
@@ -128,6 +136,8 @@ EXTPROC_FILTER: Final = "envoy.filters.http.ext_proc"
 ATTEMPT_COUNT_HEADER: Final = "x-envoy-attempt-count"
 MAX_RETRIES_HEADER: Final = "x-envoy-max-retries"
 REQUEST_TIMEOUT_HEADER: Final = "x-envoy-upstream-rq-timeout-ms"
+RETRIABLE_STATUS_HEADER: Final = "x-envoy-retriable-status-codes"
+RETRY_ON_HEADER: Final = "x-envoy-retry-on"
 
 # Headers that control Envoy's router, retries, tracing or original-destination clusters. Envoy
 # removes some of them itself from clients that it regards as external. Which clients are
@@ -149,9 +159,9 @@ ENVOY_CONTROL_HEADERS: Final = (
     "x-envoy-original-path",
     "x-envoy-original-url",
     "x-envoy-retriable-header-names",
-    "x-envoy-retriable-status-codes",
+    RETRIABLE_STATUS_HEADER,
     "x-envoy-retry-grpc-on",
-    "x-envoy-retry-on",
+    RETRY_ON_HEADER,
     "x-envoy-upstream-alt-stat-name",
     "x-envoy-upstream-rq-per-try-timeout-ms",
     "x-envoy-upstream-rq-timeout-alt-response",

@@ -149,6 +149,7 @@ def pd_settings(**changes: Any) -> PdSettings:
 def routing_settings(
     *,
     destinations_max: int = 3,
+    retry_busy: bool = False,
     request_timeout_seconds: float = 300.0,
     load: LoadConfig | None = None,
     pd: PdSettings | None = None,
@@ -157,6 +158,7 @@ def routing_settings(
     return RoutingSettings(
         request_timeout_seconds=request_timeout_seconds,
         destinations_max=destinations_max,
+        retry_busy=retry_busy,
         estimated_stream_seconds=load.estimated_stream_secs if load and estimated else None,
         pd=pd or pd_settings(),
     )

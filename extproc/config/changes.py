@@ -64,6 +64,8 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
         **_keys("live", "discovery.", "introspection_retry_secs introspection_interval_secs"),
         **_keys("live", "workers.", "api_key api_key_file forward_api_key ca_file"),
         **_keys("live", "proxy.", "request_timeout_secs connect_timeout_secs fallback_workers"),
+        # Envoy's cluster must have the filter that reports busy answers.
+        **_keys("restart", "proxy.", "retry_busy"),
         **_keys("live", "active_load.", "stale_request_timeout_secs"),
         **_keys("restart", "load.", "release"),
         **_keys("live", "load.", "estimated_stream_secs"),

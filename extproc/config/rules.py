@@ -38,6 +38,7 @@ _HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
 _LISTEN_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _UNIX_SOCKET_MAX_BYTES: Final = 107
 _PORT_MAX: Final = 65_535
+_BUSY_RETRIES_MAX: Final = 2
 
 
 def rule_problems(config: Config) -> Iterator[str]:
@@ -47,6 +48,7 @@ def rule_problems(config: Config) -> Iterator[str]:
     yield from _port_problems(config)
     yield from _header_problems(config)
     yield from _timeout_problems(config)
+    yield from _retry_problems(config)
     yield from _credential_problems(config)
     for key, host in (("host", config.server.host), ("admin_host", config.server.admin_host)):
         if not _LISTEN_HOST.fullmatch(host):
@@ -199,6 +201,15 @@ def _header_problems(config: Config) -> Iterator[str]:
         yield "envoy.endpoints_file: expected an absolute path that ends in .json"
     if not re.fullmatch(r"[A-Za-z0-9_.|:-]{1,200}", envoy.cluster):
         yield "envoy.cluster: expected letters, digits and any of _ . | : -"
+
+
+def _retry_problems(config: Config) -> Iterator[str]:
+    proxy = config.proxy
+    if proxy.retry_busy and proxy.fallback_workers > _BUSY_RETRIES_MAX:
+        yield (
+            f"proxy.fallback_workers: at most {_BUSY_RETRIES_MAX} with proxy.retry_busy, so that "
+            "full workers do not get each request several times"
+        )
 
 
 def _timeout_problems(config: Config) -> Iterator[str]:

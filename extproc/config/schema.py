@@ -153,9 +153,17 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
             ge=0,
             le=8,
             description="Number of further workers in the destination list. Envoy tries them in "
-            "order if the chosen worker refuses the connection.",
+            "order if the chosen worker refuses the connection. At most 2 with `proxy.retry_busy`.",
         ),
     ] = 2
+    retry_busy: Annotated[
+        bool,
+        Meta(
+            description="A 503 or 429 of a worker goes to the next worker of the list, for models "
+            "without separate prefill and decode workers. The rendered Envoy configuration limits "
+            "such requests to a share of those in flight. Needs its filter in the workers' cluster."
+        ),
+    ] = True
 
 
 class ActiveLoadConfig(Section, frozen=True, kw_only=True):
@@ -185,6 +193,11 @@ class LoadConfig(Section, frozen=True, kw_only=True):
             "after its headers."
         ),
     ] = 15 * SECONDS
+
+    @property
+    def estimate_secs(self) -> float | None:
+        """The estimate, None where the end of a response is known."""
+        return self.estimated_stream_secs if self.release == "estimate" else None
 
 
 class KvConfig(Section, frozen=True, kw_only=True):

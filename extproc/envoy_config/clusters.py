@@ -5,6 +5,7 @@ from typing import Any, Final
 from msgspec import UnsetType
 
 from extproc.config.schema import Config, DnsLookupFamily
+from extproc.envoy_config.attempts import attempt_filters, retry_limits
 from extproc.envoy_config.wire_form import (
     UNLIMITED,
     duration,
@@ -50,13 +51,14 @@ def worker_cluster(config: Config) -> dict[str, Any]:
     address that is not in this list.
     """
     urls = worker_urls(config)
+    filters = attempt_filters(config)
     cluster: dict[str, Any] = {
         "name": config.envoy.cluster,
         **_resolution(config, urls),
         "connect_timeout": duration(config.proxy.connect_timeout_secs),
         **_load_assignment(config, urls),
         "load_balancing_policy": {"policies": [_destination_policy()]},
-        "circuit_breakers": no_limits(),
+        "circuit_breakers": retry_limits(config, len(urls)),
         "upstream_connection_options": {"tcp_keepalive": _tcp_keepalive()},
         "typed_extension_protocol_options": {
             _HTTP_OPTIONS: typed(
@@ -67,6 +69,7 @@ def worker_cluster(config: Config) -> dict[str, Any]:
                     "idle_timeout": duration(config.envoy.worker_idle_timeout_secs),
                 },
                 explicit_http_config={"http_protocol_options": {}},
+                **({"http_filters": filters} if filters else {}),
             )
         },
     }

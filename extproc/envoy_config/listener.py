@@ -10,6 +10,7 @@ from extproc.envoy_config.routes import route_config
 from extproc.envoy_config.stripped_headers import request_header_removals
 from extproc.envoy_config.wire_form import duration, socket_address, typed
 from extproc.headers import (
+    ATTEMPTS_NAMESPACE,
     DECISION_NAMESPACE,
     DECODE_PASS,
     DECODE_PASS_HEADERS,
@@ -145,7 +146,8 @@ def _asking_filter(
         mutation_rules={"allow_envoy": True},
         # Envoy silently drops metadata of other namespaces.
         metadata_options={
-            "receiving_namespaces": {"untyped": [DESTINATION_NAMESPACE, DECISION_NAMESPACE]}
+            "forwarding_namespaces": {"untyped": [ATTEMPTS_NAMESPACE]},
+            "receiving_namespaces": {"untyped": [DESTINATION_NAMESPACE, DECISION_NAMESPACE]},
         },
     )
     return {"name": EXTPROC_FILTER, "typed_config": external_processor}

@@ -79,6 +79,7 @@ WORKER_REQUESTS = _requests.counter(
         {
             "success": "",
             "error": "5xx, refused, broken off or timed out before the response headers",
+            "busy": "503 or 429 in an attempt after which another worker was tried",
             "cancelled": "the client left first, or the other worker of a pair failed",
         },
     ),

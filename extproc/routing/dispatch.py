@@ -20,7 +20,7 @@ class Dispatch:
     """Claims chosen workers.
 
     `destinations_max` is the number of workers named for one request, 1 for gateways that
-    cannot walk a list.
+    cannot walk a list. With `retry_busy` a worker's 503 or 429 goes to the next one, too.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class Dispatch:
         *,
         request_timeout_seconds: float,
         destinations_max: int,
+        retry_busy: bool,
     ) -> None:
         self._claims = claims
         self._lease_parts = lease_parts
@@ -38,6 +39,7 @@ class Dispatch:
         self._random = random
         self._timeout_ms = max(1, round(request_timeout_seconds * 1000))
         self._destinations_max = destinations_max
+        self._retry_busy = retry_busy
 
     def send(
         self,
@@ -66,6 +68,7 @@ class Dispatch:
             cached_tokens=placed.cached_tokens if placed is not None else 0,
             total_tokens=placed.total_tokens if placed is not None else 0,
             body_members=members,
+            retry_busy=self._retry_busy and len(named) > 1,
         )
         self._decisions(model, policy, reason).inc()
         claim = self._claims.take(worker, now, placed, streamed=request.stream)

@@ -6,6 +6,7 @@ outcome is recorded twice.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from msgspec import Struct
 
@@ -20,7 +21,10 @@ from extproc.routing.walk import read_walk
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker
 
-__all__ = ["Lease", "LeaseParts"]
+__all__ = ["BusyAnswers", "Lease", "LeaseParts"]
+
+# Addresses whose workers answered 503 or 429 in attempts of one request; True if recorded already.
+BusyAnswers: TypeAlias = Sequence[tuple[str, bool]]
 
 _CLIENT_ERROR = 400
 _NOT_FOUND = 404
@@ -101,13 +105,20 @@ class Lease:
         return False
 
     def responded(
-        self, status: int, address: str, code_details: str, streamed: bool, attempts: int = 0
+        self,
+        status: int,
+        address: str,
+        code_details: str,
+        streamed: bool,
+        attempts: int = 0,
+        busy: BusyAnswers = (),
     ) -> None:
         """Envoy has response headers, its own or the worker's.
 
         `address` is the `ip:port` that was tried last, "" without a try; `code_details` as
         Envoy's `response.code_details`, "" from gateways that do not send it. `attempts` is the
-        number of attempts, 0 from gateways that do not send it.
+        number of attempts, 0 from gateways that do not send it. `busy` are the answers of attempts
+        that were reported before.
         """
         if self._settled:
             return
@@ -129,7 +140,7 @@ class Lease:
                 gateway.followed(address)
         else:
             position = destinations.index(address) if address in destinations else -1
-            self._tried_others(address, position, attempts, now)
+            self._tried_others(address, position, attempts, busy, now)
         served = self._named[position] if position >= 0 else parts.registry.at_address(address)
         if served is not None:
             if status >= _CLIENT_ERROR:
@@ -144,18 +155,25 @@ class Lease:
         if position > 0 and answered:
             parts.metrics.fallbacks(decision.model).inc()
 
-    def _tried_others(self, address: str, position: int, attempts: int, now: float) -> None:
+    def _tried_others(
+        self, address: str, position: int, attempts: int, busy: BusyAnswers, now: float
+    ) -> None:
         """The worker at `address`, which is not the chosen one, was tried last."""
         parts, named, model = self._parts, self._named, self.decision.model
         walk = read_walk(position, attempts, len(named))
-        for failed in named[: walk.failed]:
-            parts.outcomes.failed(failed, model, now)
-            parts.recheck(failed)
+        answered = dict(busy)
+        for tried in named[: walk.failed]:
+            recorded = answered.get(tried.address or "")
+            if recorded is None:
+                parts.outcomes.failed(tried, model, now)
+                parts.recheck(tried)
+            elif not recorded:
+                parts.outcomes.busy(tried, model, now)
         if walk.passed_over:
             parts.gateway.passed_over(model, named[: walk.passed_over], address)
         elif position < 0:
             parts.gateway.left_the_list(model)
-        if not walk.failed:
+        if not walk.failed or busy:
             self.claim.give_back_probe()
 
     def _settle(

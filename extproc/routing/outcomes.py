@@ -41,6 +41,12 @@ class WorkerOutcomes:
             )
         self._count(worker, model, "error")
 
+    def busy(
+        self, worker: Worker, model: str, now: float, retry_after_seconds: float | None = None
+    ) -> None:
+        """The worker answered 503 or 429 in an attempt, and another one got the request."""
+        self._count(worker, model, "busy")
+
     def undecided(self, worker: Worker, model: str) -> None:
         """The request ended without a sign of the worker's health."""
         self._count(worker, model, "cancelled")

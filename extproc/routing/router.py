@@ -32,6 +32,7 @@ class Router:
         self._only_model = next(iter(choosers)) if len(choosers) == 1 else None
         self._registry = lease_parts.registry
         self._clock = lease_parts.clock
+        self._outcomes = lease_parts.outcomes
         self._decode_alone = lease_parts.metrics.pd.decode_alone
         self._dispatch = dispatch
         self._local_endpoints = local_endpoints
@@ -53,6 +54,13 @@ class Router:
     def pick_decode(self, query: DecodeQuery) -> Lease:
         """Pick the decode worker for an attempt of the second pass; raises RouterError."""
         return self._pd.pick_decode(query)
+
+    def answered_busy(self, address: str, retry_after_seconds: float | None) -> None:
+        """The worker at this address has answered 503 or 429 in an attempt of some request."""
+        worker = self._registry.at_address(address)
+        if worker is not None and worker.model_ids:
+            now = self._clock.monotonic()
+            self._outcomes.busy(worker, worker.model_ids[0], now, retry_after_seconds)
 
     async def route(self, request: Request) -> Lease | Pair:
         """Decide and claim; the caller closes the lease however the request ends.

@@ -13,12 +13,13 @@ from typing import Any, Final
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from extproc.config.section import MEBIBYTE
 from extproc.config.server import ServerConfig
 from extproc.errors import ConfigError
-from extproc.headers import DECODE_PASS, PASS_KEY, ROUTE_PASS
+from extproc.headers import ATTEMPT_PASS, DECODE_PASS, PASS_KEY, ROUTE_PASS
 from extproc.server.certificates import Certificates
 from extproc.server.decode_session import DecodeSession
 from extproc.server.route_session import RouteSession
@@ -171,11 +172,25 @@ class ExtProcServer:
         await self.streams.close()
         self._unlink_socket()
 
+    async def _serve_report(self, context: Any) -> None:
+        """Take the report of an attempt, and wait for the end of its stream."""
+        try:
+            raw = await context.read()
+            if raw is not grpc.aio.EOF:
+                await context.write(self.streams.report_attempt(raw))
+                while await context.read() is not grpc.aio.EOF:
+                    pass
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a ProcessingRequest")
+
     async def _process(self, _: Any, context: Any) -> None:
         session: type[RouteSession | DecodeSession] = RouteSession
         for key, value in context.invocation_metadata() or ():
             if key == PASS_KEY and value == DECODE_PASS:
                 session = DecodeSession
+            elif key == PASS_KEY and value == ATTEMPT_PASS:
+                await self._serve_report(context)
+                return
             elif key == PASS_KEY and value != ROUTE_PASS:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{PASS_KEY}: unknown pass")
         await self.streams.serve(context, session)

@@ -7,12 +7,14 @@ and the worker differs, so the whole message is looked up. A look-up costs about
 parsing.
 """
 
-from typing import Final
+import secrets
+from typing import Final, NamedTuple
 
 from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.headers import (
+    ATTEMPTS_NAMESPACE,
     CONTENT_ENCODING_HEADER,
     CONTENT_LENGTH_HEADER,
     CONTENT_TYPE_HEADER,
@@ -35,11 +37,13 @@ from extproc.steering import is_steering_header
 
 __all__ = [
     "KNOWN_MAX_BYTES",
+    "AttemptReport",
     "RequestHead",
     "RequestHeadTable",
     "Response",
     "ResponseTable",
     "client_headers_of",
+    "read_attempt",
     "wanted_headers",
 ]
 
@@ -58,6 +62,7 @@ _ID_MARK: Final = b"\x0a\x0cx-request-id\x1a" + bytes((_ID_CHARS,))
 _LENGTH_MARK: Final = b"\x0a\x0econtent-length\x1a"
 _LENGTH_MAX_DIGITS: Final = 20
 _ATTEMPTS_MAX: Final = 100
+_RETRY_AFTER_MAX_DIGITS: Final = 6
 
 _FULL_DUPLEX: Final = pb.ProcessingMode.FULL_DUPLEX_STREAMED
 
@@ -210,8 +215,9 @@ class Response(Struct, frozen=True):
 
     `status` is 0 when it is missing. `address` is the `ip:port` that was tried last, and
     `code_details` Envoy's `response.code_details`; each is "" where the gateway does not send it.
-    `attempts` is the number of attempts, 0 where the gateway does not send it. `retry_after` is the
-    header's value, "" without it.
+    `attempts` is the number of attempts, 0 where the gateway does not send it. `busy` are the
+    addresses that answered 503 or 429 in one of them; True if this replica has recorded it.
+    `retry_after` is the header's value, "" without it.
     """
 
     status: int
@@ -219,14 +225,19 @@ class Response(Struct, frozen=True):
     address: str
     code_details: str
     attempts: int
+    busy: tuple[tuple[str, bool], ...]
     end_of_stream: bool
     retry_after: str = ""
 
 
 class ResponseTable:
-    """Responses by the bytes of their message; bounded."""
+    """Responses by the bytes of their message; bounded.
+
+    `replica` is the name of this process in reports of attempts, which another one may take.
+    """
 
     def __init__(self) -> None:
+        self.replica = secrets.token_hex(4)
         self._table: dict[bytes, Response] = {}
         self.get = self._table.get
 
@@ -235,14 +246,47 @@ class ResponseTable:
         status, streamed, retry_after = _read_response(message.response_headers.headers)
         address, code_details, attempts = _served_by(message)
         end_of_stream = message.response_headers.end_of_stream
+        busy = self._busy(message)
         response = Response(
-            status, streamed, address, code_details, attempts, end_of_stream, retry_after
+            status, streamed, address, code_details, attempts, busy, end_of_stream, retry_after
         )
         if len(raw) <= KNOWN_MAX_BYTES:
             if len(self._table) >= _TABLE_MAX_ENTRIES:
                 self._table.clear()
             self._table[raw] = response
         return response
+
+    def _busy(self, message: pb.ProcessingRequest) -> tuple[tuple[str, bool], ...]:
+        """The reports of attempts, which Envoy has kept in the request's metadata."""
+        metadata = message.metadata_context.filter_metadata
+        if ATTEMPTS_NAMESPACE not in metadata:
+            return ()
+        found = []
+        for value in metadata[ATTEMPTS_NAMESPACE].fields.values():
+            address, _, replica = value.string_value.partition(" ")
+            found.append((address, replica == self.replica))
+        return tuple(found)
+
+
+class AttemptReport(NamedTuple):
+    """A worker's 503 or 429 in attempt `number` of a request, reported before the next attempt.
+
+    `retry_after_seconds` is None where the worker names no time.
+    """
+
+    number: int
+    address: str
+    status: int
+    retry_after_seconds: int | None
+
+
+def read_attempt(message: pb.ProcessingRequest) -> AttemptReport:
+    """Read the response headers message of one attempt."""
+    status, _, digits = _read_response(message.response_headers.headers)
+    in_seconds = digits.isdecimal() and len(digits) <= _RETRY_AFTER_MAX_DIGITS
+    retry_after = int(digits) if in_seconds else None
+    address, _, number = _served_by(message)
+    return AttemptReport(number, address, status, retry_after)
 
 
 def _read_response(headers: pb.HeaderMap) -> tuple[int, bool, str]:

@@ -13,6 +13,7 @@ from extproc._protos import llm_extproc_pb2 as pb
 from extproc.config.envoy import EnvoyConfig
 from extproc.errors import RETRY_AFTER_SECONDS, RouterError, anthropic_envelope, envelope
 from extproc.headers import (
+    ATTEMPTS_NAMESPACE,
     AUTHORIZATION_HEADER,
     CONTENT_LENGTH_HEADER,
     CONTENT_TYPE_HEADER,
@@ -29,7 +30,9 @@ from extproc.headers import (
     REASON_HEADER,
     REQUEST_ID_HEADER,
     REQUEST_TIMEOUT_HEADER,
+    RETRIABLE_STATUS_HEADER,
     RETRY_AFTER_HEADER,
+    RETRY_ON_HEADER,
     WORKER_HEADER,
 )
 from extproc.routing.decision import Decision
@@ -43,6 +46,7 @@ __all__ = [
     "RESPONSE_HEADERS_CONTINUE",
     "RESPONSE_TRAILERS_CONTINUE",
     "ReplyBuilder",
+    "attempt_reported",
     "debug_decode_worker",
     "debug_response_headers",
     "immediate_response",
@@ -57,6 +61,7 @@ __all__ = [
 # Some builds of Envoy refuse pieces of more than 64 KiB in full duplex.
 _PIECE_MAX_BYTES: Final = 62_000
 _TABLE_MAX_ENTRIES: Final = 4096
+_BUSY_STATUSES: Final = "429,503"
 _OVERWRITE: Final = pb.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 REQUEST_HEADERS_CONTINUE: Final = pb.ProcessingResponse(
@@ -115,6 +120,7 @@ class ReplyBuilder:
             decision.timeout_ms,
             in_body,
             bool(decision.body_members),
+            decision.retry_busy,
         )
         reply = self._table.get(key) if request_id is None else None
         if reply is None:
@@ -145,6 +151,10 @@ class ReplyBuilder:
             pairs.append((DESTINATION_HEADER, destination))
             # As many attempts as there are destinations: one more would leave the list.
             pairs.append((MAX_RETRIES_HEADER, str(len(decision.destinations) - 1)))
+        if decision.retry_busy:
+            # Added to what the route retries; the body fits every destination.
+            pairs.append((RETRY_ON_HEADER, "retriable-status-codes"))
+            pairs.append((RETRIABLE_STATUS_HEADER, _BUSY_STATUSES))
         if decision.timeout_ms:
             pairs.append((REQUEST_TIMEOUT_HEADER, str(decision.timeout_ms)))
         if self._authorization is not None:
@@ -297,6 +307,14 @@ def error_response(
         ),
         f"extproc_{error.code}",
     )
+
+
+def attempt_reported(number: int, address: str, replica: str) -> bytes:
+    """A reply to the report of an attempt; Envoy keeps the metadata for the first pass."""
+    reply = pb.ProcessingResponse(response_headers=pb.HeadersResponse())
+    busy = _text_struct(((str(number), f"{address} {replica}"),))
+    reply.dynamic_metadata.fields[ATTEMPTS_NAMESPACE].CopyFrom(Value(struct_value=busy))
+    return reply.SerializeToString()
 
 
 def debug_response_headers(decision: Decision, worker: str, decode_worker: str | None) -> bytes:

@@ -17,6 +17,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from msgspec import Struct
 
+from extproc._protos import llm_extproc_pb2 as pb
 from extproc.errors import RouterError, internal_error, routing_timeout
 from extproc.metrics.service import Metrics
 from extproc.routing.lease import Lease
@@ -26,7 +27,8 @@ from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
 from extproc.server.deadlines import Deadlines
 from extproc.server.decode_session import DecodeSession
-from extproc.server.messages import Response
+from extproc.server.messages import Response, read_attempt
+from extproc.server.replies import attempt_reported
 from extproc.server.route_session import RouteSession
 from extproc.server.session import Session, SessionContext
 from extproc.server.steps import Step
@@ -49,6 +51,9 @@ class Decider(Protocol):
 
     def pick_decode(self, query: DecodeQuery) -> Lease:
         """Pick the decode worker for an attempt of the second pass."""
+
+    def answered_busy(self, address: str, retry_after_seconds: float | None) -> None:
+        """The worker at this address has answered 503 or 429."""
 
 
 class StreamSettings(Struct, frozen=True, kw_only=True):
@@ -152,6 +157,7 @@ class Stream:
             response.code_details,
             response.streamed,
             response.attempts,
+            response.busy,
         )
         if response.end_of_stream:
             lease.close()
@@ -360,6 +366,16 @@ class Streams:
             self._open.discard(stream)
             self.metrics.streams_open.set(len(self._open))
             self.metrics.streams(outcome).inc()
+
+    def report_attempt(self, raw: bytes) -> bytes:
+        """Take the report of one attempt, and return the reply; raises protobuf's DecodeError.
+
+        The first pass may be in another replica: the reply carries the report on to it.
+        """
+        report = read_attempt(pb.ProcessingRequest.FromString(raw))
+        self.decider.answered_busy(report.address, report.retry_after_seconds)
+        replica = self.session_context.responses.replica
+        return attempt_reported(report.number, report.address, replica)
 
     def end_idle(self) -> None:
         """End the streams whose request is decided; their responses go on without this service."""

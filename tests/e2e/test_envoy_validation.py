@@ -315,7 +315,8 @@ def test_envoy_accepts_the_filter_of_envoy_gateway_with_our_patch(tmp_path: Path
         },
         "response_attributes": settings["processingMode"]["response"]["attributes"],
         "metadata_options": {
-            "receiving_namespaces": {"untyped": settings["metadata"]["writableNamespaces"]}
+            "forwarding_namespaces": {"untyped": settings["metadata"]["accessibleNamespaces"]},
+            "receiving_namespaces": {"untyped": settings["metadata"]["writableNamespaces"]},
         },
     }
     (patch,) = in_file("envoy-gateway/patch.yaml", "EnvoyPatchPolicy")

@@ -64,7 +64,9 @@ class Service:
         authorization: str | None = None,
         clock: Clock | None = None,
         route_seconds: float = 0.0,
+        retry_busy: bool | None = None,
     ) -> None:
+        """`retry_busy` is None for a gateway that takes a single destination."""
         self.workers = [
             make_worker(f"http://10.0.0.{order + 1}:8000", order=order, model_ids=(model,))
             for order, model in enumerate(model for model in models for _ in range(workers))
@@ -74,7 +76,11 @@ class Service:
             self.workers,
             policy=policy,
             models=models,
-            settings=routing_settings(destinations_max=1, load=load),
+            settings=routing_settings(
+                destinations_max=1 if retry_busy is None else 3,
+                retry_busy=bool(retry_busy),
+                load=load,
+            ),
             shared=make_shared(clock=self.clock, seed=7, stale_seconds=stale_seconds),
         )
         self.metrics, self.registry = fleet.metrics, fleet.registry
@@ -107,6 +113,9 @@ class Service:
 
     def pick_decode(self, query: DecodeQuery) -> Lease:
         return self.router.pick_decode(query)
+
+    def answered_busy(self, address: str, retry_after_seconds: float | None) -> None:
+        self.router.answered_busy(address, retry_after_seconds)
 
     async def route(self, request: Request) -> Lease | Pair:
         if self.route_seconds:

@@ -364,7 +364,8 @@ class TestWorkers:
 
     @pytest.mark.parametrize("name", ["workers", "extproc"])
     def test_long_requests_meet_no_circuit_breaker(self, name: str) -> None:
-        (threshold,) = cluster(render_bootstrap(config()), name)["circuit_breakers"]["thresholds"]
+        rendered = render_bootstrap(config(proxy={"retry_busy": False}))
+        (threshold,) = cluster(rendered, name)["circuit_breakers"]["thresholds"]
         limits = {key: value for key, value in threshold.items() if key != "priority"}
         assert set(limits) == {
             "max_connections",
@@ -373,6 +374,35 @@ class TestWorkers:
             "max_retries",
         }
         assert min(limits.values()) == 1_000_000_000
+
+    @pytest.mark.parametrize(("workers", "percent"), [(1, 50), (2, 50), (3, 34), (5, 20), (9, 20)])
+    def test_retries_are_a_fifth_of_the_requests_in_flight_or_the_share_of_one_worker(
+        self, workers: int, percent: int
+    ) -> None:
+        urls = [f"http://10.0.0.{n}:1" for n in range(workers)]
+        rendered = cluster(render_bootstrap(config(*urls)), "workers")
+        (threshold,) = rendered["circuit_breakers"]["thresholds"]
+        assert threshold["retry_budget"]["budget_percent"] == {"value": percent}
+        assert threshold["retry_budget"]["min_retry_concurrency"] == 5
+        assert "max_retries" not in threshold
+
+    def test_only_busy_answers_of_attempts_are_reported(self) -> None:
+        def http_filters(**sections: Any) -> list[dict[str, Any]]:
+            found = cluster(render_bootstrap(config(**sections)), "workers")
+            (options,) = found["typed_extension_protocol_options"].values()
+            filters: list[dict[str, Any]] = options.get("http_filters", [])
+            return filters
+
+        assert http_filters(proxy={"retry_busy": False}) == []
+        reporter, codec = http_filters()
+        assert codec["name"] == "envoy.filters.http.upstream_codec"
+        settings = reporter["typed_config"]["extension_config"]["typed_config"]
+        assert settings["processing_mode"]["request_header_mode"] == "SKIP"
+        assert settings["failure_mode_allow"]
+        skipped = reporter["typed_config"]["xds_matcher"]["matcher_list"]["matchers"][0]
+        statuses = skipped["predicate"]["not_matcher"]["or_matcher"]["predicate"]
+        values = [one["single_predicate"]["value_match"]["exact"] for one in statuses]
+        assert values == ["429", "503"]
 
 
 class TestTheServiceItself:

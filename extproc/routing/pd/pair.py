@@ -15,6 +15,7 @@ from extproc.errors import RouterError, prefill_failed
 from extproc.metrics.service import PdMetrics
 from extproc.routing.claim import Claim
 from extproc.routing.decision import Decision
+from extproc.routing.lease import BusyAnswers
 from extproc.routing.pd.decode_lease import DecodeLease
 from extproc.routing.pd.prefill_leg import PrefillLeg
 from extproc.workers.worker import Worker
@@ -145,12 +146,18 @@ class Pair:
             self._pairs.metrics.fail_fast_seconds().observe(seconds)
 
     def responded(
-        self, status: int, address: str, code_details: str, streamed: bool, attempts: int = 0
+        self,
+        status: int,
+        address: str,
+        code_details: str,
+        streamed: bool,
+        attempts: int = 0,
+        busy: BusyAnswers = (),
     ) -> None:
         """As Lease.responded, for the response of the decode worker."""
         self._responded = status
         if self.decode is not None:
-            self.decode.responded(status, address, code_details, streamed, attempts)
+            self.decode.responded(status, address, code_details, streamed, attempts, busy)
         if status >= _CLIENT_ERROR:
             # The decode half of the request is over, so the prefill is not needed.
             if status >= _SERVER_ERROR and self.leg.explains_decode_failure():

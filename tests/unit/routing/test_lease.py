@@ -448,3 +448,49 @@ async def test_workers_that_refused_before_another_served_are_asked_again() -> N
     case = Case()
     (await case.lease()).responded(200, ADDRESSES[2], VIA, False, 3)
     assert case.routing.rechecked == case.workers[:2]
+
+
+# -- busy answers of earlier attempts
+
+
+@pytest.mark.parametrize(
+    ("busy", "outcomes", "first"),
+    [
+        # Recorded when the attempt was reported, by this process.
+        ([(ADDRESSES[0], True)], {URLS[1]: ["success"]}, CLOSED),
+        # Reported to another replica.
+        ([(ADDRESSES[0], False)], {URLS[0]: ["busy"], URLS[1]: ["success"]}, CLOSED),
+        # Not reported: the connection was refused.
+        ([], {URLS[0]: ["error"], URLS[1]: ["success"]}, OPEN),
+    ],
+)
+async def test_a_worker_that_was_busy_has_not_failed(
+    busy: list[tuple[str, bool]], outcomes: dict[str, list[str]], first: BreakerState
+) -> None:
+    case = Case()
+    lease = await case.lease()
+    lease.responded(200, ADDRESSES[1], VIA, False, 2, busy)
+    assert case.routing.outcomes() == outcomes
+    assert case.states() == [first, CLOSED, CLOSED]
+    assert case.load() == [0, 1, 0]
+    assert lease.served is case.workers[1]
+
+
+async def test_of_two_earlier_attempts_one_may_be_busy_and_the_other_refused() -> None:
+    case = Case()
+    lease = await case.lease()
+    lease.responded(200, ADDRESSES[2], VIA, False, 3, [(ADDRESSES[1], False)])
+    assert case.routing.outcomes() == {
+        URLS[0]: ["error"],
+        URLS[1]: ["busy"],
+        URLS[2]: ["success"],
+    }
+    assert case.routing.rechecked == [case.chosen]
+
+
+async def test_a_busy_answer_gives_the_probe_back() -> None:
+    case = Case()
+    lease = await case.probe()
+    lease.responded(200, ADDRESSES[1], VIA, False, 2, [(ADDRESSES[0], True)])
+    assert case.chosen.breaker.state is HALF_OPEN
+    assert case.probe_is_free()

@@ -9,7 +9,7 @@ from extproc.errors import RouterError
 from extproc.policies.base import CandidateT, Choice
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker
-from tests.builders import Fleet, make_fleet, make_worker
+from tests.builders import Fleet, make_fleet, make_worker, routing_settings
 
 
 def pool(count: int, **common: int) -> list[Worker]:
@@ -208,6 +208,23 @@ async def test_fallbacks_are_distinct_and_never_the_chosen_worker(
         assert len(set(decision.destinations)) == named
         assert decision.destinations[0] == f"10.0.0.{turn % workers + 1}:8000"
         assert decision.worker_url == f"http://{decision.destinations[0]}"
+
+
+@pytest.mark.parametrize(
+    ("workers", "retry_busy", "named"), [(3, True, True), (1, True, False), (3, False, False)]
+)
+async def test_a_busy_answer_may_go_to_another_worker_if_there_is_one(
+    workers: int, retry_busy: bool, named: bool
+) -> None:
+    fleet = Fleet(pool(workers), settings=routing_settings(retry_busy=retry_busy))
+    assert (await fleet.route()).decision.retry_busy is named
+
+
+async def test_a_reported_busy_answer_is_recorded_for_the_worker_at_the_address() -> None:
+    fleet = Fleet(pool(2))
+    fleet.router.answered_busy("10.0.0.2:8000", 1.0)
+    fleet.router.answered_busy("10.9.9.9:8000", None)
+    assert fleet.outcomes() == {"http://10.0.0.2:8000": ["busy"]}
 
 
 async def test_the_less_loaded_of_the_drawn_fallbacks_come_first() -> None:

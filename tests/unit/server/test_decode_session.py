@@ -267,7 +267,7 @@ def test_the_response_headers_are_a_fact_to_settle_the_lease_by() -> None:
     message = response_headers(503, upstream=ADDRESS, details="via_upstream", end=True)
     assert receive(session, message) == Step(
         replies=(replies.with_retry_after(replies.RESPONSE_HEADERS_CONTINUE),),
-        response=Response(503, False, ADDRESS, "via_upstream", 0, True),
+        response=Response(503, False, ADDRESS, "via_upstream", 0, (), True),
     )
     # A second time they are passed on, and settle nothing.
     assert receive(session, message) == Step(replies=(replies.RESPONSE_HEADERS_CONTINUE,))

@@ -56,6 +56,9 @@ class PickDecode:
         self.leases.append(lease)
         return lease
 
+    def answered_busy(self, address: str, retry_after_seconds: float | None) -> None:
+        raise AssertionError(f"a report of another pass: {address}")
+
     async def route(self, request: Request) -> Lease:
         raise AssertionError(f"a question of the first pass: {request}")
 

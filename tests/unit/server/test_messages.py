@@ -1,10 +1,11 @@
-"""A request head that is looked up equals one that is parsed."""
+"""A request head that is looked up equals one that is parsed; reports of attempts are read."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.server.messages import RequestHeadTable
+from extproc.server.messages import RequestHeadTable, read_attempt
 
 _ID = "7b81811c-9cbc-4f3b-aa0a-52d02348ad88"
 _OTHER_ID = "00000000-0000-4000-8000-000000000001"
@@ -106,3 +107,31 @@ def test_a_look_up_gives_the_same_as_parsing(requests: list[list[tuple[str, str]
 def test_any_bytes_can_be_looked_up(raw: bytes) -> None:
     RequestHeadTable().find(raw + b"\x0a\x0cx-request-id\x1a\x24" + raw)
     RequestHeadTable().find(raw + b"\x0a\x0cx-request-id\x1a\x24\x0a\x0econtent-length\x1a")
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("3", 3),
+        ("0", 0),
+        ("", None),
+        ("-1", None),
+        ("1.5", None),
+        ("9999999999", None),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", None),
+    ],
+)
+def test_a_retry_after_in_seconds_is_read_from_the_report_of_an_attempt(
+    value: str, seconds: int | None
+) -> None:
+    headers = [(":status", "503"), ("retry-after", value)]
+    message = pb.ProcessingRequest(
+        response_headers=pb.HttpHeaders(
+            headers=pb.HeaderMap(
+                headers=[pb.HeaderValue(key=key, raw_value=text.encode()) for key, text in headers]
+            )
+        )
+    )
+    report = read_attempt(message)
+    assert (report.status, report.retry_after_seconds) == (503, seconds)
+    assert (report.number, report.address) == (0, "")

@@ -234,7 +234,7 @@ def test_the_response_headers_are_a_fact_to_settle_the_lease_by() -> None:
     message = response_headers(500, upstream=ADDRESS, content_type="text/event-stream")
     assert receive(session, message) == Step(
         replies=(replies.RESPONSE_HEADERS_CONTINUE,),
-        response=Response(500, True, ADDRESS, "via_upstream", 0, False),
+        response=Response(500, True, ADDRESS, "via_upstream", 0, (), False),
     )
 
 

@@ -198,7 +198,7 @@ def test_the_settings_come_from_the_configuration() -> None:
         config(
             models=[{"id": "m"}, {"id": "n", "pd": {"protocol": "nixl"}}],
             pd={"prefill_timeout_secs": 7.0, "prefill_linger_secs": 3.0},
-            proxy={"request_timeout_secs": 12.5, "fallback_workers": 4},
+            proxy={"request_timeout_secs": 12.5, "fallback_workers": 4, "retry_busy": False},
             server={"step_deadline_secs": 2.0},
         ),
         "Bearer x",
