@@ -24,6 +24,7 @@ __all__ = [
     "SteeringMembers",
     "is_steered",
     "is_steering_header",
+    "present_members",
 ]
 
 _ABSENT: Final = Raw(b"")
@@ -70,6 +71,12 @@ _ALL_ABSENT: Final = (_ABSENT,) * len(SteeringMembers.__struct_fields__)
 def is_steered(members: SteeringMembers) -> bool:
     """True if the body may have one of STEERING_MEMBERS, at its top or in one of MEMBER_MAPS."""
     return bool(_values_of(members) != _ALL_ABSENT)
+
+
+def present_members(members: SteeringMembers) -> dict[str, Raw]:
+    """The values that occur in the body, by name: STEERING_MEMBERS and MEMBER_MAPS."""
+    found = zip(SteeringMembers.__struct_fields__, _values_of(members), strict=True)
+    return {name: value for name, value in found if value is not _ABSENT}
 
 
 # SGLang and vLLM take the data-parallel rank from this header in place of the body's.

@@ -84,6 +84,10 @@ async def test_pairs_get_only_what_the_service_sends(tmp_path: Path, mode: str) 
         for request in (*prefills, *decodes):
             assert_not_steered(request, ours)
             assert request["bootstrap_host"] == "127.0.0.1"
+        fault = 'response-headers={"x-router-error-code":"evil"}'
+        async with running.chat(fault=fault) as response:
+            assert response.status == 200
+            assert "x-router-error-code" not in response.headers
         await running.at_rest()
 
 
