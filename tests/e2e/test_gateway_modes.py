@@ -11,6 +11,7 @@ from aiohttp import web
 
 from extproc.simulator.http import create_app
 from extproc.simulator.settings import SimulatorSettings
+from extproc.steering import STEERING_MEMBERS
 from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 
@@ -64,7 +65,7 @@ MODES: dict[str, dict[str, Any]] = {
 async def test_routing_works_in_every_body_mode(launch: Launch, mode: str) -> None:
     running = await launch(
         2,
-        worker={"prefill_tokens_per_second": 1e9},
+        worker={"prefill_tokens_per_second": 1e9, "log_requests": True},
         edit_bootstrap=with_modes(**MODES[mode]),
     )
     pad = "x" * 300_000
@@ -72,6 +73,8 @@ async def test_routing_works_in_every_body_mode(launch: Launch, mode: str) -> No
         fields: dict[str, Any] = (
             {"messages": [{"role": "user", "content": pad}]} if index % 2 else {}
         )
+        if index < 2:
+            fields |= dict.fromkeys(STEERING_MEMBERS, 0)
         async with running.chat(stream=index < 3, tokens=20, **fields) as response:
             assert response.status == 200, await response.text()
             body = await response.read()
@@ -83,6 +86,9 @@ async def test_routing_works_in_every_body_mode(launch: Launch, mode: str) -> No
     assert [stats["completed"] for stats in await running.fleet.stats()] == [3, 3]
     sizes = [request["body_bytes"] for request in await running.fleet.requests()]
     assert sum(size > 300_000 for size in sizes) == 3
+    if mode != "none":  # where the gateway shows no body
+        names = {name for one in await running.fleet.requests() for name in one["members"]}
+        assert names.isdisjoint(STEERING_MEMBERS)
     await wait_until(lambda: no_load(running), "load released")
 
 
