@@ -8,6 +8,7 @@ service's memory.
 
 import argparse
 import asyncio
+import shutil
 import sys
 import tempfile
 import time
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from extproc.testing.stack import StackError
+from tests.faults.faults import NAME_FAULTS
 from tests.faults.fleet import FleetOptions, running
+from tests.faults.names import namespaces_work
 from tests.faults.storm import Storm, StormOptions, fault_names
 
 _POLICIES: Final = ("round_robin", "min_ttft")
@@ -63,29 +66,38 @@ def arguments() -> argparse.Namespace:
 
 async def main() -> int:
     options = arguments()
+    wanted = options.faults.split(",") if options.faults else list(NAME_FAULTS)
+    can_move = bool(NAME_FAULTS.keys() & set(wanted)) and namespaces_work()
     failed = 0
     for policy in options.policy or _POLICIES:
         for fleet in options.fleet or _FLEETS:
-            kv_events = policy in ("min_ttft", "cache_aware_zmq")
-            faults = (
-                options.faults.split(",") if options.faults else fault_names(kv_events=kv_events)
-            )
-            storm_options = StormOptions(
-                seed=options.seed,
-                faults=tuple(faults),
-                seconds=None if options.requests else 60 * (options.minutes or 1.0),
-                requests=options.requests,
-                concurrency=options.concurrency,
-                every_seconds=options.every,
-                plain_errors_max=options.max_plain_errors,
-                growth_max=options.max_growth,
-            )
+            # The workers of a pair, which are outside the namespace, know each other by name.
+            named = can_move and fleet == "plain"
             fleet_options = FleetOptions(
-                workers=options.workers, policy=policy, disaggregated=fleet == "pd"
+                workers=options.workers, policy=policy, disaggregated=fleet == "pd", named=named
             )
-            print(f"== {fleet}, {policy}, seed {options.seed}")
-            failed += not await _storm(fleet_options, storm_options)
+            print(f"== {fleet}, {policy}, seed {options.seed}", flush=True)
+            failed += not await _storm(fleet_options, _storm_options(options, policy, named))
     return 1 if failed else 0
+
+
+def _storm_options(options: argparse.Namespace, policy: str, named: bool) -> StormOptions:
+    kv_events = policy in ("min_ttft", "cache_aware_zmq")
+    faults = (
+        options.faults.split(",")
+        if options.faults
+        else fault_names(kv_events=kv_events, named=named)
+    )
+    return StormOptions(
+        seed=options.seed,
+        faults=tuple(faults),
+        seconds=None if options.requests else 60 * (options.minutes or 1.0),
+        requests=options.requests,
+        concurrency=options.concurrency,
+        every_seconds=options.every,
+        plain_errors_max=options.max_plain_errors,
+        growth_max=options.max_growth,
+    )
 
 
 async def _storm(fleet_options: FleetOptions, options: StormOptions) -> bool:
@@ -101,7 +113,9 @@ async def _storm(fleet_options: FleetOptions, options: StormOptions) -> bool:
         print(line, flush=True)
     if storm.problems:
         print(f"logs: {folder}")
-    return not storm.problems
+        return False
+    shutil.rmtree(folder)
+    return True
 
 
 def _report(storm: Storm, seconds: float) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from tests.faults.fleet import Fleet, Worker
 from tests.faults.impostors import silent, swallowing, with_wrong_length
 
-__all__ = ["FLEET_FAULTS", "GATEWAY_FAULTS", "KV_FAULTS", "WORKER_FAULTS"]
+__all__ = ["FLEET_FAULTS", "GATEWAY_FAULTS", "KV_FAULTS", "NAME_FAULTS", "WORKER_FAULTS"]
 
 WorkerFault = Callable[[Worker], AbstractAsyncContextManager[None]]
 FleetFault = Callable[[Fleet], AbstractAsyncContextManager[None]]
@@ -101,6 +101,21 @@ async def _gateway_restarted(fleet: Fleet) -> AsyncIterator[None]:
     yield
 
 
+def _moved(address: str | None) -> FleetFault:
+    """The first worker's name gets another address or loses it, and then gets the old one again."""
+
+    @contextlib.asynccontextmanager
+    async def fault(fleet: Fleet) -> AsyncIterator[None]:
+        assert fleet.names is not None
+        fleet.names.move(0, address)
+        try:
+            yield
+        finally:
+            fleet.names.move(0, "127.0.0.1")
+
+    return fault
+
+
 WORKER_FAULTS: Final[Mapping[str, WorkerFault]] = {
     "kill": _killed,
     "hang": _stopped,
@@ -123,6 +138,11 @@ FLEET_FAULTS: Final[Mapping[str, FleetFault]] = {
     "service-kill": _service_killed,
     "service-restart": _service_restarted,
     "service-stop": _service_stopped,
+}
+# Only for workers with host names.
+NAME_FAULTS: Final[Mapping[str, FleetFault]] = {
+    "name-moves": _moved("127.0.0.9"),
+    "name-goes": _moved(None),
 }
 # Clients lose their connections in these.
 GATEWAY_FAULTS: Final[Mapping[str, FleetFault]] = {"gateway-restart": _gateway_restarted}

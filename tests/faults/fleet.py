@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from extproc.demo.tiny_model import write_model_folder
 from extproc.testing.stack import ManagedProcess, Stack, reserved_ports
+from tests.faults.names import Names
 
 __all__ = ["MODEL", "Fleet", "FleetOptions", "Worker", "running"]
 
@@ -22,11 +23,14 @@ _PAGE_TOKENS: Final = 16
 
 
 class FleetOptions(Struct, frozen=True, kw_only=True):
-    """`disaggregated`: half of the workers prefill, the others decode."""
+    """`disaggregated`: half of the workers prefill, the others decode. `named`: the service and
+    Envoy know the workers by host names, which can move.
+    """
 
     workers: int = 6
     policy: str = "round_robin"
     disaggregated: bool = False
+    named: bool = False
 
 
 class Worker:
@@ -76,12 +80,21 @@ class Worker:
 
 
 class Fleet:
-    """The service and Envoy with their workers, and an HTTP client."""
+    """The service and Envoy with their workers, and an HTTP client. `names` is None unless the
+    workers have host names.
+    """
 
-    def __init__(self, stack: Stack, workers: list[Worker], http: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        workers: list[Worker],
+        http: aiohttp.ClientSession,
+        names: Names | None = None,
+    ) -> None:
         self.stack = stack
         self.workers = workers
         self.http = http
+        self.names = names
         # Held by the fault that the service or the gateway has.
         self.busy = asyncio.Lock()
 
@@ -108,13 +121,30 @@ async def running(folder: Path, options: FleetOptions) -> AsyncIterator[Fleet]:
             exits.push_async_callback(_end, worker)
             workers.append(worker)
         await asyncio.gather(*(worker.start() for worker in workers))
-        stack = Stack(folder, [worker.url for worker in workers], _settings(model, options))
-        yield Fleet(await exits.enter_async_context(_restorable(stack)), workers, http)
+        names = Names(folder / "hosts", len(workers)) if options.named else None
+        stack = _stack(folder, workers, _settings(model, options), names)
+        yield Fleet(await exits.enter_async_context(_restorable(stack)), workers, http, names)
+
+
+def _stack(
+    folder: Path, workers: list[Worker], settings: dict[str, Any], names: Names | None
+) -> Stack:
+    if names is None:
+        return Stack(folder, [worker.url for worker in workers], settings)
+    urls = [f"http://{names.name(n)}:{worker.port}" for n, worker in enumerate(workers)]
+    stack = Stack(folder, urls, settings)
+    for part in ("service", "envoy"):
+        process: ManagedProcess = getattr(stack, part)
+        argv = names.using(list(process._argv))
+        setattr(stack, part, ManagedProcess(process.name, argv, process.log))
+    return stack
 
 
 def _command(ports: list[int], options: FleetOptions, number: int) -> list[str]:
     port, bootstrap, events, replay, load = ports
     command = [sys.executable, "-m", "extproc", "simulate", "--port", str(port)]
+    if options.named:
+        command += ["--host", "0.0.0.0"]
     if options.disaggregated:
         prefills = number < options.workers // 2
         command += ["--disaggregation-mode", "prefill" if prefills else "decode"]
@@ -132,7 +162,11 @@ def _settings(model: dict[str, Any], options: FleetOptions) -> dict[str, Any]:
     return {
         "models": [model],
         "proxy": {"request_timeout_secs": 10, "connect_timeout_secs": 1},
-        "discovery": {"introspection_retry_secs": 1, "introspection_interval_secs": 2},
+        "discovery": {
+            "introspection_retry_secs": 1,
+            "introspection_interval_secs": 2,
+            "static_urls": {"dns_ttl_secs": 1},
+        },
         "pd": {"response_timeout_secs": 6, "prefill_timeout_secs": 5},
         "envoy": {
             "stream_idle_timeout_secs": 12,

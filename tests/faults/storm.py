@@ -10,7 +10,13 @@ from msgspec import Struct
 
 from benchmarks.procs import rss_bytes
 from extproc.testing.stack import StackError, wait_until
-from tests.faults.faults import FLEET_FAULTS, GATEWAY_FAULTS, KV_FAULTS, WORKER_FAULTS
+from tests.faults.faults import (
+    FLEET_FAULTS,
+    GATEWAY_FAULTS,
+    KV_FAULTS,
+    NAME_FAULTS,
+    WORKER_FAULTS,
+)
 from tests.faults.fleet import Fleet, Worker
 from tests.faults.traffic import Outcome, Traffic
 
@@ -43,10 +49,11 @@ class StormOptions(Struct, frozen=True, kw_only=True):
     growth_max: float | None = None
 
 
-def fault_names(*, kv_events: bool) -> tuple[str, ...]:
+def fault_names(*, kv_events: bool, named: bool) -> tuple[str, ...]:
     """All faults that fit a fleet."""
     kv = KV_FAULTS if kv_events else {}
-    return (*WORKER_FAULTS, *kv, *FLEET_FAULTS, *GATEWAY_FAULTS)
+    names = NAME_FAULTS if named else {}
+    return (*WORKER_FAULTS, *kv, *FLEET_FAULTS, *names, *GATEWAY_FAULTS)
 
 
 class Storm:
@@ -125,11 +132,11 @@ class Storm:
 
     async def _fault(self, passed: float) -> None:
         name = next(self._deck)
-        if name in FLEET_FAULTS or name in GATEWAY_FAULTS:
+        fleet_faults = {**FLEET_FAULTS, **NAME_FAULTS, **GATEWAY_FAULTS}
+        if name in fleet_faults:
             async with self._fleet.busy:
                 self.log.append(f"{passed:6.1f} s  {name}")
-                fleet_fault = {**FLEET_FAULTS, **GATEWAY_FAULTS}[name]
-                async with fleet_fault(self._fleet):
+                async with fleet_faults[name](self._fleet):
                     await asyncio.sleep(self._options.every_seconds)
             return
         worker = self._victim()
