@@ -71,7 +71,11 @@ class LiveParts:
             config, shared, self.kv, encoders, self.prefill_client, self.manager.recheck
         )
         self.server = build_server(config, shared, self.routing)
-        shared.metrics.keep_models(self.routing.router.model_ids)
+        registry = shared.registry
+        shared.metrics.keep_only(
+            models=lambda: self.routing.choosers.keys(),
+            workers=lambda: {worker.url for worker in registry},
+        )
         self._register_collectors()
 
     def _register_collectors(self) -> None:
@@ -134,7 +138,6 @@ class LiveParts:
         if config.observability.log_level != self.config.observability.log_level:
             set_log_level(config.observability)
         self.config = config
-        shared.metrics.keep_models(router.model_ids)
         self.manager.reconfigure(config.models, introspection_settings(config))
         self._source.replace(static_urls_of(config))
         shared.tickets.limit(config.active_load.stale_request_timeout_secs)

@@ -5,7 +5,7 @@ on one event loop, and a locked counter costs several times as much per request.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from math import inf
 from typing import Generic, TypeVar
 
@@ -100,7 +100,7 @@ class Instruments(Collector):
 
     def __init__(self) -> None:
         # By the name of a label: series with other values of it are dropped at each scrape.
-        self.kept: dict[str, frozenset[str]] = {}
+        self.kept: dict[str, Callable[[], Collection[str]]] = {}
         self._counters: list[tuple[CounterSpec, Family[Counter]]] = []
         self._gauges: list[tuple[GaugeSpec, Family[Gauge]]] = []
         self._histograms: list[tuple[HistogramSpec, Family[Histogram]]] = []
@@ -121,7 +121,8 @@ class Instruments(Collector):
         return family
 
     def _drop(self) -> None:
-        for label, values in self.kept.items():
+        for label, kept in self.kept.items():
+            values = kept()
             for counted, counters in self._counters:
                 _keep(counters.children, counted.label_names, label, values)
             for measured, gauges in self._gauges:
@@ -152,7 +153,7 @@ def _keep(
     children: dict[tuple[str, ...], ChildT],
     names: Sequence[str],
     label: str,
-    values: frozenset[str],
+    values: Collection[str],
 ) -> None:
     """Keep the series of a family whose label has one of these values, if it has the label."""
     if label in names:

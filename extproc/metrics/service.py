@@ -4,7 +4,7 @@ The registry is passed in, never global. Gauges that are read at a scrape are ma
 collectors of `admin/`.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from prometheus_client import CollectorRegistry
 
@@ -64,9 +64,15 @@ class Metrics:
         self.prompt_tokens(model)
         self.cached_tokens(model)
 
-    def keep_models(self, models: Collection[str]) -> None:
-        """Show no series of other models from now on, even if their last requests still run."""
-        self._made.kept["model"] = frozenset(models)
+    def keep_only(
+        self, *, models: Callable[[], Collection[str]], workers: Callable[[], Collection[str]]
+    ) -> None:
+        """Drop the series of all others at each scrape.
+
+        Without this, the last requests of a model or worker that is gone would make them again.
+        `workers` gives URLs.
+        """
+        self._made.kept = {"model": models, "worker": workers}
 
     def forget_worker(self, worker: str) -> None:
         """Drop the series of a worker that left."""

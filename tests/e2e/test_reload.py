@@ -14,6 +14,7 @@ from extproc.simulator.http import start
 from extproc.simulator.settings import SimulatorSettings
 from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
+from tests.e2e.pd_fleet import pd_stack
 from tests.unit.simulator.model_folders import model_folder
 
 
@@ -223,15 +224,17 @@ async def test_a_worker_that_envoy_does_not_know_is_not_picked(
     file.unlink()
     (file / "in the way").mkdir(parents=True)
     new = await start(SimulatorSettings(model="m", decode_milliseconds_per_token=2.0))
+    # The file has addresses, so the service resolves the name.
+    url = f"http://localhost:{new.port}"
     try:
-        stack.config["discovery"]["static_urls"]["urls"].append(new.url)
+        stack.config["discovery"]["static_urls"]["urls"].append(url)
         assert (await stack.reload())["problems"] == []
 
         async def joined() -> bool:
-            return (await shown(running, new.url)).get("model") == "m"
+            return (await shown(running, url)).get("model") == "m"
 
         await wait_until(joined, "the worker has answered")
-        worker = await shown(running, new.url)
+        worker = await shown(running, url)
         assert (worker["known_to_gateway"], worker["ready"]) == (False, False)
         assert await running.sample("extproc_workers_unknown_to_gateway") == 1
         for _ in range(4):
@@ -240,7 +243,7 @@ async def test_a_worker_that_envoy_does_not_know_is_not_picked(
         assert len(await running.fleet.requests()) == 4
         (file / "in the way").rmdir()
         file.rmdir()
-        await wait_until(lambda: is_ready(running, new.url), "Envoy has the file")
+        await wait_until(lambda: is_ready(running, url), "Envoy has the file")
         running.fleet.workers.append(new)
         for _ in range(4):
             async with running.chat(tokens=1) as response:
@@ -317,3 +320,28 @@ async def test_a_second_sigterm_ends_the_drain_at_once(launch: Launch) -> None:
 
     await wait_until(draining, "the drain has begun")
     assert await service.stop(signal.SIGTERM) == -signal.SIGTERM
+
+
+async def test_pairs_whose_prefill_runs_survive_a_reload(tmp_path: Path) -> None:
+    """The second pass of a request may come under another configuration than its first one."""
+    slow = {"prefill_tokens_per_second": 20.0}
+    async with pd_stack(tmp_path, prefills=2, worker=slow) as running:
+        stack = running.stack
+        streams = [asyncio.create_task(read_stream(running, 20)) for _ in range(4)]
+
+        async def arrived() -> bool:
+            return len(await running.legs(running.prefills)) == 4
+
+        await wait_until(arrived, "the prefills have begun")
+        gone = running.prefills[0].url
+        for decode in ("inline", "two_pass"):
+            stack.config["pd"] = {"decode": decode, "prefill_timeout_secs": 80}
+            stack.config["models"][0]["policy"] = "random"
+            assert (await stack.reload())["problems"] == []
+        stack.config["discovery"]["static_urls"]["urls"].remove(gone)
+        assert (await stack.reload())["problems"] == []
+        assert all(await asyncio.gather(*streams))
+        await running.at_rest()
+        assert [url for url in await running.roles() if url == gone] == []
+        assert await running.sample("extproc_pd_pairs_total") == 4
+        assert await running.sample('extproc_pd_pairs_total{model="m",outcome="ok"}') == 4

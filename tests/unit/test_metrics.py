@@ -62,26 +62,32 @@ def test_only_the_series_of_a_forgotten_worker_vanish() -> None:
     metrics.forget_worker("http://never:1")
 
 
-def test_series_of_a_model_that_is_not_kept_vanish_also_when_they_come_late() -> None:
+def test_series_of_what_is_not_kept_vanish_also_when_they_come_late() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    for model in ("gone", "kept"):
-        metrics.fallbacks(model).inc()
-        metrics.response_seconds(model).observe(1.0)
-    metrics.keep_models(["kept"])
+    models, workers = {"gone", "kept"}, {"http://gone:1", "http://kept:1"}
+    metrics.keep_only(models=lambda: models, workers=lambda: workers)
 
-    def models() -> set[str]:
+    def requests() -> None:
+        for name in ("gone", "kept"):
+            metrics.response_seconds(name).observe(1.0)
+            for model in ("gone", "kept"):
+                metrics.worker_requests(f"http://{name}:1", model, "plain", "success").inc()
+
+    def shown(label: str) -> set[str]:
         return {
-            sample.labels["model"]
+            sample.labels[label]
             for family in registry.collect()
             for sample in family.samples
-            if "model" in sample.labels
+            if label in sample.labels
         }
 
-    assert models() == {"kept"}
-    # The last response of the model that was removed.
-    metrics.response_seconds("gone").observe(1.0)
-    assert models() == {"kept"}
-    metrics.keep_models(["kept", "gone"])
-    metrics.fallbacks("gone").inc()
-    assert registry.get_sample_value("extproc_fallback_served_total", {"model": "gone"}) == 1
+    requests()
+    assert (shown("model"), shown("worker")) == (models, workers)
+    models.remove("gone")
+    workers.remove("http://gone:1")
+    # The last responses of those that were removed.
+    requests()
+    assert (shown("model"), shown("worker")) == (models, workers)
+    sample = {"worker": "http://kept:1", "model": "kept", "role": "plain", "outcome": "success"}
+    assert registry.get_sample_value("extproc_worker_requests_total", sample) == 2
