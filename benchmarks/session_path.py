@@ -51,7 +51,11 @@ def messages(body_bytes: int, served: int) -> list[bytes]:
     answer = {":status": "200", "content-type": "application/json"}
     third = pb.ProcessingRequest(response_headers=pb.HttpHeaders(headers=_header_map(answer)))
     third.attributes["envoy.filters.http.ext_proc"].update(
-        {"upstream.address": f"10.0.0.{served + 1}:8000", "response.code_details": "via_upstream"}
+        {
+            "upstream.address": f"10.0.0.{served + 1}:8000",
+            "upstream.request_attempt_count": 1,
+            "response.code_details": "via_upstream",
+        }
     )
     return [message.SerializeToString() for message in (first, second, third)]
 

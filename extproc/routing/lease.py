@@ -28,6 +28,7 @@ BusyAnswers: TypeAlias = Sequence[tuple[str, bool]]
 
 _CLIENT_ERROR = 400
 _NOT_FOUND = 404
+_BUSY = (429, 503)
 _SERVER_ERROR = 500
 # Envoy's `response.code_details` for an answer of the upstream; others are Envoy's own replies.
 _VIA_UPSTREAM = "via_upstream"
@@ -147,7 +148,9 @@ class Lease:
                 self._answered_with_error(served, status)
             if served is not self.claim.worker:
                 self.claim.move(served, now)
-        if position >= 0:
+        if position >= 0 and busy and answered and status in _BUSY:
+            self._was_busy(self._named[position], busy, now)
+        elif position >= 0:
             self._settle(self._named[position], status, code_details, answered, now)
         elif answered:
             # The address may be a translated one, so no worker gets the outcome.
@@ -161,20 +164,25 @@ class Lease:
         """The worker at `address`, which is not the chosen one, was tried last."""
         parts, named, model = self._parts, self._named, self.decision.model
         walk = read_walk(position, attempts, len(named))
-        answered = dict(busy)
+        answered = {one for one, _ in busy}
         for tried in named[: walk.failed]:
-            recorded = answered.get(tried.address or "")
-            if recorded is None:
+            if tried.address in answered:
+                self._was_busy(tried, busy, now)
+            else:
                 parts.outcomes.failed(tried, model, now)
                 parts.recheck(tried)
-            elif not recorded:
-                parts.outcomes.busy(tried, model, now)
         if walk.passed_over:
             parts.gateway.passed_over(model, named[: walk.passed_over], address)
         elif position < 0:
             parts.gateway.left_the_list(model)
-        if not walk.failed or busy:
+        if not walk.failed:
             self.claim.give_back_probe()
+
+    def _was_busy(self, worker: Worker, busy: BusyAnswers, now: float) -> None:
+        """The worker answered 503 or 429: it is full, not broken."""
+        self.claim.give_back_probe()
+        if (worker.address, False) in busy:
+            self._parts.outcomes.busy(worker, self.decision.model, now)
 
     def _settle(
         self, worker: Worker, status: int, code_details: str, answered: bool, now: float

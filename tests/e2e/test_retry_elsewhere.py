@@ -50,6 +50,8 @@ async def test_a_busy_answer_goes_to_another_worker_and_is_recorded_for_its_own(
         assert await outcomes(running, worker, "error") == 0
     assert await outcomes(running, free, "success") == 7
     assert {one["breaker"] for one in await running.stack.workers()} == {"closed"}
+    for request in await running.fleet.requests():
+        assert not [name for name in request["headers"] if "retr" in name]
 
 
 async def test_with_all_workers_full_the_last_answer_passes_and_retries_have_a_budget(
@@ -57,7 +59,7 @@ async def test_with_all_workers_full_the_last_answer_passes_and_retries_have_a_b
 ) -> None:
     running = await launch(3)
     for worker in running.fleet.workers:
-        await set_faults(worker, status=503, hang=0.5)
+        await set_faults(worker, status=503, hang=0.8)
     clients = 60
 
     async def ask() -> int:
@@ -70,6 +72,11 @@ async def test_with_all_workers_full_the_last_answer_passes_and_retries_have_a_b
     # A third of those in flight, again a third of these; without a limit it were twice the clients.
     assert 0 < extra < clients
     await wait_until(lambda: no_load(running), "load released")
+    # Full workers are not broken: they are used as soon as they have room.
+    assert {one["breaker"] for one in await running.stack.workers()} == {"closed"}
+    for worker in running.fleet.workers:
+        await set_faults(worker)
+    assert await ask() == 200
 
 
 async def no_load(running: Running) -> bool:

@@ -476,6 +476,19 @@ async def test_a_worker_that_was_busy_has_not_failed(
     assert lease.served is case.workers[1]
 
 
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("here", [True, False])
+async def test_the_last_answer_is_busy_too_if_it_was_reported(status: int, here: bool) -> None:
+    case = Case()
+    lease = await case.lease()
+    busy = [(address, here) for address in ADDRESSES]
+    lease.responded(status, ADDRESSES[2], VIA, False, 3, busy)
+    assert case.states() == [CLOSED, CLOSED, CLOSED]
+    assert case.routing.outcomes() == ({} if here else {url: ["busy"] for url in URLS})
+    lease.close()
+    assert case.load() == [0, 0, 0]
+
+
 async def test_of_two_earlier_attempts_one_may_be_busy_and_the_other_refused() -> None:
     case = Case()
     lease = await case.lease()
