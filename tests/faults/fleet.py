@@ -12,7 +12,7 @@ import aiohttp
 from msgspec import Struct
 
 from extproc.demo.tiny_model import write_model_folder
-from extproc.testing.stack import ManagedProcess, Stack, reserved_ports
+from extproc.testing.stack import ManagedProcess, Stack, StackError, reserved_ports
 from tests.faults.names import Names
 
 __all__ = ["MODEL", "Fleet", "FleetOptions", "Worker", "running"]
@@ -178,7 +178,8 @@ def _settings(model: dict[str, Any], options: FleetOptions) -> dict[str, Any]:
 
 
 async def _end(worker: Worker) -> None:
-    worker.send(signal.SIGCONT)
+    with contextlib.suppress(StackError):  # it never started
+        worker.send(signal.SIGCONT)
     await worker.stop(signal.SIGKILL)
 
 

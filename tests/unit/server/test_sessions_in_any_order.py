@@ -356,6 +356,7 @@ class CorrectRoute(Stream):
         assert pieces[-1].end_of_stream == (not self.with_trailers)
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("machine", [WildRoute, WildDecode, CorrectRoute])
 def test_replies_are_well_formed_in_any_order(machine: type[Stream]) -> None:
     run_state_machine_as_test(machine, settings=SMALL_SETTINGS)
