@@ -57,7 +57,10 @@ PROMPTS_WITHOUT_TOKENS = _tokens.counter(
             "no_chat_template": "",
             "no_text": "an empty prompt, for instance",
             "template_error": "",
-            "template_limit": "the chat template takes too many steps or makes too long a value",
+            "template_limit": (
+                "the chat template takes too many steps, too long, or makes too long a value; "
+                "the log names the model"
+            ),
             "too_long": "",
             "unsupported": "a kind of request that this service cannot map to tokens",
         },

@@ -8,6 +8,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
+import structlog
+
 from extproc.clock import Clock
 from extproc.metrics.service import Metrics
 from extproc.routing.chooser import Chosen, PromptTokens
@@ -18,8 +20,10 @@ from extproc.routing.request import Request
 from extproc.tokenization.bodies.openai_chat import BodyFields
 from extproc.tokenization.bodies.prompts import Prompt
 from extproc.tokenization.encoder import Encoded
-from extproc.tokenization.reasons import BUSY
+from extproc.tokenization.reasons import BUSY, TEMPLATE_LIMIT
 from extproc.workers.worker import Worker
+
+_log = structlog.get_logger()
 
 __all__ = ["Encoder", "RankChooser"]
 
@@ -27,6 +31,7 @@ __all__ = ["Encoder", "RankChooser"]
 _BYTES_PER_TOKEN = 5
 _BODY_NOT_SEEN = "body_not_visible"
 _NO_EVENTS = "no_events"
+_WARN_SECONDS = 60.0
 _LATE = Encoded(None, BUSY)
 
 
@@ -70,6 +75,7 @@ class RankChooser:
         self._clock = clock
         self._patience_seconds = patience_seconds
         self._policy_name = placement.policy.name
+        self._warn_again_at = 0.0
         self._prompt_tokens = metrics.prompt_tokens(model)
         self._cached_tokens = metrics.cached_tokens(model)
 
@@ -91,6 +97,9 @@ class RankChooser:
         self._metrics.tokenization_seconds(self._model).observe(elapsed)
         if encoded.ids is None:
             self._metrics.prompts_without_tokens(self._model, encoded.reason).inc()
+            if encoded.reason == TEMPLATE_LIMIT and started >= self._warn_again_at:
+                self._warn_again_at = started + _WARN_SECONDS
+                _log.warning("chat_template_over_limit", model=self._model)
         seed = 0
         # The engine, too, takes the adapter in the model's name before the field.
         adapter = adapter or prompt.lora

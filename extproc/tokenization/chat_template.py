@@ -9,7 +9,7 @@ text is neither logged nor shown.
 import json
 from collections.abc import Callable
 from datetime import datetime
-from functools import partial
+from functools import lru_cache
 from typing import Any, Final, NoReturn
 
 import jinja2
@@ -17,7 +17,6 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
-from jinja2.utils import Namespace
 from msgspec import Struct
 
 from extproc.errors import ServiceError
@@ -32,14 +31,20 @@ from extproc.tokenization.reasons import (
     TOO_LONG,
     UNSUPPORTED,
 )
-from extproc.tokenization.template_limits import (
-    GROWING_METHODS,
-    LimitedEnvironment,
+from extproc.tokenization.template_budget import (
+    LARGE_CHARS,
+    SECONDS_MAX,
+    STEPS_MAX,
+    VALUE_MAX_LENGTH,
     TemplateLimitError,
-    check_arguments,
-    limit_steps,
-    limited,
+    check_content,
+    content_chars,
+    end_rendering,
+    start_rendering,
 )
+from extproc.tokenization.template_filters import METHODS
+from extproc.tokenization.template_limits import LimitedEnvironment, TemplateNamespace
+from extproc.tokenization.template_tree import check_source, limited
 from extproc.tokenization.tokenizer_files import TokenizerFiles
 
 __all__ = ["ChatTemplates", "RenderedChat", "iterates_over_parts", "template_environment"]
@@ -49,14 +54,13 @@ _WITH_TOOLS: Final = "tool_use"
 _MEDIA_WORDS: Final = ("image", "audio", "video", "vision")
 _MESSAGE_NAMES: Final = frozenset({"message", "msg", "m"})
 _DICT_ATTRIBUTES: Final = frozenset(dir(dict))
-# All methods but those that read attributes of their arguments or can make long texts.
-_STR_METHODS: Final = (
-    frozenset(name for name in dir(str) if not name.startswith(("_", "format"))) - GROWING_METHODS
-)
+_STR_METHODS: Final = METHODS[str]
 _TOOL_FIELDS: Final = frozenset({"type", "function", "defer_loading"})
 # The texts of all tools together; the tools themselves take several times as much.
 _TOOL_TEXTS_MAX_CHARS: Final = 1 << 22
-_SURROUNDINGS: Final = frozenset({LoopContext, Namespace})
+_INDENT_MAX: Final = 16
+_TIME_FORMAT_MAX_CHARS: Final = 256
+_SURROUNDINGS: Final = frozenset({LoopContext, TemplateNamespace})
 _PLAIN: Final = frozenset({bool, dict, float, int, list, str})
 # A template with both words belongs to a family that uses another name for a low effort.
 _LOW_EFFORT_WORDS: Final = ("low_effort", "truncate_history_thinking")
@@ -99,9 +103,35 @@ class ChatTemplates:
             raise TokenizerError(f"chat template {template_name!r} does not exist, {known}")
         self._default = compiled.get(template_name or _DEFAULT)
         self._with_tools = compiled.get(template_name or _WITH_TOOLS) or self._default
+        for name, template in compiled.items():
+            self._try(f"{files.template_files[name]} ({name})", template)
 
-    def render(self, chat: ChatPrompt, max_chars: int) -> RenderedChat:
-        """The text of a chat; raises UnmappableError."""
+    def _try(self, where: str, template: "_Template") -> None:
+        """Raise TokenizerError for a template that has no bound even with a short chat."""
+        variables = {
+            "messages": [{"role": "user", "content": "x"}],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            **self._special_tokens,
+            **self._default_kwargs,
+        }
+        try:
+            template.render(variables, VALUE_MAX_LENGTH, 1.0)
+        except _TemplateFailedError:
+            # It may need other messages.
+            pass
+        except UnmappableError:
+            raise TokenizerError(
+                f"{where}: the chat template takes too many steps, too much time or too long "
+                "values, even for a chat of one word"
+            ) from None
+
+    def render(self, chat: ChatPrompt, max_chars: int, *, share: float = 1.0) -> RenderedChat:
+        """The text of a chat; raises UnmappableError.
+
+        `share`: the part of the time and the steps of a rendering that it may take.
+        """
         template = self._default if chat.tools is None else self._with_tools
         if template is None:
             raise UnmappableError(NO_CHAT_TEMPLATE)
@@ -117,14 +147,14 @@ class ChatTemplates:
             **self._kwargs(chat, template),
         }
         try:
-            return RenderedChat(template.render(variables, max_chars), continued)
+            return RenderedChat(template.render(variables, max_chars, share), continued)
         except _TemplateFailedError:
             if chat.tools is None:
                 raise UnmappableError(TEMPLATE_ERROR) from None
         # The engine tries once more, for templates that want functions in place of tools.
         variables["tools"] = [tool["function"] for tool in chat.tools]
         try:
-            return RenderedChat(template.render(variables, max_chars), continued)
+            return RenderedChat(template.render(variables, max_chars, share), continued)
         except _TemplateFailedError:
             raise UnmappableError(TEMPLATE_ERROR) from None
 
@@ -148,18 +178,22 @@ class _TemplateFailedError(ServiceError):
 class _Template:
     def __init__(self, environment: LimitedEnvironment, source: str, where: str) -> None:
         try:
+            check_source(source)
             tree = environment.parse(source)
             self.keep_parts = iterates_over_parts(source, tree)
             self._template = environment.from_string(limited(tree, environment))
-        except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
-            raise TokenizerError(f"{where}: the chat template does not compile: {error}") from error
+        except Exception as error:
+            # Python, too, refuses code that is nested too deep, with several kinds of errors.
+            raise TokenizerError(
+                f"{where}: the chat template does not compile: {error or type(error).__name__}"
+            ) from error
         self.renames_low_effort = all(word in source for word in _LOW_EFFORT_WORDS)
 
-    def render(self, variables: dict[str, Any], max_chars: int) -> str:
+    def render(self, variables: dict[str, Any], max_chars: int, share: float) -> str:
         written: list[str] = []
         room = max_chars
-        limit_steps(variables)
         # Jinja's render() would rewrite errors with the lines of the template, which takes time.
+        start_rendering(int(STEPS_MAX * share), SECONDS_MAX * share)
         try:
             context = self._template.new_context(variables)
             for piece in self._template.root_render_func(context):
@@ -171,6 +205,8 @@ class _Template:
             raise UnmappableError(TEMPLATE_LIMIT) from None
         except Exception:
             raise _TemplateFailedError from None
+        finally:
+            end_rendering()
         if room < 0:
             raise UnmappableError(TOO_LONG)
         return "".join(written)
@@ -223,7 +259,7 @@ class _Environment(LimitedEnvironment):
                 except KeyError:
                     return self.undefined(obj=obj, name=attribute)
         elif kind is str:
-            if attribute in _STR_METHODS:
+            if attribute in _STR_METHODS and len(obj) <= LARGE_CHARS:
                 return getattr(obj, attribute)
         elif kind in _SURROUNDINGS and not attribute.startswith("_"):
             value = getattr(obj, attribute, None)
@@ -280,22 +316,16 @@ class _ToJson:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        check_arguments(value, indent, separators)
-        dump = partial(
-            json.dumps,
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
+        dump = _json_encoder(ensure_ascii, indent, separators and tuple(separators), sort_keys)
         if type(value) is not dict or value.keys() != _TOOL_FIELDS:
-            return dump()
+            _check_json(value, indent, separators)
+            return dump(value)
         key = (id(value), ensure_ascii, indent, str(separators), sort_keys)
         kept = self._texts.get(key)
         if kept is not None and kept[0] is value:
             return kept[1]
-        text = dump()
+        _check_json(value, indent, separators)
+        text = dump(value)
         self._chars += len(text)
         if self._chars > _TOOL_TEXTS_MAX_CHARS:
             self._texts.clear()
@@ -304,10 +334,36 @@ class _ToJson:
         return text
 
 
+@lru_cache(maxsize=16)
+def _json_encoder(
+    ensure_ascii: bool,
+    indent: int | str | None,
+    separators: tuple[str, str] | None,
+    sort_keys: bool,
+) -> Callable[[Any], str]:
+    """What `json.dumps` makes for each call."""
+    return json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    ).encode
+
+
+def _check_json(value: Any, indent: int | str | None, separators: Any) -> None:
+    if (
+        indent is not None and (indent if isinstance(indent, int) else len(indent)) > _INDENT_MAX
+    ) or (separators is not None and content_chars(separators) > _INDENT_MAX):
+        raise TemplateLimitError
+    if type(value) is not dict:
+        # A template can make a long list in small steps. The content of a dict was checked when
+        # it was made.
+        check_content(value)
+
+
 def _raise_exception(message: Any) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
 def _strftime_now(form: str) -> str:
+    if len(form) > _TIME_FORMAT_MAX_CHARS:
+        raise TemplateLimitError
     # The engine uses its own clock and time zone, which are assumed to be the same as here.
     return datetime.now().strftime(form)

@@ -33,6 +33,7 @@ from extproc.tokenization.reasons import (
     ENCODE_ERROR,
     NO_TEXT,
     REASONS,
+    TEMPLATE_LIMIT,
     TOO_LONG,
     UNSUPPORTED,
 )
@@ -46,6 +47,11 @@ _Result = TypeVar("_Result")
 
 # So many ids are turned into text on the loop.
 _DECODED_INLINE_MAX_TOKENS: Final = 4096
+# A larger body is looked at for many small parts, which take longer than long texts.
+_SMALL_BODY_BYTES: Final = 32 * 1024
+_PARTS_INLINE_MAX: Final = 1024
+# Of the steps and the time of a rendering. What takes more begins again in a thread.
+_INLINE_SHARE: Final = 0.02
 
 
 class Encoded(NamedTuple):
@@ -180,7 +186,14 @@ class PromptEncoder:
         if it is larger than `max_body_bytes` or the queue is full; then the prompt has a reason.
         """
         if fields is not None:
-            return prompt_of(path, fields, len(body))
+            if not _has_many_parts(body):
+                return prompt_of(path, fields, len(body))
+            # The size lets the rendering, too, take place in a thread.
+            size = max(len(body), self._settings.inline_body_bytes + 1)
+            try:
+                return await self._pool.run(lambda: prompt_of(path, fields, size))
+            except EncoderBusyError:
+                return Prompt(reason=BUSY, body_bytes=size)
         if len(body) <= self._settings.inline_body_bytes:
             return read_prompt(path, body)
         if len(body) > self._settings.max_body_bytes:
@@ -252,7 +265,12 @@ class PromptEncoder:
         ):
             rendered = await self._off_loop(render)
         else:
-            rendered = self._at_once(render)
+            try:
+                rendered = self._at_once(partial(render, share=_INLINE_SHARE))
+            except UnmappableError as refused:
+                if refused.reason != TEMPLATE_LIMIT:
+                    raise
+                rendered = await self._off_loop(render)
         ids = await self._encode_text(rendered.text, False)
         if rendered.continued:
             # The engine encodes the beginning of the answer separately, with special tokens, and
@@ -265,7 +283,7 @@ class PromptEncoder:
 
     async def _encode_text(self, text: str, with_special: bool) -> NDArray[np.uint64]:
         texts = self._texts
-        if len(text) > self._settings.inline_body_bytes:
+        if len(text) > self._settings.inline_body_bytes or texts.has_many_pieces(text):
             self.stats.off_loop += 1
             return await self._off_loop(lambda: texts.encode(texts.look_up(text, with_special)))
         looked_up = self._at_once(partial(texts.look_up, text, with_special))
@@ -289,3 +307,11 @@ class PromptEncoder:
         result, seconds = await self._pool.run(timed)
         self.stats.seconds += seconds
         return result
+
+
+def _has_many_parts(body: bytes | bytearray) -> bool:
+    """True for JSON of many small values, such as calls of tools; prose has fewer commas."""
+    return len(body) > _SMALL_BODY_BYTES and (
+        body.count(b"{") + body.count(b"[") > _PARTS_INLINE_MAX
+        or body.count(b",") > 8 * _PARTS_INLINE_MAX
+    )

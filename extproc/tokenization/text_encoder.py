@@ -35,6 +35,10 @@ _PIECE_STRIDE_CHARS: Final = 1024
 _PROOF_STRIDE_CHARS: Final = 8
 _PROOF_TOKENS: Final = 48
 _PROOF_WORDS_BYTES: Final = 1 << 20
+# A text is looked at for many added tokens if it is longer.
+_SHORT_TEXT_CHARS: Final = 16 * 1024
+_MANY_TOKENS: Final = 1024
+_STARTS_MAX: Final = 16
 # One part in so many of the memory is for words.
 _WORDS_SHARE: Final = 8
 
@@ -94,6 +98,8 @@ class TextEncoder:
             (packed(side) for side in plan.around) if plan.around else (b"", b"")
         )
         self._around_known = plan.around is not None
+        tokens = plan.raw_tokens + plan.normalized_tokens
+        self._token_starts = "".join({token[0] for token in tokens})
         self._splitter: PieceSplitter | None = None
         self._words: WordEncoder | None = None
         if not self.unsafe and cache_bytes:
@@ -112,6 +118,15 @@ class TextEncoder:
     def cache_bytes(self) -> int:
         """Memory taken by pieces and words."""
         return self.cache.bytes + (self._words.size_bytes if self._words is not None else 0)
+
+    def has_many_pieces(self, text: str) -> bool:
+        """True for a text that may have so many added tokens that cutting it takes long."""
+        if len(text) <= _SHORT_TEXT_CHARS or self._splitter is None:
+            return False
+        starts = self._token_starts
+        if len(starts) > _STARTS_MAX:
+            return True
+        return sum(map(text.count, starts)) > _MANY_TOKENS
 
     def look_up(self, text: str, with_special: bool) -> LookedUp:
         """Cut a text and find the tokens of its pieces.

@@ -212,6 +212,30 @@ async def test_without_a_visible_body_load_decides(pool: StartPool) -> None:
     assert shown["reason"] == "no_tokens"
 
 
+async def test_a_chat_template_without_end_leaves_requests_routed_by_load(
+    pool: StartPool, tmp_path: Path
+) -> None:
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    again = "{% set ns.l = [ns.l, ns.l] %}"
+    template = (
+        "{% if messages | length > 1 %}{% set ns = namespace(l=[1]) %}"
+        f"{{% for n in range(9999) %}}{again}{{% endfor %}}{{{{ ns.l }}}}{{% endif %}}"
+        "{{ messages[0].content }}"
+    )
+    path = model_folder(hostile, template)
+    fleet = await pool(2, model={"tokenizer_path": path})
+    messages = [{"role": "user", "content": LONG}]
+    _, shown = await fleet.chat("", messages=messages * 2)
+    assert shown["reason"] == "no_tokens"
+    metrics = await fleet.running.stack.metrics()
+    name = 'extproc_prompts_without_tokens_total{model="m",reason="template_limit"}'
+    assert metrics[name] == 1
+    # The service is well.
+    _, shown = await fleet.chat("", messages=messages)
+    assert shown["reason"] != "no_tokens"
+
+
 async def test_requests_with_the_same_new_prefix_go_to_one_worker(pool: StartPool) -> None:
     """No worker holds the prefix yet: the first request is in prefill when others come."""
     fleet = await pool(4, "min_ttft", worker={"prefill_tokens_per_second": 2000.0})

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
+import structlog
 
 from extproc.config.models import PolicyName
 from extproc.errors import RouterError
@@ -24,6 +25,13 @@ class BusyEncoder(ByteEncoder):
     async def encode(self, prompt: Prompt) -> Encoded:
         await asyncio.sleep(60)
         return await super().encode(prompt)
+
+
+class LimitedEncoder(ByteEncoder):
+    """An encoder whose chat template takes too many steps."""
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        return Encoded(None, "template_limit")
 
 
 async def make_fleet(
@@ -127,6 +135,18 @@ async def test_a_prompt_is_routed_without_tokens_that_are_late(fleet: MakeFleet)
     assert lease.decision.reason == "no_tokens"
     assert pool.metric("extproc_prompts_without_tokens_total", model="m", reason="busy") == 1
     lease.close()
+
+
+async def test_a_template_over_its_limits_is_named_with_its_model_once_a_minute(
+    fleet: MakeFleet,
+) -> None:
+    pool = await fleet(encoder=LimitedEncoder())
+    with structlog.testing.capture_logs() as events:
+        for _ in range(3):
+            (await pool.complete(TEXT)).close()
+    assert events == [{"event": "chat_template_over_limit", "model": "m", "log_level": "warning"}]
+    reason = {"model": "m", "reason": "template_limit"}
+    assert pool.metric("extproc_prompts_without_tokens_total", **reason) == 3
 
 
 @pytest.mark.parametrize(

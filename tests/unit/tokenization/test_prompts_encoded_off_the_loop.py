@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from extproc.clock import SystemClock
-from extproc.tokenization.bodies.prompts import Prompt, read_prompt
+from extproc.tokenization.bodies.prompts import Prompt, decode_fields, read_prompt
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import (
     EncodeFailedError,
@@ -147,9 +148,9 @@ async def test_large_bodies_are_read_and_rendered_in_threads(
     threads: list[str] = []
     render = encoder._templates.render
 
-    def noting(*arguments: Any) -> Any:
+    def noting(*arguments: Any, **options: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return render(*arguments)
+        return render(*arguments, **options)
 
     monkeypatch.setattr(encoder._templates, "render", noting)
     for content in ("short", _words(500)):
@@ -313,3 +314,67 @@ async def test_responses_of_models_with_the_harmony_format_are_unsupported(tmp_p
     body = b'{"input": "x", "messages": [{"role": "user", "content": "x"}]}'
     assert (await encoder.encode(read_prompt("/v1/responses", body))).reason == "unsupported"
     assert (await encoder.encode(read_prompt("/v1/chat/completions", body))).reason == ""
+
+
+# -- many small parts, in bodies that are not large
+
+
+def _call(arguments: str) -> dict[str, Any]:
+    return {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def _calls(*calls: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": list(calls)},
+        {"role": "user", "content": "x"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "<|im_end|>" * 24_000}],
+        _calls(*[_call('{"a": [1, 2]}')] * 2400),
+        _calls(_call(json.dumps({"a": [1] * 80_000}))),
+    ],
+    ids=["special tokens", "calls", "arguments"],
+)
+async def test_many_small_parts_take_little_time_of_the_loop(
+    tmp_path: Path, messages: list[dict[str, Any]]
+) -> None:
+    encoder = _encoder(tmp_path)
+    path, body = "/v1/chat/completions", json.dumps({"messages": messages}).encode()
+    assert len(body) < 256 * 1024
+    fields = decode_fields(path, body)
+    # Times of the processor, which do not depend on what else runs on the machine.
+    of_loop, of_all = time.thread_time(), time.process_time()
+    encoded = await encoder.encode(await encoder.read(path, body, fields))
+    of_loop, of_all = time.thread_time() - of_loop, time.process_time() - of_all
+    assert encoded.ids is not None
+    assert of_loop < of_all / 3
+
+
+async def test_many_small_parts_wait_in_the_bounded_queue(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path, threads=1, max_waiting=0)
+    path = "/v1/chat/completions"
+    body = json.dumps({"messages": _calls(*[_call("{}")] * 2000)}).encode()
+    release = threading.Event()
+    running = asyncio.create_task(encoder._pool.run(release.wait))
+    await asyncio.sleep(0)
+    prompt = await encoder.read(path, body, decode_fields(path, body))
+    assert prompt.reason == "busy"
+    release.set()
+    await running
+
+
+async def test_a_rendering_that_takes_long_begins_again_in_a_thread(tmp_path: Path) -> None:
+    source = (
+        "{% for n in range(30000) %}{% endfor %}"
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+    folder = model_folder(tmp_path, o200k(), {"chat_template": source})
+    encoder = PromptEncoder.load(folder, EncoderSettings(), SystemClock())
+    encoded = await encoder.encode(_chat("x"))
+    assert encoded.ids is not None
+    assert encoded.ids.tolist() == o200k().encode("x").ids

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from extproc.tokenization import template_limits
+from extproc.tokenization import chat_template
 from extproc.tokenization.bodies.openai_chat import ChatPrompt
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.errors import UnmappableError
@@ -29,8 +29,10 @@ def _render(source: str, *contents: str) -> str:
 
 
 def _refused(source: str, *contents: str) -> str:
+    # The chat of the trial at start is another one.
+    source = "{% if messages[0].content != 'x' %}" + source + "{% endif %}"
     with pytest.raises(UnmappableError) as caught:
-        _render(source, *contents)
+        _render(source, *(contents if contents != ("x",) else ("y",)))
     return caught.value.reason
 
 
@@ -79,7 +81,7 @@ def test_steps_are_counted_for_each_rendering_alone() -> None:
 def test_slow_steps_are_stopped_by_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     source = "{% for a in range(9) %}{{ range(99) | list | length }}{% endfor %}"
     assert _render(source, "x") == "99" * 9
-    monkeypatch.setattr(template_limits, "_SECONDS_MAX", 0.0)
+    monkeypatch.setattr(chat_template, "SECONDS_MAX", 0.0)
     assert _refused(source, "x") == "template_limit"
 
 
@@ -141,7 +143,6 @@ def test_a_list_or_a_number_that_doubles_in_each_step_is_stopped(first: str, dou
         "{{ 'x'.ljust(10**9) }}",
         "{{ 'x'.zfill(width=10**9) if false else 'x'.rjust(10**9) }}",
         "{{ '\t'.expandtabs(10**9) }}",
-        "{{ 'x'.translate({120: 'y'}) }}",
         "{{ ('x' | attr('center'))(10**9) }}",
         "{{ 'x' | center(10**9) }}",
         "{{ 'x\ny' | indent(10**9) }}",
@@ -166,6 +167,10 @@ def test_one_operation_that_makes_a_huge_value_is_refused(source: str) -> None:
     "source",
     [
         "{{ (1).to_bytes(10**9, 'big') }}",
+        "{{ (1).from_bytes([255] * 9999, 'big') }}",
+        "{{ 'x'.translate({120: 'y'}) }}",
+        "{{ messages[0].content.encode('punycode') | length }}",
+        "{{ {}.fromkeys(range(99999), [1]) | length }}",
         "{{ 'x'.encode().ljust(10**9) }}",
         "{{ 'x'['ljust'](10**9) }}",
         "{{ lipsum(n=10**6) }}",
