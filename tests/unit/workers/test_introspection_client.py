@@ -109,3 +109,15 @@ async def test_an_engine_that_is_not_there_is_unreachable(host: str) -> None:
 async def test_the_client_refuses_calls_outside_its_context() -> None:
     with pytest.raises(RuntimeError, match="context"):
         await AiohttpIntrospectionClient(None, None).get(parse_worker_url("http://a"), "/", 1.0)
+
+
+async def test_another_key_is_used_from_the_next_request_on() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text=request.headers.get("authorization", "none"))
+
+    async with engine(handler) as url, AiohttpIntrospectionClient("old", None) as client:
+        seen = []
+        for key in ("old", "new", None):
+            client.use(key, None)
+            seen.append((await client.get(url, "/", 5.0)).body.decode())
+    assert seen == ["Bearer old", "Bearer new", "none"]
