@@ -23,7 +23,8 @@ from extproc.headers import (
 __all__ = ["attempt_filters", "retry_limits"]
 
 _BUSY: Final = ("429", "503")
-_REPORT_SECONDS: Final = 0.5
+# An answer that could not be reported in time counts as if no report was sent.
+_REPORT_SECONDS: Final = 2.0
 _BUDGET_PERCENT: Final = 20
 # Retries at a time that are always allowed, however few requests are in flight.
 _RETRIES_MIN: Final = 5

@@ -326,6 +326,8 @@ class Streams:
         self, session_context: SessionContext, decider: Decider, settings: StreamSettings
     ) -> None:
         """Serve the streams that open from now on with these; open ones stay as they are."""
+        # The same name as before, for requests that began before.
+        session_context.responses.replica = self.session_context.responses.replica
         self.session_context = session_context
         self.decider = decider
         self.settings = settings

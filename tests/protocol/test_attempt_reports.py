@@ -4,11 +4,13 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import msgspec
 import pytest
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
+from extproc.server.messages import ResponseTable
 from tests.protocol.exchange import (
     Envoy,
     Service,
@@ -84,6 +86,19 @@ async def test_a_report_to_another_replica_is_recorded_with_the_response() -> No
     async with serving(service), stream(service) as envoy:
         await routed(envoy)
         reports = {"1": f"{FIRST} another"}
+        await envoy.send(with_reports(response_headers(upstream=SECOND, attempts=2), reports))
+        await envoy.reply()
+        assert busy_counts(service) == [1, 0]
+
+
+async def test_a_reload_between_report_and_response_records_nothing_twice() -> None:
+    service = Service(["m"], 2, retry_busy=True)
+    async with serving(service), stream(service) as envoy:
+        await routed(envoy)
+        streams = service.server.streams
+        renewed = msgspec.structs.replace(streams.session_context, responses=ResponseTable())
+        streams.use(renewed, service, streams.settings)
+        reports = await report(service, FIRST, 1)
         await envoy.send(with_reports(response_headers(upstream=SECOND, attempts=2), reports))
         await envoy.reply()
         assert busy_counts(service) == [1, 0]
