@@ -132,7 +132,11 @@ async def test_over_a_unix_socket(launch: Launch, tmp_path: Path) -> None:
     assert await running.sample("extproc_requests_total") == 1
 
 
-async def test_an_https_worker_is_verified(launch: Launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("endpoints_file", [False, True])
+async def test_an_https_worker_is_verified(
+    launch: Launch, tmp_path: Path, endpoints_file: bool
+) -> None:
+    envoy = {"endpoints_file": str(tmp_path / "endpoints.json")} if endpoints_file else {}
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -145,7 +149,7 @@ async def test_an_https_worker_is_verified(launch: Launch, tmp_path: Path) -> No
         # A plain worker beside it: both kinds in one cluster.
         running = await launch(
             1,
-            settings={"workers": {"ca_file": str(tmp_path / "ca.pem")}},
+            settings={"workers": {"ca_file": str(tmp_path / "ca.pem")}, "envoy": envoy},
             urls=lambda urls: [*urls, f"https://localhost:{port}"],
         )
         workers = set()
