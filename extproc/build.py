@@ -293,9 +293,9 @@ def assemble_routing(
 ) -> Routing:
     """The router over `choosers`, which are by model id; see build_router for the others."""
     clock, metrics = shared.clock, shared.metrics
-    claims = Claims(shared.tickets, ranks)
+    claims = Claims(shared.tickets, ranks, metrics.last_resort)
     if before is None:
-        outcomes = WorkerOutcomes(metrics)
+        outcomes = WorkerOutcomes(metrics, shared.registry)
         gateway = GatewayWatch(clock, shared.registry, metrics, choosers)
         pairs = Pairs(clock, metrics.pd, linger_seconds=settings.pd.linger_seconds)
     else:

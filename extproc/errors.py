@@ -57,6 +57,7 @@ __all__ = [
     "prefill_failed",
     "prefill_refused",
     "request_timeout",
+    "retry_after_seconds",
     "routing_timeout",
     "service_overloaded",
     "stale_request_expired",
@@ -67,6 +68,7 @@ __all__ = [
 # The `retry-after` of a 503: a worker comes back within a few introspections or health checks,
 # not within milliseconds.
 RETRY_AFTER_SECONDS: Final = 1
+_RETRY_AFTER_MAX_CHARS: Final = 12
 
 # Anthropic's API: /v1/messages, and the paths below it.
 ANTHROPIC_PATH: Final = "/v1/messages"
@@ -313,3 +315,15 @@ def unsupported_body_mode() -> RouterError:
 def stale_request_expired() -> RouterError:
     """504: the request is older than `active_load.stale_request_timeout_secs`."""
     return RouterError("stale_request_expired", 504, "request expired before completion")
+
+
+def retry_after_seconds(value: str) -> float | None:
+    """Read the header `retry-after`; None for a date, which engines do not send, and for junk."""
+    value = value.strip()
+    if (
+        len(value) > _RETRY_AFTER_MAX_CHARS
+        or not value.isascii()
+        or not value.replace(".", "", 1).isdigit()
+    ):
+        return None
+    return float(value)

@@ -9,10 +9,17 @@ import grpc.aio
 import pytest
 import uvloop
 from grpc.aio import init_grpc_aio
+from hypothesis import HealthCheck, settings
 
 from tests.leftovers import OpenThings, lost_objects, open_tasks
 
 _BEFORE = pytest.StashKey[OpenThings]()
+
+# How long an example takes says how busy the machine is, and nothing about the code.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

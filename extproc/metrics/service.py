@@ -32,6 +32,7 @@ class Metrics:
         self.response_seconds = made.histogram(table.RESPONSE_HEADERS_SECONDS)
         self.worker_requests = made.counter(table.WORKER_REQUESTS)
         self.missed = made.counter(table.DESTINATION_MISSED)
+        self.last_resort = made.counter(table.LAST_RESORT)
         self.fallbacks = made.counter(table.FALLBACK_SERVED)
         self.stale_requests = made.counter(table.STALE_REQUESTS)()
         self.streams_open = made.gauge(table.STREAMS_OPEN)()
@@ -76,9 +77,10 @@ class Metrics:
 
     def forget_worker(self, worker: str) -> None:
         """Drop the series of a worker that left."""
-        children = self.worker_requests.children
-        for values in [values for values in children if values[0] == worker]:
-            del children[values]
+        for family in (self.worker_requests, self.last_resort):
+            children = family.children
+            for values in [values for values in children if values[0] == worker]:
+                del children[values]
 
 
 class PdMetrics:

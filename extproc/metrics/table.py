@@ -79,7 +79,8 @@ WORKER_REQUESTS = _requests.counter(
         {
             "success": "",
             "error": "5xx, refused, broken off or timed out before the response headers",
-            "busy": "503 or 429 in an attempt after which another worker was tried",
+            "busy": "the worker answered 503 or 429, so it is avoided for a moment",
+            "silent": "a patient client left; the worker had answered no request, and others had",
             "cancelled": "the client left first, or the other worker of a pair failed",
         },
     ),
@@ -102,6 +103,12 @@ GATEWAY_IGNORES = _requests.gauge(
     "extproc_gateway_ignores_destinations",
     "1 while most requests of a model are served elsewhere than decided, else 0.",
     "model",
+)
+LAST_RESORT = _requests.counter(
+    "extproc_last_resort_total",
+    "Requests sent to a worker that is to be avoided, since all of its pool are.",
+    "worker",
+    _ROLE,
 )
 FALLBACK_SERVED = _requests.counter(
     "extproc_fallback_served_total",
@@ -168,7 +175,7 @@ WORKER_IN_FLIGHT = _requests.gauge(
 )
 WORKER_BREAKER_STATE = _requests.gauge(
     "extproc_worker_breaker_state",
-    "Circuit breaker by worker: 0 closed, 1 open, 2 half-open.",
+    "Circuit breaker by worker: 0 closed, 1 open, 2 half-open, 3 avoided for a moment.",
     "worker",
 )
 TICKETS_OPEN = _requests.gauge(

@@ -6,16 +6,19 @@ taken in one step of the event loop, so that the next decision sees it, and give
 object on every way a request can end. Claims are made nowhere else.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
+from extproc.metrics.instruments import Counter
 from extproc.routing.placement import Placed, PlacedBooking
 from extproc.routing.rank import Rank
-from extproc.workers.circuit_breaker import NO_PROBE
+from extproc.workers.circuit_breaker import NO_PROBE, BreakerState
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Worker
 
 __all__ = ["Claim", "Claims", "WorkerRanks"]
+
+_CLOSED: Final = BreakerState.CLOSED
 
 
 class WorkerRanks(Protocol):
@@ -36,7 +39,10 @@ class Claim:
     ) -> None:
         self._claims = claims
         self._booking = booking
-        self._probe = worker.breaker.claim(now)
+        breaker = worker.breaker
+        if breaker.state is not _CLOSED and not breaker.would_allow(now):
+            claims.last_resort(worker.url, worker.role).inc()
+        self._probe = breaker.claim(now)
         self.worker = worker
         self.ticket = claims.tickets.book(worker, now)
         if booking is not None:
@@ -69,9 +75,13 @@ class Claim:
 class Claims:
     """Makes claims."""
 
-    def __init__(self, tickets: Tickets, ranks: WorkerRanks) -> None:
+    def __init__(
+        self, tickets: Tickets, ranks: WorkerRanks, last_resort: Callable[[str, str], Counter]
+    ) -> None:
+        """`last_resort` counts, by URL and role, claims that the breaker would not allow."""
         self.tickets = tickets
         self.ranks = ranks
+        self.last_resort = last_resort
 
     def take(
         self, worker: Worker, now: float, placed: Placed | None = None, *, streamed: bool = True

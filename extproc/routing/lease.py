@@ -16,7 +16,7 @@ from extproc.metrics.service import Metrics
 from extproc.routing.claim import Claim
 from extproc.routing.decision import Decision
 from extproc.routing.gateway_watch import GatewayWatch
-from extproc.routing.outcomes import WorkerOutcomes
+from extproc.routing.outcomes import BUSY_STATUSES, WorkerOutcomes
 from extproc.routing.walk import read_walk
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker
@@ -28,8 +28,8 @@ BusyAnswers: TypeAlias = Sequence[tuple[str, bool]]
 
 _CLIENT_ERROR = 400
 _NOT_FOUND = 404
-_BUSY = (429, 503)
 _SERVER_ERROR = 500
+_TOO_MANY_REQUESTS = 429
 # Envoy's `response.code_details` for an answer of the upstream; others are Envoy's own replies.
 _VIA_UPSTREAM = "via_upstream"
 # Envoy's own replies that a worker has caused: refused, broken off, silent for too long.
@@ -113,13 +113,14 @@ class Lease:
         streamed: bool,
         attempts: int = 0,
         busy: BusyAnswers = (),
+        retry_after: float | None = None,
     ) -> None:
         """Envoy has response headers, its own or the worker's.
 
         `address` is the `ip:port` that was tried last, "" without a try; `code_details` as
         Envoy's `response.code_details`, "" from gateways that do not send it. `attempts` is the
         number of attempts, 0 from gateways that do not send it. `busy` are the answers of attempts
-        that were reported before.
+        that were reported before. `retry_after` is the value of that header in seconds.
         """
         if self._settled:
             return
@@ -132,7 +133,7 @@ class Lease:
         # A gateway that sends no details is trusted to have asked the worker.
         answered = code_details in (_VIA_UPSTREAM, "")
         if not address:
-            self._settle(self._named[0], status, code_details, answered, now)
+            self._settle(self._named[0], status, code_details, answered, retry_after)
             return
         destinations, gateway = decision.destinations, parts.gateway
         if address == destinations[0]:
@@ -148,10 +149,10 @@ class Lease:
                 self._answered_with_error(served, status)
             if served is not self.claim.worker:
                 self.claim.move(served, now)
-        if position >= 0 and busy and answered and status in _BUSY:
+        if position >= 0 and busy and answered and status in BUSY_STATUSES:
             self._was_busy(self._named[position], busy, now)
         elif position >= 0:
-            self._settle(self._named[position], status, code_details, answered, now)
+            self._settle(self._named[position], status, code_details, answered, retry_after)
         elif answered:
             # The address may be a translated one, so no worker gets the outcome.
             self.served = served
@@ -169,7 +170,7 @@ class Lease:
             if tried.address in answered:
                 self._was_busy(tried, busy, now)
             else:
-                parts.outcomes.failed(tried, model, now)
+                parts.outcomes.failed(tried, model, now, self._decided_at)
                 parts.recheck(tried)
         if walk.passed_over:
             parts.gateway.passed_over(model, named[: walk.passed_over], address)
@@ -185,22 +186,31 @@ class Lease:
             self._parts.outcomes.busy(worker, self.decision.model, now)
 
     def _settle(
-        self, worker: Worker, status: int, code_details: str, answered: bool, now: float
+        self,
+        worker: Worker,
+        status: int,
+        code_details: str,
+        answered: bool,
+        retry_after: float | None,
     ) -> None:
         """Record what this response says about the worker."""
         outcomes, model = self._parts.outcomes, self.decision.model
+        now, sent_at = self._parts.clock.monotonic(), self._decided_at
         if answered:
             self.served = worker
             if status < _CLIENT_ERROR:
                 self.claim.started(now)
-            if status < _SERVER_ERROR:
-                outcomes.succeeded(worker, model)
+            if status < _SERVER_ERROR and status != _TOO_MANY_REQUESTS:
+                outcomes.succeeded(worker, model, now, sent_at)
                 return
             if not self._failed_for_want_of_prefill():
-                outcomes.failed(worker, model, now)
+                if status in BUSY_STATUSES:
+                    outcomes.busy(worker, model, now, retry_after, sent_at)
+                else:
+                    outcomes.server_error(worker, model, now, sent_at)
                 return
         elif code_details.startswith(_WORKER_FAILED) and _OVERFLOW not in code_details:
-            outcomes.failed(worker, model, now)
+            outcomes.failed(worker, model, now, sent_at)
             self._parts.recheck(worker)
             return
         # Envoy's own reply, or another worker's fault.
@@ -225,7 +235,8 @@ class Lease:
                 # Another worker has the request.
                 parts.outcomes.undecided(chosen, model)
             else:
-                parts.outcomes.failed(chosen, model, parts.clock.monotonic())
+                now = parts.clock.monotonic()
+                parts.outcomes.failed(chosen, model, now, self._decided_at)
         on_abort, self.on_abort = self.on_abort, None
         if on_abort is not None:
             on_abort(error)
@@ -237,10 +248,18 @@ class Lease:
         self._closed = True
         claim = self.claim
         if not self._settled:
-            # The client left before an answer: that says nothing about the worker.
             self._settled = True
-            self._parts.outcomes.undecided(claim.worker, self.decision.model)
+            self._left_without_an_answer()
         self.on_abort = None
         claim.ticket.owner = None
         if not claim.ticket.estimated:
             claim.release()
+
+    def _left_without_an_answer(self) -> None:
+        """The client left before the response headers."""
+        parts, model, worker = self._parts, self.decision.model, self.claim.worker
+        if parts.gateway.ignores(model):
+            parts.outcomes.undecided(worker, model)
+        else:
+            now = parts.clock.monotonic()
+            parts.outcomes.abandoned(worker, model, now, self._decided_at)

@@ -1,37 +1,111 @@
 """Records what requests say about workers: on the breaker, in the metrics and in the log."""
 
+import math
+
 import structlog
 
 from extproc.metrics.service import Metrics
 from extproc.workers.circuit_breaker import BreakerState
-from extproc.workers.worker import Worker
+from extproc.workers.pool_faults import PoolFaults
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.worker import Role, Worker
 
-__all__ = ["WorkerOutcomes"]
+__all__ = ["BUSY_STATUSES", "WorkerOutcomes"]
 
 _log = structlog.get_logger()
 
+# A worker that is full answers with one of them.
+BUSY_STATUSES = (429, 503)
+# Clients that leave sooner may have changed their mind.
+_PATIENCE_SECONDS = 2.0
+# Many clients, or one with many requests, may leave in one moment.
+_SILENCE_COUNTS_EACH_SECONDS = 0.3
+
 
 class WorkerOutcomes:
-    """Each request that a worker was claimed for ends in one of these."""
+    """Each request that a worker was claimed for ends in one of these.
 
-    __slots__ = ("_worker_requests",)
+    `sent_at` is when the worker was claimed for the request.
+    """
 
-    def __init__(self, metrics: Metrics) -> None:
+    __slots__ = ("_faults", "_registry", "_silent_at", "_worker_requests")
+
+    def __init__(self, metrics: Metrics, registry: WorkerRegistry) -> None:
         self._worker_requests = metrics.worker_requests
+        self._registry = registry
+        self._faults: dict[tuple[str, Role], PoolFaults] = {}
+        self._silent_at: dict[str, float] = {}
 
-    def succeeded(self, worker: Worker, model: str) -> None:
-        """The worker answered, and not with a 5xx."""
-        if worker.breaker.state is not BreakerState.CLOSED:
-            _log.info("breaker_closed", worker=worker.url, model=model)
-        worker.breaker.success()
-        self._count(worker, model, "success")
-
-    def failed(self, worker: Worker, model: str, now: float) -> None:
-        """The worker answered with a 5xx, or not at all."""
+    def succeeded(self, worker: Worker, model: str, now: float, sent_at: float) -> None:
+        """The worker answered, and not with a 5xx or with 429."""
         breaker = worker.breaker
         before = breaker.state
-        breaker.failure(now)
-        if breaker.state is not before:
+        breaker.success(now, sent_at)
+        if before is not breaker.state and before is not BreakerState.BUSY:
+            _log.info("breaker_closed", worker=worker.url, model=model)
+        self._faults_of(worker, model).answered(worker.id, now)
+        self._count(worker, model, "success")
+
+    def busy(
+        self,
+        worker: Worker,
+        model: str,
+        now: float,
+        retry_after: float | None = None,
+        sent_at: float = math.inf,
+    ) -> None:
+        """The worker answered that it has no room, with 503 or 429; `retry_after` in seconds."""
+        worker.breaker.busy(now, retry_after, sent_at)
+        self._faults_of(worker, model).heard_from(worker.id, now)
+        self._count(worker, model, "busy")
+
+    def server_error(self, worker: Worker, model: str, now: float, sent_at: float) -> None:
+        """The worker answered with another 5xx, which may be the fault of the request."""
+        breaker = worker.breaker
+        breaker.success(now, sent_at)  # it answers
+        seconds = self._faults_of(worker, model).failed(worker.id, now, breaker.threshold)
+        if seconds and len(self._registry.pool_of(model, worker.role)) > 1:
+            breaker.avoid(now, seconds)
+            _log.warning("worker_suspected", worker=worker.url, model=model, seconds=seconds)
+        self._count(worker, model, "error")
+
+    def failed(self, worker: Worker, model: str, now: float, sent_at: float) -> None:
+        """The worker did not answer: it refused, broke off, or was silent for too long."""
+        self._fail(worker, model, now, sent_at)
+        self._count(worker, model, "error")
+
+    def abandoned(self, worker: Worker, model: str, now: float, sent_at: float) -> None:
+        """The client left before the worker answered.
+
+        That says nothing, unless the client was patient, and the worker has answered no
+        request since while others did.
+        """
+        if (
+            now - sent_at < _PATIENCE_SECONDS
+            or worker.breaker.answered_at > sent_at
+            or not self._faults_of(worker, model).others_answered_since(worker.id, sent_at)
+        ):
+            self.undecided(worker, model)
+            return
+        if now - self._silent_at.get(worker.id, -math.inf) >= _SILENCE_COUNTS_EACH_SECONDS:
+            self._silent_at = {
+                one.id: self._silent_at[one.id]
+                for one in self._registry
+                if one.id in self._silent_at
+            }
+            self._silent_at[worker.id] = now
+            self._fail(worker, model, now, sent_at)
+        self._count(worker, model, "silent")
+
+    def undecided(self, worker: Worker, model: str) -> None:
+        """The request ended without a sign of the worker's health."""
+        self._count(worker, model, "cancelled")
+
+    def _fail(self, worker: Worker, model: str, now: float, sent_at: float) -> None:
+        breaker = worker.breaker
+        before = breaker.state
+        breaker.failure(now, sent_at)
+        if breaker.state is BreakerState.OPEN and before is not BreakerState.OPEN:
             _log.warning(
                 "breaker_opened",
                 worker=worker.url,
@@ -39,17 +113,13 @@ class WorkerOutcomes:
                 failures=breaker.threshold,
                 cool_down_secs=breaker.cool_down_seconds,
             )
-        self._count(worker, model, "error")
 
-    def busy(
-        self, worker: Worker, model: str, now: float, retry_after_seconds: float | None = None
-    ) -> None:
-        """The worker answered 503 or 429 in an attempt, and another one got the request."""
-        self._count(worker, model, "busy")
-
-    def undecided(self, worker: Worker, model: str) -> None:
-        """The request ended without a sign of the worker's health."""
-        self._count(worker, model, "cancelled")
+    def _faults_of(self, worker: Worker, model: str) -> PoolFaults:
+        key = (model, worker.role)
+        faults = self._faults.get(key)
+        if faults is None:
+            faults = self._faults[key] = PoolFaults()
+        return faults
 
     def _count(self, worker: Worker, model: str, outcome: str) -> None:
         self._worker_requests(worker.url, model, worker.role, outcome).inc()

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
+from extproc.errors import retry_after_seconds
 from extproc.headers import (
     ATTEMPTS_NAMESPACE,
     CONTENT_ENCODING_HEADER,
@@ -62,7 +63,6 @@ _ID_MARK: Final = b"\x0a\x0cx-request-id\x1a" + bytes((_ID_CHARS,))
 _LENGTH_MARK: Final = b"\x0a\x0econtent-length\x1a"
 _LENGTH_MAX_DIGITS: Final = 20
 _ATTEMPTS_MAX: Final = 100
-_RETRY_AFTER_MAX_DIGITS: Final = 6
 
 _FULL_DUPLEX: Final = pb.ProcessingMode.FULL_DUPLEX_STREAMED
 
@@ -277,16 +277,14 @@ class AttemptReport(NamedTuple):
     number: int
     address: str
     status: int
-    retry_after_seconds: int | None
+    retry_after_seconds: float | None
 
 
 def read_attempt(message: pb.ProcessingRequest) -> AttemptReport:
     """Read the response headers message of one attempt."""
     status, _, digits = _read_response(message.response_headers.headers)
-    in_seconds = digits.isdecimal() and len(digits) <= _RETRY_AFTER_MAX_DIGITS
-    retry_after = int(digits) if in_seconds else None
     address, _, number = _served_by(message)
-    return AttemptReport(number, address, status, retry_after)
+    return AttemptReport(number, address, status, retry_after_seconds(digits))
 
 
 def _read_response(headers: pb.HeaderMap) -> tuple[int, bool, str]:

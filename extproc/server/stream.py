@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.errors import RouterError, internal_error, routing_timeout
+from extproc.errors import RouterError, internal_error, retry_after_seconds, routing_timeout
 from extproc.metrics.service import Metrics
 from extproc.routing.lease import Lease
 from extproc.routing.local_endpoints import Answer
@@ -158,6 +158,7 @@ class Stream:
             response.streamed,
             response.attempts,
             response.busy,
+            retry_after_seconds(response.retry_after) if response.retry_after else None,
         )
         if response.end_of_stream:
             lease.close()

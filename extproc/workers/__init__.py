@@ -2,7 +2,8 @@
 
 Begin with `registry`, which routing reads, and `manager`, which fills it: `source` delivers
 discovery's events, `introspection` asks the engines, `membership` registers, changes and
-removes workers and notifies each `observer`. A `worker` has a `circuit_breaker`, open `tickets`
+removes workers and notifies each `observer`. A `worker` has a `circuit_breaker`,
+`pool_faults` tells a worker's fault from a request's, open `tickets`
 count its requests, and `rank_load` estimates the load of one of its ranks. Only
 `introspection_client` and `prefill_client` import aiohttp; `engine_calls` has their protocols.
 """
@@ -15,6 +16,7 @@ __all__ = [
     "manager",
     "membership",
     "observer",
+    "pool_faults",
     "prefill_client",
     "prefill_speed",
     "rank_load",

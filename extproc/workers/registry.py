@@ -5,7 +5,7 @@ is checked and inserted in one step of the event loop, so two workers cannot bre
 plain workers and prefill or decode workers of one model never mix.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -59,12 +59,17 @@ class WorkerRegistry:
         return self._pools[role].get(model, ())
 
     def candidates(self, model: str, role: Role, now: float) -> list[Worker]:
-        """The workers of `pool_of` whose circuit breaker lets a request through at `now`."""
+        """The workers of `pool_of` whose circuit breaker lets a request through at `now`.
+
+        If no worker is allowed, the half that has not failed for longest is tried as the last
+        resort: no answer is worse than the answer of a worker that may have recovered.
+        """
+        pool = self._pools[role].get(model, ())
         return [
             worker
-            for worker in self._pools[role].get(model, ())
+            for worker in pool
             if worker.breaker.state is _CLOSED or worker.breaker.would_allow(now)
-        ]
+        ] or _last_resort(pool)
 
     def is_disaggregated(self, model: str) -> bool:
         """True if a worker of the model has the role prefill or decode, with or without address."""
@@ -160,3 +165,9 @@ class WorkerRegistry:
         }
         self._disaggregated = frozenset(disaggregated)
         self._by_address = by_address
+
+
+def _last_resort(pool: Sequence[Worker]) -> list[Worker]:
+    """The half of the workers, at least two, that has not failed for longest."""
+    ordered = sorted(pool, key=lambda worker: worker.breaker.failed_at)
+    return ordered[: max(2, (len(ordered) + 1) // 2)]

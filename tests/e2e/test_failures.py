@@ -43,8 +43,10 @@ async def test_with_all_workers_dead_clients_get_503_until_they_recover(launch: 
         await worker.stop()
     async with running.chat() as response:
         assert await running.error(response) == (503, "upstream_unreachable")
+    # Their breakers are open: they are tried as the last resort.
     async with running.chat() as response:
-        assert await running.error(response) == (503, "no_healthy_workers")
+        assert await running.error(response) == (503, "upstream_unreachable")
+    assert await running.sample("extproc_last_resort_total") == 1
     again = await start(SimulatorSettings(model="m", port=running.fleet.workers[0].port))
     try:
 

@@ -265,12 +265,16 @@ def response_headers(
     attempts: int = 0,
     content_type: str = "application/json",
     served: str = "",
+    retry_after: str = "",
     end: bool = False,
 ) -> pb.ProcessingRequest:
     """Envoy's message with its attributes; `served` is the endpoint picker protocol's name."""
     message = pb.ProcessingRequest(
         response_headers=pb.HttpHeaders(
-            headers=header_map({":status": str(status), "content-type": content_type}),
+            headers=header_map(
+                {":status": str(status), "content-type": content_type}
+                | ({"retry-after": retry_after} if retry_after else {})
+            ),
             end_of_stream=end,
         )
     )

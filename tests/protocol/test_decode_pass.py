@@ -13,6 +13,7 @@ from google.protobuf.json_format import MessageToDict
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.routing.pd.decode_order import DecodeOrder
 from extproc.workers.circuit_breaker import BreakerState
+from extproc.workers.engine_calls import EngineUnreachableError
 from tests.protocol.exchange import (
     Envoy,
     Service,
@@ -210,7 +211,7 @@ async def test_without_a_worker_only_the_last_attempt_is_final(attempt: int, ret
     async with service() as running:
         async with stream(running) as first:
             order = order_of(await first_pass(first))
-            running.fleet.trip(*running.fleet.decodes)
+            running.fleet.leave(*running.fleet.decodes)
             async with stream(running, DECODE) as second:
                 await second.send(decode_headers(order, attempt))
                 reply = await second.reply()
@@ -278,7 +279,7 @@ async def test_a_failed_prefill_is_answered_while_the_client_waits() -> None:
     async with service(threshold=1) as running:
         async with stream(running) as first:
             await first_pass(first)
-            running.fleet.prefill_client.calls[0].respond(500)
+            running.fleet.prefill_client.calls[0].fail(EngineUnreachableError("broken off"))
             reply = await first.reply()
             assert error(reply)[:2] == (502, "prefill_failed")
             assert running.fleet.prefills[0].breaker.state is BreakerState.OPEN
@@ -332,7 +333,7 @@ async def test_our_deadline_leaves_no_prefill_behind() -> None:
 
 async def test_without_prefill_workers_the_error_comes_before_anything_is_sent() -> None:
     async with service() as running, stream(running) as first:
-        running.fleet.trip(*running.fleet.prefills)
+        running.fleet.leave(*running.fleet.prefills)
         reply = await first_pass(first)
         assert error(reply)[:2] == (503, "no_prefill_workers_available")
         assert running.fleet.prefill_client.posts == []

@@ -1,6 +1,7 @@
 """The response path: which worker served, when load is released, and what is echoed."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -105,19 +106,22 @@ async def test_an_abort_while_the_router_decides_leaves_nothing_behind() -> None
         assert service.in_flight == 0
 
 
-async def test_a_5xx_is_a_failure_and_a_429_is_a_success() -> None:
+async def test_a_500_is_an_error_and_503_and_429_mean_that_the_worker_is_busy() -> None:
     async with serving(Service(["m"], 1)) as service:
         for status in (500, 503, 429):
             async with stream(service) as envoy:
                 await routed(envoy)
-                await envoy.send(response_headers(status, upstream=FIRST))
+                await envoy.send(response_headers(status, upstream=FIRST, retry_after="3"))
                 await envoy.reply()
-        assert outcome(service, 0, "error") == 2
-        assert outcome(service, 0, "success") == 1
-        assert service.workers[0].breaker.state is BreakerState.CLOSED
+        assert outcome(service, 0, "error") == 1
+        assert outcome(service, 0, "busy") == 2
+        breaker, now = service.workers[0].breaker, time.monotonic()
+        assert breaker.state is BreakerState.BUSY
+        assert not breaker.would_allow(now + 0.5)
+        assert breaker.would_allow(now + 3.0)
 
 
-async def test_three_broken_requests_open_the_breaker_and_no_worker_is_left() -> None:
+async def test_three_broken_requests_open_the_breaker_of_a_worker_that_is_used_anyway() -> None:
     async with serving(Service(["m"], 1)) as service:
         for _ in range(3):
             async with stream(service) as envoy:
@@ -126,8 +130,9 @@ async def test_three_broken_requests_open_the_breaker_and_no_worker_is_left() ->
                 await envoy.reply()
         assert service.workers[0].breaker.state is BreakerState.OPEN
         async with stream(service) as envoy:
-            await envoy.send(request_headers(), request_body(llm_body()))
-            assert error((await envoy.replies(2))[1])[:2] == (503, "no_healthy_workers")
+            await routed(envoy)
+        url = service.workers[0].url
+        assert sample(service, "extproc_last_resort_total", worker=url, role="plain") == 1
 
 
 @pytest.mark.parametrize(

@@ -153,11 +153,14 @@ class Pair:
         streamed: bool,
         attempts: int = 0,
         busy: BusyAnswers = (),
+        retry_after: float | None = None,
     ) -> None:
         """As Lease.responded, for the response of the decode worker."""
         self._responded = status
         if self.decode is not None:
-            self.decode.responded(status, address, code_details, streamed, attempts, busy)
+            self.decode.responded(
+                status, address, code_details, streamed, attempts, busy, retry_after
+            )
         if status >= _CLIENT_ERROR:
             # The decode half of the request is over, so the prefill is not needed.
             if status >= _SERVER_ERROR and self.leg.explains_decode_failure():

@@ -190,6 +190,9 @@ class Disaggregation(WorkerObserver):
         """
         workers = self._registry.candidates(model, "decode", now)
         if addresses is not None:
+            if workers and not workers[0].breaker.would_allow(now):
+                # The last resort: those of this attempt are as good as any.
+                workers = list(self._registry.pool_of(model, "decode"))
             workers = [worker for worker in workers if worker.address in addresses]
         if not workers:
             raise no_decode_workers()

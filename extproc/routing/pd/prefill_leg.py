@@ -11,10 +11,11 @@ import structlog
 from msgspec import Struct
 
 from extproc.clock import Clock
-from extproc.errors import RouterError, prefill_failed, prefill_refused
+from extproc.errors import RouterError, prefill_failed, prefill_refused, retry_after_seconds
+from extproc.headers import RETRY_AFTER_HEADER
 from extproc.metrics.service import PdMetrics
 from extproc.routing.claim import Claim
-from extproc.routing.outcomes import WorkerOutcomes
+from extproc.routing.outcomes import BUSY_STATUSES, WorkerOutcomes
 from extproc.workers.engine_calls import (
     EngineAnswer,
     EngineTimeoutError,
@@ -30,6 +31,7 @@ _log = structlog.get_logger()
 _OK: Final = 200
 _REDIRECT: Final = 300
 _CLIENT_ERROR: Final = 400
+_TOO_MANY_REQUESTS: Final = 429
 _SERVER_ERROR: Final = 500
 # A decode worker that fails sooner has not failed because of the prefill: it has hardly waited.
 _OWN_FAILURE_SECONDS: Final = 1.0
@@ -101,24 +103,27 @@ class PrefillLeg:
         self._parts.recheck(self.worker)
 
     def _answered(self, answer: EngineAnswer) -> RouterError | None:
-        parts, status = self._parts, answer.status
+        parts, status, now = self._parts, answer.status, self._parts.clock.monotonic()
         if not (_OK <= status < _REDIRECT or _CLIENT_ERROR <= status < _SERVER_ERROR):
-            return self._failed("status_5xx")
+            return self._failed("status_5xx", answer)
         if status >= _CLIENT_ERROR:
             parts.metrics.prefill_failures(self.model, "status_4xx").inc()
         else:
-            now = parts.clock.monotonic()
             parts.metrics.prefill_seconds(self.model).observe(now - self._sent_at)
             self.claim.started(now)
-        parts.outcomes.succeeded(self.worker, self.model)
+        if status == _TOO_MANY_REQUESTS:
+            parts.outcomes.busy(self.worker, self.model, now, _retry_after(answer), self._sent_at)
+        else:
+            parts.outcomes.succeeded(self.worker, self.model, now, self._sent_at)
         self._end()
         if status < _CLIENT_ERROR:
             return None
         return prefill_refused(status, answer.body, answer.headers)
 
-    def _failed(self, reason: str) -> RouterError:
-        """It has failed, and by the worker's fault; returns the error for the client."""
-        parts = self._parts
+    def _failed(self, reason: str, answer: EngineAnswer | None = None) -> RouterError:
+        """It has failed, and not by the client's fault; returns the error for the client."""
+        parts, worker, model = self._parts, self.worker, self.model
+        now = parts.clock.monotonic()
         _log.warning(
             "prefill_attempt_failed",
             request_id=self._request_id,
@@ -127,7 +132,12 @@ class PrefillLeg:
             reason=reason,
         )
         parts.metrics.prefill_failures(self.model, reason).inc()
-        parts.outcomes.failed(self.worker, self.model, parts.clock.monotonic())
+        if answer is None:
+            parts.outcomes.failed(worker, model, now, self._sent_at)
+        elif answer.status in BUSY_STATUSES:
+            parts.outcomes.busy(worker, model, now, _retry_after(answer), self._sent_at)
+        else:
+            parts.outcomes.server_error(worker, model, now, self._sent_at)
         self._end()
         return prefill_failed()
 
@@ -149,3 +159,8 @@ class PrefillLeg:
     def _end(self) -> None:
         self._settled = True
         self.claim.release()
+
+
+def _retry_after(answer: EngineAnswer) -> float | None:
+    """The header `retry-after` in seconds."""
+    return retry_after_seconds(dict(answer.headers).get(RETRY_AFTER_HEADER, ""))

@@ -30,7 +30,7 @@ async def test_load_and_breaker_are_read_at_the_scrape() -> None:
     assert routing.metric("extproc_tickets_open") == 3
     assert routing.metric("extproc_worker_breaker_state", worker=A) == 0
     leases[0].close()
-    leases[1].responded(500, "10.0.0.1:8000", "via_upstream", streamed=False)
+    leases[1].responded(503, "", "upstream_reset_before_response", streamed=False)
     assert routing.metric("extproc_worker_in_flight", worker=A) == 2
     assert routing.metric("extproc_worker_breaker_state", worker=A) == 1
     worker.breaker.claim(routing.clock.monotonic() + 30.0)

@@ -42,7 +42,8 @@ class Case:
             make_worker(f"http://10.0.0.{n}:8000", order=n, threshold=1) for n in (1, 2, 3)
         )
         self.ranks = Ranks({self.chosen: 4, self.small: 1})
-        self.claims = Claims(make_shared().tickets, self.ranks)
+        self.shared = make_shared()
+        self.claims = Claims(self.shared.tickets, self.ranks, self.shared.metrics.last_resort)
 
     def placed(self, dp_rank: int) -> Placed:
         return Placed(

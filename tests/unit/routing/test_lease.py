@@ -17,7 +17,8 @@ REFUSED = (
 ADDRESSES = [f"10.0.0.{n}:8000" for n in (1, 2, 3)]
 URLS = [f"http://{address}" for address in ADDRESSES]
 UNKNOWN = "10.9.9.9:8000"
-CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+CLOSED, OPEN = BreakerState.CLOSED, BreakerState.OPEN
+HALF_OPEN, BUSY = BreakerState.HALF_OPEN, BreakerState.BUSY
 
 
 class Case:
@@ -82,7 +83,7 @@ FALLBACK_SERVED = "extproc_fallback_served_total"
 # -- which worker an outcome belongs to
 
 
-@pytest.mark.parametrize("status", [200, 201, 204, 301, 400, 401, 404, 408, 413, 422, 429, 499])
+@pytest.mark.parametrize("status", [200, 201, 204, 301, 400, 401, 404, 408, 413, 422, 499])
 async def test_an_answer_below_500_is_a_success(status: int) -> None:
     case = Case(threshold=2)
     case.chosen.breaker.failure(0.0)
@@ -94,20 +95,33 @@ async def test_an_answer_below_500_is_a_success(status: int) -> None:
     assert lease.served is case.chosen
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 504, 529, 599])
-async def test_a_5xx_is_a_failure_of_the_worker_that_served(status: int) -> None:
+@pytest.mark.parametrize("status", [500, 502, 504, 529, 599])
+async def test_a_5xx_counts_for_the_worker_and_opens_nothing_by_itself(status: int) -> None:
     case = Case()
     lease = await case.lease()
     lease.responded(status, ADDRESSES[0], VIA, streamed=False)
-    assert case.states() == [OPEN, CLOSED, CLOSED]
+    assert OPEN not in case.states()
     assert case.routing.outcomes() == {URLS[0]: ["error"]}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_worker_that_says_it_is_full_is_avoided_for_a_moment(status: int) -> None:
+    case = Case()
+    lease = await case.lease()
+    lease.responded(status, ADDRESSES[0], VIA, False, 1, retry_after=2.0)
+    assert case.states() == [BUSY, CLOSED, CLOSED]
+    now = case.routing.clock.monotonic()
+    assert not case.chosen.breaker.would_allow(now + 1.9)
+    assert case.chosen.breaker.would_allow(now + 2.0)
+    assert case.routing.outcomes() == {URLS[0]: ["busy"]}
 
 
 @pytest.mark.parametrize(
     ("position", "status", "states", "outcomes"),
     [
         (1, 200, [OPEN, CLOSED, CLOSED], {URLS[0]: ["error"], URLS[1]: ["success"]}),
-        (1, 500, [OPEN, OPEN, CLOSED], {URLS[0]: ["error"], URLS[1]: ["error"]}),
+        (1, 404, [OPEN, CLOSED, CLOSED], {URLS[0]: ["error"], URLS[1]: ["success"]}),
+        (1, 503, [OPEN, BUSY, CLOSED], {URLS[0]: ["error"], URLS[1]: ["busy"]}),
         (
             2,
             200,
@@ -212,7 +226,7 @@ async def test_a_gateway_without_attributes_is_taken_to_have_asked_the_chosen_wo
     case = Case()
     lease = await case.lease()
     lease.responded(status, "", details, streamed=False)
-    assert case.states() == [OPEN if status == 503 else CLOSED, CLOSED, CLOSED]
+    assert case.states() == [BUSY if status == 503 else CLOSED, CLOSED, CLOSED]
     assert lease.served is case.chosen
     assert missed(case.routing) == 0
 
@@ -274,11 +288,11 @@ async def test_envoys_own_reply_without_an_attempt_records_no_failure(details: s
     ("status", "address", "state"),
     [
         (200, ADDRESSES[0], CLOSED),
-        (429, ADDRESSES[0], CLOSED),
-        (500, ADDRESSES[0], OPEN),
+        (429, ADDRESSES[0], BUSY),
+        (500, ADDRESSES[0], CLOSED),
         (200, ADDRESSES[1], OPEN),
         (200, "", CLOSED),
-        (500, "", OPEN),
+        (500, "", CLOSED),
     ],
 )
 async def test_an_outcome_resolves_the_probe(
@@ -334,7 +348,7 @@ async def test_a_late_close_does_not_free_the_probe_of_another_request() -> None
     case = Case()
     first = await case.probe()
     case.chosen.breaker.failure(case.routing.clock.monotonic())
-    case.routing.clock.tick(30.0)
+    case.routing.clock.tick(60.0)
     await case.lease()
     first.close()
     assert not case.probe_is_free()
@@ -459,7 +473,7 @@ async def test_workers_that_refused_before_another_served_are_asked_again() -> N
         # Recorded when the attempt was reported, by this process.
         ([(ADDRESSES[0], True)], {URLS[1]: ["success"]}, CLOSED),
         # Reported to another replica.
-        ([(ADDRESSES[0], False)], {URLS[0]: ["busy"], URLS[1]: ["success"]}, CLOSED),
+        ([(ADDRESSES[0], False)], {URLS[0]: ["busy"], URLS[1]: ["success"]}, BUSY),
         # Not reported: the connection was refused.
         ([], {URLS[0]: ["error"], URLS[1]: ["success"]}, OPEN),
     ],
@@ -483,7 +497,7 @@ async def test_the_last_answer_is_busy_too_if_it_was_reported(status: int, here:
     lease = await case.lease()
     busy = [(address, here) for address in ADDRESSES]
     lease.responded(status, ADDRESSES[2], VIA, False, 3, busy)
-    assert case.states() == [CLOSED, CLOSED, CLOSED]
+    assert case.states() == [CLOSED if here else BUSY] * 3
     assert case.routing.outcomes() == ({} if here else {url: ["busy"] for url in URLS})
     lease.close()
     assert case.load() == [0, 0, 0]

@@ -73,8 +73,7 @@ async def test_a_model_is_served_by_its_own_workers_only() -> None:
 
 
 async def test_an_error_names_no_worker() -> None:
-    routing = make_fleet(pool(1))
-    open_breaker(routing, next(iter(routing.registry)))
+    routing = make_fleet([make_worker("http://10.0.0.1:8000", resolved=False)])
     assert "10.0.0" not in (await refused(routing)).message
 
 
@@ -121,9 +120,8 @@ async def test_a_booking_is_seen_by_the_next_decision() -> None:
 
 
 async def test_a_refused_request_books_nothing() -> None:
-    workers = pool(1)
+    workers = [make_worker("http://10.0.0.1:8000", resolved=False)]
     routing = make_fleet(workers)
-    open_breaker(routing, workers[0])
     await refused(routing)
     assert (workers[0].in_flight, len(routing.tickets)) == (0, 0)
 
@@ -147,15 +145,21 @@ async def test_a_policy_that_raises_leaves_no_ticket_and_no_probe() -> None:
 # -- breakers
 
 
-async def test_no_healthy_worker_is_503_until_the_cool_down() -> None:
-    workers = pool(2)
+async def test_with_all_breakers_open_those_that_failed_first_are_used_anyway() -> None:
+    workers = pool(5)
     routing = make_fleet(workers)
     for worker in workers:
         open_breaker(routing, worker)
-    routing.clock.tick(29.9)
-    assert (await refused(routing)).code == "no_healthy_workers"
-    routing.clock.tick(0.1)
-    await routing.route()
+        routing.clock.tick(1.0)
+    chosen = {(await routing.route()).decision.worker_url for _ in range(30)}
+    assert chosen == {worker.url for worker in workers[:3]}
+    assert {worker.breaker.state for worker in workers} == {BreakerState.OPEN}
+    url = workers[0].url
+    assert routing.metric("extproc_last_resort_total", worker=url, role="plain") == 10
+    # One that fails as the last resort makes room for another.
+    workers[0].breaker.failure(routing.clock.monotonic())
+    chosen = {(await routing.route()).decision.worker_url for _ in range(30)}
+    assert chosen == {worker.url for worker in workers[1:4]}
 
 
 async def test_an_open_worker_is_neither_chosen_nor_a_fallback() -> None:
@@ -188,7 +192,8 @@ async def test_the_probe_is_claimed_for_the_chosen_worker_and_only_once() -> Non
     assert states == [BreakerState.HALF_OPEN, BreakerState.OPEN]
     lease = await routing.route()
     assert lease.decision.destinations == ("10.0.0.2:8000",)
-    assert (await refused(routing)).status == 503
+    states = [worker.breaker.state for worker in workers]
+    assert states == [BreakerState.HALF_OPEN, BreakerState.HALF_OPEN]
 
 
 # -- fallbacks

@@ -157,7 +157,8 @@ async def test_the_second_headers_of_a_stream_pick_no_worker() -> None:
     [
         (200, "via_upstream", BreakerState.CLOSED),
         (422, "via_upstream", BreakerState.CLOSED),
-        (500, "via_upstream", BreakerState.OPEN),
+        (500, "via_upstream", BreakerState.CLOSED),
+        (503, "via_upstream", BreakerState.BUSY),
         (503, REFUSED, BreakerState.OPEN),
         (504, "stream_idle_timeout", BreakerState.OPEN),
         (413, "request_payload_too_large", BreakerState.CLOSED),

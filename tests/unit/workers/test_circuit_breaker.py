@@ -1,6 +1,4 @@
-"""The breaker's transitions and its single probe; a stateful comparison with a small model."""
-
-from typing import NamedTuple
+"""The breaker's transitions, its probes and its busy times; invariants of random histories."""
 
 import pytest
 from hypothesis import settings
@@ -9,7 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from extproc.workers.circuit_breaker import NO_PROBE, BreakerState, CircuitBreaker
 
-CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+CLOSED, OPEN = BreakerState.CLOSED, BreakerState.OPEN
+HALF_OPEN, BUSY = BreakerState.HALF_OPEN, BreakerState.BUSY
 
 
 def opened(*, threshold: int = 3, cool_down: float = 30.0, at: float = 0.0) -> CircuitBreaker:
@@ -45,7 +44,7 @@ def test_only_consecutive_failures_count() -> None:
     for _ in range(5):
         breaker.failure(0.0)
         breaker.failure(0.0)
-        breaker.success()
+        breaker.success(0.0, 0.0)
     assert breaker.state is CLOSED
 
 
@@ -84,25 +83,62 @@ def test_a_claim_before_the_cool_down_changes_nothing() -> None:
 def test_a_half_open_breaker_lets_one_probe_through() -> None:
     breaker, probe = probing()
     assert probe != NO_PROBE
-    assert not breaker.would_allow(1e9)
-    assert breaker.claim(1e9) == NO_PROBE
+    assert not breaker.would_allow(34.9)
+    assert breaker.claim(34.9) == NO_PROBE
+
+
+def test_probes_without_an_answer_are_joined_by_twice_as_many_every_five_seconds() -> None:
+    breaker, _ = probing()
+    claimed = []
+    for seconds in (0.0, 5.0, 10.0, 15.0, 20.0, 1000.0):
+        while breaker.claim(30.0 + seconds) != NO_PROBE:
+            pass
+        claimed.append(len(breaker._probes))
+    assert claimed == [1, 2, 4, 8, 8, 8]
 
 
 def test_a_successful_probe_closes_the_breaker_and_resets_its_count() -> None:
     breaker, _ = probing()
-    breaker.success()
+    breaker.success(31.0, 30.0)
     assert breaker.state is CLOSED
     breaker.failure(31.0)
     breaker.failure(31.0)
     assert breaker.state is CLOSED
 
 
-def test_a_failed_probe_opens_the_breaker_for_a_whole_cool_down() -> None:
+def test_each_failed_probe_makes_the_cool_down_longer_up_to_four_times() -> None:
     breaker, _ = probing(threshold=3)
-    breaker.failure(35.0)
+    now = 30.0
+    for cool_down in (60.0, 120.0, 120.0):
+        breaker.failure(now, now)
+        assert breaker.state is OPEN
+        assert not breaker.would_allow(now + cool_down - 0.1)
+        now += cool_down
+        assert breaker.claim(now) != NO_PROBE
+    breaker.success(now, now)
+    for _ in range(3):
+        breaker.failure(now)
+    assert breaker.would_allow(now + 30.0)
+
+
+def test_outcomes_of_requests_from_before_the_opening_do_not_decide() -> None:
+    breaker, _ = probing()
+    breaker.failure(31.0, sent_at=-1.0)
+    assert breaker.state is HALF_OPEN
+    breaker.success(31.0, sent_at=-1.0)
+    assert breaker.state is HALF_OPEN
+
+
+def test_a_late_busy_answer_does_not_close_an_open_breaker() -> None:
+    breaker = opened(at=10.0)
+    breaker.busy(11.0, sent_at=9.0)
     assert breaker.state is OPEN
-    assert not breaker.would_allow(64.9)
-    assert breaker.would_allow(65.0)
+
+
+def test_a_sign_of_life_ends_the_cool_down() -> None:
+    breaker = opened()
+    breaker.probe_at_once(1.0)
+    assert breaker.claim(1.0) != NO_PROBE
 
 
 def test_a_probe_given_back_can_be_claimed_by_another() -> None:
@@ -116,11 +152,11 @@ def test_a_probe_given_back_can_be_claimed_by_another() -> None:
 def test_giving_back_an_older_generation_does_not_free_the_newer_probe() -> None:
     breaker, old = probing()
     breaker.failure(30.0)
-    new = breaker.claim(60.0)
+    new = breaker.claim(90.0)
     breaker.give_back(old)
-    assert not breaker.would_allow(60.0)
+    assert not breaker.would_allow(90.0)
     breaker.give_back(new)
-    assert breaker.would_allow(60.0)
+    assert breaker.would_allow(90.0)
 
 
 def test_giving_back_twice_does_not_free_the_next_probe() -> None:
@@ -141,7 +177,7 @@ def test_giving_back_without_a_probe_changes_nothing() -> None:
 def test_success_closes_from_every_state(prepare: object) -> None:
     assert callable(prepare)
     breaker = prepare()
-    breaker.success()
+    breaker.success(31.0, 30.0)
     assert breaker.state is CLOSED
     assert breaker.would_allow(0.0)
 
@@ -152,30 +188,84 @@ def test_without_a_cool_down_a_probe_is_allowed_at_once() -> None:
     assert breaker.claim(5.0) != NO_PROBE
 
 
-class _Model(NamedTuple):
-    """The specification, written as literally as possible."""
+# -- busy
 
-    failures: int = 0
-    opened_at: float | None = None
-    half_open: bool = False
-    probe: int | None = None
+
+def test_a_busy_worker_is_avoided_for_its_retry_after() -> None:
+    breaker = CircuitBreaker(3, 30.0)
+    breaker.busy(10.0, 1.5)
+    assert breaker.state is BUSY
+    assert not breaker.would_allow(11.4)
+    assert breaker.would_allow(11.5)
+    assert breaker.claim(11.5) == NO_PROBE
+    assert breaker.state is CLOSED
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(3600.0, 5.0), (0.0, 0.25), (-1.0, 0.25)])
+def test_a_retry_after_is_bounded(given: float, seconds: float) -> None:
+    breaker = CircuitBreaker(3, 30.0)
+    breaker.busy(0.0, given)
+    assert breaker.would_allow(seconds)
+    assert not breaker.would_allow(seconds - 0.01)
+
+
+def test_without_retry_after_the_time_doubles_up_to_two_seconds() -> None:
+    breaker, now = CircuitBreaker(3, 30.0), 0.0
+    for seconds in (0.25, 0.5, 1.0, 2.0, 2.0):
+        breaker.busy(now)
+        assert not breaker.would_allow(now + seconds - 0.01)
+        now += seconds
+        breaker.claim(now)
+    breaker.success(now, now)
+    breaker.busy(now)
+    assert breaker.would_allow(now + 0.25)
+
+
+def test_busy_answers_of_one_moment_count_once() -> None:
+    breaker = CircuitBreaker(3, 30.0)
+    for _ in range(1000):
+        breaker.busy(0.0)
+    assert breaker.would_allow(0.25)
+    assert breaker.state is BUSY
+
+
+def test_busy_answers_never_open_the_breaker_and_end_a_row_of_failures() -> None:
+    breaker = CircuitBreaker(3, 30.0)
+    for now in range(100):
+        breaker.failure(float(now))
+        breaker.failure(float(now))
+        breaker.busy(float(now))
+        assert breaker.state is BUSY
+
+
+def test_only_a_request_sent_since_ends_a_busy_time() -> None:
+    breaker = CircuitBreaker(3, 30.0)
+    breaker.busy(10.0, 5.0)
+    breaker.success(11.0, sent_at=9.0)
+    assert breaker.state is BUSY
+    breaker.success(11.0, sent_at=10.5)
+    assert breaker.state is CLOSED
+
+
+def test_a_busy_probe_shows_that_the_worker_is_alive() -> None:
+    breaker, _ = probing()
+    breaker.busy(30.0, 1.0)
+    assert breaker.state is BUSY
+    assert breaker.would_allow(31.0)
+
+
+# -- random histories
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    """Random outcomes, claims and given back probes, compared with the specification."""
+    """Random outcomes, claims and given back probes."""
 
     @initialize(threshold=st.integers(1, 4), cool_down=st.sampled_from([0.0, 1.0, 5.0]))
     def start(self, threshold: int, cool_down: float) -> None:
-        self.threshold, self.cool_down, self.now = threshold, cool_down, 0.0
+        self.now = 0.0
         self.breaker = CircuitBreaker(threshold, cool_down)
-        self.model = _Model()
+        self.longest = max(4 * cool_down, 5.0)
         self.probes: list[int] = []
-
-    def allowed(self) -> bool:
-        model = self.model
-        if model.opened_at is not None:
-            return self.now - model.opened_at >= self.cool_down
-        return not (model.half_open and model.probe is not None)
 
     @rule(seconds=st.sampled_from([0.25, 1.0, 5.0]))
     def wait(self, seconds: float) -> None:
@@ -183,46 +273,37 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule()
     def claim(self) -> None:
-        expected = self.allowed() and (self.model.opened_at is not None or self.model.half_open)
+        allowed = self.breaker.would_allow(self.now)
         probe = self.breaker.claim(self.now)
-        assert (probe != NO_PROBE) is expected
-        if expected:
+        assert probe == NO_PROBE or allowed
+        assert (probe != NO_PROBE) is (allowed and self.breaker.state is HALF_OPEN)
+        if probe != NO_PROBE:
             assert probe not in self.probes
             self.probes.append(probe)
-            self.model = _Model(self.model.failures, None, True, probe)
 
     @precondition(lambda self: self.probes)
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
-        probe = data.draw(st.sampled_from(self.probes))
-        self.breaker.give_back(probe)
-        if self.model.probe == probe:
-            self.model = self.model._replace(probe=None)
+        self.breaker.give_back(data.draw(st.sampled_from(self.probes)))
 
-    @rule()
-    def succeed(self) -> None:
-        self.breaker.success()
-        self.model = _Model()
+    @rule(age=st.sampled_from([0.0, 1.0, 10.0]))
+    def succeed(self, age: float) -> None:
+        self.breaker.success(self.now, self.now - age)
 
-    @rule()
-    def fail(self) -> None:
-        self.breaker.failure(self.now)
-        if self.model.opened_at is None:
-            failures = self.model.failures + 1
-            self.model = (
-                _Model(failures, self.now)
-                if failures >= self.threshold
-                else self.model._replace(failures=failures)
-            )
+    @rule(age=st.sampled_from([0.0, 1.0, 10.0]))
+    def fail(self, age: float) -> None:
+        self.breaker.failure(self.now, self.now - age)
+
+    @rule(retry_after=st.sampled_from([None, 0.0, 1.0, 1e9]))
+    def busy(self, retry_after: float | None) -> None:
+        self.breaker.busy(self.now, retry_after)
+        assert self.breaker.state is BUSY
 
     @invariant()
-    def agrees(self) -> None:
-        if not hasattr(self, "model"):
-            return
-        expected = OPEN if self.model.opened_at is not None else CLOSED
-        assert self.breaker.state is (HALF_OPEN if self.model.half_open else expected)
-        assert self.breaker.would_allow(self.now) is self.allowed()
+    def nothing_keeps_a_worker_away_for_long(self) -> None:
+        if hasattr(self, "breaker") and self.breaker.state is not HALF_OPEN:
+            assert self.breaker.would_allow(self.now + self.longest)
 
 
 BreakerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
-TestBreakerAgainstModel = BreakerMachine.TestCase
+TestBreakerHistories = BreakerMachine.TestCase

@@ -195,6 +195,10 @@ class PdFleet(Fleet):
             while worker.breaker.state is not OPEN:
                 worker.breaker.failure(self.clock.monotonic())
 
+    def leave(self, *workers: Worker) -> None:
+        for worker in workers:
+            self.registry.remove(worker.id)
+
     def reports(self, worker: Worker, requests: int, usage: float = 0.0) -> None:
         """The engine says how much it has to do."""
         (rank,) = self.ranks.of(worker)

@@ -291,14 +291,14 @@ async def test_the_breaker_of_a_worker_that_refuses_opens() -> None:
     fleet.prefill_client.refuse(*PREFILLS)
     await fleet.refused()
     await fleet.refused()
-    assert len(fleet.prefill_client.posts) == 3
+    assert {worker.breaker.state for worker in fleet.prefills} == {BreakerState.OPEN}
     fleet.clock.tick(30.0)
     fleet.prefill_client.refuses.clear()
     pair = await fleet.pair()
     assert pair.leg.worker.breaker.state is BreakerState.HALF_OPEN
     fleet.prefill_client.calls[-1].respond(200)
     await settle()
-    assert fleet.prefills[0].breaker.state.name == "CLOSED"
+    assert pair.leg.worker.breaker.state.name == "CLOSED"
     pair.close()
     fleet.nothing_is_left()
 
@@ -307,17 +307,9 @@ async def test_the_breaker_of_a_worker_that_refuses_opens() -> None:
     ("side", "code"),
     [("prefill", "no_prefill_workers_available"), ("decode", "no_decode_workers_available")],
 )
-@pytest.mark.parametrize("how", ["breaker", "gone"])
-async def test_without_one_side_nothing_is_sent_to_the_other(
-    side: str, code: str, how: str
-) -> None:
+async def test_without_one_side_nothing_is_sent_to_the_other(side: str, code: str) -> None:
     fleet = PdFleet()
-    workers = fleet.prefills if side == "prefill" else fleet.decodes
-    if how == "breaker":
-        fleet.trip(*workers)
-    else:
-        for worker in workers:
-            fleet.registry.remove(worker.id)
+    fleet.leave(*(fleet.prefills if side == "prefill" else fleet.decodes))
     error = await fleet.refused()
     assert (error.status, error.code) == (503, code)
     assert dict(error.headers)["retry-after"] == "1"
@@ -325,22 +317,38 @@ async def test_without_one_side_nothing_is_sent_to_the_other(
     fleet.nothing_is_left()
 
 
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_one_side_whose_breakers_are_all_open_is_used_as_the_last_resort(side: str) -> None:
+    fleet = PdFleet()
+    fleet.trip(*(fleet.prefills if side == "prefill" else fleet.decodes))
+    for _ in range(4):
+        pair = await fleet.pair()
+        lease = fleet.pick(pair)
+        lease.close()
+        fleet.prefill_client.calls[-1].respond(200)
+        await settle()
+        pair.close()
+    fleet.nothing_is_left()
+
+
 async def test_a_running_probe_keeps_other_requests_away_on_both_sides() -> None:
-    fleet = PdFleet(PREFILLS[:1], DECODES[:1])
-    fleet.trip(fleet.prefills[0])
+    fleet = PdFleet(PREFILLS[:2], DECODES[:2])
+    fleet.trip(fleet.prefills[0], fleet.decodes[0])
     fleet.clock.tick(30.0)
-    pair = await fleet.pair()
-    assert (await fleet.refused()).code == "no_prefill_workers_available"
-    fleet.prefill_client.calls[0].respond(200)
-    await settle()
-    pair.close()
-    fleet.trip(fleet.decodes[0])
-    fleet.clock.tick(30.0)
-    pair = await fleet.pair()
-    assert (await fleet.refused()).code == "no_decode_workers_available"
-    pair.close()
+    probe = await fleet.pair()
+    assert probe.leg.worker is fleet.prefills[0]
+    for _ in range(3):
+        pair = await fleet.pair()
+        assert pair.leg.worker is fleet.prefills[1]
+        pair.close()
+    probe.close()
     # The client left: the next may probe.
-    (await fleet.pair()).close()
+    workers = set()
+    for _ in range(2):
+        pair = await fleet.pair()
+        workers.add(pair.leg.worker)
+        pair.close()
+    assert workers == set(fleet.prefills)
     fleet.nothing_is_left()
 
 
@@ -349,7 +357,7 @@ async def test_no_more_prefill_workers_are_tried_when_all_decode_workers_have_va
     fleet.prefill_client.refuse(PREFILLS[0])
 
     def choose(candidates: Sequence[Worker]) -> Chosen:
-        fleet.trip(*fleet.decodes)
+        fleet.leave(*fleet.decodes)
         return Chosen(candidates[0], "p", "r")
 
     request = Request(find_endpoint("POST", "/v1/completions"), "m", False, BODY)
@@ -363,7 +371,7 @@ async def test_a_prefill_is_cancelled_when_all_decode_workers_have_vanished() ->
     fleet = PdFleet()
 
     def choose(candidates: Sequence[Worker]) -> Chosen:
-        fleet.trip(*fleet.decodes)
+        fleet.leave(*fleet.decodes)
         return Chosen(candidates[0], "p", "r")
 
     request = Request(find_endpoint("POST", "/v1/completions"), "m", False, BODY)

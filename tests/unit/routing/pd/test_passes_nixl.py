@@ -86,7 +86,7 @@ async def test_nixl_replaces_a_member_that_the_client_sent() -> None:
     pair.close()
 
 
-@pytest.mark.parametrize("status", [400, 422, 429])
+@pytest.mark.parametrize("status", [400, 422])
 @pytest.mark.parametrize("body", [b"its words", b'{"kv_transfer_params":%b}' % KV])
 async def test_nixl_a_4xx_reaches_the_client_in_the_engines_words(status: int, body: bytes) -> None:
     fleet = nixl(threshold=1)
@@ -124,8 +124,9 @@ async def test_nixl_any_other_failure_is_the_workers_fault(
         call.fail(answer)
     error = await failed(task)
     assert (error.status, error.code, error.body) == (502, "prefill_failed", None)
-    assert fleet.prefills[0].breaker.state is BreakerState.OPEN
-    assert fleet.outcomes() == {PREFILLS[0]: ["error"]}
+    # What the worker answered with 5xx may be the fault of the request.
+    assert (fleet.prefills[0].breaker.state is BreakerState.OPEN) is (reason != "status_5xx")
+    assert fleet.outcomes() == {PREFILLS[0]: ["busy" if answer == 503 else "error"]}
     assert fleet.failures(reason) == 1
     # It was sent once: the prefill may have begun there.
     assert len(fleet.prefill_client.posts) == 1
@@ -162,7 +163,7 @@ async def test_nixl_a_client_that_leaves_while_the_prefill_runs_ends_it() -> Non
 async def test_nixl_no_decode_worker_is_left_when_the_prefill_is_over() -> None:
     fleet = nixl()
     task = await fleet.waiting()
-    fleet.trip(*fleet.decodes)
+    fleet.leave(*fleet.decodes)
     fleet.prefill_client.calls[0].respond(200, b'{"kv_transfer_params":%b}' % KV)
     assert (await failed(task)).code == "no_decode_workers_available"
     assert fleet.outcomes() == {PREFILLS[0]: ["success"]}
