@@ -7,6 +7,7 @@ Tokens that only the configuration names are added to the tokenizer. Truncation 
 turned off, since the engine uses neither.
 """
 
+import os
 import stat
 from pathlib import Path
 from typing import Any, Final
@@ -168,7 +169,8 @@ def _templates(
     folder: Path, config: dict[str, Any], config_file: Path
 ) -> tuple[dict[str, str], dict[str, Path]]:
     files = {}
-    if (folder / _TEMPLATE).is_file():
+    # A pipe, a folder or a link to nothing is reported: without its template a model has no tokens.
+    if os.path.lexists(folder / _TEMPLATE):
         files["default"] = folder / _TEMPLATE
     for file in sorted((folder / _MORE_TEMPLATES).glob("*.jinja")):
         files[file.stem] = file

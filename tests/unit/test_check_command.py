@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from extproc.cli import main
 from tests.unit.configs import discovery, raw_config, written
+from tests.unit.simulator.model_folders import model_folder
 
 GOOD = """\
 models: [{id: m}]
@@ -138,21 +139,17 @@ def test_a_named_file_that_is_not_a_regular_file_is_reported(
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
-def test_pipes_in_a_model_folder_are_not_waited_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "loop"])
+def test_files_of_a_model_folder_that_are_not_regular_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str
 ) -> None:
-    from tests.unit.simulator.model_folders import model_folder
-
     folder = Path(model_folder(tmp_path))
     (folder / name).unlink(missing_ok=True)
-    os.mkfifo(folder / name)
+    make(folder / name, kind)
     raw = raw_config(models=[{"id": "m", "tokenizer_path": str(folder)}])
-    if name == "chat_template.jinja":
-        folder.joinpath("tokenizer_config.json").write_text("{}")
-        # Only a regular file is taken for a template.
-        assert main(["check", "--config", written(tmp_path, raw)]) == 0
-        return
-    assert keys(check(written(tmp_path, raw), capsys)) == {"models[0].tokenizer_path"}
+    problems = check(written(tmp_path, raw), capsys)
+    assert keys(problems) == {"models[0].tokenizer_path"}
+    assert name in problems[0]
 
 
 def make(path: Path, kind: str) -> None:
