@@ -59,6 +59,9 @@ _TOOL_FIELDS: Final = frozenset({"type", "function", "defer_loading"})
 # The texts of all tools together; the tools themselves take several times as much.
 _TOOL_TEXTS_MAX_CHARS: Final = 1 << 22
 _INDENT_MAX: Final = 16
+# A rendering with a share of the time has a larger one of the steps: long messages pay with steps
+# for operations that take little time.
+_STEPS_FOR_TIME: Final = 4.0
 _TIME_FORMAT_MAX_CHARS: Final = 256
 _SURROUNDINGS: Final = frozenset({LoopContext, TemplateNamespace})
 _PLAIN: Final = frozenset({bool, dict, float, int, list, str})
@@ -130,7 +133,7 @@ class ChatTemplates:
     def render(self, chat: ChatPrompt, max_chars: int, *, share: float = 1.0) -> RenderedChat:
         """The text of a chat; raises UnmappableError.
 
-        `share`: the part of the time and the steps of a rendering that it may take.
+        `share`: the part of the time of a rendering that it may take, which also limits its steps.
         """
         template = self._default if chat.tools is None else self._with_tools
         if template is None:
@@ -193,7 +196,8 @@ class _Template:
         written: list[str] = []
         room = max_chars
         # Jinja's render() would rewrite errors with the lines of the template, which takes time.
-        start_rendering(int(STEPS_MAX * share), SECONDS_MAX * share)
+        steps = int(STEPS_MAX * min(1.0, _STEPS_FOR_TIME * share))
+        start_rendering(steps, SECONDS_MAX * share)
         try:
             context = self._template.new_context(variables)
             for piece in self._template.root_render_func(context):

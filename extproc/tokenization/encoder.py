@@ -50,7 +50,7 @@ _DECODED_INLINE_MAX_TOKENS: Final = 4096
 # A larger body is looked at for many small parts, which take longer than long texts.
 _SMALL_BODY_BYTES: Final = 32 * 1024
 _PARTS_INLINE_MAX: Final = 1024
-# Of the steps and the time of a rendering. What takes more begins again in a thread.
+# Of the time of a rendering: 5 ms. What takes more begins again in a thread.
 _INLINE_SHARE: Final = 0.02
 
 

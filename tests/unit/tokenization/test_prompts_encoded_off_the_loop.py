@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from extproc.clock import SystemClock
+from extproc.tokenization import chat_template
 from extproc.tokenization.bodies.prompts import Prompt, decode_fields, read_prompt
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import (
@@ -366,6 +367,31 @@ async def test_many_small_parts_wait_in_the_bounded_queue(tmp_path: Path) -> Non
     assert prompt.reason == "busy"
     release.set()
     await running
+
+
+async def test_a_long_message_is_rendered_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = _encoder(tmp_path)
+    render, rendered = encoder._templates.render, 0
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal rendered
+        rendered += 1
+        return render(*arguments, **options)
+
+    # Only the steps are looked at: a busy machine may use up the time.
+    monkeypatch.setattr(chat_template, "SECONDS_MAX", 1000.0)
+    monkeypatch.setattr(encoder._templates, "render", counting)
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "<think>a</think>" + "word " * 40_000},
+        {"role": "user", "content": "x"},
+    ]
+    body = json.dumps({"messages": messages}).encode()
+    encoded = await encoder.encode(read_prompt("/v1/chat/completions", body))
+    assert encoded.ids is not None
+    assert rendered == 1
 
 
 async def test_a_rendering_that_takes_long_begins_again_in_a_thread(tmp_path: Path) -> None:
