@@ -112,6 +112,7 @@ class RoutingSettings(Struct, frozen=True, kw_only=True):
     request_timeout_seconds: float
     destinations_max: int
     retry_busy: bool
+    first_byte_timeouts: Mapping[str, float]
     estimated_stream_seconds: float | None
     pd: PdSettings
 
@@ -121,6 +122,10 @@ class RoutingSettings(Struct, frozen=True, kw_only=True):
             request_timeout_seconds=config.proxy.request_timeout_secs,
             destinations_max=config.destinations_max,
             retry_busy=config.proxy.retry_busy,
+            first_byte_timeouts={
+                model.id: model.first_byte_timeout_secs or config.proxy.first_byte_timeout_secs
+                for model in config.models
+            },
             estimated_stream_seconds=config.load.estimate_secs,
             pd=PdSettings.of(config, forwarded_authorization(config, api_key)),
         )
@@ -328,6 +333,7 @@ def assemble_routing(
         request_timeout_seconds=settings.request_timeout_seconds,
         destinations_max=settings.destinations_max,
         retry_busy=settings.retry_busy,
+        first_byte_timeouts=settings.first_byte_timeouts,
     )
     router = Router(choosers, lease_parts, dispatch, local_endpoints, pd)
     return Routing(

@@ -36,6 +36,7 @@ __all__ = [
     "EXTPROC_CLUSTER",
     "EXTPROC_FILTER",
     "EXTPROC_HEADERS",
+    "FIRST_BYTE_TIMEOUT_HEADER",
     "MAX_RETRIES_HEADER",
     "METHOD_HEADER",
     "OVERLAP_HEADER",
@@ -136,6 +137,8 @@ EXTPROC_FILTER: Final = "envoy.filters.http.ext_proc"
 ATTEMPT_COUNT_HEADER: Final = "x-envoy-attempt-count"
 MAX_RETRIES_HEADER: Final = "x-envoy-max-retries"
 REQUEST_TIMEOUT_HEADER: Final = "x-envoy-upstream-rq-timeout-ms"
+# Envoy ignores it once the response has begun, so it limits the time to the first byte.
+FIRST_BYTE_TIMEOUT_HEADER: Final = "x-envoy-upstream-rq-per-try-timeout-ms"
 RETRIABLE_STATUS_HEADER: Final = "x-envoy-retriable-status-codes"
 RETRY_ON_HEADER: Final = "x-envoy-retry-on"
 
@@ -163,7 +166,7 @@ ENVOY_CONTROL_HEADERS: Final = (
     "x-envoy-retry-grpc-on",
     RETRY_ON_HEADER,
     "x-envoy-upstream-alt-stat-name",
-    "x-envoy-upstream-rq-per-try-timeout-ms",
+    FIRST_BYTE_TIMEOUT_HEADER,
     "x-envoy-upstream-rq-timeout-alt-response",
     REQUEST_TIMEOUT_HEADER,
     "x-envoy-upstream-stream-duration-ms",

@@ -159,6 +159,7 @@ def routing_settings(
         request_timeout_seconds=request_timeout_seconds,
         destinations_max=destinations_max,
         retry_busy=retry_busy,
+        first_byte_timeouts={"m": 120.0},
         estimated_stream_seconds=load.estimated_stream_secs if load and estimated else None,
         pd=pd or pd_settings(),
     )

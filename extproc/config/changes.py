@@ -42,7 +42,8 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
         **_keys(
             "live",
             "models[].",
-            "id policy tokenizer_path chat_template_name chat_template_kwargs",
+            "id policy tokenizer_path chat_template_name chat_template_kwargs "
+            "first_byte_timeout_secs",
         ),
         **_keys(
             "live",
@@ -63,7 +64,11 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
         **_keys("restart", "discovery.static_urls.", "dns_lookup_family"),
         **_keys("live", "discovery.", "introspection_retry_secs introspection_interval_secs"),
         **_keys("live", "workers.", "api_key api_key_file forward_api_key ca_file"),
-        **_keys("live", "proxy.", "request_timeout_secs connect_timeout_secs fallback_workers"),
+        **_keys(
+            "live",
+            "proxy.",
+            "request_timeout_secs first_byte_timeout_secs connect_timeout_secs fallback_workers",
+        ),
         # Envoy's cluster must have the filter that reports busy answers.
         **_keys("restart", "proxy.", "retry_busy"),
         **_keys("live", "active_load.", "stale_request_timeout_secs"),

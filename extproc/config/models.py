@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field
 
-from extproc.config.section import SECONDS, Section, Text
+from extproc.config.section import SECONDS, Seconds, Section, Text
 
 __all__ = [
     "TOKEN_POLICIES",
@@ -176,6 +176,10 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         PdModelConfig,
         Meta(description="For a model with separate prefill and decode workers."),
     ] = field(default_factory=PdModelConfig)
+    first_byte_timeout_secs: Annotated[
+        Seconds | None,
+        Meta(description="`proxy.first_byte_timeout_secs` of this model."),
+    ] = None
     circuit_breaker: Annotated[
         CircuitBreakerConfig, Meta(description="When a failing worker gets no more requests.")
     ] = field(default_factory=CircuitBreakerConfig)

@@ -144,6 +144,14 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
             description="Time limit for requests that are not streamed, and for a body to arrive."
         ),
     ] = 300 * SECONDS
+    first_byte_timeout_secs: Annotated[
+        Seconds,
+        Meta(
+            description="Time limit for the response headers of a streamed request, for each "
+            "attempt. A worker that exceeds it counts as failed. Waiting in the engine's queue "
+            "counts. Requests that are not streamed have `request_timeout_secs`."
+        ),
+    ] = 120 * SECONDS
     connect_timeout_secs: Annotated[
         Seconds, Meta(description="Time limit for a TCP connection to a worker.")
     ] = 5 * SECONDS

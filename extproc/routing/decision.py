@@ -13,8 +13,9 @@ class Decision(Struct, frozen=True, kw_only=True):
 
     `destinations` are `ip:port`, the chosen worker first, then those to try when it refuses
     the connection. `timeout_ms` bounds the whole response in milliseconds; 0 means no bound, for
-    streams. `cached_tokens` of `total_tokens` are confirmed to be held by the chosen rank; both
-    are 0 where that is not known. `body_members` are JSON members, `"name":value`, that the
+    streams. `first_byte_timeout_ms` bounds the time to the response headers of each attempt; 0
+    means no other bound. `cached_tokens` of `total_tokens` are confirmed to be held by the chosen
+    rank; both are 0 where that is not known. `body_members` are JSON members, `"name":value`, that the
     engine must find in the body. With `retry_busy` the gateway may try the next destination after
     a 503 or 429, too.
 
@@ -33,5 +34,6 @@ class Decision(Struct, frozen=True, kw_only=True):
     total_tokens: int = 0
     body_members: bytes = b""
     retry_busy: bool = False
+    first_byte_timeout_ms: int = 0
     decode_order: str = ""
     attempts: int = 1

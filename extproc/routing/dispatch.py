@@ -3,7 +3,7 @@
 Others are named beside it, which Envoy tries when the chosen one refuses the connection.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from extproc.routing.chooser import Chosen
@@ -21,6 +21,7 @@ class Dispatch:
 
     `destinations_max` is the number of workers named for one request, 1 for gateways that
     cannot walk a list. With `retry_busy` a worker's 503 or 429 goes to the next one, too.
+    `first_byte_timeouts` are seconds by model, for streamed responses.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Dispatch:
         request_timeout_seconds: float,
         destinations_max: int,
         retry_busy: bool,
+        first_byte_timeouts: Mapping[str, float],
     ) -> None:
         self._claims = claims
         self._lease_parts = lease_parts
@@ -40,6 +42,9 @@ class Dispatch:
         self._timeout_ms = max(1, round(request_timeout_seconds * 1000))
         self._destinations_max = destinations_max
         self._retry_busy = retry_busy
+        self._first_byte_ms = {
+            model: max(1, round(seconds * 1000)) for model, seconds in first_byte_timeouts.items()
+        }
 
     def send(
         self,
@@ -69,6 +74,7 @@ class Dispatch:
             total_tokens=placed.total_tokens if placed is not None else 0,
             body_members=members,
             retry_busy=self._retry_busy and len(named) > 1,
+            first_byte_timeout_ms=self._first_byte_ms.get(model, 0) if request.stream else 0,
         )
         self._decisions(model, policy, reason).inc()
         claim = self._claims.take(worker, now, placed, streamed=request.stream)

@@ -24,6 +24,7 @@ from extproc.headers import (
     DESTINATION_HEADER,
     DESTINATION_NAMESPACE,
     ERROR_CODE_HEADER,
+    FIRST_BYTE_TIMEOUT_HEADER,
     MAX_RETRIES_HEADER,
     OVERLAP_HEADER,
     POLICY_HEADER,
@@ -121,6 +122,7 @@ class ReplyBuilder:
             in_body,
             bool(decision.body_members),
             decision.retry_busy,
+            decision.first_byte_timeout_ms,
         )
         reply = self._table.get(key) if request_id is None else None
         if reply is None:
@@ -157,6 +159,8 @@ class ReplyBuilder:
             pairs.append((RETRIABLE_STATUS_HEADER, _BUSY_STATUSES))
         if decision.timeout_ms:
             pairs.append((REQUEST_TIMEOUT_HEADER, str(decision.timeout_ms)))
+        if decision.first_byte_timeout_ms:
+            pairs.append((FIRST_BYTE_TIMEOUT_HEADER, str(decision.first_byte_timeout_ms)))
         if self._authorization is not None:
             pairs.append((AUTHORIZATION_HEADER, self._authorization))
         if request_id is not None:

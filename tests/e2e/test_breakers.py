@@ -83,3 +83,28 @@ async def test_a_worker_that_never_answers_loses_its_traffic_and_returns(launch:
         return await breakers(running) == ["closed"] * 3
 
     await wait_until(closed, "a probe closes the breaker")
+
+
+async def test_a_stream_whose_first_byte_is_late_is_given_up_and_slow_streams_go_on(
+    launch: Launch,
+) -> None:
+    """The worker accepts requests, and its engine does not run."""
+    settings = {
+        "proxy": {"first_byte_timeout_secs": 60},
+        "models": [{"id": "m", "first_byte_timeout_secs": 1, "circuit_breaker": {"threshold": 1}}],
+    }
+    running = await launch(2, settings=settings)
+    await set_faults(running, range(1), hang=True)
+
+    async def send(**request: Any) -> tuple[int, float]:
+        begun = time.monotonic()
+        async with running.chat(stream=True, **request) as response:
+            await response.read()
+            return response.status, time.monotonic() - begun
+
+    first, second = await asyncio.gather(send(), send())
+    (late,) = [seconds for status, seconds in (first, second) if status == 504]
+    assert 0.9 <= late < 30
+    assert "open" in await breakers(running)
+    status, seconds = await send(tokens=4, fault="slow-token=0.5")
+    assert (status, seconds >= 1.5) == (200, True)
