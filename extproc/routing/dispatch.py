@@ -73,7 +73,7 @@ class Dispatch:
             cached_tokens=placed.cached_tokens if placed is not None else 0,
             total_tokens=placed.total_tokens if placed is not None else 0,
             body_members=members,
-            retry_busy=self._retry_busy and len(named) > 1,
+            retry_busy=self._retry_busy and len(named) > 1 and worker.role == "plain",
             first_byte_timeout_ms=self._first_byte_ms.get(model, 0) if request.stream else 0,
         )
         self._decisions(model, policy, reason).inc()

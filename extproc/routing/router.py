@@ -55,12 +55,18 @@ class Router:
         """Pick the decode worker for an attempt of the second pass; raises RouterError."""
         return self._pd.pick_decode(query)
 
-    def answered_busy(self, address: str, retry_after_seconds: float | None) -> None:
-        """The worker at this address has answered 503 or 429 in an attempt of some request."""
+    def answered_busy(self, address: str, retry_after_seconds: float | None) -> bool:
+        """The worker at this address has answered 503 or 429 in an attempt of some request.
+
+        Returns False if that is not recorded here. Of a decode worker it can be the fault of the
+        prefill worker, which the lease of the request knows.
+        """
         worker = self._registry.at_address(address)
-        if worker is not None and worker.model_ids:
-            now = self._clock.monotonic()
-            self._outcomes.busy(worker, worker.model_ids[0], now, retry_after_seconds)
+        if worker is None or worker.role != "plain" or not worker.model_ids:
+            return False
+        now = self._clock.monotonic()
+        self._outcomes.busy(worker, worker.model_ids[0], now, retry_after_seconds)
+        return True
 
     async def route(self, request: Request) -> Lease | Pair:
         """Decide and claim; the caller closes the lease however the request ends.

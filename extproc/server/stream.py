@@ -28,7 +28,7 @@ from extproc.routing.request import Request
 from extproc.server.deadlines import Deadlines
 from extproc.server.decode_session import DecodeSession
 from extproc.server.messages import Response, read_attempt
-from extproc.server.replies import attempt_reported
+from extproc.server.replies import RESPONSE_HEADERS_CONTINUE, attempt_reported
 from extproc.server.route_session import RouteSession
 from extproc.server.session import Session, SessionContext
 from extproc.server.steps import Step
@@ -52,8 +52,8 @@ class Decider(Protocol):
     def pick_decode(self, query: DecodeQuery) -> Lease:
         """Pick the decode worker for an attempt of the second pass."""
 
-    def answered_busy(self, address: str, retry_after_seconds: float | None) -> None:
-        """The worker at this address has answered 503 or 429."""
+    def answered_busy(self, address: str, retry_after_seconds: float | None) -> bool:
+        """The worker at this address has answered 503 or 429; True if that is recorded now."""
 
 
 class StreamSettings(Struct, frozen=True, kw_only=True):
@@ -376,7 +376,8 @@ class Streams:
         The first pass may be in another replica: the reply carries the report on to it.
         """
         report = read_attempt(pb.ProcessingRequest.FromString(raw))
-        self.decider.answered_busy(report.address, report.retry_after_seconds)
+        if not self.decider.answered_busy(report.address, report.retry_after_seconds):
+            return RESPONSE_HEADERS_CONTINUE
         replica = self.session_context.responses.replica
         return attempt_reported(report.number, report.address, replica)
 

@@ -114,8 +114,8 @@ class Service:
     def pick_decode(self, query: DecodeQuery) -> Lease:
         return self.router.pick_decode(query)
 
-    def answered_busy(self, address: str, retry_after_seconds: float | None) -> None:
-        self.router.answered_busy(address, retry_after_seconds)
+    def answered_busy(self, address: str, retry_after_seconds: float | None) -> bool:
+        return self.router.answered_busy(address, retry_after_seconds)
 
     async def route(self, request: Request) -> Lease | Pair:
         if self.route_seconds:

@@ -55,7 +55,7 @@ async def report(service: Service, address: str, number: int, status: int = 503)
         assert kind(reply) == "response_headers"
         await envoy.half_close()
         assert (await envoy.ended()).name == "OK"
-    found: dict[str, Any] = MessageToDict(reply.dynamic_metadata)["extproc.attempts"]
+    found: dict[str, Any] = MessageToDict(reply.dynamic_metadata).get("extproc.attempts", {})
     return found
 
 
@@ -112,8 +112,15 @@ async def test_without_the_setting_no_answer_is_retried() -> None:
 
 async def test_an_unknown_address_is_answered_and_not_recorded() -> None:
     async with serving(Service(["m"], 1)) as service:
-        assert (await report(service, "10.9.9.9:1", 1))["1"].startswith("10.9.9.9:1 ")
+        assert await report(service, "10.9.9.9:1", 1) == {}
         assert busy_counts(service) == [0]
+
+
+async def test_a_busy_decode_worker_is_left_to_the_lease_of_its_request() -> None:
+    async with serving(Service(["m"], 1)) as service:
+        service.registry.set_role(service.workers[0], "decode", None)
+        assert await report(service, FIRST, 1) == {}
+        assert service.metrics.registry.get_sample_value("extproc_worker_requests_total") is None
 
 
 async def test_a_report_that_cannot_be_parsed_ends_its_stream_with_a_clear_status() -> None:

@@ -56,7 +56,7 @@ class PickDecode:
         self.leases.append(lease)
         return lease
 
-    def answered_busy(self, address: str, retry_after_seconds: float | None) -> None:
+    def answered_busy(self, address: str, retry_after_seconds: float | None) -> bool:
         raise AssertionError(f"a report of another pass: {address}")
 
     async def route(self, request: Request) -> Lease:
