@@ -15,9 +15,9 @@ class Decision(Struct, frozen=True, kw_only=True):
     the connection. `timeout_ms` bounds the whole response in milliseconds; 0 means no bound, for
     streams. `first_byte_timeout_ms` bounds the time to the response headers of each attempt; 0
     means no other bound. `cached_tokens` of `total_tokens` are confirmed to be held by the chosen
-    rank; both are 0 where that is not known. `body_members` are JSON members, `"name":value`, that the
-    engine must find in the body. With `retry_busy` the gateway may try the next destination after
-    a 503 or 429, too.
+    rank; both are 0 where that is not known. `body_members` are JSON members, `"name":value`, that
+    the engine must find in the body. With `retry_busy` the gateway may try the next destination
+    after a 503 or 429, too.
 
     `decode_order` is set instead of `destinations` where a second pass picks the decode worker.
     It is the value of the header from which that pass learns what it must know. `attempts` is

@@ -66,7 +66,7 @@ class WorkerOutcomes:
         seconds = self._faults_of(worker, model).failed(worker.id, now, breaker.threshold)
         if seconds and len(self._registry.pool_of(model, worker.role)) > 1:
             breaker.avoid(now, seconds)
-            _log.warning("worker_suspected", worker=worker.url, model=model, seconds=seconds)
+            _log.warning("worker_suspected", worker=worker.url, model=model, cool_down_secs=seconds)
         self._count(worker, model, "error")
 
     def failed(self, worker: Worker, model: str, now: float, sent_at: float) -> None:
