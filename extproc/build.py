@@ -207,6 +207,7 @@ def introspection_settings(config: Config) -> IntrospectionSettings:
         interval_seconds=config.discovery.introspection_interval_secs,
         dns_ttl_seconds=static_urls_of(config).dns_ttl_secs,
         ranks_max=config.kv.ranks_per_worker_max,
+        generating_check_seconds=config.discovery.generating_check_secs,
     )
 
 

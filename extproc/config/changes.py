@@ -62,7 +62,11 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
         **_keys("restart", "discovery.", "backend static_urls"),
         **_keys("live", "discovery.static_urls.", "urls prefill_urls decode_urls dns_ttl_secs"),
         **_keys("restart", "discovery.static_urls.", "dns_lookup_family"),
-        **_keys("live", "discovery.", "introspection_retry_secs introspection_interval_secs"),
+        **_keys(
+            "live",
+            "discovery.",
+            "introspection_retry_secs introspection_interval_secs generating_check_secs",
+        ),
         **_keys("live", "workers.", "api_key api_key_file forward_api_key ca_file"),
         **_keys(
             "live",

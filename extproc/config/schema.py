@@ -112,6 +112,14 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
             "within this time."
         ),
     ] = 15 * SECONDS
+    generating_check_secs: Annotated[
+        Seconds | None,
+        Meta(
+            description="Interval at which plain workers are asked for `/health_generate` "
+            "(SGLang), which needs one token of the engine. A worker that fails twice gets no "
+            "requests until it passes. Without a value there is no such check."
+        ),
+    ] = None
 
 
 class WorkersConfig(Section, frozen=True, kw_only=True):

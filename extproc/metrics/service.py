@@ -38,6 +38,7 @@ class Metrics:
         self.streams_open = made.gauge(table.STREAMS_OPEN)()
         self.streams = made.counter(table.STREAMS)
         self.introspections = made.counter(table.INTROSPECTIONS)
+        self.generating_checks = made.counter(table.GENERATING_CHECKS)
         self.workers_refused = made.counter(table.WORKERS_REFUSED)()
         self.reloads = made.counter(table.RELOADS)
         self.config_current = made.gauge(table.CONFIG_CURRENT)()

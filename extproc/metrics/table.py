@@ -130,6 +130,11 @@ INTROSPECTIONS = _requests.counter(
     "Worker introspections by outcome.",
     Label("outcome", {"answered": "", "failed": ""}),
 )
+GENERATING_CHECKS = _requests.counter(
+    "extproc_generating_checks_total",
+    "Checks whether an engine generates tokens, by outcome; see discovery.generating_check_secs.",
+    Label("outcome", {"passed": "", "failed": ""}),
+)
 WORKERS_REFUSED = _requests.counter(
     "extproc_workers_refused_total",
     "Workers that were refused because plain workers cannot be mixed with prefill and decode "

@@ -142,11 +142,13 @@ class CircuitBreaker:
         self.avoid(now, seconds)
 
     def avoid(self, now: float, seconds: float) -> None:
-        """Send nothing for a moment; ignored unless the breaker is closed."""
+        """Send nothing for a moment, at least; an open breaker stays open for its own time."""
         if self.state is BreakerState.CLOSED:
             self.state = BreakerState.BUSY
             self._avoided_since = now
             self._avoided_until = now + seconds
+        elif self.state is BreakerState.BUSY:
+            self._avoided_until = max(self._avoided_until, now + seconds)
 
     def failure(self, now: float, sent_at: float = math.inf) -> None:
         """The worker failed.

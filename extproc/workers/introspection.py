@@ -58,7 +58,9 @@ class Introspection(Struct, frozen=True, kw_only=True):
     """A worker's answer about itself.
 
     `role` is None if the answer does not have it. `problem` says why there is no usable answer, and
-    `kv_problem` why its KV events cannot be used; both are empty if all is well.
+    `kv_problem` why its KV events cannot be used; both are empty if all is well. `unanswered` is
+    set if the worker refused the
+    connection, or was silent.
     """
 
     model_ids: tuple[str, ...] = ()
@@ -68,10 +70,15 @@ class Introspection(Struct, frozen=True, kw_only=True):
     kv_problem: str = ""
     warning: IntrospectionWarning | None = None
     problem: str = ""
+    unanswered: bool = False
 
 
 class _NoAnswerError(ServiceError):
-    """Every attempt ended in a network error or a 5xx."""
+    """Every attempt ended in a network error or a 5xx, the last one as `silent` says."""
+
+    def __init__(self, problem: str, *, silent: bool) -> None:
+        super().__init__(problem)
+        self.silent = silent
 
 
 async def introspect(
@@ -87,7 +94,7 @@ async def introspect(
         if answer.status in (404, 405):
             return await _from_model_list(client, url, clock, attempts)
     except _NoAnswerError as error:
-        return Introspection(problem=str(error))
+        return Introspection(problem=str(error), unanswered=error.silent)
     if answer.status != 200:
         return Introspection(problem=f"/server_info answered {answer.status}")
     try:
@@ -102,7 +109,7 @@ async def _get(
     client: IntrospectionClient, url: WorkerUrl, path: str, clock: Clock, attempts: int
 ) -> EngineAnswer:
     """The first answer below 500; raises _NoAnswerError after the last attempt."""
-    wait_seconds = _FIRST_WAIT_SECONDS
+    wait_seconds, silent = _FIRST_WAIT_SECONDS, False
     for attempt in range(attempts):
         if attempt:
             await clock.sleep(wait_seconds)
@@ -110,12 +117,12 @@ async def _get(
         try:
             answer = await client.get(url, path, _TIMEOUT_SECONDS)
         except EngineUnreachableError as error:
-            problem = f"{path}: {error}"
+            problem, silent = f"{path}: {error}", True
             continue
         if answer.status < 500:
             return answer
-        problem = f"{path} answered {answer.status}"
-    raise _NoAnswerError(problem)
+        problem, silent = f"{path} answered {answer.status}", False
+    raise _NoAnswerError(problem, silent=silent)
 
 
 async def _from_model_list(

@@ -17,7 +17,9 @@ from msgspec import Struct
 from extproc.clock import Clock
 from extproc.config.models import ModelConfig
 from extproc.metrics.service import Metrics
+from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import IntrospectionClient
+from extproc.workers.generating_check import GeneratingCheck
 from extproc.workers.introspection import Introspection, introspect
 from extproc.workers.keyed_tasks import KeyedTasks
 from extproc.workers.membership import Membership
@@ -52,6 +54,7 @@ class IntrospectionSettings(Struct, frozen=True, kw_only=True):
 
     Every `retry_seconds` for workers whose model is unknown and for refused ones, every
     `interval_seconds` for all others; host names are resolved every `dns_ttl_seconds`.
+    The generating check runs every `generating_check_seconds`; None turns it off.
     A worker that claims more than `ranks_max` data-parallel ranks is used without its KV events.
     """
 
@@ -59,6 +62,7 @@ class IntrospectionSettings(Struct, frozen=True, kw_only=True):
     interval_seconds: float
     dns_ttl_seconds: float
     ranks_max: int
+    generating_check_seconds: float | None = None
 
 
 class WorkerManager:
@@ -91,6 +95,9 @@ class WorkerManager:
         self._rechecks_waiting: set[str] = set()
         # Registered workers whose last answer failed, the one asked longest ago first.
         self._unanswered: dict[str, None] = {}
+        self._lifeless: set[str] = set()
+        self._generating_check = GeneratingCheck(registry, client, clock, metrics)
+        self._generating_check.seconds = settings.generating_check_seconds
         self._settling = False
         self.first_round_done = False
 
@@ -106,6 +113,7 @@ class WorkerManager:
                 group.create_task(self._ask_all_again())
                 group.create_task(self._ask_unanswered())
                 group.create_task(self._refresh_addresses())
+                group.create_task(self._generating_check.run())
                 async for event in self._source.events():
                     self._handle(event)
         finally:
@@ -121,6 +129,7 @@ class WorkerManager:
         An interval holds from its next round on.
         """
         self._settings = settings
+        self._generating_check.seconds = settings.generating_check_seconds
         before = self._membership.replace_models(models)
         for worker in self._registry:
             self._tasks.start(worker.id, self._membership.conform(worker.id, before))
@@ -173,6 +182,7 @@ class WorkerManager:
     async def _remove(self, worker_id: str) -> None:
         self._rechecked_at.pop(worker_id, None)
         self._unanswered.pop(worker_id, None)
+        self._lifeless.discard(worker_id)
         await self._membership.leave(worker_id)
         self._settle_roles()
 
@@ -248,6 +258,7 @@ class WorkerManager:
             return
         answer = await self._ask(spec, _LATER_ATTEMPTS)
         self._membership.answered_later(spec, answer)
+        self._note_life(worker_id, answer)
         if answer.problem:
             self._unanswered[worker_id] = None
         if discovered is not None:
@@ -261,6 +272,25 @@ class WorkerManager:
         else:
             await self._membership.change(worker, spec)
         self._settle_roles()
+
+    def _note_life(self, worker_id: str, answer: Introspection) -> None:
+        """A worker that does not answer its introspection loses its traffic, if no request of it
+        is answered either; it is tried again as soon as it answers.
+        """
+        worker = self._registry.get(worker_id)
+        if worker is None or not worker.model_ids:
+            return
+        breaker, now = worker.breaker, self._clock.monotonic()
+        if not answer.unanswered:
+            if worker_id in self._lifeless:
+                self._lifeless.discard(worker_id)
+                breaker.probe_at_once(now)
+            return
+        self._lifeless.add(worker_id)
+        before = breaker.state
+        breaker.failure(now)
+        if breaker.state is BreakerState.OPEN and before is not BreakerState.OPEN:
+            _log.warning("breaker_opened", worker=worker.url, failures=breaker.threshold)
 
     async def _ask_unanswered(self) -> None:
         while True:

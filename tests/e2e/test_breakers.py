@@ -108,3 +108,25 @@ async def test_a_stream_whose_first_byte_is_late_is_given_up_and_slow_streams_go
     assert "open" in await breakers(running)
     status, seconds = await send(tokens=4, fault="slow-token=0.5")
     assert (status, seconds >= 1.5) == (200, True)
+
+
+async def test_a_worker_whose_engine_stands_still_is_found_by_the_generating_check(
+    launch: Launch,
+) -> None:
+    """It answers with 200 and headers at once, and then sends no token."""
+    running = await launch(2, settings={"discovery": {"generating_check_secs": 0.5}})
+    await set_faults(running, range(1), stall_after_tokens=0, health_hang=True)
+
+    async def avoided() -> bool:
+        return await breakers(running) == ["busy", "closed"]
+
+    await wait_until(avoided, "the check fails twice")
+    for _ in range(6):
+        async with running.chat(stream=True) as response:
+            assert b"[DONE]" in await response.read()
+    await set_faults(running, range(1))
+
+    async def back() -> bool:
+        return await breakers(running) == ["closed"] * 2
+
+    await wait_until(back, "the check passes")

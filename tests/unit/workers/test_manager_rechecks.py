@@ -169,6 +169,33 @@ async def test_a_worker_that_did_not_answer_is_asked_every_second_until_it_does(
         assert len(setup.client.asked(A)) <= asked + 1  # at the usual interval again
 
 
+async def test_a_worker_that_does_not_answer_loses_its_traffic_and_is_tried_when_it_does() -> None:
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m")
+        await setup.deliver(Added(make_spec(A)))
+        breaker = setup.worker(A).breaker
+        setup.client.script(A, "/server_info", EngineUnreachableError("silent"))
+        await setup.clock.advance(INTERVAL_SECONDS + 10.0)
+        assert breaker.state is BreakerState.OPEN
+        assert not breaker.would_allow(setup.clock.monotonic())
+        setup.client.tell(A, "m")
+        await setup.clock.advance(2.0)
+        assert breaker.would_allow(setup.clock.monotonic())
+
+
+async def test_a_busy_worker_whose_requests_are_answered_keeps_its_traffic() -> None:
+    async with running(asking()) as setup:
+        setup.client.tell(A, "m")
+        await setup.deliver(Added(make_spec(A)))
+        breaker = setup.worker(A).breaker
+        setup.client.script(A, "/server_info", EngineUnreachableError("silent"))
+        for _ in range(60):
+            await setup.clock.advance(1.0)
+            now = setup.clock.monotonic()
+            breaker.success(now, now)
+        assert breaker.state is BreakerState.CLOSED
+
+
 async def test_of_many_workers_that_do_not_answer_a_few_are_asked_each_second() -> None:
     async with running(asking()) as setup:
         urls = [f"http://10.1.0.{n}:8000" for n in range(100)]
