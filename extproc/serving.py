@@ -4,6 +4,7 @@ Separate from the wiring below it because a reload builds the second part again,
 runs.
 """
 
+from typing import Final
 from uuid import uuid4
 
 import msgspec
@@ -16,10 +17,13 @@ from extproc.server.grpc_server import ExtProcServer
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
 from extproc.server.session import SessionContext
-from extproc.server.stream import Streams, StreamSettings
+from extproc.server.stream import Streams
+from extproc.server.stream_settings import Extension, StreamSettings
 from extproc.tokenization.encoder import EncoderSettings
 
 __all__ = ["build_server", "build_streams", "session_context", "stream_settings"]
+
+_EXTENSION_SHARE: Final = 0.5
 
 
 def session_context(config: Config, shared: Shared, router: Router) -> SessionContext:
@@ -44,7 +48,17 @@ def stream_settings(config: Config) -> StreamSettings:
         step_deadline_seconds=config.routing_deadline_secs,
         body_deadline_seconds=config.proxy.request_timeout_secs,
         log_decisions=config.observability.log_level == "debug",
+        extension=_extension(config),
     )
+
+
+def _extension(config: Config) -> Extension | None:
+    """Half of the time after which Envoy would take this service for hung may pass before."""
+    hang, whole = config.envoy.hang_timeout_secs, config.envoy.message_timeout_secs
+    after = _EXTENSION_SHARE * hang
+    if hang >= whole or after >= config.routing_deadline_secs:
+        return None
+    return Extension(after_seconds=after, message_timeout_seconds=whole + config.extra_wait_secs)
 
 
 def build_streams(config: Config, shared: Shared, router: Router) -> Streams:

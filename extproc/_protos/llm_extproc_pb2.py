@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11llm_extproc.proto\x12\x14llm_extproc.envoy.v3\x1a\x1cgoogle/protobuf/struct.proto\"<\n\x0bHeaderValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x11\n\traw_value\x18\x03 \x01(\x0c\"?\n\tHeaderMap\x12\x32\n\x07headers\x18\x01 \x03(\x0b\x32!.llm_extproc.envoy.v3.HeaderValue\"\x98\x02\n\x11HeaderValueOption\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.llm_extproc.envoy.v3.HeaderValue\x12Q\n\rappend_action\x18\x03 \x01(\x0e\x32:.llm_extproc.envoy.v3.HeaderValueOption.HeaderAppendAction\"}\n\x12HeaderAppendAction\x12\x1b\n\x17\x41PPEND_IF_EXISTS_OR_ADD\x10\x00\x12\x11\n\rADD_IF_ABSENT\x10\x01\x12\x1e\n\x1aOVERWRITE_IF_EXISTS_OR_ADD\x10\x02\x12\x17\n\x13OVERWRITE_IF_EXISTS\x10\x03\"\xa7\x01\n\x08Metadata\x12K\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x32.llm_extproc.envoy.v3.Metadata.FilterMetadataEntry\x1aN\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\"\x1a\n\nHttpStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\"\x80\x01\n\x0eProcessingMode\"n\n\x0c\x42odySendMode\x12\x08\n\x04NONE\x10\x00\x12\x0c\n\x08STREAMED\x10\x01\x12\x0c\n\x08\x42UFFERED\x10\x02\x12\x14\n\x10\x42UFFERED_PARTIAL\x10\x03\x12\x18\n\x14\x46ULL_DUPLEX_STREAMED\x10\x04\x12\x08\n\x04GRPC\x10\x05\"\xeb\x01\n\x15ProtocolConfiguration\x12L\n\x11request_body_mode\x18\x01 \x01(\x0e\x32\x31.llm_extproc.envoy.v3.ProcessingMode.BodySendMode\x12M\n\x12response_body_mode\x18\x02 \x01(\x0e\x32\x31.llm_extproc.envoy.v3.ProcessingMode.BodySendMode\x12\x35\n-send_body_without_waiting_for_header_response\x18\x03 \x01(\x08\"V\n\x0bHttpHeaders\x12\x30\n\x07headers\x18\x01 \x01(\x0b\x32\x1f.llm_extproc.envoy.v3.HeaderMap\x12\x15\n\rend_of_stream\x18\x03 \x01(\x08\"/\n\x08HttpBody\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"A\n\x0cHttpTrailers\x12\x31\n\x08trailers\x18\x01 \x01(\x0b\x32\x1f.llm_extproc.envoy.v3.HeaderMap\"\xc8\x05\n\x11ProcessingRequest\x12<\n\x0frequest_headers\x18\x02 \x01(\x0b\x32!.llm_extproc.envoy.v3.HttpHeadersH\x00\x12=\n\x10response_headers\x18\x03 \x01(\x0b\x32!.llm_extproc.envoy.v3.HttpHeadersH\x00\x12\x36\n\x0crequest_body\x18\x04 \x01(\x0b\x32\x1e.llm_extproc.envoy.v3.HttpBodyH\x00\x12\x37\n\rresponse_body\x18\x05 \x01(\x0b\x32\x1e.llm_extproc.envoy.v3.HttpBodyH\x00\x12>\n\x10request_trailers\x18\x06 \x01(\x0b\x32\".llm_extproc.envoy.v3.HttpTrailersH\x00\x12?\n\x11response_trailers\x18\x07 \x01(\x0b\x32\".llm_extproc.envoy.v3.HttpTrailersH\x00\x12\x38\n\x10metadata_context\x18\x08 \x01(\x0b\x32\x1e.llm_extproc.envoy.v3.Metadata\x12K\n\nattributes\x18\t \x03(\x0b\x32\x37.llm_extproc.envoy.v3.ProcessingRequest.AttributesEntry\x12\x1a\n\x12observability_mode\x18\n \x01(\x08\x12\x44\n\x0fprotocol_config\x18\x0b \x01(\x0b\x32+.llm_extproc.envoy.v3.ProtocolConfiguration\x1aJ\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\x42\t\n\x07requestJ\x04\x08\x01\x10\x02\"f\n\x0eHeaderMutation\x12<\n\x0bset_headers\x18\x01 \x03(\x0b\x32\'.llm_extproc.envoy.v3.HeaderValueOption\x12\x16\n\x0eremove_headers\x18\x02 \x03(\t\";\n\x14StreamedBodyResponse\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"\x89\x01\n\x0c\x42odyMutation\x12\x0e\n\x04\x62ody\x18\x01 \x01(\x0cH\x00\x12\x14\n\nclear_body\x18\x02 \x01(\x08H\x00\x12G\n\x11streamed_response\x18\x03 \x01(\x0b\x32*.llm_extproc.envoy.v3.StreamedBodyResponseH\x00\x42\n\n\x08mutation\"\xa4\x02\n\x0e\x43ommonResponse\x12\x43\n\x06status\x18\x01 \x01(\x0e\x32\x33.llm_extproc.envoy.v3.CommonResponse.ResponseStatus\x12=\n\x0fheader_mutation\x18\x02 \x01(\x0b\x32$.llm_extproc.envoy.v3.HeaderMutation\x12\x39\n\rbody_mutation\x18\x03 \x01(\x0b\x32\".llm_extproc.envoy.v3.BodyMutation\x12\x19\n\x11\x63lear_route_cache\x18\x05 \x01(\x08\"8\n\x0eResponseStatus\x12\x0c\n\x08\x43ONTINUE\x10\x00\x12\x18\n\x14\x43ONTINUE_AND_REPLACE\x10\x01\"I\n\x0fHeadersResponse\x12\x36\n\x08response\x18\x01 \x01(\x0b\x32$.llm_extproc.envoy.v3.CommonResponse\"F\n\x0c\x42odyResponse\x12\x36\n\x08response\x18\x01 \x01(\x0b\x32$.llm_extproc.envoy.v3.CommonResponse\"Q\n\x10TrailersResponse\x12=\n\x0fheader_mutation\x18\x01 \x01(\x0b\x32$.llm_extproc.envoy.v3.HeaderMutation\"\x9b\x01\n\x11ImmediateResponse\x12\x30\n\x06status\x18\x01 \x01(\x0b\x32 .llm_extproc.envoy.v3.HttpStatus\x12\x35\n\x07headers\x18\x02 \x01(\x0b\x32$.llm_extproc.envoy.v3.HeaderMutation\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64\x65tails\x18\x05 \x01(\t\"\xa1\x04\n\x12ProcessingResponse\x12@\n\x0frequest_headers\x18\x01 \x01(\x0b\x32%.llm_extproc.envoy.v3.HeadersResponseH\x00\x12\x41\n\x10response_headers\x18\x02 \x01(\x0b\x32%.llm_extproc.envoy.v3.HeadersResponseH\x00\x12:\n\x0crequest_body\x18\x03 \x01(\x0b\x32\".llm_extproc.envoy.v3.BodyResponseH\x00\x12;\n\rresponse_body\x18\x04 \x01(\x0b\x32\".llm_extproc.envoy.v3.BodyResponseH\x00\x12\x42\n\x10request_trailers\x18\x05 \x01(\x0b\x32&.llm_extproc.envoy.v3.TrailersResponseH\x00\x12\x43\n\x11response_trailers\x18\x06 \x01(\x0b\x32&.llm_extproc.envoy.v3.TrailersResponseH\x00\x12\x45\n\x12immediate_response\x18\x07 \x01(\x0b\x32\'.llm_extproc.envoy.v3.ImmediateResponseH\x00\x12\x31\n\x10\x64ynamic_metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.StructB\n\n\x08responseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11llm_extproc.proto\x12\x14llm_extproc.envoy.v3\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"<\n\x0bHeaderValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x11\n\traw_value\x18\x03 \x01(\x0c\"?\n\tHeaderMap\x12\x32\n\x07headers\x18\x01 \x03(\x0b\x32!.llm_extproc.envoy.v3.HeaderValue\"\x98\x02\n\x11HeaderValueOption\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.llm_extproc.envoy.v3.HeaderValue\x12Q\n\rappend_action\x18\x03 \x01(\x0e\x32:.llm_extproc.envoy.v3.HeaderValueOption.HeaderAppendAction\"}\n\x12HeaderAppendAction\x12\x1b\n\x17\x41PPEND_IF_EXISTS_OR_ADD\x10\x00\x12\x11\n\rADD_IF_ABSENT\x10\x01\x12\x1e\n\x1aOVERWRITE_IF_EXISTS_OR_ADD\x10\x02\x12\x17\n\x13OVERWRITE_IF_EXISTS\x10\x03\"\xa7\x01\n\x08Metadata\x12K\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x32.llm_extproc.envoy.v3.Metadata.FilterMetadataEntry\x1aN\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\"\x1a\n\nHttpStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\"\x80\x01\n\x0eProcessingMode\"n\n\x0c\x42odySendMode\x12\x08\n\x04NONE\x10\x00\x12\x0c\n\x08STREAMED\x10\x01\x12\x0c\n\x08\x42UFFERED\x10\x02\x12\x14\n\x10\x42UFFERED_PARTIAL\x10\x03\x12\x18\n\x14\x46ULL_DUPLEX_STREAMED\x10\x04\x12\x08\n\x04GRPC\x10\x05\"\xeb\x01\n\x15ProtocolConfiguration\x12L\n\x11request_body_mode\x18\x01 \x01(\x0e\x32\x31.llm_extproc.envoy.v3.ProcessingMode.BodySendMode\x12M\n\x12response_body_mode\x18\x02 \x01(\x0e\x32\x31.llm_extproc.envoy.v3.ProcessingMode.BodySendMode\x12\x35\n-send_body_without_waiting_for_header_response\x18\x03 \x01(\x08\"V\n\x0bHttpHeaders\x12\x30\n\x07headers\x18\x01 \x01(\x0b\x32\x1f.llm_extproc.envoy.v3.HeaderMap\x12\x15\n\rend_of_stream\x18\x03 \x01(\x08\"/\n\x08HttpBody\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"A\n\x0cHttpTrailers\x12\x31\n\x08trailers\x18\x01 \x01(\x0b\x32\x1f.llm_extproc.envoy.v3.HeaderMap\"\xc8\x05\n\x11ProcessingRequest\x12<\n\x0frequest_headers\x18\x02 \x01(\x0b\x32!.llm_extproc.envoy.v3.HttpHeadersH\x00\x12=\n\x10response_headers\x18\x03 \x01(\x0b\x32!.llm_extproc.envoy.v3.HttpHeadersH\x00\x12\x36\n\x0crequest_body\x18\x04 \x01(\x0b\x32\x1e.llm_extproc.envoy.v3.HttpBodyH\x00\x12\x37\n\rresponse_body\x18\x05 \x01(\x0b\x32\x1e.llm_extproc.envoy.v3.HttpBodyH\x00\x12>\n\x10request_trailers\x18\x06 \x01(\x0b\x32\".llm_extproc.envoy.v3.HttpTrailersH\x00\x12?\n\x11response_trailers\x18\x07 \x01(\x0b\x32\".llm_extproc.envoy.v3.HttpTrailersH\x00\x12\x38\n\x10metadata_context\x18\x08 \x01(\x0b\x32\x1e.llm_extproc.envoy.v3.Metadata\x12K\n\nattributes\x18\t \x03(\x0b\x32\x37.llm_extproc.envoy.v3.ProcessingRequest.AttributesEntry\x12\x1a\n\x12observability_mode\x18\n \x01(\x08\x12\x44\n\x0fprotocol_config\x18\x0b \x01(\x0b\x32+.llm_extproc.envoy.v3.ProtocolConfiguration\x1aJ\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\x42\t\n\x07requestJ\x04\x08\x01\x10\x02\"f\n\x0eHeaderMutation\x12<\n\x0bset_headers\x18\x01 \x03(\x0b\x32\'.llm_extproc.envoy.v3.HeaderValueOption\x12\x16\n\x0eremove_headers\x18\x02 \x03(\t\";\n\x14StreamedBodyResponse\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"\x89\x01\n\x0c\x42odyMutation\x12\x0e\n\x04\x62ody\x18\x01 \x01(\x0cH\x00\x12\x14\n\nclear_body\x18\x02 \x01(\x08H\x00\x12G\n\x11streamed_response\x18\x03 \x01(\x0b\x32*.llm_extproc.envoy.v3.StreamedBodyResponseH\x00\x42\n\n\x08mutation\"\xa4\x02\n\x0e\x43ommonResponse\x12\x43\n\x06status\x18\x01 \x01(\x0e\x32\x33.llm_extproc.envoy.v3.CommonResponse.ResponseStatus\x12=\n\x0fheader_mutation\x18\x02 \x01(\x0b\x32$.llm_extproc.envoy.v3.HeaderMutation\x12\x39\n\rbody_mutation\x18\x03 \x01(\x0b\x32\".llm_extproc.envoy.v3.BodyMutation\x12\x19\n\x11\x63lear_route_cache\x18\x05 \x01(\x08\"8\n\x0eResponseStatus\x12\x0c\n\x08\x43ONTINUE\x10\x00\x12\x18\n\x14\x43ONTINUE_AND_REPLACE\x10\x01\"I\n\x0fHeadersResponse\x12\x36\n\x08response\x18\x01 \x01(\x0b\x32$.llm_extproc.envoy.v3.CommonResponse\"F\n\x0c\x42odyResponse\x12\x36\n\x08response\x18\x01 \x01(\x0b\x32$.llm_extproc.envoy.v3.CommonResponse\"Q\n\x10TrailersResponse\x12=\n\x0fheader_mutation\x18\x01 \x01(\x0b\x32$.llm_extproc.envoy.v3.HeaderMutation\"\x9b\x01\n\x11ImmediateResponse\x12\x30\n\x06status\x18\x01 \x01(\x0b\x32 .llm_extproc.envoy.v3.HttpStatus\x12\x35\n\x07headers\x18\x02 \x01(\x0b\x32$.llm_extproc.envoy.v3.HeaderMutation\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64\x65tails\x18\x05 \x01(\t\"\xde\x04\n\x12ProcessingResponse\x12@\n\x0frequest_headers\x18\x01 \x01(\x0b\x32%.llm_extproc.envoy.v3.HeadersResponseH\x00\x12\x41\n\x10response_headers\x18\x02 \x01(\x0b\x32%.llm_extproc.envoy.v3.HeadersResponseH\x00\x12:\n\x0crequest_body\x18\x03 \x01(\x0b\x32\".llm_extproc.envoy.v3.BodyResponseH\x00\x12;\n\rresponse_body\x18\x04 \x01(\x0b\x32\".llm_extproc.envoy.v3.BodyResponseH\x00\x12\x42\n\x10request_trailers\x18\x05 \x01(\x0b\x32&.llm_extproc.envoy.v3.TrailersResponseH\x00\x12\x43\n\x11response_trailers\x18\x06 \x01(\x0b\x32&.llm_extproc.envoy.v3.TrailersResponseH\x00\x12\x45\n\x12immediate_response\x18\x07 \x01(\x0b\x32\'.llm_extproc.envoy.v3.ImmediateResponseH\x00\x12\x31\n\x10\x64ynamic_metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12;\n\x18override_message_timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationB\n\n\x08responseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,54 +37,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METADATA_FILTERMETADATAENTRY']._serialized_options = b'8\001'
   _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._loaded_options = None
   _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_options = b'8\001'
-  _globals['_HEADERVALUE']._serialized_start=73
-  _globals['_HEADERVALUE']._serialized_end=133
-  _globals['_HEADERMAP']._serialized_start=135
-  _globals['_HEADERMAP']._serialized_end=198
-  _globals['_HEADERVALUEOPTION']._serialized_start=201
-  _globals['_HEADERVALUEOPTION']._serialized_end=481
-  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_start=356
-  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_end=481
-  _globals['_METADATA']._serialized_start=484
-  _globals['_METADATA']._serialized_end=651
-  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_start=573
-  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_end=651
-  _globals['_HTTPSTATUS']._serialized_start=653
-  _globals['_HTTPSTATUS']._serialized_end=679
-  _globals['_PROCESSINGMODE']._serialized_start=682
-  _globals['_PROCESSINGMODE']._serialized_end=810
-  _globals['_PROCESSINGMODE_BODYSENDMODE']._serialized_start=700
-  _globals['_PROCESSINGMODE_BODYSENDMODE']._serialized_end=810
-  _globals['_PROTOCOLCONFIGURATION']._serialized_start=813
-  _globals['_PROTOCOLCONFIGURATION']._serialized_end=1048
-  _globals['_HTTPHEADERS']._serialized_start=1050
-  _globals['_HTTPHEADERS']._serialized_end=1136
-  _globals['_HTTPBODY']._serialized_start=1138
-  _globals['_HTTPBODY']._serialized_end=1185
-  _globals['_HTTPTRAILERS']._serialized_start=1187
-  _globals['_HTTPTRAILERS']._serialized_end=1252
-  _globals['_PROCESSINGREQUEST']._serialized_start=1255
-  _globals['_PROCESSINGREQUEST']._serialized_end=1967
-  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_start=1876
-  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_end=1950
-  _globals['_HEADERMUTATION']._serialized_start=1969
-  _globals['_HEADERMUTATION']._serialized_end=2071
-  _globals['_STREAMEDBODYRESPONSE']._serialized_start=2073
-  _globals['_STREAMEDBODYRESPONSE']._serialized_end=2132
-  _globals['_BODYMUTATION']._serialized_start=2135
-  _globals['_BODYMUTATION']._serialized_end=2272
-  _globals['_COMMONRESPONSE']._serialized_start=2275
-  _globals['_COMMONRESPONSE']._serialized_end=2567
-  _globals['_COMMONRESPONSE_RESPONSESTATUS']._serialized_start=2511
-  _globals['_COMMONRESPONSE_RESPONSESTATUS']._serialized_end=2567
-  _globals['_HEADERSRESPONSE']._serialized_start=2569
-  _globals['_HEADERSRESPONSE']._serialized_end=2642
-  _globals['_BODYRESPONSE']._serialized_start=2644
-  _globals['_BODYRESPONSE']._serialized_end=2714
-  _globals['_TRAILERSRESPONSE']._serialized_start=2716
-  _globals['_TRAILERSRESPONSE']._serialized_end=2797
-  _globals['_IMMEDIATERESPONSE']._serialized_start=2800
-  _globals['_IMMEDIATERESPONSE']._serialized_end=2955
-  _globals['_PROCESSINGRESPONSE']._serialized_start=2958
-  _globals['_PROCESSINGRESPONSE']._serialized_end=3503
+  _globals['_HEADERVALUE']._serialized_start=105
+  _globals['_HEADERVALUE']._serialized_end=165
+  _globals['_HEADERMAP']._serialized_start=167
+  _globals['_HEADERMAP']._serialized_end=230
+  _globals['_HEADERVALUEOPTION']._serialized_start=233
+  _globals['_HEADERVALUEOPTION']._serialized_end=513
+  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_start=388
+  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_end=513
+  _globals['_METADATA']._serialized_start=516
+  _globals['_METADATA']._serialized_end=683
+  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_start=605
+  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_end=683
+  _globals['_HTTPSTATUS']._serialized_start=685
+  _globals['_HTTPSTATUS']._serialized_end=711
+  _globals['_PROCESSINGMODE']._serialized_start=714
+  _globals['_PROCESSINGMODE']._serialized_end=842
+  _globals['_PROCESSINGMODE_BODYSENDMODE']._serialized_start=732
+  _globals['_PROCESSINGMODE_BODYSENDMODE']._serialized_end=842
+  _globals['_PROTOCOLCONFIGURATION']._serialized_start=845
+  _globals['_PROTOCOLCONFIGURATION']._serialized_end=1080
+  _globals['_HTTPHEADERS']._serialized_start=1082
+  _globals['_HTTPHEADERS']._serialized_end=1168
+  _globals['_HTTPBODY']._serialized_start=1170
+  _globals['_HTTPBODY']._serialized_end=1217
+  _globals['_HTTPTRAILERS']._serialized_start=1219
+  _globals['_HTTPTRAILERS']._serialized_end=1284
+  _globals['_PROCESSINGREQUEST']._serialized_start=1287
+  _globals['_PROCESSINGREQUEST']._serialized_end=1999
+  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_start=1908
+  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_end=1982
+  _globals['_HEADERMUTATION']._serialized_start=2001
+  _globals['_HEADERMUTATION']._serialized_end=2103
+  _globals['_STREAMEDBODYRESPONSE']._serialized_start=2105
+  _globals['_STREAMEDBODYRESPONSE']._serialized_end=2164
+  _globals['_BODYMUTATION']._serialized_start=2167
+  _globals['_BODYMUTATION']._serialized_end=2304
+  _globals['_COMMONRESPONSE']._serialized_start=2307
+  _globals['_COMMONRESPONSE']._serialized_end=2599
+  _globals['_COMMONRESPONSE_RESPONSESTATUS']._serialized_start=2543
+  _globals['_COMMONRESPONSE_RESPONSESTATUS']._serialized_end=2599
+  _globals['_HEADERSRESPONSE']._serialized_start=2601
+  _globals['_HEADERSRESPONSE']._serialized_end=2674
+  _globals['_BODYRESPONSE']._serialized_start=2676
+  _globals['_BODYRESPONSE']._serialized_end=2746
+  _globals['_TRAILERSRESPONSE']._serialized_start=2748
+  _globals['_TRAILERSRESPONSE']._serialized_end=2829
+  _globals['_IMMEDIATERESPONSE']._serialized_start=2832
+  _globals['_IMMEDIATERESPONSE']._serialized_end=2987
+  _globals['_PROCESSINGRESPONSE']._serialized_start=2990
+  _globals['_PROCESSINGRESPONSE']._serialized_end=3596
 # @@protoc_insertion_point(module_scope)

@@ -90,7 +90,8 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
         **_keys(
             "restart",
             "envoy.",
-            "host port admin_port fail_open message_timeout_secs stream_idle_timeout_secs "
+            "host port admin_port fail_open message_timeout_secs hang_timeout_secs "
+            "stream_idle_timeout_secs "
             "worker_idle_timeout_secs destination cluster cluster_header model_header access_log "
             "endpoints_file",
         ),

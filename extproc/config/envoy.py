@@ -49,8 +49,19 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
     ] = True
     message_timeout_secs: Annotated[
         Seconds,
-        Meta(description="Time for which Envoy waits for one reply of this service."),
+        Meta(
+            description="Time for which Envoy waits for one reply of this service, once the "
+            "service has said that it is at work."
+        ),
     ] = 10 * SECONDS
+    hang_timeout_secs: Annotated[
+        Seconds,
+        Meta(
+            description="Time after which Envoy takes this service for hung, if it has not said "
+            "that it is at work: then requests go on without it, or get 503. Values above "
+            "`message_timeout_secs` have no effect."
+        ),
+    ] = 2 * SECONDS
     stream_idle_timeout_secs: Annotated[
         Seconds,
         Meta(

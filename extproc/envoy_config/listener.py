@@ -118,14 +118,15 @@ def _asking_filter(
     """
     external_processor = typed(
         "extensions.filters.http.ext_proc.v3.ExternalProcessor",
-        grpc_service={
-            "envoy_grpc": {"cluster_name": EXTPROC_CLUSTER, "skip_envoy_headers": True},
-            "initial_metadata": [{"key": PASS_KEY, "value": which}],
-        },
+        grpc_service=_grpc_service(which),
         # In any case: the routes decide what happens to a request without a decision.
         failure_mode_allow=True,
         status_on_error={"code": 503},
-        message_timeout=duration(message_timeout),
+        # A service that is at work asks for more, so a hung one is noticed soon.
+        message_timeout=duration(
+            min(config.envoy.hang_timeout_secs, config.envoy.message_timeout_secs)
+        ),
+        max_message_timeout=duration(message_timeout),
         processing_mode={
             "request_header_mode": "SEND",
             "request_body_mode": request_body_mode,
@@ -151,6 +152,28 @@ def _asking_filter(
         },
     )
     return {"name": EXTPROC_FILTER, "typed_config": external_processor}
+
+
+def _grpc_service(which: str) -> dict[str, Any]:
+    return {
+        "envoy_grpc": {"cluster_name": EXTPROC_CLUSTER, "skip_envoy_headers": True},
+        # A replica that is gone is replaced by another one before the request is affected.
+        "retry_policy": {
+            "retry_on": "connect-failure,refused-stream,reset,unavailable",
+            "num_retries": 3,
+            "retry_host_predicate": [
+                {
+                    "name": "envoy.retry_host_predicates.previous_hosts",
+                    "typed_config": typed(
+                        "extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
+                    ),
+                }
+            ],
+            "host_selection_retry_max_attempts": 3,
+            "retry_back_off": {"base_interval": "0.025s", "max_interval": "0.25s"},
+        },
+        "initial_metadata": [{"key": PASS_KEY, "value": which}],
+    }
 
 
 def router_filter() -> dict[str, Any]:

@@ -14,4 +14,5 @@ __all__ = [
     "replies",
     "session",
     "stream",
+    "stream_settings",
 ]

@@ -5,6 +5,7 @@ decisions differ, so the serialised replies are kept in a bounded table.
 """
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Final
 
 from google.protobuf.struct_pb2 import Struct, Value
@@ -47,6 +48,7 @@ __all__ = [
     "RESPONSE_HEADERS_CONTINUE",
     "RESPONSE_TRAILERS_CONTINUE",
     "ReplyBuilder",
+    "at_work",
     "attempt_reported",
     "debug_decode_worker",
     "debug_response_headers",
@@ -360,3 +362,10 @@ def with_retry_after(reply: bytes) -> bytes:
     Envoy (1.40) does not know "add if absent" here, so this is for responses without the header.
     """
     return reply + _RETRY_AFTER
+
+
+def at_work(seconds: float) -> bytes:
+    """Ask the gateway to wait for this long, in place of its own time-out of a message."""
+    reply = pb.ProcessingResponse()
+    reply.override_message_timeout.FromTimedelta(timedelta(seconds=seconds))
+    return reply.SerializeToString()

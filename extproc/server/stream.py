@@ -15,7 +15,6 @@ import grpc
 import grpc.aio
 import structlog
 from google.protobuf.message import DecodeError
-from msgspec import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.errors import RouterError, internal_error, retry_after_seconds, routing_timeout
@@ -25,6 +24,7 @@ from extproc.routing.local_endpoints import Answer
 from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
+from extproc.server import replies
 from extproc.server.deadlines import Deadlines
 from extproc.server.decode_session import DecodeSession
 from extproc.server.messages import Response, read_attempt
@@ -32,8 +32,9 @@ from extproc.server.replies import RESPONSE_HEADERS_CONTINUE, attempt_reported
 from extproc.server.route_session import RouteSession
 from extproc.server.session import Session, SessionContext
 from extproc.server.steps import Step
+from extproc.server.stream_settings import Extension, StreamSettings
 
-__all__ = ["Decider", "Stream", "StreamSettings", "Streams"]
+__all__ = ["Decider", "Stream", "Streams"]
 
 _log = structlog.get_logger()
 
@@ -56,22 +57,13 @@ class Decider(Protocol):
         """The worker at this address has answered 503 or 429; True if that is recorded now."""
 
 
-class StreamSettings(Struct, frozen=True, kw_only=True):
-    """Deadlines of a stream. A decision must be there within `step_deadline_seconds` of its
-    request's body, and the whole body within `body_deadline_seconds` of its first part.
-    """
-
-    step_deadline_seconds: float
-    body_deadline_seconds: float
-    log_decisions: bool
-
-
 class Stream:
     """One open stream: its session and the I/O around it."""
 
     __slots__ = (
         "_context",
         "_decider",
+        "_extended",
         "_interrupted",
         "_lease",
         "_overtaking",
@@ -99,6 +91,7 @@ class Stream:
         self._reading = False
         # The request was answered between two messages, so replies that come later are dropped.
         self._interrupted = False
+        self._extended = False
         # gRPC refuses a second write while one is under way.
         self._writing = False
         self._overtaking: Sequence[bytes] = ()
@@ -170,7 +163,7 @@ class Stream:
         """Get the answer to the session's question, and write what follows from it."""
         streams, session = self._streams, self.session
         decider = self._decider
-        started = streams.deadlines.start(self, self._settings.step_deadline_seconds)
+        started = streams.deadlines.start(self, self._settings.first_deadline_seconds)
         try:
             if isinstance(question, DecodeQuery):
                 step = self._take(decider.pick_decode(question), question.attempt)
@@ -231,6 +224,10 @@ class Stream:
         """The deadline of the body or of the decision has passed; called by Deadlines."""
         if self.session.question is None:
             self._interrupt(self.session.body_timed_out())
+        elif self._settings.extension is not None and not self._extended:
+            self._extended = True
+            self._streams.deadlines.start(self, self._settings.last_deadline_seconds)
+            self._streams.spawn(self._extend(self._settings.extension))
         elif self._task is not None:
             # `_ask` catches the cancellation and answers.
             self.overdue = True
@@ -252,6 +249,12 @@ class Stream:
         # The stream may have ended in the meantime; then nothing needs to be written.
         with contextlib.suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):
             await self._say(out, interrupting=True)
+
+    async def _extend(self, extension: Extension) -> None:
+        """Tell the gateway that this service is at work."""
+        with contextlib.suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):
+            if self.session.question is not None:
+                await self._say((replies.at_work(extension.message_timeout_seconds),))
 
     @property
     def _may_end_early(self) -> bool:

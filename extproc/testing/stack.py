@@ -208,6 +208,8 @@ class Stack:
                 "port": envoy_port,
                 "admin_port": envoy_admin_port,
                 "access_log": str(folder / "access.log"),
+                # A busy machine may hold the service up for longer than users would wait.
+                "hang_timeout_secs": 10,
             },
         }
         self.config = _merge(base, settings)

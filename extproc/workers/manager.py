@@ -286,7 +286,10 @@ class WorkerManager:
                 self._lifeless.discard(worker_id)
                 breaker.probe_at_once(now)
             return
-        self._lifeless.add(worker_id)
+        if worker_id not in self._lifeless:
+            # A refused request, which has been counted, may be why it was asked.
+            self._lifeless.add(worker_id)
+            return
         before = breaker.state
         breaker.failure(now)
         if breaker.state is BreakerState.OPEN and before is not BreakerState.OPEN:

@@ -97,7 +97,11 @@ CASES: dict[str, dict[str, Any]] = {
     "smallest values": {
         "server": {"max_body_bytes": 1024, "step_deadline_secs": 0.001},
         "proxy": {"request_timeout_secs": 0.001, "connect_timeout_secs": 0.001},
-        "envoy": {"worker_idle_timeout_secs": 0.001, "message_timeout_secs": 0.002},
+        "envoy": {
+            "worker_idle_timeout_secs": 0.001,
+            "message_timeout_secs": 0.002,
+            "hang_timeout_secs": 0.002,
+        },
     },
 }
 

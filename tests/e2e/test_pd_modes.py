@@ -268,7 +268,8 @@ async def test_a_failed_nixl_prefill_is_answered_at_once(
 async def test_a_nixl_prefill_may_take_longer_than_a_decision(tmp_path: Path) -> None:
     settings = {
         "server": {"step_deadline_secs": 0.5},
-        "envoy": {"message_timeout_secs": 1},
+        # The service asks Envoy for more than the 0.2 s after which it would be taken for hung.
+        "envoy": {"message_timeout_secs": 1, "hang_timeout_secs": 0.2},
         "pd": {"prefill_timeout_secs": 4},
     }
     async with vllm(tmp_path, settings=settings) as running:

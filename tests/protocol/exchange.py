@@ -29,7 +29,8 @@ from extproc.server.grpc_server import SERVICE, ExtProcServer
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
 from extproc.server.session import SessionContext
-from extproc.server.stream import Streams, StreamSettings
+from extproc.server.stream import Streams
+from extproc.server.stream_settings import Extension, StreamSettings
 from extproc.testing.stack import free_ports
 from tests.builders import Fleet, make_shared, make_worker, routing_settings
 
@@ -65,6 +66,7 @@ class Service:
         clock: Clock | None = None,
         route_seconds: float = 0.0,
         retry_busy: bool | None = None,
+        extension: Extension | None = None,
     ) -> None:
         """`retry_busy` is None for a gateway that takes a single destination."""
         self.workers = [
@@ -103,6 +105,7 @@ class Service:
             step_deadline_seconds=self.config.step_deadline_secs,
             body_deadline_seconds=body_seconds,
             log_decisions=False,
+            extension=extension,
         )
         self.server = ExtProcServer(
             self.config, Streams(context, self, self.metrics, stream_settings)

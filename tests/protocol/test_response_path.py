@@ -10,6 +10,7 @@ from extproc.config.schema import LoadConfig
 from extproc.routing.lease import Lease
 from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
+from extproc.server.stream_settings import Extension
 from extproc.workers.circuit_breaker import BreakerState
 from tests.protocol.exchange import (
     Envoy,
@@ -92,6 +93,29 @@ async def test_an_abort_at_any_point_leaves_nothing_behind(steps: int) -> None:
         await eventually(lambda: service.in_flight == 0 and not service.server.open_streams)
         assert len(service.tickets) == 0
         assert outcome(service, 0, "cancelled") == (1 if steps == 2 else 0)
+
+
+async def test_a_decision_that_takes_long_asks_the_gateway_for_more_time_once() -> None:
+    extension = Extension(after_seconds=0.1, message_timeout_seconds=7.5)
+    service = Service(["m"], 1, route_seconds=0.6, extension=extension)
+    async with serving(service), stream(service) as envoy:
+        await envoy.send(request_headers(), request_body(llm_body()))
+        head, more, decision = await envoy.replies(3)
+        assert head.WhichOneof("response") == "request_headers"
+        assert more.WhichOneof("response") is None
+        assert more.override_message_timeout.ToMilliseconds() == 7500
+        assert decision.WhichOneof("response") == "request_body"
+
+
+async def test_a_decision_that_never_comes_ends_at_its_deadline_after_the_extension() -> None:
+    extension = Extension(after_seconds=0.05, message_timeout_seconds=7.5)
+    server = {"step_deadline_secs": 0.3}
+    service = Service(["m"], 1, server=server, route_seconds=30, extension=extension)
+    async with serving(service), stream(service) as envoy:
+        await envoy.send(request_headers(), request_body(llm_body()))
+        _, more, reply = await envoy.replies(3)
+        assert more.HasField("override_message_timeout")
+        assert error(reply)[:2] == (503, "routing_timeout")
 
 
 async def test_an_abort_while_the_router_decides_leaves_nothing_behind() -> None:

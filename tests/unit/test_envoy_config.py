@@ -229,9 +229,11 @@ class TestTimeouts:
         assert found["request_timeout"] == "42s"
         assert found["request_headers_timeout"] == "30s"
 
-    def test_the_message_timeout_is_the_configured_one(self) -> None:
-        rendered = render_bootstrap(config(envoy={"message_timeout_secs": 7}))
-        assert ext_proc(rendered)["message_timeout"] == "7s"
+    def test_a_hung_service_is_noticed_soon_and_one_at_work_may_ask_for_more(self) -> None:
+        envoy = {"message_timeout_secs": 7, "hang_timeout_secs": 3}
+        found = ext_proc(render_bootstrap(config(envoy=envoy)))
+        assert found["message_timeout"] == "3s"
+        assert found["max_message_timeout"] == "7s"
 
     def test_only_what_never_reached_a_worker_is_retried(self) -> None:
         found = routes(render_bootstrap(config()))

@@ -15,7 +15,8 @@ from extproc.routing.local_endpoints import Answer
 from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.request import Request
 from extproc.server.decode_session import DecodeSession
-from extproc.server.stream import Stream, Streams, StreamSettings
+from extproc.server.stream import Stream, Streams
+from extproc.server.stream_settings import StreamSettings
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Worker
 from tests.builders import Fleet, make_fleet, make_worker
