@@ -24,11 +24,10 @@ from extproc.routing.local_endpoints import Answer
 from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
-from extproc.server import replies
 from extproc.server.deadlines import Deadlines
 from extproc.server.decode_session import DecodeSession
 from extproc.server.messages import Response, read_attempt
-from extproc.server.replies import RESPONSE_HEADERS_CONTINUE, attempt_reported
+from extproc.server.replies import RESPONSE_HEADERS_CONTINUE, at_work, attempt_reported
 from extproc.server.route_session import RouteSession
 from extproc.server.session import Session, SessionContext
 from extproc.server.steps import Step
@@ -225,9 +224,7 @@ class Stream:
         if self.session.question is None:
             self._interrupt(self.session.body_timed_out())
         elif self._settings.extension is not None and not self._extended:
-            self._extended = True
-            self._streams.deadlines.start(self, self._settings.last_deadline_seconds)
-            self._streams.spawn(self._extend(self._settings.extension))
+            self._extend(self._settings.extension)
         elif self._task is not None:
             # `_ask` catches the cancellation and answers.
             self.overdue = True
@@ -245,16 +242,17 @@ class Stream:
             self._interrupted = True
             self._streams.spawn(self._write(out))
 
-    async def _write(self, out: Sequence[bytes]) -> None:
+    async def _write(self, out: Sequence[bytes], *, interrupting: bool = True) -> None:
         # The stream may have ended in the meantime; then nothing needs to be written.
         with contextlib.suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):
-            await self._say(out, interrupting=True)
+            await self._say(out, interrupting=interrupting)
 
-    async def _extend(self, extension: Extension) -> None:
-        """Tell the gateway that this service is at work."""
-        with contextlib.suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):
-            if self.session.question is not None:
-                await self._say((replies.at_work(extension.message_timeout_seconds),))
+    def _extend(self, extension: Extension) -> None:
+        """Ask the gateway to wait: this service is at work."""
+        self._extended = True
+        self._streams.deadlines.start(self, self._settings.last_deadline_seconds)
+        reply = at_work(extension.message_timeout_seconds)
+        self._streams.spawn(self._write((reply,), interrupting=False))
 
     @property
     def _may_end_early(self) -> bool:

@@ -6,8 +6,10 @@ __all__ = ["Extension", "StreamSettings"]
 
 
 class Extension(Struct, frozen=True, kw_only=True):
-    """When the gateway is asked to wait, since the service is at work: a decision that takes longer than
-    `after_seconds` asks it to wait for `message_timeout_seconds`.
+    """When the gateway is asked to wait, since the service is at work.
+
+    A decision that takes longer than `after_seconds` asks it to wait for
+    `message_timeout_seconds`.
     """
 
     after_seconds: float
