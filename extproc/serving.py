@@ -54,10 +54,10 @@ def stream_settings(config: Config) -> StreamSettings:
 
 def _extension(config: Config) -> Extension | None:
     """Half of the time after which Envoy would take this service for hung may pass before."""
-    hang, whole = config.envoy.hang_timeout_secs, config.envoy.message_timeout_secs
-    after = _EXTENSION_SHARE * hang
-    if hang >= whole or after >= config.routing_deadline_secs:
-        return None
+    whole = config.envoy.message_timeout_secs
+    after = _EXTENSION_SHARE * min(config.envoy.hang_timeout_secs, whole)
+    if after >= config.routing_deadline_secs:
+        return None  # the service answers before
     return Extension(after_seconds=after, message_timeout_seconds=whole + config.extra_wait_secs)
 
 

@@ -55,11 +55,13 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 10 * SECONDS
     hang_timeout_secs: Annotated[
-        Seconds,
+        float,
         Meta(
+            ge=0.2,
+            le=604800,
             description="Time after which Envoy takes this service for hung, if it has not said "
             "that it is at work: then requests go on without it, or get 503. Values above "
-            "`message_timeout_secs` have no effect."
+            "`message_timeout_secs` have no effect.",
         ),
     ] = 2 * SECONDS
     stream_idle_timeout_secs: Annotated[

@@ -100,7 +100,6 @@ CASES: dict[str, dict[str, Any]] = {
         "envoy": {
             "worker_idle_timeout_secs": 0.001,
             "message_timeout_secs": 0.002,
-            "hang_timeout_secs": 0.002,
         },
     },
 }

@@ -13,6 +13,8 @@ from extproc.config.loading import load_config, parse_config
 from extproc.config.schema import Config
 from extproc.envoy_config import render_bootstrap, render_yaml
 from extproc.errors import ConfigError
+from extproc.serving import stream_settings
+from tests.unit.configs import raw_config
 
 ROOT = Path(__file__).parents[2]
 MEBIBYTE = 1024 * 1024
@@ -234,6 +236,24 @@ class TestTimeouts:
         found = ext_proc(render_bootstrap(config(envoy=envoy)))
         assert found["message_timeout"] == "3s"
         assert found["max_message_timeout"] == "7s"
+
+    @pytest.mark.parametrize("hang", [0.2, 2, 10, 30])
+    @pytest.mark.parametrize("protocol", ["sglang", "nixl"])
+    def test_envoy_never_gives_up_before_the_service_does(self, hang: float, protocol: str) -> None:
+        """With NIXL a decision includes the prefill."""
+        models = [{"id": "m", "pd": {"protocol": protocol}}]
+        made = parse_config(raw_config(models=models, envoy={"hang_timeout_secs": hang}))
+        found = ext_proc(render_bootstrap(made))
+        waits, at_most = (
+            float(found[key].removesuffix("s"))
+            for key in ("message_timeout", "max_message_timeout")
+        )
+        extension = stream_settings(made).extension
+        if extension is None:
+            assert waits > made.routing_deadline_secs
+        else:
+            assert extension.after_seconds < waits
+            assert made.routing_deadline_secs < extension.message_timeout_seconds <= at_most
 
     def test_only_what_never_reached_a_worker_is_retried(self) -> None:
         found = routes(render_bootstrap(config()))
