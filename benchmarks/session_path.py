@@ -40,14 +40,14 @@ _HEADERS = {
 
 def messages(body_bytes: int, served: int) -> list[bytes]:
     """Envoy's messages for one buffered request; `served` is the number of the worker."""
+    fields = {"model": _MODEL, "messages": [{"role": "user", "content": "x" * (body_bytes - 80)}]}
+    body = json.dumps(fields).encode()
+    headers = _HEADERS | {"content-length": str(len(body))}
     first = pb.ProcessingRequest(
-        request_headers=pb.HttpHeaders(headers=_header_map(_HEADERS)),
+        request_headers=pb.HttpHeaders(headers=_header_map(headers)),
         protocol_config=pb.ProtocolConfiguration(request_body_mode=pb.ProcessingMode.BUFFERED),
     )
-    body = {"model": _MODEL, "messages": [{"role": "user", "content": "x" * (body_bytes - 80)}]}
-    second = pb.ProcessingRequest(
-        request_body=pb.HttpBody(body=json.dumps(body).encode(), end_of_stream=True)
-    )
+    second = pb.ProcessingRequest(request_body=pb.HttpBody(body=body, end_of_stream=True))
     answer = {":status": "200", "content-type": "application/json"}
     third = pb.ProcessingRequest(response_headers=pb.HttpHeaders(headers=_header_map(answer)))
     third.attributes["envoy.filters.http.ext_proc"].update(

@@ -179,12 +179,13 @@ ENVOY_CONTROL_HEADERS: Final = (
 PREFILL_HEADERS: Final = (AUTHORIZATION_HEADER, "traceparent", "tracestate", "x-correlation-id")
 PREFILL_HEADER_PREFIXES: Final = ("x-request-id-", "x-sgl-")
 
-# What each pass reads of a request, besides the model header in the second one. The first pass
-# also reads content-length where a gateway sends it; our own Envoy checks the length itself.
+# What each pass reads of a request, besides the model header in the second one. By its length a
+# body that does not fit is refused before Envoy buffers it.
 ROUTE_PASS_HEADERS: Final = (
     METHOD_HEADER,
     PATH_HEADER,
     CONTENT_ENCODING_HEADER,
+    CONTENT_LENGTH_HEADER,
     DEBUG_HEADER,
     REQUEST_ID_HEADER,
 )

@@ -31,8 +31,14 @@ from extproc.discovery.static_urls import StaticUrls
 from extproc.encoders import LoadedEncoders, load_encoders
 from extproc.errors import ConfigError
 from extproc.logs import set_log_level
+from extproc.server.admission_collector import AdmissionCollector
 from extproc.server.certificates import Certificate
-from extproc.serving import build_server, session_context, stream_settings
+from extproc.serving import (
+    admission_limits,
+    build_server,
+    session_context,
+    stream_settings,
+)
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.introspection_client import AiohttpIntrospectionClient
 from extproc.workers.prefill_client import AiohttpPrefillClient
@@ -88,6 +94,7 @@ class LiveParts:
             KvCollector(self.kv.ranks, shared.clock),
             EncoderCollector(self._encoders),
             GatewayCollector(self.routing.lease_parts.gateway),
+            AdmissionCollector(self.server.streams.session_context.admission),
         ):
             shared.prometheus.register(collector)
 
@@ -128,7 +135,9 @@ class LiveParts:
             self.routing,
         )
         router = self.routing.router
-        context = session_context(config, shared, router)
+        admission = self.server.streams.session_context.admission
+        admission.limits = admission_limits(config)
+        context = session_context(config, shared, router, admission)
         self.server.streams.use(context, router, stream_settings(config))
         if self.server.certificates is not None and found.certificate is not None:
             self.server.certificates.use(found.certificate)

@@ -13,6 +13,7 @@ from extproc.build import Routing, Shared, forwarded_authorization
 from extproc.config.models import TOKEN_POLICIES
 from extproc.config.schema import Config
 from extproc.routing.router import Router
+from extproc.server.admission import Admission, AdmissionLimits
 from extproc.server.grpc_server import ExtProcServer
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
@@ -21,14 +22,31 @@ from extproc.server.stream import Streams
 from extproc.server.stream_settings import Extension, StreamSettings
 from extproc.tokenization.encoder import EncoderSettings
 
-__all__ = ["build_server", "build_streams", "session_context", "stream_settings"]
+__all__ = [
+    "admission_limits",
+    "build_server",
+    "build_streams",
+    "session_context",
+    "stream_settings",
+]
 
 _EXTENSION_SHARE: Final = 0.5
 
 
-def session_context(config: Config, shared: Shared, router: Router) -> SessionContext:
-    """What all sessions share."""
+def admission_limits(config: Config) -> AdmissionLimits:
+    """How much may be in flight at once."""
+    server = config.server
+    return AdmissionLimits(
+        max_requests=server.max_requests, max_buffered_bytes=server.max_buffered_bytes
+    )
+
+
+def session_context(
+    config: Config, shared: Shared, router: Router, admission: Admission
+) -> SessionContext:
+    """What all sessions share. The admission counts requests of every configuration."""
     return SessionContext(
+        admission=admission,
         builder=ReplyBuilder(config.envoy, forwarded_authorization(config, shared.api_key)),
         heads=RequestHeadTable(),
         responses=ResponseTable(),
@@ -63,7 +81,7 @@ def _extension(config: Config) -> Extension | None:
 
 def build_streams(config: Config, shared: Shared, router: Router) -> Streams:
     """What the gRPC server does with its streams."""
-    context = session_context(config, shared, router)
+    context = session_context(config, shared, router, Admission(admission_limits(config)))
     return Streams(context, router, shared.metrics, stream_settings(config))
 
 

@@ -1,6 +1,6 @@
 """Gauges of the workers, read at a scrape, so that a worker that left leaves no series behind.
 
-And the gauge of what the gateway does with decisions, which changes with time alone.
+And what the gateway does with decisions, which changes with time alone.
 """
 
 from collections import Counter

@@ -33,7 +33,11 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
             "host port unix_socket admin_host admin_port admin_token_file admin_token_env "
             "max_body_bytes tls",
         ),
-        **_keys("live", "server.", "step_deadline_secs drain_secs watch_secs"),
+        **_keys(
+            "live",
+            "server.",
+            "max_requests max_buffered_bytes step_deadline_secs drain_secs watch_secs",
+        ),
         **_keys("live", "server.tls.", "cert_file key_file"),
         **_keys("live_while_set", "server.tls.", "client_ca_file"),
         **_keys("live", "observability.", "log_level debug_headers"),

@@ -39,6 +39,7 @@ _LISTEN_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _UNIX_SOCKET_MAX_BYTES: Final = 107
 _PORT_MAX: Final = 65_535
 _BUSY_RETRIES_MAX: Final = 2
+_BODIES_BUFFERED_MIN: Final = 2
 
 
 def rule_problems(config: Config) -> Iterator[str]:
@@ -53,6 +54,11 @@ def rule_problems(config: Config) -> Iterator[str]:
     for key, host in (("host", config.server.host), ("admin_host", config.server.admin_host)):
         if not _LISTEN_HOST.fullmatch(host):
             yield f"server.{key}: expected an IP address (IPv6 without brackets) or a name"
+    if config.server.max_buffered_bytes < _BODIES_BUFFERED_MIN * config.server.max_body_bytes:
+        yield (
+            "server.max_buffered_bytes: must be at least twice server.max_body_bytes "
+            f"({config.server.max_body_bytes}), or the largest bodies would never be accepted"
+        )
     socket_path = config.server.unix_socket
     if socket_path is not None:
         if not socket_path.startswith("/"):

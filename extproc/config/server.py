@@ -58,6 +58,26 @@ class ServerConfig(Section, frozen=True, kw_only=True):
             description="Largest request body in bytes. A larger one gets a 413.",
         ),
     ] = 32 * MEBIBYTE
+    max_requests: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=10_000_000,
+            description="Most requests in flight, until the end of their responses. Each takes "
+            "about 21 KiB of this service's memory. A further one gets a 503 with `retry-after`.",
+        ),
+    ] = 10_000
+    max_buffered_bytes: Annotated[
+        int,
+        Meta(
+            ge=2 * KIBIBYTE,
+            le=1024 * 1024 * MEBIBYTE,
+            description="Most bytes of request bodies that wait for a decision, at least twice "
+            "`max_body_bytes`. A quarter is kept for bodies of up to 1 MiB. A body counts from "
+            "its announcement. A further one gets a 503 with `retry-after`. This service takes "
+            "up to three times as much memory for them.",
+        ),
+    ] = 512 * MEBIBYTE
     step_deadline_secs: Annotated[
         Seconds,
         Meta(

@@ -119,6 +119,22 @@ STALE_REQUESTS = _requests.counter(
     "extproc_stale_requests_total",
     "Requests that were ended because they exceeded active_load.stale_request_timeout_secs.",
 )
+REQUESTS_IN_FLIGHT = _requests.gauge(
+    "extproc_requests_in_flight",
+    "Requests until the end of their responses; see server.max_requests.",
+)
+BUFFERED_BYTES = _requests.gauge(
+    "extproc_buffered_bytes",
+    "Bytes of request bodies that wait for a decision; see server.max_buffered_bytes.",
+)
+OVERLOAD_REFUSALS = _requests.counter(
+    "extproc_overload_refusals_total",
+    "Requests that were refused because this service had reached a limit.",
+    Label(
+        "limit",
+        {"max_requests": "server.max_requests", "max_buffered_bytes": "server.max_buffered_bytes"},
+    ),
+)
 STREAMS_OPEN = _requests.gauge("extproc_streams_open", "Open ext_proc streams.")
 STREAMS = _requests.counter(
     "extproc_streams_total",

@@ -31,7 +31,7 @@ from extproc.routing.request import (
     parse_body,
 )
 from extproc.server import replies, steps
-from extproc.server.bodies import BodyTooLargeError, RequestBody
+from extproc.server.bodies import BodyMode, BodyTooLargeError, RequestBody
 from extproc.server.messages import RequestHead, client_headers_of
 from extproc.server.session import Session, SessionContext, SessionState
 from extproc.server.steps import NOTHING, Step, log_event
@@ -48,6 +48,7 @@ class RouteSession(Session):
         "_body",
         "_endpoint",
         "_first_message",
+        "_held_bytes",
         "_raw_path",
         "_response_ended",
         "_response_full_duplex",
@@ -60,6 +61,8 @@ class RouteSession(Session):
         self._body: RequestBody | None = None
         self._endpoint: Endpoint | None = None
         self._first_message = b""
+        # Counted by the admission as held for the body; -1 while the request is not admitted.
+        self._held_bytes = -1
         # As the client has sent it.
         self._raw_path = ""
         self._response_full_duplex = False
@@ -123,6 +126,7 @@ class RouteSession(Session):
                 raise unsupported_content_encoding(head.encoding)
             if length > context.max_body_bytes:
                 raise payload_too_large(context.max_body_bytes)
+            self._enter(head.body_mode, length)
         except RouterError as error:
             if error.status == 405 and head.method == "OPTIONS":
                 return self._answer(b"", 204, (("allow", dict(error.headers)["allow"]),))
@@ -135,6 +139,13 @@ class RouteSession(Session):
         if body.mode.headers_carry_decision:
             return NOTHING
         return steps.REQUEST_HEADERS_CONTINUE
+
+    def _enter(self, mode: BodyMode, length: int) -> None:
+        """Be admitted; raises RouterError 503 while the service has too much to do."""
+        is_shown = mode.visible_before_decision or mode.visible_after_decision
+        held = length if is_shown and length > 0 else 0
+        self._context.admission.enter(held)
+        self._held_bytes = held
 
     def _ask_without_body(self, body: RequestBody, endpoint: Endpoint) -> Step:
         """The gateway wants a decision before it sends the body: only one model can be meant."""
@@ -166,13 +177,32 @@ class RouteSession(Session):
             return NOTHING if is_shown or is_early else steps.REQUEST_BODY_CONTINUE
         try:
             body.append(chunk, self._context.max_body_bytes)
+            self._hold(len(body.peek()))
         except BodyTooLargeError:
             return self.failed(payload_too_large(self._context.max_body_bytes))
+        except RouterError as error:
+            return self.failed(error)
         if not body.complete:
             return NOTHING
         if late:
             return self._check_late(body)
         return self._ask(body, cut=body.mode.may_be_cut and not chunk.end_of_stream)
+
+    def _hold(self, body_bytes: int) -> None:
+        """Count what was not announced; raises RouterError 503."""
+        more = body_bytes - self._held_bytes
+        if more > 0:
+            self._context.admission.hold(more, body_bytes)
+            self._held_bytes = body_bytes
+
+    def give_back(self) -> None:
+        if self._held_bytes > 0 and not self._waits_for_late_body:
+            self._context.admission.give_back(self._held_bytes)
+            self._held_bytes = 0
+
+    def close(self) -> None:
+        if self._held_bytes >= 0:
+            self._context.admission.leave(self._held_bytes)
 
     def _check_late(self, body: RequestBody) -> Step:
         """The body came after the decision: all that is left is to remove what steers engines."""
@@ -183,7 +213,9 @@ class RouteSession(Session):
             # What cannot be read here cannot be checked, so it must not reach the engine.
             step = self.failed(error)
             return msgspec.structs.replace(step, body_bytes=len(data))
-        return Step(replies=self._pieces(body), body_bytes=len(data))
+        out = self._pieces(body)
+        self.give_back()
+        return Step(replies=out, body_bytes=len(data))
 
     def _parse(self, body: RequestBody) -> Request:
         """Read the complete body, and change it if the engine must not get all of it."""

@@ -22,6 +22,7 @@ from extproc.routing.decision import Decision
 from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.request import Request
 from extproc.server import replies, steps
+from extproc.server.admission import Admission
 from extproc.server.messages import KNOWN_MAX_BYTES, RequestHeadTable, Response, ResponseTable
 from extproc.server.steps import NOTHING, RELEASED, Step, log_event
 
@@ -48,6 +49,7 @@ class SessionState(enum.IntEnum):
 class SessionContext(Struct, frozen=True, kw_only=True):
     """What all sessions of one service share."""
 
+    admission: Admission
     builder: replies.ReplyBuilder
     heads: RequestHeadTable
     responses: ResponseTable
@@ -146,6 +148,12 @@ class Session:
         else:
             self.request_id = self._context.new_request_id()
             self._made_request_id = True
+
+    def give_back(self) -> None:
+        """The replies that carry the request's body are written: it is not held any more."""
+
+    def close(self) -> None:
+        """The stream has ended; called once."""
 
     # -- request path
 

@@ -26,6 +26,7 @@ from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
 from extproc.server.deadlines import Deadlines
 from extproc.server.decode_session import DecodeSession
+from extproc.server.event_log import EventLog, log_decision
 from extproc.server.messages import Response, read_attempt
 from extproc.server.replies import RESPONSE_HEADERS_CONTINUE, at_work, attempt_reported
 from extproc.server.route_session import RouteSession
@@ -129,8 +130,7 @@ class Stream:
         if step.code:
             metrics.requests(step.path, step.code).inc()
         if step.events:
-            for level, event, fields in step.events:
-                getattr(_log, level)(event, **fields)
+            self._streams.event_log.write(step.events)
         lease = self._lease
         if lease is not None:
             if step.response is not None:
@@ -186,13 +186,14 @@ class Stream:
         finally:
             streams.deadlines.end(self)
         await self._say(self._carry_out(step))
+        session.give_back()
 
     def _take(self, lease: Lease | Pair, attempt: int = 1) -> Step:
         """The router has decided; the stream closes the lease in the end."""
         self._lease = lease
         lease.on_abort = self._on_abort
         if self._settings.log_decisions:
-            _log_decision(self.session.request_id, lease, attempt)
+            log_decision(self.session.request_id, lease, attempt)
         return self.session.routed(lease.decision)
 
     async def _say(self, out: Sequence[bytes], *, interrupting: bool = False) -> None:
@@ -268,6 +269,7 @@ class Stream:
 
     def close(self) -> None:
         self._streams.deadlines.end(self)
+        self.session.close()
         if self._lease is not None:
             self._lease.close()
 
@@ -288,21 +290,6 @@ def _served_urls(lease: Lease | Pair) -> tuple[str, str | None]:
     )
 
 
-def _log_decision(request_id: str, lease: Lease | Pair, attempt: int) -> None:
-    decision = lease.decision
-    _log.debug(
-        "routed",
-        request_id=request_id,
-        model=decision.model,
-        policy=decision.policy,
-        reason=decision.reason,
-        worker=decision.worker_url,
-        cached_tokens=decision.cached_tokens,
-        total_tokens=decision.total_tokens,
-        attempt=attempt,
-    )
-
-
 class Streams:
     """The open streams of one server, with their deadlines and what they share."""
 
@@ -320,6 +307,7 @@ class Streams:
         # Set when the process is about to end: streams then end as soon as they may.
         self.draining = False
         self.deadlines = Deadlines()
+        self.event_log = EventLog()
         self.last_opened_at = 0.0
         self._open: set[Stream] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -395,6 +383,7 @@ class Streams:
 
     async def close(self) -> None:
         """Cancel what runs beside the streams, which have ended."""
+        self.event_log.flush()
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

@@ -25,6 +25,7 @@ from extproc.routing.local_endpoints import Answer
 from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
+from extproc.server.admission import Admission, AdmissionLimits
 from extproc.server.grpc_server import SERVICE, ExtProcServer
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
@@ -89,7 +90,14 @@ class Service:
         self.tickets, self.router = fleet.tickets, fleet.router
         self.route_seconds = route_seconds
         self.config = ServerConfig(port=free_ports(1)[0], **(server or {}))
+        self.admission = Admission(
+            AdmissionLimits(
+                max_requests=self.config.max_requests,
+                max_buffered_bytes=self.config.max_buffered_bytes,
+            )
+        )
         context = SessionContext(
+            admission=self.admission,
             builder=ReplyBuilder(envoy or EnvoyConfig(), authorization),
             heads=RequestHeadTable(),
             responses=ResponseTable(),

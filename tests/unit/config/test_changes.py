@@ -50,6 +50,7 @@ def test_equal_configurations_do_not_differ() -> None:
     ("path", "value"),
     [
         ("server.step_deadline_secs", 1),
+        ("server.max_requests", 5),
         ("observability.log_level", "debug"),
         ("models[0].policy", "random"),
         ("models[0].circuit_breaker.threshold", 9),

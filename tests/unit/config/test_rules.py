@@ -71,6 +71,7 @@ def kv_model(*entries: dict[str, Any], policy: str = "min_ttft") -> dict[str, An
         (at("envoy.stream_idle_timeout_secs", 300), "envoy.stream_idle_timeout_secs"),
         (at("proxy.request_timeout_secs", 700), "envoy.stream_idle_timeout_secs"),
         (at("proxy.fallback_workers", 3), "proxy.fallback_workers"),
+        (at("server.max_body_bytes", 300 * 1024 * 1024), "server.max_buffered_bytes"),
         (at("envoy.cluster_header", "X-Cluster"), "envoy.cluster_header"),
         (at("envoy.cluster_header", ":path"), "envoy.cluster_header"),
         (at("envoy.cluster_header", "authorization"), "envoy.cluster_header"),

@@ -9,6 +9,7 @@ import msgspec
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.config.envoy import EnvoyConfig
 from extproc.headers import DEFAULT_MODEL_HEADER
+from extproc.server.admission import Admission, AdmissionLimits
 from extproc.server.messages import RequestHeadTable, ResponseTable
 from extproc.server.replies import ReplyBuilder
 from extproc.server.session import SessionContext
@@ -19,6 +20,7 @@ NEW_REQUEST_ID = "made-here"
 def make_context(*, authorization: str | None = None, **changes: Any) -> SessionContext:
     """The context of a service with one model `m`."""
     context = SessionContext(
+        admission=Admission(AdmissionLimits(max_requests=1000, max_buffered_bytes=1024 * 1024)),
         builder=ReplyBuilder(EnvoyConfig(), authorization),
         heads=RequestHeadTable(),
         responses=ResponseTable(),
