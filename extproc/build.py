@@ -7,6 +7,7 @@ is the application's life cycle (`app`).
 
 import ssl
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -16,7 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from extproc.clock import Clock, SystemClock
 from extproc.config.files import read_api_key
-from extproc.config.models import TOKEN_POLICIES
+from extproc.config.models import TOKEN_POLICIES, QueueConfig
 from extproc.config.schema import Config, StaticUrlsConfig
 from extproc.errors import ConfigError
 from extproc.kv.subscriptions.subscription import SubscriberSettings
@@ -40,6 +41,8 @@ from extproc.routing.placement import Placement
 from extproc.routing.rank_chooser import Encoder, RankChooser
 from extproc.routing.ranks import Ranks
 from extproc.routing.router import Router
+from extproc.routing.spare_capacity import SpareCapacity
+from extproc.routing.wait_queue import WaitQueue, renew_queues
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.configured_models import ConfiguredModels
 from extproc.workers.engine_calls import IntrospectionClient, PrefillClient
@@ -104,6 +107,7 @@ class Routing(Struct, frozen=True, kw_only=True):
     claims: Claims
     lease_parts: LeaseParts
     leg_parts: LegParts
+    queues: Mapping[str, WaitQueue]
 
 
 class RoutingSettings(Struct, frozen=True, kw_only=True):
@@ -115,6 +119,7 @@ class RoutingSettings(Struct, frozen=True, kw_only=True):
     first_byte_timeouts: Mapping[str, float]
     estimated_stream_seconds: float | None
     pd: PdSettings
+    queues: Mapping[str, QueueConfig] = {}
 
     @classmethod
     def of(cls, config: Config, api_key: str | None) -> "RoutingSettings":
@@ -128,6 +133,7 @@ class RoutingSettings(Struct, frozen=True, kw_only=True):
             },
             estimated_stream_seconds=config.load.estimate_secs,
             pd=PdSettings.of(config, forwarded_authorization(config, api_key)),
+            queues={model.id: model.queue for model in config.models if model.queue.max_requests},
         )
 
 
@@ -301,7 +307,7 @@ def assemble_routing(
     clock, metrics = shared.clock, shared.metrics
     claims = Claims(shared.tickets, ranks, metrics.last_resort)
     if before is None:
-        outcomes = WorkerOutcomes(metrics, shared.registry)
+        outcomes = WorkerOutcomes(metrics, shared.registry, SpareCapacity(shared.registry, ranks))
         gateway = GatewayWatch(clock, shared.registry, metrics, choosers)
         pairs = Pairs(clock, metrics.pd, linger_seconds=settings.pd.linger_seconds)
     else:
@@ -327,7 +333,25 @@ def assemble_routing(
         pairs,
         claims,
     )
-    dispatch = Dispatch(
+    dispatch = _dispatch(settings, shared, claims, lease_parts)
+    make_queue = partial(WaitQueue, spare=outcomes.spare, clock=clock, metrics=metrics.queue)
+    queues = renew_queues(settings.queues, {} if before is None else before.queues, make_queue)
+    router = Router(choosers, lease_parts, dispatch, local_endpoints, pd, queues)
+    return Routing(
+        router=router,
+        queues=queues,
+        pd=pd,
+        choosers=choosers,
+        claims=claims,
+        lease_parts=lease_parts,
+        leg_parts=leg_parts,
+    )
+
+
+def _dispatch(
+    settings: RoutingSettings, shared: Shared, claims: Claims, lease_parts: LeaseParts
+) -> Dispatch:
+    return Dispatch(
         claims,
         lease_parts,
         shared.random,
@@ -335,15 +359,6 @@ def assemble_routing(
         destinations_max=settings.destinations_max,
         retry_busy=settings.retry_busy,
         first_byte_timeouts=settings.first_byte_timeouts,
-    )
-    router = Router(choosers, lease_parts, dispatch, local_endpoints, pd)
-    return Routing(
-        router=router,
-        pd=pd,
-        choosers=choosers,
-        claims=claims,
-        lease_parts=lease_parts,
-        leg_parts=leg_parts,
     )
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "is_anthropic",
     "method_not_allowed",
     "model_not_found",
+    "model_overloaded",
     "no_decode_workers",
     "no_healthy_workers",
     "no_prefill_workers",
@@ -303,6 +304,13 @@ def routing_timeout() -> RouterError:
 def service_overloaded() -> RouterError:
     """503: too many requests wait for the same kind of work."""
     return RouterError("service_overloaded", 503, "the service is overloaded, try again later")
+
+
+def model_overloaded() -> RouterError:
+    """503: all workers of the model are full, and the request cannot wait, or has waited."""
+    return RouterError(
+        "model_overloaded", 503, "all workers of the model are busy, try again later"
+    )
 
 
 def unsupported_body_mode() -> RouterError:

@@ -62,6 +62,14 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
             "url endpoint replay_endpoint topic block_size dp_size",
         ),
         **_keys("live", "models[].pd.", "protocol min_prefill_tokens"),
+        **_keys(
+            "live",
+            "models[].queue.",
+            "max_requests max_wait_secs worker_requests_max worker_waiting_max default_class "
+            "priority_classes",
+        ),
+        # Envoy's filter forwards them.
+        **_keys("restart", "models[].queue.", "tenant_header priority_header"),
         **_keys("live", "models[].circuit_breaker.", "threshold cool_down_secs"),
         **_keys("restart", "discovery.", "backend static_urls"),
         **_keys("live", "discovery.static_urls.", "urls prefill_urls decode_urls dns_ttl_secs"),

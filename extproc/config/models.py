@@ -18,6 +18,7 @@ __all__ = [
     "ModelConfig",
     "PdModelConfig",
     "PolicyName",
+    "QueueConfig",
 ]
 
 PolicyName = Literal[
@@ -125,6 +126,61 @@ class PdModelConfig(Section, frozen=True, kw_only=True):
     ] = 0
 
 
+class QueueConfig(Section, frozen=True, kw_only=True):
+    max_requests: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="Most requests that wait in this service while all workers of the model "
+            "are full: they have answered 503 or 429, or report waiting requests, or have "
+            "`worker_requests_max`. 0 = none waits.",
+        ),
+    ] = 0
+    max_wait_secs: Annotated[
+        Seconds,
+        Meta(
+            description="Longest wait; then the client gets a 503. Must be shorter than "
+            "`server.step_deadline_secs`, of which the wait is a part."
+        ),
+    ] = 3 * SECONDS
+    worker_requests_max: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(
+            description="A worker with so many requests of this service is full; without a value, "
+            "no number is too many.",
+        ),
+    ] = None
+    worker_waiting_max: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="A worker whose engine reports so many waiting requests on each rank is "
+            "full. Only engines report that whose KV events are followed.",
+        ),
+    ] = 8
+    tenant_header: Annotated[
+        Text,
+        Meta(
+            description="Request header that names the tenant. Tenants take turns. The gateway "
+            "must set it, or clients could claim to be others."
+        ),
+    ] = "x-tenant-id"
+    priority_header: Annotated[
+        Text, Meta(description="Request header that names the priority class, as above.")
+    ] = "x-request-priority"
+    priority_classes: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=64)]],
+        Meta(
+            max_length=16,
+            description="The classes. Each is served before all that follow.",
+        ),
+    ] = field(default_factory=lambda: ["high", "normal", "low"])
+    default_class: Annotated[
+        Text, Meta(description="The class of requests that name no class or an unknown one.")
+    ] = "normal"
+
+
 class ModelConfig(Section, frozen=True, kw_only=True):
     id: Annotated[
         Text,
@@ -180,6 +236,9 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         Seconds | None,
         Meta(description="`proxy.first_byte_timeout_secs` of this model."),
     ] = None
+    queue: Annotated[
+        QueueConfig, Meta(description="What happens while all workers of the model are full.")
+    ] = field(default_factory=QueueConfig)
     circuit_breaker: Annotated[
         CircuitBreakerConfig, Meta(description="When a failing worker gets no more requests.")
     ] = field(default_factory=CircuitBreakerConfig)

@@ -10,7 +10,7 @@ from typing import Final
 
 from msgspec import UnsetType
 
-from extproc.config.models import TOKEN_POLICIES, ModelConfig
+from extproc.config.models import TOKEN_POLICIES, ModelConfig, QueueConfig
 from extproc.config.schema import Config
 from extproc.config.server import is_loopback
 from extproc.headers import (
@@ -34,6 +34,7 @@ _HEADERS_WITH_A_MEANING: Final = (
     REQUEST_ID_HEADER,
     RETRY_HEADER,
 )
+_ANY_HEADER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
 _LISTEN_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _UNIX_SOCKET_MAX_BYTES: Final = 107
@@ -91,6 +92,23 @@ def _model_problems(config: Config) -> Iterator[str]:
             if model.policy not in TOKEN_POLICIES:
                 yield f"{key}: the policy {model.policy!r} does not know a prompt's tokens"
         yield from _kv_event_problems(config, model, f"models[{index}].kv_events")
+        yield from _queue_problems(config, model.queue, f"models[{index}].queue")
+
+
+def _queue_problems(config: Config, queue: QueueConfig, path: str) -> Iterator[str]:
+    for key in ("tenant_header", "priority_header"):
+        name = getattr(queue, key)
+        if not _ANY_HEADER_NAME.fullmatch(name) or name in _HEADERS_WITH_A_MEANING:
+            yield f"{path}.{key}: expected the lower-case name of a header of the gateway"
+    if len(set(queue.priority_classes)) < len(queue.priority_classes):
+        yield f"{path}.priority_classes: each class can be given only once"
+    if queue.default_class not in queue.priority_classes:
+        yield f"{path}.default_class: not one of priority_classes"
+    if queue.max_requests and queue.max_wait_secs >= config.server.step_deadline_secs:
+        yield (
+            f"{path}.max_wait_secs: must be shorter than server.step_deadline_secs "
+            f"({config.server.step_deadline_secs:g})"
+        )
 
 
 def _kv_event_problems(config: Config, model: ModelConfig, path: str) -> Iterator[str]:

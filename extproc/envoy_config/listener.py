@@ -81,6 +81,7 @@ def ext_proc_filter(config: Config) -> dict[str, Any]:
         request_body_mode="BUFFERED",
         headers=[
             *_exact(*sorted((*ROUTE_PASS_HEADERS, *RESPONSE_HEADERS)), *PREFILL_HEADERS),
+            *_exact(*sorted(_queue_headers(config))),
             *({"prefix": prefix} for prefix in PREFILL_HEADER_PREFIXES),
         ],
     )
@@ -97,6 +98,16 @@ def decode_filter(config: Config) -> dict[str, Any]:
             *sorted((*DECODE_PASS_HEADERS, *RESPONSE_HEADERS)), config.envoy.model_header
         ),
     )
+
+
+def _queue_headers(config: Config) -> set[str]:
+    """What is read of requests that may have to wait."""
+    return {
+        name
+        for model in config.models
+        if model.queue.max_requests
+        for name in (model.queue.tenant_header, model.queue.priority_header)
+    }
 
 
 def _exact(*names: str) -> list[dict[str, str]]:

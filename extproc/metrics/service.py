@@ -12,7 +12,7 @@ from extproc import __version__
 from extproc.metrics import kv_table, table
 from extproc.metrics.instruments import Instruments
 
-__all__ = ["Metrics", "PdMetrics"]
+__all__ = ["Metrics", "PdMetrics", "QueueMetrics"]
 
 
 class Metrics:
@@ -52,6 +52,7 @@ class Metrics:
         self.prompts_without_tokens = made.counter(kv_table.PROMPTS_WITHOUT_TOKENS)
         self.tokenization_seconds = made.histogram(kv_table.TOKENIZATION_SECONDS)
         self.pd = PdMetrics(made)
+        self.queue = QueueMetrics(made)
         self._made = made
         registry.register(made)
 
@@ -96,3 +97,12 @@ class PdMetrics:
         self.decode_retries = made.counter(table.PD_DECODE_RETRIES)
         self.decode_alone = made.counter(table.PD_DECODE_ALONE)
         self.role_changes = made.counter(table.WORKER_ROLE_CHANGES)
+
+
+class QueueMetrics:
+    """The metrics of requests that wait for a worker with room."""
+
+    def __init__(self, made: Instruments) -> None:
+        self.waiting = made.gauge(table.QUEUE_WAITING)
+        self.outcomes = made.counter(table.QUEUE_OUTCOMES)
+        self.seconds = made.histogram(table.QUEUE_SECONDS)

@@ -120,7 +120,7 @@ STALE_REQUESTS = _requests.counter(
     "Requests that were ended because they exceeded active_load.stale_request_timeout_secs.",
 )
 REQUESTS_IN_FLIGHT = _requests.gauge(
-    "extproc_requests_in_flight",
+    "extproc_requests_open",
     "Requests until the end of their responses; see server.max_requests.",
 )
 BUFFERED_BYTES = _requests.gauge(
@@ -203,6 +203,29 @@ TICKETS_OPEN = _requests.gauge(
     "extproc_tickets_open", "Open load tickets. Each request holds one on each of its workers."
 )
 
+_queue = Section("Requests that wait while all workers are full", "See `models[].queue`.")
+
+QUEUE_WAITING = _queue.gauge("extproc_queue_requests_open", "Requests that wait now.", "model")
+QUEUE_OUTCOMES = _queue.counter(
+    "extproc_queue_outcomes_total",
+    "Requests that found all workers full, by how their wait ended.",
+    "model",
+    Label("priority", note="The classes are those of models[].queue.priority_classes."),
+    Label(
+        "outcome",
+        {
+            "served": "a worker had capacity",
+            "refused": "the queue was full",
+            "displaced": "the queue was full, and another request was entitled to its place",
+            "timed_out": "models[].queue.max_wait_secs",
+            "left": "the client left",
+        },
+    ),
+)
+QUEUE_SECONDS = _queue.histogram(
+    "extproc_queue_seconds", "Waits that ended with a worker.", "model", bounds=_TTFT_BOUNDS
+)
+
 _pd = Section("Prefill and decode apart", "")
 
 
@@ -281,4 +304,4 @@ WORKER_ROLE_CHANGES = _pd.counter(
     Label("to", _ROLE.values),
 )
 
-TABLE: Final = (_requests, _pd, *kv_table.SECTIONS)
+TABLE: Final = (_requests, _queue, _pd, *kv_table.SECTIONS)

@@ -4,6 +4,7 @@ Begin with `router`: it resolves the model, asks the model's `chooser` (or `rank
 worker, and lets `dispatch` make the `decision` and the `lease`. Models with prefill and decode
 workers go through `pd`. A `claim` is everything that a request takes on a worker; `ranks` follows
 the data-parallel ranks of workers, and `placement` weighs what they hold of a prompt.
+While all workers of a model are full (`spare_capacity` is 0), requests may wait in a `wait_queue`.
 Nothing here knows ext_proc messages: `server` turns decisions into replies.
 """
 
@@ -24,4 +25,6 @@ __all__ = [
     "ranks",
     "request",
     "router",
+    "spare_capacity",
+    "wait_queue",
 ]

@@ -5,6 +5,7 @@ import math
 import structlog
 
 from extproc.metrics.service import Metrics
+from extproc.routing.spare_capacity import SpareCapacity
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.pool_faults import PoolFaults
 from extproc.workers.registry import WorkerRegistry
@@ -28,11 +29,12 @@ class WorkerOutcomes:
     `sent_at` is when the worker was claimed for the request.
     """
 
-    __slots__ = ("_faults", "_registry", "_silent_at", "_worker_requests")
+    __slots__ = ("_faults", "_registry", "_silent_at", "_worker_requests", "spare")
 
-    def __init__(self, metrics: Metrics, registry: WorkerRegistry) -> None:
+    def __init__(self, metrics: Metrics, registry: WorkerRegistry, spare: SpareCapacity) -> None:
         self._worker_requests = metrics.worker_requests
         self._registry = registry
+        self.spare = spare
         self._faults: dict[tuple[str, Role], PoolFaults] = {}
         self._silent_at: dict[str, float] = {}
 
@@ -54,8 +56,9 @@ class WorkerOutcomes:
         retry_after: float | None = None,
         sent_at: float = math.inf,
     ) -> None:
-        """The worker answered that it has no room, with 503 or 429; `retry_after` in seconds."""
+        """The worker answered that it is full, with 503 or 429; `retry_after` in seconds."""
         worker.breaker.busy(now, retry_after, sent_at)
+        self.spare.was_full(worker, now)
         self._faults_of(worker, model).heard_from(worker.id, now)
         self._count(worker, model, "busy")
 

@@ -5,7 +5,7 @@ body goes to the engine unchanged, unless it has members by which a client would
 A parser's own error text never reaches a client, since it can quote the body.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -66,6 +66,10 @@ def _no_client_headers() -> ClientHeaders:
     return ClientHeaders("", ())
 
 
+def _no_headers(names: frozenset[str]) -> Mapping[str, str]:
+    return {}
+
+
 class Request(Struct):
     """A request that can be routed.
 
@@ -74,7 +78,8 @@ class Request(Struct):
     reads the headers when it is called, since that costs more than most decisions. `prompts` is
     the JSON of the field that can hold a batch of prompts, on the endpoints where prefill and
     decode workers serve batches.
-    `fields` are the decoded fields of the prompt, for `take_fields`.
+    `fields` are the decoded fields of the prompt, for `take_fields`. `read_headers` returns those
+    of the named headers that the client has sent; it reads them like `client_headers`.
     """
 
     endpoint: Endpoint
@@ -84,6 +89,7 @@ class Request(Struct):
     client_headers: Callable[[], ClientHeaders] = _no_client_headers
     prompts: Raw = _NULL
     fields: BodyFields | None = None
+    read_headers: Callable[[frozenset[str]], Mapping[str, str]] = _no_headers
 
     def take_fields(self) -> BodyFields | None:
         """The decoded fields of the prompt; None if they were not decoded or already taken.

@@ -11,6 +11,7 @@ from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import Disaggregation
 from extproc.routing.request import Request
+from extproc.routing.wait_queue import WaitQueue
 from extproc.workers.worker import Worker
 
 __all__ = ["Router"]
@@ -26,8 +27,12 @@ class Router:
         dispatch: Dispatch,
         local_endpoints: LocalEndpoints,
         pd: Disaggregation,
+        queues: Mapping[str, WaitQueue],
     ) -> None:
-        """`choosers` by model id, in the order of the configuration."""
+        """`choosers` by model id, in the order of the configuration.
+
+        `queues` are of the models whose requests may wait.
+        """
         self._choosers = dict(choosers)
         self._only_model = next(iter(choosers)) if len(choosers) == 1 else None
         self._registry = lease_parts.registry
@@ -37,6 +42,7 @@ class Router:
         self._dispatch = dispatch
         self._local_endpoints = local_endpoints
         self._pd = pd
+        self._queues = queues
 
     @property
     def model_ids(self) -> list[str]:
@@ -72,9 +78,21 @@ class Router:
         """Decide and claim; the caller closes the lease however the request ends.
 
         Raises RouterError: 404 for an unknown model (before any worker is asked), 503 when no
-        worker of the model may be tried.
+        worker of the model may be tried, or all are full and the request cannot wait.
         """
         model, adapter = self._resolve(request.model)
+        queue = self._queues.get(model)
+        if queue is None:
+            return await self._route(request, model, adapter)
+        await queue.enter(request)
+        try:
+            return await self._route(request, model, adapter, queue)
+        finally:
+            queue.leave()
+
+    async def _route(
+        self, request: Request, model: str, adapter: str | None, queue: WaitQueue | None = None
+    ) -> Lease | Pair:
         chooser = self._choosers[model]
         if self._registry.is_disaggregated(model):
             return await self._route_disaggregated(request, model, adapter, chooser)
@@ -85,6 +103,8 @@ class Router:
         # Workers may have come and gone while text became tokens in a thread.
         now = self._clock.monotonic()
         candidates = self._candidates(model, now)
+        if queue is not None:
+            candidates = queue.with_capacity(candidates, now)
         chosen = chooser.choose(candidates, prompt, now)
         lease = self._dispatch.send(request, model, chosen, candidates, now)
         chooser.decided(chosen)

@@ -3,8 +3,8 @@
 Begin with `session`: the state machine of a stream, free of I/O, with `route_session` for the
 first pass and `decode_session` for the second. A session gets bytes, read by `messages` and
 `bodies`, and returns `steps` with `replies`. `stream` carries them out: it owns the reads, the
-writes, the lease and the calls of the router. `admission` limits what is in flight at once. `grpc_server` has addresses, health and draining,
-with the `certificates` that it shows.
+writes, the lease and the calls of the router. `admission` limits what is in flight at once.
+`grpc_server` has addresses, health and draining, with the `certificates` that it shows.
 """
 
 __all__ = [

@@ -5,7 +5,7 @@ for the decision, and the body is echoed after it. Such a stream is never ended 
 loses pieces of the response.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -32,7 +32,7 @@ from extproc.routing.request import (
 )
 from extproc.server import replies, steps
 from extproc.server.bodies import BodyMode, BodyTooLargeError, RequestBody
-from extproc.server.messages import RequestHead, client_headers_of
+from extproc.server.messages import RequestHead, client_headers_of, wanted_headers
 from extproc.server.session import Session, SessionContext, SessionState
 from extproc.server.steps import NOTHING, Step, log_event
 
@@ -162,7 +162,7 @@ class RouteSession(Session):
         self._body = body
         self._state = SessionState.ROUTING
         # The response may be streamed: it must not get the time-out of responses that are not.
-        self.question = Request(endpoint, only_model, stream=True)
+        self.question = Request(endpoint, only_model, stream=True, read_headers=self._read_headers)
         return NOTHING
 
     def _request_body(self, chunk: pb.HttpBody) -> Step:
@@ -227,6 +227,7 @@ class RouteSession(Session):
             self._client_headers,
             prompt_max_bytes=self._context.prompt_max_bytes,
         )
+        request.read_headers = self._read_headers
         if request.body is not data:
             body.replace(request.body)
         return request
@@ -245,6 +246,9 @@ class RouteSession(Session):
 
     def _client_headers(self) -> ClientHeaders:
         return client_headers_of(self._first_message, self.request_id)
+
+    def _read_headers(self, names: frozenset[str]) -> Mapping[str, str]:
+        return wanted_headers(pb.ProcessingRequest.FromString(self._first_message), names)
 
     def _request_trailers(self) -> Step:
         body = self._body

@@ -32,6 +32,7 @@ _HELP = {
     "prefill_tokens_per_second": "prefill speed, one prompt at a time",
     "decode_milliseconds_per_token": "time between two tokens of one request",
     "max_running_requests": "requests decoded at once on each rank; more wait",
+    "max_queued_requests": "requests that wait on each rank; more get a 503",
     "default_max_tokens": "output length of a request without a limit",
     "max_total_num_tokens": "size of the prefix cache of each rank, in tokens",
     "host_cache_tokens": "host memory of each rank for what its cache evicts, in tokens",

@@ -13,7 +13,11 @@ from extproc.simulator.generation import FinishReason, Generation, Job
 from extproc.simulator.ranks import Observer, OutputIds, Rank, RankLoad
 from extproc.simulator.settings import SimulatorSettings
 
-__all__ = ["Engine", "FinishReason", "Generation", "Job", "Observer", "RankLoad"]
+__all__ = ["Engine", "FinishReason", "Generation", "Job", "Observer", "QueueFullError", "RankLoad"]
+
+
+class QueueFullError(Exception):
+    """The rank has as many waiting requests as it may have."""
 
 
 class Engine:
@@ -27,6 +31,7 @@ class Engine:
         observer: Observer | None = None,
     ) -> None:
         """`output_ids` gives the token ids of an output of that length."""
+        self._requests_max = settings.max_running_requests + settings.max_queued_requests
         self._seconds_per_token = settings.decode_milliseconds_per_token / 1000
         self._ranks = [
             Rank(number, settings, output_ids, observer) for number in range(settings.dp_size)
@@ -35,7 +40,7 @@ class Engine:
     def submit(self, job: Job) -> Generation:
         """A place in the queue for this request, taken when its context is entered.
 
-        Raises LookupError when the job names a rank the worker does not have.
+        Raises LookupError when the job names a rank the worker does not have, and QueueFullError.
         """
         if job.rank is None:
             rank = min(self._ranks, key=len)
@@ -43,6 +48,8 @@ class Engine:
             rank = self._ranks[job.rank]
         else:
             raise LookupError(f"rank {job.rank} is not below dp_size {len(self._ranks)}")
+        if len(rank) >= self._requests_max:
+            raise QueueFullError
         return Generation(rank, job)
 
     def abort(self, rid: str | None) -> int:

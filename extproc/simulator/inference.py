@@ -22,7 +22,7 @@ from extproc.simulator.bodies import InferenceRequest, Prompt, member_names, rea
 from extproc.simulator.cache_events import Namespace
 from extproc.simulator.chat_template import ChatTemplateError
 from extproc.simulator.chats import Chat
-from extproc.simulator.engine import FinishReason, Job
+from extproc.simulator.engine import FinishReason, Job, QueueFullError
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.faults import (
     FAULT_HEADER,
@@ -231,6 +231,8 @@ def _submit(worker: Worker, leg: Leg, job: Job) -> Iterator[Output]:
         parts = [worker.engine.submit(each) for each in leg.jobs(job)]
     except LookupError as error:
         raise ApiError(400, f"routed_dp_rank: {error}") from error
+    except QueueFullError:
+        raise ApiError(503, "the request queue is full") from None
     with contextlib.ExitStack() as stack:
         for part in parts:
             stack.enter_context(part)

@@ -41,6 +41,7 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_second: float = 8000.0
     decode_milliseconds_per_token: float = 20.0
     max_running_requests: int = 32  # of each rank; further requests wait in its queue
+    max_queued_requests: int = 1_000_000  # of each rank; further requests get a 503
     default_max_tokens: int = 64
     max_total_num_tokens: int = 524_288  # the prefix cache of each rank
     host_cache_tokens: int = 0  # of each rank, for evicted pages; 0 means no host cache
@@ -86,6 +87,7 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
             "decode_milliseconds_per_token",
             "startup_delay_seconds",
             "host_cache_tokens",
+            "max_queued_requests",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must not be negative")

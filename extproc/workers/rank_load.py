@@ -10,6 +10,7 @@ their arrival. The start of a streamed response shows that its prefill has ended
 that is not streamed starts after its last token, so the end of its prefill is estimated.
 """
 
+import math
 from collections import deque
 from typing import Final
 
@@ -226,6 +227,20 @@ class RankLoad:
             return 0.0
         used, capacity = self._reported_tokens
         return used / capacity if capacity else 0.0
+
+    def spare_requests(self, waiting_max: int, now: float) -> float:
+        """How many more requests the engine takes before more than so many wait in its queue.
+
+        Infinite without a fresh report. Requests booked since the report may all wait.
+        """
+        if now - self._report_at > _REPORT_FRESH_SECONDS:
+            return math.inf
+        if self._max_running is not None:
+            return self._max_running + waiting_max - self.requests(now)
+        waiting = self._reported_requests - self._reported_running
+        if not waiting:
+            return math.inf
+        return waiting_max - waiting - max(0, self._net_booked)
 
     def slot_wait_seconds(self, prompt_tokens: int, now: float) -> float:
         """How long one more request would wait until others have ended and made room for it.

@@ -26,7 +26,7 @@ async def outcome(running: Running, *, tokens: int) -> tuple[int, str]:
 
 async def settled(running: Running) -> bool:
     metrics = await running.stack.metrics()
-    return metrics["extproc_requests_in_flight"] == metrics["extproc_buffered_bytes"] == 0
+    return metrics["extproc_requests_open"] == metrics["extproc_buffered_bytes"] == 0
 
 
 async def test_requests_over_the_limit_are_refused_and_logged_in_bounded_number(

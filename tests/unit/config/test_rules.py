@@ -19,6 +19,10 @@ def models(*ids: str) -> dict[str, Any]:
     return raw_config(models=[{"id": each} for each in ids])
 
 
+def queued(**queue: Any) -> dict[str, Any]:
+    return raw_config(models=[{"id": "m", "queue": queue}])
+
+
 def kv_model(*entries: dict[str, Any], policy: str = "min_ttft") -> dict[str, Any]:
     """One model with these entries in `kv_events`, and one worker."""
     given = [{"endpoint": "tcp://*:5557", "block_size": 16} | entry for entry in entries]
@@ -44,6 +48,15 @@ def kv_model(*entries: dict[str, Any], policy: str = "min_ttft") -> dict[str, An
             kv_model({"replay_endpoint": "tcp://*:65535", "dp_size": 2}),
             "models[0].kv_events[0].replay_endpoint",
         ),
+        (queued(max_requests=1, max_wait_secs=5), "models[0].queue.max_wait_secs"),
+        (queued(tenant_header="X-Tenant"), "models[0].queue.tenant_header"),
+        (queued(priority_header="x-request-id"), "models[0].queue.priority_header"),
+        (queued(priority_header=":path"), "models[0].queue.priority_header"),
+        (
+            queued(priority_classes=["normal", "normal"]),
+            "models[0].queue.priority_classes",
+        ),
+        (queued(default_class="none"), "models[0].queue.default_class"),
         (raw_config(models=[]), "models"),
         (models("m", "m"), "models[1].id"),
         (models("m", "n", "m"), "models[2].id"),
