@@ -34,9 +34,15 @@ class Held(Struct, frozen=True, kw_only=True):
 
 @contextlib.asynccontextmanager
 async def running_stack(
-    folder: Path, workers: int, simulator_options: Mapping[str, str]
+    folder: Path,
+    workers: int,
+    simulator_options: Mapping[str, str],
+    envoy: Mapping[str, object] | None = None,
 ) -> AsyncIterator[Stack]:
-    """Simulators as processes of their own, the service and Envoy; stopped at the end."""
+    """Simulators as processes of their own, the service and Envoy; stopped at the end.
+
+    `envoy` has settings of that section.
+    """
     async with contextlib.AsyncExitStack() as stack:
         ports = free_ports(workers)
         options = [part for pair in simulator_options.items() for part in pair]
@@ -57,7 +63,7 @@ async def running_stack(
             Stack(
                 folder,
                 [f"http://127.0.0.1:{port}" for port in ports],
-                {"models": [{"id": MODEL}], "envoy": {"access_log": None}},
+                {"models": [{"id": MODEL}], "envoy": {"access_log": None, **(envoy or {})}},
             )
         )
 

@@ -103,9 +103,8 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
             "restart",
             "envoy.",
             "host port admin_port fail_open message_timeout_secs hang_timeout_secs "
-            "stream_idle_timeout_secs "
-            "worker_idle_timeout_secs destination cluster cluster_header model_header access_log "
-            "endpoints_file",
+            "stream_idle_timeout_secs worker_idle_timeout_secs max_heap_mb max_connections "
+            "destination cluster cluster_header model_header access_log endpoints_file",
         ),
         **_keys("restart", "envoy.extproc.", "host ca_file cert_file key_file"),
     }

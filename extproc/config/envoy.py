@@ -80,6 +80,24 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
             "lost on connections that the engine is just closing."
         ),
     ] = 3 * SECONDS
+    max_heap_mb: Annotated[
+        Annotated[int, Meta(ge=64, le=1024 * 1024)] | None,
+        Meta(
+            description="Heap of Envoy in MiB, by which it measures its load. From 75 % of it, new "
+            "requests get a 503; from 85 %, requests that still send their body are cut off. "
+            "Bodies that wait for a decision are copied, so the memory may grow to three times of "
+            "it for a moment: leave that much to a container. `null` switches the limit off."
+        ),
+    ] = 2048
+    max_connections: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000_000,
+            description="Most connections of clients. Further ones are closed at once. Should be "
+            "less than half of the file descriptors that Envoy may open.",
+        ),
+    ] = 50_000
     destination: Annotated[
         Literal["list", "single"],
         Meta(

@@ -18,7 +18,8 @@ from extproc.envoy_config.decode_pass import (
     internal_listener_extension,
 )
 from extproc.envoy_config.listener import ingress_listener
-from extproc.envoy_config.wire_form import host_is_ip, socket_address, typed
+from extproc.envoy_config.overload import overload_manager
+from extproc.envoy_config.wire_form import host_is_ip, socket_address
 from extproc.errors import ConfigError
 from extproc.headers import DECODE_CLUSTER, EXTPROC_CLUSTER
 from extproc.worker_url import parse_worker_url
@@ -27,7 +28,6 @@ __all__ = ["bootstrap_problems", "render_bootstrap", "render_yaml"]
 
 _NODE: Final = "llm-extproc"
 _MAX_MESSAGE_TIMEOUT_SECONDS: Final = 3600
-_MAX_CLIENT_CONNECTIONS: Final = 50_000
 
 _HEADER: Final = """\
 # Rendered by `extproc envoy-config`; change the configuration and render again.
@@ -42,22 +42,11 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
     """
     if problems := list(bootstrap_problems(config)):
         raise ConfigError(problems)
-    connections = typed(
-        "extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
-        max_active_downstream_connections=_MAX_CLIENT_CONNECTIONS,
-    )
     return {
         "node": {"id": _NODE, "cluster": _NODE},
         "admin": {"address": socket_address("127.0.0.1", config.envoy.admin_port)},
         "bootstrap_extensions": [internal_listener_extension()],
-        "overload_manager": {
-            "resource_monitors": [
-                {
-                    "name": "envoy.resource_monitors.global_downstream_max_connections",
-                    "typed_config": connections,
-                }
-            ]
-        },
+        "overload_manager": overload_manager(config.envoy),
         "static_resources": {
             "listeners": [ingress_listener(config), decode_pass_listener(config)],
             "clusters": [

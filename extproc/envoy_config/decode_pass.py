@@ -99,6 +99,8 @@ def decode_pass_listener(config: Config) -> dict[str, Any]:
     return {
         "name": DECODE_CLUSTER,
         "internal_listener": {},
+        # What the ingress listener has accepted is not refused half-way.
+        "bypass_overload_manager": True,
         "per_connection_buffer_limit_bytes": config.server.max_body_bytes + BODY_HEADROOM_BYTES,
         "filter_chains": [{"filters": [manager]}],
     }

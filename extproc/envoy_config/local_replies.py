@@ -40,7 +40,7 @@ _UNREACHABLE: Final = LocalError(503, "upstream_unreachable", "upstream unavaila
 _TIMEOUT: Final = LocalError(504, "upstream_timeout", "upstream request timed out")
 _REQUEST_TIMEOUT: Final = LocalError(408, "request_timeout", "the request did not arrive in time")
 _TOO_LARGE: Final = LocalError(413, "payload_too_large", "the request body is over the limit")
-_OVERLOADED: Final = LocalError(503, "service_overloaded", "the gateway is overloaded, try again")
+_OVERLOADED: Final = LocalError(503, "gateway_overloaded", "the gateway is overloaded, try again")
 # Other requests that Envoy refuses by itself keep their status (400, 403, 426, 431).
 _BAD_REQUEST: Final = LocalError(400, "bad_request", "bad request: refused by the gateway")
 _INTERNAL: Final = LocalError(500, "internal_error", "internal error")
@@ -84,12 +84,14 @@ def local_replies(*, retry_header: str | None = None) -> dict[str, Any]:
         _mapper(_flags(_TIMEOUT_FLAGS), _TIMEOUT),
         _mapper(_flags(_UNREACHABLE_FLAGS), _UNREACHABLE),
         _mapper(_flags(_OVERLOAD_FLAGS), _OVERLOADED),
+        # The overload manager's answers have no flag, and the status 503 or 500.
+        _mapper(_expression('response.code_details == "overload"'), _OVERLOADED),
         _mapper(
             _expression(f"response.code >= 400 && response.code < 500 && {_NOT_OURS}"),
             _BAD_REQUEST,
             keep_status=True,
         ),
-        # Overload has no flag where Envoy sheds load early. Every 503 says when to retry.
+        # Every 503 says when to retry.
         _mapper(_expression(f"response.code == 503 && {_NOT_OURS}"), _OVERLOADED),
         _mapper(_expression(f"response.code >= 500 && {_NOT_OURS}"), _INTERNAL, keep_status=True),
     ]

@@ -36,7 +36,10 @@ async def post(
     version: str = "HTTP/1.1",
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
-    """POST `body` to 127.0.0.1; `version` is the protocol. HTTP/1.0 sends no host of its own."""
+    """POST `body` to 127.0.0.1; `version` is the protocol. HTTP/1.0 sends no host of its own.
+
+    Raises ConnectionResetError if there is no answer, TimeoutError if it takes too long.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         async with asyncio.timeout(_SECONDS):
@@ -73,6 +76,8 @@ async def _http1(
         pass  # the answer came before
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
+    if not raw:
+        raise ConnectionResetError("closed without an answer")
     head, _, content = raw.partition(b"\r\n\r\n")
     first, *rest = head.decode().split("\r\n")
     pairs = (line.partition(": ") for line in rest)
@@ -112,7 +117,9 @@ async def _http2(
             connection.send_data(1, bytes(left[:size]), end_stream=size == len(left))
             left = left[size:]
         writer.write(connection.data_to_send())
-        for event in connection.receive_data(await reader.read(_READ_BYTES)):
+        if not (received := await reader.read(_READ_BYTES)):
+            raise ConnectionResetError("closed without an answer")
+        for event in connection.receive_data(received):
             match event:
                 case h2.events.ResponseReceived():
                     got = {str(name): str(value) for name, value in event.headers}

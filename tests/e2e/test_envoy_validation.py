@@ -66,6 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one address": {},
     "two models": {"models": [{"id": "a"}, {"id": "b"}]},
     "fail closed": {"envoy": {"fail_open": False}},
+    "no limit of the heap": {"envoy": {"max_heap_mb": None}},
     "single destination": {"envoy": {"destination": "single"}},
     "no access log": {"envoy": {"access_log": None}},
     "access log in a file": {"envoy": {"access_log": "/dev/null"}},
@@ -91,8 +92,13 @@ CASES: dict[str, dict[str, Any]] = {
         "tls_workers": True,
     },
     "largest values": {
-        "server": {"max_body_bytes": 1024 * 1024 * 1024},
-        "envoy": {"message_timeout_secs": 3600, "stream_idle_timeout_secs": 604800},
+        "server": {"max_body_bytes": 2**30, "max_buffered_bytes": 2**40},
+        "envoy": {
+            "message_timeout_secs": 3600,
+            "stream_idle_timeout_secs": 604800,
+            "max_heap_mb": 1024 * 1024,
+            "max_connections": 1_000_000_000,
+        },
     },
     "smallest values": {
         "server": {"max_body_bytes": 1024, "step_deadline_secs": 0.001},
@@ -100,6 +106,8 @@ CASES: dict[str, dict[str, Any]] = {
         "envoy": {
             "worker_idle_timeout_secs": 0.001,
             "message_timeout_secs": 0.002,
+            "max_heap_mb": 64,
+            "max_connections": 1,
         },
     },
 }
