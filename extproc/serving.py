@@ -71,9 +71,12 @@ def stream_settings(config: Config) -> StreamSettings:
 
 
 def _extension(config: Config) -> Extension | None:
-    """Half of the time after which Envoy would take this service for hung may pass before."""
+    """Half of the time after which Envoy would take this service for hung may pass before.
+
+    It is that of the second pass, the shorter one: a stream does not know its pass in time.
+    """
     whole = config.envoy.message_timeout_secs
-    after = _EXTENSION_SHARE * min(config.envoy.hang_timeout_secs, whole)
+    after = _EXTENSION_SHARE * config.envoy.second_pass_hang_secs
     if after >= config.routing_deadline_secs:
         return None  # the service answers before
     return Extension(after_seconds=after, message_timeout_seconds=whole + config.extra_wait_secs)

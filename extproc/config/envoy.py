@@ -1,6 +1,6 @@
 """The configuration of the Envoy that `extproc envoy-config` renders."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta, field
 
@@ -8,6 +8,10 @@ from extproc.config.section import SECONDS, Port, Seconds, Section, Text
 from extproc.headers import DEFAULT_CLUSTER_HEADER, DEFAULT_MODEL_HEADER
 
 __all__ = ["EnvoyConfig", "ExtprocEndpointConfig"]
+
+# A request of a pair may meet a hung service in both passes, one after the other.
+_SECOND_PASS_SHARE: Final = 0.4
+_SECOND_PASS_MIN: Final = 0.5 * SECONDS
 
 
 class ExtprocEndpointConfig(Section, frozen=True, kw_only=True):
@@ -61,7 +65,8 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
             le=604800,
             description="Time after which Envoy takes this service for hung, if it has not said "
             "that it is at work: then requests go on without it, or get 503. Values above "
-            "`message_timeout_secs` have no effect.",
+            "`message_timeout_secs` have no effect. For the second pass of a pair it is 40 % of "
+            "this, but not less than 0.5 s.",
         ),
     ] = 2 * SECONDS
     stream_idle_timeout_secs: Annotated[
@@ -132,3 +137,14 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
     extproc: Annotated[
         ExtprocEndpointConfig, Meta(description="How Envoy reaches this service.")
     ] = field(default_factory=ExtprocEndpointConfig)
+
+    @property
+    def first_pass_hang_secs(self) -> float:
+        """How long Envoy waits in the first pass for a service that has not said it is at work."""
+        return min(self.hang_timeout_secs, self.message_timeout_secs)
+
+    @property
+    def second_pass_hang_secs(self) -> float:
+        """The same for the second pass, which only picks a worker: both are 2.8 s by default."""
+        shortened = max(_SECOND_PASS_MIN, _SECOND_PASS_SHARE * self.hang_timeout_secs)
+        return min(self.first_pass_hang_secs, shortened)

@@ -77,6 +77,7 @@ def ext_proc_filter(config: Config) -> dict[str, Any]:
     return _asking_filter(
         config,
         which=ROUTE_PASS,
+        hang_timeout=config.envoy.first_pass_hang_secs,
         message_timeout=config.envoy.message_timeout_secs + config.extra_wait_secs,
         request_body_mode="BUFFERED",
         headers=[
@@ -92,6 +93,7 @@ def decode_filter(config: Config) -> dict[str, Any]:
     return _asking_filter(
         config,
         which=DECODE_PASS,
+        hang_timeout=config.envoy.second_pass_hang_secs,
         message_timeout=config.envoy.message_timeout_secs,
         request_body_mode="NONE",
         headers=_exact(
@@ -118,6 +120,7 @@ def _asking_filter(
     config: Config,
     *,
     which: str,
+    hang_timeout: float,
     message_timeout: float,
     request_body_mode: str,
     headers: list[dict[str, str]],
@@ -134,9 +137,7 @@ def _asking_filter(
         failure_mode_allow=True,
         status_on_error={"code": 503},
         # A service that is at work asks for more, so a hung one is noticed soon.
-        message_timeout=duration(
-            min(config.envoy.hang_timeout_secs, config.envoy.message_timeout_secs)
-        ),
+        message_timeout=duration(hang_timeout),
         max_message_timeout=duration(message_timeout),
         processing_mode={
             "request_header_mode": "SEND",

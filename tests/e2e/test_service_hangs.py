@@ -1,0 +1,82 @@
+"""How long clients wait for a service that hangs: at any moment of a request, 3 s at most."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from extproc.config.envoy import EnvoyConfig
+from extproc.headers import DECODE_CLUSTER
+from tests.e2e.pd_fleet import PdRunning, pd_stack
+
+DEFAULT_SECONDS = EnvoyConfig().hang_timeout_secs
+# 2 s in the first pass and 0.8 s in the second, and what a busy machine adds. Twice the time-out
+# of the first pass would be 4 s.
+LONGEST_SECONDS = 3.6
+PAUSE_SECONDS = 2.0
+
+
+def pause_before_second_pass(bootstrap: dict[str, Any]) -> None:
+    """Hold each request between the passes, so that a test can stop the service there."""
+    (passes,) = [
+        one for one in bootstrap["static_resources"]["listeners"] if one["name"] == DECODE_CLUSTER
+    ]
+    manager = passes["filter_chains"][0]["filters"][0]["typed_config"]
+    fault = {
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.fault.v3.HTTPFault",
+        "delay": {"fixed_delay": f"{PAUSE_SECONDS}s", "percentage": {"numerator": 100}},
+    }
+    manager["http_filters"].insert(0, {"name": "envoy.filters.http.fault", "typed_config": fault})
+
+
+@asynccontextmanager
+async def pair(folder: Path, **more: Any) -> AsyncIterator[PdRunning]:
+    settings = {"envoy": {"hang_timeout_secs": DEFAULT_SECONDS, "fail_open": False}}
+    async with pd_stack(folder, settings=settings, **more) as running:
+        try:
+            yield running
+        finally:
+            running.stack.service.send(signal.SIGCONT)
+
+
+async def timed(running: PdRunning) -> tuple[int, str, float]:
+    """Status, error code and seconds of one chat; a 503 must say when to retry."""
+    started = time.monotonic()
+    async with running.chat() as response:
+        await response.read()
+        assert ("retry-after" in response.headers) == (response.status == 503)
+        code = response.headers.get("x-router-error-code", "")
+        return response.status, code, time.monotonic() - started
+
+
+async def test_a_pair_whose_service_hangs_before_the_first_pass(tmp_path: Path) -> None:
+    async with pair(tmp_path) as running:
+        running.stack.service.send(signal.SIGSTOP)
+        status, code, seconds = await timed(running)
+        assert (status, code) == (503, "router_unavailable")
+        assert seconds < LONGEST_SECONDS
+
+
+async def test_a_pair_whose_service_hangs_between_the_passes(tmp_path: Path) -> None:
+    async with pair(tmp_path, edit_bootstrap=pause_before_second_pass) as running:
+        asked = asyncio.create_task(timed(running))
+        await running.arrived(running.prefills[0])
+        running.stack.service.send(signal.SIGSTOP)
+        status, code, seconds = await asked
+        assert (status, code) == (503, "router_unavailable")
+        assert seconds - PAUSE_SECONDS < LONGEST_SECONDS
+
+
+async def test_a_pair_whose_service_hangs_while_the_engines_work(tmp_path: Path) -> None:
+    """Both filters wait for an answer to the response headers, and then go on without it."""
+    async with pair(tmp_path) as running:
+        await running.fault(running.decodes[0], hang=PAUSE_SECONDS)
+        asked = asyncio.create_task(timed(running))
+        await running.arrived(running.decodes[0])
+        running.stack.service.send(signal.SIGSTOP)
+        status, _, seconds = await asked
+        assert status == 200
+        assert seconds - PAUSE_SECONDS < LONGEST_SECONDS
