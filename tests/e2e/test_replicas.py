@@ -141,7 +141,7 @@ async def test_a_replica_that_is_killed_costs_no_request(
 async def test_a_replica_that_is_killed_costs_one_request_in_a_hundred_of_that_second(
     launch: Launch, tmp_path: Path
 ) -> None:
-    """Only requests that the replica was deciding at that moment are lost: no request fails open here."""
+    """Only requests that the replica was deciding are lost: no request fails open here."""
     shares = []
     async with two_replicas(launch, tmp_path, fail_open=False) as (running, second):
         for _ in range(KILLS):
