@@ -90,8 +90,8 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
         Meta(
             description="Heap of Envoy in MiB, by which it measures its load. From 75 % of it, new "
             "requests get a 503; from 85 %, requests that still send their body are cut off. "
-            "Bodies that wait for a decision are copied, so the memory may grow to three times of "
-            "it for a moment: leave that much to a container. `null` switches the limit off."
+            "Bodies that are on their way come on top, so leave a container at least twice as "
+            "much. `null` switches the limit off."
         ),
     ] = 2048
     max_connections: Annotated[

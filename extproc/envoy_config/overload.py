@@ -12,8 +12,8 @@ from extproc.envoy_config.wire_form import duration, typed
 
 __all__ = ["CUT_PRESSURE", "REFUSE_PRESSURE", "overload_manager"]
 
-# Shares of envoy.max_heap_mb. A body that is complete is copied twice on its way to the service, so
-# that the heap may grow to three times of what it held when Envoy began to refuse.
+# Shares of envoy.max_heap_mb. The heap grows beyond them: a complete body is copied twice on its
+# way to the service, and a connection is read until it is empty before the limit is looked at.
 REFUSE_PRESSURE: Final = 0.75
 # Between the two, requests that were accepted may send the rest of their bodies.
 CUT_PRESSURE: Final = 0.85
