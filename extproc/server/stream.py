@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.errors import RouterError, internal_error, retry_after_seconds, routing_timeout
+from extproc.event_loop import StreamTask, let_cancellation_come
 from extproc.metrics.service import Metrics
 from extproc.routing.lease import Lease
 from extproc.routing.local_endpoints import Answer
@@ -64,16 +65,17 @@ class Stream:
         "_context",
         "_decider",
         "_extended",
+        "_grpc_task",
         "_interrupted",
         "_lease",
         "_overtaking",
-        "_reading",
         "_settings",
         "_streams",
         "_task",
         "_writing",
         "ending",
         "overdue",
+        "reading",
         "session",
     )
 
@@ -83,12 +85,15 @@ class Stream:
         self._decider = streams.decider
         self._settings = streams.settings
         self._context = context
-        self._task = asyncio.current_task()
+        self._task = task = asyncio.current_task()
+        self._grpc_task = task if isinstance(task, StreamTask) else None
+        if self._grpc_task is not None:
+            self._grpc_task.stream = self
         self._lease: Lease | Pair | None = None
         self.overdue = False
         self.ending = False
         # True while waiting for Envoy's next message: all replies are out.
-        self._reading = False
+        self.reading = False
         # The request was answered between two messages, so replies that come later are dropped.
         self._interrupted = False
         self._extended = False
@@ -100,11 +105,15 @@ class Stream:
     async def serve(self) -> None:
         """Read until Envoy is done; returns to end the stream with status OK."""
         context, session, streams = self._context, self.session, self._streams
+        grpc_task = self._grpc_task
         while True:
-            self._reading = True
+            self.reading = True
             raw = await context.read()
-            self._reading = False
+            self.reading = False
+            if grpc_task is not None and grpc_task.was_cancelled:
+                raise asyncio.CancelledError
             if raw is grpc.aio.EOF:
+                await let_cancellation_come()
                 return
             try:
                 step = session.receive(raw)
@@ -263,8 +272,9 @@ class Stream:
 
     def end_if_idle(self) -> None:
         """End the stream with status OK, from outside `serve`, if nothing is lost by that."""
-        if self._reading and self._may_end_early and self._task is not None:
+        if self.reading and self._may_end_early and self._task is not None:
             self.ending = True
+            self.reading = False  # or the task would not be cancelled
             self._task.cancel()
 
     def close(self) -> None:
