@@ -88,6 +88,19 @@ def test_round_robin_takes_each_in_turn() -> None:
     ]
 
 
+@pytest.mark.parametrize("load", [0, 6, 50, 1000])
+def test_round_robin_takes_each_in_turn_however_busy_all_of_them_are(load: int) -> None:
+    loads = ranks(load, load + 5, load, load + 3)
+    assert picks(create_policy("round_robin", Random(0)), loads, 6) == [0, 1, 2, 3, 0, 1]
+
+
+def test_round_robin_passes_over_workers_on_which_requests_pile_up() -> None:
+    """The mean is 12.5: more than 1.5 times that and 6, which is 24, are too many."""
+    policy = create_policy("round_robin", Random(0))
+    assert picks(policy, ranks(0, 25, 0, 25), 4) == [0, 2, 0, 2]
+    assert picks(policy, ranks(1, 24, 0, 25), 4) == [0, 1, 2, 0]
+
+
 def test_round_robin_continues_after_the_last_worker_when_one_is_left_out_for_a_moment() -> None:
     policy, everyone = create_policy("round_robin", Random(0)), ranks(0, 0, 0, 0)
     without_2 = [rank for rank in everyone if rank.order != 2]
