@@ -182,8 +182,10 @@ class Lease:
     def _was_busy(self, worker: Worker, busy: BusyAnswers, now: float) -> None:
         """The worker answered 503 or 429: it is full, not broken."""
         self.claim.give_back_probe()
+        outcomes = self._parts.outcomes
         if (worker.address, False) in busy:
-            self._parts.outcomes.busy(worker, self.decision.model, now)
+            outcomes.is_full(worker, now)
+        outcomes.count_busy(worker, self.decision.model)
 
     def _settle(
         self,
@@ -201,7 +203,7 @@ class Lease:
             if status < _CLIENT_ERROR:
                 self.claim.started(now)
             if status < _SERVER_ERROR and status != _TOO_MANY_REQUESTS:
-                outcomes.succeeded(worker, model, now, sent_at)
+                outcomes.succeeded(worker, model, now, sent_at, streamed=self._is_streamed)
                 return
             if not self._failed_for_want_of_prefill():
                 if status in BUSY_STATUSES:
@@ -216,6 +218,11 @@ class Lease:
         # Envoy's own reply, or another worker's fault.
         self.claim.give_back_probe()
         outcomes.undecided(worker, model)
+
+    @property
+    def _is_streamed(self) -> bool:
+        """True if the client has asked for a stream: only other requests have a time-out."""
+        return not self.decision.timeout_ms
 
     def _failed_for_want_of_prefill(self) -> bool:
         """True if a 5xx of the worker is another worker's fault."""
@@ -262,4 +269,5 @@ class Lease:
             parts.outcomes.undecided(worker, model)
         else:
             now = parts.clock.monotonic()
-            parts.outcomes.abandoned(worker, model, now, self._decided_at)
+            streamed = self._is_streamed
+            parts.outcomes.abandoned(worker, model, now, self._decided_at, streamed=streamed)

@@ -19,6 +19,8 @@ _log = structlog.get_logger()
 BUSY_STATUSES = (429, 503)
 # Clients that leave sooner may have changed their mind.
 _PATIENCE_SECONDS = 2.0
+# Times of the slowest answer of late.
+_WHOLE_ANSWERS = 2.0
 # Many clients, or one with many requests, may leave in one moment.
 _SILENCE_COUNTS_EACH_SECONDS = 0.3
 
@@ -38,14 +40,17 @@ class WorkerOutcomes:
         self._faults: dict[tuple[str, Role], PoolFaults] = {}
         self._silent_at: dict[str, float] = {}
 
-    def succeeded(self, worker: Worker, model: str, now: float, sent_at: float) -> None:
-        """The worker answered, and not with a 5xx or with 429."""
+    def succeeded(
+        self, worker: Worker, model: str, now: float, sent_at: float, *, streamed: bool = True
+    ) -> None:
+        """The worker answered, and not with a 5xx or with 429; `streamed` is the request's flag."""
         breaker = worker.breaker
         before = breaker.state
         breaker.success(now, sent_at)
         if before is not breaker.state and before is not BreakerState.BUSY:
             _log.info("breaker_closed", worker=worker.url, model=model)
-        self._faults_of(worker, model).answered(worker.id, now)
+        whole_seconds = None if streamed else now - sent_at
+        self._faults_of(worker, model).answered(worker.id, now, whole_seconds)
         self._count(worker, model, "success")
 
     def busy(
@@ -56,16 +61,31 @@ class WorkerOutcomes:
         retry_after: float | None = None,
         sent_at: float = math.inf,
     ) -> None:
-        """The worker answered that it is full, with 503 or 429; `retry_after` in seconds."""
+        """The worker answered a request for the model with 503 or 429."""
+        self.is_full(worker, now, retry_after, sent_at)
+        self.count_busy(worker, model)
+
+    def is_full(
+        self,
+        worker: Worker,
+        now: float,
+        retry_after: float | None = None,
+        sent_at: float = math.inf,
+    ) -> None:
+        """The worker answered that it is full, for all its models; `retry_after` in seconds."""
         worker.breaker.busy(now, retry_after, sent_at)
         self.spare.was_full(worker, now)
-        self._faults_of(worker, model).heard_from(worker.id, now)
+        for model in worker.model_ids:
+            self._faults_of(worker, model).heard_from(worker.id, now)
+
+    def count_busy(self, worker: Worker, model: str) -> None:
+        """Count an answer of which `is_full` has been told."""
         self._count(worker, model, "busy")
 
     def server_error(self, worker: Worker, model: str, now: float, sent_at: float) -> None:
         """The worker answered with another 5xx, which may be the fault of the request."""
         breaker = worker.breaker
-        breaker.success(now, sent_at)  # it answers
+        breaker.error(now)
         seconds = self._faults_of(worker, model).failed(worker.id, now, breaker.threshold)
         if seconds and len(self._registry.pool_of(model, worker.role)) > 1:
             breaker.avoid(now, seconds)
@@ -77,16 +97,21 @@ class WorkerOutcomes:
         self._fail(worker, model, now, sent_at)
         self._count(worker, model, "error")
 
-    def abandoned(self, worker: Worker, model: str, now: float, sent_at: float) -> None:
+    def abandoned(
+        self, worker: Worker, model: str, now: float, sent_at: float, *, streamed: bool = True
+    ) -> None:
         """The client left before the worker answered.
 
         That says nothing, unless the client was patient, and the worker has answered no
-        request since while others did.
+        request since while others did. An answer that is not streamed begins at its end, so its
+        client must have waited for longer than such answers take.
         """
+        faults, waited = self._faults_of(worker, model), now - sent_at
         if (
-            now - sent_at < _PATIENCE_SECONDS
+            waited < _PATIENCE_SECONDS
             or worker.breaker.answered_at > sent_at
-            or not self._faults_of(worker, model).others_answered_since(worker.id, sent_at)
+            or not faults.others_answered_since(worker.id, sent_at)
+            or not (streamed or waited > _WHOLE_ANSWERS * faults.slowest_whole_seconds)
         ):
             self.undecided(worker, model)
             return

@@ -68,10 +68,10 @@ class Router:
         prefill worker, which the lease of the request knows.
         """
         worker = self._registry.at_address(address)
-        if worker is None or worker.role != "plain" or not worker.model_ids:
+        if worker is None or worker.role != "plain":
             return False
-        now = self._clock.monotonic()
-        self._outcomes.busy(worker, worker.model_ids[0], now, retry_after_seconds)
+        # The lease of the request, which knows its model, counts the answer.
+        self._outcomes.is_full(worker, self._clock.monotonic(), retry_after_seconds)
         return True
 
     async def route(self, request: Request) -> Lease | Pair:

@@ -57,6 +57,7 @@ class CircuitBreaker:
         "_openings",
         "_probe_number",
         "_probes",
+        "_suspected",
         "answered_at",
         "cool_down_seconds",
         "failed_at",
@@ -78,6 +79,7 @@ class CircuitBreaker:
         self._half_open_since = 0.0
         self._probe_number = NO_PROBE
         self._probes: set[int] = set()
+        self._suspected = False
 
     def would_allow(self, now: float) -> bool:
         """Return True if a request may be sent now; changes nothing."""
@@ -96,6 +98,7 @@ class CircuitBreaker:
             return NO_PROBE
         if self.state is BreakerState.BUSY:
             self.state = BreakerState.CLOSED
+            self._suspected = False
             return NO_PROBE
         if self.state is BreakerState.OPEN:
             self.state = BreakerState.HALF_OPEN
@@ -109,13 +112,29 @@ class CircuitBreaker:
         self._probes.discard(probe)
 
     def success(self, now: float, sent_at: float) -> None:
-        """The worker answered well. The breaker closes, unless the request was sent before that."""
+        """The worker answered well. The breaker closes, unless the request was sent before that.
+
+        A worker that is suspected may answer some requests well: it is avoided for its time.
+        """
         self.answered_at = now
         self._failures = 0
         if self.state is BreakerState.CLOSED:
             self._busy_answers = 0
-        elif sent_at >= self._avoided_since:
+        elif sent_at >= self._avoided_since and not (
+            self.state is BreakerState.BUSY and self._suspected and now < self._avoided_until
+        ):
             self._close()
+
+    def error(self, now: float) -> None:
+        """The worker answered with an error. It answers, but that is neither success nor failure:
+        a half-open breaker stays so, and failures before it still count.
+        """
+        self.answered_at = now
+
+    def acquit(self, now: float) -> None:
+        """The worker has passed a check that it had failed."""
+        self.answered_at = now
+        self._close()
 
     def busy(self, now: float, retry_after: float | None = None, sent_at: float = math.inf) -> None:
         """The worker answered that it is full, so it is alive; `retry_after` in seconds."""
@@ -139,10 +158,17 @@ class CircuitBreaker:
             seconds = _BUSY_FIRST_SECONDS * 2 ** min(answers, _BUSY_DOUBLINGS_MAX)
         else:
             seconds = min(max(retry_after, _BUSY_FIRST_SECONDS), _BUSY_MAX_SECONDS)
-        self.avoid(now, seconds)
+        self._avoid(now, seconds)
 
     def avoid(self, now: float, seconds: float) -> None:
-        """Send nothing for a moment, at least; an open breaker stays open for its own time."""
+        """The worker is suspected: send nothing for this time at least.
+
+        An open breaker stays open for its own time.
+        """
+        self._suspected = True
+        self._avoid(now, seconds)
+
+    def _avoid(self, now: float, seconds: float) -> None:
         if self.state is BreakerState.CLOSED:
             self.state = BreakerState.BUSY
             self._avoided_since = now
@@ -182,5 +208,6 @@ class CircuitBreaker:
 
     def _close(self) -> None:
         self.state = BreakerState.CLOSED
+        self._suspected = False
         self._failures = self._busy_answers = self._openings = 0
         self._probes.clear()

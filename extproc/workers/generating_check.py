@@ -33,6 +33,8 @@ _OFF_SECONDS: Final = 5.0
 class GeneratingCheck:
     """Asks all plain workers; one that fails twice is avoided until it passes.
 
+    Only plain workers are asked: prefill and decode workers need a partner for such a request.
+
     `seconds` is the interval, and the time that an answer may take; None while the check is off.
     """
 
@@ -75,7 +77,7 @@ class GeneratingCheck:
         if status == _OK:
             self._checks("passed").inc()
             if self._failures.pop(worker.id, 0) >= _FAILURES_MIN:
-                worker.breaker.success(now, now)
+                worker.breaker.acquit(now)
                 _log.info("worker_generates_again", worker=worker.url)
             return
         self._checks("failed").inc()

@@ -20,6 +20,8 @@ _SUSPICION_DOUBLINGS_MAX: Final = 4
 _HALF_WINDOW_SECONDS: Final = 5.0
 # Of a worker's answers: below it most of its requests are served.
 _RATE_MIN: Final = 0.5
+# How long answers that are not streamed may take is remembered for minutes: few are long.
+_SLOWEST_HALVED_SECONDS: Final = 300.0
 # After the requests were found at fault no worker is suspected for this long.
 _BLAMELESS_SECONDS: Final = 10.0
 # A suspicion that was not confirmed for so long is forgotten.
@@ -67,21 +69,26 @@ class PoolFaults:
         "_last_of_others",
         "_suspicions",
         "_turned",
+        "slowest_whole_seconds",
     )
 
     def __init__(self) -> None:
         self._counts: dict[str, _Counts] = {}
         self._suspicions: dict[str, _Suspicion] = {}
         self._turned = -math.inf
+        # The slowest answer of late that is not streamed, fading; NaN before the first.
+        self.slowest_whole_seconds = math.nan
         self._blameless_until = -math.inf
         # The worker that answered last, and when the last other one did.
         self._last: tuple[str, float] = ("", -math.inf)
         self._last_of_others = -math.inf
 
-    def answered(self, worker: str, now: float) -> None:
-        """A good answer."""
+    def answered(self, worker: str, now: float, whole_seconds: float | None = None) -> None:
+        """A good answer; `whole_seconds` is how long one took that is not streamed."""
         counts = self._counts_of(worker, now)
         counts.good += 1
+        if whole_seconds is not None and not whole_seconds <= self.slowest_whole_seconds:
+            self.slowest_whole_seconds = whole_seconds
         if self._suspicions:
             for suspect, suspicion in self._suspicions.items():
                 if suspect != worker:
@@ -156,8 +163,10 @@ class PoolFaults:
 
     def _turn(self, now: float) -> None:
         """Begin a new half of the window."""
-        long_ago = now - self._turned >= 2 * _HALF_WINDOW_SECONDS
+        passed = now - self._turned
+        long_ago = passed >= 2 * _HALF_WINDOW_SECONDS
         self._turned = now
+        self.slowest_whole_seconds *= 0.5 ** (passed / _SLOWEST_HALVED_SECONDS)
         for worker, counts in list(self._counts.items()):
             if long_ago or not (counts.good or counts.bad):
                 del self._counts[worker]

@@ -11,6 +11,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.server.messages import ResponseTable
+from extproc.workers.circuit_breaker import BreakerState
 from tests.protocol.exchange import (
     Envoy,
     Service,
@@ -74,7 +75,9 @@ async def test_a_busy_answer_is_recorded_once_whatever_follows(status: int) -> N
         assert headers["x-envoy-retriable-status-codes"] == "429,503"
         assert headers["x-envoy-max-retries"] == "1"
         reports = await report(service, FIRST, 1, status)
-        assert busy_counts(service) == [1, 0]
+        # The worker is avoided at once; the request's own stream knows the model to count for.
+        assert service.workers[0].breaker.state is BreakerState.BUSY
+        assert busy_counts(service) == [0, 0]
         await envoy.send(with_reports(response_headers(upstream=SECOND, attempts=2), reports))
         await envoy.reply()
         assert busy_counts(service) == [1, 0]

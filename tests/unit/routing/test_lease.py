@@ -289,10 +289,10 @@ async def test_envoys_own_reply_without_an_attempt_records_no_failure(details: s
     [
         (200, ADDRESSES[0], CLOSED),
         (429, ADDRESSES[0], BUSY),
-        (500, ADDRESSES[0], CLOSED),
+        (500, ADDRESSES[0], HALF_OPEN),
         (200, ADDRESSES[1], OPEN),
         (200, "", CLOSED),
-        (500, "", CLOSED),
+        (500, "", HALF_OPEN),
     ],
 )
 async def test_an_outcome_resolves_the_probe(
@@ -470,8 +470,8 @@ async def test_workers_that_refused_before_another_served_are_asked_again() -> N
 @pytest.mark.parametrize(
     ("busy", "outcomes", "first"),
     [
-        # Recorded when the attempt was reported, by this process.
-        ([(ADDRESSES[0], True)], {URLS[1]: ["success"]}, CLOSED),
+        # The breaker knows since the attempt was reported, to this process.
+        ([(ADDRESSES[0], True)], {URLS[0]: ["busy"], URLS[1]: ["success"]}, CLOSED),
         # Reported to another replica.
         ([(ADDRESSES[0], False)], {URLS[0]: ["busy"], URLS[1]: ["success"]}, BUSY),
         # Not reported: the connection was refused.
@@ -498,7 +498,7 @@ async def test_the_last_answer_is_busy_too_if_it_was_reported(status: int, here:
     busy = [(address, here) for address in ADDRESSES]
     lease.responded(status, ADDRESSES[2], VIA, False, 3, busy)
     assert case.states() == [CLOSED if here else BUSY] * 3
-    assert case.routing.outcomes() == ({} if here else {url: ["busy"] for url in URLS})
+    assert case.routing.outcomes() == {url: ["busy"] for url in URLS}
     lease.close()
     assert case.load() == [0, 0, 0]
 

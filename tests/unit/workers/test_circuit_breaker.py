@@ -254,6 +254,48 @@ def test_a_busy_probe_shows_that_the_worker_is_alive() -> None:
     assert breaker.would_allow(31.0)
 
 
+# -- errors and suspicion
+
+
+def test_an_error_of_a_half_open_worker_is_no_recovery() -> None:
+    breaker, probe = probing()
+    breaker.error(31.0)
+    assert breaker.state is HALF_OPEN
+    assert breaker.answered_at == 31.0
+    breaker.give_back(probe)
+    breaker.failure(32.0)
+    assert breaker.state is OPEN
+
+
+def test_a_worker_that_alternates_between_resets_and_errors_opens() -> None:
+    breaker = CircuitBreaker(3, 30.0)
+    for now in (1.0, 2.0, 3.0):
+        breaker.error(now)
+        breaker.failure(now)
+    assert breaker.state is OPEN
+
+
+def test_a_good_answer_does_not_end_a_suspicion() -> None:
+    breaker = CircuitBreaker(3, 30.0)
+    breaker.avoid(10.0, 4.0)
+    breaker.success(11.0, sent_at=10.5)  # under last resort
+    assert not breaker.would_allow(13.9)
+    assert breaker.would_allow(14.0)
+    breaker.claim(14.0)
+    assert breaker.state is CLOSED
+
+
+def test_a_passed_check_ends_a_suspicion() -> None:
+    breaker = CircuitBreaker(3, 30.0)
+    breaker.avoid(10.0, 400.0)
+    breaker.acquit(11.0)
+    assert breaker.state is CLOSED
+    # A later busy time is not a suspicion.
+    breaker.busy(20.0, 5.0)
+    breaker.success(21.0, sent_at=20.5)
+    assert breaker.state is CLOSED
+
+
 # -- random histories
 
 
