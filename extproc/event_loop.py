@@ -16,11 +16,18 @@ from typing import Any, Final, Protocol
 
 import uvloop
 
-__all__ = ["EventLoop", "Reads", "StreamTask", "let_cancellation_come"]
+__all__ = [
+    "EventLoop",
+    "Reads",
+    "StreamTask",
+    "let_cancellation_come",
+    "let_late_cancellation_come",
+]
 
 # The coroutine in which gRPC runs the handler of a stream.
 _GRPC_STREAM: Final = "_handle_exceptions"
 _TURNS_TO_CANCELLATION: Final = 3
+_LATE_CANCELLATION_SECONDS: Final = 0.05
 
 
 class Reads(Protocol):
@@ -48,9 +55,14 @@ class StreamTask(asyncio.Task[Any]):
 
 
 async def let_cancellation_come() -> None:
-    """Wait for a cancellation that comes with the end of a stream's messages."""
+    """Wait for a cancellation that comes with the end of a stream's messages, for a few turns."""
     for _ in range(_TURNS_TO_CANCELLATION):
         await asyncio.sleep(0)
+
+
+async def let_late_cancellation_come() -> None:
+    """The same for longer: a busy machine may deliver it late. For a stream that is settled."""
+    await asyncio.sleep(_LATE_CANCELLATION_SECONDS)
 
 
 class EventLoop(uvloop.Loop):

@@ -79,7 +79,7 @@ class WorkerOutcomes:
             self._faults_of(worker, model).heard_from(worker.id, now)
 
     def count_busy(self, worker: Worker, model: str) -> None:
-        """Count an answer of which `is_full` has been told."""
+        """Count an answer that `is_full` has recorded."""
         self._count(worker, model, "busy")
 
     def server_error(self, worker: Worker, model: str, now: float, sent_at: float) -> None:

@@ -75,6 +75,10 @@ class RouteSession(Session):
         return self._endpoint.path if self._endpoint is not None else _UNMATCHED
 
     @property
+    def waits_for_body(self) -> bool:
+        return self._state is SessionState.BODY or self._waits_for_late_body
+
+    @property
     def may_end_early(self) -> bool:
         return (
             self._state in (SessionState.ROUTED, SessionState.RESPONDING)

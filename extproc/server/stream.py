@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Coroutine, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -21,11 +21,11 @@ from extproc.errors import RouterError, internal_error, retry_after_seconds, rou
 from extproc.event_loop import StreamTask, let_cancellation_come
 from extproc.metrics.service import Metrics
 from extproc.routing.lease import Lease
-from extproc.routing.local_endpoints import Answer
 from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.request import Request
 from extproc.server.deadlines import Deadlines
+from extproc.server.decider import Decider
 from extproc.server.decode_session import DecodeSession
 from extproc.server.event_log import EventLog, log_decision
 from extproc.server.messages import Response, read_attempt
@@ -35,27 +35,11 @@ from extproc.server.session import Session, SessionContext
 from extproc.server.steps import Step
 from extproc.server.stream_settings import Extension, StreamSettings
 
-__all__ = ["Decider", "Stream", "Streams"]
+__all__ = ["Stream", "Streams"]
 
 _log = structlog.get_logger()
 
 _CROWD_STREAMS: Final = 1
-
-
-class Decider(Protocol):
-    """The part of the router that streams ask; every call may raise RouterError."""
-
-    async def route(self, request: Request) -> Lease | Pair:
-        """Decide where a request goes."""
-
-    async def answer(self, request: Request) -> Answer:
-        """Answer a request to an endpoint that needs no worker."""
-
-    def pick_decode(self, query: DecodeQuery) -> Lease:
-        """Pick the decode worker for an attempt of the second pass."""
-
-    def answered_busy(self, address: str, retry_after_seconds: float | None) -> bool:
-        """The worker at this address has answered 503 or 429; True if that is recorded now."""
 
 
 class Stream:
@@ -126,8 +110,11 @@ class Stream:
                 await self._say(out)
             if session.question is not None:
                 await self._ask(session.question)
-            elif session.waits_for_body and self not in streams.deadlines:
-                streams.deadlines.start(self, self._settings.body_deadline_seconds)
+            if session.waits_for_body:
+                if self not in streams.deadlines:
+                    streams.deadlines.start(self, self._settings.body_deadline_seconds)
+            elif self in streams.deadlines:
+                streams.deadlines.end(self)  # a body that came after the decision is complete
             if streams.draining and self._may_end_early:
                 return
 

@@ -15,6 +15,7 @@ from extproc.workers.circuit_breaker import BreakerState
 from tests.protocol.exchange import (
     Envoy,
     Service,
+    destination,
     echoed,
     error,
     eventually,
@@ -300,6 +301,29 @@ async def test_a_body_that_never_comes_is_answered_with_408(mode: str) -> None:
         await envoy.send(request_headers(mode=mode))
         replies = await envoy.replies(2 if mode == "BUFFERED" else 1)
         assert error(replies[-1])[:2] == (408, "request_timeout")
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+async def test_a_body_that_comes_after_the_decision_has_a_deadline_too(pieces: int) -> None:
+    service = Service(["m"], 1, body_seconds=0.05)
+    async with serving(service), stream(service) as envoy:
+        await envoy.send(request_headers(mode="STREAMED"))
+        destination(await envoy.reply())
+        for _ in range(pieces):
+            await envoy.send(request_body(b'{"model":"m"', end=False))
+        assert error(await envoy.reply())[:2] == (408, "request_timeout")
+
+
+async def test_a_late_body_that_is_complete_has_no_deadline() -> None:
+    service = Service(["m"], 1, body_seconds=0.2)
+    async with serving(service), stream(service) as envoy:
+        await envoy.send(request_headers(mode="STREAMED"))
+        destination(await envoy.reply())
+        await envoy.send(request_body(llm_body()))
+        await envoy.reply()
+        assert not service.server.streams.deadlines
+        await asyncio.sleep(0.3)
+        await envoy.no_reply()
 
 
 async def test_an_exception_in_the_router_is_answered_and_costs_one_request() -> None:
