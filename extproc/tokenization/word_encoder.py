@@ -21,6 +21,8 @@ __all__ = ["WordEncoder"]
 _NEW_MAX: Final = 256
 _LEARNT_MAX: Final = 32
 _FEW: Final = 16
+# A microsecond each, in which no other thread runs. One word can be as long as a body.
+_FEW_CHARS: Final = 1024
 
 
 class _Gap(NamedTuple):
@@ -92,7 +94,8 @@ class WordEncoder:
         return True
 
     def _learn(self, texts: list[str]) -> dict[str, bytes]:
-        encode = self._plain.few if len(texts) <= _FEW else self._plain.many
+        is_little = len(texts) <= _FEW and sum(map(len, texts)) <= _FEW_CHARS
+        encode = self._plain.few if is_little else self._plain.many
         learnt = dict(zip(texts, encode(texts), strict=True))
         for text, tokens in learnt.items():
             self._parts.put(text, tokens)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from extproc.tokenization.errors import (
     TokenizerError,
     UnknownTokenError,
 )
+from extproc.tokenization.plain_encoder import PlainEncoder
 from extproc.tokenization.pool import BoundedPool
 from extproc.tokenization.reasons import REASONS
 from tests.unit.tokenization.small_tokenizers import (
@@ -354,6 +355,28 @@ async def test_many_small_parts_take_little_time_of_the_loop(
     of_loop, of_all = time.thread_time() - of_loop, time.process_time() - of_all
     assert encoded.ids is not None
     assert of_loop < of_all / 3
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 200_000, "7" * 200_000, "\u00e9\u0302" * 50_000, "👩‍👦" * 30_000]
+)
+async def test_long_words_are_encoded_while_other_threads_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """A thread that encodes without letting others run holds the event loop, too."""
+    few, most = PlainEncoder.few, 0
+
+    def counting(self: PlainEncoder, words: Sequence[str]) -> list[bytes]:
+        nonlocal most
+        most = max(most, sum(map(len, words)))
+        return few(self, words)
+
+    monkeypatch.setattr(PlainEncoder, "few", counting)
+    encoder = _encoder(tmp_path)
+    path, body = "/v1/completions", json.dumps({"prompt": text}, ensure_ascii=False).encode()
+    encoded = await encoder.encode(await encoder.read(path, body, decode_fields(path, body)))
+    assert encoded.ids is not None
+    assert most <= 1024
 
 
 async def test_many_small_parts_wait_in_the_bounded_queue(tmp_path: Path) -> None:
