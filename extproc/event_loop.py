@@ -21,13 +21,12 @@ __all__ = [
     "Reads",
     "StreamTask",
     "let_cancellation_come",
-    "let_late_cancellation_come",
 ]
 
 # The coroutine in which gRPC runs the handler of a stream.
 _GRPC_STREAM: Final = "_handle_exceptions"
-_TURNS_TO_CANCELLATION: Final = 3
-_LATE_CANCELLATION_SECONDS: Final = 0.05
+# The end of the messages is seen first. On a busy machine the cancellation comes a while later.
+_CANCELLATION_SECONDS: Final = 0.05
 
 
 class Reads(Protocol):
@@ -55,14 +54,8 @@ class StreamTask(asyncio.Task[Any]):
 
 
 async def let_cancellation_come() -> None:
-    """Wait for a cancellation that comes with the end of a stream's messages, for a few turns."""
-    for _ in range(_TURNS_TO_CANCELLATION):
-        await asyncio.sleep(0)
-
-
-async def let_late_cancellation_come() -> None:
-    """The same for longer: a busy machine may deliver it late. For a stream that is settled."""
-    await asyncio.sleep(_LATE_CANCELLATION_SECONDS)
+    """At the end of a settled stream's messages: is cancelled if the client has reset it."""
+    await asyncio.sleep(_CANCELLATION_SECONDS)
 
 
 class EventLoop(uvloop.Loop):

@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from extproc.config.section import MEBIBYTE
 from extproc.config.server import ServerConfig
 from extproc.errors import ConfigError
-from extproc.event_loop import let_late_cancellation_come
+from extproc.event_loop import let_cancellation_come
 from extproc.headers import ATTEMPT_PASS, DECODE_PASS, PASS_KEY, ROUTE_PASS
 from extproc.server.certificates import Certificates
 from extproc.server.decode_session import DecodeSession
@@ -181,7 +181,7 @@ class ExtProcServer:
                 await context.write(self.streams.report_attempt(raw))
                 while await context.read() is not grpc.aio.EOF:
                     pass
-                await let_late_cancellation_come()
+                await let_cancellation_come()
         except DecodeError:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a ProcessingRequest")
 
@@ -196,7 +196,7 @@ class ExtProcServer:
             elif key == PASS_KEY and value != ROUTE_PASS:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{PASS_KEY}: unknown pass")
         await self.streams.serve(context, session)
-        await let_late_cancellation_come()
+        await let_cancellation_come()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.errors import RouterError, internal_error, retry_after_seconds, routing_timeout
-from extproc.event_loop import StreamTask, let_cancellation_come
+from extproc.event_loop import StreamTask
 from extproc.metrics.service import Metrics
 from extproc.routing.lease import Lease
 from extproc.routing.pd.decode_order import DecodeQuery
@@ -97,7 +97,6 @@ class Stream:
             if grpc_task is not None and grpc_task.was_cancelled:
                 raise asyncio.CancelledError
             if raw is grpc.aio.EOF:
-                await let_cancellation_come()
                 return
             try:
                 step = session.receive(raw)
