@@ -185,6 +185,8 @@ class Storm:
         held = {
             "tickets": metrics["extproc_tickets_open"],
             "streams": metrics["extproc_streams_open"],
+            "requests": metrics["extproc_requests_open"],
+            "buffered": metrics["extproc_buffered_bytes"],
             "in flight": await self._fleet.stack.in_flight(),
             "files": max(0.0, metrics["process_open_fds"] - files - _SPARE_FILES),
             "on workers": sum([await worker.busy_with() for worker in self._fleet.workers]),

@@ -78,11 +78,13 @@ class Stream(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         context = make_context()
+        self.admission = context.admission
         self.session: Session = (
             DecodeSession(context) if self.decode_pass else RouteSession(context)
         )
         self.mode, self.response_mode = "NONE" if self.decode_pass else "BUFFERED", "NONE"
         self.sent: list[str] = []
+        self.bodies: list[bytes] = []
         self.replies: list[pb.ProcessingResponse] = []
         self.settled = 0
         self.codes: list[str] = []
@@ -102,6 +104,7 @@ class Stream(RuleBasedStateMachine):
 
     def send(self, message: pb.ProcessingRequest) -> None:
         self.sent.append(str(message.WhichOneof("request")))
+        self.bodies.append(message.request_body.body)
         self.take(self.session.receive(message.SerializeToString()))
 
     def headers(self, path: str, *, debug: bool, not_waiting: bool, end: bool) -> Any:
@@ -134,6 +137,7 @@ class Stream(RuleBasedStateMachine):
     def decide(self, members: bytes) -> None:
         self.decided = True
         self.take(self.session.routed(decision(members)))
+        self.session.give_back()
         assert self.session.question is None
 
     @precondition(lambda self: self.session.question is not None)
@@ -179,6 +183,15 @@ class Stream(RuleBasedStateMachine):
     def cut_anew(self) -> list[str]:
         modes = {"request_body": self.mode, "response_body": self.response_mode}
         return [name for name, mode in modes.items() if mode == "FULL_DUPLEX_STREAMED"]
+
+    def teardown(self) -> None:
+        self.session.close()
+        assert (self.admission.requests, self.admission.buffered_bytes) == (0, 0)
+
+    @invariant()
+    def only_what_is_there_is_admitted(self) -> None:
+        assert self.admission.requests in (0, 1)
+        assert 0 <= self.admission.buffered_bytes <= sum(len(one) for one in self.bodies)
 
     @invariant()
     def a_request_is_settled_and_counted_once(self) -> None:
