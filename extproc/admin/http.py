@@ -172,6 +172,7 @@ def _describe(worker: Worker, usable: bool) -> dict[str, Any]:
         "mode": worker.role,
         "breaker": worker.breaker.state.name.lower(),
         "in_flight": worker.in_flight,
+        "draining": worker.draining,
         "ready": usable and worker.breaker.state is not BreakerState.OPEN,
         "address": worker.address,
     }

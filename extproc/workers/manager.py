@@ -26,7 +26,15 @@ from extproc.workers.membership import Membership
 from extproc.workers.observer import WorkerObserver
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.resolver import Resolver
-from extproc.workers.source import Added, Listed, Removed, RoleChanged, WorkerEvent, WorkerSource
+from extproc.workers.source import (
+    Added,
+    DrainingChanged,
+    Listed,
+    Removed,
+    RoleChanged,
+    WorkerEvent,
+    WorkerSource,
+)
 from extproc.workers.worker import Role, Worker, WorkerSpec
 
 __all__ = ["IntrospectionSettings", "WorkerManager"]
@@ -153,11 +161,16 @@ class WorkerManager:
     def _handle(self, event: WorkerEvent) -> None:
         match event:
             case Added(spec):
+                self._membership.announce(spec.id)
                 self._tasks.start(spec.id, self._add(spec))
             case Removed(worker_id):
+                # The task may have to wait for an answer of the worker.
+                self._membership.hold_out(worker_id)
                 self._tasks.start(worker_id, self._remove(worker_id))
             case RoleChanged(worker_id, role):
                 self._tasks.start(worker_id, self._ask_again(worker_id, role))
+            case DrainingChanged(worker_id, draining):
+                self._membership.drain(worker_id, draining)
             case Listed():
                 self._tasks.start("", self._finish_first_round(self._tasks.last_tasks()))
 

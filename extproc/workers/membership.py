@@ -42,6 +42,8 @@ class Membership:
         self._warnings = WorkerWarnings(models.ids)
         self._refused: dict[str, WorkerSpec] = {}
         self._next_order = 0
+        # The ids of workers that drain, registered or not.
+        self._draining: set[str] = set()
         # Set when a worker was registered, removed or refused with another role.
         self._kinds_changed = False
 
@@ -183,6 +185,8 @@ class Membership:
             return
         self._refused.pop(spec.id, None)
         self._kinds_changed = True
+        if spec.id in self._draining:
+            self._registry.set_draining(worker, True)
         self._warnings.addresses(spec, addresses)
         if known is not None:
             await self._notify_left(known)
@@ -219,6 +223,33 @@ class Membership:
             worker.breaker.cool_down_seconds = settings.cool_down_secs
             self._registered(worker)
         self._compare_roles(worker, before)
+        self.notify_changed()
+
+    def announce(self, worker_id: str) -> None:
+        """A worker of this id is about to join: an earlier one's draining is not its own."""
+        self._draining.discard(worker_id)
+
+    def drain(self, worker_id: str, draining: bool) -> None:
+        """A worker gets no new requests from now on, or gets them again; at once.
+
+        A worker that has not joined yet is then draining when it does.
+        """
+        if draining:
+            self._draining.add(worker_id)
+        else:
+            self._draining.discard(worker_id)
+        self._set_draining(worker_id, draining)
+
+    def hold_out(self, worker_id: str) -> None:
+        """A worker is about to leave; until then it gets no new requests."""
+        self._draining.discard(worker_id)
+        self._set_draining(worker_id, True)
+
+    def _set_draining(self, worker_id: str, draining: bool) -> None:
+        worker = self._registry.get(worker_id)
+        if worker is None or worker.draining == draining:
+            return
+        self._registry.set_draining(worker, draining)
         self.notify_changed()
 
     async def leave(self, worker_id: str) -> None:

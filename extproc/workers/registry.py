@@ -54,7 +54,7 @@ class WorkerRegistry:
     def pool_of(self, model: str, role: Role) -> tuple[Worker, ...]:
         """The model's workers in that role that can be reached, in registration order.
 
-        Such a worker has an address, and Envoy knows it.
+        Such a worker has an address, Envoy knows it, and it is not draining.
         """
         return self._pools[role].get(model, ())
 
@@ -128,6 +128,11 @@ class WorkerRegistry:
         spec = msgspec.structs.replace(worker.spec, role=role, bootstrap_port=bootstrap_port)
         self.update(worker, spec)
 
+    def set_draining(self, worker: Worker, draining: bool) -> None:
+        """Take a worker out of its pools, or put it back; it stays registered."""
+        worker.draining = draining
+        self.reindex()
+
     def _check_roles(self, spec: WorkerSpec) -> None:
         for model in spec.model_ids:
             for other in self._by_id.values():
@@ -145,7 +150,7 @@ class WorkerRegistry:
         return worker
 
     def reindex(self) -> None:
-        """Rebuild the look-ups after an address, a role or models of a worker changed."""
+        """Rebuild the look-ups after the address, role, models or draining of a worker changed."""
         pools: dict[Role, dict[str, list[Worker]]] = {role: {} for role in _ROLES}
         disaggregated: set[str] = set()
         by_address: dict[str, Worker] = {}
@@ -155,7 +160,7 @@ class WorkerRegistry:
             if worker.address is None:
                 continue
             by_address.setdefault(worker.address, worker)
-            if not self.gateway_knows(worker):
+            if worker.draining or not self.gateway_knows(worker):
                 continue
             for model in worker.model_ids:
                 pools[worker.role].setdefault(model, []).append(worker)

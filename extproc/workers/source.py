@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from extproc.workers.worker import Role, WorkerSpec
 
-__all__ = ["Added", "Listed", "Removed", "RoleChanged", "WorkerEvent", "WorkerSource"]
+__all__ = ["Added", "DrainingChanged", "Listed", "Removed", "RoleChanged", "WorkerEvent", "WorkerSource"]
 
 
 class Added(Struct, frozen=True):
@@ -29,11 +29,21 @@ class RoleChanged(Struct, frozen=True):
     role: Role
 
 
+class DrainingChanged(Struct, frozen=True):
+    """A worker is about to disappear and gets no new requests, or it stays after all.
+
+    Until it is removed it keeps its streams, its KV subscription and what it holds.
+    """
+
+    id: str
+    draining: bool
+
+
 class Listed(Struct, frozen=True):
     """All workers of the start have been named, so readiness can be decided."""
 
 
-WorkerEvent = Added | Removed | RoleChanged | Listed
+WorkerEvent = Added | Removed | RoleChanged | DrainingChanged | Listed
 
 
 class WorkerSource(Protocol):

@@ -52,12 +52,13 @@ class Worker:
 
     `order` rises with registration and gives policies a stable order. `address` is the
     `ip:port` by which Envoy knows the worker, None until its host name is resolved. `in_flight`
-    counts open tickets; only Tickets change it.
+    counts open tickets; only Tickets change it. One that is `draining` gets no new requests.
     """
 
     __slots__ = (
         "address",
         "breaker",
+        "draining",
         "id",
         "in_flight",
         "model_ids",
@@ -83,6 +84,7 @@ class Worker:
         self.order = order
         self.breaker = breaker
         self.address = address
+        self.draining = False
         self.in_flight = 0
 
     def __repr__(self) -> str:
