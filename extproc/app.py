@@ -252,7 +252,9 @@ class App(WorkerObserver):
             discovery=config.discovery.backend,
             workers=len(static.urls) if not isinstance(static, UnsetType) else 0,
         )
-        told = not isinstance(static, UnsetType) and static.prefill_urls and static.decode_urls
+        told = config.discovery.backend != "static_urls" or (
+            not isinstance(static, UnsetType) and static.prefill_urls and static.decode_urls
+        )
         for model in config.models:
             if model.pd.protocol == "nixl" and not told:
                 _log.warning(

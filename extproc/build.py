@@ -18,7 +18,9 @@ from prometheus_client import CollectorRegistry
 from extproc.clock import Clock, SystemClock
 from extproc.config.files import read_api_key
 from extproc.config.models import TOKEN_POLICIES, QueueConfig
-from extproc.config.schema import Config, StaticUrlsConfig
+from extproc.config.schema import Config, K8sConfig, StaticUrlsConfig
+from extproc.discovery.endpoint_slices import slice_source
+from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
 from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.metrics.service import Metrics
@@ -65,10 +67,10 @@ __all__ = [
     "build_manager",
     "build_router",
     "build_shared",
+    "build_source",
     "forwarded_authorization",
     "introspection_settings",
     "place_models",
-    "static_urls_of",
     "worker_tls_of",
 ]
 
@@ -198,12 +200,25 @@ def place_models(config: Config, shared: Shared, kv: Kv) -> None:
     kv.ranks.serve({model: one.model_speed for model, one in placements.items()})
 
 
-def static_urls_of(config: Config) -> StaticUrlsConfig:
-    """The list of workers; raises ConfigError without that section."""
+def build_source(config: Config, shared: Shared) -> WorkerSource:
+    """The discovery backend; raises ConfigError where a cluster cannot be asked."""
+    discovery = config.discovery
+    if isinstance(discovery.static_urls, StaticUrlsConfig):
+        return StaticUrls(discovery.static_urls)
+    if isinstance(discovery.k8s, K8sConfig):
+        return slice_source(
+            discovery.k8s,
+            clock=shared.clock,
+            random=shared.random,
+            metrics=shared.metrics.discovery,
+        )
+    raise ConfigError([f"discovery.{discovery.backend}: this section is needed"])
+
+
+def _resolution_of(config: Config) -> StaticUrlsConfig:
+    """How host names are resolved; workers of a cluster have none."""
     static_urls = config.discovery.static_urls
-    if isinstance(static_urls, UnsetType):
-        raise ConfigError(["discovery.static_urls: this section is needed"])
-    return static_urls
+    return StaticUrlsConfig(urls=[]) if isinstance(static_urls, UnsetType) else static_urls
 
 
 def introspection_settings(config: Config) -> IntrospectionSettings:
@@ -211,7 +226,7 @@ def introspection_settings(config: Config) -> IntrospectionSettings:
     return IntrospectionSettings(
         retry_seconds=config.discovery.introspection_retry_secs,
         interval_seconds=config.discovery.introspection_interval_secs,
-        dns_ttl_seconds=static_urls_of(config).dns_ttl_secs,
+        dns_ttl_seconds=_resolution_of(config).dns_ttl_secs,
         ranks_max=config.kv.ranks_per_worker_max,
         generating_check_seconds=config.discovery.generating_check_secs,
     )
@@ -227,7 +242,7 @@ def build_manager(
         registry=shared.registry,
         membership=Membership(shared.registry, models, shared.metrics),
         client=client,
-        resolver=SystemResolver(static_urls_of(config).dns_lookup_family),
+        resolver=SystemResolver(_resolution_of(config).dns_lookup_family),
         clock=shared.clock,
         metrics=shared.metrics,
         settings=introspection_settings(config),

@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Callable, Mapping
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, UnsetType
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 
 from extproc.admin.collector import GatewayCollector, WorkerCollector
@@ -20,9 +20,9 @@ from extproc.build import (
     build_manager,
     build_router,
     build_shared,
+    build_source,
     introspection_settings,
     place_models,
-    static_urls_of,
     worker_tls_of,
 )
 from extproc.clock import Clock
@@ -70,7 +70,7 @@ class LiveParts:
         worker_tls = worker_tls_of(config)
         self.client = AiohttpIntrospectionClient(shared.api_key, worker_tls)
         self.prefill_client = AiohttpPrefillClient(worker_tls)
-        self._source = StaticUrls(static_urls_of(config))
+        self._source = build_source(config, shared)
         self.manager = build_manager(config, shared, self.client, self._source)
         self.kv = build_kv(config, shared, self.manager.recheck)
         self.routing = build_router(
@@ -148,7 +148,9 @@ class LiveParts:
             set_log_level(config.observability)
         self.config = config
         self.manager.reconfigure(config.models, introspection_settings(config))
-        self._source.replace(static_urls_of(config))
+        static_urls = config.discovery.static_urls
+        if isinstance(self._source, StaticUrls) and not isinstance(static_urls, UnsetType):
+            self._source.replace(static_urls)
         shared.tickets.limit(config.active_load.stale_request_timeout_secs)
 
     def _replace_encoders(self, encoders: Mapping[str, PromptEncoder]) -> None:

@@ -34,10 +34,11 @@ class WorkerCollector(Collector):
         counts: Counter[tuple[str, str]] = Counter()
         loads: Counter[str] = Counter()
         states: dict[str, int] = {}
-        unknown = 0
+        unknown = draining = 0
         for worker in self._registry:
             # Two ids can share a URL while a pod is replaced: one series for both.
             loads[worker.url] += worker.in_flight
+            draining += worker.draining
             unknown += worker.address is not None and not self._registry.gateway_knows(worker)
             states[worker.url] = max(states.get(worker.url, 0), worker.breaker.state)
             for model in worker.model_ids or ("",):
@@ -49,6 +50,7 @@ class WorkerCollector(Collector):
             workers.add_metric(labels, count)
         yield from (in_flight, breaker, workers)
         yield table.WORKERS_UNKNOWN_TO_GATEWAY.family(unknown)
+        yield table.WORKERS_DRAINING.family(draining)
         yield table.TICKETS_OPEN.family(len(self._active_load))
 
 

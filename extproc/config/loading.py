@@ -5,7 +5,6 @@ So this module walks the sections, and msgspec converts one value at a time.
 """
 
 import math
-import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +23,6 @@ from extproc.errors import ConfigError
 
 __all__ = ["load_config", "parse_config", "section_type"]
 
-# Keys of sgl-router's schema whose feature this version does not have. They are refused and not
-# ignored, because a setting without effect is worse than an error at start.
-_NOT_AVAILABLE_KEYS: Final = (re.compile(r"discovery\.k8s"),)
-_NOT_AVAILABLE_VALUES: Final = {
-    "backend": ("k8s",),
-}
 _FILE_MAX_BYTES: Final = 1024 * 1024
 # Stands for a value that was refused, so that the rest can still be checked.
 _BROKEN: Final = object()
@@ -129,7 +122,7 @@ def _section(section: type[Struct], raw: object, path: str, found: _Findings) ->
     for name, info in fields.items():
         key_path = _join(path, name)
         if name in raw:
-            value = _field(hints[name], raw[name], name, key_path, found)
+            value = _field(hints[name], raw[name], key_path, found)
             if value is not _BROKEN:
                 good[name] = value
         elif info.required:
@@ -159,10 +152,10 @@ def _least_number(hint: Any) -> int | None:
     return math.ceil(max(least, default=1)) if kind in (int, float) else None
 
 
-def _field(hint: Any, raw: object, name: str, path: str, found: _Findings) -> Any:
+def _field(hint: Any, raw: object, path: str, found: _Findings) -> Any:
     nested = section_type(hint)
     if nested is None or (raw is None and _allows_none(hint)):
-        if problem := _scalar_problem(hint, raw, name):
+        if problem := _scalar_problem(hint, raw):
             found.broken(path, f"{path}{problem}")
             return _BROKEN
         return raw
@@ -177,13 +170,11 @@ def _field(hint: Any, raw: object, name: str, path: str, found: _Findings) -> An
     return [_section(nested, item, f"{path}[{i}]", found) for i, item in enumerate(raw)]
 
 
-def _scalar_problem(hint: Any, raw: object, name: str) -> str | None:
+def _scalar_problem(hint: Any, raw: object) -> str | None:
     """The problem of one value, with the rest of its path first; None if it is valid."""
     choices = _choices(hint)
     if choices and raw not in choices:
         expected = f"expected one of {', '.join(choices)}"
-        if isinstance(raw, str) and raw in _NOT_AVAILABLE_VALUES.get(name, ()):
-            return f": {raw!r} is not available in this version, {expected}"
         return f": unknown value {repr(raw) if isinstance(raw, str) else _kind(raw)}, {expected}"
     if isinstance(raw, float) and not math.isfinite(raw):
         return ": expected a finite number"
@@ -219,8 +210,6 @@ def _allows_none(hint: Any) -> bool:
 
 def _unknown_key(path: str, key: object, allowed: list[str]) -> str:
     key_path = _join(path, str(key))
-    if any(pattern.fullmatch(key_path) for pattern in _NOT_AVAILABLE_KEYS):
-        return f"{key_path}: this key is not available in this version"
     return f"{key_path}: unknown key, expected one of {', '.join(allowed)}"
 
 

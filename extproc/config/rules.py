@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from msgspec import UnsetType
+from msgspec import UNSET, Struct, UnsetType
 
+from extproc.config.discovery import K8sConfig
 from extproc.config.models import TOKEN_POLICIES, ModelConfig, QueueConfig
 from extproc.config.schema import Config
 from extproc.config.server import is_loopback
@@ -21,6 +22,7 @@ from extproc.headers import (
     REQUEST_ID_HEADER,
     RETRY_HEADER,
 )
+from extproc.label_selectors import parse_selector
 from extproc.worker_url import parse_kv_endpoint, parse_worker_url
 
 __all__ = ["API_KEY", "rule_problems"]
@@ -37,6 +39,7 @@ _HEADERS_WITH_A_MEANING: Final = (
 _ANY_HEADER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _HEADER_NAME: Final = re.compile(r"x-[a-z0-9-]{1,60}")
 _LISTEN_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
+_NAMESPACE: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _UNIX_SOCKET_MAX_BYTES: Final = 107
 _PORT_MAX: Final = 65_535
 _BUSY_RETRIES_MAX: Final = 2
@@ -46,7 +49,7 @@ _BODIES_BUFFERED_MIN: Final = 2
 def rule_problems(config: Config) -> Iterator[str]:
     """Every broken rule as `key: sentence`."""
     yield from _model_problems(config)
-    yield from _static_url_problems(config)
+    yield from _discovery_problems(config)
     yield from _port_problems(config)
     yield from _header_problems(config)
     yield from _timeout_problems(config)
@@ -131,7 +134,9 @@ def _kv_event_problems(config: Config, model: ModelConfig, path: str) -> Iterato
             except ValueError as error:
                 yield f"{key}.{name}: {error}"
         url = None if entry.url is None else next(iter(_normalised([entry.url])), "")
-        if url is not None and url not in configured:
+        if url is not None and config.discovery.backend != "static_urls":
+            yield f"{key}.url: only with the backend 'static_urls'; leave it out for all workers"
+        elif url is not None and url not in configured:
             yield f"{key}.url: not one of discovery.static_urls.urls"
         if url in seen:
             yield f"{key}.url: the same workers as {path}[{seen[url]}]"
@@ -145,10 +150,53 @@ def _normalised(urls: list[str]) -> Iterator[str]:
             yield str(parse_worker_url(text))
 
 
+def _discovery_problems(config: Config) -> Iterator[str]:
+    discovery = config.discovery
+    sections: dict[str, Struct | UnsetType] = {
+        "static_urls": discovery.static_urls,
+        "k8s": discovery.k8s,
+    }
+    if sections[discovery.backend] is UNSET:
+        key = discovery.backend
+        yield f"discovery.{key}: this section is needed for backend {key!r}"
+    for other, section in sections.items():
+        if other != discovery.backend and section is not UNSET:
+            yield f"discovery.{other}: without effect, since the backend is {discovery.backend!r}"
+    if discovery.backend == "static_urls":
+        yield from _static_url_problems(config)
+    elif not isinstance(discovery.k8s, UnsetType):
+        yield from _cluster_problems("discovery.k8s", discovery.k8s)
+
+
+def _cluster_problems(path: str, section: K8sConfig) -> Iterator[str]:
+    if section.namespace and not _NAMESPACE.fullmatch(section.namespace):
+        yield f"{path}.namespace: expected the name of a namespace, or nothing for all of them"
+    plain = section.label_selector is not None
+    halves = [section.prefill_selector is not None, section.decode_selector is not None]
+    if plain and any(halves):
+        yield f"{path}.label_selector: not beside prefill_selector and decode_selector"
+    elif not plain and not any(halves):
+        yield f"{path}.label_selector: needed, or both prefill_selector and decode_selector"
+    elif any(halves) and not all(halves):
+        missing = "decode_selector" if halves[0] else "prefill_selector"
+        yield f"{path}.{missing}: prefill_selector and decode_selector belong together"
+    parsed = {}
+    for key in ("label_selector", "prefill_selector", "decode_selector"):
+        text = getattr(section, key)
+        if text is None:
+            continue
+        try:
+            parsed[key] = parse_selector(text)
+        except ValueError as error:
+            yield f"{path}.{key}: {error}"
+    both = parsed.get("prefill_selector")
+    if both is not None and both == parsed.get("decode_selector"):
+        yield f"{path}.decode_selector: selects the same as prefill_selector"
+
+
 def _static_url_problems(config: Config) -> Iterator[str]:
     section = config.discovery.static_urls
     if isinstance(section, UnsetType):
-        yield "discovery.static_urls: this section is needed for backend 'static_urls'"
         return
     if not section.urls:
         yield "discovery.static_urls.urls: at least one worker URL is needed"

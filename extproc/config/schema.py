@@ -8,8 +8,15 @@ package reads settings from files or from the environment.
 
 from typing import Annotated, Literal
 
-from msgspec import UNSET, Meta, UnsetType, field
+from msgspec import Meta, UnsetType, field
 
+from extproc.config.discovery import (
+    BACKENDS_ARE_NEEDED,
+    DiscoveryConfig,
+    DnsLookupFamily,
+    K8sConfig,
+    StaticUrlsConfig,
+)
 from extproc.config.envoy import EnvoyConfig
 from extproc.config.models import TOKEN_POLICIES, ModelConfig, PdModelConfig
 from extproc.config.section import MEBIBYTE, SECONDS, Seconds, Section
@@ -20,6 +27,7 @@ __all__ = [
     "Config",
     "DiscoveryConfig",
     "DnsLookupFamily",
+    "K8sConfig",
     "KvConfig",
     "LoadConfig",
     "ObservabilityConfig",
@@ -31,18 +39,11 @@ __all__ = [
 ]
 
 _PREFILL_SHARE = 0.8
-# Two rules between keys of one section, for editors; the loader has them in config.rules.
+# A rule between keys of one section, for editors; the loader has it in config.rules.
 _TOKENIZER_IS_NEEDED = {
     "if": {"properties": {"policy": {"enum": list(TOKEN_POLICIES)}}, "required": ["policy"]},
     "then": {"properties": {"tokenizer_path": {"type": "string"}}, "required": ["tokenizer_path"]},
 }
-_STATIC_URLS_ARE_NEEDED = {
-    "if": {"properties": {"backend": {"const": "static_urls"}}},
-    "then": {"required": ["static_urls"]},
-}
-
-
-DnsLookupFamily = Literal["v4_preferred", "v6_preferred", "v4_only", "v6_only"]
 
 
 class ObservabilityConfig(Section, frozen=True, kw_only=True):
@@ -60,66 +61,6 @@ class ObservabilityConfig(Section, frozen=True, kw_only=True):
             "the worker, the policy, the reason and the overlap."
         ),
     ] = False
-
-
-class StaticUrlsConfig(Section, frozen=True, kw_only=True):
-    urls: Annotated[
-        list[str],
-        Meta(
-            extra_json_schema={"minItems": 1},
-            description="Worker URLs, `http(s)://host[:port]`, without a path. The models are "
-            "read from the workers.",
-        ),
-    ]
-    prefill_urls: Annotated[
-        list[str],
-        Meta(
-            description="Those of `urls` that are prefill workers. Needed only if the engine "
-            "does not report its role (vLLM)."
-        ),
-    ] = field(default_factory=list)
-    decode_urls: Annotated[
-        list[str], Meta(description="Those of `urls` that are decode workers, as above.")
-    ] = field(default_factory=list)
-    dns_ttl_secs: Annotated[
-        Seconds, Meta(description="Interval at which host names are resolved again.")
-    ] = 30 * SECONDS
-    dns_lookup_family: Annotated[
-        DnsLookupFamily,
-        Meta(
-            description="Which addresses of a host name are used, by this service and by the "
-            "rendered Envoy configuration. Another gateway must use the same family, or it does "
-            "not know the addresses that this service names."
-        ),
-    ] = "v4_preferred"
-
-
-class DiscoveryConfig(Section, frozen=True, kw_only=True):
-    backend: Annotated[Literal["static_urls"], Meta(description="Where workers come from.")]
-    static_urls: Annotated[
-        StaticUrlsConfig | UnsetType, Meta(description="Needed for backend `static_urls`.")
-    ] = UNSET
-    introspection_retry_secs: Annotated[
-        Seconds,
-        Meta(
-            description="Interval of introspections of a worker that has not reported a model yet."
-        ),
-    ] = 30 * SECONDS
-    introspection_interval_secs: Annotated[
-        Seconds,
-        Meta(
-            description="Interval of introspections of a known worker. A changed role is noticed "
-            "within this time."
-        ),
-    ] = 15 * SECONDS
-    generating_check_secs: Annotated[
-        Seconds | None,
-        Meta(
-            description="Interval at which plain workers are asked for `/health_generate` "
-            "(SGLang), which needs one token of the engine. A worker that fails twice gets no "
-            "requests until it passes. Without a value there is no such check."
-        ),
-    ] = None
 
 
 class WorkersConfig(Section, frozen=True, kw_only=True):
@@ -318,7 +259,7 @@ class Config(Section, frozen=True, kw_only=True):
     ]
     discovery: Annotated[
         DiscoveryConfig,
-        Meta(extra_json_schema=_STATIC_URLS_ARE_NEEDED, description="Where the workers are."),
+        Meta(extra_json_schema=BACKENDS_ARE_NEEDED, description="Where the workers are."),
     ]
     workers: Annotated[WorkersConfig, Meta(description="Requests of this service to workers.")] = (
         field(default_factory=WorkersConfig)
@@ -349,8 +290,10 @@ class Config(Section, frozen=True, kw_only=True):
     def is_disaggregated(self) -> bool:
         """True if the file configures prefill and decode workers; engines may report them, too."""
         static = self.discovery.static_urls
+        k8s = self.discovery.k8s
         roles = not isinstance(static, UnsetType) and (static.prefill_urls or static.decode_urls)
-        return bool(roles) or any(model.pd != PdModelConfig() for model in self.models)
+        selected = not isinstance(k8s, UnsetType) and k8s.prefill_selector is not None
+        return bool(roles) or selected or any(model.pd != PdModelConfig() for model in self.models)
 
     @property
     def destinations_max(self) -> int:

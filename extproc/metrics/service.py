@@ -12,7 +12,7 @@ from extproc import __version__
 from extproc.metrics import kv_table, table
 from extproc.metrics.instruments import Instruments
 
-__all__ = ["Metrics", "PdMetrics", "QueueMetrics"]
+__all__ = ["DiscoveryMetrics", "Metrics", "PdMetrics", "QueueMetrics"]
 
 
 class Metrics:
@@ -53,6 +53,7 @@ class Metrics:
         self.tokenization_seconds = made.histogram(kv_table.TOKENIZATION_SECONDS)
         self.pd = PdMetrics(made)
         self.queue = QueueMetrics(made)
+        self.discovery = DiscoveryMetrics(made)
         self._made = made
         registry.register(made)
 
@@ -106,3 +107,11 @@ class QueueMetrics:
         self.waiting = made.gauge(table.QUEUE_WAITING)
         self.outcomes = made.counter(table.QUEUE_OUTCOMES)
         self.seconds = made.histogram(table.QUEUE_SECONDS)
+
+
+class DiscoveryMetrics:
+    """The metrics of workers that a cluster names; empty with a static list."""
+
+    def __init__(self, made: Instruments) -> None:
+        self.up = made.gauge(table.DISCOVERY_UP)
+        self.errors = made.counter(table.DISCOVERY_ERRORS)

@@ -191,6 +191,10 @@ WORKERS_UNKNOWN_TO_GATEWAY = _requests.gauge(
     "extproc_workers_unknown_to_gateway",
     "Workers with an address that get no requests because Envoy does not know them yet.",
 )
+WORKERS_DRAINING = _requests.gauge(
+    "extproc_workers_draining",
+    "Workers that get no new requests because discovery says that they are about to leave.",
+)
 WORKER_IN_FLIGHT = _requests.gauge(
     "extproc_worker_in_flight", "Requests in flight by worker.", "worker"
 )
@@ -224,6 +228,41 @@ QUEUE_OUTCOMES = _queue.counter(
 )
 QUEUE_SECONDS = _queue.histogram(
     "extproc_queue_seconds", "Waits that ended with a worker.", "model", bounds=_TTFT_BOUNDS
+)
+
+_discovery = Section(
+    "Discovery in a cluster", "Without series while `discovery.backend` is `static_urls`."
+)
+
+_OBJECTS: Final = Label(
+    "objects",
+    {"endpointslices": "", "pods": "", "inferencepools": ""},
+    "The kind that is followed.",
+)
+
+DISCOVERY_UP = _discovery.gauge(
+    "extproc_discovery_up",
+    "1 while the API server answers, else 0: the workers known last are then in use.",
+    _OBJECTS,
+)
+DISCOVERY_ERRORS = _discovery.counter(
+    "extproc_discovery_errors_total",
+    "Lists and watches of the API server that failed, by reason.",
+    _OBJECTS,
+    Label(
+        "reason",
+        {
+            "unreachable": "no connection, or one that broke off",
+            "timeout": "no answer, or a watch that was silent for too long",
+            "unauthorized": "401",
+            "forbidden": "403",
+            "throttled": "429",
+            "expired": "the version of the list is too old for a watch; listed again at once",
+            "server_error": "5xx",
+            "refused": "another status",
+            "invalid": "an answer that cannot be read",
+        },
+    ),
 )
 
 _pd = Section("Prefill and decode apart", "")
@@ -304,4 +343,4 @@ WORKER_ROLE_CHANGES = _pd.counter(
     Label("to", _ROLE.values),
 )
 
-TABLE: Final = (_requests, _queue, _pd, *kv_table.SECTIONS)
+TABLE: Final = (_requests, _queue, _discovery, _pd, *kv_table.SECTIONS)

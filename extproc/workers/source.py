@@ -7,7 +7,15 @@ from msgspec import Struct
 
 from extproc.workers.worker import Role, WorkerSpec
 
-__all__ = ["Added", "DrainingChanged", "Listed", "Removed", "RoleChanged", "WorkerEvent", "WorkerSource"]
+__all__ = [
+    "Added",
+    "DrainingChanged",
+    "Listed",
+    "Removed",
+    "RoleChanged",
+    "WorkerEvent",
+    "WorkerSource",
+]
 
 
 class Added(Struct, frozen=True):

@@ -1,0 +1,150 @@
+"""The keys of discovery: where the workers are, and how they are asked.
+
+Separate from the rest of the schema because each backend has a section of its own.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, UnsetType, field
+
+from extproc.config.section import SECONDS, Port, Seconds, Section, Text
+
+__all__ = [
+    "BACKENDS_ARE_NEEDED",
+    "ClusterSection",
+    "DiscoveryConfig",
+    "DnsLookupFamily",
+    "K8sConfig",
+    "StaticUrlsConfig",
+]
+
+# A rule between keys of this section, for editors; the loader has it in config.rules.
+BACKENDS_ARE_NEEDED = {
+    "allOf": [
+        {
+            "if": {"properties": {"backend": {"const": backend}}},
+            "then": {"required": [backend]},
+        }
+        for backend in ("static_urls", "k8s")
+    ]
+}
+
+DnsLookupFamily = Literal["v4_preferred", "v6_preferred", "v4_only", "v6_only"]
+
+
+class StaticUrlsConfig(Section, frozen=True, kw_only=True):
+    urls: Annotated[
+        list[str],
+        Meta(
+            extra_json_schema={"minItems": 1},
+            description="Worker URLs, `http(s)://host[:port]`, without a path. The models are "
+            "read from the workers.",
+        ),
+    ]
+    prefill_urls: Annotated[
+        list[str],
+        Meta(
+            description="Those of `urls` that are prefill workers. Needed only if the engine "
+            "does not report its role (vLLM)."
+        ),
+    ] = field(default_factory=list)
+    decode_urls: Annotated[
+        list[str], Meta(description="Those of `urls` that are decode workers, as above.")
+    ] = field(default_factory=list)
+    dns_ttl_secs: Annotated[
+        Seconds, Meta(description="Interval at which host names are resolved again.")
+    ] = 30 * SECONDS
+    dns_lookup_family: Annotated[
+        DnsLookupFamily,
+        Meta(
+            description="Which addresses of a host name are used, by this service and by the "
+            "rendered Envoy configuration. Another gateway must use the same family, or it does "
+            "not know the addresses that this service names."
+        ),
+    ] = "v4_preferred"
+
+
+class ClusterSection(Section, frozen=True, kw_only=True):
+    """What all backends of a Kubernetes cluster have in common."""
+
+    namespace: Annotated[
+        str,
+        Meta(description="Namespace of the objects that are followed; empty for all namespaces."),
+    ]
+    kubeconfig: Annotated[
+        Text | None,
+        Meta(
+            description="File with the address of the API server and the credentials. Without it, "
+            "the service account of the pod in which this service runs."
+        ),
+    ] = None
+
+
+class K8sConfig(ClusterSection, frozen=True, kw_only=True):
+    label_selector: Annotated[
+        Text | None,
+        Meta(
+            description="Selects the EndpointSlices, which have the labels of their Service. The "
+            "API server evaluates it. Either this, or both of the next two."
+        ),
+    ] = None
+    prefill_selector: Annotated[
+        Text | None,
+        Meta(description="Selects the EndpointSlices of prefill workers; tried first."),
+    ] = None
+    decode_selector: Annotated[
+        Text | None, Meta(description="Selects the EndpointSlices of decode workers.")
+    ] = None
+    port_name: Annotated[
+        Text | None,
+        Meta(description="Name of the workers' port in the Service. Without it, `port` counts."),
+    ] = None
+    port: Annotated[
+        Port | None,
+        Meta(
+            description="The workers' port where `port_name` does not give it. Without both, it is "
+            "the first port of the slice, or 30000 if the slice has none."
+        ),
+    ] = None
+    address_family: Annotated[
+        DnsLookupFamily,
+        Meta(
+            description="Which addresses are used. A pod with both IPv4 and IPv6 is one worker. "
+            "The gateway must know the same addresses."
+        ),
+    ] = "v4_preferred"
+
+
+class DiscoveryConfig(Section, frozen=True, kw_only=True):
+    backend: Annotated[
+        Literal["static_urls", "k8s"],
+        Meta(
+            description="Where workers come from: a list, or the EndpointSlices of Services in a "
+            "Kubernetes cluster, see [kubernetes.md](kubernetes.md)."
+        ),
+    ]
+    static_urls: Annotated[
+        StaticUrlsConfig | UnsetType, Meta(description="Needed for backend `static_urls`.")
+    ] = UNSET
+    k8s: Annotated[K8sConfig | UnsetType, Meta(description="Needed for backend `k8s`.")] = UNSET
+    introspection_retry_secs: Annotated[
+        Seconds,
+        Meta(
+            description="Interval of introspections of a worker that has not reported a model yet."
+        ),
+    ] = 30 * SECONDS
+    introspection_interval_secs: Annotated[
+        Seconds,
+        Meta(
+            description="Interval of introspections of a known worker. A changed role is noticed "
+            "within this time."
+        ),
+    ] = 15 * SECONDS
+    generating_check_secs: Annotated[
+        Seconds | None,
+        Meta(
+            description="Interval at which plain workers are asked for `/health_generate` "
+            "(SGLang), which needs one token of the engine. A worker that fails twice gets no "
+            "requests until it passes. Without a value there is no such check."
+        ),
+    ] = None

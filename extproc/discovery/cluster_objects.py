@@ -1,0 +1,138 @@
+"""Discovery in a Kubernetes cluster: what its objects say becomes events about workers.
+
+The backends differ in the kind of object and in how one is read. Following the objects, uniting
+them and warning of those that name no usable worker is the same for all.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any, Final, Generic, TypeVar
+
+import structlog
+from lightkube.core.resource import NamespacedResource
+from lightkube.models.meta_v1 import ObjectMeta
+
+from extproc.clock import Clock
+from extproc.discovery.kube_api import WatchEvent
+from extproc.discovery.list_watch import ListWatch, Snapshot
+from extproc.discovery.worker_union import Reading, Sighting, WorkerUnion
+from extproc.workers.source import Listed, WorkerEvent
+
+__all__ = ["ClusterObjects"]
+
+_log = structlog.get_logger()
+
+_KindT = TypeVar("_KindT", bound=NamespacedResource)
+
+# How long a worker that no object names may take to appear in another one.
+_MOVE_SECONDS: Final = 1.0
+_FIXES: Final = {
+    "fqdn_addresses": "give the Service IP addresses; slices of host names cannot be used",
+    "port_not_found": "set port_name to a port of the Service, or port",
+}
+
+
+class ClusterObjects(Generic[_KindT]):
+    """A WorkerSource: the workers that objects of one kind name."""
+
+    def __init__(
+        self,
+        list_watch: ListWatch[_KindT],
+        read: Callable[[_KindT], Reading],
+        what: str,
+        clock: Clock,
+    ) -> None:
+        """`read` gives the workers that one object names; `what` is the kind in logs."""
+        self._list_watch = list_watch
+        self._read = read
+        self._what = what
+        self._clock = clock
+        self._union = WorkerUnion()
+        # The problem of which was warned, by object.
+        self._warned: dict[str, str] = {}
+
+    async def events(self) -> AsyncIterator[WorkerEvent]:
+        listed = False
+        async with aclosing(self._list_watch.follow()) as steps:
+            while True:
+                coming = asyncio.ensure_future(anext(steps))
+                try:
+                    while not await self._is_next(coming):
+                        for event in self._union.expire(self._clock.monotonic()):
+                            yield event
+                    step = await coming
+                finally:
+                    if not coming.done():
+                        coming.cancel()
+                        await asyncio.gather(coming, return_exceptions=True)
+                for event in self._take(step):
+                    yield event
+                for event in self._union.expire(self._clock.monotonic()):
+                    yield event
+                if not listed and isinstance(step, Snapshot):
+                    listed = True
+                    yield Listed()
+
+    async def _is_next(self, coming: asyncio.Future[Snapshot[_KindT] | WatchEvent[_KindT]]) -> bool:
+        """Wait for the next step, or until a worker is to be removed; returns which it was."""
+        at = self._union.next_expiry
+        if at is None:
+            await asyncio.wait([coming])
+            return True
+        timer = asyncio.create_task(self._clock.sleep(max(0.0, at - self._clock.monotonic())))
+        waits: list[asyncio.Future[Any]] = [coming, timer]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            timer.cancel()
+            await asyncio.gather(timer, return_exceptions=True)
+        # A step comes first: it may name the worker again.
+        return coming.done()
+
+    def _take(self, step: Snapshot[_KindT] | WatchEvent[_KindT]) -> list[WorkerEvent]:
+        if isinstance(step, Snapshot):
+            found = {_key(one): one for one in step.objects}
+            self._warned = {key: text for key, text in self._warned.items() if key in found}
+            return self._union.replace(
+                {key: self._sightings(key, one) for key, one in found.items()}
+            )
+        key = _key(step.object)
+        sightings: tuple[Sighting, ...] = ()
+        if step.type == "DELETED":
+            self._warned.pop(key, None)
+        else:
+            sightings = self._sightings(key, step.object)
+        return self._union.put(key, sightings, self._clock.monotonic() + _MOVE_SECONDS)
+
+    def _sightings(self, key: str, one: _KindT) -> tuple[Sighting, ...]:
+        reading = self._read(one)
+        if reading.problem is None:
+            self._warned.pop(key, None)
+        elif self._warned.get(key) != reading.problem:
+            self._warned[key] = reading.problem
+            _log.warning(
+                "cluster_object_not_usable",
+                objects=self._what,
+                name=_name(one),
+                reason=reading.problem,
+                fix=_FIXES[reading.problem],
+            )
+        return tuple(reading.sightings)
+
+
+def _key(one: NamespacedResource) -> str:
+    """The uid, which differs when an object of the same name is made again."""
+    metadata = _metadata(one)
+    return (metadata.uid if metadata is not None else None) or _name(one)
+
+
+def _name(one: NamespacedResource) -> str:
+    metadata = _metadata(one)
+    return "" if metadata is None else f"{metadata.namespace}/{metadata.name}"
+
+
+def _metadata(one: NamespacedResource) -> ObjectMeta | None:
+    """Every kind has it, but lightkube's base class does not say so."""
+    found: ObjectMeta | None = getattr(one, "metadata", None)
+    return found
