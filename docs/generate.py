@@ -29,9 +29,8 @@ INTRODUCTION = """\
 
 One file in YAML or TOML, named with `--config`. Its extension selects the format: `.yaml`, `.yml`
 or `.toml`. `extproc check --config F` prints every problem of the file, one line each, with the key
-first. Unknown keys and values are refused. So are keys of sgl-router's file whose feature this
-version does not have (`discovery.k8s`), because a setting without effect is worse than an error at
-start. Times are in seconds, with fractions. Sizes are in bytes.
+first. Unknown keys and values are refused, because a setting without effect is worse than an error
+at start. Times are in seconds, with fractions. Sizes are in bytes.
 
 [schema.json](schema.json) is a JSON Schema of this file. `extproc schema` prints the schema of the
 installed version. An editor with a YAML language server completes and checks the file if its first
@@ -68,6 +67,9 @@ discovery:
   without path, query or credentials. Two spellings of one worker (a trailing slash, a default
   port) are a duplicate. If the URL of an https worker has an IP address, its certificate must name
   that address.
+* `discovery.k8s` is needed for the backend `k8s`, with either `label_selector` or both
+  `prefill_selector` and `decode_selector`, which must differ. The section of another backend is
+  refused.
 * `server.step_deadline_secs` is shorter than `envoy.message_timeout_secs`, so that a slow decision
   ends with this service's error reply and not with the proxy's time-out.
 * `envoy.stream_idle_timeout_secs` is longer than `proxy.request_timeout_secs`.

@@ -1,8 +1,12 @@
 """Discovery backends: where the workers of an installation come from.
 
-Each module is a backend: a class with the protocol `workers.source.WorkerSource`, which delivers
-events about workers that appear and disappear. Begin with `static_urls`, the list in the
-configuration. A new backend is added here and chosen in `build.build_manager`.
+A backend is a class with the protocol `workers.source.WorkerSource`, which delivers events about
+workers that appear and disappear; it is chosen in `build.build_source`. Begin with `static_urls`,
+the list in the configuration.
+
+`endpoint_slices` is the backend for a Kubernetes cluster. It says how an object is read, which is
+plain code. What is the same for all kinds of objects stands apart: `worker_union` compares what
+the objects say, `list_watch` follows them, and `kube_api` alone talks to the API server.
 """
 
-__all__ = ["static_urls"]
+__all__ = ["endpoint_slices", "static_urls"]

@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 import httpx2
-import msgspec
 from lightkube.config.client_adapter import verify_cluster
 from lightkube.config.kubeconfig import KubeConfig, SingleConfig
 from lightkube.core.async_client import AsyncClient
@@ -196,7 +195,7 @@ def open_client(
             timeout=httpx2.Timeout(_REQUEST_SECONDS),
             transport=_WatchTransport(transport),
         )
-    except (KubeConfigError, KeyError, OSError, ValueError, msgspec.MsgspecError) as error:
+    except Exception as error:  # a file that is no kubeconfig fails in many ways
         where = "the service account of this pod" if kubeconfig is None else kubeconfig
         raise ConfigError(
             [
@@ -257,6 +256,9 @@ class _EndingStream(httpx2.AsyncByteStream):
 
 def _trouble(error: Exception) -> ApiTroubleError:
     """The error in this service's own words; one of an unknown kind is an invalid answer."""
+    if isinstance(error.__context__, httpx2.HTTPStatusError):
+        # lightkube could not read the answer that came with this status.
+        error = error.__context__
     detail = f"{type(error).__name__}: {error}".replace("\n", " ")[:_DETAIL_MAX_CHARS]
     if isinstance(error, httpx2.HTTPStatusError):
         # An error within a watch has no response of its own.

@@ -7,7 +7,7 @@ from extproc.metrics.service import Metrics
 
 _UNITS = ("_seconds", "_bytes", "_total", "_info", "_open", "_tokens")
 # 0 or 1, without a unit.
-_FLAGS = ("extproc_config_current", "extproc_envoy_config_outdated")
+_FLAGS = ("extproc_config_current", "extproc_discovery_up", "extproc_envoy_config_outdated")
 
 
 def test_every_metric_name_has_the_prefix_and_its_unit() -> None:

@@ -51,8 +51,19 @@ KEYS = [(path, node) for path, node in walk((), resolved(SCHEMA)) if path[-1] !=
 SECTIONS = [(), *(path for path, node in walk((), resolved(SCHEMA)) if "properties" in node)]
 
 
-def full() -> dict[str, Any]:
-    """A good configuration in which every section is there."""
+BACKENDS: dict[str | int, dict[str, Any]] = {
+    "static_urls": {"urls": ["http://10.0.0.1:8000"]},
+    "k8s": {"namespace": "ns", "label_selector": "app=sglang"},
+}
+
+
+def backend_of(path: KeyPath) -> str | int | None:
+    """The backend of discovery whose section the path is in."""
+    return path[1] if path[:1] == ("discovery",) and path[1:2] and path[1] in BACKENDS else None
+
+
+def full(backend: str | int = "static_urls") -> dict[str, Any]:
+    """A good configuration in which every section is there, but those of other backends."""
     model = {
         "id": "m",
         "policy": "min_ttft",
@@ -63,8 +74,11 @@ def full() -> dict[str, Any]:
         models=[model],
         server={"tls": {"cert_file": "c", "key_file": "k"}},
         envoy={"extproc": {"ca_file": "ca"}},
+        discovery={"backend": backend, backend: dict(BACKENDS[backend])},
     )
     for path in SECTIONS:
+        if backend_of(path) not in (None, backend):
+            continue
         section: Any = raw
         for name in path:
             section = section.setdefault(name, {}) if isinstance(section, dict) else section[name]
@@ -81,7 +95,7 @@ def problems_of_the_schema(raw: object) -> set[KeyPath]:
 
 
 def with_value(path: KeyPath, value: object) -> dict[str, Any]:
-    raw = full()
+    raw = full(backend_of(path) or "static_urls")
     section: Any = raw
     for name in path[:-1]:
         section = section[name]
@@ -105,9 +119,10 @@ def test_the_schema_itself_is_valid() -> None:
     Draft202012Validator.check_schema(SCHEMA)
 
 
-def test_a_configuration_with_every_section_is_good() -> None:
-    assert loads(full())
-    assert VALIDATOR.is_valid(full())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_configuration_with_every_section_is_good(backend: str) -> None:
+    assert loads(full(backend))
+    assert VALIDATOR.is_valid(full(backend))
 
 
 def test_every_key_has_a_description() -> None:

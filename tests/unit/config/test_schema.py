@@ -163,7 +163,7 @@ def test_a_bad_value_is_reported_with_its_key(path: str, value: object) -> None:
         ),
         ("observability.log_level", "loud", "debug, info, warn, warning, error"),
         ("observability.log_format", "xml", "text, json"),
-        ("discovery.backend", "consul", "static_urls"),
+        ("discovery.backend", "consul", "static_urls, k8s"),
         ("load.release", "never", "stream_end, estimate"),
     ],
 )
@@ -197,19 +197,6 @@ def test_the_problem_of_an_unknown_key_lists_the_known_ones(path: str, allowed: 
 @pytest.mark.parametrize("key", [5, None, True, 1.5, ("a", "b")])
 def test_a_key_that_is_not_text_is_unknown(key: object) -> None:
     assert problem_of(raw_config() | {key: 1}).startswith(f"{key}: unknown key")
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("discovery.backend", "k8s"),
-        ("discovery.k8s", {"namespace": "default"}),
-    ],
-)
-def test_keys_of_missing_features_are_refused_and_not_ignored(path: str, value: object) -> None:
-    problem = problem_of(at(path, value))
-    assert problem.startswith(f"{path}: ")
-    assert "not available in this version" in problem
 
 
 @pytest.mark.parametrize("key", ["models", "discovery"])
