@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from random import Random
 from typing import Final
 
-from lightkube.core.async_client import AsyncClient
 from lightkube.models.discovery_v1 import Endpoint, EndpointPort
 from lightkube.resources.discovery_v1 import EndpointSlice
 
 from extproc.clock import Clock
 from extproc.config.schema import DnsLookupFamily, K8sConfig
 from extproc.discovery.cluster_objects import ClusterObjects
-from extproc.discovery.kube_api import KubeApi, open_client
+from extproc.discovery.kube_api import KubeApi, WatchLimits, open_client
 from extproc.discovery.list_watch import ListWatch
 from extproc.discovery.worker_union import Reading, Sighting
 from extproc.label_selectors import LabelSelector, parse_selector
@@ -109,12 +108,9 @@ def slice_source(
     clock: Clock,
     random: Random,
     metrics: DiscoveryMetrics,
-    client: AsyncClient | None = None,
+    limits: WatchLimits | None = None,
 ) -> ClusterObjects[EndpointSlice]:
-    """A WorkerSource of the configured slices; raises ConfigError.
-
-    `client` stands for that of the configuration.
-    """
+    """A WorkerSource of the configured slices; raises ConfigError."""
     roles: list[tuple[Role, LabelSelector]] = []
     if config.prefill_selector is not None and config.decode_selector is not None:
         roles.append(("prefill", parse_selector(config.prefill_selector)))
@@ -126,10 +122,11 @@ def slice_source(
         family=config.address_family,
     )
     api = KubeApi(
-        client or open_client(config.kubeconfig),
+        open_client(config.kubeconfig),
         EndpointSlice,
         namespace=config.namespace,
         selector=config.label_selector,
+        limits=limits,
     )
     list_watch = ListWatch(api, _OBJECTS, clock=clock, random=random, metrics=metrics)
     return ClusterObjects(list_watch, reader.read, _OBJECTS, clock)

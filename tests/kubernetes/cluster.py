@@ -1,0 +1,266 @@
+"""etcd and kube-apiserver as child processes, and a namespace with a service account in it."""
+
+import asyncio
+import itertools
+import json
+import secrets
+import signal
+import ssl
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, Self
+
+import httpx2
+import trustme
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from lightkube.core.async_client import AsyncClient
+from lightkube.models.authentication_v1 import TokenRequestSpec
+from lightkube.models.meta_v1 import ObjectMeta
+from lightkube.models.rbac_v1 import PolicyRule, RoleRef, Subject
+from lightkube.resources.core_v1 import Namespace as NamespaceObject
+from lightkube.resources.core_v1 import ServiceAccount, ServiceAccountToken
+from lightkube.resources.rbac_authorization_v1 import Role, RoleBinding
+
+from extproc.discovery.kube_api import open_client
+from extproc.testing.stack import free_ports
+
+__all__ = ["Cluster", "Namespace", "eventually"]
+
+_START_SECONDS: Final = 120.0
+_POLL_SECONDS: Final = 0.1
+_ACCOUNT: Final = "router"
+_names = itertools.count(1)
+
+
+async def eventually(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    """Wait until the condition holds; fails with `what` if it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        await asyncio.sleep(0.02)
+
+
+class Cluster:
+    """The control plane without controllers: objects are what the tests write."""
+
+    def __init__(self, servers: Path, folder: Path) -> None:
+        """`servers` is the folder of the two programs; everything else goes into `folder`."""
+        self._servers = servers
+        self._folder = folder
+        self._stack = ExitStack()
+        self._port, etcd, peer = free_ports(3)
+        self._etcd_url, self._peer_url = (
+            f"http://127.0.0.1:{etcd}",
+            f"http://127.0.0.1:{peer}",
+        )
+        self._token = secrets.token_hex(16)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"https://127.0.0.1:{self._port}"
+        self.ca_file = folder / "ca.pem"
+
+    def __enter__(self) -> Self:
+        self._write_keys()
+        with self._stack:
+            self._stack.enter_context(self._etcd())
+            self._stack.callback(self.kill)
+            self.start()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def kubeconfig(self, path: Path, user: dict[str, str]) -> str:
+        """Write a file with the server's address and these credentials."""
+        cluster = {"server": self.url, "certificate-authority": str(self.ca_file)}
+        content = {
+            "current-context": "it",
+            "clusters": [{"name": "it", "cluster": cluster}],
+            "users": [{"name": "it", "user": user}],
+            "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
+        }
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    def admin(self) -> AsyncClient:
+        """A client that may do everything."""
+        path = self._folder / "admin.kubeconfig"
+        return open_client(self.kubeconfig(path, {"token": self._token}))
+
+    def start(self) -> None:
+        """Start the API server, on the same port and data as before."""
+        folder = self._folder
+        with (folder / "apiserver.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    self._servers / "kube-apiserver",
+                    f"--etcd-servers={self._etcd_url}",
+                    "--bind-address=127.0.0.1",
+                    f"--secure-port={self._port}",
+                    "--endpoint-reconciler-type=none",
+                    f"--tls-cert-file={folder / 'server.pem'}",
+                    f"--tls-private-key-file={folder / 'server.key'}",
+                    "--authorization-mode=RBAC",
+                    f"--token-auth-file={folder / 'tokens.csv'}",
+                    "--service-cluster-ip-range=10.96.0.0/16",
+                    "--service-account-issuer=https://kubernetes.test",
+                    f"--service-account-key-file={folder / 'accounts.key'}",
+                    f"--service-account-signing-key-file={folder / 'accounts.key'}",
+                    # There is no controller that makes the account `default`.
+                    "--disable-admission-plugins=ServiceAccount",
+                ],
+                stdout=log,
+                stderr=log,
+            )
+        self._wait_until_ready()
+
+    def kill(self) -> None:
+        """End the API server as a crash does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The API server keeps its connections and does not answer."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def _wait_until_ready(self) -> None:
+        assert self._process is not None
+        tls = ssl.create_default_context(cafile=str(self.ca_file))
+        request = urllib.request.Request(
+            f"{self.url}/readyz", headers={"Authorization": f"Bearer {self._token}"}
+        )
+        end = time.monotonic() + _START_SECONDS
+        while True:
+            assert self._process.poll() is None, self._log()
+            with suppress(OSError), urllib.request.urlopen(request, context=tls, timeout=5):
+                return
+            assert time.monotonic() < end, self._log()
+            time.sleep(_POLL_SECONDS)
+
+    def _log(self) -> str:
+        return (self._folder / "apiserver.log").read_text()[-4000:]
+
+    @contextmanager
+    def _etcd(self) -> Iterator[None]:
+        with (self._folder / "etcd.log").open("ab") as log:
+            process = subprocess.Popen(
+                [
+                    self._servers / "etcd",
+                    f"--data-dir={self._folder / 'etcd'}",
+                    f"--listen-client-urls={self._etcd_url}",
+                    f"--advertise-client-urls={self._etcd_url}",
+                    f"--listen-peer-urls={self._peer_url}",
+                    f"--initial-advertise-peer-urls={self._peer_url}",
+                    f"--initial-cluster=default={self._peer_url}",
+                    "--unsafe-no-fsync",
+                ],
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+    def _write_keys(self) -> None:
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(str(self.ca_file))
+        server = authority.issue_cert("127.0.0.1")
+        server.cert_chain_pems[0].write_to_path(str(self._folder / "server.pem"))
+        server.private_key_pem.write_to_path(str(self._folder / "server.key"))
+        (self._folder / "accounts.key").write_bytes(
+            rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.TraditionalOpenSSL,
+                serialization.NoEncryption(),
+            )
+        )
+        (self._folder / "tokens.csv").write_text(f'{self._token},admin,admin,"system:masters"\n')
+
+
+class Namespace:
+    """A namespace; `kubeconfig` is that of its service account, with its token in a file."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster = cluster
+        self.name = f"test-{next(_names)}-{secrets.token_hex(4)}"
+        self.client = cluster.admin()
+        self._token_file = folder / "token"
+        self.kubeconfig = cluster.kubeconfig(
+            folder / "router.kubeconfig", {"tokenFile": str(self._token_file)}
+        )
+
+    async def __aenter__(self) -> Self:
+        await self.client.create(NamespaceObject(metadata=ObjectMeta(name=self.name)))
+        await self.make_account()
+        rules = [
+            PolicyRule(
+                apiGroups=["discovery.k8s.io"],
+                resources=["endpointslices"],
+                verbs=["list", "watch"],
+            ),
+            PolicyRule(apiGroups=[""], resources=["pods"], verbs=["list", "watch"]),
+        ]
+        metadata = ObjectMeta(name=_ACCOUNT, namespace=self.name)
+        await self.client.create(Role(metadata=metadata, rules=rules))
+        await self.allow()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # Objects stay: there is no controller that empties a namespace.
+        await self.client.close()
+
+    async def make_account(self) -> None:
+        """Make the service account and write a token of it to the file."""
+        metadata = ObjectMeta(name=_ACCOUNT, namespace=self.name)
+        await self.client.create(ServiceAccount(metadata=metadata))
+        spec = TokenRequestSpec(audiences=["https://kubernetes.test"])
+        found = await self.client.create(
+            ServiceAccountToken(metadata=ObjectMeta(), spec=spec), _ACCOUNT, namespace=self.name
+        )
+        assert found.status is not None
+        assert found.status.token is not None
+        self._token_file.write_text(found.status.token)
+
+    async def replace_account(self) -> None:
+        """Make the account and its token again: the old token is refused from now on."""
+        await self.client.delete(ServiceAccount, _ACCOUNT, namespace=self.name)
+        await self.make_account()
+
+    async def allow(self) -> None:
+        """Bind the role to the account."""
+        await self.client.create(
+            RoleBinding(
+                metadata=ObjectMeta(name=_ACCOUNT, namespace=self.name),
+                roleRef=RoleRef(apiGroup="rbac.authorization.k8s.io", kind="Role", name=_ACCOUNT),
+                subjects=[Subject(kind="ServiceAccount", name=_ACCOUNT, namespace=self.name)],
+            )
+        )
+
+    async def forbid(self) -> None:
+        """Take the role away from the account."""
+        await self.client.delete(RoleBinding, _ACCOUNT, namespace=self.name)
+
+    async def put(self, made: Any) -> None:
+        """Create an object, or replace the one of that name."""
+        made.metadata.namespace = self.name
+        try:
+            await self.client.create(made)
+        except httpx2.HTTPStatusError as error:
+            if error.response.status_code != 409:
+                raise
+            await self.client.replace(made)
