@@ -14,7 +14,7 @@ SIDE_BY_SIDE := --numprocesses 4 --dist load --maxschedchunk 2
 # Percent of the lines and branches of extproc that unit and protocol tests must reach.
 COVERAGE_FLOOR := 95
 
-.PHONY: venv demo test unit fuzz faults cov fmt lint lock wheel newest bench protos docs clean
+.PHONY: venv demo test test-k8s unit fuzz faults cov fmt lint lock wheel newest bench protos docs clean
 
 venv: $(VENV)/.dev
 
@@ -52,6 +52,13 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+# Discovery against a real kube-apiserver, which is built at the first time: ten to fifteen minutes,
+# and needs Go. Then a minute.
+test-k8s: $(VENV)/.dev
+	@servers=$$(tests/kubernetes/servers/build.sh) && \
+		KUBERNETES_SERVERS=$$servers $(BIN)/python -m pytest tests/kubernetes $(ARGS) && \
+		echo "ran against $$($$servers/etcd --version | head -1), $$($$servers/kube-apiserver --version)"
 
 # For work on the code, in under a minute: tests that start neither Envoy nor the service, without
 # the property tests, which hypothesis marks and `make test` runs.

@@ -256,7 +256,7 @@ class _EndingStream(httpx2.AsyncByteStream):
 
 def _trouble(error: Exception) -> ApiTroubleError:
     """The error in this service's own words; one of an unknown kind is an invalid answer."""
-    if isinstance(error.__context__, httpx2.HTTPStatusError):
+    if not isinstance(error, ApiError) and isinstance(error.__context__, httpx2.HTTPStatusError):
         # lightkube could not read the answer that came with this status.
         error = error.__context__
     detail = f"{type(error).__name__}: {error}".replace("\n", " ")[:_DETAIL_MAX_CHARS]

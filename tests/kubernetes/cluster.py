@@ -7,10 +7,11 @@ import secrets
 import signal
 import ssl
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -52,28 +53,27 @@ class Cluster:
         """`servers` is the folder of the two programs; everything else goes into `folder`."""
         self._servers = servers
         self._folder = folder
-        self._stack = ExitStack()
         self._port, etcd, peer = free_ports(3)
-        self._etcd_url, self._peer_url = (
-            f"http://127.0.0.1:{etcd}",
-            f"http://127.0.0.1:{peer}",
-        )
+        self._etcd_url, self._peer_url = f"http://127.0.0.1:{etcd}", f"http://127.0.0.1:{peer}"
         self._token = secrets.token_hex(16)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._supervisor = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("supervisor.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.url = f"https://127.0.0.1:{self._port}"
         self.ca_file = folder / "ca.pem"
 
-    def __enter__(self) -> Self:
+    def open(self) -> None:
+        """Start both servers, and wait until they are ready."""
         self._write_keys()
-        with self._stack:
-            self._stack.enter_context(self._etcd())
-            self._stack.callback(self.kill)
-            self.start()
-            self._stack = self._stack.pop_all()
-        return self
+        self._start("etcd", self._etcd_flags())
+        self.start()
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def close(self) -> None:
+        """End both servers."""
+        self._supervisor.communicate()
 
     def kubeconfig(self, path: Path, user: dict[str, str]) -> str:
         """Write a file with the server's address and these credentials."""
@@ -94,87 +94,80 @@ class Cluster:
 
     def start(self) -> None:
         """Start the API server, on the same port and data as before."""
-        folder = self._folder
-        with (folder / "apiserver.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    self._servers / "kube-apiserver",
-                    f"--etcd-servers={self._etcd_url}",
-                    "--bind-address=127.0.0.1",
-                    f"--secure-port={self._port}",
-                    "--endpoint-reconciler-type=none",
-                    f"--tls-cert-file={folder / 'server.pem'}",
-                    f"--tls-private-key-file={folder / 'server.key'}",
-                    "--authorization-mode=RBAC",
-                    f"--token-auth-file={folder / 'tokens.csv'}",
-                    "--service-cluster-ip-range=10.96.0.0/16",
-                    "--service-account-issuer=https://kubernetes.test",
-                    f"--service-account-key-file={folder / 'accounts.key'}",
-                    f"--service-account-signing-key-file={folder / 'accounts.key'}",
-                    # There is no controller that makes the account `default`.
-                    "--disable-admission-plugins=ServiceAccount",
-                ],
-                stdout=log,
-                stderr=log,
-            )
-        self._wait_until_ready()
-
-    def kill(self) -> None:
-        """End the API server as a crash does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """The API server keeps its connections and does not answer."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self._process.send_signal(signal.SIGCONT)
-
-    def _wait_until_ready(self) -> None:
-        assert self._process is not None
+        self._start("kube-apiserver", self._server_flags())
         tls = ssl.create_default_context(cafile=str(self.ca_file))
         request = urllib.request.Request(
             f"{self.url}/readyz", headers={"Authorization": f"Bearer {self._token}"}
         )
         end = time.monotonic() + _START_SECONDS
         while True:
-            assert self._process.poll() is None, self._log()
             with suppress(OSError), urllib.request.urlopen(request, context=tls, timeout=5):
                 return
+            assert self._signal(0) is None, self._log()
             assert time.monotonic() < end, self._log()
             time.sleep(_POLL_SECONDS)
 
-    def _log(self) -> str:
-        return (self._folder / "apiserver.log").read_text()[-4000:]
+    def kill(self) -> None:
+        """End the API server as a crash does."""
+        self._signal(signal.SIGKILL)
 
     @contextmanager
-    def _etcd(self) -> Iterator[None]:
-        with (self._folder / "etcd.log").open("ab") as log:
-            process = subprocess.Popen(
-                [
-                    self._servers / "etcd",
-                    f"--data-dir={self._folder / 'etcd'}",
-                    f"--listen-client-urls={self._etcd_url}",
-                    f"--advertise-client-urls={self._etcd_url}",
-                    f"--listen-peer-urls={self._peer_url}",
-                    f"--initial-advertise-peer-urls={self._peer_url}",
-                    f"--initial-cluster=default={self._peer_url}",
-                    "--unsafe-no-fsync",
-                ],
-                stdout=log,
-                stderr=log,
-            )
+    def frozen(self) -> Iterator[None]:
+        """The API server keeps its connections and does not answer."""
+        self._signal(signal.SIGSTOP)
         try:
             yield
         finally:
-            process.kill()
-            process.wait()
+            self._signal(signal.SIGCONT)
+
+    def _start(self, name: str, flags: list[str]) -> None:
+        command = [str(self._servers / name), *flags]
+        self._tell(start=name, command=command, log=str(self._folder / f"{name}.log"))
+
+    def _signal(self, number: int) -> int | None:
+        return self._tell(signal=number, name="kube-apiserver")
+
+    def _tell(self, **line: Any) -> int | None:
+        """Returns the exit code of the program, None while it runs."""
+        assert self._supervisor.stdin is not None
+        assert self._supervisor.stdout is not None
+        self._supervisor.stdin.write(json.dumps(line) + "\n")
+        self._supervisor.stdin.flush()
+        ended: int | None = json.loads(self._supervisor.stdout.readline())
+        return ended
+
+    def _server_flags(self) -> list[str]:
+        folder = self._folder
+        return [
+            f"--etcd-servers={self._etcd_url}",
+            "--bind-address=127.0.0.1",
+            f"--secure-port={self._port}",
+            "--endpoint-reconciler-type=none",
+            f"--tls-cert-file={folder / 'server.pem'}",
+            f"--tls-private-key-file={folder / 'server.key'}",
+            "--authorization-mode=RBAC",
+            f"--token-auth-file={folder / 'tokens.csv'}",
+            "--service-cluster-ip-range=10.96.0.0/16",
+            "--service-account-issuer=https://kubernetes.test",
+            f"--service-account-key-file={folder / 'accounts.key'}",
+            f"--service-account-signing-key-file={folder / 'accounts.key'}",
+            # There is no controller that makes the account `default`.
+            "--disable-admission-plugins=ServiceAccount",
+        ]
+
+    def _etcd_flags(self) -> list[str]:
+        return [
+            f"--data-dir={self._folder / 'etcd'}",
+            f"--listen-client-urls={self._etcd_url}",
+            f"--advertise-client-urls={self._etcd_url}",
+            f"--listen-peer-urls={self._peer_url}",
+            f"--initial-advertise-peer-urls={self._peer_url}",
+            f"--initial-cluster=default={self._peer_url}",
+            "--unsafe-no-fsync",
+        ]
+
+    def _log(self) -> str:
+        return (self._folder / "kube-apiserver.log").read_text()[-4000:]
 
     def _write_keys(self) -> None:
         authority = trustme.CA()

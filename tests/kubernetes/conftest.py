@@ -1,22 +1,41 @@
 """A real API server for all tests of this folder; `make test-k8s` builds it and runs them."""
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
 
 import pytest
 
 from .cluster import Cluster, Namespace
 
-# Outside of that command there is nothing to test against.
-collect_ignore_glob = [] if "KUBERNETES_SERVERS" in os.environ else ["test_*.py"]
+_SERVERS: Final = os.environ.get("KUBERNETES_SERVERS")
+# Without that command there is nothing to test against.
+collect_ignore_glob = [] if _SERVERS else ["test_*.py"]
+
+_CLUSTER = pytest.StashKey[Cluster]()
+_FOLDER = pytest.StashKey[TemporaryDirectory[str]]()
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("cluster")
-    with Cluster(Path(os.environ["KUBERNETES_SERVERS"]), folder) as found:
-        yield found
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Before the first test: what a test opens belongs to that test."""
+    if _SERVERS and not session.config.option.collectonly:
+        folder = session.config.stash[_FOLDER] = TemporaryDirectory(prefix="cluster-")
+        cluster = session.config.stash[_CLUSTER] = Cluster(Path(_SERVERS), Path(folder.name))
+        cluster.open()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _CLUSTER in config.stash:
+        config.stash[_CLUSTER].close()
+    if _FOLDER in config.stash:
+        config.stash[_FOLDER].cleanup()
+
+
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    return request.config.stash[_CLUSTER]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("CONTRIBUTING.md", "README.md")
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-COMMAND = re.compile(r"(?:`|^)make ((?:[A-Z]+=\S+ )*)([a-z-]+)", re.M)
+COMMAND = re.compile(r"(?:`|^)make ((?:[A-Z]+=\S+ )*)([a-z0-9-]+)", re.M)
 
 
 def text(page: str) -> str:
