@@ -40,7 +40,14 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
 
     Raises ConfigError with every key whose value Envoy could not run with.
     """
-    if problems := list(bootstrap_problems(config)):
+    problems = list(bootstrap_problems(config))
+    if config.discovery.backend != "static_urls" and config.envoy.endpoints_file is None:
+        # No problem for those whose gateway discovers the workers itself.
+        problems.append(
+            "envoy.endpoints_file: needed to render Envoy's file with the backend "
+            f"{config.discovery.backend!r}, or Envoy would know no worker"
+        )
+    if problems:
         raise ConfigError(problems)
     return {
         "node": {"id": _NODE, "cluster": _NODE},
