@@ -18,8 +18,10 @@ from prometheus_client import CollectorRegistry
 from extproc.clock import Clock, SystemClock
 from extproc.config.files import read_api_key
 from extproc.config.models import TOKEN_POLICIES, QueueConfig
-from extproc.config.schema import Config, K8sConfig, StaticUrlsConfig
+from extproc.config.schema import Config, K8sConfig, K8sPodsConfig, StaticUrlsConfig
+from extproc.discovery.cluster_source import SourceParts
 from extproc.discovery.endpoint_slices import slice_source
+from extproc.discovery.pods import pod_source
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
 from extproc.kv.subscriptions.subscription import SubscriberSettings
@@ -205,13 +207,12 @@ def build_source(config: Config, shared: Shared) -> WorkerSource:
     discovery = config.discovery
     if isinstance(discovery.static_urls, StaticUrlsConfig):
         return StaticUrls(discovery.static_urls)
-    if isinstance(discovery.k8s, K8sConfig):
-        return slice_source(
-            discovery.k8s,
-            clock=shared.clock,
-            random=shared.random,
-            metrics=shared.metrics.discovery,
-        )
+    parts = SourceParts(clock=shared.clock, random=shared.random, metrics=shared.metrics.discovery)
+    match discovery.cluster:
+        case K8sPodsConfig() as section:
+            return pod_source(section, parts)
+        case K8sConfig() as section:
+            return slice_source(section, parts)
     raise ConfigError([f"discovery.{discovery.backend}: this section is needed"])
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "DiscoveryConfig",
     "DnsLookupFamily",
     "K8sConfig",
+    "K8sPodsConfig",
     "StaticUrlsConfig",
 ]
 
@@ -25,7 +26,7 @@ BACKENDS_ARE_NEEDED = {
             "if": {"properties": {"backend": {"const": backend}}},
             "then": {"required": [backend]},
         }
-        for backend in ("static_urls", "k8s")
+        for backend in ("static_urls", "k8s", "k8s_pods")
     ]
 }
 
@@ -71,6 +72,35 @@ class ClusterSection(Section, frozen=True, kw_only=True):
         str,
         Meta(description="Namespace of the objects that are followed; empty for all namespaces."),
     ]
+    label_selector: Annotated[
+        Text | None,
+        Meta(description="Selects the objects by their labels. The API server evaluates it."),
+    ] = None
+    prefill_selector: Annotated[
+        Text | None,
+        Meta(description="Of those objects, selects prefill workers. It is tried first."),
+    ] = None
+    decode_selector: Annotated[
+        Text | None, Meta(description="Of those objects, selects decode workers.")
+    ] = None
+    port_name: Annotated[
+        Text | None,
+        Meta(description="Name of the workers' port in the object. Without it, `port` counts."),
+    ] = None
+    port: Annotated[
+        Port | None,
+        Meta(
+            description="The workers' port where `port_name` does not give it. Without both, it is "
+            "the first port of the object, or 30000 if the object has none."
+        ),
+    ] = None
+    address_family: Annotated[
+        DnsLookupFamily,
+        Meta(
+            description="Which addresses are used. A pod with both IPv4 and IPv6 is one worker. "
+            "The gateway must know the same addresses."
+        ),
+    ] = "v4_preferred"
     kubeconfig: Annotated[
         Text | None,
         Meta(
@@ -81,52 +111,50 @@ class ClusterSection(Section, frozen=True, kw_only=True):
 
 
 class K8sConfig(ClusterSection, frozen=True, kw_only=True):
-    label_selector: Annotated[
-        Text | None,
+    """The objects are EndpointSlices, which have the labels of their Service."""
+
+
+class K8sPodsConfig(ClusterSection, frozen=True, kw_only=True):
+    """The objects are pods."""
+
+    bootstrap_port_annotation: Annotated[
+        Text,
         Meta(
-            description="Selects the EndpointSlices, which have the labels of their Service. The "
-            "API server evaluates it. Either this, or both of the next two."
+            description="Annotation of prefill pods with the bootstrap port (SGLang). What the "
+            "engine reports counts more."
         ),
-    ] = None
-    prefill_selector: Annotated[
-        Text | None,
-        Meta(description="Selects the EndpointSlices of prefill workers; tried first."),
-    ] = None
-    decode_selector: Annotated[
-        Text | None, Meta(description="Selects the EndpointSlices of decode workers.")
-    ] = None
-    port_name: Annotated[
-        Text | None,
-        Meta(description="Name of the workers' port in the Service. Without it, `port` counts."),
-    ] = None
-    port: Annotated[
-        Port | None,
-        Meta(
-            description="The workers' port where `port_name` does not give it. Without both, it is "
-            "the first port of the slice, or 30000 if the slice has none."
-        ),
-    ] = None
-    address_family: Annotated[
-        DnsLookupFamily,
-        Meta(
-            description="Which addresses are used. A pod with both IPv4 and IPv6 is one worker. "
-            "The gateway must know the same addresses."
-        ),
-    ] = "v4_preferred"
+    ] = "sglang.ai/bootstrap-port"
 
 
 class DiscoveryConfig(Section, frozen=True, kw_only=True):
     backend: Annotated[
-        Literal["static_urls", "k8s"],
+        Literal["static_urls", "k8s", "k8s_pods"],
         Meta(
-            description="Where workers come from: a list, or the EndpointSlices of Services in a "
-            "Kubernetes cluster, see [kubernetes.md](kubernetes.md)."
+            description="Where workers come from: a list, or the EndpointSlices of Services or "
+            "the pods of a Kubernetes cluster, see [kubernetes.md](kubernetes.md)."
         ),
     ]
     static_urls: Annotated[
         StaticUrlsConfig | UnsetType, Meta(description="Needed for backend `static_urls`.")
     ] = UNSET
-    k8s: Annotated[K8sConfig | UnsetType, Meta(description="Needed for backend `k8s`.")] = UNSET
+    k8s: Annotated[
+        K8sConfig | UnsetType,
+        Meta(
+            description="Needed for backend `k8s`: the EndpointSlices, which have the labels of "
+            "their Service."
+        ),
+    ] = UNSET
+    k8s_pods: Annotated[
+        K8sPodsConfig | UnsetType, Meta(description="Needed for backend `k8s_pods`: the pods.")
+    ] = UNSET
+
+    @property
+    def cluster(self) -> ClusterSection | None:
+        """The section of the backend, if that is a Kubernetes cluster."""
+        sections = {"k8s": self.k8s, "k8s_pods": self.k8s_pods}
+        found = sections.get(self.backend, UNSET)
+        return None if isinstance(found, UnsetType) else found
+
     introspection_retry_secs: Annotated[
         Seconds,
         Meta(

@@ -10,7 +10,7 @@ from typing import Final
 
 from msgspec import UNSET, Struct, UnsetType
 
-from extproc.config.discovery import K8sConfig
+from extproc.config.discovery import ClusterSection
 from extproc.config.models import TOKEN_POLICIES, ModelConfig, QueueConfig
 from extproc.config.schema import Config
 from extproc.config.server import is_loopback
@@ -155,6 +155,7 @@ def _discovery_problems(config: Config) -> Iterator[str]:
     sections: dict[str, Struct | UnsetType] = {
         "static_urls": discovery.static_urls,
         "k8s": discovery.k8s,
+        "k8s_pods": discovery.k8s_pods,
     }
     if sections[discovery.backend] is UNSET:
         key = discovery.backend
@@ -164,18 +165,16 @@ def _discovery_problems(config: Config) -> Iterator[str]:
             yield f"discovery.{other}: without effect, since the backend is {discovery.backend!r}"
     if discovery.backend == "static_urls":
         yield from _static_url_problems(config)
-    elif not isinstance(discovery.k8s, UnsetType):
-        yield from _cluster_problems("discovery.k8s", discovery.k8s)
+    elif discovery.cluster is not None:
+        yield from _cluster_problems(f"discovery.{discovery.backend}", discovery.cluster)
 
 
-def _cluster_problems(path: str, section: K8sConfig) -> Iterator[str]:
+def _cluster_problems(path: str, section: ClusterSection) -> Iterator[str]:
     if section.namespace and not _NAMESPACE.fullmatch(section.namespace):
         yield f"{path}.namespace: expected the name of a namespace, or nothing for all of them"
     plain = section.label_selector is not None
     halves = [section.prefill_selector is not None, section.decode_selector is not None]
-    if plain and any(halves):
-        yield f"{path}.label_selector: not beside prefill_selector and decode_selector"
-    elif not plain and not any(halves):
+    if not plain and not any(halves):
         yield f"{path}.label_selector: needed, or both prefill_selector and decode_selector"
     elif any(halves) and not all(halves):
         missing = "decode_selector" if halves[0] else "prefill_selector"

@@ -12,9 +12,11 @@ from msgspec import Meta, UnsetType, field
 
 from extproc.config.discovery import (
     BACKENDS_ARE_NEEDED,
+    ClusterSection,
     DiscoveryConfig,
     DnsLookupFamily,
     K8sConfig,
+    K8sPodsConfig,
     StaticUrlsConfig,
 )
 from extproc.config.envoy import EnvoyConfig
@@ -24,10 +26,12 @@ from extproc.config.server import ServerConfig
 
 __all__ = [
     "ActiveLoadConfig",
+    "ClusterSection",
     "Config",
     "DiscoveryConfig",
     "DnsLookupFamily",
     "K8sConfig",
+    "K8sPodsConfig",
     "KvConfig",
     "LoadConfig",
     "ObservabilityConfig",
@@ -290,9 +294,9 @@ class Config(Section, frozen=True, kw_only=True):
     def is_disaggregated(self) -> bool:
         """True if the file configures prefill and decode workers; engines may report them, too."""
         static = self.discovery.static_urls
-        k8s = self.discovery.k8s
+        cluster = self.discovery.cluster
         roles = not isinstance(static, UnsetType) and (static.prefill_urls or static.decode_urls)
-        selected = not isinstance(k8s, UnsetType) and k8s.prefill_selector is not None
+        selected = cluster is not None and cluster.prefill_selector is not None
         return bool(roles) or selected or any(model.pd != PdModelConfig() for model in self.models)
 
     @property

@@ -28,8 +28,9 @@ _KindT = TypeVar("_KindT", bound=NamespacedResource)
 # How long a worker that no object names may take to appear in another one.
 _MOVE_SECONDS: Final = 1.0
 _FIXES: Final = {
+    "bootstrap_port_invalid": "write the number of a port into the annotation",
     "fqdn_addresses": "give the Service IP addresses; slices of host names cannot be used",
-    "port_not_found": "set port_name to a port of the Service, or port",
+    "port_not_found": "set port_name to a port of the Service or the pod, or set port",
 }
 
 

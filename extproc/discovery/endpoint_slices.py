@@ -5,28 +5,23 @@ ready, and one that terminates still serves the connections that it has.
 """
 
 from collections.abc import Sequence
-from random import Random
 from typing import Final
 
-from lightkube.models.discovery_v1 import Endpoint, EndpointPort
+from lightkube.models.discovery_v1 import Endpoint
 from lightkube.resources.discovery_v1 import EndpointSlice
 
-from extproc.clock import Clock
 from extproc.config.schema import DnsLookupFamily, K8sConfig
 from extproc.discovery.cluster_objects import ClusterObjects
-from extproc.discovery.kube_api import KubeApi, WatchLimits, open_client
-from extproc.discovery.list_watch import ListWatch
+from extproc.discovery.cluster_source import SourceParts, cluster_source, roles_by_label
+from extproc.discovery.ports import pick_port
 from extproc.discovery.worker_union import Reading, Sighting
-from extproc.label_selectors import LabelSelector, parse_selector
-from extproc.metrics.service import DiscoveryMetrics
+from extproc.label_selectors import LabelSelector
 from extproc.worker_url import WorkerUrl
 from extproc.workers.worker import Role, WorkerSpec
 
 __all__ = ["SliceReader", "slice_source"]
 
 _OBJECTS: Final = "endpointslices"
-# SGLang's own port, used where neither the slice nor the configuration names one.
-_DEFAULT_PORT: Final = 30000
 # The families in the order of preference.
 _FAMILIES: Final[dict[DnsLookupFamily, tuple[str, ...]]] = {
     "v4_preferred": ("IPv4", "IPv6"),
@@ -61,7 +56,11 @@ class SliceReader:
             return Reading(problem="fqdn_addresses")
         if found.addressType not in self._families:
             return Reading()
-        port = self._port_of(found.ports or ())
+        port = pick_port(
+            [(one.name, one.port, one.protocol) for one in found.ports or ()],
+            name=self._port_name,
+            number=self._port,
+        )
         if port is None:
             return Reading(problem="port_not_found")
         rank = self._families.index(found.addressType)
@@ -89,47 +88,16 @@ class SliceReader:
         labels = found.metadata.labels if found.metadata is not None else None
         return next((role for role, selector in self._roles if selector.matches(labels)), None)
 
-    def _port_of(self, ports: Sequence[EndpointPort]) -> int | None:
-        """By name, then by number, then the first of the slice; None if the name is not there."""
-        usable = [port for port in ports if port.port and (port.protocol or "TCP") == "TCP"]
-        if self._port_name is not None:
-            for port in usable:
-                if port.name == self._port_name:
-                    return port.port
-            return self._port
-        if self._port is not None:
-            return self._port
-        return usable[0].port if usable else _DEFAULT_PORT
 
-
-def slice_source(
-    config: K8sConfig,
-    *,
-    clock: Clock,
-    random: Random,
-    metrics: DiscoveryMetrics,
-    limits: WatchLimits | None = None,
-) -> ClusterObjects[EndpointSlice]:
+def slice_source(config: K8sConfig, parts: SourceParts) -> ClusterObjects[EndpointSlice]:
     """A WorkerSource of the configured slices; raises ConfigError."""
-    roles: list[tuple[Role, LabelSelector]] = []
-    if config.prefill_selector is not None and config.decode_selector is not None:
-        roles.append(("prefill", parse_selector(config.prefill_selector)))
-        roles.append(("decode", parse_selector(config.decode_selector)))
     reader = SliceReader(
-        roles=roles,
+        roles=roles_by_label(config),
         port_name=config.port_name,
         port=config.port,
         family=config.address_family,
     )
-    api = KubeApi(
-        open_client(config.kubeconfig),
-        EndpointSlice,
-        namespace=config.namespace,
-        selector=config.label_selector,
-        limits=limits,
-    )
-    list_watch = ListWatch(api, _OBJECTS, clock=clock, random=random, metrics=metrics)
-    return ClusterObjects(list_watch, reader.read, _OBJECTS, clock)
+    return cluster_source(EndpointSlice, _OBJECTS, reader.read, config, parts)
 
 
 def _is_draining(endpoint: Endpoint) -> bool | None:

@@ -37,7 +37,7 @@ class Reading(Struct, frozen=True):
     """The workers that an object names; `problem` says why it names none that can be used."""
 
     sightings: Sequence[Sighting] = ()
-    problem: Literal["fqdn_addresses", "port_not_found"] | None = None
+    problem: Literal["bootstrap_port_invalid", "fqdn_addresses", "port_not_found"] | None = None
 
 
 class WorkerUnion:

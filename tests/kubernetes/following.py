@@ -1,17 +1,20 @@
 """Follows a namespace with the real source, as the service does."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from random import Random
 from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
 
 from extproc.clock import SystemClock
-from extproc.config.schema import K8sConfig
+from extproc.config.schema import K8sConfig, K8sPodsConfig
+from extproc.discovery.cluster_source import SourceParts
 from extproc.discovery.endpoint_slices import slice_source
 from extproc.discovery.kube_api import WatchLimits
+from extproc.discovery.pods import pod_source
 from extproc.metrics.service import Metrics
 from extproc.workers.source import (
     Added,
@@ -26,7 +29,7 @@ from extproc.workers.worker import WorkerSpec
 
 from .cluster import Namespace, eventually
 
-__all__ = ["Following", "following_slices"]
+__all__ = ["Following", "following_pods", "following_slices"]
 
 
 class Following:
@@ -86,17 +89,41 @@ async def following_slices(
     namespace: Namespace, *, limits: WatchLimits | None = None, **section: Any
 ) -> AsyncIterator[Following]:
     """Follow slices with the account of the namespace; by default those labelled app=sglang."""
+    settings = K8sConfig(**_section(namespace, section))
+    async with _following(partial(slice_source, settings), "endpointslices", limits) as found:
+        yield found
+
+
+@asynccontextmanager
+async def following_pods(
+    namespace: Namespace, *, limits: WatchLimits | None = None, **section: Any
+) -> AsyncIterator[Following]:
+    """The same for pods."""
+    settings = K8sPodsConfig(**_section(namespace, section))
+    async with _following(partial(pod_source, settings), "pods", limits) as found:
+        yield found
+
+
+def _section(namespace: Namespace, section: dict[str, Any]) -> dict[str, Any]:
     if not {"label_selector", "prefill_selector"} & section.keys():
         section["label_selector"] = "app=sglang"
+    return {"namespace": namespace.name, "kubeconfig": namespace.kubeconfig} | section
+
+
+@asynccontextmanager
+async def _following(
+    make: Callable[[SourceParts], WorkerSource], objects: str, limits: WatchLimits | None
+) -> AsyncIterator[Following]:
     prometheus = CollectorRegistry()
-    source = slice_source(
-        K8sConfig(namespace=namespace.name, kubeconfig=namespace.kubeconfig, **section),
-        clock=SystemClock(),
-        random=Random(1),
-        metrics=Metrics(prometheus).discovery,
-        limits=limits,
+    source = make(
+        SourceParts(
+            clock=SystemClock(),
+            random=Random(1),
+            metrics=Metrics(prometheus).discovery,
+            limits=limits,
+        )
     )
-    found = Following(prometheus, "endpointslices")
+    found = Following(prometheus, objects)
     task = asyncio.create_task(found.run(source))
     try:
         yield found

@@ -8,8 +8,8 @@ from extproc.config.changes import compare
 from tests.unit.configs import config, discovery, problem_of, problems_of, raw_config
 
 
-def raw(**k8s: Any) -> dict[str, Any]:
-    return raw_config(discovery={"backend": "k8s", "k8s": {"namespace": "ns"} | k8s})
+def raw(backend: str = "k8s", **section: Any) -> dict[str, Any]:
+    return raw_config(discovery={"backend": backend, backend: {"namespace": "ns"} | section})
 
 
 @pytest.mark.parametrize(
@@ -20,11 +20,14 @@ def raw(**k8s: Any) -> dict[str, Any]:
         {"prefill_selector": "role=prefill", "decode_selector": "role=decode"},
         {"prefill_selector": "a=b", "decode_selector": "a==b,c"},
         {"label_selector": "a=", "port_name": "http", "port": 30000},
+        {"label_selector": "a", "prefill_selector": "b", "decode_selector": "c"},
     ],
 )
-def test_a_section_of_sgl_router_and_more_is_accepted(section: dict[str, Any]) -> None:
-    found = config(**raw(**section)).discovery
-    assert found.backend == "k8s"
+@pytest.mark.parametrize("backend", ["k8s", "k8s_pods"])
+def test_a_section_of_sgl_router_and_more_is_accepted(
+    section: dict[str, Any], backend: str
+) -> None:
+    assert config(**raw(backend, **section)).discovery.backend == backend
 
 
 @pytest.mark.parametrize(
@@ -33,11 +36,7 @@ def test_a_section_of_sgl_router_and_more_is_accepted(section: dict[str, Any]) -
         ({}, "label_selector"),
         ({"prefill_selector": "a=b"}, "decode_selector"),
         ({"decode_selector": "a=b"}, "prefill_selector"),
-        ({"label_selector": "a=b", "prefill_selector": "c=d"}, "label_selector"),
-        (
-            {"label_selector": "a=b", "prefill_selector": "c", "decode_selector": "d"},
-            "label_selector",
-        ),
+        ({"label_selector": "a=b", "prefill_selector": "c=d"}, "decode_selector"),
         # The same after the terms are put in order.
         ({"prefill_selector": "a=b,c=d", "decode_selector": "c == d, a == b"}, "decode_selector"),
         ({"label_selector": ""}, "label_selector"),
@@ -49,8 +48,11 @@ def test_a_section_of_sgl_router_and_more_is_accepted(section: dict[str, Any]) -
         ({"label_selector": "a", "namespace": "ns/x"}, "namespace"),
     ],
 )
-def test_a_wrong_section_is_refused_with_its_key(section: dict[str, Any], key: str) -> None:
-    assert f"discovery.k8s.{key}: " in problem_of(raw(**section)) + " "
+@pytest.mark.parametrize("backend", ["k8s", "k8s_pods"])
+def test_a_wrong_section_is_refused_with_its_key(
+    section: dict[str, Any], key: str, backend: str
+) -> None:
+    assert problem_of(raw(backend, **section)).startswith(f"discovery.{backend}.{key}: ")
 
 
 def test_the_section_belongs_to_the_backend() -> None:
@@ -61,6 +63,13 @@ def test_the_section_belongs_to_the_backend() -> None:
     other = raw_config()
     other["discovery"]["k8s"] = {"namespace": "", "label_selector": "a"}
     assert problem_of(other).startswith("discovery.k8s: without effect")
+
+
+def test_the_annotation_of_pods_can_be_another_one() -> None:
+    found = config(**raw("k8s_pods", label_selector="a", bootstrap_port_annotation="x/y"))
+    assert found.discovery.cluster is found.discovery.k8s_pods
+    key = "discovery.k8s.bootstrap_port_annotation"
+    assert problem_of(raw(label_selector="a", bootstrap_port_annotation="x")).startswith(key)
 
 
 def test_the_namespace_is_required() -> None:

@@ -1,0 +1,156 @@
+"""Discovery from pods, for workers without a Service: how one is read, and the source.
+
+Only the fields that are used are decoded. The bookmarks of a watch leave required fields of a pod
+empty, so that the complete type could not decode them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from lightkube.core.resource import ApiInfo, NamespacedResourceG, ResourceDef
+from lightkube.models.meta_v1 import ObjectMeta
+from msgspec import Struct, field
+
+from extproc.config.schema import DnsLookupFamily, K8sPodsConfig
+from extproc.discovery.cluster_objects import ClusterObjects
+from extproc.discovery.cluster_source import SourceParts, cluster_source, roles_by_label
+from extproc.discovery.ports import pick_port
+from extproc.discovery.worker_union import Reading, Sighting
+from extproc.label_selectors import LabelSelector
+from extproc.worker_url import WorkerUrl
+from extproc.workers.worker import Role, WorkerSpec
+
+__all__ = ["PodReader", "WorkerPod", "pod_source"]
+
+_OBJECTS: Final = "pods"
+# Of the pods of one LeaderWorkerSet group only the leader serves requests.
+_INDEX_IN_GROUP: Final = "leaderworkerset.sigs.k8s.io/worker-index"
+_LEADER: Final = "0"
+_PORT_MAX: Final = 65535
+# The versions of addresses in the order of preference.
+_FAMILIES: Final[dict[DnsLookupFamily, tuple[int, ...]]] = {
+    "v4_preferred": (4, 6),
+    "v6_preferred": (6, 4),
+    "v4_only": (4,),
+    "v6_only": (6,),
+}
+
+
+class _Port(Struct, rename="camel"):
+    container_port: int | None = None
+    name: str | None = None
+    protocol: str | None = None
+
+
+class _Container(Struct):
+    ports: list[_Port] | None = None
+
+
+class _Spec(Struct):
+    containers: list[_Container] | None = None
+
+
+class _Condition(Struct):
+    type: str
+    status: str
+
+
+class _Address(Struct):
+    ip: str | None = None
+
+
+class _Status(Struct):
+    phase: str | None = None
+    pod_ip: str | None = field(name="podIP", default=None)
+    pod_ips: list[_Address] | None = field(name="podIPs", default=None)
+    conditions: list[_Condition] | None = None
+
+
+class WorkerPod(NamespacedResourceG, Struct):
+    """The fields of a pod that say whether and where it is a worker."""
+
+    _api_info = ApiInfo(
+        resource=ResourceDef("", "v1", "Pod"),
+        plural="pods",
+        verbs=["list", "watch", "global_list", "global_watch"],
+    )
+
+    metadata: ObjectMeta | None = None
+    spec: _Spec | None = None
+    status: _Status | None = None
+
+
+class PodReader:
+    """How pods are read. `roles` are tried in order; without them every worker is plain."""
+
+    def __init__(self, config: K8sPodsConfig, roles: Sequence[tuple[Role, LabelSelector]]) -> None:
+        self._config = config
+        self._roles = roles
+        self._families = _FAMILIES[config.address_family]
+
+    def read(self, pod: WorkerPod) -> Reading:
+        """The worker in a pod, if it is one."""
+        metadata, status = pod.metadata or ObjectMeta(), pod.status or _Status()
+        labels = metadata.labels or {}
+        role = self._role(labels)
+        if role is None or labels.get(_INDEX_IN_GROUP, _LEADER) != _LEADER:
+            return Reading()
+        draining = metadata.deletionTimestamp is not None
+        if status.phase != "Running" or not (draining or _is_ready(status)):
+            return Reading()
+        host = self._address(status)
+        if host is None:
+            return Reading()
+        port = self._port(pod)
+        if port is None:
+            return Reading(problem="port_not_found")
+        bootstrap_port = None
+        if role == "prefill":
+            text = (metadata.annotations or {}).get(self._config.bootstrap_port_annotation)
+            bootstrap_port = _port_number(text)
+            if text is not None and bootstrap_port is None:
+                return Reading(problem="bootstrap_port_invalid")
+        spec = WorkerSpec(
+            id=f"{metadata.uid or f'{metadata.namespace}/{metadata.name}'}:{port}",
+            url=WorkerUrl("http", host, port),
+            role=role,
+            bootstrap_port=bootstrap_port,
+        )
+        return Reading((Sighting(spec, draining),))
+
+    def _role(self, labels: Mapping[str, str]) -> Role | None:
+        if not self._roles:
+            return "plain"
+        return next((role for role, selector in self._roles if selector.matches(labels)), None)
+
+    def _address(self, status: _Status) -> str | None:
+        """The pod's address of the preferred family that it has."""
+        found = [one.ip for one in status.pod_ips or () if one.ip] or [status.pod_ip or ""]
+        by_family = {6 if ":" in ip else 4: ip for ip in reversed(found) if ip}
+        return next((by_family[one] for one in self._families if one in by_family), None)
+
+    def _port(self, pod: WorkerPod) -> int | None:
+        containers = (pod.spec.containers if pod.spec is not None else None) or ()
+        ports = [port for container in containers for port in container.ports or ()]
+        return pick_port(
+            [(port.name, port.container_port, port.protocol) for port in ports],
+            name=self._config.port_name,
+            number=self._config.port,
+        )
+
+
+def pod_source(config: K8sPodsConfig, parts: SourceParts) -> ClusterObjects[WorkerPod]:
+    """A WorkerSource of the configured pods; raises ConfigError."""
+    reader = PodReader(config, roles_by_label(config))
+    return cluster_source(WorkerPod, _OBJECTS, reader.read, config, parts)
+
+
+def _is_ready(status: _Status) -> bool:
+    return any(one.type == "Ready" and one.status == "True" for one in status.conditions or ())
+
+
+def _port_number(text: str | None) -> int | None:
+    """The number in an annotation; None if it is no port."""
+    if text is None or not (text.isascii() and text.isdigit()):
+        return None
+    return int(text) if 0 < int(text[:6]) <= _PORT_MAX and len(text) <= 5 else None

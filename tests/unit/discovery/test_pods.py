@@ -1,0 +1,182 @@
+"""What a pod says about a worker: readiness, role, ports, addresses, and the pods of a group."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from extproc.config.schema import K8sPodsConfig
+from extproc.discovery.cluster_source import roles_by_label
+from extproc.discovery.pods import PodReader, WorkerPod
+from extproc.discovery.worker_union import Reading
+
+INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
+READY = [{"type": "PodScheduled", "status": "True"}, {"type": "Ready", "status": "True"}]
+PD = {"prefill_selector": "role in (prefill, both)", "decode_selector": "role notin (prefill)"}
+
+
+def pod_json(
+    labels: dict[str, str] | None = None, *, spec: Any = None, **fields: Any
+) -> dict[str, Any]:
+    """A ready pod; `fields` are those of its status, or metadata where they are known there."""
+    status = {
+        "phase": "Running",
+        "podIP": "10.0.0.1",
+        "podIPs": [{"ip": "10.0.0.1"}],
+        "conditions": READY,
+    }
+    metadata: dict[str, Any] = {"name": "pod-1", "namespace": "ns", "uid": "u1", "labels": labels}
+    for name, value in fields.items():
+        known = metadata if name in ("annotations", "deletionTimestamp", "uid") else status
+        known[name] = value
+    if spec is None:
+        spec = {
+            "containers": [{"name": "engine", "ports": [{"name": "http", "containerPort": 8000}]}]
+        }
+    return {"kind": "Pod", "metadata": metadata, "spec": spec, "status": status}
+
+
+def read(pod: dict[str, Any], **section: Any) -> Reading:
+    config = K8sPodsConfig(namespace="ns", **section)
+    reader = PodReader(config, roles_by_label(config))
+    return reader.read(msgspec.json.decode(json.dumps(pod), type=WorkerPod))
+
+
+def urls(pod: dict[str, Any], **section: Any) -> list[str]:
+    return [str(one.spec.url) for one in read(pod, **section).sightings]
+
+
+def test_a_ready_pod_is_a_worker_with_its_uid_and_port() -> None:
+    (one,) = read(pod_json()).sightings
+    assert (one.spec.id, str(one.spec.url), one.spec.role, one.draining) == (
+        "u1:8000",
+        "http://10.0.0.1:8000",
+        "plain",
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "state"),
+    [
+        ({}, "in"),
+        ({"conditions": [{"type": "Ready", "status": "False"}]}, "out"),
+        ({"conditions": [{"type": "Ready", "status": "Unknown"}]}, "out"),
+        ({"conditions": None}, "out"),
+        ({"phase": "Pending"}, "out"),
+        ({"phase": "Failed"}, "out"),
+        ({"podIP": None, "podIPs": None}, "out"),
+        ({"deletionTimestamp": "2026-01-01T00:00:00Z"}, "draining"),
+        # An engine that stops may fail its probe while its streams end.
+        ({"deletionTimestamp": "2026-01-01T00:00:00Z", "conditions": []}, "draining"),
+        ({"deletionTimestamp": "2026-01-01T00:00:00Z", "phase": "Succeeded"}, "out"),
+    ],
+)
+def test_readiness_and_deletion_say_whether_a_pod_is_a_worker(
+    fields: dict[str, Any], state: str
+) -> None:
+    found = read(pod_json(**fields)).sightings
+    states = ["draining" if one.draining else "in" for one in found]
+    assert states == ([] if state == "out" else [state])
+
+
+@pytest.mark.parametrize(
+    ("role", "expected"),
+    [("prefill", "prefill"), ("both", "prefill"), ("decode", "decode"), (None, "decode")],
+)
+def test_the_role_follows_the_labels_prefill_first(role: str | None, expected: str) -> None:
+    labels = {} if role is None else {"role": role}
+    (one,) = read(pod_json(labels), **PD).sightings
+    assert one.spec.role == expected
+
+
+def test_a_pod_of_no_role_is_no_worker() -> None:
+    section = PD | {"decode_selector": "role=decode"}
+    assert read(pod_json({"role": "other"}), **section) == Reading()
+
+
+@pytest.mark.parametrize(
+    ("text", "port", "problem"),
+    [
+        (None, None, None),
+        ("8998", 8998, None),
+        ("0", None, "bootstrap_port_invalid"),
+        ("65536", None, "bootstrap_port_invalid"),
+        ("http", None, "bootstrap_port_invalid"),
+        ("", None, "bootstrap_port_invalid"),
+        ("-1", None, "bootstrap_port_invalid"),
+        ("9" * 5000, None, "bootstrap_port_invalid"),
+    ],
+)
+def test_the_annotation_gives_the_bootstrap_port_of_a_prefill_pod(
+    text: str | None, port: int | None, problem: str | None
+) -> None:
+    annotations = None if text is None else {"sglang.ai/bootstrap-port": text}
+    reading = read(pod_json({"role": "prefill"}, annotations=annotations), **PD)
+    assert [one.spec.bootstrap_port for one in reading.sightings] == ([] if problem else [port])
+    assert reading.problem == problem
+    # It says nothing about a pod of another role.
+    assert read(pod_json(annotations=annotations)).problem is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [({}, 1), ({INDEX: "0"}, 1), ({INDEX: "1"}, 0), ({INDEX: "10"}, 0)],
+)
+def test_only_the_leader_of_a_group_is_a_worker(labels: dict[str, str], found: int) -> None:
+    assert len(read(pod_json(labels)).sightings) == found
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("v4_preferred", ["http://10.0.0.1:8000"]),
+        ("v6_preferred", ["http://[fd00::1]:8000"]),
+        ("v4_only", ["http://10.0.0.1:8000"]),
+        ("v6_only", ["http://[fd00::1]:8000"]),
+    ],
+)
+def test_a_pod_with_two_families_is_one_worker(family: str, expected: list[str]) -> None:
+    both = [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]
+    assert urls(pod_json(podIPs=both), address_family=family) == expected
+
+
+def test_a_pod_without_an_address_of_the_only_family_is_no_worker() -> None:
+    assert urls(pod_json(), address_family="v6_only") == []
+    assert urls(pod_json(podIPs=None)) == ["http://10.0.0.1:8000"]
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({}, 9090),
+        ({"port_name": "http"}, 8000),
+        ({"port_name": "grpc"}, None),
+        ({"port_name": "grpc", "port": 7000}, 7000),
+        ({"port": 7000}, 7000),
+    ],
+)
+def test_the_port_is_one_of_a_container(section: dict[str, Any], expected: int | None) -> None:
+    containers = [
+        {"name": "sidecar", "ports": [{"name": "metrics", "containerPort": 9090}]},
+        {"name": "no-ports"},
+        {"name": "engine", "ports": [{"name": "http", "containerPort": 8000, "protocol": "TCP"}]},
+    ]
+    reading = read(pod_json(spec={"containers": containers}), **section)
+    assert [one.spec.url.port for one in reading.sightings] == ([expected] if expected else [])
+    assert reading.problem == (None if expected else "port_not_found")
+
+
+def test_a_pod_without_ports_has_the_engines_own() -> None:
+    assert urls(pod_json(spec={"containers": [{"name": "engine"}]})) == ["http://10.0.0.1:30000"]
+
+
+def test_a_bookmark_can_be_decoded() -> None:
+    bookmark = {
+        "kind": "Pod",
+        "metadata": {"resourceVersion": "9", "creationTimestamp": None},
+        "spec": {"containers": None},
+        "status": {},
+    }
+    assert read(bookmark) == Reading()
