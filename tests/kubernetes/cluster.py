@@ -217,6 +217,11 @@ class Namespace:
         # Objects stay: there is no controller that empties a namespace.
         await self.client.close()
 
+    @property
+    def token(self) -> str:
+        """The token of the service account."""
+        return self._token_file.read_text()
+
     async def make_account(self) -> None:
         """Make the service account and write a token of it to the file."""
         metadata = ObjectMeta(name=_ACCOUNT, namespace=self.name)

@@ -17,8 +17,7 @@ from lightkube.resources.core_v1 import Pod
 from lightkube.resources.core_v1 import PodStatus as PodStatusOf
 from lightkube.types import PatchType
 
-from extproc.discovery.kube_api import KubeApi, WatchLimits, open_client
-from extproc.discovery.pods import WorkerPod
+from extproc.discovery.kube_api import WatchLimits
 from extproc.workers.source import Added, Removed, RoleChanged
 
 from .cluster import Namespace, eventually
@@ -185,20 +184,3 @@ async def test_pods_stay_while_the_server_is_down(namespace: Namespace) -> None:
         await run_pod(namespace, 2)
         await end_pod(namespace, 1, grace_seconds=0)
         await found.sees(B)
-
-
-async def test_bookmarks_of_pods_can_be_read(namespace: Namespace) -> None:
-    await run_pod(namespace, 1)
-    api = KubeApi(
-        open_client(namespace.kubeconfig),
-        WorkerPod,
-        namespace=namespace.name,
-        # The server sends a bookmark shortly before it ends a watch.
-        limits=WatchLimits(seconds=10),
-    )
-    _, version = await api.list()
-    events = api.watch(version)
-    event = await anext(events)
-    assert event.type == "BOOKMARK"
-    await events.aclose()
-    await api.close()
