@@ -2,96 +2,17 @@
 
 from typing import Any
 
-import msgspec
 import pytest
-from lightkube.models.core_v1 import (
-    Container,
-    ContainerPort,
-    PodCondition,
-    PodIP,
-    PodSpec,
-    PodStatus,
-)
-from lightkube.models.meta_v1 import ObjectMeta
-from lightkube.resources.core_v1 import Pod
-from lightkube.resources.core_v1 import PodStatus as PodStatusOf
-from lightkube.types import PatchType
 
 from extproc.discovery.kube_api import WatchLimits
 from extproc.workers.source import Added, Removed, RoleChanged
 
 from .cluster import Namespace, eventually
 from .following import following_pods
+from .pods import end_pod, run_pod, set_labels, set_status
 
 A, B, C = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))
 SHORT = WatchLimits(seconds=1)
-
-
-async def run_pod(
-    namespace: Namespace,
-    n: int,
-    labels: dict[str, str] | None = None,
-    *,
-    ready: bool = True,
-    annotations: dict[str, str] | None = None,
-    more_ips: tuple[str, ...] = (),
-) -> str:
-    """A pod that runs at 10.0.0.n; returns its id as a worker."""
-    name = f"pod-{n}"
-    port = ContainerPort(containerPort=8000, name="http")
-    made = await namespace.client.create(
-        Pod(
-            metadata=ObjectMeta(
-                name=name,
-                namespace=namespace.name,
-                labels={"app": "sglang"} | (labels or {}),
-                annotations=annotations,
-            ),
-            spec=PodSpec(
-                nodeName="node-1",
-                containers=[Container(name="engine", image="engine", ports=[port])],
-            ),
-        )
-    )
-    await set_status(namespace, n, ready=ready, more_ips=more_ips)
-    assert made.metadata is not None
-    return f"{made.metadata.uid}:8000"
-
-
-async def set_status(
-    namespace: Namespace, n: int, *, ready: bool, more_ips: tuple[str, ...] = ()
-) -> None:
-    ips = [f"10.0.0.{n}", *more_ips]
-    status = PodStatus(
-        phase="Running",
-        podIP=ips[0],
-        podIPs=[PodIP(ip=ip) for ip in ips],
-        conditions=[PodCondition(type="Ready", status="True" if ready else "False")],
-    )
-    await namespace.client.patch(
-        PodStatusOf,
-        f"pod-{n}",
-        {"status": msgspec.to_builtins(status)},
-        namespace=namespace.name,
-        patch_type=PatchType.MERGE,
-    )
-
-
-async def set_labels(namespace: Namespace, n: int, **labels: str) -> None:
-    await namespace.client.patch(
-        Pod,
-        f"pod-{n}",
-        {"metadata": {"labels": labels}},
-        namespace=namespace.name,
-        patch_type=PatchType.MERGE,
-    )
-
-
-async def end_pod(namespace: Namespace, n: int, *, grace_seconds: int) -> None:
-    """With a time of grace the pod stays, since no kubelet ends it."""
-    await namespace.client.delete(
-        Pod, f"pod-{n}", namespace=namespace.name, grace_period=grace_seconds
-    )
 
 
 async def test_pods_join_when_they_are_ready_and_leave_when_they_are_not(
