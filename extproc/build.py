@@ -18,9 +18,16 @@ from prometheus_client import CollectorRegistry
 from extproc.clock import Clock, SystemClock
 from extproc.config.files import read_api_key
 from extproc.config.models import TOKEN_POLICIES, QueueConfig
-from extproc.config.schema import Config, K8sConfig, K8sPodsConfig, StaticUrlsConfig
+from extproc.config.schema import (
+    Config,
+    InferencePoolConfig,
+    K8sConfig,
+    K8sPodsConfig,
+    StaticUrlsConfig,
+)
 from extproc.discovery.cluster_source import SourceParts
 from extproc.discovery.endpoint_slices import slice_source
+from extproc.discovery.inference_pool import pool_source
 from extproc.discovery.pods import pod_source
 from extproc.discovery.static_urls import StaticUrls
 from extproc.errors import ConfigError
@@ -211,6 +218,8 @@ def build_source(config: Config, shared: Shared) -> WorkerSource:
     match discovery.cluster:
         case K8sPodsConfig() as section:
             return pod_source(section, parts)
+        case InferencePoolConfig() as section:
+            return pool_source(section, parts)
         case K8sConfig() as section:
             return slice_source(section, parts)
     raise ConfigError([f"discovery.{discovery.backend}: this section is needed"])

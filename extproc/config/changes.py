@@ -71,7 +71,7 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
         # Envoy's filter forwards them.
         **_keys("restart", "models[].queue.", "tenant_header priority_header"),
         **_keys("live", "models[].circuit_breaker.", "threshold cool_down_secs"),
-        **_keys("restart", "discovery.", "backend static_urls k8s k8s_pods"),
+        **_keys("restart", "discovery.", "backend static_urls k8s k8s_pods inference_pool"),
         **_keys(
             "restart",
             "discovery.k8s.",
@@ -83,6 +83,12 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
             "discovery.k8s_pods.",
             "namespace kubeconfig label_selector prefill_selector decode_selector port_name port "
             "address_family bootstrap_port_annotation",
+        ),
+        **_keys(
+            "restart",
+            "discovery.inference_pool.",
+            "namespace name kubeconfig prefill_selector decode_selector address_family "
+            "bootstrap_port_annotation",
         ),
         **_keys("live", "discovery.static_urls.", "urls prefill_urls decode_urls dns_ttl_secs"),
         **_keys("restart", "discovery.static_urls.", "dns_lookup_family"),

@@ -14,8 +14,10 @@ __all__ = [
     "ClusterSection",
     "DiscoveryConfig",
     "DnsLookupFamily",
+    "InferencePoolConfig",
     "K8sConfig",
     "K8sPodsConfig",
+    "SelectedSection",
     "StaticUrlsConfig",
 ]
 
@@ -26,7 +28,7 @@ BACKENDS_ARE_NEEDED = {
             "if": {"properties": {"backend": {"const": backend}}},
             "then": {"required": [backend]},
         }
-        for backend in ("static_urls", "k8s", "k8s_pods")
+        for backend in ("static_urls", "k8s", "k8s_pods", "inference_pool")
     ]
 }
 
@@ -72,27 +74,12 @@ class ClusterSection(Section, frozen=True, kw_only=True):
         str,
         Meta(description="Namespace of the objects that are followed; empty for all namespaces."),
     ]
-    label_selector: Annotated[
-        Text | None,
-        Meta(description="Selects the objects by their labels. The API server evaluates it."),
-    ] = None
     prefill_selector: Annotated[
         Text | None,
         Meta(description="Of those objects, selects prefill workers. It is tried first."),
     ] = None
     decode_selector: Annotated[
         Text | None, Meta(description="Of those objects, selects decode workers.")
-    ] = None
-    port_name: Annotated[
-        Text | None,
-        Meta(description="Name of the workers' port in the object. Without it, `port` counts."),
-    ] = None
-    port: Annotated[
-        Port | None,
-        Meta(
-            description="The workers' port where `port_name` does not give it. Without both, it is "
-            "the first port of the object, or 30000 if the object has none."
-        ),
     ] = None
     address_family: Annotated[
         DnsLookupFamily,
@@ -110,11 +97,31 @@ class ClusterSection(Section, frozen=True, kw_only=True):
     ] = None
 
 
-class K8sConfig(ClusterSection, frozen=True, kw_only=True):
+class SelectedSection(ClusterSection, frozen=True, kw_only=True):
+    """Objects that are selected by their labels."""
+
+    label_selector: Annotated[
+        Text | None,
+        Meta(description="Selects the objects by their labels. The API server evaluates it."),
+    ] = None
+    port_name: Annotated[
+        Text | None,
+        Meta(description="Name of the workers' port in the object. Without it, `port` counts."),
+    ] = None
+    port: Annotated[
+        Port | None,
+        Meta(
+            description="The workers' port where `port_name` does not give it. Without both, it is "
+            "the first port of the object, or 30000 if the object has none."
+        ),
+    ] = None
+
+
+class K8sConfig(SelectedSection, frozen=True, kw_only=True):
     """The objects are EndpointSlices, which have the labels of their Service."""
 
 
-class K8sPodsConfig(ClusterSection, frozen=True, kw_only=True):
+class K8sPodsConfig(SelectedSection, frozen=True, kw_only=True):
     """The objects are pods."""
 
     bootstrap_port_annotation: Annotated[
@@ -126,12 +133,26 @@ class K8sPodsConfig(ClusterSection, frozen=True, kw_only=True):
     ] = "sglang.ai/bootstrap-port"
 
 
+class InferencePoolConfig(ClusterSection, frozen=True, kw_only=True):
+    """One InferencePool of the Gateway API Inference Extension, version v1."""
+
+    name: Annotated[Text, Meta(description="Name of the InferencePool.")]
+    bootstrap_port_annotation: Annotated[
+        Text,
+        Meta(
+            description="Annotation of prefill pods with the bootstrap port (SGLang). What the "
+            "engine reports counts more."
+        ),
+    ] = "sglang.ai/bootstrap-port"
+
+
 class DiscoveryConfig(Section, frozen=True, kw_only=True):
     backend: Annotated[
-        Literal["static_urls", "k8s", "k8s_pods"],
+        Literal["static_urls", "k8s", "k8s_pods", "inference_pool"],
         Meta(
-            description="Where workers come from: a list, or the EndpointSlices of Services or "
-            "the pods of a Kubernetes cluster, see [kubernetes.md](kubernetes.md)."
+            description="Where workers come from: a list, or in a Kubernetes cluster the "
+            "EndpointSlices of Services, the pods, or an InferencePool, see "
+            "[kubernetes.md](kubernetes.md)."
         ),
     ]
     static_urls: Annotated[
@@ -147,12 +168,22 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
     k8s_pods: Annotated[
         K8sPodsConfig | UnsetType, Meta(description="Needed for backend `k8s_pods`: the pods.")
     ] = UNSET
+    inference_pool: Annotated[
+        InferencePoolConfig | UnsetType,
+        Meta(description="Needed for backend `inference_pool`: the pool that the gateway uses."),
+    ] = UNSET
 
     @property
     def cluster(self) -> ClusterSection | None:
         """The section of the backend, if that is a Kubernetes cluster."""
-        sections = {"k8s": self.k8s, "k8s_pods": self.k8s_pods}
-        found = sections.get(self.backend, UNSET)
+        found: ClusterSection | UnsetType = UNSET
+        match self.backend:
+            case "k8s":
+                found = self.k8s
+            case "k8s_pods":
+                found = self.k8s_pods
+            case "inference_pool":
+                found = self.inference_pool
         return None if isinstance(found, UnsetType) else found
 
     introspection_retry_secs: Annotated[

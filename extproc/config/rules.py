@@ -10,7 +10,7 @@ from typing import Final
 
 from msgspec import UNSET, Struct, UnsetType
 
-from extproc.config.discovery import ClusterSection
+from extproc.config.discovery import ClusterSection, InferencePoolConfig
 from extproc.config.models import TOKEN_POLICIES, ModelConfig, QueueConfig
 from extproc.config.schema import Config
 from extproc.config.server import is_loopback
@@ -156,6 +156,7 @@ def _discovery_problems(config: Config) -> Iterator[str]:
         "static_urls": discovery.static_urls,
         "k8s": discovery.k8s,
         "k8s_pods": discovery.k8s_pods,
+        "inference_pool": discovery.inference_pool,
     }
     if sections[discovery.backend] is UNSET:
         key = discovery.backend
@@ -172,7 +173,10 @@ def _discovery_problems(config: Config) -> Iterator[str]:
 def _cluster_problems(path: str, section: ClusterSection) -> Iterator[str]:
     if section.namespace and not _NAMESPACE.fullmatch(section.namespace):
         yield f"{path}.namespace: expected the name of a namespace, or nothing for all of them"
-    plain = section.label_selector is not None
+    pool = isinstance(section, InferencePoolConfig)
+    if pool and not section.namespace:
+        yield f"{path}.namespace: expected the namespace of the pool"
+    plain = pool or getattr(section, "label_selector", None) is not None
     halves = [section.prefill_selector is not None, section.decode_selector is not None]
     if not plain and not any(halves):
         yield f"{path}.label_selector: needed, or both prefill_selector and decode_selector"
@@ -181,7 +185,7 @@ def _cluster_problems(path: str, section: ClusterSection) -> Iterator[str]:
         yield f"{path}.{missing}: prefill_selector and decode_selector belong together"
     parsed = {}
     for key in ("label_selector", "prefill_selector", "decode_selector"):
-        text = getattr(section, key)
+        text = getattr(section, key, None)
         if text is None:
             continue
         try:

@@ -15,8 +15,10 @@ from extproc.config.discovery import (
     ClusterSection,
     DiscoveryConfig,
     DnsLookupFamily,
+    InferencePoolConfig,
     K8sConfig,
     K8sPodsConfig,
+    SelectedSection,
     StaticUrlsConfig,
 )
 from extproc.config.envoy import EnvoyConfig
@@ -30,6 +32,7 @@ __all__ = [
     "Config",
     "DiscoveryConfig",
     "DnsLookupFamily",
+    "InferencePoolConfig",
     "K8sConfig",
     "K8sPodsConfig",
     "KvConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "ObservabilityConfig",
     "PdConfig",
     "ProxyConfig",
+    "SelectedSection",
     "StaticUrlsConfig",
     "TokenizationConfig",
     "WorkersConfig",

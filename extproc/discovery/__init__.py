@@ -4,10 +4,10 @@ A backend is a class with the protocol `workers.source.WorkerSource`, which deli
 workers that appear and disappear; it is chosen in `build.build_source`. Begin with `static_urls`,
 the list in the configuration.
 
-`endpoint_slices` and `pods` are backends for a Kubernetes cluster. They say how an object is read,
-which is plain code; `cluster_source` puts such a backend together. What is the same for all kinds
-of objects stands apart: `worker_union` compares what the objects say, `list_watch` follows them,
-and `kube_api` alone talks to the API server.
+`endpoint_slices`, `pods` and `inference_pool` are backends for a Kubernetes cluster. They say how
+an object is read, which is plain code; `cluster_source` puts such a backend together. What is the
+same for all kinds of objects stands apart: `worker_union` compares what the objects say,
+`list_watch` follows them, and `kube_api` alone talks to the API server.
 """
 
-__all__ = ["cluster_source", "endpoint_slices", "pods", "static_urls"]
+__all__ = ["cluster_source", "endpoint_slices", "inference_pool", "pods", "static_urls"]

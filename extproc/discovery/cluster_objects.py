@@ -5,7 +5,7 @@ them and warning of those that name no usable worker is the same for all.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, Final, Generic, TypeVar
 
@@ -43,17 +43,21 @@ class ClusterObjects(Generic[_KindT]):
         read: Callable[[_KindT], Reading],
         what: str,
         clock: Clock,
+        union: WorkerUnion | None = None,
     ) -> None:
-        """`read` gives the workers that one object names; `what` is the kind in logs."""
+        """`read` gives the workers that one object names; `what` is the kind in logs.
+
+        A `union` knows what was told before.
+        """
         self._list_watch = list_watch
         self._read = read
         self._what = what
         self._clock = clock
-        self._union = WorkerUnion()
+        self._union = union or WorkerUnion()
         # The problem of which was warned, by object.
         self._warned: dict[str, str] = {}
 
-    async def events(self) -> AsyncIterator[WorkerEvent]:
+    async def events(self) -> AsyncGenerator[WorkerEvent, None]:
         listed = False
         async with aclosing(self._list_watch.follow()) as steps:
             while True:

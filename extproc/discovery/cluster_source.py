@@ -8,7 +8,7 @@ from lightkube.core.resource import NamespacedResource
 from msgspec import Struct
 
 from extproc.clock import Clock
-from extproc.config.schema import ClusterSection
+from extproc.config.schema import ClusterSection, SelectedSection
 from extproc.discovery.cluster_objects import ClusterObjects
 from extproc.discovery.kube_api import KubeApi, WatchLimits, open_client
 from extproc.discovery.list_watch import ListWatch
@@ -35,7 +35,7 @@ def cluster_source(
     kind: type[_KindT],
     what: str,
     read: Callable[[_KindT], Reading],
-    section: ClusterSection,
+    section: SelectedSection,
     parts: SourceParts,
 ) -> ClusterObjects[_KindT]:
     """A WorkerSource of objects of one kind, which logs and metrics call `what`.

@@ -117,15 +117,22 @@ class KubeApi(Generic[_KindT]):
         *,
         namespace: str,
         selector: str | None = None,
+        name: str | None = None,
         limits: WatchLimits | None = None,
+        owns_client: bool = True,
     ) -> None:
-        """`selector` is evaluated by the API server."""
+        """`selector` and `name` are evaluated by the API server.
+
+        The client is closed with this object if it is its own.
+        """
         self._client = client
         self._kind = kind
         self._namespace = namespace or _ALL_NAMESPACES
         # lightkube writes the keys of this mapping as they are when their value is None.
         self._labels: dict[str, Any] | None = None if selector is None else {selector: None}
+        self._fields: dict[str, Any] | None = None if name is None else {"metadata.name": name}
         self._limits = limits or WatchLimits()
+        self._owns_client = owns_client
 
     async def list(self) -> tuple[list[_KindT], str]:
         """In pages, so that the event loop is not held up by a large answer."""
@@ -135,6 +142,7 @@ class KubeApi(Generic[_KindT]):
                     self._kind,
                     namespace=self._namespace,
                     labels=self._labels,
+                    fields=self._fields,
                     chunk_size=_PAGE_OBJECTS,
                 )
                 objects = [one async for one in found]
@@ -151,6 +159,7 @@ class KubeApi(Generic[_KindT]):
                 self._kind,
                 namespace=self._namespace,
                 labels=self._labels,
+                fields=self._fields,
                 server_timeout=limits.seconds,
                 resource_version=version,
             )
@@ -172,7 +181,8 @@ class KubeApi(Generic[_KindT]):
                 await events.aclose()
 
     async def close(self) -> None:
-        await self._client.close()
+        if self._owns_client:
+            await self._client.close()
 
 
 def open_client(
@@ -216,7 +226,7 @@ def _cluster(kubeconfig: str | None) -> SingleConfig:
     return found
 
 
-class _EndOfWatchError(httpx2.TransportError):
+class _EndOfWatchError(ServiceError, httpx2.TransportError):
     """lightkube would start a watch that has ended again by itself, for ever and at once."""
 
 

@@ -20,7 +20,7 @@ from extproc.label_selectors import LabelSelector
 from extproc.worker_url import WorkerUrl
 from extproc.workers.worker import Role, WorkerSpec
 
-__all__ = ["PodReader", "WorkerPod", "pod_source"]
+__all__ = ["PodReader", "WorkerPod", "pod_reader", "pod_source"]
 
 _OBJECTS: Final = "pods"
 # Of the pods of one LeaderWorkerSet group only the leader serves requests.
@@ -83,13 +83,26 @@ class WorkerPod(NamespacedResourceG, Struct):
 class PodReader:
     """How pods are read. `roles` are tried in order; without them every worker is plain."""
 
-    def __init__(self, config: K8sPodsConfig, roles: Sequence[tuple[Role, LabelSelector]]) -> None:
-        self._config = config
+    def __init__(
+        self,
+        *,
+        roles: Sequence[tuple[Role, LabelSelector]],
+        family: DnsLookupFamily,
+        bootstrap_port_annotation: str,
+        ports: Sequence[int] = (),
+        port_name: str | None = None,
+        port: int | None = None,
+    ) -> None:
+        """Each of `ports` is a worker; without them it is one port, which is looked for."""
         self._roles = roles
-        self._families = _FAMILIES[config.address_family]
+        self._families = _FAMILIES[family]
+        self._bootstrap_port_annotation = bootstrap_port_annotation
+        self._ports = ports
+        self._port_name = port_name
+        self._port = port
 
     def read(self, pod: WorkerPod) -> Reading:
-        """The worker in a pod, if it is one."""
+        """The workers in a pod, if it has any."""
         metadata, status = pod.metadata or ObjectMeta(), pod.status or _Status()
         labels = metadata.labels or {}
         role = self._role(labels)
@@ -101,22 +114,25 @@ class PodReader:
         host = self._address(status)
         if host is None:
             return Reading()
-        port = self._port(pod)
-        if port is None:
+        ports = self._ports or self._port_of(pod)
+        if not ports:
             return Reading(problem="port_not_found")
         bootstrap_port = None
         if role == "prefill":
-            text = (metadata.annotations or {}).get(self._config.bootstrap_port_annotation)
+            text = (metadata.annotations or {}).get(self._bootstrap_port_annotation)
             bootstrap_port = _port_number(text)
             if text is not None and bootstrap_port is None:
                 return Reading(problem="bootstrap_port_invalid")
-        spec = WorkerSpec(
-            id=f"{metadata.uid or f'{metadata.namespace}/{metadata.name}'}:{port}",
-            url=WorkerUrl("http", host, port),
-            role=role,
-            bootstrap_port=bootstrap_port,
-        )
-        return Reading((Sighting(spec, draining),))
+        specs = [
+            WorkerSpec(
+                id=f"{metadata.uid}:{port}",
+                url=WorkerUrl("http", host, port),
+                role=role,
+                bootstrap_port=bootstrap_port,
+            )
+            for port in ports
+        ]
+        return Reading([Sighting(spec, draining) for spec in specs])
 
     def _role(self, labels: Mapping[str, str]) -> Role | None:
         if not self._roles:
@@ -129,20 +145,31 @@ class PodReader:
         by_family = {6 if ":" in ip else 4: ip for ip in reversed(found) if ip}
         return next((by_family[one] for one in self._families if one in by_family), None)
 
-    def _port(self, pod: WorkerPod) -> int | None:
+    def _port_of(self, pod: WorkerPod) -> tuple[int, ...]:
         containers = (pod.spec.containers if pod.spec is not None else None) or ()
-        ports = [port for container in containers for port in container.ports or ()]
-        return pick_port(
-            [(port.name, port.container_port, port.protocol) for port in ports],
-            name=self._config.port_name,
-            number=self._config.port,
+        named = [port for container in containers for port in container.ports or ()]
+        found = pick_port(
+            [(port.name, port.container_port, port.protocol) for port in named],
+            name=self._port_name,
+            number=self._port,
         )
+        return () if found is None else (found,)
+
+
+def pod_reader(config: K8sPodsConfig) -> PodReader:
+    """How the configured pods are read."""
+    return PodReader(
+        roles=roles_by_label(config),
+        family=config.address_family,
+        bootstrap_port_annotation=config.bootstrap_port_annotation,
+        port_name=config.port_name,
+        port=config.port,
+    )
 
 
 def pod_source(config: K8sPodsConfig, parts: SourceParts) -> ClusterObjects[WorkerPod]:
     """A WorkerSource of the configured pods; raises ConfigError."""
-    reader = PodReader(config, roles_by_label(config))
-    return cluster_source(WorkerPod, _OBJECTS, reader.read, config, parts)
+    return cluster_source(WorkerPod, _OBJECTS, pod_reader(config).read, config, parts)
 
 
 def _is_ready(status: _Status) -> bool:

@@ -71,6 +71,11 @@ class Cluster:
         self._start("etcd", self._etcd_flags())
         self.start()
 
+    def inference_pools(self) -> Path:
+        """The file that defines the kind InferencePool."""
+        (found,) = self._servers.glob("*_inferencepools.yaml")
+        return found
+
     def close(self) -> None:
         """End both servers."""
         self._supervisor.communicate()
@@ -207,6 +212,12 @@ class Namespace:
                 verbs=["list", "watch"],
             ),
             PolicyRule(apiGroups=[""], resources=["pods"], verbs=["list", "watch"]),
+            PolicyRule(
+                apiGroups=["inference.networking.k8s.io"],
+                resources=["inferencepools"],
+                resourceNames=["pool"],
+                verbs=["list", "watch"],
+            ),
         ]
         metadata = ObjectMeta(name=_ACCOUNT, namespace=self.name)
         await self.client.create(Role(metadata=metadata, rules=rules))

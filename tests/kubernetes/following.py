@@ -10,9 +10,10 @@ from typing import Any, Self
 from prometheus_client import CollectorRegistry
 
 from extproc.clock import SystemClock
-from extproc.config.schema import K8sConfig, K8sPodsConfig
+from extproc.config.schema import InferencePoolConfig, K8sConfig, K8sPodsConfig
 from extproc.discovery.cluster_source import SourceParts
 from extproc.discovery.endpoint_slices import slice_source
+from extproc.discovery.inference_pool import pool_source
 from extproc.discovery.kube_api import WatchLimits
 from extproc.discovery.pods import pod_source
 from extproc.metrics.service import Metrics
@@ -29,7 +30,7 @@ from extproc.workers.worker import WorkerSpec
 
 from .cluster import Namespace, eventually
 
-__all__ = ["Following", "following_pods", "following_slices"]
+__all__ = ["Following", "following_pods", "following_pool", "following_slices"]
 
 
 class Following:
@@ -101,6 +102,17 @@ async def following_pods(
     """The same for pods."""
     settings = K8sPodsConfig(**_section(namespace, section))
     async with _following(partial(pod_source, settings), "pods", limits) as found:
+        yield found
+
+
+@asynccontextmanager
+async def following_pool(namespace: Namespace, **section: Any) -> AsyncIterator[Following]:
+    """Follow the InferencePool `pool`."""
+    settings = InferencePoolConfig(
+        **{"namespace": namespace.name, "kubeconfig": namespace.kubeconfig, "name": "pool"}
+        | section
+    )
+    async with _following(partial(pool_source, settings), "inferencepools", None) as found:
         yield found
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds etcd and kube-apiserver from the Go module registry, once for each version in go.mod, and
+# Builds etcd and kube-apiserver, and gets what they need, from the Go module registry, once for each version in go.mod, and
 # prints the folder that has them. From empty caches this takes ten to fifteen minutes on two cores.
 # usage: build.sh         builds what is missing
 #        build.sh --look  builds nothing; fails if something is missing
@@ -27,6 +27,11 @@ if [ ! -e "$folder/complete" ]; then
   flags="$flags -X $package.gitMajor=1 -X $package.gitMinor=$minor"
   go build -p 2 -ldflags "-s -w" -o "$folder/etcd" ./etcd
   go build -p 2 -ldflags "$flags" -o "$folder/kube-apiserver" ./kube-apiserver
+  # The definition of InferencePool, which the API server does not have by itself.
+  module=sigs.k8s.io/gateway-api-inference-extension@v1.5.0
+  sources=$(go mod download -json "$module" | sed -n 's/^.*"Dir": "\(.*\)",$/\1/p')
+  cp "$sources/config/crd/bases/inference.networking.k8s.io_inferencepools.yaml" "$folder/"
+  chmod u+w "$folder"/*.yaml
   touch "$folder/complete"
 fi
 echo "$folder"

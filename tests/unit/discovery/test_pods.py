@@ -7,8 +7,7 @@ import msgspec
 import pytest
 
 from extproc.config.schema import K8sPodsConfig
-from extproc.discovery.cluster_source import roles_by_label
-from extproc.discovery.pods import PodReader, WorkerPod
+from extproc.discovery.pods import PodReader, WorkerPod, pod_reader
 from extproc.discovery.worker_union import Reading
 
 INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
@@ -38,8 +37,7 @@ def pod_json(
 
 
 def read(pod: dict[str, Any], **section: Any) -> Reading:
-    config = K8sPodsConfig(namespace="ns", **section)
-    reader = PodReader(config, roles_by_label(config))
+    reader = pod_reader(K8sPodsConfig(namespace="ns", **section))
     return reader.read(msgspec.json.decode(json.dumps(pod), type=WorkerPod))
 
 
@@ -180,3 +178,12 @@ def test_a_bookmark_can_be_decoded() -> None:
         "status": {},
     }
     assert read(bookmark) == Reading()
+
+
+def test_each_target_port_of_a_pool_is_a_worker() -> None:
+    reader = PodReader(
+        roles=[], family="v4_preferred", bootstrap_port_annotation="a", ports=(9001, 9002)
+    )
+    found = reader.read(msgspec.json.decode(json.dumps(pod_json()), type=WorkerPod)).sightings
+    assert [one.spec.id for one in found] == ["u1:9001", "u1:9002"]
+    assert [one.spec.url.port for one in found] == [9001, 9002]
