@@ -67,9 +67,9 @@ discovery:
   without path, query or credentials. Two spellings of one worker (a trailing slash, a default
   port) are a duplicate. If the URL of an https worker has an IP address, its certificate must name
   that address.
-* `discovery.k8s` is needed for the backend `k8s`, and `discovery.k8s_pods` for `k8s_pods`, with
-  `label_selector`, or both `prefill_selector` and `decode_selector`, which must differ, or all
-  three. The section of another backend is refused.
+* `discovery.k8s`, `discovery.k8s_pods` and `discovery.inference_pool` are needed for the backend of
+  that name. The first two need `label_selector`, or both `prefill_selector` and `decode_selector`,
+  which must differ, or all three. The section of another backend is refused.
 * `server.step_deadline_secs` is shorter than `envoy.message_timeout_secs`, so that a slow decision
   ends with this service's error reply and not with the proxy's time-out.
 * `envoy.stream_idle_timeout_secs` is longer than `proxy.request_timeout_secs`.

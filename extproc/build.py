@@ -18,19 +18,7 @@ from prometheus_client import CollectorRegistry
 from extproc.clock import Clock, SystemClock
 from extproc.config.files import read_api_key
 from extproc.config.models import TOKEN_POLICIES, QueueConfig
-from extproc.config.schema import (
-    Config,
-    InferencePoolConfig,
-    K8sConfig,
-    K8sPodsConfig,
-    StaticUrlsConfig,
-)
-from extproc.discovery.cluster_source import SourceParts
-from extproc.discovery.endpoint_slices import slice_source
-from extproc.discovery.inference_pool import pool_source
-from extproc.discovery.pods import pod_source
-from extproc.discovery.static_urls import StaticUrls
-from extproc.errors import ConfigError
+from extproc.config.schema import Config, StaticUrlsConfig
 from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
@@ -76,7 +64,6 @@ __all__ = [
     "build_manager",
     "build_router",
     "build_shared",
-    "build_source",
     "forwarded_authorization",
     "introspection_settings",
     "place_models",
@@ -209,24 +196,8 @@ def place_models(config: Config, shared: Shared, kv: Kv) -> None:
     kv.ranks.serve({model: one.model_speed for model, one in placements.items()})
 
 
-def build_source(config: Config, shared: Shared) -> WorkerSource:
-    """The discovery backend; raises ConfigError where a cluster cannot be asked."""
-    discovery = config.discovery
-    if isinstance(discovery.static_urls, StaticUrlsConfig):
-        return StaticUrls(discovery.static_urls)
-    parts = SourceParts(clock=shared.clock, random=shared.random, metrics=shared.metrics.discovery)
-    match discovery.cluster:
-        case K8sPodsConfig() as section:
-            return pod_source(section, parts)
-        case InferencePoolConfig() as section:
-            return pool_source(section, parts)
-        case K8sConfig() as section:
-            return slice_source(section, parts)
-    raise ConfigError([f"discovery.{discovery.backend}: this section is needed"])
-
-
 def _resolution_of(config: Config) -> StaticUrlsConfig:
-    """How host names are resolved; workers of a cluster have none."""
+    """How host names are resolved; workers of a cluster have addresses."""
     static_urls = config.discovery.static_urls
     return StaticUrlsConfig(urls=[]) if isinstance(static_urls, UnsetType) else static_urls
 

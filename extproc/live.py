@@ -20,7 +20,6 @@ from extproc.build import (
     build_manager,
     build_router,
     build_shared,
-    build_source,
     introspection_settings,
     place_models,
     worker_tls_of,
@@ -39,6 +38,7 @@ from extproc.serving import (
     session_context,
     stream_settings,
 )
+from extproc.sources import build_source
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.introspection_client import AiohttpIntrospectionClient
 from extproc.workers.prefill_client import AiohttpPrefillClient

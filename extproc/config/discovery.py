@@ -112,7 +112,7 @@ class SelectedSection(ClusterSection, frozen=True, kw_only=True):
         Port | None,
         Meta(
             description="The workers' port where `port_name` does not give it. Without both, it is "
-            "the first port of the object, or 30000 if the object has none."
+            "the first port of the object, or 30000 if the object has no port."
         ),
     ] = None
 

@@ -1,7 +1,7 @@
 """Discovery backends: where the workers of an installation come from.
 
 A backend is a class with the protocol `workers.source.WorkerSource`, which delivers events about
-workers that appear and disappear; it is chosen in `build.build_source`. Begin with `static_urls`,
+workers that appear and disappear; it is chosen in `sources.build_source`. Begin with `static_urls`,
 the list in the configuration.
 
 `endpoint_slices`, `pods` and `inference_pool` are backends for a Kubernetes cluster. They say how

@@ -47,7 +47,7 @@ class ClusterObjects(Generic[_KindT]):
     ) -> None:
         """`read` gives the workers that one object names; `what` is the kind in logs.
 
-        A `union` knows what was told before.
+        A `union` knows what was reported before.
         """
         self._list_watch = list_watch
         self._read = read

@@ -111,7 +111,7 @@ class PoolSource:
                 await self._client.close()
 
     async def _use(self, members: _Members | None) -> None:
-        """Follow these pods, and no others; workers that stay the same are not told again."""
+        """Follow these pods, and no others; workers that stay the same are not added again."""
         if members == self._members:
             return
         self._members = members

@@ -16,7 +16,7 @@ def pick_port(
     name: str | None,
     number: int | None,
 ) -> int | None:
-    """By name, then by number, then the first one; None if there is none of that name.
+    """By name, then by number, then the first one; None if no port has that name.
 
     `named` are name, number and protocol of each port; without a protocol it is TCP.
     """

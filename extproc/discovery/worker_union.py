@@ -4,7 +4,7 @@ A worker can be named by more than one object: its Service is spread over endpoi
 dual-stack pod is in one of each family, and an endpoint moves from one slice to another. So the
 state is kept by object, and only the union over all objects is compared. There is no I/O here.
 
-The API server promises no order between objects. A worker that moves may be in none of them for a
+The API server promises no order between objects. A worker that moves may be in no object for a
 moment: it gets no new requests, but is removed only when it has not appeared again in time.
 """
 
@@ -34,21 +34,21 @@ class Sighting(Struct, frozen=True):
 
 
 class Reading(Struct, frozen=True):
-    """The workers that an object names; `problem` says why it names none that can be used."""
+    """The workers that an object names; `problem` says why it names no usable worker."""
 
     sightings: Sequence[Sighting] = ()
     problem: Literal["bootstrap_port_invalid", "fqdn_addresses", "port_not_found"] | None = None
 
 
 class WorkerUnion:
-    """The workers that the objects name, as they were told last."""
+    """The workers that the objects name, as they were reported last."""
 
     def __init__(self) -> None:
         self._by_object: dict[str, Sequence[Sighting]] = {}
         # By id of the worker, then by object.
         self._by_worker: dict[str, dict[str, Sighting]] = {}
         self._told: dict[str, Sighting] = {}
-        # Those that no object names now, and when they are removed. They were told as draining.
+        # Those that no object names now, and when they are removed. They were reported as draining.
         self._leaving: dict[str, float] = {}
 
     def replace(self, objects: Mapping[str, Sequence[Sighting]]) -> list[WorkerEvent]:

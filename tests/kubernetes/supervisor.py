@@ -1,4 +1,4 @@
-"""Runs programs for the tests, told by lines on standard input; all of them end with that input.
+"""Runs programs for the tests, by lines on standard input; all of them end with that input.
 
 The tests check that they leave no child process behind. So the servers, which live longer than
 one test, are children of this process, and do not outlive the tests even where those crash.

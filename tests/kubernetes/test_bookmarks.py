@@ -44,4 +44,4 @@ async def test_a_bookmark_can_be_decoded(
         event = decode_watch_event((await anext(lines)).encode())
     assert event.type == "BOOKMARK"
     bookmark = msgspec.json.decode(event.object, type=kind)
-    assert getattr(bookmark, "metadata").resourceVersion  # noqa: B009 (the base class has none)
+    assert getattr(bookmark, "metadata").resourceVersion  # noqa: B009 (not in the base class)

@@ -65,7 +65,7 @@ async def test_a_label_flips_the_role_of_a_pod(namespace: Namespace) -> None:
     section: dict[str, Any] = {
         "label_selector": "app in (sglang)",
         "prefill_selector": "role in (prefill)",
-        "decode_selector": "role notin (prefill, none)",
+        "decode_selector": "role notin (prefill, idle)",
     }
     async with following_pods(namespace, **section) as found:
         await found.sees(A, B)
@@ -74,7 +74,7 @@ async def test_a_label_flips_the_role_of_a_pod(namespace: Namespace) -> None:
         await set_labels(namespace, 2, role="prefill")
         await eventually(lambda: found.roles[B] == "prefill", "the role changes")
         assert isinstance(found.log[-1], RoleChanged)
-        await set_labels(namespace, 2, role="none")
+        await set_labels(namespace, 2, role="idle")
         await found.sees(A)
 
 

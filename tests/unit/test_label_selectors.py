@@ -37,7 +37,7 @@ def test_a_selector_matches_labels(text: str, matches: bool) -> None:
     assert parse_selector(text).matches(LABELS) is matches
 
 
-def test_an_object_without_labels_has_none() -> None:
+def test_an_object_may_have_no_labels() -> None:
     assert not parse_selector("app").matches(None)
     assert parse_selector("!app").matches(None)
 

@@ -98,3 +98,19 @@ def test_a_change_of_the_backend_needs_a_restart() -> None:
     assert "discovery.backend" in changed.restart
     changed = compare(config(**raw(label_selector="a")), config(**raw(label_selector="b")))
     assert changed.restart == ("discovery.k8s.label_selector",)
+
+
+def test_a_pool_needs_its_name_and_namespace() -> None:
+    found = config(**raw("inference_pool", name="llama", prefill_selector="a", decode_selector="b"))
+    assert found.is_disaggregated
+    assert not config(**raw("inference_pool", name="llama")).is_disaggregated
+    key = "discovery.inference_pool"
+    assert problem_of(raw("inference_pool")) == f"{key}.name: this key is required"
+    for wrong, name in (
+        ({"namespace": ""}, "namespace"),
+        ({"prefill_selector": "a"}, "decode_selector"),
+        ({"prefill_selector": "a", "decode_selector": "a"}, "decode_selector"),
+        ({"label_selector": "a"}, "label_selector"),
+    ):
+        problem = problem_of(raw("inference_pool", name="llama", **wrong))
+        assert problem.startswith(f"{key}.{name}: ")

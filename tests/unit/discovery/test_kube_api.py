@@ -20,24 +20,10 @@ from extproc.discovery.kube_api import (
 )
 from extproc.errors import ConfigError
 
+from .fake_cluster import write_kubeconfig
 from .slices import endpoint, slice_json
 
 Answer = Callable[[httpx2.Request], httpx2.Response]
-
-
-def kubeconfig(folder: Path, **user: str) -> str:
-    path = folder / "kubeconfig.yaml"
-    path.write_text(
-        json.dumps(
-            {
-                "current-context": "c",
-                "clusters": [{"name": "c", "cluster": {"server": "https://api.test"}}],
-                "users": [{"name": "u", "user": user or {"token": "t"}}],
-                "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-            }
-        )
-    )
-    return str(path)
 
 
 class _Body(httpx2.AsyncByteStream):
@@ -72,7 +58,7 @@ class _Server(httpx2.AsyncBaseTransport):
 
 
 def api(folder: Path, server: _Server, **settings: Any) -> KubeApi[EndpointSlice]:
-    client = open_client(settings.pop("kubeconfig", None) or kubeconfig(folder), server)
+    client = open_client(settings.pop("kubeconfig", None) or write_kubeconfig(folder), server)
     return KubeApi(client, EndpointSlice, **{"namespace": "ns"} | settings)
 
 
@@ -222,7 +208,7 @@ async def test_a_rotated_token_is_read_from_its_file(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("old")
     server = _Server(listing(), status(401), listing())
-    found = api(tmp_path, server, kubeconfig=kubeconfig(tmp_path, tokenFile=str(token)))
+    found = api(tmp_path, server, kubeconfig=write_kubeconfig(tmp_path, tokenFile=str(token)))
     await found.list()
     token.write_text("new")
     await found.list()
@@ -230,7 +216,9 @@ async def test_a_rotated_token_is_read_from_its_file(tmp_path: Path) -> None:
 
 
 async def test_a_token_file_that_vanished_is_a_failure_like_any_other(tmp_path: Path) -> None:
-    found = api(tmp_path, _Server(), kubeconfig=kubeconfig(tmp_path, tokenFile="/no/such/token"))
+    found = api(
+        tmp_path, _Server(), kubeconfig=write_kubeconfig(tmp_path, tokenFile="/no/such/token")
+    )
     with pytest.raises(ApiTroubleError):
         await found.list()
 

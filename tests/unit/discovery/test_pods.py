@@ -10,30 +10,10 @@ from extproc.config.schema import K8sPodsConfig
 from extproc.discovery.pods import PodReader, WorkerPod, pod_reader
 from extproc.discovery.worker_union import Reading
 
+from .pod_json import pod_json
+
 INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
-READY = [{"type": "PodScheduled", "status": "True"}, {"type": "Ready", "status": "True"}]
 PD = {"prefill_selector": "role in (prefill, both)", "decode_selector": "role notin (prefill)"}
-
-
-def pod_json(
-    labels: dict[str, str] | None = None, *, spec: Any = None, **fields: Any
-) -> dict[str, Any]:
-    """A ready pod; `fields` are those of its status, or metadata where they are known there."""
-    status = {
-        "phase": "Running",
-        "podIP": "10.0.0.1",
-        "podIPs": [{"ip": "10.0.0.1"}],
-        "conditions": READY,
-    }
-    metadata: dict[str, Any] = {"name": "pod-1", "namespace": "ns", "uid": "u1", "labels": labels}
-    for name, value in fields.items():
-        known = metadata if name in ("annotations", "deletionTimestamp", "uid") else status
-        known[name] = value
-    if spec is None:
-        spec = {
-            "containers": [{"name": "engine", "ports": [{"name": "http", "containerPort": 8000}]}]
-        }
-    return {"kind": "Pod", "metadata": metadata, "spec": spec, "status": status}
 
 
 def read(pod: dict[str, Any], **section: Any) -> Reading:

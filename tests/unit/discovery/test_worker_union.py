@@ -71,7 +71,7 @@ def test_a_move_within_one_list_is_seen_at_once() -> None:
     assert union.replace({}) == [Removed("a")]
 
 
-def test_a_list_removes_what_disappeared_while_nobody_watched() -> None:
+def test_a_list_removes_what_disappeared_before_it() -> None:
     union = WorkerUnion()
     union.replace({"s1": [seen()], "s2": [seen(B, "b")]})
     assert union.replace({"s2": [seen(B, "b")]}) == [Removed("a")]

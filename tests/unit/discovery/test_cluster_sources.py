@@ -1,0 +1,266 @@
+"""The sources for a cluster, from the wire to events about workers."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from lightkube.resources.discovery_v1 import EndpointSlice
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from extproc.config.schema import InferencePoolConfig
+from extproc.discovery.cluster_objects import ClusterObjects
+from extproc.discovery.cluster_source import SourceParts
+from extproc.discovery.endpoint_slices import SliceReader
+from extproc.discovery.inference_pool import PoolSource
+from extproc.discovery.kube_api import KubeApi
+from extproc.discovery.list_watch import ListWatch
+from extproc.metrics.service import Metrics
+from extproc.workers.source import (
+    Added,
+    DrainingChanged,
+    Listed,
+    Removed,
+    WorkerEvent,
+    WorkerSource,
+)
+from tests.fakes import FakeClock, settle
+
+from .fake_cluster import FakeCluster
+from .pod_json import pod_json
+from .slices import endpoint, slice_json
+
+SLICES, PODS, POOLS = "endpointslices", "pods", "inferencepools"
+
+
+class Setup:
+    def __init__(self, folder: Path) -> None:
+        self.cluster = FakeCluster()
+        self.clock = FakeClock()
+        self.client = self.cluster.client(folder)
+        self.parts = SourceParts(
+            clock=self.clock,
+            random=Random(1),
+            metrics=Metrics(CollectorRegistry()).discovery,
+        )
+        self._seen: list[WorkerEvent] = []
+
+    def slices(self) -> WorkerSource:
+        api = KubeApi(self.client, EndpointSlice, namespace="ns", selector="app=sglang")
+        parts = self.parts
+        list_watch = ListWatch(
+            api, SLICES, clock=self.clock, random=parts.random, metrics=parts.metrics
+        )
+        reader = SliceReader(roles=[], port_name="http", port=None, family="v4_preferred")
+        return ClusterObjects(list_watch, reader.read, SLICES, self.clock)
+
+    def pool(self) -> WorkerSource:
+        config = InferencePoolConfig(namespace="ns", name="pool")
+        return PoolSource(config, self.client, self.parts)
+
+    @asynccontextmanager
+    async def following(self, source: WorkerSource) -> AsyncIterator[None]:
+        async def collect() -> None:
+            async for event in source.events():
+                self._seen.append(event)
+
+        task = asyncio.create_task(collect())
+        try:
+            await settle()
+            yield
+            assert not task.done(), task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def after(self, *changes: Callable[[], None]) -> list[WorkerEvent]:
+        """The events since the last call, after these changes."""
+        for change in changes:
+            change()
+            await settle()
+        await settle()
+        seen, self._seen[:] = list(self._seen), []
+        return seen
+
+    def put(self, plural: str, made: dict[str, Any]) -> Callable[[], None]:
+        return lambda: self.cluster.put(plural, made)
+
+    def put_slice(self, *endpoints: dict[str, Any], **fields: Any) -> Callable[[], None]:
+        return self.put(SLICES, slice_json(*endpoints, **fields))
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(tmp_path)
+
+
+def pod(n: int, **labels: str) -> dict[str, Any]:
+    made = pod_json({"app": "sglang"} | labels, uid=f"u{n}", podIPs=[{"ip": f"10.0.0.{n}"}])
+    made["metadata"]["name"] = f"pod-{n}"
+    return made
+
+
+def pool(*ports: int, **labels: str) -> dict[str, Any]:
+    selector = {"matchLabels": labels or {"app": "sglang"}}
+    return {
+        "metadata": {"name": "pool", "uid": "p"},
+        "spec": {"selector": selector, "targetPorts": [{"number": port} for port in ports]},
+    }
+
+
+def names(events: list[WorkerEvent]) -> list[str]:
+    """Short texts of the events: `+` added, `-` removed, `~` draining."""
+    texts = []
+    for event in events:
+        match event:
+            case Added(spec):
+                texts.append(f"+{spec.id}")
+            case Removed(worker_id):
+                texts.append(f"-{worker_id}")
+            case DrainingChanged(worker_id, draining):
+                texts.append(f"{'~' if draining else '='}{worker_id}")
+            case Listed():
+                texts.append("listed")
+    return texts
+
+
+async def test_a_list_is_followed_by_what_changes(setup: Setup) -> None:
+    setup.put_slice(endpoint())()
+    async with setup.following(setup.slices()):
+        assert names(await setup.after()) == ["+pod-1:8000", "listed"]
+        two = setup.put_slice(endpoint(), endpoint("10.0.0.2", "pod-2"))
+        assert names(await setup.after(two)) == ["+pod-2:8000"]
+
+
+async def test_a_worker_that_no_slice_names_is_removed_after_a_second(setup: Setup) -> None:
+    setup.put_slice(endpoint())()
+    async with setup.following(setup.slices()):
+        await setup.after()
+        assert names(await setup.after(setup.put_slice())) == ["~pod-1:8000"]
+        await setup.clock.advance(0.9)
+        assert await setup.after() == []
+        await setup.clock.advance(0.2)
+        assert names(await setup.after()) == ["-pod-1:8000"]
+
+
+async def test_a_worker_that_moves_meanwhile_stays(setup: Setup) -> None:
+    setup.put_slice(endpoint())()
+    async with setup.following(setup.slices()):
+        await setup.after()
+        moved = setup.put_slice(endpoint(), name="slice-2")
+        events = await setup.after(lambda: setup.cluster.delete(SLICES, "slice-1"), moved)
+        assert names(events) == ["~pod-1:8000", "=pod-1:8000"]
+        await setup.clock.advance(5.0)
+        assert await setup.after() == []
+
+
+async def test_removals_are_not_held_up_by_a_stream_of_other_changes(setup: Setup) -> None:
+    setup.put_slice(endpoint())()
+    async with setup.following(setup.slices()):
+        await setup.after()
+        await setup.after(setup.put_slice())
+        setup.clock.tick(2.0)  # nothing is woken, but the next change comes
+        other = setup.put_slice(endpoint("10.0.0.2", "pod-2"), name="slice-2")
+        assert names(await setup.after(other)) == ["+pod-2:8000", "-pod-1:8000"]
+
+
+async def test_a_deletion_that_no_watch_reported_is_seen_in_the_next_list(setup: Setup) -> None:
+    setup.put_slice(endpoint())()
+    setup.put_slice(endpoint("10.0.0.2", "pod-2"), name="slice-2")()
+    async with setup.following(setup.slices()):
+        await setup.after()
+        setup.cluster.delete_unseen(SLICES, "slice-1")
+        setup.cluster.end_watches()
+        await setup.clock.advance(1.0)
+        assert names(await setup.after()) == ["-pod-1:8000"]
+
+
+async def test_workers_stay_while_the_server_refuses(setup: Setup) -> None:
+    setup.put_slice(endpoint())()
+    async with setup.following(setup.slices()):
+        await setup.after()
+        setup.cluster.refuse = 403
+        setup.cluster.end_watches()
+        await setup.clock.advance(600.0)
+        assert await setup.after() == []
+        setup.cluster.refuse = None
+        await setup.clock.advance(30.0)
+        two = setup.put_slice(endpoint(), endpoint("10.0.0.2", "pod-2"))
+        assert names(await setup.after(two)) == ["+pod-2:8000"]
+
+
+async def test_nothing_is_listed_before_the_first_list_has_succeeded(setup: Setup) -> None:
+    setup.cluster.refuse = 500
+    async with setup.following(setup.slices()):
+        await setup.clock.advance(60.0)
+        assert await setup.after() == []
+        setup.cluster.refuse = None
+        await setup.clock.advance(30.0)
+        assert names(await setup.after()) == ["listed"]
+
+
+async def test_a_slice_that_cannot_be_used_is_warned_of_once(setup: Setup) -> None:
+    setup.put_slice(endpoint(), ports=None)()
+    with capture_logs() as logs:
+        async with setup.following(setup.slices()):
+            # The same again, by a change and by a list.
+            await setup.after(setup.put_slice(ports=None))
+            setup.cluster.end_watches()
+            await setup.clock.advance(1.0)
+            assert len(logs) == 1
+            # It was good for a while.
+            await setup.after(setup.put_slice(), setup.put_slice(ports=None))
+            assert len(logs) == 2
+    assert logs[0]["event"] == "cluster_object_not_usable"
+    assert (logs[0]["name"], logs[0]["reason"]) == ("ns/slice-1", "port_not_found")
+
+
+async def test_a_pool_names_its_pods_at_each_port(setup: Setup) -> None:
+    setup.cluster.put(POOLS, pool(8000, 8001))
+    setup.cluster.put(PODS, pod(1))
+    setup.cluster.put(PODS, pod(2) | {"status": {}})
+    async with setup.following(setup.pool()):
+        assert names(await setup.after()) == ["+u1:8000", "+u1:8001", "listed"]
+        assert names(await setup.after(setup.put(PODS, pod(2)))) == ["+u2:8000", "+u2:8001"]
+
+
+async def test_another_selector_keeps_the_workers_that_it_also_selects(setup: Setup) -> None:
+    setup.cluster.put(POOLS, pool(8000))
+    setup.cluster.put(PODS, pod(1, zone="a"))
+    setup.cluster.put(PODS, pod(2, zone="b"))
+    async with setup.following(setup.pool()):
+        await setup.after()
+        narrower = setup.put(POOLS, pool(8000, app="sglang", zone="b"))
+        assert names(await setup.after(narrower)) == ["-u1:8000"]
+        # The same pool once more is no change.
+        assert await setup.after(narrower) == []
+        assert names(await setup.after(setup.put(PODS, pod(3, zone="b")))) == ["+u3:8000"]
+        assert names(await setup.after(setup.put(POOLS, pool(8001)))) == [
+            "-u2:8000",
+            "-u3:8000",
+            "+u1:8001",
+            "+u2:8001",
+            "+u3:8001",
+        ]
+
+
+async def test_a_pool_that_is_deleted_takes_its_workers_at_once(setup: Setup) -> None:
+    setup.cluster.put(PODS, pod(1))
+    async with setup.following(setup.pool()):
+        assert names(await setup.after()) == ["listed"]
+        assert names(await setup.after(setup.put(POOLS, pool(8000)))) == ["+u1:8000"]
+        deleted = lambda: setup.cluster.delete(POOLS, "pool")  # noqa: E731
+        assert names(await setup.after(deleted)) == ["-u1:8000"]
+        assert names(await setup.after(setup.put(POOLS, pool(8000)))) == ["+u1:8000"]
+
+
+@pytest.mark.parametrize("spec", [None, {}, {"selector": {}}, {"selector": {"matchLabels": {}}}])
+async def test_a_pool_that_selects_nothing_has_no_workers(setup: Setup, spec: Any) -> None:
+    setup.cluster.put(PODS, pod(1))
+    setup.cluster.put(POOLS, pool(8000) | {"spec": spec})
+    async with setup.following(setup.pool()):
+        assert names(await setup.after()) == ["listed"]
