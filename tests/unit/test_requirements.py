@@ -61,9 +61,10 @@ def asked() -> Iterator[tuple[str, str]]:
         "demo.txt": demo,
         "dev.txt": demo + build + groups["test"] + groups["lint"],
         "xds-protos.txt": groups["xds-protos"],
+        "kubernetes.txt": groups["kubernetes"],
     }
     assert sorted(files) == [path.name for path in LOCKS]
-    assert set(groups) == {"build", "test", "lint", "xds-protos"}
+    assert set(groups) == {"build", "test", "lint", "xds-protos", "kubernetes"}
     for name, requirements in files.items():
         for requirement in requirements:
             yield name, requirement
@@ -85,7 +86,7 @@ def test_each_requirement_is_locked_within_its_bounds(name: str, requirement: st
 def test_the_files_of_the_lock_agree_on_versions(python: str) -> None:
     every = locked(ROOT / "requirements" / "dev.txt", python)
     for path in LOCKS:
-        if path.name == "xds-protos.txt":
+        if path.name in ("xds-protos.txt", "kubernetes.txt"):
             continue
         for name, version in locked(path, python).items():
             assert every[name] == version, f"{path.name}: {name}"
