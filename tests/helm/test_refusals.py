@@ -1,0 +1,91 @@
+"""Wrong values are refused before anything is installed, and the refusal names the value."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helm.generate import CHART
+from tests.helm.chart import render
+
+SERVICE = CHART / "values" / "sglang-behind-a-gateway.yaml"
+GATEWAY = CHART / "values" / "vllm-with-envoy.yaml"
+LIST = CHART / "values" / "list-of-workers.yaml"
+
+# What each refusal must name, the file, and the values that it gets.
+WRONG: list[tuple[str, Path, dict[str, Any]]] = [
+    ("replica", SERVICE, {"replica": 3}),
+    ("/replicas", SERVICE, {"replicas": 0}),
+    ("/replicas", SERVICE, {"replicas": "three"}),
+    ("/mode", SERVICE, {"mode": "sidecar"}),
+    ("/image/pullPolicy", SERVICE, {"image.pullPolicy": "Sometimes"}),
+    ("/image/digest", SERVICE, {"image.digest": "sha256:12"}),
+    ("'prot'", SERVICE, {"config.server.prot": 9002}),
+    ("/config/server/port", SERVICE, {"config.server.port": 70000}),
+    ("'unix_socket'", SERVICE, {"config.server.unix_socket": "/run/x.sock"}),
+    ("'admin_token_env'", SERVICE, {"config.server.admin_token_env": "X"}),
+    ("'api_key'", SERVICE, {"config.workers.api_key": "secret"}),
+    ("'endpoints_file'", SERVICE, {"config.envoy.endpoints_file": "/x.json"}),
+    ("'kubeconfig'", SERVICE, {"config.discovery.k8s.kubeconfig": "/x"}),
+    ("/config/models/0/policy", SERVICE, {"config.models[0].policy": "fastest"}),
+    ("/config/models", SERVICE, {"config.models": []}),
+    ("'id'", SERVICE, {"config.models": [{"policy": "random"}]}),
+    ("'tokenizer_path'", SERVICE, {"config.models": [{"id": "m", "policy": "min_ttft"}]}),
+    ("/config/discovery/backend", SERVICE, {"config.discovery.backend": "consul"}),
+    ("'static_urls'", SERVICE, {"config.discovery.backend": "static_urls"}),
+    ("/config/kv/max_pages", SERVICE, {"config.kv.max_pages": 10}),
+    ("'zones'", SERVICE, {"sizing.zones": 3}),
+    ("/sizing/pageSize", SERVICE, {"sizing.pageSize": 0}),
+    ("/tokenizers/0/name", SERVICE, {"tokenizers[0].name": "My Model"}),
+    ("/tokenizers/0/download/revision", SERVICE, {"tokenizers[0].download.revision": "main"}),
+    ("/tokenizers/0'", SERVICE, {"tokenizers[0].image": {"reference": "x"}}),
+    ("/tokenizers/0'", SERVICE, {"tokenizers": [{"name": "llama"}]}),
+    ("/gateway/service/type", GATEWAY, {"gateway.service.type": "ExternalName"}),
+    ("/gateway/memory", GATEWAY, {"gateway.memory": "much"}),
+    ("/topologySpread/zones", SERVICE, {"topologySpread.zones": "Never"}),
+    ("/monitoring/serviceMonitor/interval", SERVICE, {"monitoring.serviceMonitor.interval": "x"}),
+    ("'name'", SERVICE, {"adminToken": {"key": "token"}}),
+    ("/runAsUser", SERVICE, {"runAsUser": 0}),
+    # Rules between values.
+    ("autoscaling.keda.enabled", LIST, {"autoscaling.keda.enabled": True}),
+    (
+        "autoscaling.keda.prometheusAddress",
+        SERVICE,
+        {"autoscaling.keda.enabled": True},
+    ),
+    ("autoscaling.hpa.maxReplicas", LIST, {"autoscaling.hpa.minReplicas": 9}),
+    ("monitoring.podMonitor.enabled", SERVICE, {"monitoring.podMonitor.enabled": True}),
+    ("tls", GATEWAY, {"tls.secretName": "x"}),
+    (
+        "tokenizers[1].name",
+        GATEWAY,
+        {"tokenizers[1]": {"name": "qwen", "image": {"reference": "x"}}},
+    ),
+    ("config.models[0].tokenizer_path", SERVICE, {"config.models[0].tokenizer_path": "/models/x"}),
+    ("config.kv.max_pages", SERVICE, {"config.kv.max_pages": 1000}),
+    ("sizing.openFilesMax", SERVICE, {"sizing.openFilesMax": 1024}),
+    ("config.server.port", SERVICE, {"config.server.port": 9090}),
+    ("serviceAccount.name", SERVICE, {"serviceAccount.create": False}),
+    ("config.server.step_deadline_secs", SERVICE, {"config.server.step_deadline_secs": 20}),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "more"), WRONG, ids=[f"{one[0]}-{next(iter(one[2]))}" for one in WRONG]
+)
+def test_a_wrong_value_is_refused_by_name(key: str, values: Path, more: dict[str, Any]) -> None:
+    release, errors = render(values, more)
+    assert release.objects == []
+    assert key in errors
+    assert "panic" not in errors
+
+
+def test_the_chart_needs_models_and_discovery() -> None:
+    release, errors = render()
+    assert release.objects == []
+    assert "'/config': missing properties 'models', 'discovery'" in errors
+
+
+def test_values_of_a_parent_chart_are_allowed() -> None:
+    release, errors = render(SERVICE, {"global.imageRegistry": "registry.example.com"})
+    assert release.objects, errors
