@@ -141,7 +141,15 @@ class GatewayValues(Section, frozen=True, kw_only=True):
     concurrency: Annotated[
         int, Meta(ge=1, le=128, description="Threads of Envoy, and its CPU request.")
     ] = 2
-    memory: Annotated[Quantity, Meta(description="Memory request and limit of Envoy.")] = "1Gi"
+    memory_mib: Annotated[
+        int,
+        Meta(
+            ge=256,
+            le=1_048_576,
+            description="Memory limit of Envoy in MiB. Half of it is its request, and the default "
+            "of `envoy.max_heap_mb`, from which Envoy refuses requests.",
+        ),
+    ] = 2048
     drain_secs: Annotated[
         Seconds,
         Meta(

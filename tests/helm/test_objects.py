@@ -217,6 +217,15 @@ def test_envoy_is_a_native_sidecar_that_reaches_the_service_by_a_unix_socket() -
     assert release.config["envoy"]["endpoints_file"].startswith("/run/llm-extproc/")
 
 
+def test_envoy_refuses_requests_before_its_container_is_full() -> None:
+    release = rendered(GATEWAY, {"gateway.memoryMib": 3000})
+    assert release.config["envoy"]["max_heap_mb"] == 1500
+    envoy = release.pod["spec"]["initContainers"][1]
+    assert envoy["resources"]["limits"]["memory"] == "3000Mi"
+    own = {"gateway.memoryMib": 3000, "config.envoy.max_heap_mb": 600}
+    assert rendered(GATEWAY, own).config["envoy"]["max_heap_mb"] == 600
+
+
 def test_tls_brings_certificates_for_both_sides() -> None:
     config = rendered(LARGE).config
     assert config["server"]["tls"]["client_ca_file"] == "/etc/extproc-tls/ca.crt"

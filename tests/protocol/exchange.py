@@ -86,7 +86,7 @@ class Service:
             ),
             shared=make_shared(clock=self.clock, seed=7, stale_seconds=stale_seconds),
         )
-        self.fleet = fleet
+        self.close = fleet.close
         self.metrics, self.registry = fleet.metrics, fleet.registry
         self.tickets, self.router = fleet.tickets, fleet.router
         self.route_seconds = route_seconds
@@ -151,7 +151,7 @@ async def serving(service: Service) -> AsyncIterator[Service]:
         yield service
     finally:
         await service.server.stop()
-        await service.fleet.close()
+        await service.close()
 
 
 class Envoy:

@@ -74,6 +74,9 @@
 {{- $_ := set $owned "discovery" (dict .Values.config.discovery.backend $section) }}
 {{- end }}
 {{- $defaults := dict "observability" (dict "log_format" "json") }}
+{{- if eq .Values.mode "gateway" }}
+{{- $_ := set $defaults "envoy" (dict "max_heap_mb" (div (int64 .Values.gateway.memoryMib) 2)) }}
+{{- end }}
 {{- if gt (int (include "llm-extproc.tokenModels" .)) 0 }}
 {{- $_ := set $defaults "kv" (dict "max_pages" (int64 (include "llm-extproc.maxPages" .))) }}
 {{- end }}

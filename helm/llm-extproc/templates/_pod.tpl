@@ -216,9 +216,9 @@ grpc:
   resources:
     requests:
       cpu: {{ .Values.gateway.concurrency | quote }}
-      memory: {{ .Values.gateway.memory }}
+      memory: {{ div (int64 .Values.gateway.memoryMib) 2 }}Mi
     limits:
-      memory: {{ .Values.gateway.memory }}
+      memory: {{ int64 .Values.gateway.memoryMib }}Mi
   securityContext:
     {{- include "llm-extproc.containerSecurity" . | nindent 4 }}
   volumeMounts:

@@ -19,6 +19,12 @@
 {{- if and $values.tls (eq $values.mode "gateway") }}
 {{- fail "tls: not with mode: gateway, where Envoy and the service share a Unix socket" }}
 {{- end }}
+{{- if eq $values.mode "gateway" }}
+{{- $heap := int64 (default 0 (get (default dict $values.config.envoy) "max_heap_mb")) }}
+{{- if gt (mul 2 $heap) (int64 $values.gateway.memoryMib) }}
+{{- fail (printf "gateway.memoryMib: must be at least twice config.envoy.max_heap_mb (%d), since bodies on their way come on top" $heap) }}
+{{- end }}
+{{- end }}
 {{- $names := list }}
 {{- range $index, $tokenizer := $values.tokenizers }}
 {{- if has $tokenizer.name $names }}
