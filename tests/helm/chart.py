@@ -26,6 +26,7 @@ __all__ = [
     "lint",
     "render",
     "run_helm",
+    "run_tool",
     "schema_problems",
 ]
 
@@ -86,8 +87,16 @@ class Release:
 
 def run_helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run helm; the result has its exit code and output."""
+    return run_tool("helm", *arguments)
+
+
+def run_tool(
+    name: str, *arguments: str | Path, text: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run helm or kubectl, with this text as its standard input."""
     return subprocess.run(
-        [_TOOLS / "bin" / "helm", *arguments],
+        [_TOOLS / "bin" / name, *arguments],
+        input=text,
         capture_output=True,
         text=True,
         timeout=_TIMEOUT_SECONDS,

@@ -86,8 +86,11 @@ def annotations(release: Release) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("key", "value", "replaces_pods"),
     [
-        ("config.server.max_requests", 500, False),
+        ("config.proxy.fallback_workers", 1, False),
         ("config.models[0].policy", "least_load", False),
+        # Memory and the time to end follow from these.
+        ("config.server.max_requests", 500, True),
+        ("config.server.drain_secs", 20, True),
         ("config.models[1]", {"id": "another"}, False),
         ("config.server.port", 9003, True),
         ("config.models[0].queue.tenant_header", "x-team", True),
@@ -96,11 +99,11 @@ def annotations(release: Release) -> dict[str, str]:
         ("adminToken", None, True),
     ],
 )
-def test_only_keys_that_need_a_restart_replace_the_pods(
+def test_only_keys_that_need_a_restart_or_other_resources_replace_the_pods(
     key: str, value: Any, replaces_pods: bool
 ) -> None:
     before, after = rendered(SERVICE), rendered(SERVICE, {key: value})
-    assert (annotations(before) != annotations(after)) is replaces_pods
+    assert (before.pod != after.pod) is replaces_pods
     assert before.config != after.config
 
 

@@ -94,8 +94,11 @@ class Cluster:
 
     def admin(self) -> AsyncClient:
         """A client that may do everything."""
-        path = self._folder / "admin.kubeconfig"
-        return open_client(self.kubeconfig(path, {"token": self._token}))
+        return open_client(self.admin_kubeconfig())
+
+    def admin_kubeconfig(self) -> str:
+        """A file with the credentials of that client."""
+        return self.kubeconfig(self._folder / "admin.kubeconfig", {"token": self._token})
 
     def start(self) -> None:
         """Start the API server, on the same port and data as before."""

@@ -1,0 +1,150 @@
+"""A real API server accepts the chart's objects, in a namespace with the level `restricted`.
+
+No controller runs here, so a Deployment makes no pods: a test creates one from its template.
+Objects of operators (KEDA, Prometheus) are switched off, since their kinds are not installed.
+"""
+
+import json
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from helm.generate import CHART
+from tests.helm.chart import VALUES_FILES, Release, run_tool
+
+from .cluster import Cluster
+
+EVERY: Final = pytest.mark.parametrize("values", VALUES_FILES, ids=lambda path: path.stem)
+WITHOUT_OPERATORS: Final = [
+    f"--set={name}.enabled=false"
+    for name in (
+        "autoscaling.keda",
+        "monitoring.serviceMonitor",
+        "monitoring.podMonitor",
+        "monitoring.prometheusRule",
+    )
+]
+
+
+class Project:
+    """helm and kubectl in a namespace of the API server."""
+
+    def __init__(self, kubeconfig: str, name: str) -> None:
+        self.kubeconfig = kubeconfig
+        self.name = name
+
+    def kubectl(self, *arguments: str, text: str | None = None) -> str:
+        """The output; fails with what kubectl says."""
+        where = ("--kubeconfig", self.kubeconfig, "--namespace", self.name)
+        done = run_tool("kubectl", *where, *arguments, text=text)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def refusal(self, *arguments: str, text: str) -> str:
+        """What kubectl says about something that is refused."""
+        where = ("--kubeconfig", self.kubeconfig, "--namespace", self.name)
+        done = run_tool("kubectl", *where, *arguments, text=text)
+        assert done.returncode != 0, done.stdout
+        return done.stderr
+
+    def helm(self, command: str, values: Path, *more: str) -> str:
+        where = ("--kubeconfig", self.kubeconfig, "--namespace", self.name)
+        arguments = ("router", str(CHART), "--values", str(values), *WITHOUT_OPERATORS, *more)
+        done = run_tool("helm", *where, command, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def pod(self) -> dict[str, Any]:
+        """A pod as the Deployment's controller would make it."""
+        deployment = json.loads(self.kubectl("get", "deployment", "router-llm-extproc", "-ojson"))
+        template = deployment["spec"]["template"]
+        metadata = {**template["metadata"], "name": "one"}
+        return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+
+
+@pytest.fixture
+def project(cluster: Cluster) -> Iterator[Project]:
+    found = Project(cluster.admin_kubeconfig(), f"chart-{secrets.token_hex(4)}")
+    label = {"pod-security.kubernetes.io/enforce": "restricted"}
+    metadata = {"name": found.name, "labels": label}
+    made = {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
+    found.kubectl("create", "-f", "-", text=json.dumps(made))
+    yield found
+    # Roles of the whole cluster would meet those of the next test.
+    found.kubectl(
+        "delete", "clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/name=llm-extproc"
+    )
+
+
+@EVERY
+def test_every_object_passes_strict_validation(project: Project, values: Path) -> None:
+    text = project.helm("template", values)
+    kinds = Release([one for one in yaml.safe_load_all(text) if one]).kinds()
+    assert {"Deployment", "Service", "ConfigMap", "ServiceAccount", "Pod"} <= kinds
+    project.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", text=text)
+
+
+@EVERY
+def test_a_release_is_installed_and_its_pod_fits_a_restricted_namespace(
+    project: Project, values: Path
+) -> None:
+    assert "What to check next" in project.helm("install", values)
+    pod = project.pod()
+    arguments = ("create", "--dry-run=server", "--validate=strict", "-f", "-")
+    assert "created" in project.kubectl(*arguments, text=json.dumps(pod))
+    # The namespace does refuse: the same pod without a seccomp profile of its own.
+    del pod["spec"]["securityContext"]["seccompProfile"]
+    for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
+        del container["securityContext"]["seccompProfile"]
+    assert "seccompProfile" in project.refusal(*arguments, text=json.dumps(pod))
+
+
+@pytest.mark.parametrize(
+    ("values", "rights"),
+    [
+        ("list-of-workers.yaml", []),
+        ("vllm-with-envoy.yaml", ["endpointslices.discovery.k8s.io list,watch"]),
+        ("large-fleet.yaml", ["endpointslices.discovery.k8s.io list,watch"]),
+    ],
+)
+def test_the_account_may_do_what_discovery_needs_and_nothing_else(
+    project: Project, values: str, rights: list[str]
+) -> None:
+    # Every account of a cluster may ask what it may do.
+    before = _rights(project, "default")
+    project.helm("install", CHART / "values" / values)
+    assert sorted(_rights(project, "router-llm-extproc") - before) == rights
+    account = f"system:serviceaccount:{project.name}:router-llm-extproc"
+    elsewhere = run_tool(
+        "kubectl", "--kubeconfig", project.kubeconfig, "--namespace", "kube-system",
+        "auth", "can-i", "list", "endpointslices.discovery.k8s.io", "--as", account,
+    )  # fmt: skip
+    assert elsewhere.stdout.strip() == ("yes" if values == "large-fleet.yaml" else "no")
+
+
+def _rights(project: Project, account: str) -> set[str]:
+    """The resources with their verbs that a service account of the namespace may use."""
+    name = f"system:serviceaccount:{project.name}:{account}"
+    lines = project.kubectl("auth", "can-i", "--list", "--no-headers", "--as", name).splitlines()
+    return {
+        f"{line.split()[0]} {','.join(line.rpartition('[')[2].rstrip(']').split())}"
+        for line in lines
+        if line and not line.startswith(" ")
+    }
+
+
+def test_an_upgrade_with_a_live_key_leaves_the_pods_alone(project: Project) -> None:
+    values = CHART / "values" / "sglang-behind-a-gateway.yaml"
+    project.helm("install", values)
+    before = project.pod()
+    project.helm("upgrade", values, "--set=config.proxy.fallback_workers=1")
+    assert project.pod() == before
+    assert "fallback_workers: 1" in project.kubectl(
+        "get", "configmap", "router-llm-extproc", "-oyaml"
+    )
+    project.helm("upgrade", values, "--set=config.server.port=9003")
+    assert project.pod() != before
