@@ -60,8 +60,8 @@ test: $(VENV)/.dev
 # Discovery against a real kube-apiserver, which is built at the first time: ten to fifteen minutes,
 # and needs Go. Then a minute.
 test-k8s: $(VENV)/.dev
-	@servers=$$(tests/kubernetes/servers/build.sh) && \
-		KUBERNETES_SERVERS=$$servers $(BIN)/python -m pytest tests/kubernetes $(ARGS) && \
+	@servers=$$(tests/kubernetes/servers/build.sh) && kinds=$$(tests/kubernetes/servers/crds.sh) && \
+		KUBERNETES_SERVERS=$$servers KUBERNETES_KINDS=$$kinds $(BIN)/python -m pytest tests/kubernetes $(ARGS) && \
 		echo "ran against $$($$servers/etcd --version | head -1), $$($$servers/kube-apiserver --version)"
 
 # For work on the code, in under a minute: tests that start neither Envoy nor the service, without

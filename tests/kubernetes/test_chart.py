@@ -1,10 +1,11 @@
 """A real API server accepts the chart's objects, in a namespace with the level `restricted`.
 
-No controller runs here, so a Deployment makes no pods: a test creates one from its template.
-Objects of operators (KEDA, Prometheus) are switched off, since their kinds are not installed.
+No controller runs here, so a Deployment makes no pods: a test creates one from its template. The
+kinds of operators (KEDA, Prometheus) are those that they publish.
 """
 
 import json
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +20,7 @@ from tests.helm.chart import VALUES_FILES, Release, run_tool
 from .cluster import Cluster
 
 EVERY: Final = pytest.mark.parametrize("values", VALUES_FILES, ids=lambda path: path.stem)
-WITHOUT_OPERATORS: Final = [
-    f"--set={name}.enabled=false"
-    for name in (
-        "autoscaling.keda",
-        "monitoring.serviceMonitor",
-        "monitoring.podMonitor",
-        "monitoring.prometheusRule",
-    )
-]
+KINDS: Final = os.environ.get("KUBERNETES_KINDS", "")
 
 
 class Project:
@@ -53,7 +46,7 @@ class Project:
 
     def helm(self, command: str, values: Path, *more: str) -> str:
         where = ("--kubeconfig", self.kubeconfig, "--namespace", self.name)
-        arguments = ("router", str(CHART), "--values", str(values), *WITHOUT_OPERATORS, *more)
+        arguments = ("router", str(CHART), "--values", str(values), *more)
         done = run_tool("helm", *where, command, *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -73,6 +66,8 @@ def project(cluster: Cluster) -> Iterator[Project]:
     metadata = {"name": found.name, "labels": label}
     made = {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
     found.kubectl("create", "-f", "-", text=json.dumps(made))
+    found.kubectl("apply", "--server-side", "-f", KINDS)
+    found.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", KINDS)
     yield found
     # Roles of the whole cluster would meet those of the next test.
     found.kubectl(
