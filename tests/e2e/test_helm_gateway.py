@@ -34,7 +34,7 @@ class Pod:
         self.config_file.write_text(text)
         self.config = load_config(self.config_file)
         spec = release.pod["spec"]
-        files, envoy = spec["initContainers"]
+        *_, files, envoy = spec["initContainers"]
         self.files_command = self._here(files["command"])
         self.pre_stop = self._here(release.container["lifecycle"]["preStop"]["exec"]["command"])
         arguments = [*self._here(envoy["args"]), "--log-level", "warning"]
@@ -148,3 +148,12 @@ async def test_envoy_waits_for_its_responses_before_the_pod_stops(pod: Pod) -> N
     assert text.rstrip().endswith("data: [DONE]")
     assert await pod.service.stop() == 0
     await pod.envoy.stop()
+
+
+@pytest.mark.parametrize("name", ["vllm-with-envoy", "prefill-and-decode"])
+async def test_envoy_accepts_the_files_of_an_installation(name: str, tmp_path: Path) -> None:
+    release, _ = render(CHART / "values" / f"{name}.yaml")
+    found = Pod(release, tmp_path)
+    assert await found.run(found.files_command) == 0
+    command = [find_envoy(), "--mode", "validate", "-c", str(tmp_path / "envoy.yaml")]
+    assert await found.run([*command, "--log-level", "error"]) == 0

@@ -1,22 +1,24 @@
 """What `helm test` says about a release behind a gateway, over a real gRPC connection."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from extproc.config.loading import parse_config
 from extproc.config.models import PolicyName
+from extproc.config.server import ServerTlsConfig
 from tests.helm.scripts import load_script
 from tests.protocol.exchange import Service, serving
 
 
-def config(policy: str) -> Any:
+def config(policy: str, **more: Any) -> Any:
     model = {"id": "m", "policy": policy, "tokenizer_path": "/models/m"}
     urls = {"urls": ["http://10.0.0.1:8000"]}
-    return parse_config(
-        {"models": [model], "discovery": {"backend": "static_urls", "static_urls": urls}}
-    )
+    discovery = {"backend": "static_urls", "static_urls": urls}
+    return parse_config({"models": [model], "discovery": discovery, **more})
 
 
 async def check(target: str, policy: str) -> bool:
@@ -60,3 +62,23 @@ async def test_a_service_that_does_not_answer_fails(
     arguments = ("service", "127.0.0.1:1", config("random"))
     assert await asyncio.to_thread(script.check, *arguments) is False
     assert "127.0.0.1:1 does not answer" in capsys.readouterr().out
+
+
+async def test_a_release_with_tls_is_asked_with_its_own_certificate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority = trustme.CA()
+    names = {"cert_file": "tls.crt", "key_file": "tls.key", "ca_file": "ca.crt"}
+    paths = {key: str(tmp_path / name) for key, name in names.items()}
+    authority.cert_pem.write_to_path(paths["ca_file"])
+    pair = authority.issue_cert("127.0.0.1")
+    pair.cert_chain_pems[0].write_to_path(paths["cert_file"])
+    pair.private_key_pem.write_to_path(paths["key_file"])
+    tls = ServerTlsConfig(
+        cert_file=paths["cert_file"], key_file=paths["key_file"], client_ca_file=paths["ca_file"]
+    )
+    asked = config("random", envoy={"extproc": paths})
+    async with serving(Service(["m"], 1, server={"tls": tls})) as service:
+        script = load_script("check_release")
+        assert await asyncio.to_thread(script.check, "service", service.target, asked) is True
+    assert capsys.readouterr().out == "m: good\n"
