@@ -317,7 +317,8 @@ def test_prometheus_reads_the_metrics_with_the_admin_token() -> None:
 
 
 def test_in_gateway_mode_only_one_service_is_scraped() -> None:
-    release = rendered(GATEWAY, {"monitoring.serviceMonitor.enabled": True})
+    more = {"monitoring.serviceMonitor.enabled": True, "networkPolicy.enabled": False}
+    release = rendered(GATEWAY, more)
     wanted = release.one("ServiceMonitor")["spec"]["selector"]["matchLabels"]
     services = [one for one in release if one["kind"] == "Service"]
     scraped = [one for one in services if wanted.items() <= one["metadata"]["labels"].items()]

@@ -56,6 +56,7 @@ WRONG: list[tuple[str, Path, dict[str, Any]]] = [
     ),
     ("autoscaling.hpa.maxReplicas", LIST, {"autoscaling.hpa.minReplicas": 9}),
     ("monitoring.podMonitor.enabled", SERVICE, {"monitoring.podMonitor.enabled": True}),
+    ("networkPolicy.monitoring", GATEWAY, {"monitoring.podMonitor.enabled": True}),
     ("tls", GATEWAY, {"tls.secretName": "x"}),
     (
         "tokenizers[1].name",

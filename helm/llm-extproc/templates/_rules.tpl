@@ -8,6 +8,10 @@
 {{- if and $values.monitoring.serviceMonitor.enabled $values.monitoring.podMonitor.enabled }}
 {{- fail "monitoring.podMonitor.enabled: not beside monitoring.serviceMonitor.enabled, or each pod is scraped twice" }}
 {{- end }}
+{{- $isScraped := or $values.monitoring.serviceMonitor.enabled $values.monitoring.podMonitor.enabled }}
+{{- if and $values.networkPolicy.enabled $isScraped (not $values.networkPolicy.monitoring) }}
+{{- fail "networkPolicy.monitoring: name the peers of Prometheus, or the policy keeps it from the metrics" }}
+{{- end }}
 {{- range $name, $scaler := $values.autoscaling }}
 {{- if and $scaler.enabled (gt (int $scaler.minReplicas) (int $scaler.maxReplicas)) }}
 {{- fail (printf "autoscaling.%s.maxReplicas: less than minReplicas" $name) }}
