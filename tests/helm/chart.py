@@ -113,12 +113,11 @@ def render(
     values: Path | None = None,
     more: Mapping[str, Any] | None = None,
     *,
-    checked: bool = True,
     notes: bool = False,
 ) -> tuple[Release, str]:
     """The objects and helm's errors; no objects if it refuses the values.
 
-    `more` are further values, by their dotted names. Without `checked` the schema is not asked.
+    `more` are further values, by their dotted names.
     """
     arguments = ["install", "--dry-run=client"] if notes else ["template"]
     arguments += ["r", str(CHART), "--namespace", "llm"]
@@ -126,8 +125,6 @@ def render(
         arguments += ["--values", str(values)]
     for name, value in (more or {}).items():
         arguments += ["--set-json", f"{name}={json.dumps(value)}"]
-    if not checked:
-        arguments.append("--skip-schema-validation")
     done = _run_once(*arguments)
     if notes:
         return Release([]), done.stdout + done.stderr

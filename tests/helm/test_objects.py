@@ -1,8 +1,10 @@
 """What the objects of the chart contain, and which values change them."""
 
+import re
 from typing import Any
 
 import pytest
+import yaml
 
 from extproc.config.loading import parse_config
 from helm.generate import CHART
@@ -15,8 +17,8 @@ LIST = VALUES / "list-of-workers.yaml"
 LARGE = VALUES / "large-fleet.yaml"
 
 
-def rendered(values: Any, more: dict[str, Any] | None = None, *, checked: bool = True) -> Release:
-    release, errors = render(values, more, checked=checked)
+def rendered(values: Any, more: dict[str, Any] | None = None) -> Release:
+    release, errors = render(values, more)
     assert release.objects, errors
     return release
 
@@ -24,35 +26,34 @@ def rendered(values: Any, more: dict[str, Any] | None = None, *, checked: bool =
 # Rights at the API server.
 
 
-@pytest.mark.parametrize(
-    ("backend", "rights"),
-    [
-        ("k8s", {("discovery.k8s.io", "endpointslices")}),
-        ("k8s_pods", {("", "pods")}),
-        (
-            "inference_pool",
-            {("", "pods"), ("inference.networking.k8s.io", "inferencepools")},
-        ),
-    ],
-)
-def test_the_role_has_what_the_backend_reads_and_nothing_else(
-    backend: str, rights: set[tuple[str, str]]
-) -> None:
-    more = {"config.discovery": {"backend": backend, backend: {"namespace": "workers"}}}
-    release = rendered(SERVICE, more, checked=False)
+SECTIONS: dict[str, dict[str, Any]] = {
+    "k8s": {"label_selector": "app=sglang"},
+    "k8s_pods": {"label_selector": "app=sglang"},
+    "inference_pool": {"name": "llama"},
+}
+
+
+def rules_of_the_page() -> dict[str, list[dict[str, Any]]]:
+    """What docs/kubernetes.md says of the rights, by backend."""
+    page = (CHART.parents[1] / "docs" / "kubernetes.md").read_text()
+    permissions = page.partition("## Permissions")[2].partition("\n## ")[0]
+    role, pods, pool = (
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", permissions, re.S)
+    )
+    return {"k8s": role["rules"], "k8s_pods": pods, "inference_pool": [*pods, *pool]}
+
+
+@pytest.mark.parametrize("backend", SECTIONS)
+def test_the_role_has_what_the_page_says_of_the_backend(backend: str) -> None:
+    section = {"namespace": "workers", **SECTIONS[backend]}
+    release = rendered(SERVICE, {"config.discovery": {"backend": backend, backend: section}})
     role, binding = release.one("Role"), release.one("RoleBinding")
-    found = {
-        (group, resource)
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-    }
-    assert found == rights
-    assert all(rule["verbs"] == ["list", "watch"] for rule in role["rules"])
+    assert role["rules"] == rules_of_the_page()[backend]
     assert role["metadata"]["namespace"] == binding["metadata"]["namespace"] == "workers"
     (subject,) = binding["subjects"]
     assert subject["namespace"] == "llm"
     assert subject["name"] == release.pod["spec"]["serviceAccountName"]
+    assert parse_config(release.config).discovery.backend == backend
 
 
 def test_all_namespaces_need_a_cluster_role_with_a_name_of_its_own() -> None:
