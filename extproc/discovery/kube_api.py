@@ -52,7 +52,8 @@ _REASONS: Final[dict[int, Reason]] = {
     429: "throttled",
 }
 _ALL_NAMESPACES: Final = "*"
-_PAGE_OBJECTS: Final = 50
+# A page is decoded in one go; a slice may name a thousand endpoints.
+_PAGE_OBJECTS: Final = 20
 _REQUEST_SECONDS: Final = 10.0
 _LIST_SECONDS: Final = 60.0
 _DETAIL_MAX_CHARS: Final = 200

@@ -18,6 +18,7 @@ _SIGNAL_THAT_ENDS: Final = signal.SIGKILL
 
 def main() -> None:
     running: dict[str, subprocess.Popen[bytes]] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         for line in sys.stdin:
             told = json.loads(line)

@@ -102,6 +102,7 @@ async def test_a_list_is_read_in_pages_with_its_selector_and_token(tmp_path: Pat
     assert first.url.params["labelSelector"] == "a=b,c in (d)"
     assert first.headers["authorization"] == "Bearer t"
     assert second.url.params["continue"] == "next"
+    assert first.url.params["limit"] == "20"
 
 
 async def test_an_empty_namespace_means_all(tmp_path: Path) -> None:
