@@ -25,8 +25,9 @@ _log = structlog.get_logger()
 
 _KindT = TypeVar("_KindT", bound=NamespacedResource)
 
-# How long a worker that no object names may take to appear in another one.
-_MOVE_SECONDS: Final = 1.0
+# How long a worker that no object names may take to appear in another one. A controller writes
+# two objects, one after the other, and may be slowed down by the API server in between.
+_MOVE_SECONDS: Final = 3.0
 _FIXES: Final = {
     "bootstrap_port_invalid": "write the number of a port into the annotation",
     "fqdn_addresses": "give the Service IP addresses; slices of host names cannot be used",

@@ -121,7 +121,7 @@ async def test_an_endpoint_that_moves_between_slices_is_not_restarted(
         await namespace.put(made(one(3), name="slice-3"))
         await found.sees(A, B, C)
         # Longer than a worker may be in no slice.
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(3.5)
         await found.sees(A, B, C)
         assert not [event for event in found.log if isinstance(event, Removed)]
         assert sum(isinstance(event, Added) for event in found.log) == 3
