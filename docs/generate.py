@@ -73,7 +73,8 @@ discovery:
 * `server.step_deadline_secs` is shorter than `envoy.message_timeout_secs`, so that a slow decision
   ends with this service's error reply and not with the proxy's time-out.
 * `envoy.stream_idle_timeout_secs` is longer than `proxy.request_timeout_secs`.
-* `envoy.endpoints_file` is an absolute path that ends in `.json`.
+* `envoy.endpoints_file` is an absolute path that ends in `.json`. It is for
+  `envoy.endpoints: file`, and `envoy.fail_open_host` is for `envoy.endpoints: ads`.
 * The four ports differ. Header names begin with `x-`, but not with `x-envoy-`.
 * `server.admin_token_file` and `server.admin_token_env` exclude each other.
 * `workers.api_key` and `workers.api_key_file` exclude each other; `workers.forward_api_key`

@@ -56,7 +56,9 @@ class App(WorkerObserver):
         self.ranks = parts.kv.ranks
         gateway = parts.routing.lease_parts.gateway
         self._endpoints = self._build_endpoints()
-        for observer in (self.ranks, self.pd, gateway, self._endpoints, self):
+        if parts.publisher is not None:
+            parts.publisher.known_changed = self.workers_changed
+        for observer in (self.ranks, self.pd, gateway, self._endpoints, parts.publisher, self):
             if observer is not None:
                 self._manager.observe(observer)
         self._reloader = (
@@ -73,6 +75,7 @@ class App(WorkerObserver):
                 models=lambda: self.router.model_ids,
                 refused=self._manager.refused,
                 reloads=lambda: None if self._reloader is None else self._reloader.status,
+                envoys=lambda: [] if parts.publisher is None else parts.publisher.show(),
             ),
         )
         # The models without which the service is not ready. One that a reload adds is not among
@@ -159,8 +162,12 @@ class App(WorkerObserver):
         self._changed.set()
         self._needed.update(filter(self.workers.is_served, self.router.model_ids))
         self._warn_of_failing_open()
-        if self._manager.first_round_done or self._all_models_served():
+        if self._first_workers_are_known() or self._all_models_served():
             self._may_serve.set()
+
+    def _first_workers_are_known(self) -> bool:
+        publisher = self._parts.publisher
+        return self._manager.first_round_done and (publisher is None or publisher.settled)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain; raises ConfigError for addresses in use."""
@@ -171,6 +178,8 @@ class App(WorkerObserver):
             stack.push_async_callback(self._parts.prefill_client.close)
             stack.push_async_callback(self.ranks.indexer.close)
             stack.push_async_callback(self.server.stop)
+            if self._parts.discovery is not None:
+                stack.callback(self._parts.discovery.close)
             self.server.bind()
             stack.push_async_callback(self._admin.stop)
             await self._admin.start()
@@ -186,6 +195,8 @@ class App(WorkerObserver):
                 background.append(self.tickets.run_estimates())
             if self._endpoints is not None:
                 background.append(self._endpoints.run(configured_endpoints(self.config)))
+            if self._parts.publisher is not None:
+                background.append(self._parts.publisher.run())
             if self._reloader is not None:
                 background.append(self._reloader.run())
             stopping = asyncio.create_task(stop.wait())

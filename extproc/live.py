@@ -42,6 +42,8 @@ from extproc.sources import build_source
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.introspection_client import AiohttpIntrospectionClient
 from extproc.workers.prefill_client import AiohttpPrefillClient
+from extproc.xds.publisher import Publisher
+from extproc.xds.service import DiscoveryService
 
 __all__ = ["LiveParts"]
 
@@ -76,13 +78,28 @@ class LiveParts:
         self.routing = build_router(
             config, shared, self.kv, encoders, self.prefill_client, self.manager.recheck
         )
-        self.server = build_server(config, shared, self.routing)
+        self.publisher = self._build_publisher()
+        self.discovery = None if self.publisher is None else DiscoveryService(self.publisher)
+        self.server = build_server(config, shared, self.routing, self.discovery)
         registry = shared.registry
         shared.metrics.keep_only(
             models=lambda: self.routing.choosers.keys(),
             workers=lambda: {worker.url for worker in registry},
         )
         self._register_collectors()
+
+    def _build_publisher(self) -> Publisher | None:
+        envoy, shared = self.config.envoy, self.shared
+        if not envoy.has_ads:
+            return None
+        return Publisher(
+            envoy.cluster,
+            shared.registry,
+            shared.clock,
+            shared.metrics,
+            settle_seconds=envoy.eds_settle_secs,
+            all_named=lambda: self.manager.first_round_done,
+        )
 
     def _register_collectors(self) -> None:
         shared = self.shared

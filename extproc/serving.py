@@ -21,6 +21,7 @@ from extproc.server.session import SessionContext
 from extproc.server.stream import Streams
 from extproc.server.stream_settings import Extension, StreamSettings
 from extproc.tokenization.encoder import EncoderSettings
+from extproc.xds.service import DiscoveryService
 
 __all__ = [
     "admission_limits",
@@ -88,9 +89,12 @@ def build_streams(config: Config, shared: Shared, router: Router) -> Streams:
     return Streams(context, router, shared.metrics, stream_settings(config))
 
 
-def build_server(config: Config, shared: Shared, routing: Routing) -> ExtProcServer:
-    """The gRPC server."""
-    return ExtProcServer(config.server, build_streams(config, shared, routing.router))
+def build_server(
+    config: Config, shared: Shared, routing: Routing, discovery: DiscoveryService | None = None
+) -> ExtProcServer:
+    """The gRPC server, with ADS if `discovery` is given."""
+    services = () if discovery is None else (discovery.handler(),)
+    return ExtProcServer(config.server, build_streams(config, shared, routing.router), services)
 
 
 def _prompt_max_bytes(config: Config) -> int:

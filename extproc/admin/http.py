@@ -4,7 +4,7 @@ For operators and probes inside the mesh. It names workers, so it listens on loo
 configured otherwise, and can ask for a token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -38,13 +38,15 @@ class Questions(Struct, frozen=True, kw_only=True):
     """What the pages ask of the service, on every request.
 
     `models` gives the configured ids, `refused` the workers that are not registered for their
-    role, and `reloads` None without a file that could change.
+    role, `reloads` None without a file that could change, and `envoys` those that have their
+    endpoints from this replica.
     """
 
     is_ready: Callable[[], bool]
     models: Callable[[], Sequence[str]]
     refused: Callable[[], Sequence[WorkerSpec]]
     reloads: Callable[[], ReloadStatus | None]
+    envoys: Callable[[], Sequence[Mapping[str, Any]]] = tuple
 
 
 class AdminServer:
@@ -115,6 +117,7 @@ class AdminServer:
             "ignored_by_gateway": [
                 model for model, ignored in self._gateway.verdicts().items() if ignored
             ],
+            "envoys": self._questions.envoys(),
             "workers": [
                 _describe(worker, worker in usable)
                 | {

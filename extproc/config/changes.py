@@ -122,7 +122,8 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
             "envoy.",
             "host port admin_port fail_open message_timeout_secs hang_timeout_secs "
             "stream_idle_timeout_secs worker_idle_timeout_secs max_heap_mb max_connections "
-            "destination cluster cluster_header model_header access_log endpoints_file",
+            "destination cluster cluster_header model_header access_log endpoints_file "
+            "endpoints eds_settle_secs fail_open_host",
         ),
         **_keys("restart", "envoy.extproc.", "host ca_file cert_file key_file"),
     }

@@ -130,6 +130,32 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
             "restarted when workers change. Without it, the workers are in the rendered file."
         ),
     ] = None
+    endpoints: Annotated[
+        Literal["static", "file", "ads"] | None,
+        Meta(
+            description="From where Envoy has the workers: `static` puts them into the rendered "
+            "file, `file` needs `endpoints_file`, and with `ads` Envoy asks this service. Default: "
+            "`file` if `endpoints_file` is set, otherwise `static`."
+        ),
+    ] = None
+    eds_settle_secs: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=60,
+            description="With `endpoints: ads`, a new worker gets requests when every Envoy that "
+            "is connected to this replica has acknowledged it. Without a connected Envoy, it "
+            "gets them after this time.",
+        ),
+    ] = 0.5 * SECONDS
+    fail_open_host: Annotated[
+        Text | None,
+        Meta(
+            description="`host:port` of all workers, such as a headless Service, to which Envoy "
+            "sends requests without this service. Only with `endpoints: ads`; without it, Envoy "
+            "uses the workers in `discovery.static_urls`."
+        ),
+    ] = None
     access_log: Annotated[
         Text | None,
         Meta(description="File of the JSON access log; `null` switches it off."),
@@ -137,6 +163,11 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
     extproc: Annotated[
         ExtprocEndpointConfig, Meta(description="How Envoy reaches this service.")
     ] = field(default_factory=ExtprocEndpointConfig)
+
+    @property
+    def has_ads(self) -> bool:
+        """True if Envoy asks this service for the workers."""
+        return self.endpoints == "ads"
 
     @property
     def first_pass_hang_secs(self) -> float:

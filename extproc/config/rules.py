@@ -274,6 +274,15 @@ def _header_problems(config: Config) -> Iterator[str]:
     path = envoy.endpoints_file
     if path is not None and not (path.startswith("/") and path.endswith(".json")):
         yield "envoy.endpoints_file: expected an absolute path that ends in .json"
+    if path is None and envoy.endpoints == "file":
+        yield "envoy.endpoints_file: must be set with envoy.endpoints: file"
+    if path is not None and envoy.endpoints not in (None, "file"):
+        yield f"envoy.endpoints_file: has no effect with envoy.endpoints: {envoy.endpoints}"
+    if envoy.fail_open_host is not None:
+        if not envoy.has_ads:
+            yield "envoy.fail_open_host: has no effect without envoy.endpoints: ads"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,253}:[0-9]{1,5}", envoy.fail_open_host):
+            yield "envoy.fail_open_host: expected host:port"
     if not re.fullmatch(r"[A-Za-z0-9_.|:-]{1,200}", envoy.cluster):
         yield "envoy.cluster: expected letters, digits and any of _ . | : -"
 

@@ -14,6 +14,7 @@ from extproc.envoy_config.clusters import tls_contexts
 
 __all__ = [
     "bootstrap_problems",
+    "endpoints",
     "endpoints_file",
     "render_bootstrap",
     "render_yaml",

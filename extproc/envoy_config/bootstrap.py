@@ -10,7 +10,7 @@ from msgspec import UnsetType
 from extproc.config.schema import Config
 from extproc.envoy_config.clusters import (
     extproc_cluster,
-    worker_cluster,
+    worker_clusters,
 )
 from extproc.envoy_config.decode_pass import (
     decode_pass_cluster,
@@ -54,14 +54,35 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
         "admin": {"address": socket_address("127.0.0.1", config.envoy.admin_port)},
         "bootstrap_extensions": [internal_listener_extension()],
         "overload_manager": overload_manager(config.envoy),
+        **({"dynamic_resources": {"ads_config": _ads()}} if config.envoy.has_ads else {}),
         "static_resources": {
             "listeners": [ingress_listener(config), decode_pass_listener(config)],
             "clusters": [
-                worker_cluster(config),
+                *worker_clusters(config),
                 decode_pass_cluster(),
                 extproc_cluster(config),
             ],
         },
+    }
+
+
+def _ads() -> dict[str, Any]:
+    """Envoy has the workers' endpoints from the cluster of this service."""
+    return {
+        "api_type": "DELTA_GRPC",
+        "transport_api_version": "V3",
+        "set_node_on_first_message_only": True,
+        "grpc_services": [
+            {
+                "envoy_grpc": {
+                    "cluster_name": EXTPROC_CLUSTER,
+                    # Envoy's default goes up to 30 s, in which it would miss new workers.
+                    "retry_policy": {
+                        "retry_back_off": {"base_interval": "0.2s", "max_interval": "1s"}
+                    },
+                }
+            }
+        ],
     }
 
 

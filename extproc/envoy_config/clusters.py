@@ -18,10 +18,11 @@ from extproc.worker_url import WorkerUrl, parse_worker_url
 
 __all__ = [
     "extproc_cluster",
+    "fail_open_name",
     "lb_endpoint",
     "no_limits",
     "tls_contexts",
-    "worker_cluster",
+    "worker_clusters",
     "worker_urls",
 ]
 
@@ -35,6 +36,9 @@ _DNS_FAMILIES: Final[dict[DnsLookupFamily, str]] = {
     "v4_only": "V4_ONLY",
     "v6_only": "V6_ONLY",
 }
+_FAIL_OPEN_SUFFIX: Final = "-fail-open"
+_FAIL_OPEN_DNS_REFRESH_SECONDS: Final = 5.0
+_INITIAL_FETCH_TIMEOUT: Final = "2s"
 _TLS_TO_NAMES: Final = "tls"
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
@@ -42,6 +46,42 @@ _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 def worker_urls(config: Config) -> list[WorkerUrl]:
     section = config.discovery.static_urls
     return [] if isinstance(section, UnsetType) else [parse_worker_url(url) for url in section.urls]
+
+
+def worker_clusters(config: Config) -> list[dict[str, Any]]:
+    """The cluster of the workers, and the one for requests without a decision if it is another."""
+    clusters = [worker_cluster(config)]
+    if config.envoy.has_ads and config.envoy.fail_open:
+        clusters.append(_fail_open_cluster(config))
+    return clusters
+
+
+def fail_open_name(config: Config) -> str:
+    """The cluster that Envoy uses without this service: with ADS it must not depend on it."""
+    envoy = config.envoy
+    return f"{envoy.cluster}{_FAIL_OPEN_SUFFIX}" if envoy.has_ads else envoy.cluster
+
+
+def _fail_open_cluster(config: Config) -> dict[str, Any]:
+    """The workers by DNS or by the list of the configuration, as far as Envoy can find them."""
+    host, section = config.envoy.fail_open_host, config.discovery.static_urls
+    urls = worker_urls(config) if host is None else [parse_worker_url(f"http://{host}")]
+    family = "v4_preferred" if isinstance(section, UnsetType) else section.dns_lookup_family
+    seconds = _FAIL_OPEN_DNS_REFRESH_SECONDS
+    by_name = any(not url.is_ip for url in urls)
+    name = fail_open_name(config)
+    cluster = worker_cluster(config)
+    for key in ("type", "eds_cluster_config"):
+        del cluster[key]
+    return {
+        **cluster,
+        "name": name,
+        **(_by_dns(seconds, family) if by_name else {"type": "STATIC"}),
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": [lb_endpoint(url, url.host, url.port) for url in urls]}],
+        },
+    }
 
 
 def worker_cluster(config: Config) -> dict[str, Any]:
@@ -132,7 +172,7 @@ def _extproc_host(config: Config) -> str:
 
 def _load_assignment(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
     """The endpoints, unless Envoy has them from the file that the service keeps up to date."""
-    if config.envoy.endpoints_file is not None:
+    if config.envoy.endpoints_file is not None or config.envoy.has_ads:
         return {}
     entries = [lb_endpoint(url, url.host, url.port) for url in urls]
     return {
@@ -145,6 +185,18 @@ def _load_assignment(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
 
 def _resolution(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
     section, path = config.discovery.static_urls, config.envoy.endpoints_file
+    if config.envoy.has_ads:
+        return {
+            "type": "EDS",
+            "eds_cluster_config": {
+                "eds_config": {
+                    "ads": {},
+                    "resource_api_version": "V3",
+                    # Envoy opens its ports after that, with or without this service.
+                    "initial_fetch_timeout": _INITIAL_FETCH_TIMEOUT,
+                }
+            },
+        }
     if path is not None:
         source = {"path_config_source": {"path": path}, "resource_api_version": "V3"}
         return {"type": "EDS", "eds_cluster_config": {"eds_config": source}}
@@ -249,7 +301,8 @@ def tls_contexts(config: Config) -> dict[str, dict[str, Any]]:
         {"trusted_ca": {"filename": ca_file}}, auto_host_sni=True, auto_sni_san_validation=True
     )
     # In the file of endpoints, https workers with names may appear later.
-    contexts = {} if config.envoy.endpoints_file is None else {_TLS_TO_NAMES: to_names}
+    static = config.envoy.endpoints_file is None and not config.envoy.has_ads
+    contexts = {} if static else {_TLS_TO_NAMES: to_names}
     for url in worker_urls(config):
         if url.tls:
             contexts[_tls_key(url)] = _verified_tls(ca_file, url.host) if url.is_ip else to_names

@@ -15,7 +15,7 @@ from extproc.envoy_config.clusters import lb_endpoint
 from extproc.envoy_config.wire_form import typed
 from extproc.worker_url import format_endpoint, parse_worker_url
 
-__all__ = ["Endpoint", "endpoints_text", "read_endpoints"]
+__all__ = ["Endpoint", "endpoint_entry", "endpoints_text", "read_endpoints"]
 
 _VERSION_CHARS = 16
 
@@ -32,7 +32,7 @@ def endpoints_text(cluster: str, endpoints: Iterable[Endpoint]) -> bytes:
     entries: dict[str, dict[str, Any]] = {}
     for one in sorted(endpoints):
         # Two names of one host are one endpoint.
-        entries.setdefault(one.address, _entry(one))
+        entries.setdefault(one.address, endpoint_entry(one))
     assignment = typed(
         "config.endpoint.v3.ClusterLoadAssignment",
         cluster_name=cluster,
@@ -53,7 +53,8 @@ def read_endpoints(text: bytes) -> frozenset[Endpoint]:
         return frozenset()
 
 
-def _entry(one: Endpoint) -> dict[str, Any]:
+def endpoint_entry(one: Endpoint) -> dict[str, Any]:
+    """The endpoint in the JSON form of `envoy.config.endpoint.v3.LbEndpoint`."""
     at = parse_worker_url(f"http://{one.address}")
     return lb_endpoint(parse_worker_url(one.url), at.host, at.port)
 

@@ -8,6 +8,7 @@ import re
 from typing import Any, Final
 
 from extproc.config.schema import Config
+from extproc.envoy_config.clusters import fail_open_name
 from extproc.envoy_config.local_replies import (
     ROUTER_UNAVAILABLE,
     anthropic_format,
@@ -122,7 +123,7 @@ def _fail_open(config: Config) -> dict[str, Any]:
         "match": {"safe_regex": {"regex": paths}},
         "response_headers_to_remove": stripped_worker_headers(),
         "route": {
-            "cluster": config.envoy.cluster,
+            "cluster": fail_open_name(config),
             **_limits(config),
             "retry_policy": retry_policy,
         },

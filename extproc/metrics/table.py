@@ -195,6 +195,14 @@ WORKERS_DRAINING = _requests.gauge(
     "extproc_workers_draining",
     "Workers that get no new requests because discovery says that they are about to leave.",
 )
+XDS_STREAMS = _requests.gauge(
+    "extproc_xds_streams_open",
+    "Envoys that receive the workers' endpoints from this replica over ADS.",
+)
+XDS_REJECTIONS = _requests.counter(
+    "extproc_xds_rejections_total",
+    "Updates of the workers' endpoints that an Envoy has rejected. Should stay 0.",
+)
 WORKER_IN_FLIGHT = _requests.gauge(
     "extproc_worker_in_flight", "Requests in flight by worker.", "worker"
 )

@@ -8,6 +8,7 @@ status instead of an exception in the library.
 import asyncio
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,7 +73,9 @@ class ExtProcServer:
         self,
         config: ServerConfig,
         streams: Streams,
+        services: Sequence[grpc.GenericRpcHandler] = (),
     ) -> None:
+        """`services` are served beside it, at the same addresses."""
         self.streams = streams
         # None without TLS.
         self.certificates = None if config.tls is None else Certificates(config.tls)
@@ -86,6 +89,7 @@ class ExtProcServer:
                     SERVICE,
                     {"Process": grpc.stream_stream_rpc_method_handler(self._process)},
                 ),
+                *services,
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -87,6 +87,15 @@ CASES: dict[str, dict[str, Any]] = {
         "tls_workers": True,
         "endpoints_file": True,
     },
+    "endpoints over ADS": {
+        "urls": ["https://w.example", "https://10.0.0.1:1", "http://v.example:1"],
+        "tls_workers": True,
+        "envoy": {"endpoints": "ads"},
+    },
+    "a name to fail open to": {
+        "envoy": {"endpoints": "ads", "fail_open_host": "workers.llm.svc:30000"}
+    },
+    "ADS without failing open": {"envoy": {"endpoints": "ads", "fail_open": False}},
     "mixed schemes": {
         "urls": ["https://w.example", "https://10.0.0.1:1", "http://v.example:1"],
         "tls_workers": True,

@@ -47,6 +47,7 @@ _DETAILS: Final = {
     "old",
     "open_streams",
     "path",
+    "peer",
     "policy",
     "port",
     "prompt_tokens",

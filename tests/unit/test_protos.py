@@ -28,6 +28,8 @@ XDS_PROTOS = Path(sys.prefix) / "xds-protos"
 
 EXT_PROC = "envoy.service.ext_proc.v3"
 CORE = "envoy.config.core.v3"
+DISCOVERY = "envoy.service.discovery.v3"
+ENDPOINT = "envoy.config.endpoint.v3"
 PUBLISHED = {
     "HeaderValue": CORE,
     "HeaderMap": CORE,
@@ -48,6 +50,19 @@ PUBLISHED = {
     "TrailersResponse": EXT_PROC,
     "ImmediateResponse": EXT_PROC,
     "ProcessingResponse": EXT_PROC,
+    "Node": CORE,
+    "SocketAddress": CORE,
+    "Address": CORE,
+    "Status": "google.rpc",
+    "DiscoveryRequest": DISCOVERY,
+    "DiscoveryResponse": DISCOVERY,
+    "DeltaDiscoveryRequest": DISCOVERY,
+    "DeltaDiscoveryResponse": DISCOVERY,
+    "Resource": DISCOVERY,
+    "Endpoint": ENDPOINT,
+    "LbEndpoint": ENDPOINT,
+    "LocalityLbEndpoints": ENDPOINT,
+    "ClusterLoadAssignment": ENDPOINT,
 }
 # (our message, field): the published type, where ours is another with the same encoding.
 SAME_ON_THE_WIRE = {("HttpStatus", "code"): "enum"}
@@ -140,7 +155,14 @@ for name, package in wanted.items():
         "envoy.service.ext_proc.v3": "envoy.service.ext_proc.v3.external_processor_pb2",
         "envoy.config.core.v3": "envoy.config.core.v3.base_pb2",
         "envoy.type.v3": "envoy.type.v3.http_status_pb2",
+        "envoy.service.discovery.v3": "envoy.service.discovery.v3.discovery_pb2",
+        "envoy.config.endpoint.v3": "envoy.config.endpoint.v3.endpoint_components_pb2",
+        "google.rpc": "google.rpc.status_pb2",
     }[package]
+    if name in ("SocketAddress", "Address"):
+        module = "envoy.config.core.v3.address_pb2"
+    elif name == "ClusterLoadAssignment":
+        module = "envoy.config.endpoint.v3.endpoint_pb2"
     message = importlib.import_module(module).DESCRIPTOR.message_types_by_name[name]
     found[name] = {field.name: [field.number, field.type] for field in message.fields}
 print(json.dumps(found))
@@ -174,5 +196,6 @@ def test_enum_values_agree_with_envoy_data_plane() -> None:
     for ours, original in (
         (pb.ProcessingMode.BodySendMode, ext_proc.ProcessingModeBodySendMode),
         (pb.HeaderValueOption.HeaderAppendAction, core.HeaderValueOptionHeaderAppendAction),
+        (pb.HealthStatus, core.HealthStatus),
     ):
         assert dict(ours.items()) == {value.name: value.value for value in original}

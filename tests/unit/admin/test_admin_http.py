@@ -51,7 +51,7 @@ class Admin:
     async def page(self) -> dict[str, Any]:
         async with self.session.get("/workers") as response:
             body: dict[str, Any] = await response.json()
-        assert body.keys() == {"ignored_by_gateway", "refused", "workers"}
+        assert body.keys() == {"envoys", "ignored_by_gateway", "refused", "workers"}
         return body
 
     async def listed(self) -> list[dict[str, Any]]:

@@ -93,6 +93,13 @@ def kv_model(*entries: dict[str, Any], policy: str = "min_ttft") -> dict[str, An
         (at("envoy.model_header", "x-request-id"), "envoy.model_header"),
         (at("envoy.model_header", "x-extproc-cluster"), "envoy.model_header"),
         (at("envoy.cluster", "a b"), "envoy.cluster"),
+        (at("envoy.endpoints", "file"), "envoy.endpoints_file"),
+        (
+            raw_config(envoy={"endpoints": "ads", "endpoints_file": "/run/a.json"}),
+            "envoy.endpoints_file",
+        ),
+        (at("envoy.fail_open_host", "workers:80"), "envoy.fail_open_host"),
+        (raw_config(envoy={"endpoints": "ads", "fail_open_host": "w"}), "envoy.fail_open_host"),
         (at("envoy.cluster", "a\n"), "envoy.cluster"),
         (at("workers.api_key", ""), "workers.api_key"),
         (at("workers.api_key", "a b"), "workers.api_key"),

@@ -1,0 +1,177 @@
+"""Keeps the endpoints of all Envoys up to date, and lets workers be chosen that they all know.
+
+Separate from the gRPC service, so that tests follow every change without a connection.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import structlog
+
+from extproc.clock import Clock
+from extproc.metrics.service import Metrics
+from extproc.workers.observer import WorkerObserver
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.worker import Worker
+from extproc.xds.gate import Gate
+from extproc.xds.session import Request, Resource, Response, Session
+from extproc.xds.snapshot import make_snapshot
+
+__all__ = ["Envoy", "Publisher"]
+
+_log = structlog.get_logger()
+
+# Several workers that change together make one update. A request that was just decided for a
+# worker that has left reaches Envoy before the update does.
+_GATHER_SECONDS: Final = 0.2
+_LOOK_SECONDS: Final = 5.0
+
+
+def _never(worker: Worker) -> bool:
+    return False
+
+
+class Envoy:
+    """One Envoy with an open stream."""
+
+    def __init__(self, session: Session, peer: str, send: Callable[[Response], None]) -> None:
+        self.session = session
+        self.peer = peer
+        self.node = ""
+        self.send = send
+
+
+class Publisher(WorkerObserver):
+    """The endpoints of the registered workers, in one cluster of Envoy."""
+
+    # Says which workers finish their requests and get no new ones.
+    is_draining: Callable[[Worker], bool] = staticmethod(_never)
+
+    def __init__(
+        self,
+        cluster: str,
+        registry: WorkerRegistry,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        settle_seconds: float,
+        all_named: Callable[[], bool],
+    ) -> None:
+        """`all_named` is true once discovery has named all workers of the start."""
+        self._cluster = cluster
+        self._registry = registry
+        self._clock = clock
+        self._metrics = metrics
+        self._gate = Gate(settle_seconds)
+        self._all_named = all_named
+        # Called when other workers may be chosen than before.
+        self.known_changed: Callable[[], None] = lambda: None
+        self._envoys: set[Envoy] = set()
+        self._workers_changed = asyncio.Event()
+        self._answered = asyncio.Event()
+        self._known: frozenset[str] = frozenset()
+        self.snapshot: Mapping[str, Resource] | None = None
+        # True once the workers of the start may be chosen.
+        self.settled = False
+        registry.limit_to(self._known)
+
+    def workers_changed(self) -> None:
+        self._workers_changed.set()
+
+    def connect(self, envoy: Envoy) -> None:
+        self._envoys.add(envoy)
+        self._metrics.xds_streams.set(len(self._envoys))
+        _log.info("envoy_connected", peer=envoy.peer, open_streams=len(self._envoys))
+
+    def disconnect(self, envoy: Envoy) -> None:
+        self._envoys.discard(envoy)
+        self._metrics.xds_streams.set(len(self._envoys))
+        self._answered.set()
+        _log.info("envoy_disconnected", peer=envoy.peer, open_streams=len(self._envoys))
+
+    def receive(self, envoy: Envoy, request: Request) -> None:
+        """Take a message of an Envoy, and send what follows from it."""
+        before = envoy.session.rejections
+        response = envoy.session.receive(request)
+        if envoy.session.rejections != before:
+            self._metrics.xds_rejections.inc()
+            _log.error("endpoints_rejected", peer=envoy.peer, error=request.error)
+        if response is not None:
+            envoy.send(response)
+        self._answered.set()
+
+    def show(self) -> list[dict[str, Any]]:
+        """The Envoys, for operators. `rejected` is the error of the last answer, or None."""
+        return [
+            {
+                "peer": one.peer,
+                "node": one.node,
+                "acknowledged": {
+                    name: resource.version for name, resource in one.session.acknowledged.items()
+                },
+                "rejections": one.session.rejections,
+                "rejected": one.session.error,
+            }
+            for one in sorted(self._envoys, key=lambda one: one.peer)
+        ]
+
+    async def run(self) -> None:
+        """Keep the endpoints up to date, for ever."""
+        while True:
+            self._publish()
+            seconds = self._mark_known()
+            await self._change(_LOOK_SECONDS if seconds is None else seconds)
+
+    def _publish(self) -> None:
+        """Send the workers as they are now, if all are named and something has changed."""
+        if not self._all_named():
+            return
+        snapshot = make_snapshot(
+            self._registry,
+            lambda worker: (self._cluster,),
+            (self._cluster,),
+            self.is_draining,
+        )
+        if snapshot == self.snapshot:
+            return
+        self.snapshot = snapshot
+        # What leaves is not chosen any more before Envoys hear of it.
+        self._mark_known()
+        for envoy in self._envoys:
+            if (response := envoy.session.update(snapshot)) is not None:
+                envoy.send(response)
+        versions = {name: one.version for name, one in snapshot.items()}
+        workers = sum(len(one.addresses) for one in snapshot.values())
+        _log.info("endpoints_published", workers=workers, version=versions)
+
+    def _mark_known(self) -> float | None:
+        """Let the workers be chosen that all Envoys know; see Gate.look for the seconds."""
+        if self.snapshot is None:
+            return None
+        sessions = [one.session for one in self._envoys]
+        known, seconds = self._gate.look(self.snapshot, sessions, self._clock.monotonic())
+        settled = self.settled or seconds is None
+        if known != self._known or settled != self.settled:
+            self._known, self.settled = known, settled
+            self._registry.limit_to(known)
+            self.known_changed()
+        return seconds
+
+    async def _change(self, seconds: float) -> None:
+        """Return when workers have changed, when an Envoy has answered, or after this time."""
+        waits = [
+            asyncio.create_task(self._workers_changed.wait()),
+            asyncio.create_task(self._answered.wait()),
+            asyncio.create_task(self._clock.sleep(seconds)),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        self._answered.clear()
+        if self._workers_changed.is_set():
+            await self._clock.sleep(_GATHER_SECONDS)
+            self._workers_changed.clear()

@@ -1,0 +1,146 @@
+"""The gRPC service of ADS: reads and writes the messages of Envoys' streams.
+
+It is a thin adapter: `session` decides, and `publisher` has what all streams have in common.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from extproc._protos import llm_extproc_pb2 as pb
+from extproc.event_loop import let_cancellation_come
+from extproc.xds.publisher import Envoy, Publisher
+from extproc.xds.session import DeltaSession, Request, Response, Session, StateSession
+
+__all__ = ["ENDPOINTS_TYPE", "SERVICE", "DiscoveryService"]
+
+SERVICE: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+ENDPOINTS_TYPE: Final = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+
+
+class DiscoveryService:
+    """Serves the endpoints of a publisher. Other types of resources are not answered."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._closing = asyncio.Event()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What the gRPC server is given."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "StreamAggregatedResources": grpc.stream_stream_rpc_method_handler(self._state),
+                "DeltaAggregatedResources": grpc.stream_stream_rpc_method_handler(self._delta),
+            },
+        )
+
+    def close(self) -> None:
+        """End all streams; Envoys keep what they have, and connect to another replica."""
+        self._closing.set()
+
+    async def _state(self, _: Any, context: Any) -> None:
+        session = StateSession(self._publisher.snapshot)
+        await self._serve(context, session, _read_state, _write_state)
+
+    async def _delta(self, _: Any, context: Any) -> None:
+        session = DeltaSession(self._publisher.snapshot)
+        await self._serve(context, session, _read_delta, _write_delta)
+
+    async def _serve(
+        self,
+        context: Any,
+        session: Session,
+        read: Callable[[bytes, Envoy], Request | None],
+        write: Callable[[Response], bytes],
+    ) -> None:
+        responses: asyncio.Queue[Response] = asyncio.Queue()
+        envoy = Envoy(session, context.peer(), responses.put_nowait)
+
+        async def receive() -> None:
+            while (raw := await context.read()) is not grpc.aio.EOF:
+                if (request := read(raw, envoy)) is not None:
+                    self._publisher.receive(envoy, request)
+
+        async def send() -> None:
+            while True:
+                await context.write(write(await responses.get()))
+
+        self._publisher.connect(envoy)
+        works = [asyncio.create_task(one) for one in (receive(), send(), self._closing.wait())]
+        try:
+            done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._publisher.disconnect(envoy)
+            for one in works:
+                one.cancel()
+            results = await asyncio.gather(*works, return_exceptions=True)
+        if any(isinstance(one, DecodeError) for one in results):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a discovery request")
+        if works[0] in done:
+            await let_cancellation_come()
+
+
+def _error(request: pb.DiscoveryRequest | pb.DeltaDiscoveryRequest) -> str | None:
+    return request.error_detail.message if request.HasField("error_detail") else None
+
+
+def _read_state(raw: bytes, envoy: Envoy) -> Request | None:
+    """None for another type of resources; raises DecodeError."""
+    request = pb.DiscoveryRequest.FromString(raw)
+    envoy.node = request.node.id or envoy.node
+    if request.type_url != ENDPOINTS_TYPE:
+        return None
+    return Request(
+        names=tuple(request.resource_names),
+        nonce=request.response_nonce,
+        error=_error(request),
+    )
+
+
+def _read_delta(raw: bytes, envoy: Envoy) -> Request | None:
+    """None for another type of resources; raises DecodeError."""
+    request = pb.DeltaDiscoveryRequest.FromString(raw)
+    envoy.node = request.node.id or envoy.node
+    if request.type_url != ENDPOINTS_TYPE:
+        return None
+    return Request(
+        names=tuple(request.resource_names_subscribe),
+        unsubscribed=tuple(request.resource_names_unsubscribe),
+        known_versions=dict(request.initial_resource_versions),
+        nonce=request.response_nonce,
+        error=_error(request),
+    )
+
+
+def _write_state(response: Response) -> bytes:
+    message = pb.DiscoveryResponse(
+        version_info=_version(response), type_url=ENDPOINTS_TYPE, nonce=response.nonce
+    )
+    for one in response.resources.values():
+        message.resources.add(type_url=ENDPOINTS_TYPE, value=one.body)
+    return message.SerializeToString()
+
+
+def _write_delta(response: Response) -> bytes:
+    message = pb.DeltaDiscoveryResponse(
+        system_version_info=_version(response),
+        type_url=ENDPOINTS_TYPE,
+        nonce=response.nonce,
+        removed_resources=response.removed,
+    )
+    for name, one in response.resources.items():
+        resource = message.resources.add(name=name, version=one.version)
+        resource.resource.type_url, resource.resource.value = ENDPOINTS_TYPE, one.body
+    return message.SerializeToString()
+
+
+def _version(response: Response) -> str:
+    """The same resources have the same version at every replica."""
+    versions = sorted((name, one.version) for name, one in response.resources.items())
+    return hashlib.sha256(repr(versions).encode()).hexdigest()[:16]

@@ -1,0 +1,199 @@
+"""The service on a real connection: what a client sees of the workers, and what operators see."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+import pytest
+from prometheus_client import CollectorRegistry
+
+from extproc._protos import llm_extproc_pb2 as pb
+from extproc.clock import SystemClock
+from extproc.metrics.service import Metrics
+from extproc.testing.stack import wait_until
+from extproc.workers.registry import WorkerRegistry
+from extproc.workers.worker import Worker
+from extproc.xds.publisher import Publisher
+from extproc.xds.service import ENDPOINTS_TYPE, SERVICE, DiscoveryService
+from tests.builders import make_worker
+
+
+class Replica:
+    """One replica with its gRPC server."""
+
+    def __init__(self) -> None:
+        self.named = True
+        self.prometheus = CollectorRegistry()
+        self.registry = WorkerRegistry()
+        self.publisher = Publisher(
+            "workers",
+            self.registry,
+            SystemClock(),
+            Metrics(self.prometheus),
+            settle_seconds=0.05,
+            all_named=lambda: self.named,
+        )
+
+    def add(self, url: str) -> Worker:
+        worker = make_worker(url)
+        self.registry.upsert(worker)
+        self.publisher.workers_changed()
+        return worker
+
+
+@contextlib.asynccontextmanager
+async def serving(replica: Replica) -> AsyncIterator[grpc.aio.Channel]:
+    service = DiscoveryService(replica.publisher)
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((service.handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    task = asyncio.create_task(replica.publisher.run())
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        service.close()
+        await server.stop(5)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def open_stream(channel: grpc.aio.Channel, method: str) -> Any:
+    return channel.stream_stream(f"/{SERVICE}/{method}")()
+
+
+async def read_delta(stream: Any) -> pb.DeltaDiscoveryResponse:
+    return pb.DeltaDiscoveryResponse.FromString(await stream.read())
+
+
+def first_request(**fields: Any) -> bytes:
+    return pb.DeltaDiscoveryRequest(
+        node=pb.Node(id="envoy-1"),
+        type_url=ENDPOINTS_TYPE,
+        resource_names_subscribe=["workers"],
+        **fields,
+    ).SerializeToString()
+
+
+def answer(nonce: str, error: str | None = None) -> bytes:
+    request = pb.DeltaDiscoveryRequest(type_url=ENDPOINTS_TYPE, response_nonce=nonce)
+    if error is not None:
+        request.error_detail.message = error
+    return request.SerializeToString()
+
+
+def is_known(replica: Replica, worker: Worker) -> bool:
+    return replica.registry.gateway_knows(worker)
+
+
+async def test_a_worker_waits_for_the_acknowledgement_and_a_rejection_is_shown() -> None:
+    replica = Replica()
+    async with serving(replica) as channel:
+        stream = open_stream(channel, "DeltaAggregatedResources")
+        await stream.write(first_request())
+        response = await read_delta(stream)
+        await stream.write(answer(response.nonce))
+        worker = replica.add("http://10.0.0.1:80")
+        response = await read_delta(stream)
+        assignment = pb.ClusterLoadAssignment.FromString(response.resources[0].resource.value)
+        (entry,) = assignment.endpoints[0].lb_endpoints
+        assert entry.endpoint.address.socket_address.port_value == 80
+        await stream.write(answer(response.nonce, "not good"))
+
+        async def rejected() -> bool:
+            return [one["rejected"] for one in replica.publisher.show()] == ["not good"]
+
+        await wait_until(rejected, "the rejection is shown")
+        assert not is_known(replica, worker)
+        assert replica.prometheus.get_sample_value("extproc_xds_rejections_total") == 1
+        other = replica.add("http://10.0.0.2:80")
+        response = await read_delta(stream)
+        await stream.write(answer(response.nonce))
+
+        async def known() -> bool:
+            return is_known(replica, worker) and is_known(replica, other)
+
+        await wait_until(known, "both workers may be chosen")
+        (shown,) = replica.publisher.show()
+        assert (shown["node"], shown["rejections"], shown["rejected"]) == ("envoy-1", 1, None)
+        assert shown["acknowledged"] == {"workers": response.resources[0].version}
+
+
+async def test_an_envoy_that_changes_the_replica_is_sent_nothing_again() -> None:
+    first, second = Replica(), Replica()
+    for replica in (first, second):
+        replica.add("http://10.0.0.1:80")
+    async with serving(first) as channel:
+        stream = open_stream(channel, "DeltaAggregatedResources")
+        await stream.write(first_request())
+        known = {"workers": (await read_delta(stream)).resources[0].version}
+    async with serving(second) as channel:
+        stream = open_stream(channel, "DeltaAggregatedResources")
+        await stream.write(first_request(initial_resource_versions=known))
+
+        async def has_all() -> bool:
+            return [one["acknowledged"] for one in second.publisher.show()] == [known]
+
+        await wait_until(has_all, "the replica knows what the Envoy has")
+        # What is sent next is the next change.
+        second.add("http://10.0.0.2:80")
+        response = await read_delta(stream)
+        assert response.nonce == "1"
+
+
+async def test_state_of_the_world_waits_until_all_workers_are_named() -> None:
+    replica = Replica()
+    replica.named = False
+    worker = replica.add("http://10.0.0.1:80")
+    async with serving(replica) as channel:
+        stream = open_stream(channel, "StreamAggregatedResources")
+        request = pb.DiscoveryRequest(type_url=ENDPOINTS_TYPE, resource_names=["workers"])
+        other = pb.DiscoveryRequest(type_url="other")
+        await stream.write(other.SerializeToString())
+        await stream.write(request.SerializeToString())
+
+        async def connected() -> bool:
+            return bool(replica.publisher.show())
+
+        await wait_until(connected, "the stream is open")
+        assert replica.publisher.snapshot is None
+        replica.named = True
+        replica.publisher.workers_changed()
+        response = pb.DiscoveryResponse.FromString(await stream.read())
+        assert not is_known(replica, worker)
+        request.response_nonce = response.nonce
+        await stream.write(request.SerializeToString())
+
+        async def known() -> bool:
+            return is_known(replica, worker)
+
+        await wait_until(known, "the worker may be chosen")
+
+
+async def test_a_draining_worker_is_marked() -> None:
+    replica = Replica()
+    worker = replica.add("http://10.0.0.1:80")
+    replica.add("http://10.0.0.2:80")
+    replica.publisher.is_draining = lambda one: one is worker
+    async with serving(replica) as channel:
+        stream = open_stream(channel, "DeltaAggregatedResources")
+        await stream.write(first_request())
+        response = await read_delta(stream)
+        assignment = pb.ClusterLoadAssignment.FromString(response.resources[0].resource.value)
+        states = [one.health_status for one in assignment.endpoints[0].lb_endpoints]
+        assert states == [pb.HealthStatus.DRAINING, pb.HealthStatus.UNKNOWN]
+
+
+@pytest.mark.parametrize("method", ["DeltaAggregatedResources", "StreamAggregatedResources"])
+async def test_bytes_that_do_not_parse_end_only_their_stream(method: str) -> None:
+    replica = Replica()
+    async with serving(replica) as channel:
+        stream = open_stream(channel, method)
+        await stream.write(b"\xff\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream.read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert replica.publisher.show() == []
