@@ -144,8 +144,9 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
             ge=0,
             le=60,
             description="With `endpoints: ads`, a new worker gets requests when every Envoy that "
-            "is connected to this replica has acknowledged it. Without a connected Envoy, it "
-            "gets them after this time.",
+            "is connected to this replica has acknowledged it, but not before this time: an Envoy "
+            "may be connected to another replica, which learns of the worker a moment later. For "
+            "the same reason a worker that left stays among the endpoints for this time.",
         ),
     ] = 0.5 * SECONDS
     fail_open_host: Annotated[

@@ -1,8 +1,10 @@
 """Says which endpoints the Envoys know, from what their streams have acknowledged.
 
 An Envoy that is given an unknown destination sends the request elsewhere, so a new worker waits
-until all have it. An endpoint that is known stays known while it is served: an Envoy that connects
-again still has it, and a new one gets no requests before it has its endpoints.
+until all have it. Some may have their endpoints from another replica, which sees the same workers
+a moment sooner or later: so it waits for a moment in any case. An endpoint that is known stays
+known while it is served: an Envoy that connects again still has it, and a new one gets no requests
+before it has its endpoints.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,7 +18,7 @@ class Gate:
     """Which addresses may be chosen."""
 
     def __init__(self, settle_seconds: float) -> None:
-        """`settle_seconds` is the wait where no Envoy has a stream to this replica."""
+        """`settle_seconds` is the shortest wait, for Envoys with streams to other replicas."""
         self._settle_seconds = settle_seconds
         # By cluster and address: since when it is served.
         self._since: dict[tuple[str, str], float] = {}
@@ -33,7 +35,7 @@ class Gate:
         for pair in served - self._known:
             name, address = pair
             asking = [one for one in sessions if one.subscribes_to(name)]
-            wait = 0.0 if asking else self._since[pair] + self._settle_seconds - now
+            wait = self._since[pair] + self._settle_seconds - now
             if wait > 0:
                 waits.append(wait)
             elif all(_has(one, name, address) for one in asking):

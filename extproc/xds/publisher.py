@@ -10,6 +10,7 @@ from typing import Any, Final
 import structlog
 
 from extproc.clock import Clock
+from extproc.envoy_config.endpoints import Endpoint
 from extproc.metrics.service import Metrics
 from extproc.workers.observer import WorkerObserver
 from extproc.workers.registry import WorkerRegistry
@@ -64,6 +65,10 @@ class Publisher(WorkerObserver):
         self._clock = clock
         self._metrics = metrics
         self._gate = Gate(settle_seconds)
+        self._settle_seconds = settle_seconds
+        self._serving: frozenset[Endpoint] = frozenset()
+        # Workers that left, and until when they are still served.
+        self._leaving: dict[Endpoint, float] = {}
         self._all_named = all_named
         # Called when other workers may be chosen than before.
         self.known_changed: Callable[[], None] = lambda: None
@@ -121,18 +126,17 @@ class Publisher(WorkerObserver):
         while True:
             self._publish()
             seconds = self._mark_known()
-            await self._change(_LOOK_SECONDS if seconds is None else seconds)
+            now = self._clock.monotonic()
+            leaving = [max(0.0, until - now) for until in self._leaving.values()]
+            await self._change(
+                min(_LOOK_SECONDS if seconds is None else seconds, *leaving, _LOOK_SECONDS)
+            )
 
     def _publish(self) -> None:
         """Send the workers as they are now, if all are named and something has changed."""
         if not self._all_named():
             return
-        snapshot = make_snapshot(
-            self._registry,
-            lambda worker: (self._cluster,),
-            (self._cluster,),
-            self.is_draining,
-        )
+        snapshot = make_snapshot({self._cluster: self._endpoints()}, self._leaving)
         if snapshot == self.snapshot:
             return
         self.snapshot = snapshot
@@ -144,6 +148,25 @@ class Publisher(WorkerObserver):
         versions = {name: one.version for name, one in snapshot.items()}
         workers = sum(len(one.addresses) for one in snapshot.values())
         _log.info("endpoints_published", workers=workers, version=versions)
+
+    def _endpoints(self) -> dict[Endpoint, bool]:
+        """The workers, and those that have just left: another replica may still choose them.
+
+        True for those that get no new requests.
+        """
+        now = self._clock.monotonic()
+        serving: dict[Endpoint, bool] = {}
+        for worker in self._registry:
+            if worker.address is not None:
+                one = Endpoint(worker.address, worker.url)
+                serving[one] = self.is_draining(worker) and serving.get(one, True)
+        for one in self._serving - serving.keys():
+            self._leaving[one] = now + self._settle_seconds
+        self._serving = frozenset(serving)
+        self._leaving = {
+            one: until for one, until in self._leaving.items() if until > now and one not in serving
+        }
+        return serving | dict.fromkeys(self._leaving, True)
 
     def _mark_known(self) -> float | None:
         """Let the workers be chosen that all Envoys know; see Gate.look for the seconds."""

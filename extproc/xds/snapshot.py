@@ -5,14 +5,13 @@ changes from one to the other is sent nothing again.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from google.protobuf.json_format import ParseDict
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.envoy_config.endpoints import Endpoint, endpoint_entry
-from extproc.workers.worker import Worker
 from extproc.xds.session import Resource
 
 __all__ = ["make_snapshot"]
@@ -21,36 +20,29 @@ _VERSION_CHARS: Final = 16
 
 
 def make_snapshot(
-    workers: Iterable[Worker],
-    clusters_of: Callable[[Worker], Iterable[str]],
-    clusters: Iterable[str],
-    is_draining: Callable[[Worker], bool],
+    clusters: Mapping[str, Mapping[Endpoint, bool]], left: Collection[Endpoint]
 ) -> dict[str, Resource]:
-    """The endpoints of each cluster, by its name. `clusters` are there even without a worker."""
-    # By address: two names of one host are one endpoint.
-    members: dict[str, dict[str, tuple[Endpoint, bool]]] = {name: {} for name in clusters}
-    for worker in workers:
-        if worker.address is None:
-            continue
-        found = (Endpoint(worker.address, worker.url), is_draining(worker))
-        for name in clusters_of(worker):
-            known = members.setdefault(name, {}).setdefault(worker.address, found)
-            # Of two workers at an address, as while a pod is replaced, the one that serves counts.
-            members[name][worker.address] = min(known, found, key=lambda one: (one[1], one[0]))
-    return {name: _resource(name, sorted(found.values())) for name, found in members.items()}
+    """The resources by cluster. An endpoint is true if it gets no new requests.
+
+    Those in `left` are sent as well, but do not count among the addresses of the resource.
+    """
+    return {name: _resource(name, endpoints, left) for name, endpoints in clusters.items()}
 
 
-def _resource(cluster: str, endpoints: list[tuple[Endpoint, bool]]) -> Resource:
-    group = pb.LocalityLbEndpoints()
-    for one, is_draining in endpoints:
-        entry = ParseDict(endpoint_entry(one), pb.LbEndpoint())
-        if is_draining:
-            entry.health_status = pb.HealthStatus.DRAINING
-        group.lb_endpoints.append(entry)
-    assignment = pb.ClusterLoadAssignment(cluster_name=cluster, endpoints=[group])
-    body = assignment.SerializeToString(deterministic=True)
-    return Resource(
-        hashlib.sha256(body).hexdigest()[:_VERSION_CHARS],
-        body,
-        frozenset(one.address for one, _ in endpoints),
+def _resource(
+    cluster: str, endpoints: Mapping[Endpoint, bool], left: Collection[Endpoint]
+) -> Resource:
+    # Two workers at an address, as while a pod is replaced, are one endpoint: that which serves.
+    group: dict[str, pb.LbEndpoint] = {}
+    for one, is_draining in sorted(endpoints.items(), key=lambda item: (item[1], item[0])):
+        if one.address not in group:
+            entry = group[one.address] = ParseDict(endpoint_entry(one), pb.LbEndpoint())
+            if is_draining:
+                entry.health_status = pb.HealthStatus.DRAINING
+    entries = [group[address] for address in sorted(group)]
+    assignment = pb.ClusterLoadAssignment(
+        cluster_name=cluster, endpoints=[pb.LocalityLbEndpoints(lb_endpoints=entries)]
     )
+    body = assignment.SerializeToString(deterministic=True)
+    version = hashlib.sha256(body).hexdigest()[:_VERSION_CHARS]
+    return Resource(version, body, frozenset(one.address for one in endpoints if one not in left))

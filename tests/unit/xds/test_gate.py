@@ -26,9 +26,11 @@ def test_without_an_envoy_a_worker_waits_for_a_moment() -> None:
 def test_a_worker_waits_for_every_envoy() -> None:
     gate, known = Gate(0.5), frozenset({"10.0.0.1:80"})
     first, second = acknowledged(ONE), acknowledged(ONE)
-    assert gate.look(ONE, [first, second], 0.0) == (known, None)
+    assert gate.look(ONE, [first, second], 0.0) == (frozenset(), 0.5)
+    assert gate.look(ONE, [first, second], 0.5) == (known, None)
     responses = [one.update(TWO) for one in (first, second)]
-    assert gate.look(TWO, [first, second], 1.0) == (known, None)
+    assert gate.look(TWO, [first, second], 1.0) == (known, 0.5)
+    assert gate.look(TWO, [first, second], 2.0) == (known, None)
     for session, response, expected in zip(
         (first, second), responses, (known, TWO["workers"].addresses), strict=True
     ):
@@ -39,7 +41,8 @@ def test_a_worker_waits_for_every_envoy() -> None:
 
 def test_an_envoy_that_connects_does_not_take_known_workers_away() -> None:
     gate, new = Gate(0.5), DeltaSession(ONE)
-    gate.look(ONE, [acknowledged(ONE)], 0.0)
+    gate.look(ONE, [], 0.0)
+    assert gate.look(ONE, [acknowledged(ONE)], 0.5) == (ONE["workers"].addresses, None)
     new.receive(Request(names=("workers",)))
     assert gate.look(ONE, [new], 1.0) == (ONE["workers"].addresses, None)
 
@@ -47,14 +50,17 @@ def test_an_envoy_that_connects_does_not_take_known_workers_away() -> None:
 def test_a_worker_that_comes_back_waits_again() -> None:
     gate, session = Gate(0.5), acknowledged(TWO)
     gate.look(TWO, [session], 0.0)
-    assert gate.look(ONE, [session], 1.0)[0] == ONE["workers"].addresses
-    # The Envoy has not answered for the removal, but what comes back is in what it uses.
-    assert gate.look(TWO, [session], 2.0)[0] == TWO["workers"].addresses
+    assert gate.look(TWO, [session], 0.5) == (TWO["workers"].addresses, None)
+    assert gate.look(ONE, [session], 1.0) == (ONE["workers"].addresses, None)
+    # The Envoy uses it still, but one with a stream to another replica may not.
+    assert gate.look(TWO, [session], 2.0) == (ONE["workers"].addresses, 0.5)
+    assert gate.look(TWO, [session], 2.5) == (TWO["workers"].addresses, None)
 
 
 @pytest.mark.parametrize("other", ["other", "*"])
 def test_a_stream_for_something_else_counts_only_if_it_asks_for_all(other: str) -> None:
-    session = DeltaSession(None)
+    gate, session = Gate(0.5), DeltaSession(None)
     session.receive(Request(names=(other,)))
-    known, wait = Gate(0.5).look(ONE, [session], 0.0)
-    assert (known, wait) == (frozenset(), None if other == "*" else 0.5)
+    gate.look(ONE, [session], 0.0)
+    known, wait = gate.look(ONE, [session], 0.5)
+    assert (known, wait) == (frozenset() if other == "*" else ONE["workers"].addresses, None)

@@ -187,6 +187,25 @@ async def test_a_draining_worker_is_marked() -> None:
         assert states == [pb.HealthStatus.DRAINING, pb.HealthStatus.UNKNOWN]
 
 
+async def test_a_worker_that_left_is_draining_for_a_moment() -> None:
+    """Another replica may still choose it."""
+    replica = Replica()
+    worker = replica.add("http://10.0.0.1:80")
+    async with serving(replica) as channel:
+        stream = open_stream(channel, "DeltaAggregatedResources")
+        await stream.write(first_request())
+        await stream.write(answer((await read_delta(stream)).nonce))
+        replica.registry.remove(worker.id)
+        replica.publisher.workers_changed()
+        seen = []
+        for _ in range(2):
+            response = await read_delta(stream)
+            assignment = pb.ClusterLoadAssignment.FromString(response.resources[0].resource.value)
+            seen.append([one.health_status for one in assignment.endpoints[0].lb_endpoints])
+            await stream.write(answer(response.nonce))
+        assert seen == [[pb.HealthStatus.DRAINING], []]
+
+
 @pytest.mark.parametrize("method", ["DeltaAggregatedResources", "StreamAggregatedResources"])
 async def test_bytes_that_do_not_parse_end_only_their_stream(method: str) -> None:
     replica = Replica()
