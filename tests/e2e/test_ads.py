@@ -149,3 +149,51 @@ async def test_an_envoy_that_starts_without_the_service_fails_open(launch: Launc
         return (await stack.metrics()).get(routed, 0) > 0
 
     await wait_until(decided, "the service decides")
+
+
+async def test_an_envoy_that_starts_without_the_service_answers_503_if_it_must_not_fail_open(
+    launch: Launch,
+) -> None:
+    running = await launch(1, settings={"envoy": {"endpoints": "ads", "fail_open": False}})
+    stack = running.stack
+    await stack.envoy.stop()
+    await stack.service.stop()
+    await stack.envoy.start()
+
+    async def refused() -> bool:
+        try:
+            async with running.chat() as response:
+                return await running.error(response) == (503, "router_unavailable")
+        except aiohttp.ClientError:
+            return False
+
+    await wait_until(refused, "Envoy answers", seconds=15)
+    assert (await requests_of(running)) == [0]
+
+
+async def test_an_envoy_fails_open_to_the_host_of_all_workers(launch: Launch) -> None:
+    """The name stands for all workers, as a headless Service does."""
+
+    def edit(bootstrap: dict[str, Any]) -> None:
+        clusters = bootstrap["static_resources"]["clusters"]
+        (pool,) = (one for one in clusters if one["name"] == "workers-fail-open")
+        assert pool["cluster_type"]["name"] == "envoy.clusters.dns"
+        (entry,) = pool["load_assignment"]["endpoints"][0]["lb_endpoints"]
+        address = entry["endpoint"]["address"]["socket_address"]
+        assert (address["address"], address["port_value"]) == ("localhost", 1)
+        address["port_value"] = port_of[0]
+
+    port_of: list[int] = []
+
+    def settings(workers: Any) -> dict[str, Any]:
+        port_of.append(int(workers[0].url.rpartition(":")[2]))
+        return {"envoy": {"endpoints": "ads", "fail_open_host": "localhost:1"}}
+
+    running = await launch(1, settings=settings, edit_bootstrap=edit)
+    await running.stack.service.stop()
+
+    async def answered() -> bool:
+        async with running.chat() as response:
+            return bool(response.status == 200)
+
+    await wait_until(answered, "Envoy sends requests to the host", seconds=15)
