@@ -41,11 +41,13 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
     Raises ConfigError with every key whose value Envoy could not run with.
     """
     problems = list(bootstrap_problems(config))
-    if config.discovery.backend != "static_urls" and config.envoy.endpoints_file is None:
+    envoy = config.envoy
+    has_endpoints = envoy.has_ads or envoy.endpoints_file is not None
+    if config.discovery.backend != "static_urls" and not has_endpoints:
         # No problem for those whose gateway discovers the workers itself.
         problems.append(
-            "envoy.endpoints_file: needed to render Envoy's file with the backend "
-            f"{config.discovery.backend!r}, or Envoy would know no worker"
+            "envoy.endpoints_file: this or envoy.endpoints: ads is needed to render Envoy's file "
+            f"with the backend {config.discovery.backend!r}, or Envoy would know no worker"
         )
     if problems:
         raise ConfigError(problems)

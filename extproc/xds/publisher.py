@@ -14,7 +14,6 @@ from extproc.envoy_config.endpoints import Endpoint
 from extproc.metrics.service import Metrics
 from extproc.workers.observer import WorkerObserver
 from extproc.workers.registry import WorkerRegistry
-from extproc.workers.worker import Worker
 from extproc.xds.gate import Gate
 from extproc.xds.session import Request, Resource, Response, Session
 from extproc.xds.snapshot import make_snapshot
@@ -29,10 +28,6 @@ _GATHER_SECONDS: Final = 0.2
 _LOOK_SECONDS: Final = 5.0
 
 
-def _never(worker: Worker) -> bool:
-    return False
-
-
 class Envoy:
     """One Envoy with an open stream."""
 
@@ -45,9 +40,6 @@ class Envoy:
 
 class Publisher(WorkerObserver):
     """The endpoints of the registered workers, in one cluster of Envoy."""
-
-    # Says which workers finish their requests and get no new ones.
-    is_draining: Callable[[Worker], bool] = staticmethod(_never)
 
     def __init__(
         self,
@@ -159,7 +151,7 @@ class Publisher(WorkerObserver):
         for worker in self._registry:
             if worker.address is not None:
                 one = Endpoint(worker.address, worker.url)
-                serving[one] = self.is_draining(worker) and serving.get(one, True)
+                serving[one] = worker.draining and serving.get(one, True)
         for one in self._serving - serving.keys():
             self._leaving[one] = now + self._settle_seconds
         self._serving = frozenset(serving)

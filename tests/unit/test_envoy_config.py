@@ -531,7 +531,8 @@ class TestYaml:
 def test_workers_of_a_cluster_need_the_file_of_endpoints() -> None:
     section = {"namespace": "ns", "label_selector": "app=sglang"}
     sections: dict[str, Any] = {"discovery": {"backend": "k8s", "k8s": section}}
-    with pytest.raises(ConfigError, match=r"envoy\.endpoints_file: needed"):
+    with pytest.raises(ConfigError, match=r"envoy\.endpoints_file: this or "):
         render_bootstrap(config(**sections))
-    rendered = render_bootstrap(config(**sections, envoy={"endpoints_file": "/run/e.json"}))
-    assert rendered["static_resources"]["clusters"][0]["type"] == "EDS"
+    for envoy in ({"endpoints_file": "/run/e.json"}, {"endpoints": "ads"}):
+        rendered = render_bootstrap(config(**sections, envoy=envoy))
+        assert rendered["static_resources"]["clusters"][0]["type"] == "EDS"

@@ -177,7 +177,7 @@ async def test_a_draining_worker_is_marked() -> None:
     replica = Replica()
     worker = replica.add("http://10.0.0.1:80")
     replica.add("http://10.0.0.2:80")
-    replica.publisher.is_draining = lambda one: one is worker
+    replica.registry.set_draining(worker, True)
     async with serving(replica) as channel:
         stream = open_stream(channel, "DeltaAggregatedResources")
         await stream.write(first_request())
