@@ -206,3 +206,27 @@ class DeltaClient(Client):
 
 TestStateClient = StateClient.TestCase
 TestDeltaClient = DeltaClient.TestCase
+
+
+def test_delta_tells_of_a_resource_that_is_gone() -> None:
+    session = DeltaSession({"a": A1})
+    first = session.receive(Request(names=("a",)))
+    assert first is not None
+    session.receive(Request(nonce=first.nonce))
+    gone = session.update({})
+    assert gone is not None
+    assert (gone.resources, gone.removed) == ({}, ("a",))
+    assert session.acknowledged == {"a": A1}
+    assert session.receive(Request(nonce=gone.nonce)) is None
+    assert session.acknowledged == {}
+
+
+def test_a_name_that_is_asked_for_again_is_sent_again() -> None:
+    session = DeltaSession({"a": A1})
+    first = session.receive(Request(names=("a",)))
+    assert first is not None
+    session.receive(Request(nonce=first.nonce))
+    again = session.receive(Request(names=("a",)))
+    assert again is not None
+    assert again.resources == {"a": A1}
+    assert session.acknowledged == {}
