@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fleet", action="append", choices=_FLEETS, help="default: both")
     parser.add_argument("--faults", help="names with commas between them (default: all)")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two faults")
+    parser.add_argument("--worker-requests-max", type=int, help="others wait in the service")
     parser.add_argument("--max-plain-errors", type=float, help="share of what is not streamed")
     parser.add_argument("--max-growth", type=float, help="of the service's memory, as a share")
     preset, _ = parser.parse_known_args()
@@ -74,7 +75,11 @@ async def main() -> int:
             # The workers of a pair, which are outside the namespace, know each other by name.
             named = can_move and fleet == "plain"
             fleet_options = FleetOptions(
-                workers=options.workers, policy=policy, disaggregated=fleet == "pd", named=named
+                workers=options.workers,
+                policy=policy,
+                disaggregated=fleet == "pd",
+                named=named,
+                worker_requests_max=options.worker_requests_max,
             )
             print(f"== {fleet}, {policy}, seed {options.seed}", flush=True)
             failed += not await _storm(fleet_options, _storm_options(options, policy, named))

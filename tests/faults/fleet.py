@@ -24,13 +24,15 @@ _PAGE_TOKENS: Final = 16
 
 class FleetOptions(Struct, frozen=True, kw_only=True):
     """`disaggregated`: half of the workers prefill, the others decode. `named`: the service and
-    Envoy know the workers by host names, which can move.
+    Envoy know the workers by host names, which can move. `worker_requests_max`: a worker gets no
+    more at once, and others wait in the service.
     """
 
     workers: int = 6
     policy: str = "round_robin"
     disaggregated: bool = False
     named: bool = False
+    worker_requests_max: int | None = None
 
 
 class Worker:
@@ -108,6 +110,9 @@ async def running(folder: Path, options: FleetOptions) -> AsyncIterator[Fleet]:
         )
         model: dict[str, Any] = {"id": MODEL, "policy": options.policy}
         model["circuit_breaker"] = {"cool_down_secs": 1}
+        if options.worker_requests_max is not None:
+            most = options.worker_requests_max
+            model["queue"] = {"max_requests": 1000, "worker_requests_max": most}
         shared = ["--model", MODEL, "--decode-milliseconds-per-token", "2"]
         if options.policy in _TOKEN_POLICIES:
             model["tokenizer_path"] = str(write_model_folder(folder / "model"))
