@@ -2,8 +2,8 @@
 
 Without `--policy` and `--fleet` there is a storm for each combination. The exit code is 1 if
 something was not as it must be after a storm. `--preset storm` sends 20 000 requests while one of
-six workers is killed, hung or slow every 2 s; `--preset soak` runs for ten minutes and checks the
-service's memory.
+six workers is killed, hung or slow every 2 s, and each gets eight requests at once; `--preset soak`
+runs for ten minutes and checks the service's memory.
 """
 
 import argparse
@@ -31,6 +31,7 @@ _PRESETS: Final[dict[str, dict[str, Any]]] = {
         "fleet": ["plain"],
         "requests": 20_000,
         "concurrency": 100,
+        "worker_requests_max": 8,
         "max_plain_errors": 0.01,
     },
     "soak": {
