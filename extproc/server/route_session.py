@@ -207,6 +207,7 @@ class RouteSession(Session):
     def close(self) -> None:
         if self._held_bytes >= 0:
             self._context.admission.leave(self._held_bytes)
+            self._held_bytes = -1
 
     def _check_late(self, body: RequestBody) -> Step:
         """The body came after the decision: all that is left is to remove what steers engines."""
@@ -319,6 +320,7 @@ class RouteSession(Session):
     def _forget_request(self) -> None:
         self._body = None
         self._first_message = b""
+        self.close()
 
     # -- response path
 

@@ -153,7 +153,7 @@ class Session:
         """The replies that carry the request's body are written: it is not held any more."""
 
     def close(self) -> None:
-        """The stream has ended; called once."""
+        """The request is answered, or the stream has ended; idempotent."""
 
     # -- request path
 

@@ -17,7 +17,13 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from extproc._protos import llm_extproc_pb2 as pb
-from extproc.errors import RouterError, internal_error, retry_after_seconds, routing_timeout
+from extproc.errors import (
+    RouterError,
+    internal_error,
+    retry_after_seconds,
+    routing_timeout,
+    service_overloaded,
+)
 from extproc.event_loop import StreamTask
 from extproc.metrics.service import Metrics
 from extproc.routing.lease import Lease
@@ -27,7 +33,7 @@ from extproc.routing.request import Request
 from extproc.server.deadlines import Deadlines
 from extproc.server.decider import Decider
 from extproc.server.decode_session import DecodeSession
-from extproc.server.event_log import EventLog, log_decision
+from extproc.server.event_log import EventLog, log_decision, served_urls
 from extproc.server.messages import Response, read_attempt
 from extproc.server.replies import RESPONSE_HEADERS_CONTINUE, at_work, attempt_reported
 from extproc.server.route_session import RouteSession
@@ -40,6 +46,9 @@ __all__ = ["Stream", "Streams"]
 _log = structlog.get_logger()
 
 _CROWD_STREAMS: Final = 1
+_OVERLOADED: Final = service_overloaded().code
+# A body that takes longer makes room for others when there are too many requests.
+_SLOW_BODY_SECONDS: Final = 2.0
 
 
 class Stream:
@@ -124,6 +133,8 @@ class Stream:
             metrics.request_body_bytes.observe(step.body_bytes)
         if step.code:
             metrics.requests(step.path, step.code).inc()
+            if step.code == _OVERLOADED:
+                self._streams.end_slowest()
         if step.events:
             self._streams.event_log.write(step.events)
         lease = self._lease
@@ -151,7 +162,7 @@ class Stream:
             lease.close()
         if not self.session.debug:
             return out
-        return self.session.served_by(*_served_urls(lease)).replies
+        return self.session.served_by(*served_urls(lease)).replies
 
     async def _ask(self, question: Request | DecodeQuery) -> None:
         """Get the answer to the session's question, and write what follows from it."""
@@ -215,6 +226,10 @@ class Stream:
         finally:
             self._writing = False
 
+    @property
+    def waits_for_client(self) -> bool:
+        return self.session.waits_for_body
+
     def timed_out(self) -> None:
         """The deadline of the body or of the decision has passed; called by Deadlines."""
         if self.session.question is None:
@@ -275,15 +290,6 @@ def _uncancel() -> None:
     task = asyncio.current_task()
     if task is not None:
         task.uncancel()
-
-
-def _served_urls(lease: Lease | Pair) -> tuple[str, str | None]:
-    """The URL of the worker that served, and of the one that decodes where it is another."""
-    decode = lease.decode if isinstance(lease, Pair) else None
-    return (
-        lease.served.url if lease.served is not None else "unknown",
-        decode.served.url if decode is not None and decode.served is not None else None,
-    )
 
 
 class Streams:
@@ -365,6 +371,14 @@ class Streams:
             return RESPONSE_HEADERS_CONTINUE
         replica = self.session_context.responses.replica
         return attempt_reported(report.number, report.address, replica)
+
+    def end_slowest(self) -> None:
+        """There are too many requests: end one whose body has not come for long.
+
+        Otherwise clients that send slowly could keep all others out.
+        """
+        begun_before = time.monotonic() - _SLOW_BODY_SECONDS
+        self.deadlines.end_waiting(begun_before + self.settings.body_deadline_seconds)
 
     def end_idle(self) -> None:
         """End the streams whose request is decided; their responses go on without this service."""

@@ -101,6 +101,28 @@ async def test_large_bodies_that_do_not_come_leave_room_for_small_ones(launch: L
     await wait_until(lambda: settled(running), "nothing is held")
 
 
+async def test_clients_that_send_slowly_do_not_keep_others_out(launch: Launch) -> None:
+    running = await launch(1, settings={"server": {"max_requests": 3}})
+    async with AsyncExitStack() as stalled:
+        slow = [await stalled.enter_async_context(announced(running, 1000)) for _ in range(3)]
+
+        async def all_are_there() -> bool:
+            return (await running.stack.metrics())["extproc_requests_open"] == 3
+
+        await wait_until(all_are_there, "the slow ones are in flight")
+        assert await outcome(running, tokens=1) == REFUSED
+
+        async def is_served() -> bool:
+            # Each refusal ends the oldest of them, once it has waited for 2 s.
+            return await outcome(running, tokens=1) == (200, "")
+
+        await wait_until(is_served, "a request is served", 30)
+        async with asyncio.timeout(10):
+            answer = await slow[0].readuntil(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 408 ")
+    await wait_until(lambda: settled(running), "no request is in flight")
+
+
 async def test_limits_change_while_the_service_runs(launch: Launch) -> None:
     running = await launch(
         1,
