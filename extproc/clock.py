@@ -1,13 +1,14 @@
-"""The clock behind everything that waits or measures time.
+"""The clock behind everything that waits or measures time, and the wait for the first of several.
 
 Tests replace it, so that a 600-second time-out is tested in a millisecond.
 """
 
 import asyncio
 import time
-from typing import Protocol
+from collections.abc import Coroutine
+from typing import Any, Protocol
 
-__all__ = ["Clock", "SystemClock"]
+__all__ = ["Clock", "SystemClock", "wait_for_first"]
 
 
 class Clock(Protocol):
@@ -29,3 +30,14 @@ class SystemClock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+
+async def wait_for_first(*waits: Coroutine[Any, Any, object]) -> None:
+    """Return when the first of these has ended, in whatever way; the others are cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

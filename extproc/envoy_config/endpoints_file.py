@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from extproc.clock import Clock
+from extproc.clock import Clock, wait_for_first
 from extproc.config.schema import Config
 from extproc.envoy_config.clusters import worker_urls
 from extproc.envoy_config.endpoints import Endpoint, endpoints_text, read_endpoints
@@ -132,16 +132,7 @@ class EndpointsFile(WorkerObserver):
 
     async def _change(self, seconds: float) -> None:
         """Return when workers have changed, or after this time."""
-        waits = [
-            asyncio.create_task(self._workers_changed.wait()),
-            asyncio.create_task(self._clock.sleep(seconds)),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for one in waits:
-                one.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        await wait_for_first(self._workers_changed.wait(), self._clock.sleep(seconds))
         if self._workers_changed.is_set():
             await self._clock.sleep(_GATHER_SECONDS)
             self._workers_changed.clear()

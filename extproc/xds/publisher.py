@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import structlog
 
-from extproc.clock import Clock
+from extproc.clock import Clock, wait_for_first
 from extproc.envoy_config.endpoints import Endpoint
 from extproc.metrics.service import Metrics
 from extproc.workers.observer import WorkerObserver
@@ -175,17 +175,9 @@ class Publisher(WorkerObserver):
 
     async def _change(self, seconds: float) -> None:
         """Return when workers have changed, when an Envoy has answered, or after this time."""
-        waits = [
-            asyncio.create_task(self._workers_changed.wait()),
-            asyncio.create_task(self._answered.wait()),
-            asyncio.create_task(self._clock.sleep(seconds)),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for one in waits:
-                one.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        await wait_for_first(
+            self._workers_changed.wait(), self._answered.wait(), self._clock.sleep(seconds)
+        )
         self._answered.clear()
         if self._workers_changed.is_set():
             await self._clock.sleep(_GATHER_SECONDS)

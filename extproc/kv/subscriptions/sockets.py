@@ -14,7 +14,7 @@ import zmq
 from msgspec import Struct
 from zmq.utils.monitor import parse_monitor_message
 
-from extproc.clock import Clock
+from extproc.clock import Clock, wait_for_first
 
 __all__ = [
     "Batch",
@@ -242,16 +242,7 @@ class Replay:
 
 
 async def _happens(event: asyncio.Event, clock: Clock, timeout_seconds: float) -> bool:
-    waits = [
-        asyncio.ensure_future(event.wait()),
-        asyncio.ensure_future(clock.sleep(max(0.0, timeout_seconds))),
-    ]
-    try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
+    await wait_for_first(event.wait(), clock.sleep(max(0.0, timeout_seconds)))
     return event.is_set()
 
 
