@@ -166,6 +166,11 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
     ] = field(default_factory=ExtprocEndpointConfig)
 
     @property
+    def endpoints_change(self) -> bool:
+        """True if Envoy gets its endpoints while it runs, by ADS or from a file."""
+        return self.has_ads or self.endpoints_file is not None
+
+    @property
     def has_ads(self) -> bool:
         """True if Envoy asks this service for the workers."""
         return self.endpoints == "ads"

@@ -41,9 +41,7 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
     Raises ConfigError with every key whose value Envoy could not run with.
     """
     problems = list(bootstrap_problems(config))
-    envoy = config.envoy
-    has_endpoints = envoy.has_ads or envoy.endpoints_file is not None
-    if config.discovery.backend != "static_urls" and not has_endpoints:
+    if config.discovery.backend != "static_urls" and not config.envoy.endpoints_change:
         # No problem for those whose gateway discovers the workers itself.
         problems.append(
             "envoy.endpoints_file: this or envoy.endpoints: ads is needed to render Envoy's file "

@@ -67,21 +67,14 @@ def _fail_open_cluster(config: Config) -> dict[str, Any]:
     host, section = config.envoy.fail_open_host, config.discovery.static_urls
     urls = worker_urls(config) if host is None else [parse_worker_url(f"http://{host}")]
     family = "v4_preferred" if isinstance(section, UnsetType) else section.dns_lookup_family
-    seconds = _FAIL_OPEN_DNS_REFRESH_SECONDS
-    by_name = any(not url.is_ip for url in urls)
     name = fail_open_name(config)
-    cluster = worker_cluster(config)
-    for key in ("type", "eds_cluster_config"):
-        del cluster[key]
-    return {
-        **cluster,
-        "name": name,
-        **(_by_dns(seconds, family) if by_name else {"type": "STATIC"}),
-        "load_assignment": {
-            "cluster_name": name,
-            "endpoints": [{"lb_endpoints": [lb_endpoint(url, url.host, url.port) for url in urls]}],
-        },
-    }
+    by_name = any(not url.is_ip for url in urls)
+    return _of_workers(
+        config,
+        name,
+        _by_dns(_FAIL_OPEN_DNS_REFRESH_SECONDS, family) if by_name else {"type": "STATIC"},
+        _load_assignment(name, urls),
+    )
 
 
 def worker_cluster(config: Config) -> dict[str, Any]:
@@ -90,15 +83,23 @@ def worker_cluster(config: Config) -> dict[str, Any]:
     Envoy skips an unknown destination and uses the fallback policy, so no request reaches an
     address that is not in this list.
     """
-    urls = worker_urls(config)
+    urls, name = worker_urls(config), config.envoy.cluster
+    assignment = {} if config.envoy.endpoints_change else _load_assignment(name, urls)
+    return _of_workers(config, name, _resolution(config, urls), assignment)
+
+
+def _of_workers(
+    config: Config, name: str, resolution: dict[str, Any], assignment: dict[str, Any]
+) -> dict[str, Any]:
+    """A cluster of workers; `resolution` and `assignment` say where its endpoints come from."""
     filters = attempt_filters(config)
     cluster: dict[str, Any] = {
-        "name": config.envoy.cluster,
-        **_resolution(config, urls),
+        "name": name,
+        **resolution,
         "connect_timeout": duration(config.proxy.connect_timeout_secs),
-        **_load_assignment(config, urls),
+        **assignment,
         "load_balancing_policy": {"policies": [_destination_policy()]},
-        "circuit_breakers": retry_limits(config, len(urls)),
+        "circuit_breakers": retry_limits(config, len(worker_urls(config))),
         "upstream_connection_options": {"tcp_keepalive": _tcp_keepalive()},
         "typed_extension_protocol_options": {
             _HTTP_OPTIONS: typed(
@@ -170,17 +171,10 @@ def _extproc_host(config: Config) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 (compared only)
 
 
-def _load_assignment(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
-    """The endpoints, unless Envoy has them from the file that the service keeps up to date."""
-    if config.envoy.endpoints_file is not None or config.envoy.has_ads:
-        return {}
+def _load_assignment(name: str, urls: list[WorkerUrl]) -> dict[str, Any]:
+    """The endpoints of a cluster that has them in Envoy's own file."""
     entries = [lb_endpoint(url, url.host, url.port) for url in urls]
-    return {
-        "load_assignment": {
-            "cluster_name": config.envoy.cluster,
-            "endpoints": [{"lb_endpoints": entries}],
-        }
-    }
+    return {"load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": entries}]}}
 
 
 def _resolution(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
@@ -301,8 +295,7 @@ def tls_contexts(config: Config) -> dict[str, dict[str, Any]]:
         {"trusted_ca": {"filename": ca_file}}, auto_host_sni=True, auto_sni_san_validation=True
     )
     # In the file of endpoints, https workers with names may appear later.
-    static = config.envoy.endpoints_file is None and not config.envoy.has_ads
-    contexts = {} if static else {_TLS_TO_NAMES: to_names}
+    contexts = {_TLS_TO_NAMES: to_names} if config.envoy.endpoints_change else {}
     for url in worker_urls(config):
         if url.tls:
             contexts[_tls_key(url)] = _verified_tls(ca_file, url.host) if url.is_ip else to_names
