@@ -3,7 +3,9 @@
 Separate from the rest of the schema because each backend has a section of its own.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Final, Literal
 
 from msgspec import UNSET, Meta, UnsetType, field
 
@@ -11,6 +13,7 @@ from extproc.config.section import SECONDS, Port, Seconds, Section, Text
 
 __all__ = [
     "BACKENDS_ARE_NEEDED",
+    "IP_VERSIONS",
     "ClusterSection",
     "DiscoveryConfig",
     "DnsLookupFamily",
@@ -33,6 +36,20 @@ BACKENDS_ARE_NEEDED = {
 }
 
 DnsLookupFamily = Literal["v4_preferred", "v6_preferred", "v4_only", "v6_only"]
+# The versions of IP of each, the preferred one first.
+IP_VERSIONS: Final[Mapping[DnsLookupFamily, tuple[int, ...]]] = MappingProxyType(
+    {"v4_preferred": (4, 6), "v6_preferred": (6, 4), "v4_only": (4,), "v6_only": (6,)}
+)
+
+
+_BootstrapPortAnnotation = Annotated[
+    Text,
+    Meta(
+        description="Annotation of prefill pods with the bootstrap port (SGLang). What the "
+        "engine reports counts more."
+    ),
+]
+_BOOTSTRAP_PORT_ANNOTATION: Final = "sglang.ai/bootstrap-port"
 
 
 class StaticUrlsConfig(Section, frozen=True, kw_only=True):
@@ -124,26 +141,14 @@ class K8sConfig(SelectedSection, frozen=True, kw_only=True):
 class K8sPodsConfig(SelectedSection, frozen=True, kw_only=True):
     """The objects are pods."""
 
-    bootstrap_port_annotation: Annotated[
-        Text,
-        Meta(
-            description="Annotation of prefill pods with the bootstrap port (SGLang). What the "
-            "engine reports counts more."
-        ),
-    ] = "sglang.ai/bootstrap-port"
+    bootstrap_port_annotation: _BootstrapPortAnnotation = _BOOTSTRAP_PORT_ANNOTATION
 
 
 class InferencePoolConfig(ClusterSection, frozen=True, kw_only=True):
     """One InferencePool of the Gateway API Inference Extension, version v1."""
 
     name: Annotated[Text, Meta(description="Name of the InferencePool.")]
-    bootstrap_port_annotation: Annotated[
-        Text,
-        Meta(
-            description="Annotation of prefill pods with the bootstrap port (SGLang). What the "
-            "engine reports counts more."
-        ),
-    ] = "sglang.ai/bootstrap-port"
+    bootstrap_port_annotation: _BootstrapPortAnnotation = _BOOTSTRAP_PORT_ANNOTATION
 
 
 class DiscoveryConfig(Section, frozen=True, kw_only=True):
@@ -173,19 +178,6 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
         Meta(description="Needed for backend `inference_pool`: the pool that the gateway uses."),
     ] = UNSET
 
-    @property
-    def cluster(self) -> ClusterSection | None:
-        """The section of the backend, if that is a Kubernetes cluster."""
-        found: ClusterSection | UnsetType = UNSET
-        match self.backend:
-            case "k8s":
-                found = self.k8s
-            case "k8s_pods":
-                found = self.k8s_pods
-            case "inference_pool":
-                found = self.inference_pool
-        return None if isinstance(found, UnsetType) else found
-
     introspection_retry_secs: Annotated[
         Seconds,
         Meta(
@@ -207,3 +199,9 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
             "requests until it passes. Without a value there is no such check."
         ),
     ] = None
+
+    @property
+    def cluster(self) -> ClusterSection | None:
+        """The section of the backend, if that is a Kubernetes cluster."""
+        section = getattr(self, self.backend)
+        return section if isinstance(section, ClusterSection) else None

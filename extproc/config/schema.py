@@ -12,6 +12,7 @@ from msgspec import Meta, UnsetType, field
 
 from extproc.config.discovery import (
     BACKENDS_ARE_NEEDED,
+    IP_VERSIONS,
     ClusterSection,
     DiscoveryConfig,
     DnsLookupFamily,
@@ -27,6 +28,7 @@ from extproc.config.section import MEBIBYTE, SECONDS, Seconds, Section
 from extproc.config.server import ServerConfig
 
 __all__ = [
+    "IP_VERSIONS",
     "ActiveLoadConfig",
     "ClusterSection",
     "Config",

@@ -1,6 +1,6 @@
 """Puts a source of workers together from the kind of object, and what the configuration says."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from extproc.label_selectors import LabelSelector, parse_selector
 from extproc.metrics.service import DiscoveryMetrics
 from extproc.workers.worker import Role
 
-__all__ = ["SourceParts", "cluster_source", "roles_by_label"]
+__all__ = ["SourceParts", "cluster_source", "role_of", "roles_by_label"]
 
 _KindT = TypeVar("_KindT", bound=NamespacedResource)
 
@@ -64,3 +64,12 @@ def roles_by_label(section: ClusterSection) -> list[tuple[Role, LabelSelector]]:
         ("prefill", parse_selector(section.prefill_selector)),
         ("decode", parse_selector(section.decode_selector)),
     ]
+
+
+def role_of(
+    labels: Mapping[str, str] | None, roles: Sequence[tuple[Role, LabelSelector]]
+) -> Role | None:
+    """The role of workers with these labels, None if they are no workers; see roles_by_label."""
+    if not roles:
+        return "plain"
+    return next((role for role, selector in roles if selector.matches(labels)), None)

@@ -10,9 +10,9 @@ from typing import Final
 from lightkube.models.discovery_v1 import Endpoint
 from lightkube.resources.discovery_v1 import EndpointSlice
 
-from extproc.config.schema import DnsLookupFamily, K8sConfig
+from extproc.config.schema import IP_VERSIONS, DnsLookupFamily, K8sConfig
 from extproc.discovery.cluster_objects import ClusterObjects
-from extproc.discovery.cluster_source import SourceParts, cluster_source, roles_by_label
+from extproc.discovery.cluster_source import SourceParts, cluster_source, role_of, roles_by_label
 from extproc.discovery.ports import pick_port
 from extproc.discovery.worker_union import Reading, Sighting
 from extproc.label_selectors import LabelSelector
@@ -22,13 +22,6 @@ from extproc.workers.worker import Role, WorkerSpec
 __all__ = ["SliceReader", "slice_source"]
 
 _OBJECTS: Final = "endpointslices"
-# The families in the order of preference.
-_FAMILIES: Final[dict[DnsLookupFamily, tuple[str, ...]]] = {
-    "v4_preferred": ("IPv4", "IPv6"),
-    "v6_preferred": ("IPv6", "IPv4"),
-    "v4_only": ("IPv4",),
-    "v6_only": ("IPv6",),
-}
 
 
 class SliceReader:
@@ -45,11 +38,12 @@ class SliceReader:
         self._roles = roles
         self._port_name = port_name
         self._port = port
-        self._families = _FAMILIES[family]
+        self._families = [f"IPv{version}" for version in IP_VERSIONS[family]]
 
     def read(self, found: EndpointSlice) -> Reading:
         """The workers of a slice: by the labels of the slice, which are those of its Service."""
-        role = self._role(found)
+        labels = found.metadata.labels if found.metadata is not None else None
+        role = role_of(labels, self._roles)
         if role is None:
             return Reading()
         if found.addressType == "FQDN":
@@ -81,12 +75,6 @@ class SliceReader:
             )
             sightings.append(Sighting(spec, draining, rank))
         return Reading(sightings)
-
-    def _role(self, found: EndpointSlice) -> Role | None:
-        if not self._roles:
-            return "plain"
-        labels = found.metadata.labels if found.metadata is not None else None
-        return next((role for role, selector in self._roles if selector.matches(labels)), None)
 
 
 def slice_source(config: K8sConfig, parts: SourceParts) -> ClusterObjects[EndpointSlice]:

@@ -4,16 +4,16 @@ Only the fields that are used are decoded. The bookmarks of a watch leave requir
 empty, so that the complete type could not decode them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from lightkube.core.resource import ApiInfo, NamespacedResourceG, ResourceDef
 from lightkube.models.meta_v1 import ObjectMeta
 from msgspec import Struct, field
 
-from extproc.config.schema import DnsLookupFamily, K8sPodsConfig
+from extproc.config.schema import IP_VERSIONS, DnsLookupFamily, K8sPodsConfig
 from extproc.discovery.cluster_objects import ClusterObjects
-from extproc.discovery.cluster_source import SourceParts, cluster_source, roles_by_label
+from extproc.discovery.cluster_source import SourceParts, cluster_source, role_of, roles_by_label
 from extproc.discovery.ports import pick_port
 from extproc.discovery.worker_union import Reading, Sighting
 from extproc.label_selectors import LabelSelector
@@ -27,13 +27,6 @@ _OBJECTS: Final = "pods"
 _INDEX_IN_GROUP: Final = "leaderworkerset.sigs.k8s.io/worker-index"
 _LEADER: Final = "0"
 _PORT_MAX: Final = 65535
-# The versions of addresses in the order of preference.
-_FAMILIES: Final[dict[DnsLookupFamily, tuple[int, ...]]] = {
-    "v4_preferred": (4, 6),
-    "v6_preferred": (6, 4),
-    "v4_only": (4,),
-    "v6_only": (6,),
-}
 
 
 class _Port(Struct, rename="camel"):
@@ -95,7 +88,7 @@ class PodReader:
     ) -> None:
         """Each of `ports` is a worker; without them it is one port, which is looked for."""
         self._roles = roles
-        self._families = _FAMILIES[family]
+        self._families = IP_VERSIONS[family]
         self._bootstrap_port_annotation = bootstrap_port_annotation
         self._ports = ports
         self._port_name = port_name
@@ -105,7 +98,7 @@ class PodReader:
         """The workers in a pod, if it has any."""
         metadata, status = pod.metadata or ObjectMeta(), pod.status or _Status()
         labels = metadata.labels or {}
-        role = self._role(labels)
+        role = role_of(labels, self._roles)
         if role is None or labels.get(_INDEX_IN_GROUP, _LEADER) != _LEADER:
             return Reading()
         draining = metadata.deletionTimestamp is not None
@@ -133,11 +126,6 @@ class PodReader:
             for port in ports
         ]
         return Reading([Sighting(spec, draining) for spec in specs])
-
-    def _role(self, labels: Mapping[str, str]) -> Role | None:
-        if not self._roles:
-            return "plain"
-        return next((role for role, selector in self._roles if selector.matches(labels)), None)
 
     def _address(self, status: _Status) -> str | None:
         """The pod's address of the preferred family that it has."""

@@ -5,18 +5,13 @@ import socket
 from collections.abc import Collection
 from typing import Final, Protocol
 
-from extproc.config.schema import DnsLookupFamily
+from extproc.config.schema import IP_VERSIONS, DnsLookupFamily
 from extproc.worker_url import WorkerUrl, format_endpoint
 
 __all__ = ["Resolver", "SystemResolver", "of_one_family"]
 
 _TIMEOUT_SECONDS = 5.0
-_FAMILIES: Final[dict[DnsLookupFamily, tuple[int, ...]]] = {
-    "v4_preferred": (socket.AF_INET, socket.AF_INET6),
-    "v6_preferred": (socket.AF_INET6, socket.AF_INET),
-    "v4_only": (socket.AF_INET,),
-    "v6_only": (socket.AF_INET6,),
-}
+_SOCKET_FAMILIES: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
 class Resolver(Protocol):
@@ -53,7 +48,8 @@ def of_one_family(answers: Collection[tuple[int, str]], family: DnsLookupFamily)
 
     They are sorted, so that the same answer always gives the same first address.
     """
-    for wanted in _FAMILIES[family]:
+    for version in IP_VERSIONS[family]:
+        wanted = _SOCKET_FAMILIES[version]
         hosts = {host.partition("%")[0] for found, host in answers if found == wanted}
         if hosts:
             return sorted(hosts)
