@@ -8,6 +8,7 @@ off later. Responses that have begun are not touched.
 from typing import Any, Final
 
 from extproc.config.envoy import EnvoyConfig
+from extproc.config.section import MEBIBYTE
 from extproc.envoy_config.wire_form import duration, typed
 
 __all__ = ["CUT_PRESSURE", "REFUSE_PRESSURE", "overload_manager"]
@@ -43,7 +44,7 @@ def overload_manager(envoy: EnvoyConfig) -> dict[str, Any]:
         "name": _HEAP,
         "typed_config": typed(
             f"{_MONITORS}.fixed_heap.v3.FixedHeapConfig",
-            max_heap_size_bytes=envoy.max_heap_mb * 1024 * 1024,
+            max_heap_size_bytes=envoy.max_heap_mb * MEBIBYTE,
         ),
     }
     return {

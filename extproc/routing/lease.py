@@ -101,6 +101,11 @@ class Lease:
         claim.ticket.owner = self
 
     @property
+    def served_urls(self) -> tuple[str, str | None]:
+        """The URL of the worker that served, and of the one that decodes if that is another."""
+        return (self.served.url if self.served is not None else "unknown"), None
+
+    @property
     def holds_stream(self) -> bool:
         """True while the stream must stay open though the decision is out."""
         return False

@@ -10,13 +10,14 @@ from typing import Final
 
 from msgspec import Struct
 
+from extproc.config.section import MEBIBYTE
 from extproc.errors import service_overloaded
 
 __all__ = ["Admission", "AdmissionLimits"]
 
 # Clients that announce large bodies and send them slowly can fill their share of the bytes.
 # The rest is for small bodies, which nearly all requests have.
-_SMALL_BYTES: Final = 1024 * 1024
+_SMALL_BYTES: Final = MEBIBYTE
 _LARGE_SHARE: Final = 0.75
 
 

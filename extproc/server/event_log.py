@@ -14,7 +14,7 @@ from extproc.routing.lease import Lease
 from extproc.routing.pd.pair import Pair
 from extproc.server.steps import LogEvent
 
-__all__ = ["EventLog", "log_decision", "served_urls"]
+__all__ = ["EventLog", "log_decision"]
 
 _log = structlog.get_logger()
 
@@ -67,13 +67,4 @@ def log_decision(request_id: str, lease: Lease | Pair, attempt: int) -> None:
         cached_tokens=decision.cached_tokens,
         total_tokens=decision.total_tokens,
         attempt=attempt,
-    )
-
-
-def served_urls(lease: Lease | Pair) -> tuple[str, str | None]:
-    """The URL of the worker that served, and of the one that decodes where it is another."""
-    decode = lease.decode if isinstance(lease, Pair) else None
-    return (
-        lease.served.url if lease.served is not None else "unknown",
-        decode.served.url if decode is not None and decode.served is not None else None,
     )

@@ -33,7 +33,7 @@ from extproc.routing.request import Request
 from extproc.server.deadlines import Deadlines
 from extproc.server.decider import Decider
 from extproc.server.decode_session import DecodeSession
-from extproc.server.event_log import EventLog, log_decision, served_urls
+from extproc.server.event_log import EventLog, log_decision
 from extproc.server.messages import Response, read_attempt
 from extproc.server.replies import RESPONSE_HEADERS_CONTINUE, at_work, attempt_reported
 from extproc.server.route_session import RouteSession
@@ -162,7 +162,7 @@ class Stream:
             lease.close()
         if not self.session.debug:
             return out
-        return self.session.served_by(*served_urls(lease)).replies
+        return self.session.served_by(*lease.served_urls).replies
 
     async def _ask(self, question: Request | DecodeQuery) -> None:
         """Get the answer to the session's question, and write what follows from it."""

@@ -13,7 +13,9 @@ import h2.config
 import h2.connection
 import h2.events
 
-__all__ = ["Answer", "post"]
+from tests.e2e.conftest import Running
+
+__all__ = ["Answer", "completion", "port_of", "post"]
 
 _SECONDS = 60
 _READ_BYTES = 64 * 1024
@@ -26,6 +28,17 @@ class Answer(NamedTuple):
 
     def json(self) -> Any:
         return json.loads(self.body)
+
+
+def port_of(running: Running) -> int:
+    """The port of Envoy."""
+    return int(running.stack.config["envoy"]["port"])
+
+
+def completion(size: int) -> bytes:
+    """A body of exactly this size."""
+    head, tail = b'{"model":"m","max_tokens":1,"prompt":"', b'"}'
+    return head + b"x" * (size - len(head) - len(tail)) + tail
 
 
 async def post(

@@ -15,7 +15,7 @@ import pytest
 from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 from tests.e2e.pd_fleet import pd_stack
-from tests.e2e.raw_http import post
+from tests.e2e.raw_http import port_of, post
 
 MEBIBYTE = 1024 * 1024
 PATH = "/v1/completions"
@@ -34,10 +34,6 @@ def completion(size: int, *, tokens: int = 1) -> bytes:
     """A body of this size that costs the worker little: most of it is not the prompt."""
     head = b'{"model":"m","max_tokens":%d,"prompt":"hello","padding":"' % tokens
     return head + b"x" * (size - len(head) - 2) + b'"}'
-
-
-def port_of(running: Running) -> int:
-    return int(running.stack.config["envoy"]["port"])
 
 
 class Pressure:

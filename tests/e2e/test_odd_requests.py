@@ -13,7 +13,7 @@ import zstandard
 from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 from tests.e2e.pd_fleet import pd_stack
-from tests.e2e.raw_http import post
+from tests.e2e.raw_http import completion, port_of, post
 
 MEBIBYTE = 1024 * 1024
 LIMIT_BYTES = 4 * MEBIBYTE
@@ -33,16 +33,6 @@ ENCODINGS: dict[str, Callable[[bytes], bytes]] = {
     "br": lambda data: brotli.compress(data, quality=5),
     "zstd": zstandard.ZstdCompressor().compress,
 }
-
-
-def completion(size: int) -> bytes:
-    """A body of exactly this size."""
-    head, tail = b'{"model":"m","max_tokens":1,"prompt":"', b'"}'
-    return head + b"x" * (size - len(head) - len(tail)) + tail
-
-
-def port_of(running: Running) -> int:
-    return int(running.stack.config["envoy"]["port"])
 
 
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/2"])

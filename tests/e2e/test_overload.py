@@ -8,7 +8,7 @@ from typing import Any
 
 from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
-from tests.e2e.raw_http import post
+from tests.e2e.raw_http import completion, port_of, post
 
 MEBIBYTE = 1024 * 1024
 REFUSED = (503, "service_overloaded")
@@ -51,7 +51,7 @@ async def test_requests_over_the_limit_are_refused_and_logged_in_bounded_number(
 @asynccontextmanager
 async def announced(running: Running, size: int) -> AsyncIterator[asyncio.StreamReader]:
     """A request with a body of which only the beginning comes."""
-    port = int(running.stack.config["envoy"]["port"])
+    port = port_of(running)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST {PATH} HTTP/1.1\r\nhost: api\r\ncontent-length: {size}\r\n\r\n"
     writer.write(head.encode() + b'{"model":"m","prompt":"')
@@ -62,15 +62,10 @@ async def announced(running: Running, size: int) -> AsyncIterator[asyncio.Stream
         writer.close()
 
 
-def completion(size: int) -> bytes:
-    head, tail = b'{"model":"m","max_tokens":1,"prompt":"', b'"}'
-    return head + b"x" * (size - len(head) - len(tail)) + tail
-
-
 async def test_large_bodies_that_do_not_come_leave_room_for_small_ones(launch: Launch) -> None:
     sizes = {"max_body_bytes": 4 * MEBIBYTE, "max_buffered_bytes": 8 * MEBIBYTE}
     running = await launch(1, worker={"prefill_tokens_per_second": 1e9}, settings={"server": sizes})
-    port = int(running.stack.config["envoy"]["port"])
+    port = port_of(running)
 
     async def held(expected: int) -> None:
         async def is_held() -> bool:

@@ -86,6 +86,12 @@ class Pair:
         return self.leg.worker
 
     @property
+    def served_urls(self) -> tuple[str, str | None]:
+        """The URLs of the prefill worker, and of the decode worker once it is known."""
+        decoded = None if self.decode is None else self.decode.served
+        return self.leg.worker.url, None if decoded is None else decoded.url
+
+    @property
     def holds_stream(self) -> bool:
         """True while the prefill runs: only this stream can end the request if it fails."""
         return self.leg.is_open and not self._closed
