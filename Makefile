@@ -57,12 +57,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-# Discovery against a real kube-apiserver, which is built at the first time: ten to fifteen minutes,
-# and needs Go. Then a minute.
+# Discovery against a real kube-apiserver and the real EndpointSlice controller, which are built at the
+# first time: ten to fifteen minutes, and needs Go. Then a minute.
+SERVERS := tests/kubernetes/servers
 test-k8s: $(VENV)/.dev
-	@servers=$$(tests/kubernetes/servers/build.sh) && kinds=$$(tests/kubernetes/servers/crds.sh) && \
+	@servers=$$($(SERVERS)/build.sh) && kinds=$$($(SERVERS)/crds.sh) && \
 		KUBERNETES_SERVERS=$$servers KUBERNETES_KINDS=$$kinds $(BIN)/python -m pytest tests/kubernetes $(ARGS) && \
-		echo "ran against $$($$servers/etcd --version | head -1), $$($$servers/kube-apiserver --version)"
+		echo "ran against:" && $(SERVERS)/build.sh --versions && $(SERVERS)/crds.sh --versions
 
 # For work on the code, in under a minute: tests that start neither Envoy nor the service, without
 # the property tests, which hypothesis marks and `make test` runs.

@@ -47,10 +47,10 @@ async def eventually(condition: Callable[[], bool], what: str, seconds: float = 
 
 
 class Cluster:
-    """The control plane without controllers: objects are what the tests write."""
+    """The control plane; no controller runs before a test starts it, so objects stay as written."""
 
     def __init__(self, servers: Path, folder: Path) -> None:
-        """`servers` is the folder of the two programs; everything else goes into `folder`."""
+        """`servers` is the folder of the programs; everything else goes into `folder`."""
         self._servers = servers
         self._folder = folder
         self._port, etcd, peer = free_ports(3)
@@ -70,11 +70,6 @@ class Cluster:
         self._write_keys()
         self._start("etcd", self._etcd_flags())
         self.start()
-
-    def inference_pools(self) -> Path:
-        """The file that defines the kind InferencePool."""
-        (found,) = self._servers.glob("*_inferencepools.yaml")
-        return found
 
     def close(self) -> None:
         """End both servers."""
@@ -103,17 +98,31 @@ class Cluster:
     def start(self) -> None:
         """Start the API server, on the same port and data as before."""
         self._start("kube-apiserver", self._server_flags())
+        self.wait_for("/readyz")
+
+    def wait_for(self, path: str) -> None:
+        """Wait until the API server answers requests for this path."""
         tls = ssl.create_default_context(cafile=str(self.ca_file))
         request = urllib.request.Request(
-            f"{self.url}/readyz", headers={"Authorization": f"Bearer {self._token}"}
+            self.url + path, headers={"Authorization": f"Bearer {self._token}"}
         )
         end = time.monotonic() + _START_SECONDS
         while True:
             with suppress(OSError), urllib.request.urlopen(request, context=tls, timeout=5):
                 return
-            assert self._signal(0) is None, self._log()
-            assert time.monotonic() < end, self._log()
+            assert self._signal(0) is None, self.log("kube-apiserver")
+            assert time.monotonic() < end, self.log("kube-apiserver")
             time.sleep(_POLL_SECONDS)
+
+    @contextmanager
+    def slice_controller(self) -> Iterator[None]:
+        """The controller that writes the EndpointSlices of Services runs; it ends as in a crash."""
+        self._start("endpointslice-controller", ["--kubeconfig", self.admin_kubeconfig()])
+        try:
+            yield
+        finally:
+            ended = self._tell(signal=signal.SIGKILL, name="endpointslice-controller")
+            assert ended == -signal.SIGKILL, self.log("endpointslice-controller")
 
     def kill(self) -> None:
         """End the API server as a crash does."""
@@ -174,8 +183,9 @@ class Cluster:
             "--unsafe-no-fsync",
         ]
 
-    def _log(self) -> str:
-        return (self._folder / "kube-apiserver.log").read_text()[-4000:]
+    def log(self, name: str) -> str:
+        """The end of what this program has written."""
+        return (self._folder / f"{name}.log").read_text()[-4000:]
 
     def _write_keys(self) -> None:
         authority = trustme.CA()

@@ -9,8 +9,10 @@ from typing import Final
 import pytest
 
 from .cluster import Cluster, Namespace
+from .kinds import install_kinds
 
 _SERVERS: Final = os.environ.get("KUBERNETES_SERVERS")
+_KINDS: Final = Path(os.environ.get("KUBERNETES_KINDS", ""))
 # Without that command there is nothing to test against.
 collect_ignore_glob = [] if _SERVERS else ["test_*.py"]
 
@@ -33,9 +35,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.stash[_FOLDER].cleanup()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Cluster:
     return request.config.stash[_CLUSTER]
+
+
+@pytest.fixture(scope="session")
+def kinds(cluster: Cluster) -> None:
+    """The API server knows the kinds of gateways and operators."""
+    install_kinds(cluster, _KINDS)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ kinds of operators (KEDA, Prometheus) are those that they publish.
 """
 
 import json
-import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ from tests.helm.chart import VALUES_FILES, Release, run_tool
 from .cluster import Cluster
 
 EVERY: Final = pytest.mark.parametrize("values", VALUES_FILES, ids=lambda path: path.stem)
-KINDS: Final = os.environ.get("KUBERNETES_KINDS", "")
 
 
 class Project:
@@ -60,14 +58,12 @@ class Project:
 
 
 @pytest.fixture
-def project(cluster: Cluster) -> Iterator[Project]:
+def project(cluster: Cluster, kinds: None) -> Iterator[Project]:
     found = Project(cluster.admin_kubeconfig(), f"chart-{secrets.token_hex(4)}")
     label = {"pod-security.kubernetes.io/enforce": "restricted"}
     metadata = {"name": found.name, "labels": label}
     made = {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
     found.kubectl("create", "-f", "-", text=json.dumps(made))
-    found.kubectl("apply", "--server-side", "-f", KINDS)
-    found.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", KINDS)
     yield found
     # Roles of the whole cluster would meet those of the next test.
     found.kubectl(

@@ -1,12 +1,8 @@
 """Discovery from an InferencePool against a real API server, with the kind's real definition."""
 
-import asyncio
-import contextlib
 from typing import Any
 
-import httpx2
 import pytest
-from lightkube.codecs import load_all_yaml
 from lightkube.generic_resource import create_namespaced_resource
 from lightkube.models.meta_v1 import ObjectMeta
 from lightkube.types import PatchType
@@ -22,21 +18,7 @@ _POOL = create_namespaced_resource(
 )
 
 
-@pytest.fixture(autouse=True)
-async def definition(namespace: Namespace) -> None:
-    """The API server knows the kind."""
-    client = namespace.client
-    (made,) = load_all_yaml(namespace.cluster.inference_pools().read_text())
-    with contextlib.suppress(httpx2.HTTPStatusError):  # an earlier test has made it
-        await client.create(made)
-    # It is served a moment after it was made.
-    for _ in range(100):
-        with contextlib.suppress(httpx2.HTTPStatusError):
-            async for _ in client.list(_POOL, namespace=namespace.name):
-                pass
-            return
-        await asyncio.sleep(0.1)
-    pytest.fail("the API server does not serve inference pools")
+pytestmark = pytest.mark.usefixtures("kinds")
 
 
 def spec(labels: dict[str, str], *ports: int) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Builds etcd and kube-apiserver, and gets what they need, from the Go module registry, once for each version in go.mod, and
-# prints the folder that has them. From empty caches this takes ten to fifteen minutes on two cores.
-# usage: build.sh         builds what is missing
-#        build.sh --look  builds nothing; fails if something is missing
+# Builds etcd, kube-apiserver and the EndpointSlice controller from the Go module registry, once for
+# each version in go.mod, and prints the folder that has them. From empty caches this takes ten to
+# fifteen minutes on two cores.
+# usage: build.sh             builds what is missing
+#        build.sh --look      builds nothing; fails if something is missing
+#        build.sh --versions  prints the programs with their versions
 set -euo pipefail
 cd "$(dirname "$0")"
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/llm-extproc/kubernetes
@@ -18,8 +20,8 @@ if [ ! -e "$folder/complete" ]; then
     echo "Go is needed to build kube-apiserver; install it, and run this again" >&2
     exit 1
   }
-  echo "building etcd and kube-apiserver $version into $folder ..." >&2
-  export CGO_ENABLED=0 GOFLAGS="-trimpath -buildvcs=false -mod=readonly" GOMEMLIMIT=4GiB
+  echo "building etcd, kube-apiserver and the EndpointSlice controller $version into $folder ..." >&2
+  export CGO_ENABLED=0 GOFLAGS="-trimpath -buildvcs=false -mod=readonly" GOMEMLIMIT=3GiB
   mkdir -p "$folder"
   package=k8s.io/component-base/version
   minor=$(echo "$version" | cut -d. -f2)
@@ -27,11 +29,13 @@ if [ ! -e "$folder/complete" ]; then
   flags="$flags -X $package.gitMajor=1 -X $package.gitMinor=$minor"
   go build -p 2 -ldflags "-s -w" -o "$folder/etcd" ./etcd
   go build -p 2 -ldflags "$flags" -o "$folder/kube-apiserver" ./kube-apiserver
-  # The definition of InferencePool, which the API server does not have by itself.
-  module=sigs.k8s.io/gateway-api-inference-extension@v1.5.0
-  sources=$(go mod download -json "$module" | sed -n 's/^.*"Dir": "\(.*\)",$/\1/p')
-  cp "$sources/config/crd/bases/inference.networking.k8s.io_inferencepools.yaml" "$folder/"
-  chmod u+w "$folder"/*.yaml
+  go build -p 2 -ldflags "$flags" -o "$folder/endpointslice-controller" ./endpointslice-controller
   touch "$folder/complete"
 fi
-echo "$folder"
+if [ "${1:-}" = --versions ]; then
+  "$folder/etcd" --version | head -1
+  "$folder/kube-apiserver" --version
+  echo "EndpointSlice controller $version"
+else
+  echo "$folder"
+fi
