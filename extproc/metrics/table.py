@@ -283,7 +283,7 @@ PD_PAIRS = _pd.counter(
     Label(
         "outcome",
         {
-            "ok": "",
+            "ok": "the decode worker has begun a good response; a later failure is not counted",
             "prefill_failed": "",
             "prefill_refused": "the engine answered 4xx",
             "decode_failed": "",

@@ -18,6 +18,7 @@ from extproc.simulator.control import Control
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.faults import FAULT_HEADER, parse_header
 from extproc.simulator.inference import json_answer, listening_port, serve
+from extproc.simulator.journal import Journal
 from extproc.simulator.kv_publisher import KvPorts, KvPublisher
 from extproc.simulator.settings import SimulatorSettings
 from extproc.simulator.worker import Worker
@@ -92,6 +93,11 @@ class RunningSimulator:
     def publisher(self) -> KvPublisher | None:
         """The present publisher of KV events; None if the worker does not publish."""
         return None if self._runner.app is None else self._runner.app[_WORKER].publisher
+
+    @property
+    def journal(self) -> Journal:
+        """The requests of this worker, also after it has stopped."""
+        return self._worker.journal
 
     @property
     def kv_ports(self) -> KvPorts | None:

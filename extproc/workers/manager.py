@@ -169,8 +169,12 @@ class WorkerManager:
                 self._tasks.start(worker_id, self._remove(worker_id))
             case RoleChanged(worker_id, role):
                 self._tasks.start(worker_id, self._ask_again(worker_id, role))
-            case DrainingChanged(worker_id, draining):
-                self._membership.drain(worker_id, draining)
+            case DrainingChanged(worker_id, True):
+                self._membership.drain(worker_id)
+            case DrainingChanged(worker_id):
+                # It may be back in another role, for which it is being asked.
+                self._membership.stays(worker_id)
+                self._tasks.start(worker_id, self._membership.resume(worker_id))
             case Listed():
                 self._tasks.start("", self._finish_first_round(self._tasks.last_tasks()))
 

@@ -42,8 +42,9 @@ class Membership:
         self._warnings = WorkerWarnings(models.ids)
         self._refused: dict[str, WorkerSpec] = {}
         self._next_order = 0
-        # The ids of workers that drain, registered or not.
+        # The ids of workers that drain, registered or not, and of those that are about to leave.
         self._draining: set[str] = set()
+        self._held_out: set[str] = set()
         # Set when a worker was registered, removed or refused with another role.
         self._kinds_changed = False
 
@@ -229,20 +230,27 @@ class Membership:
         """A worker of this id is about to join: an earlier one's draining is not its own."""
         self._draining.discard(worker_id)
 
-    def drain(self, worker_id: str, draining: bool) -> None:
-        """A worker gets no new requests from now on, or gets them again; at once.
+    def drain(self, worker_id: str) -> None:
+        """A worker gets no new requests from now on; at once.
 
-        A worker that has not joined yet is then draining when it does.
+        One that has not joined yet is then draining when it does.
         """
-        if draining:
-            self._draining.add(worker_id)
-        else:
-            self._draining.discard(worker_id)
-        self._set_draining(worker_id, draining)
+        self._draining.add(worker_id)
+        self._set_draining(worker_id, True)
+
+    def stays(self, worker_id: str) -> None:
+        """A worker that drained stays after all; `resume` gives it requests again."""
+        self._draining.discard(worker_id)
+
+    async def resume(self, worker_id: str) -> None:
+        """Give a worker requests again, unless it is to drain or to leave by now."""
+        if worker_id not in self._draining and worker_id not in self._held_out:
+            self._set_draining(worker_id, False)
 
     def hold_out(self, worker_id: str) -> None:
         """A worker is about to leave; until then it gets no new requests."""
         self._draining.discard(worker_id)
+        self._held_out.add(worker_id)
         self._set_draining(worker_id, True)
 
     def _set_draining(self, worker_id: str, draining: bool) -> None:
@@ -254,6 +262,7 @@ class Membership:
 
     async def leave(self, worker_id: str) -> None:
         """Remove a worker, whether it was registered or refused."""
+        self._held_out.discard(worker_id)
         self._warnings.left(worker_id)
         self._kinds_changed = self._refused.pop(worker_id, None) is not None or self._kinds_changed
         await self._remove(worker_id)

@@ -5,89 +5,24 @@ The workers are simulators on loopback addresses, which an API server accepts fo
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import pytest
 
-from extproc.simulator.http import RunningSimulator, start
-from extproc.simulator.settings import SimulatorSettings
-from extproc.testing.stack import Stack, reserved_ports
-
 from .cluster import Namespace
+from .installation import Installation, installation, port_of
 from .pods import end_pod, run_pod
-
-_BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
-
-
-class _Installation:
-    def __init__(self, stack: Stack, http: aiohttp.ClientSession, exits: AsyncExitStack) -> None:
-        self.stack = stack
-        self.http = http
-        self._exits = exits
-
-    async def start_worker(self) -> RunningSimulator:
-        (port,) = self._exits.enter_context(reserved_ports(1))
-        settings = SimulatorSettings(model="m", port=port, decode_milliseconds_per_token=10.0)
-        worker = await start(settings)
-        self._exits.push_async_callback(worker.stop)
-        return worker
-
-    def chat(self, tokens: int, *, stream: bool = False) -> Any:
-        body = _BODY | {"max_tokens": tokens, "stream": stream}
-        return self.http.post(f"{self.stack.url}/v1/chat/completions", json=body)
-
-    async def workers(self) -> dict[str, dict[str, Any]]:
-        """What `/workers` shows, by URL."""
-        async with self.http.get(f"{self.stack.admin_url}/workers") as answer:
-            return {one["url"]: one for one in (await answer.json())["workers"]}
-
-    async def shows(self, **expected: Any) -> None:
-        """Wait until exactly the workers of these ports have these states."""
-        end = asyncio.get_running_loop().time() + 60
-        while True:
-            found = {
-                url.rpartition(":")[2]: "draining" if one["draining"] else one["ready"]
-                for url, one in (await self.workers()).items()
-            }
-            if found == expected:
-                return
-            assert asyncio.get_running_loop().time() < end, f"{found} is {expected}"
-            await asyncio.sleep(0.02)
-
-    async def served_by(self, worker: RunningSimulator) -> int:
-        async with self.http.get(f"{worker.url}/simulator/stats") as answer:
-            return len((await answer.json())["requests"])
 
 
 @pytest.fixture
-async def installed(namespace: Namespace, tmp_path: Path) -> AsyncIterator[_Installation]:
-    """A stack that follows the pods of the namespace; it is started by the test."""
-    async with AsyncExitStack() as exits:
-        http = await exits.enter_async_context(aiohttp.ClientSession())
-        settings: dict[str, Any] = {
-            "models": [{"id": "m"}],
-            "envoy": {"endpoints_file": str(tmp_path / "endpoints.json")},
-        }
-        stack = Stack(tmp_path, [], settings)
-        section = {
-            "namespace": namespace.name,
-            "kubeconfig": namespace.kubeconfig,
-            "label_selector": "app=sglang",
-            "port_name": "http",
-        }
-        stack.config["discovery"] = {"backend": "k8s_pods", "k8s_pods": section}
-        yield _Installation(stack, http, exits)
-
-
-def port_of(worker: RunningSimulator) -> str:
-    return worker.url.rpartition(":")[2]
+async def installed(namespace: Namespace, tmp_path: Path) -> AsyncIterator[Installation]:
+    settings = {"envoy": {"endpoints_file": str(tmp_path / "endpoints.json")}}
+    async with installation(namespace, tmp_path, settings) as found:
+        yield found
 
 
 async def test_a_pod_that_is_deleted_finishes_its_streams_and_gets_no_others(
-    namespace: Namespace, installed: _Installation
+    namespace: Namespace, installed: Installation
 ) -> None:
     leaving, staying = [await installed.start_worker() for _ in range(2)]
     for n, worker in enumerate((leaving, staying), 1):
@@ -114,7 +49,7 @@ async def test_a_pod_that_is_deleted_finishes_its_streams_and_gets_no_others(
 
 
 async def test_workers_are_replaced_one_by_one_without_a_failed_request(
-    namespace: Namespace, installed: _Installation
+    namespace: Namespace, installed: Installation
 ) -> None:
     first = [await installed.start_worker() for _ in range(3)]
     for n, worker in enumerate(first, 1):

@@ -1,6 +1,6 @@
 """Workers that are about to leave: no new requests, and nothing else is taken from them yet."""
 
-from extproc.workers.source import Added, DrainingChanged, Removed
+from extproc.workers.source import Added, DrainingChanged, Removed, RoleChanged
 from tests.builders import make_spec
 from tests.fakes import FakeEngineClient, settle
 
@@ -75,3 +75,45 @@ async def test_a_worker_that_comes_again_does_not_drain() -> None:
         await setup.deliver(Added(make_spec(A)), DrainingChanged(A, True), Removed(A))
         await setup.deliver(Added(make_spec(A)))
         assert setup.pool() == [A]
+
+
+async def test_a_worker_that_is_back_in_another_role_is_used_once_the_role_is_known() -> None:
+    async with running(ManagerSetup()) as setup:
+        prefill = FakeEngineClient.info("m", disaggregation_mode="prefill")
+        gate = Gate(FakeEngineClient.info("m", disaggregation_mode="decode"))
+        setup.client.script(A, "/server_info", prefill, gate)
+        await setup.deliver(Added(make_spec(A)), DrainingChanged(A, True))
+        await setup.deliver(RoleChanged(A, "decode"), DrainingChanged(A, False))
+        assert setup.worker(A).draining
+        gate.open()
+        await settle()
+        assert not setup.worker(A).draining
+        assert setup.worker(A).role == "decode"
+
+
+async def test_a_worker_that_drains_again_before_it_was_back_gets_no_requests() -> None:
+    async with running(ManagerSetup()) as setup:
+        gate = Gate(FakeEngineClient.info("m"))
+        setup.client.script(A, "/server_info", FakeEngineClient.info("m"), gate)
+        await setup.deliver(Added(make_spec(A)), DrainingChanged(A, True))
+        setup.manager.recheck(setup.worker(A))
+        await settle()
+        await setup.deliver(DrainingChanged(A, False), DrainingChanged(A, True))
+        gate.open()
+        await settle()
+        assert setup.worker(A).draining
+
+
+async def test_a_worker_that_leaves_before_it_was_back_gets_no_requests() -> None:
+    async with running(ManagerSetup()) as setup:
+        gate = Gate(FakeEngineClient.info("m"))
+        setup.client.script(A, "/server_info", FakeEngineClient.info("m"), gate)
+        await setup.deliver(Added(make_spec(A)), DrainingChanged(A, True))
+        worker = setup.worker(A)
+        setup.manager.recheck(worker)
+        await settle()
+        await setup.deliver(DrainingChanged(A, False), Removed(A))
+        gate.open()
+        await settle()
+        assert setup.registry.get(A) is None
+        assert worker.draining
