@@ -17,7 +17,7 @@ from extproc.testing.stack import Stack, reserved_ports
 
 from .cluster import Namespace
 
-__all__ = ["Installation", "installation", "port_of"]
+__all__ = ["Installation", "installation", "port_of", "until_not"]
 
 _BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 _WAIT_SECONDS = 60.0
@@ -37,16 +37,12 @@ class Installation:
         self.workers: list[RunningSimulator] = []
 
     async def start_worker(self, **settings: Any) -> RunningSimulator:
-        """A worker of the model "m" at ports of its own."""
-        port, bootstrap_port = self._exits.enter_context(reserved_ports(2))
-        given: dict[str, Any] = {
-            "model": "m",
-            "port": port,
-            "decode_milliseconds_per_token": 10.0,
-        }
-        if settings.get("disaggregation_mode", "null") != "null":
-            settings.setdefault("disaggregation_bootstrap_port", bootstrap_port)
-        worker = await start(SimulatorSettings(**(given | settings)))
+        """A worker of the model "m", at ports of its own unless the settings give one."""
+        given: dict[str, Any] = {"model": "m", "decode_milliseconds_per_token": 10.0} | settings
+        if "port" not in given:
+            given["port"], bootstrap_port = self._exits.enter_context(reserved_ports(2))
+            given.setdefault("disaggregation_bootstrap_port", bootstrap_port)
+        worker = await start(SimulatorSettings(**given))
         self._exits.push_async_callback(worker.stop)
         self.workers.append(worker)
         return worker
@@ -83,7 +79,7 @@ class Installation:
 
         await until_not(differs)
 
-    async def is_idle(self, worker: RunningSimulator) -> None:
+    async def is_idle(self, worker: RunningSimulator, poll_seconds: float = _POLL_SECONDS) -> None:
         """Wait until this worker drains or has left, and its last request has ended."""
 
         async def busy() -> Any:
@@ -94,7 +90,7 @@ class Installation:
                 stats = await answer.json()
             return stats["running"] + stats["waiting"] + stats["rooms"]
 
-        await until_not(busy)
+        await until_not(busy, poll_seconds)
 
     async def served_by(self, worker: RunningSimulator) -> int:
         """How many requests this worker has had."""
@@ -123,12 +119,14 @@ class Installation:
         await until_not(left)
 
 
-async def until_not(look: Callable[[], Awaitable[Any]]) -> None:
+async def until_not(
+    look: Callable[[], Awaitable[Any]], poll_seconds: float = _POLL_SECONDS
+) -> None:
     """Wait until it finds nothing; fails with what it has found last."""
     end = asyncio.get_running_loop().time() + _WAIT_SECONDS
     while found := await look():
         assert asyncio.get_running_loop().time() < end, found
-        await asyncio.sleep(_POLL_SECONDS)
+        await asyncio.sleep(poll_seconds)
 
 
 def port_of(worker: RunningSimulator) -> str:

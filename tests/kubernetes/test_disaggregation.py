@@ -5,24 +5,19 @@ other role, engines crash, and labels flip. A request may fail only if one of it
 engine that crashed.
 """
 
-import asyncio
-import contextlib
-import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
 import pytest
-from msgspec import Struct
 
 from extproc.simulator.http import RunningSimulator
 
 from .cluster import Namespace, eventually
 from .installation import Installation, installation, port_of
 from .pods import end_pod, run_pod, set_labels
+from .traffic import Crashes, asking
 
 _REQUESTS: Final = 500
 _CLIENTS: Final = 20
@@ -37,15 +32,6 @@ _DIED: Final = {
 }
 
 
-class _Answer(Struct):
-    """What became of one request; `id` is sent as its correlation id."""
-
-    id: str
-    status: int
-    code: str
-    request_id: str | None = None
-
-
 class _Pods:
     """The pods of both pools. Each has a number and an engine, which changes with a rebirth."""
 
@@ -55,9 +41,7 @@ class _Pods:
         self._next = 1
         self.roles: dict[int, str] = {}
         self.engines: dict[int, RunningSimulator] = {}
-        # Of engines that crashed: the requests that they had not finished, and where they were.
-        self.torn: set[str] = set()
-        self.crashed: set[str] = set()
+        self.crashes = Crashes()
 
     async def run(self, role: str, **settings: Any) -> int:
         """A new pod in this role; `settings` may give its engine an old address."""
@@ -89,11 +73,7 @@ class _Pods:
 
     async def crash(self, n: int) -> None:
         """The engine dies first; then its pod is removed."""
-        engine = self.engines[n]
-        self.crashed.add(engine.url.removeprefix("http://"))
-        await engine.stop()
-        left = (entry for entry in engine.journal.recent if entry.outcome != "completed")
-        self.torn |= {entry.headers["x-correlation-id"] for entry in left}
+        await self.crashes.crash(self.engines[n])
         await end_pod(self._namespace, n, grace_seconds=0)
         self._forget(n)
 
@@ -139,54 +119,6 @@ def _other(role: str) -> str:
     return _ROLES[1 - _ROLES.index(role)]
 
 
-@contextlib.asynccontextmanager
-async def _clients(installed: Installation) -> AsyncIterator[list[_Answer]]:
-    """Ask all the time, at least until there were that many requests; gives their answers."""
-    answers: list[_Answer] = []
-    ended = asyncio.Event()
-    chance = random.Random(2)
-    numbers = iter(range(1_000_000))
-
-    async def ask() -> None:
-        while not (ended.is_set() and len(answers) >= _REQUESTS):
-            number = str(next(numbers))
-            stream, tokens = chance.random() < 0.5, chance.randrange(2, 40)
-            try:
-                async with installed.chat(tokens, stream=stream, x_correlation_id=number) as got:
-                    body = await got.read()
-                    code = got.headers.get("x-router-error-code", "")
-                    request_id = json.loads(body)["error"]["request_id"] if code else None
-                    status = got.status
-                    if status == 200:
-                        assert (b"[DONE]" if stream else b'"choices"') in body
-            except aiohttp.ClientPayloadError:
-                status, code, request_id = 0, "cut", None
-            answers.append(_Answer(number, status, code, request_id))
-
-    tasks = [asyncio.create_task(ask()) for _ in range(_CLIENTS)]
-    try:
-        yield answers
-    finally:
-        ended.set()
-        await asyncio.gather(*tasks)
-
-
-def _with_dead_sockets(folder: Path, crashed: set[str]) -> set[str]:
-    """Ids of requests of which a leg was sent to a crashed engine that had not read it."""
-    lines = [json.loads(line) for line in (folder / "access.log").read_text().splitlines()]
-    found = {
-        line["request_id"]
-        for line in lines
-        if crashed & set((line["upstream_hosts_attempted"] or "").split(","))
-    }
-    for line in (folder / "service.log").read_text().splitlines():
-        if "prefill_attempt_failed" in line:
-            event = json.loads(line)
-            if event["worker"].removeprefix("http://") in crashed:
-                found.add(event["request_id"])
-    return found
-
-
 @pytest.mark.parametrize("decode", ["two_pass", "inline"])
 async def test_pods_are_reborn_in_other_roles_while_requests_are_made(
     namespace: Namespace, tmp_path: Path, decode: str
@@ -205,7 +137,7 @@ async def test_pods_are_reborn_in_other_roles_while_requests_are_made(
             await pods.run(role)
         async with installed.stack:
             await pods.known()
-            async with _clients(installed) as answers:
+            async with asking(installed, _CLIENTS, _REQUESTS) as answers:
                 for change in changes:
                     n = pods.larger(chance)
                     if change == "flip":
@@ -213,10 +145,9 @@ async def test_pods_are_reborn_in_other_roles_while_requests_are_made(
                     else:
                         await pods.reborn(n, crash=change == "crash")
                     await pods.known()
-            failed = [one for one in answers if one.status != 200]
-            torn = pods.torn | _with_dead_sockets(tmp_path, pods.crashed)
+            failed = [one for one in answers if not one.ok]
             assert [one for one in failed if (one.status, one.code) not in _DIED] == []
-            assert [one for one in failed if not {one.id, one.request_id} & torn] == []
+            assert pods.crashes.unexplained(answers, tmp_path) == []
             assert len(answers) >= _REQUESTS
             await installed.at_rest()
             pairs = 'extproc_pd_pairs_total{model="m",outcome='
@@ -242,11 +173,11 @@ async def test_a_pod_that_is_back_is_used_in_its_new_role_only(
             url = f"{pods.engines[flipping].url}/simulator/faults"
             async with installed.http.post(url, json=faults) as answer:
                 assert answer.status == 200
-            async with _clients(installed) as answers:
+            async with asking(installed, _CLIENTS, _REQUESTS) as answers:
                 recent = pods.engines[flipping].journal.recent
                 await eventually(lambda: bool(recent), "it is used in its old role")
                 await pods.flip(flipping)
                 await eventually(
                     lambda: recent[-1].role == pods.roles[flipping], "it is used in its new role"
                 )
-            assert {(one.status, one.code) for one in answers} == {(200, "")}
+            assert [one for one in answers if not one.ok] == []
