@@ -16,7 +16,7 @@ from extproc.config.json_schema import json_schema_text
 from extproc.config.loading import load_config
 from extproc.demo import cli as demo_cli
 from extproc.encoders import load_encoders
-from extproc.envoy_config import bootstrap_problems, render_yaml
+from extproc.envoy_config import bootstrap_problems, merge_yaml, render_yaml
 from extproc.errors import ConfigError
 from extproc.logs import configure_logging
 from extproc.simulator import cli as simulator_cli
@@ -44,9 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         command.set_defaults(run=run)
         if name == "envoy-config":
-            command.add_argument(
-                "--output", type=Path, metavar="F", help="file to write instead of stdout"
-            )
+            _add_envoy_arguments(command)
     for name, module, text in (
         ("simulate", simulator_cli, "run a simulated SGLang worker, no GPU needed"),
         ("demo", demo_cli, "run Envoy, the service and simulated workers, and send traffic"),
@@ -60,6 +58,23 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run_command: Callable[[argparse.Namespace], int] = options.run
     return run_command(options)
+
+
+def _add_envoy_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", type=Path, metavar="F", help="file to write instead of stdout")
+    command.add_argument(
+        "--merge-into",
+        type=Path,
+        metavar="F",
+        help="existing configuration of Envoy, to which the parts of this service are added",
+    )
+    command.add_argument(
+        "--route",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --merge-into: name of a route that leads to the workers; may be repeated",
+    )
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -108,8 +123,15 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _envoy_config(options: argparse.Namespace) -> int:
+    if bool(options.route) != (options.merge_into is not None):
+        sys.stderr.write("--merge-into and --route are needed together\n")
+        return _EXIT_BAD_CONFIG
     try:
-        text = render_yaml(load_config(options.config))
+        config = load_config(options.config)
+        if options.merge_into is None:
+            text = render_yaml(config)
+        else:
+            text = merge_yaml(config, options.merge_into, options.route)
     except ConfigError as error:
         return _report(error, _EXIT_BAD_CONFIG)
     if options.output is None:

@@ -21,7 +21,7 @@ from extproc.config.schema import Config
 from extproc.config.yaml_loader import read_yaml
 from extproc.errors import ConfigError
 
-__all__ = ["load_config", "parse_config", "section_type"]
+__all__ = ["load_config", "parse_config", "read_yaml_file", "section_type"]
 
 _FILE_MAX_BYTES: Final = 1024 * 1024
 # Stands for a value that was refused, so that the rest can still be checked.
@@ -33,29 +33,41 @@ def load_config(path: Path) -> Config:
 
     Raises ConfigError with all problems, each led by its key.
     """
-    try:
-        text = read_regular_file(path, _FILE_MAX_BYTES).decode()
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
-    except UnicodeDecodeError:
-        raise ConfigError([f"{path}: not UTF-8 text"]) from None
     problems: list[str] = []
     match path.suffix.lower():
         case ".yaml" | ".yml":
-            try:
-                raw, problems = read_yaml(text)
-            except ConfigError:
-                raise
-            except Exception as error:  # the library lets more out than its own errors
-                raise ConfigError([f"{path}: not valid YAML: {_first_line(error)}"]) from None
+            raw, problems = read_yaml_file(path)
         case ".toml":
             try:
-                raw = tomllib.loads(text)
+                raw = tomllib.loads(_read_text(path, _FILE_MAX_BYTES))
             except (ValueError, RecursionError) as error:
                 raise ConfigError([f"{path}: not valid TOML: {_first_line(error)}"]) from None
         case _:
             raise ConfigError([f"{path}: the file name must end in .yaml, .yml or .toml"])
     return parse_config(raw, problems)
+
+
+def read_yaml_file(path: Path, max_bytes: int = _FILE_MAX_BYTES) -> tuple[object, list[str]]:
+    """Return the decoded YAML (or JSON) document of a file, and its problems by line.
+
+    Raises ConfigError if it cannot be read at all.
+    """
+    text = _read_text(path, max_bytes)
+    try:
+        return read_yaml(text)
+    except ConfigError:
+        raise
+    except Exception as error:  # the library lets more out than its own errors
+        raise ConfigError([f"{path}: not valid YAML: {_first_line(error)}"]) from None
+
+
+def _read_text(path: Path, max_bytes: int) -> str:
+    try:
+        return read_regular_file(path, max_bytes).decode()
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"{path}: not UTF-8 text"]) from None
 
 
 def parse_config(raw: object, problems: Sequence[str] = ()) -> Config:

@@ -24,9 +24,17 @@ from extproc.errors import ConfigError
 from extproc.headers import DECODE_CLUSTER, EXTPROC_CLUSTER
 from extproc.worker_url import parse_worker_url
 
-__all__ = ["bootstrap_problems", "render_bootstrap", "render_yaml"]
+__all__ = [
+    "NODE",
+    "ads_resources",
+    "as_yaml",
+    "bootstrap_problems",
+    "render_bootstrap",
+    "render_yaml",
+    "rendering_problems",
+]
 
-_NODE: Final = "llm-extproc"
+NODE: Final = "llm-extproc"
 _MAX_MESSAGE_TIMEOUT_SECONDS: Final = 3600
 
 _HEADER: Final = """\
@@ -40,21 +48,14 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
 
     Raises ConfigError with every key whose value Envoy could not run with.
     """
-    problems = list(bootstrap_problems(config))
-    if config.discovery.backend != "static_urls" and not config.envoy.endpoints_change:
-        # No problem for those whose gateway discovers the workers itself.
-        problems.append(
-            "envoy.endpoints_file: this or envoy.endpoints: ads is needed to render Envoy's file "
-            f"with the backend {config.discovery.backend!r}, or Envoy would know no worker"
-        )
-    if problems:
+    if problems := list(rendering_problems(config)):
         raise ConfigError(problems)
     return {
-        "node": {"id": _NODE, "cluster": _NODE},
+        "node": {"id": NODE, "cluster": NODE},
         "admin": {"address": socket_address("127.0.0.1", config.envoy.admin_port)},
         "bootstrap_extensions": [internal_listener_extension()],
         "overload_manager": overload_manager(config.envoy),
-        **({"dynamic_resources": {"ads_config": _ads()}} if config.envoy.has_ads else {}),
+        **({"dynamic_resources": {"ads_config": ads_resources()}} if config.envoy.has_ads else {}),
         "static_resources": {
             "listeners": [ingress_listener(config), decode_pass_listener(config)],
             "clusters": [
@@ -66,7 +67,7 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
     }
 
 
-def _ads() -> dict[str, Any]:
+def ads_resources() -> dict[str, Any]:
     """Envoy has the workers' endpoints from the cluster of this service."""
     return {
         "api_type": "DELTA_GRPC",
@@ -88,8 +89,12 @@ def _ads() -> dict[str, Any]:
 
 def render_yaml(config: Config) -> str:
     """Return the bootstrap as the text of a YAML file; raises like render_bootstrap."""
-    body = yaml.dump(render_bootstrap(config), Dumper=_PlainDumper, sort_keys=False, width=100)
-    return _HEADER + body
+    return _HEADER + as_yaml(render_bootstrap(config))
+
+
+def as_yaml(bootstrap: dict[str, Any]) -> str:
+    """The text of a YAML file, without anchors."""
+    return yaml.dump(bootstrap, Dumper=_PlainDumper, sort_keys=False, width=100)
 
 
 class _PlainDumper(yaml.SafeDumper):
@@ -97,6 +102,17 @@ class _PlainDumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+def rendering_problems(config: Config) -> Iterator[str]:
+    """Every problem of bootstrap_problems, and those of a file for Envoy in particular."""
+    yield from bootstrap_problems(config)
+    if config.discovery.backend != "static_urls" and not config.envoy.endpoints_change:
+        # No problem for those whose gateway discovers the workers itself.
+        yield (
+            "envoy.endpoints_file: this or envoy.endpoints: ads is needed to render Envoy's file "
+            f"with the backend {config.discovery.backend!r}, or Envoy would know no worker"
+        )
 
 
 def bootstrap_problems(config: Config) -> Iterator[str]:

@@ -22,6 +22,7 @@ __all__ = [
     "lb_endpoint",
     "no_limits",
     "tls_contexts",
+    "worker_cluster",
     "worker_clusters",
     "worker_urls",
 ]

@@ -29,7 +29,9 @@ __all__ = [
     "BODY_HEADROOM_BYTES",
     "MAX_HEADERS",
     "MAX_HEADERS_KIBIBYTES",
+    "buffer_bytes",
     "decode_filter",
+    "early_removals",
     "ext_proc_filter",
     "ingress_listener",
     "router_filter",
@@ -63,12 +65,13 @@ def ingress_listener(config: Config) -> dict[str, Any]:
         # How much of a body may wait for the decision and for a second attempt. A virtual host's
         # request_body_buffer_limit does not work here: Envoy ignores it while the route is a
         # direct_response, which is the route of every request before the decision.
-        "per_connection_buffer_limit_bytes": _buffer_bytes(config),
+        "per_connection_buffer_limit_bytes": buffer_bytes(config),
         "filter_chains": [{"filters": [manager]}],
     }
 
 
-def _buffer_bytes(config: Config) -> int:
+def buffer_bytes(config: Config) -> int:
+    """How much of a body Envoy keeps, for the decision and for a second attempt."""
     return config.server.max_body_bytes + BODY_HEADROOM_BYTES
 
 
@@ -188,6 +191,17 @@ def _grpc_service(which: str) -> dict[str, Any]:
     }
 
 
+def early_removals(mutations: list[dict[str, Any]]) -> dict[str, Any]:
+    """The extension that makes these mutations before Envoy chooses a route."""
+    return {
+        "name": "envoy.http.early_header_mutation.header_mutation",
+        "typed_config": typed(
+            "extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+            mutations=mutations,
+        ),
+    }
+
+
 def router_filter() -> dict[str, Any]:
     return {
         "name": "envoy.filters.http.router",
@@ -225,22 +239,14 @@ def _connection_manager(config: Config) -> dict[str, Any]:
         http2_protocol_options={
             "max_concurrent_streams": 1000,
             # Envoy buffers no more of a stream than its window, so a body has to fit in it.
-            "initial_stream_window_size": _buffer_bytes(config),
-            "initial_connection_window_size": max(_buffer_bytes(config), 16 * _MEBIBYTE),
+            "initial_stream_window_size": buffer_bytes(config),
+            "initial_connection_window_size": max(buffer_bytes(config), 16 * _MEBIBYTE),
         },
         stream_idle_timeout=idle,
         request_headers_timeout=duration(_REQUEST_HEADERS_SECONDS),
         # Until the body is complete. A response is limited only by its silence.
         request_timeout=duration(config.proxy.request_timeout_secs),
-        early_header_mutation_extensions=[
-            {
-                "name": "envoy.http.early_header_mutation.header_mutation",
-                "typed_config": typed(
-                    "extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
-                    mutations=request_header_removals(config),
-                ),
-            }
-        ],
+        early_header_mutation_extensions=[early_removals(request_header_removals(config))],
         http_filters=[
             *decompressors(),
             ext_proc_filter(config),

@@ -9,6 +9,7 @@ Requests that the codec refuses (a malformed request line, too many headers) get
 closes their connection before the filter sees them.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from extproc.envoy_config.wire_form import typed
@@ -55,12 +56,16 @@ _OVERLOAD_FLAGS: Final = ("OM",)
 _NOT_OURS: Final = f'!("{ERROR_CODE_HEADER}" in response.headers)'
 
 
-def local_replies(*, retry_header: str | None = None) -> dict[str, Any]:
+def local_replies(*, retry_header: str | None = None, routes: Sequence[str] = ()) -> dict[str, Any]:
     """The connection manager's `local_reply_config`. The first mapper that matches is used.
 
-    `retry_header` is set where Envoy could not connect to the worker.
+    `retry_header` is set where Envoy could not connect to the worker. With `routes`, the mappers
+    are for requests of the routes of these names alone, which have no cluster without a decision.
     """
     mappers = []
+    if routes:
+        without_decision = _expression('response.code_details == "cluster_not_found"')
+        mappers.append(_mapper(without_decision, ROUTER_UNAVAILABLE))
     if retry_header is not None:
         mapper, _ = not_connected = _mapper(_flags(_NOT_CONNECTED_FLAGS), _UNREACHABLE)
         mapper["headers_to_add"].append(
@@ -95,14 +100,23 @@ def local_replies(*, retry_header: str | None = None) -> dict[str, Any]:
         _mapper(_expression(f"response.code == 503 && {_NOT_OURS}"), _OVERLOADED),
         _mapper(_expression(f"response.code >= 500 && {_NOT_OURS}"), _INTERNAL, keep_status=True),
     ]
-    return {"mappers": [variant for mapper in mappers for variant in _by_api(*mapper)]}
+    variants = [variant for mapper in mappers for variant in _by_api(*mapper)]
+    if routes:
+        names = ", ".join(f'"{name}"' for name in routes)
+        of_routes = _expression(f"xds.route_name in [{names}]")
+        variants = [{**one, "filter": _both(of_routes, one["filter"])} for one in variants]
+    return {"mappers": variants}
+
+
+def _both(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    return {"and_filter": {"filters": [first, second]}}
 
 
 def _by_api(mapper: dict[str, Any], error: LocalError) -> list[dict[str, Any]]:
     """The mapper for requests of the Anthropic API, then the one for all others."""
     anthropic = {
         **mapper,
-        "filter": {"and_filter": {"filters": [_ANTHROPIC_REQUEST, mapper["filter"]]}},
+        "filter": _both(_ANTHROPIC_REQUEST, mapper["filter"]),
         "body_format_override": anthropic_format(error),
     }
     return [anthropic, mapper]

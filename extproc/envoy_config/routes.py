@@ -20,7 +20,14 @@ from extproc.envoy_config.wire_form import duration
 from extproc.errors import ANTHROPIC_PATH
 from extproc.headers import DECODE_CLUSTER, RETRY_HEADER
 
-__all__ = ["FAIL_OPEN_PATHS", "route_config", "unavailable"]
+__all__ = [
+    "FAIL_OPEN_PATHS",
+    "decided_action",
+    "decode_pass_action",
+    "fails_open",
+    "route_config",
+    "unavailable",
+]
 
 # The paths that clients reach without this service. An engine also accepts cache flushes, weight
 # updates and aborts on its port: those stay out of reach however long this service is away.
@@ -43,7 +50,7 @@ _RETRY_ON: Final = "connect-failure,refused-stream,reset-before-request"
 
 def route_config(config: Config) -> dict[str, Any]:
     routes = [_decode_pass(config), _decided(config)]
-    if config.envoy.fail_open and len(config.models) == 1 and not config.is_disaggregated:
+    if fails_open(config):
         routes.append(_fail_open(config))
     routes += [_messages_unavailable(), unavailable()]
     return {
@@ -60,6 +67,11 @@ def route_config(config: Config) -> dict[str, Any]:
     }
 
 
+def fails_open(config: Config) -> bool:
+    """True if Envoy may serve requests without a decision of this service."""
+    return config.envoy.fail_open and len(config.models) == 1 and not config.is_disaggregated
+
+
 def _decode_pass(config: Config) -> dict[str, Any]:
     """The route to the second pass, with further attempts while its answers allow them."""
     return {
@@ -70,19 +82,24 @@ def _decode_pass(config: Config) -> dict[str, Any]:
                 {"name": config.envoy.cluster_header, "string_match": {"exact": DECODE_CLUSTER}}
             ],
         },
-        "route": {
-            "cluster": DECODE_CLUSTER,
-            "timeout": "0s",
-            "idle_timeout": duration(config.decode_silence_secs),
-            "retry_policy": {
-                # An engine's own 5xx is not retried: its bootstrap room is used up.
-                "retry_on": "retriable-headers",
-                "retriable_headers": [{"name": RETRY_HEADER, "present_match": True}],
-                "num_retries": 0,
-                # Until the response headers.
-                "per_try_timeout": duration(config.decode_silence_secs),
-                "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
-            },
+        "route": decode_pass_action(config),
+    }
+
+
+def decode_pass_action(config: Config) -> dict[str, Any]:
+    """What the route to the second pass does."""
+    return {
+        "cluster": DECODE_CLUSTER,
+        "timeout": "0s",
+        "idle_timeout": duration(config.decode_silence_secs),
+        "retry_policy": {
+            # An engine's own 5xx is not retried: its bootstrap room is used up.
+            "retry_on": "retriable-headers",
+            "retriable_headers": [{"name": RETRY_HEADER, "present_match": True}],
+            "num_retries": 0,
+            # Until the response headers.
+            "per_try_timeout": duration(config.decode_silence_secs),
+            "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
         },
     }
 
@@ -93,13 +110,18 @@ def _decided(config: Config) -> dict[str, Any]:
         "name": "decided",
         "match": {"prefix": "/", "headers": [{"name": header, "present_match": True}]},
         "response_headers_to_remove": stripped_worker_headers(),
-        "route": {
-            "cluster_header": header,
-            **_limits(config),
-            # The service raises the number with x-envoy-max-retries to the length of its list
-            # of destinations; a single destination is not tried twice.
-            "retry_policy": _retry_policy(0),
-        },
+        "route": decided_action(config),
+    }
+
+
+def decided_action(config: Config) -> dict[str, Any]:
+    """What the route to the worker does."""
+    return {
+        "cluster_header": config.envoy.cluster_header,
+        **_limits(config),
+        # The service raises the number with x-envoy-max-retries to the length of its list
+        # of destinations; a single destination is not tried twice.
+        "retry_policy": _retry_policy(0),
     }
 
 

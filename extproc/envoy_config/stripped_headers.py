@@ -20,7 +20,9 @@ from extproc.headers import (
 from extproc.steering import STEERING_HEADER_PATTERN
 
 __all__ = [
+    "own_request_headers",
     "request_header_removals",
+    "steering_removal",
     "stripped_request_headers",
     "stripped_response_headers",
     "stripped_worker_headers",
@@ -29,11 +31,16 @@ __all__ = [
 
 def request_header_removals(config: Config) -> list[dict[str, Any]]:
     """The removals from every request before the first filter, as header mutations."""
-    steering = {"safe_regex": {"regex": STEERING_HEADER_PATTERN}}
     return [
         *({"remove": name} for name in stripped_request_headers(config)),
-        {"remove_on_match": {"key_matcher": steering}},
+        steering_removal(),
     ]
+
+
+def steering_removal() -> dict[str, Any]:
+    """The header mutation that removes what would steer an engine."""
+    steering = {"safe_regex": {"regex": STEERING_HEADER_PATTERN}}
+    return {"remove_on_match": {"key_matcher": steering}}
 
 
 def stripped_request_headers(config: Config) -> list[str]:
@@ -41,11 +48,15 @@ def stripped_request_headers(config: Config) -> list[str]:
 
     `x-extproc-debug` stays only where the operator has switched debug headers on.
     """
+    return sorted({*own_request_headers(config), *ENVOY_CONTROL_HEADERS})
+
+
+def own_request_headers(config: Config) -> list[str]:
+    """Those of them that no other part of Envoy uses, sorted."""
     names = {
         *EXTPROC_HEADERS,
         DECODE_WORKER_HEADER,
         *ENDPOINT_PICKER_HEADERS,
-        *ENVOY_CONTROL_HEADERS,
         config.envoy.cluster_header,
         config.envoy.model_header,
     }

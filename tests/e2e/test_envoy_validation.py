@@ -156,6 +156,13 @@ def test_envoy_accepts_tls_to_the_service(
     assert_accepted(render_yaml(parse_config(raw)), tmp_path)
 
 
+def test_envoy_accepts_the_merged_file(tmp_path: Path) -> None:
+    jwks = tmp_path / "jwks.json"
+    jwks.write_text('{"keys":[{"kty":"oct","alg":"HS256","k":"c2VjcmV0"}]}')
+    text = (ENVOY_FOLDER / "merge" / "envoy.yaml").read_text(encoding="utf-8")
+    assert_accepted(text.replace("/etc/envoy/jwks.json", str(jwks)), tmp_path)
+
+
 def documents(path: Path) -> list[dict[str, Any]]:
     found = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     assert all(isinstance(document, dict) for document in found)
