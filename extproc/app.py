@@ -75,6 +75,7 @@ class App(WorkerObserver):
                 models=lambda: self.router.model_ids,
                 refused=self._manager.refused,
                 reloads=lambda: None if self._reloader is None else self._reloader.status,
+                discovery=lambda: shared.sources.show(self._clock.monotonic()),
                 envoys=lambda: [] if parts.publisher is None else parts.publisher.show(),
             ),
         )

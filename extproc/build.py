@@ -50,6 +50,7 @@ from extproc.workers.membership import Membership
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.resolver import SystemResolver
 from extproc.workers.source import WorkerSource
+from extproc.workers.source_health import SourceHealth
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import Worker
 
@@ -87,6 +88,7 @@ class Shared(Struct, frozen=True, kw_only=True):
     metrics: Metrics
     registry: WorkerRegistry
     tickets: Tickets
+    sources: SourceHealth
 
 
 class Kv(Struct, kw_only=True):
@@ -152,6 +154,7 @@ def build_shared(
         tickets=Tickets(
             clock, config.active_load.stale_request_timeout_secs, metrics.stale_requests
         ),
+        sources=SourceHealth(),
     )
 
 
@@ -210,6 +213,7 @@ def introspection_settings(config: Config) -> IntrospectionSettings:
         dns_ttl_seconds=_resolution_of(config).dns_ttl_secs,
         ranks_max=config.kv.ranks_per_worker_max,
         generating_check_seconds=config.discovery.generating_check_secs,
+        hold_seconds=config.discovery.mass_removal_hold_secs,
     )
 
 

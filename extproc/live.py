@@ -107,7 +107,7 @@ class LiveParts:
         PlatformCollector(registry=shared.prometheus)
         GCCollector(registry=shared.prometheus)
         for collector in (
-            WorkerCollector(shared.registry, shared.tickets),
+            WorkerCollector(shared.registry, shared.tickets, shared.sources),
             KvCollector(self.kv.ranks, shared.clock),
             EncoderCollector(self._encoders),
             GatewayCollector(self.routing.lease_parts.gateway),

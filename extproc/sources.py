@@ -27,7 +27,12 @@ def build_source(config: Config, shared: Shared) -> WorkerSource:
     discovery = config.discovery
     if isinstance(discovery.static_urls, StaticUrlsConfig):
         return StaticUrls(discovery.static_urls)
-    parts = SourceParts(clock=shared.clock, random=shared.random, metrics=shared.metrics.discovery)
+    parts = SourceParts(
+        clock=shared.clock,
+        random=shared.random,
+        metrics=shared.metrics.discovery,
+        health=shared.sources,
+    )
     match discovery.cluster:
         case K8sPodsConfig() as section:
             return pod_source(section, parts)

@@ -39,6 +39,7 @@ from extproc.worker_url import format_endpoint, parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.engine_calls import PrefillClient
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.source_health import SourceHealth
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import KvEvents, Role, Worker, WorkerSpec
 from tests.fakes import FakeClock, NoPrefillClient, NoRanks
@@ -127,6 +128,7 @@ def make_shared(
         metrics=metrics,
         registry=registry,
         tickets=Tickets(clock, stale_seconds, metrics.stale_requests),
+        sources=SourceHealth(),
     )
 
 

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from extproc.metrics import table
 from extproc.routing.gateway_watch import GatewayWatch
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.source_health import SourceHealth
 from extproc.workers.tickets import Tickets
 
 __all__ = ["GatewayCollector", "WorkerCollector"]
@@ -20,8 +21,11 @@ __all__ = ["GatewayCollector", "WorkerCollector"]
 class WorkerCollector(Collector):
     """Load, breaker and number of workers."""
 
-    def __init__(self, registry: WorkerRegistry, active_load: Tickets) -> None:
+    def __init__(
+        self, registry: WorkerRegistry, active_load: Tickets, sources: SourceHealth
+    ) -> None:
         self._registry = registry
+        self._sources = sources
         self._active_load = active_load
 
     def describe(self) -> Iterator[Metric]:
@@ -34,11 +38,12 @@ class WorkerCollector(Collector):
         counts: Counter[tuple[str, str]] = Counter()
         loads: Counter[str] = Counter()
         states: dict[str, int] = {}
-        unknown = draining = 0
+        unknown = draining = vanished = 0
         for worker in self._registry:
             # Two ids can share a URL while a pod is replaced: one series for both.
             loads[worker.url] += worker.in_flight
             draining += worker.draining
+            vanished += worker.vanished
             unknown += worker.address is not None and not self._registry.gateway_knows(worker)
             states[worker.url] = max(states.get(worker.url, 0), worker.breaker.state)
             for model in worker.model_ids or ("",):
@@ -51,6 +56,8 @@ class WorkerCollector(Collector):
         yield from (in_flight, breaker, workers)
         yield table.WORKERS_UNKNOWN_TO_GATEWAY.family(unknown)
         yield table.WORKERS_DRAINING.family(draining)
+        stale = len(self._registry) if self._sources.is_stale else vanished
+        yield table.WORKERS_STALE.family(stale)
         yield table.TICKETS_OPEN.family(len(self._active_load))
 
 

@@ -39,7 +39,7 @@ class Questions(Struct, frozen=True, kw_only=True):
 
     `models` gives the configured ids, `refused` the workers that are not registered for their
     role, `reloads` None without a file that could change, and `envoys` those that have their
-    endpoints from this replica.
+    endpoints from this replica. `discovery` says what cannot be asked now.
     """
 
     is_ready: Callable[[], bool]
@@ -47,6 +47,7 @@ class Questions(Struct, frozen=True, kw_only=True):
     refused: Callable[[], Sequence[WorkerSpec]]
     reloads: Callable[[], ReloadStatus | None]
     envoys: Callable[[], Sequence[Mapping[str, Any]]] = tuple
+    discovery: Callable[[], Sequence[Mapping[str, Any]]] = tuple
 
 
 class AdminServer:
@@ -112,7 +113,10 @@ class AdminServer:
 
     async def _get_workers(self, request: web.Request) -> web.Response:
         usable = self._workers.usable(self._questions.models())
+        sources = self._questions.discovery()
+        stale = any(source["reason"] is not None for source in sources)
         body = {
+            "discovery": sources,
             # The models whose requests the gateway sends elsewhere than decided.
             "ignored_by_gateway": [
                 model for model, ignored in self._gateway.verdicts().items() if ignored
@@ -121,6 +125,7 @@ class AdminServer:
             "workers": [
                 _describe(worker, worker in usable)
                 | {
+                    "stale": stale or worker.vanished,
                     "known_to_gateway": self._known_to_gateway(worker),
                     "kv": self._describe_kv(worker),
                 }

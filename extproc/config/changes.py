@@ -95,7 +95,8 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
         **_keys(
             "live",
             "discovery.",
-            "introspection_retry_secs introspection_interval_secs generating_check_secs",
+            "introspection_retry_secs introspection_interval_secs generating_check_secs "
+            "mass_removal_hold_secs",
         ),
         **_keys("live", "workers.", "api_key api_key_file forward_api_key ca_file"),
         **_keys(

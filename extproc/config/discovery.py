@@ -200,6 +200,17 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
         ),
     ] = None
 
+    mass_removal_hold_secs: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=604800,
+            description="How long a worker stays in use that the cluster names no longer, although "
+            "nothing says that it leaves (not ready, terminating, or deleted): the list may be "
+            "wrong. It leaves earlier if it does not answer its introspection; 0 turns this off.",
+        ),
+    ] = 30 * SECONDS
+
     @property
     def cluster(self) -> ClusterSection | None:
         """The section of the backend, if that is a Kubernetes cluster."""

@@ -16,7 +16,7 @@ from lightkube.models.meta_v1 import ObjectMeta
 from extproc.clock import Clock
 from extproc.discovery.kube_api import WatchEvent
 from extproc.discovery.list_watch import ListWatch, Snapshot
-from extproc.discovery.worker_union import Reading, Sighting, WorkerUnion
+from extproc.discovery.worker_union import Reading, WorkerUnion
 from extproc.workers.source import Listed, WorkerEvent
 
 __all__ = ["ClusterObjects"]
@@ -25,8 +25,8 @@ _log = structlog.get_logger()
 
 _KindT = TypeVar("_KindT", bound=NamespacedResource)
 
-# How long a worker that no object names may take to appear in another one. A controller writes
-# two objects, one after the other, and may be slowed down by the API server in between.
+# How long a worker of a deleted object may take to appear in another one. A controller writes two
+# objects, one after the other, and may be slowed down by the API server in between.
 _MOVE_SECONDS: Final = 3.0
 _FIXES: Final = {
     "bootstrap_port_invalid": "write the number of a port into the annotation",
@@ -55,6 +55,7 @@ class ClusterObjects(Generic[_KindT]):
         self._what = what
         self._clock = clock
         self._union = union or WorkerUnion()
+        self._is_first = True
         # The problem of which was warned, by object.
         self._warned: dict[str, str] = {}
 
@@ -100,18 +101,21 @@ class ClusterObjects(Generic[_KindT]):
         if isinstance(step, Snapshot):
             found = {_key(one): one for one in step.objects}
             self._warned = {key: text for key, text in self._warned.items() if key in found}
+            # What was reported before was selected by other rules.
+            others_left, self._is_first = self._is_first, False
             return self._union.replace(
-                {key: self._sightings(key, one) for key, one in found.items()}
+                {key: self._read_one(key, one) for key, one in found.items()},
+                others_left=others_left,
             )
         key = _key(step.object)
-        sightings: tuple[Sighting, ...] = ()
-        if step.type == "DELETED":
-            self._warned.pop(key, None)
-        else:
-            sightings = self._sightings(key, step.object)
-        return self._union.put(key, sightings, self._clock.monotonic() + _MOVE_SECONDS)
+        if step.type != "DELETED":
+            return self._union.put(key, self._read_one(key, step.object))
+        self._warned.pop(key, None)
+        if self._read(step.object).shared:
+            return self._union.delete(key, self._clock.monotonic() + _MOVE_SECONDS)
+        return self._union.put(key, Reading())
 
-    def _sightings(self, key: str, one: _KindT) -> tuple[Sighting, ...]:
+    def _read_one(self, key: str, one: _KindT) -> Reading:
         reading = self._read(one)
         if reading.problem is None:
             self._warned.pop(key, None)
@@ -124,7 +128,7 @@ class ClusterObjects(Generic[_KindT]):
                 reason=reading.problem,
                 fix=_FIXES[reading.problem],
             )
-        return tuple(reading.sightings)
+        return reading
 
 
 def _key(one: NamespacedResource) -> str:

@@ -5,16 +5,17 @@ from random import Random
 from typing import TypeVar
 
 from lightkube.core.resource import NamespacedResource
-from msgspec import Struct
+from msgspec import Struct, field
 
 from extproc.clock import Clock
 from extproc.config.schema import ClusterSection, SelectedSection
 from extproc.discovery.cluster_objects import ClusterObjects
-from extproc.discovery.kube_api import KubeApi, WatchLimits, open_client
+from extproc.discovery.kube_api import KubeApi, ObjectApi, WatchLimits, open_client
 from extproc.discovery.list_watch import ListWatch
 from extproc.discovery.worker_union import Reading
 from extproc.label_selectors import LabelSelector, parse_selector
 from extproc.metrics.service import DiscoveryMetrics
+from extproc.workers.source_health import SourceHealth
 from extproc.workers.worker import Role
 
 __all__ = ["SourceParts", "cluster_source", "role_of", "roles_by_label"]
@@ -29,6 +30,18 @@ class SourceParts(Struct, frozen=True, kw_only=True):
     random: Random
     metrics: DiscoveryMetrics
     limits: WatchLimits | None = None
+    health: SourceHealth = field(default_factory=SourceHealth)
+
+    def list_watch(self, api: ObjectApi[_KindT], what: str) -> ListWatch[_KindT]:
+        """Follows the objects of an API; logs and metrics call them `what`."""
+        return ListWatch(
+            api,
+            what,
+            clock=self.clock,
+            random=self.random,
+            metrics=self.metrics,
+            health=self.health,
+        )
 
 
 def cluster_source(
@@ -49,8 +62,7 @@ def cluster_source(
         selector=section.label_selector,
         limits=parts.limits,
     )
-    list_watch = ListWatch(api, what, clock=parts.clock, random=parts.random, metrics=parts.metrics)
-    return ClusterObjects(list_watch, read, what, parts.clock)
+    return ClusterObjects(parts.list_watch(api, what), read, what, parts.clock)
 
 
 def roles_by_label(section: ClusterSection) -> list[tuple[Role, LabelSelector]]:

@@ -59,22 +59,22 @@ class SliceReader:
             return Reading(problem="port_not_found")
         rank = self._families.index(found.addressType)
         namespace = (found.metadata and found.metadata.namespace) or ""
-        sightings = []
+        sightings, left = [], []
         for endpoint in found.endpoints or ():
-            draining = _is_draining(endpoint)
-            if draining is None or not endpoint.addresses:
+            if not endpoint.addresses:
                 continue
             # No meaning is defined for further addresses of one endpoint.
             url = WorkerUrl("http", endpoint.addresses[0], port)
             uid = endpoint.targetRef.uid if endpoint.targetRef is not None else None
-            spec = WorkerSpec(
-                # Without a pod the address is all that stays when the endpoint moves.
-                id=f"{uid}:{port}" if uid else f"{namespace}/{url}",
-                url=url,
-                role=role,
-            )
+            # Without a pod the address is all that stays when the endpoint moves.
+            worker_id = f"{uid}:{port}" if uid else f"{namespace}/{url}"
+            draining = _is_draining(endpoint)
+            if draining is None:
+                left.append(worker_id)
+                continue
+            spec = WorkerSpec(id=worker_id, url=url, role=role)
             sightings.append(Sighting(spec, draining, rank))
-        return Reading(sightings)
+        return Reading(sightings, shared=True, left=left)
 
 
 def slice_source(config: K8sConfig, parts: SourceParts) -> ClusterObjects[EndpointSlice]:

@@ -89,12 +89,14 @@ class PoolSource:
                         waits.append(self._coming)
                     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                     if step.done():
-                        await self._use(_members(step.result()))
+                        result = step.result()
+                        await self._use(_members(result))
                         step = asyncio.ensure_future(anext(pools))
                         if self._pods is not None:
                             continue
-                        # The pool is gone, and so are its workers, at once.
-                        found = [*self._union.replace({}), Listed()]
+                        # A list without the pool may be a mistake; a deletion is not.
+                        left = not isinstance(result, Snapshot) or bool(result.objects)
+                        found = [*self._union.replace({}, others_left=left), Listed()]
                     elif self._pods is not None and self._coming is not None:
                         found = [self._coming.result()]
                         self._coming = asyncio.ensure_future(anext(self._pods))
@@ -150,8 +152,7 @@ class PoolSource:
             limits=self._parts.limits,
             owns_client=False,
         )
-        parts = self._parts
-        return ListWatch(api, what, clock=parts.clock, random=parts.random, metrics=parts.metrics)
+        return self._parts.list_watch(api, what)
 
 
 def pool_source(config: InferencePoolConfig, parts: SourceParts) -> PoolSource:

@@ -17,6 +17,7 @@ from msgspec import Struct
 from extproc.clock import Clock
 from extproc.discovery.kube_api import ApiTroubleError, ObjectApi, WatchEndedError, WatchEvent
 from extproc.metrics.service import DiscoveryMetrics
+from extproc.workers.source_health import SourceHealth
 
 __all__ = ["ListWatch", "Snapshot"]
 
@@ -53,6 +54,7 @@ class ListWatch(Generic[_KindT]):
         clock: Clock,
         random: Random,
         metrics: DiscoveryMetrics,
+        health: SourceHealth,
     ) -> None:
         self._api = api
         self._what = what
@@ -61,6 +63,7 @@ class ListWatch(Generic[_KindT]):
         self._up = metrics.up(what)
         self._up.set(0)
         self._errors = metrics.errors
+        self._health = health
         self._failures = 0
         self._failing_since: float | None = None
         self._warned: tuple[str, float] | None = None
@@ -86,6 +89,7 @@ class ListWatch(Generic[_KindT]):
                 lasted = self._clock.monotonic() - began_at
                 await self._clock.sleep(self._pause_seconds(trouble, lasted))
         finally:
+            self._health.forget(self._what)
             await self._api.close()
 
     def _pause_seconds(self, trouble: ApiTroubleError | None, lasted_seconds: float) -> float:
@@ -109,6 +113,7 @@ class ListWatch(Generic[_KindT]):
 
     def _listed(self) -> None:
         self._up.set(1)
+        self._health.works(self._what)
         if self._failing_since is not None:
             now = self._clock.monotonic()
             if self._warned is not None and self._warned[1] >= self._failing_since:
@@ -123,6 +128,7 @@ class ListWatch(Generic[_KindT]):
         """Count it, and warn once a minute or for a new reason."""
         now = self._clock.monotonic()
         self._up.set(0)
+        self._health.fails(self._what, trouble.reason, now)
         if self._failing_since is None:
             self._failing_since = now
         if self._warned is not None:

@@ -4,21 +4,34 @@ A worker can be named by more than one object: its Service is spread over endpoi
 dual-stack pod is in one of each family, and an endpoint moves from one slice to another. So the
 state is kept by object, and only the union over all objects is compared. There is no I/O here.
 
-The API server promises no order between objects. A worker that moves may be in no object for a
-moment: it gets no new requests, but is removed only when it has not appeared again in time.
+A worker that no object names any more has left, if an object has said so: that it is not ready, or
+that it ends. Without that it has vanished, which may be a mistake: the consumer decides what it
+does with such a worker, and here it is forgotten.
+
+The API server promises no order between objects. A worker whose object was deleted may appear in
+another one: it gets no new requests, but is removed only when it has not appeared again in time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final, Literal
 
 import msgspec
 from msgspec import Struct
 
-from extproc.workers.source import Added, DrainingChanged, Removed, RoleChanged, WorkerEvent
+from extproc.workers.source import (
+    Added,
+    DrainingChanged,
+    Removed,
+    RoleChanged,
+    Vanished,
+    WorkerEvent,
+)
 from extproc.workers.worker import Role, WorkerSpec
 
 __all__ = ["Reading", "Sighting", "WorkerUnion"]
 
+# Far more than are held at a time.
+_VANISHED_MAX: Final = 10_000
 _ROLE_ORDER: Final[dict[Role, int]] = {"prefill": 0, "decode": 1, "plain": 2}
 
 
@@ -34,9 +47,16 @@ class Sighting(Struct, frozen=True):
 
 
 class Reading(Struct, frozen=True):
-    """The workers that an object names; `problem` says why it names no usable worker."""
+    """The workers that an object names; `problem` says why it names no usable worker.
+
+    One that is `shared` with other objects names only a part of their workers. So a worker that it
+    does not name any more may have moved or vanished; those that it says are not to be used now
+    are in `left`, by id. An object that is not shared says by itself that all others have left.
+    """
 
     sightings: Sequence[Sighting] = ()
+    shared: bool = False
+    left: Collection[str] = ()
     problem: Literal["bootstrap_port_invalid", "fqdn_addresses", "port_not_found"] | None = None
 
 
@@ -48,22 +68,34 @@ class WorkerUnion:
         # By id of the worker, then by object.
         self._by_worker: dict[str, dict[str, Sighting]] = {}
         self._told: dict[str, Sighting] = {}
+        # Reported as vanished, in this order, and neither named nor removed since then.
+        self._vanished: dict[str, None] = {}
         # Those that no object names now, and when they are removed. They were reported as draining.
         self._leaving: dict[str, float] = {}
 
-    def replace(self, objects: Mapping[str, Sequence[Sighting]]) -> list[WorkerEvent]:
-        """Take over a complete list of objects, by key; all others are gone at once."""
-        gone: dict[str, Sequence[Sighting]] = {
-            key: () for key in self._by_object if key not in objects
-        }
-        return self._compare(self._take(gone | dict(objects)) | dict.fromkeys(self._leaving), None)
+    def replace(
+        self, objects: Mapping[str, Reading], *, others_left: bool = False
+    ) -> list[WorkerEvent]:
+        """Take over a complete list of objects, by key, at once.
 
-    def put(self, key: str, sightings: Sequence[Sighting], hold_until: float) -> list[WorkerEvent]:
-        """Take over one object that is new or has changed; without sightings it is forgotten.
-
-        A worker that no object names any more is removed by `expire` at that time.
+        Workers of other objects have vanished; with `others_left` they have left.
         """
-        return self._compare(self._take({key: sightings}), hold_until)
+        gone = {key: Reading(shared=not others_left) for key in self._by_object}
+        touched, left = self._take(gone | dict(objects))
+        left.update(self._leaving)
+        if others_left:
+            left.update(self._vanished)
+        return self._compare(touched | dict.fromkeys(self._leaving), left, None)
+
+    def put(self, key: str, reading: Reading) -> list[WorkerEvent]:
+        """Take over one object that is new or has changed."""
+        touched, left = self._take({key: reading})
+        return self._compare(touched, left, None)
+
+    def delete(self, key: str, hold_until: float) -> list[WorkerEvent]:
+        """Forget an object; a worker that is in no other one by that time is then removed."""
+        touched, _ = self._take({key: Reading()})
+        return self._compare(touched, (), hold_until)
 
     @property
     def next_expiry(self) -> float | None:
@@ -74,27 +106,37 @@ class WorkerUnion:
         """Remove the workers that have not appeared again in time."""
         return [self._remove(one) for one, at in list(self._leaving.items()) if at <= now]
 
-    def _take(self, objects: Mapping[str, Sequence[Sighting]]) -> dict[str, None]:
-        """Returns the ids of workers that may have changed."""
+    def _take(self, objects: Mapping[str, Reading]) -> tuple[dict[str, None], set[str]]:
+        """Returns the ids of workers that may have changed, and of those that have left."""
         touched: dict[str, None] = {}
-        for key, sightings in objects.items():
-            before = self._by_object.pop(key, ())
+        left: set[str] = set()
+        for key, reading in objects.items():
+            before, sightings = self._by_object.pop(key, ()), reading.sightings
             if sightings:
                 self._by_object[key] = sightings
+            left.update(reading.left)
             if before == sightings:
                 continue
             for one in before:
                 touched[one.spec.id] = None
                 self._by_worker[one.spec.id].pop(key, None)
+            if not reading.shared:
+                left.update(one.spec.id for one in before)
             for one in sightings:
                 touched[one.spec.id] = None
                 known = self._by_worker.setdefault(one.spec.id, {})
                 known[key] = _united([one, known[key]]) if key in known else one
-        return touched
+        return touched, left
 
-    def _compare(self, touched: Iterable[str], hold_until: float | None) -> list[WorkerEvent]:
+    def _compare(
+        self, touched: Iterable[str], left: Collection[str], hold_until: float | None
+    ) -> list[WorkerEvent]:
         """The events for workers that may have changed; an address is freed before it is reused."""
         leaving: list[WorkerEvent] = []
+        for worker_id in left:
+            if worker_id in self._vanished and not self._by_worker.get(worker_id):
+                del self._vanished[worker_id]
+                leaving.append(Removed(worker_id))
         staying: list[WorkerEvent] = []
         for worker_id in touched:
             found = self._by_worker.get(worker_id)
@@ -102,7 +144,7 @@ class WorkerUnion:
             if not found:
                 self._by_worker.pop(worker_id, None)
                 if told is not None:
-                    leaving += self._leave(told, hold_until)
+                    leaving += self._leave(told, told.spec.id in left, hold_until)
                 continue
             self._leaving.pop(worker_id, None)
             now = _united(list(found.values()))
@@ -113,6 +155,7 @@ class WorkerUnion:
             if told is None or _is_other(told.spec, now.spec):
                 if told is not None:
                     leaving.append(Removed(worker_id))
+                self._vanished.pop(worker_id, None)
                 staying.append(Added(now.spec))
                 if now.draining:
                     staying.append(DrainingChanged(worker_id, True))
@@ -126,12 +169,18 @@ class WorkerUnion:
         replaced = [one for one in self._leaving if self._told[one].spec.url in urls]
         return [*leaving, *(self._remove(one) for one in replaced), *staying]
 
-    def _leave(self, told: Sighting, hold_until: float | None) -> list[WorkerEvent]:
+    def _leave(self, told: Sighting, left: bool, hold_until: float | None) -> list[WorkerEvent]:
         worker_id = told.spec.id
-        if hold_until is None or (told.draining and worker_id not in self._leaving):
+        if left or (told.draining and worker_id not in self._leaving):
             return [self._remove(worker_id)]
         if worker_id in self._leaving:
             return []
+        if hold_until is None:
+            del self._told[worker_id]
+            self._vanished[worker_id] = None
+            if len(self._vanished) > _VANISHED_MAX:
+                del self._vanished[next(iter(self._vanished))]
+            return [Vanished(told.spec)]
         self._leaving[worker_id] = hold_until
         self._told[worker_id] = msgspec.structs.replace(told, draining=True)
         return [DrainingChanged(worker_id, True)]

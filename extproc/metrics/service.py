@@ -40,6 +40,7 @@ class Metrics:
         self.introspections = made.counter(table.INTROSPECTIONS)
         self.generating_checks = made.counter(table.GENERATING_CHECKS)
         self.workers_refused = made.counter(table.WORKERS_REFUSED)()
+        self.workers_vanished = made.counter(table.WORKERS_VANISHED)
         self.reloads = made.counter(table.RELOADS)
         self.config_current = made.gauge(table.CONFIG_CURRENT)()
         self.config_current.set(1)

@@ -195,6 +195,24 @@ WORKERS_DRAINING = _requests.gauge(
     "extproc_workers_draining",
     "Workers that get no new requests because discovery says that they are about to leave.",
 )
+WORKERS_STALE = _requests.gauge(
+    "extproc_workers_stale",
+    "Workers in use that discovery does not confirm now: it names them no longer, or it cannot be "
+    "asked.",
+)
+WORKERS_VANISHED = _requests.counter(
+    "extproc_vanished_workers_total",
+    "Workers that discovery named no longer without a sign that they leave, by how that ended.",
+    Label(
+        "outcome",
+        {
+            "found": "named again, and never out of use",
+            "silent": "removed, since it did not answer its introspection",
+            "expired": "removed after discovery.mass_removal_hold_secs",
+            "left": "removed: a sign came later, or another worker has its address",
+        },
+    ),
+)
 XDS_STREAMS = _requests.gauge(
     "extproc_xds_streams_open",
     "Envoys that receive the workers' endpoints from this replica over ADS.",

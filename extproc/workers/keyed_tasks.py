@@ -31,7 +31,7 @@ class KeyedTasks:
         """The last task of every busy key."""
         return list(self._last.values())
 
-    def start(self, key: str, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, key: str, work: Coroutine[Any, Any, object]) -> None:
         """Run the work after the earlier tasks of the key; after `close` it is dropped."""
         if self._closed:
             work.close()
@@ -57,7 +57,7 @@ class KeyedTasks:
 
 
 async def _run(
-    key: str, before: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]
+    key: str, before: asyncio.Task[None] | None, work: Coroutine[Any, Any, object]
 ) -> None:
     try:
         if before is not None:

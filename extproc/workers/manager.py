@@ -32,9 +32,11 @@ from extproc.workers.source import (
     Listed,
     Removed,
     RoleChanged,
+    Vanished,
     WorkerEvent,
     WorkerSource,
 )
+from extproc.workers.vanished import VanishedWorkers
 from extproc.workers.worker import Role, Worker, WorkerSpec
 
 __all__ = ["IntrospectionSettings", "WorkerManager"]
@@ -51,6 +53,8 @@ _RECHECK_MIN_SECONDS: Final = 1.0
 # asked within each time.
 _UNANSWERED_SECONDS: Final = 1.0
 _UNANSWERED_AT_ONCE: Final = 32
+# How often held workers are looked at.
+_HELD_SECONDS: Final = 1.0
 # The key of the task that compares roles.
 _ROLES: Final = "(roles)"
 # Compare roles, put workers out, ask those that fit.
@@ -64,6 +68,7 @@ class IntrospectionSettings(Struct, frozen=True, kw_only=True):
     `interval_seconds` for all others; host names are resolved every `dns_ttl_seconds`.
     The generating check runs every `generating_check_seconds`; None turns it off.
     A worker that claims more than `ranks_max` data-parallel ranks is used without its KV events.
+    One that has vanished is held for `hold_seconds` while it answers.
     """
 
     retry_seconds: float
@@ -71,6 +76,7 @@ class IntrospectionSettings(Struct, frozen=True, kw_only=True):
     dns_ttl_seconds: float
     ranks_max: int
     generating_check_seconds: float | None = None
+    hold_seconds: float = 0.0
 
 
 class WorkerManager:
@@ -104,6 +110,7 @@ class WorkerManager:
         # Registered workers whose last answer failed, the one asked longest ago first.
         self._unanswered: dict[str, None] = {}
         self._lifeless: set[str] = set()
+        self._vanished = VanishedWorkers(registry, metrics)
         self._generating_check = GeneratingCheck(registry, client, clock, metrics)
         self._generating_check.seconds = settings.generating_check_seconds
         self._settling = False
@@ -120,6 +127,7 @@ class WorkerManager:
                 group.create_task(self._retry_unsettled())
                 group.create_task(self._ask_all_again())
                 group.create_task(self._ask_unanswered())
+                group.create_task(self._watch_vanished())
                 group.create_task(self._refresh_addresses())
                 group.create_task(self._generating_check.run())
                 async for event in self._source.events():
@@ -161,12 +169,16 @@ class WorkerManager:
     def _handle(self, event: WorkerEvent) -> None:
         match event:
             case Added(spec):
-                self._membership.announce(spec.id)
-                self._tasks.start(spec.id, self._add(spec))
+                self._added(spec)
             case Removed(worker_id):
-                # The task may have to wait for an answer of the worker.
-                self._membership.hold_out(worker_id)
-                self._tasks.start(worker_id, self._remove(worker_id))
+                self._vanished.end(worker_id, "left")
+                self._removed(worker_id)
+            case Vanished(spec) if not self._settings.hold_seconds:
+                self._removed(spec.id)
+            case Vanished(spec):
+                until = self._clock.monotonic() + self._settings.hold_seconds
+                self._vanished.hold(spec, until)
+                self._tasks.start(spec.id, self._check_vanished(spec.id))
             case RoleChanged(worker_id, role):
                 self._tasks.start(worker_id, self._ask_again(worker_id, role))
             case DrainingChanged(worker_id, True):
@@ -177,6 +189,45 @@ class WorkerManager:
                 self._tasks.start(worker_id, self._membership.resume(worker_id))
             case Listed():
                 self._tasks.start("", self._finish_first_round(self._tasks.last_tasks()))
+
+    def _added(self, spec: WorkerSpec) -> None:
+        for other in self._vanished.at(spec.url):
+            if other != spec.id:
+                # Its address is that of another worker now.
+                self._vanished.end(other, "left")
+                self._removed(other)
+        known = self._vanished.end(spec.id, "found")
+        if known is not None and known == msgspec.structs.replace(spec, role=known.role):
+            if spec.role != known.role:
+                self._tasks.start(spec.id, self._ask_again(spec.id, spec.role))
+            return
+        self._membership.announce(spec.id)
+        self._tasks.start(spec.id, self._add(spec))
+
+    def _removed(self, worker_id: str) -> None:
+        # The task may have to wait for an answer of the worker.
+        self._membership.hold_out(worker_id)
+        self._tasks.start(worker_id, self._remove(worker_id))
+
+    async def _check_vanished(self, worker_id: str) -> None:
+        """Let a held worker go if it does not answer."""
+        if worker_id not in self._vanished:
+            return
+        answer = await self._ask_again(worker_id)
+        if (answer is None or answer.problem) and self._vanished.end(worker_id, "silent"):
+            self._membership.hold_out(worker_id)
+            await self._remove(worker_id)
+
+    async def _watch_vanished(self) -> None:
+        while True:
+            self._vanished.tell()
+            await self._clock.sleep(_HELD_SECONDS)
+            for worker_id in self._vanished.expired(self._clock.monotonic()):
+                self._vanished.end(worker_id, "expired")
+                self._removed(worker_id)
+            for worker_id in self._vanished.due():
+                if not self._tasks.is_busy(worker_id):
+                    self._tasks.start(worker_id, self._check_vanished(worker_id))
 
     async def _finish_first_round(self, pending: list[asyncio.Task[None]]) -> None:
         if pending:
@@ -194,6 +245,7 @@ class WorkerManager:
         )
         self._membership.answered(spec, answer)
         await self._membership.join(self._membership.complete(spec, answer), addresses)
+        self._vanished.mark(spec.id)
         self._settle_roles()
 
     async def _remove(self, worker_id: str) -> None:
@@ -265,14 +317,17 @@ class WorkerManager:
         if not self._tasks.is_busy(worker_id):
             self._tasks.start(worker_id, self._ask_again(worker_id))
 
-    async def _ask_again(self, worker_id: str, discovered: Role | None = None) -> None:
+    async def _ask_again(
+        self, worker_id: str, discovered: Role | None = None
+    ) -> Introspection | None:
         """Take over what the worker says now, and the role that discovery has reported.
 
         If both give a role, the worker's answer counts. Without an answer nothing else changes.
+        Returns None for a worker that was not asked.
         """
         spec = self._membership.spec_of(worker_id)
         if spec is None or spec.role == discovered:
-            return
+            return None
         answer = await self._ask(spec, _LATER_ATTEMPTS)
         self._membership.answered_later(spec, answer)
         self._note_life(worker_id, answer)
@@ -281,14 +336,16 @@ class WorkerManager:
         if discovered is not None:
             spec = msgspec.structs.replace(spec, role=discovered)
         elif answer.problem:
-            return
+            return answer
         spec = self._membership.complete(spec, answer)
         worker = self._registry.get(worker_id)
         if worker is None:
             await self._membership.join(spec, await self._resolve(spec))
+            self._vanished.mark(worker_id)
         else:
             await self._membership.change(worker, spec)
         self._settle_roles()
+        return answer
 
     def _note_life(self, worker_id: str, answer: Introspection) -> None:
         """A worker that does not answer its introspection loses its traffic, if no request of it

@@ -13,6 +13,7 @@ __all__ = [
     "Listed",
     "Removed",
     "RoleChanged",
+    "Vanished",
     "WorkerEvent",
     "WorkerSource",
 ]
@@ -28,6 +29,15 @@ class Removed(Struct, frozen=True):
     """A worker has disappeared."""
 
     id: str
+
+
+class Vanished(Struct, frozen=True):
+    """A worker is named no longer, but nothing has said that it leaves; it may be a mistake.
+
+    `spec` is what was said last. If the worker is named again it is added like a new one.
+    """
+
+    spec: WorkerSpec
 
 
 class RoleChanged(Struct, frozen=True):
@@ -51,7 +61,7 @@ class Listed(Struct, frozen=True):
     """All workers of the start have been named, so readiness can be decided."""
 
 
-WorkerEvent = Added | Removed | RoleChanged | DrainingChanged | Listed
+WorkerEvent = Added | Removed | Vanished | RoleChanged | DrainingChanged | Listed
 
 
 class WorkerSource(Protocol):

@@ -52,7 +52,8 @@ class Worker:
 
     `order` rises with registration and gives policies a stable order. `address` is the
     `ip:port` by which Envoy knows the worker, None until its host name is resolved. `in_flight`
-    counts open tickets; only Tickets change it. One that is `draining` gets no new requests.
+    counts open tickets; only Tickets change it. One that is `draining` gets no new requests, and
+    one that is `vanished` is held although discovery does not name it.
     """
 
     __slots__ = (
@@ -66,6 +67,7 @@ class Worker:
         "role",
         "spec",
         "url",
+        "vanished",
     )
 
     def __init__(
@@ -85,6 +87,7 @@ class Worker:
         self.breaker = breaker
         self.address = address
         self.draining = False
+        self.vanished = False
         self.in_flight = 0
 
     def __repr__(self) -> str:

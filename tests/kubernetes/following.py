@@ -23,6 +23,7 @@ from extproc.workers.source import (
     Listed,
     Removed,
     RoleChanged,
+    Vanished,
     WorkerEvent,
     WorkerSource,
 )
@@ -41,6 +42,7 @@ class Following:
         self.workers: dict[str, WorkerSpec] = {}
         self.roles: dict[str, str] = {}
         self.draining: set[str] = set()
+        self.vanished: set[str] = set()
         self.listed = False
         self._prometheus = prometheus
         self._objects = objects
@@ -54,8 +56,15 @@ class Following:
         match event:
             case Added(spec):
                 assert spec.id not in self.workers
+                self.vanished.discard(spec.id)
                 self.workers[spec.id] = spec
                 self.roles[str(spec.url)] = spec.role
+            case Removed(worker_id) if worker_id in self.vanished:
+                self.vanished.discard(worker_id)
+            case Vanished(spec):
+                del self.workers[spec.id]
+                self.roles.pop(str(spec.url), None)
+                self.vanished.add(spec.id)
             case Removed(worker_id):
                 self.roles.pop(str(self.workers.pop(worker_id).url), None)
                 self.draining.discard(worker_id)

@@ -9,7 +9,7 @@ from lightkube.resources.discovery_v1 import EndpointSlice
 
 from extproc.clock import SystemClock
 from extproc.discovery.kube_api import ApiTroubleError, KubeApi, WatchLimits, open_client
-from extproc.workers.source import Added, DrainingChanged, Removed, RoleChanged
+from extproc.workers.source import Added, DrainingChanged, Removed, RoleChanged, Vanished
 from tests.unit.discovery.slices import endpoint, slice_of
 
 from .cluster import Namespace, eventually
@@ -124,7 +124,9 @@ async def test_an_endpoint_that_moves_between_slices_is_not_restarted(
         await asyncio.sleep(3.5)
         await found.sees(A, B, C)
         assert not [event for event in found.log if isinstance(event, Removed)]
-        assert sum(isinstance(event, Added) for event in found.log) == 3
+        # One that is in no slice for a moment stays in use: the service holds it.
+        vanished = [event for event in found.log if isinstance(event, Vanished)]
+        assert sum(isinstance(event, Added) for event in found.log) == 3 + len(vanished)
 
 
 async def test_the_server_evaluates_the_plain_selector(namespace: Namespace) -> None:

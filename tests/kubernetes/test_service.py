@@ -48,6 +48,64 @@ async def test_a_pod_that_is_deleted_finishes_its_streams_and_gets_no_others(
         await installed.shows(**{port_of(staying): True})
 
 
+async def test_trouble_of_the_api_server_and_a_list_that_is_too_short_take_no_worker_away(
+    namespace: Namespace, installed: Installation
+) -> None:
+    one, two = [await installed.start_worker() for _ in range(2)]
+    for n, worker in enumerate((one, two), 1):
+        await run_pod(namespace, n, ip="127.0.0.1", port=int(port_of(worker)))
+    statuses: list[int] = []
+    async with installed.stack:
+        both = {port_of(one): True, port_of(two): True}
+        await installed.shows(**both)
+        await installed.is_stale(False, False)
+        stop = asyncio.Event()
+
+        async def ask() -> None:
+            while not stop.is_set():
+                async with installed.chat(2) as answer:
+                    await answer.read()
+                    statuses.append(answer.status)
+
+        asking = asyncio.create_task(ask())
+        await namespace.forbid()
+        namespace.cluster.kill()
+        await installed.is_stale(True, True)
+        namespace.cluster.start()
+        await asyncio.sleep(2.0)
+        await installed.is_stale(True, True)
+        # During the trouble a pod disappears without a sign; its engine serves on.
+        await end_pod(namespace, 1, grace_seconds=0)
+        await namespace.allow()
+        await installed.is_stale(True, False)
+        before = await installed.served_by(one)
+        await installed.shows(**both)
+        await asyncio.sleep(1.0)
+        assert await installed.served_by(one) > before
+        # The pod is made again, as another one.
+        await run_pod(namespace, 1, ip="127.0.0.1", port=int(port_of(one)))
+        await installed.is_stale(False, False)
+        stop.set()
+        await asking
+    assert set(statuses) == {200}
+
+
+async def test_a_worker_that_vanishes_and_does_not_answer_is_not_held(
+    namespace: Namespace, installed: Installation
+) -> None:
+    ending, staying = [await installed.start_worker() for _ in range(2)]
+    for n, worker in enumerate((ending, staying), 1):
+        await run_pod(namespace, n, ip="127.0.0.1", port=int(port_of(worker)))
+    async with installed.stack:
+        await installed.shows(**{port_of(ending): True, port_of(staying): True})
+        namespace.cluster.kill()
+        await installed.is_stale(True, True)
+        namespace.cluster.start()
+        await ending.stop()
+        await end_pod(namespace, 1, grace_seconds=0)
+        await installed.shows(**{port_of(staying): True})
+
+
 async def test_workers_are_replaced_one_by_one_without_a_failed_request(
     namespace: Namespace, installed: Installation
 ) -> None:

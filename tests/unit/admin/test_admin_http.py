@@ -25,6 +25,7 @@ from extproc.metrics.service import Metrics
 from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.ranks import Ranks
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.source_health import SourceHealth
 from extproc.workers.worker import KvEvents, WorkerSpec
 from tests.builders import make_spec, make_worker
 from tests.fakes import FakeClock
@@ -41,6 +42,7 @@ class Admin:
         self.ready = False
         self.refused: list[WorkerSpec] = []
         self.reloads: ReloadStatus | None = None
+        self.sources = SourceHealth()
         self.gateway = gateway_of(self.workers)
         self.ranks = ranks_of(ModelConfig(id="m", policy="min_ttft", tokenizer_path="-"))
 
@@ -51,7 +53,8 @@ class Admin:
     async def page(self) -> dict[str, Any]:
         async with self.session.get("/workers") as response:
             body: dict[str, Any] = await response.json()
-        assert body.keys() == {"envoys", "ignored_by_gateway", "refused", "workers"}
+        pages = {"discovery", "envoys", "ignored_by_gateway", "refused", "workers"}
+        assert body.keys() == pages
         return body
 
     async def listed(self) -> list[dict[str, Any]]:
@@ -95,6 +98,7 @@ async def running(
                     models=lambda: ["m"],
                     refused=lambda: admin.refused,
                     reloads=lambda: admin.reloads,
+                    discovery=lambda: admin.sources.show(100.0),
                 ),
             )
             await server.start()
@@ -384,3 +388,22 @@ async def test_the_port_is_closed_after_stop() -> None:
     async with ClientSession(url) as session:
         with pytest.raises(aiohttp.ClientConnectorError):
             await session.get("/healthz")
+
+
+async def test_workers_that_discovery_does_not_confirm_are_stale() -> None:
+    async with running() as admin:
+        for worker in (make_worker("http://a:1"), make_worker("http://b:1", order=1)):
+            admin.workers.upsert(worker)
+        next(iter(admin.workers)).vanished = True
+        assert [worker["stale"] for worker in await admin.listed()] == [True, False]
+        admin.sources.works("pods")
+        page = await admin.page()
+        works = {"objects": "pods", "failing_seconds": None, "reason": None}
+        assert (page["discovery"], page["workers"][1]["stale"]) == ([works], False)
+        admin.sources.fails("pods", "unreachable", 40.0)
+        admin.sources.fails("pods", "forbidden", 90.0)
+        page = await admin.page()
+        fails = {"objects": "pods", "failing_seconds": 60.0, "reason": "forbidden"}
+        assert (page["discovery"], page["workers"][1]["stale"]) == ([fails], True)
+        admin.sources.forget("pods")
+        assert (await admin.page())["discovery"] == []

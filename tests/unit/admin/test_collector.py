@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from extproc.admin.collector import WorkerCollector
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.source_health import SourceHealth
 from extproc.workers.tickets import Tickets
 from tests.builders import Fleet, make_fleet, make_worker
 
@@ -12,7 +13,7 @@ A, B = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
 
 
 def watched(routing: Fleet) -> Fleet:
-    routing.prometheus.register(WorkerCollector(routing.registry, routing.tickets))
+    routing.prometheus.register(WorkerCollector(routing.registry, routing.tickets, SourceHealth()))
     return routing
 
 
@@ -75,6 +76,17 @@ def test_two_workers_at_one_url_share_their_series() -> None:
     assert len(lines) == len(set(lines))
 
 
+def test_workers_that_discovery_does_not_confirm_are_stale() -> None:
+    routing = make_fleet([make_worker(A), make_worker(B, order=1)])
+    sources = SourceHealth()
+    routing.prometheus.register(WorkerCollector(routing.registry, routing.tickets, sources))
+    assert routing.metric("extproc_workers_stale") == 0
+    next(iter(routing.registry)).vanished = True
+    assert routing.metric("extproc_workers_stale") == 1
+    sources.fails("pods", "forbidden", 0.0)
+    assert routing.metric("extproc_workers_stale") == 2
+
+
 def test_registering_the_collector_does_not_read_the_workers() -> None:
     routing = make_fleet()
 
@@ -82,7 +94,9 @@ def test_registering_the_collector_does_not_read_the_workers() -> None:
         def __iter__(self):  # type: ignore[no-untyped-def]
             raise AssertionError("read at registration")
 
-    collector = WorkerCollector(Exploding(), Tickets(routing.clock, 1.0, _stale(routing)))
+    collector = WorkerCollector(
+        Exploding(), Tickets(routing.clock, 1.0, _stale(routing)), SourceHealth()
+    )
     CollectorRegistry(auto_describe=True).register(collector)
 
 

@@ -18,13 +18,13 @@ from extproc.discovery.cluster_source import SourceParts
 from extproc.discovery.endpoint_slices import SliceReader
 from extproc.discovery.inference_pool import PoolSource
 from extproc.discovery.kube_api import KubeApi
-from extproc.discovery.list_watch import ListWatch
 from extproc.metrics.service import Metrics
 from extproc.workers.source import (
     Added,
     DrainingChanged,
     Listed,
     Removed,
+    Vanished,
     WorkerEvent,
     WorkerSource,
 )
@@ -51,10 +51,7 @@ class Setup:
 
     def slices(self) -> WorkerSource:
         api = KubeApi(self.client, EndpointSlice, namespace="ns", selector="app=sglang")
-        parts = self.parts
-        list_watch = ListWatch(
-            api, SLICES, clock=self.clock, random=parts.random, metrics=parts.metrics
-        )
+        list_watch = self.parts.list_watch(api, SLICES)
         reader = SliceReader(roles=[], port_name="http", port=None, family="v4_preferred")
         return ClusterObjects(list_watch, reader.read, SLICES, self.clock)
 
@@ -113,7 +110,7 @@ def pool(*ports: int, **labels: str) -> dict[str, Any]:
 
 
 def names(events: list[WorkerEvent]) -> list[str]:
-    """Short texts of the events: `+` added, `-` removed, `~` draining."""
+    """Short texts of the events: `+` added, `-` removed, `?` vanished, `~` draining."""
     texts = []
     for event in events:
         match event:
@@ -121,6 +118,8 @@ def names(events: list[WorkerEvent]) -> list[str]:
                 texts.append(f"+{spec.id}")
             case Removed(worker_id):
                 texts.append(f"-{worker_id}")
+            case Vanished(spec):
+                texts.append(f"?{spec.id}")
             case DrainingChanged(worker_id, draining):
                 texts.append(f"{'~' if draining else '='}{worker_id}")
             case Listed():
@@ -136,11 +135,12 @@ async def test_a_list_is_followed_by_what_changes(setup: Setup) -> None:
         assert names(await setup.after(two)) == ["+pod-2:8000"]
 
 
-async def test_a_worker_that_no_slice_names_is_removed_after_three_seconds(setup: Setup) -> None:
+async def test_the_worker_of_a_deleted_slice_is_removed_after_three_seconds(setup: Setup) -> None:
     setup.put_slice(endpoint())()
     async with setup.following(setup.slices()):
         await setup.after()
-        assert names(await setup.after(setup.put_slice())) == ["~pod-1:8000"]
+        deleted = lambda: setup.cluster.delete(SLICES, "slice-1")  # noqa: E731
+        assert names(await setup.after(deleted)) == ["~pod-1:8000"]
         await setup.clock.advance(2.9)
         assert await setup.after() == []
         await setup.clock.advance(0.2)
@@ -162,13 +162,13 @@ async def test_removals_are_not_held_up_by_a_stream_of_other_changes(setup: Setu
     setup.put_slice(endpoint())()
     async with setup.following(setup.slices()):
         await setup.after()
-        await setup.after(setup.put_slice())
+        await setup.after(lambda: setup.cluster.delete(SLICES, "slice-1"))
         setup.clock.tick(4.0)  # nothing is woken, but the next change comes
         other = setup.put_slice(endpoint("10.0.0.2", "pod-2"), name="slice-2")
         assert names(await setup.after(other)) == ["+pod-2:8000", "-pod-1:8000"]
 
 
-async def test_a_deletion_that_no_watch_reported_is_seen_in_the_next_list(setup: Setup) -> None:
+async def test_a_worker_that_the_next_list_does_not_name_has_vanished(setup: Setup) -> None:
     setup.put_slice(endpoint())()
     setup.put_slice(endpoint("10.0.0.2", "pod-2"), name="slice-2")()
     async with setup.following(setup.slices()):
@@ -176,7 +176,45 @@ async def test_a_deletion_that_no_watch_reported_is_seen_in_the_next_list(setup:
         setup.cluster.delete_unseen(SLICES, "slice-1")
         setup.cluster.end_watches()
         await setup.clock.advance(1.0)
-        assert names(await setup.after()) == ["-pod-1:8000"]
+        assert names(await setup.after()) == ["?pod-1:8000"]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "seen"),
+    [
+        ({"ready": False}, ["-pod-1:8000"]),
+        ({"ready": False, "serving": False, "terminating": True}, ["-pod-1:8000"]),
+        ({"ready": False, "serving": True, "terminating": True}, ["~pod-1:8000"]),
+    ],
+)
+async def test_a_worker_whose_slice_says_that_it_leaves_does_so_at_once(
+    setup: Setup, conditions: dict[str, bool | None], seen: list[str]
+) -> None:
+    setup.put_slice(endpoint())()
+    async with setup.following(setup.slices()):
+        await setup.after()
+        leaving = setup.put_slice(endpoint(conditions=conditions))
+        assert names(await setup.after(leaving)) == seen
+
+
+async def test_a_slice_that_is_emptied_says_nothing_about_its_workers(setup: Setup) -> None:
+    setup.put_slice(endpoint())()
+    async with setup.following(setup.slices()):
+        await setup.after()
+        assert names(await setup.after(setup.put_slice(endpoints=None))) == ["?pod-1:8000"]
+        assert names(await setup.after(setup.put_slice(endpoint()))) == ["+pod-1:8000"]
+
+
+async def test_a_pool_that_a_list_does_not_name_has_only_vanished(setup: Setup) -> None:
+    setup.cluster.put(POOLS, pool(8000))
+    setup.cluster.put(PODS, pod(1))
+    async with setup.following(setup.pool()):
+        await setup.after()
+        setup.cluster.delete_unseen(POOLS, "pool")
+        setup.cluster.end_watches()
+        await setup.clock.advance(1.0)
+        assert names(await setup.after()) == ["?u1:8000"]
+        assert names(await setup.after(setup.put(POOLS, pool(8000)))) == ["+u1:8000"]
 
 
 async def test_workers_stay_while_the_server_refuses(setup: Setup) -> None:
@@ -239,13 +277,9 @@ async def test_another_selector_keeps_the_workers_that_it_also_selects(setup: Se
         # The same pool once more is no change.
         assert await setup.after(narrower) == []
         assert names(await setup.after(setup.put(PODS, pod(3, zone="b")))) == ["+u3:8000"]
-        assert names(await setup.after(setup.put(POOLS, pool(8001)))) == [
-            "-u2:8000",
-            "-u3:8000",
-            "+u1:8001",
-            "+u2:8001",
-            "+u3:8001",
-        ]
+        events = names(await setup.after(setup.put(POOLS, pool(8001))))
+        assert events[:2] == ["-u2:8000", "-u3:8000"]
+        assert sorted(events[2:]) == ["+u1:8001", "+u2:8001", "+u3:8001"]
 
 
 async def test_a_pool_that_is_deleted_takes_its_workers_at_once(setup: Setup) -> None:

@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from extproc.discovery.kube_api import ApiTroubleError, Reason, WatchEndedError, WatchEvent
 from extproc.discovery.list_watch import ListWatch, Snapshot
 from extproc.metrics.service import Metrics
+from extproc.workers.source_health import SourceHealth
 from tests.fakes import FakeClock, settle
 
 from .slices import slice_of
@@ -59,8 +60,14 @@ class _Setup:
         self.prometheus = CollectorRegistry()
         self.steps: Steps = []
         metrics = Metrics(self.prometheus).discovery
+        self.health = SourceHealth()
         self.list_watch = ListWatch(
-            self.api, "endpointslices", clock=self.clock, random=Random(1), metrics=metrics
+            self.api,
+            "endpointslices",
+            clock=self.clock,
+            random=Random(1),
+            metrics=metrics,
+            health=self.health,
         )
 
     @asynccontextmanager

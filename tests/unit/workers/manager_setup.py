@@ -53,6 +53,7 @@ class ManagerSetup:
         models: Sequence[ModelConfig] = MODELS,
         *,
         interval_seconds: float = NEVER_SECONDS,
+        hold_seconds: float = 0.0,
         observers: Sequence[WorkerObserver] = (),
     ) -> None:
         self.clock = FakeClock()
@@ -76,6 +77,7 @@ class ManagerSetup:
                 interval_seconds=interval_seconds,
                 dns_ttl_seconds=DNS_TTL_SECONDS,
                 ranks_max=64,
+                hold_seconds=hold_seconds,
             ),
         )
         for observer in (*observers, self._changes):
