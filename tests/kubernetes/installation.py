@@ -94,10 +94,12 @@ class Installation:
 
     async def is_stale(self, *expected: bool) -> None:
         """Wait until the workers, in the order of registration, are shown like this."""
-        end = asyncio.get_running_loop().time() + 60
-        while (found := [one["stale"] for one in (await self.workers()).values()]) != [*expected]:
-            assert asyncio.get_running_loop().time() < end, f"{found} is {expected}"
-            await asyncio.sleep(0.02)
+
+        async def differs() -> Any:
+            found = [one["stale"] for one in (await self.listed()).values()]
+            return found != [*expected] and f"{found} is {expected}"
+
+        await until_not(differs)
 
     async def served_by(self, worker: RunningSimulator) -> int:
         """How many requests this worker has had."""
