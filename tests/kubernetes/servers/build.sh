@@ -33,7 +33,7 @@ if [ ! -e "$folder/complete" ]; then
   touch "$folder/complete"
 fi
 if [ "${1:-}" = --versions ]; then
-  "$folder/etcd" --version | head -1
+  "$folder/etcd" --version | sed -n 1p
   "$folder/kube-apiserver" --version
   echo "EndpointSlice controller $version"
 else
