@@ -156,6 +156,12 @@ def test_envoy_accepts_tls_to_the_service(
     assert_accepted(render_yaml(parse_config(raw)), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["ads", "pd", "standalone"])
+def test_envoy_accepts_the_shipped_file(name: str, tmp_path: Path) -> None:
+    text = (ENVOY_FOLDER / name / "envoy.yaml").read_text(encoding="utf-8")
+    assert_accepted(text, tmp_path)
+
+
 def test_envoy_accepts_the_merged_file(tmp_path: Path) -> None:
     jwks = tmp_path / "jwks.json"
     jwks.write_text('{"keys":[{"kty":"oct","alg":"HS256","k":"c2VjcmV0"}]}')

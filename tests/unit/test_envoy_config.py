@@ -521,7 +521,7 @@ class TestYaml:
         )
         assert "&id" not in text
 
-    @pytest.mark.parametrize("name", ["standalone", "pd"])
+    @pytest.mark.parametrize("name", ["ads", "pd", "standalone"])
     def test_the_shipped_file_is_what_its_configuration_renders(self, name: str) -> None:
         folder = ROOT / "envoy" / name
         rendered = render_yaml(load_config(folder / "extproc.yaml"))
