@@ -81,7 +81,7 @@ class App(WorkerObserver):
         )
         # The models without which the service is not ready. One that a reload adds is not among
         # them before it was served once: its workers may still be starting.
-        self._needed = set(self.router.model_ids)
+        self._needed = self._models_that_count()
         self._warned_of_failing_open = False
         self._changed = asyncio.Event()
         self._may_serve = asyncio.Event()
@@ -112,7 +112,7 @@ class App(WorkerObserver):
 
         def commit() -> None:
             use()
-            self._needed.intersection_update(self.router.model_ids)
+            self._needed.intersection_update(self._models_that_count())
             self.workers_changed()
 
         return commit
@@ -133,7 +133,8 @@ class App(WorkerObserver):
     def is_ready(self) -> bool:
         """True after the first round if every configured model has a worker that can serve it.
 
-        A model that a reload has added counts from the moment when it is served.
+        A model with `ready_without_workers` does not count, and one that a reload has added counts
+        from the moment when it is served.
 
         Breakers do not count: readiness that follows them would take the last router away
         while workers recover.
@@ -146,6 +147,10 @@ class App(WorkerObserver):
 
     def _all_models_served(self) -> bool:
         return all(self.workers.is_served(model) for model in self._needed)
+
+    def _models_that_count(self) -> set[str]:
+        """Those that must have workers for the service to be ready."""
+        return {model.id for model in self.config.models if not model.ready_without_workers}
 
     def _warn_of_failing_open(self) -> None:
         """Warn once: without this service no pair is made, and neither worker can serve alone."""
@@ -161,9 +166,11 @@ class App(WorkerObserver):
 
     def workers_changed(self) -> None:
         self._changed.set()
-        self._needed.update(filter(self.workers.is_served, self.router.model_ids))
+        self._needed.update(filter(self.workers.is_served, self._models_that_count()))
         self._warn_of_failing_open()
-        if self._first_workers_are_known() or self._all_models_served():
+        if self._first_workers_are_known() or all(
+            map(self.workers.is_served, self.router.model_ids)
+        ):
             self._may_serve.set()
 
     def _first_workers_are_known(self) -> bool:

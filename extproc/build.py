@@ -24,6 +24,7 @@ from extproc.metrics.service import Metrics
 from extproc.policies.factory import create_kv_policy, create_policy
 from extproc.routing.chooser import Chooser, WorkerChooser
 from extproc.routing.claim import Claims, WorkerRanks
+from extproc.routing.demand import Demand
 from extproc.routing.dispatch import Dispatch
 from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.lease import LeaseParts
@@ -108,6 +109,7 @@ class Routing(Struct, frozen=True, kw_only=True):
     lease_parts: LeaseParts
     leg_parts: LegParts
     queues: Mapping[str, WaitQueue]
+    demand: Demand
 
 
 class RoutingSettings(Struct, frozen=True, kw_only=True):
@@ -336,10 +338,12 @@ def assemble_routing(
     dispatch = _dispatch(settings, shared, claims, lease_parts)
     make_queue = partial(WaitQueue, spare=outcomes.spare, clock=clock, metrics=metrics.queue)
     queues = renew_queues(settings.queues, {} if before is None else before.queues, make_queue)
-    router = Router(choosers, lease_parts, dispatch, local_endpoints, pd, queues)
+    demand = Demand() if before is None else before.demand
+    router = Router(choosers, lease_parts, dispatch, local_endpoints, pd, queues, demand)
     return Routing(
         router=router,
         queues=queues,
+        demand=demand,
         pd=pd,
         choosers=choosers,
         claims=claims,

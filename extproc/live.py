@@ -14,6 +14,7 @@ from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 
 from extproc.admin.collector import GatewayCollector, WorkerCollector
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
+from extproc.admin.pool_collector import PoolCollector
 from extproc.build import (
     api_key_of,
     build_kv,
@@ -30,6 +31,7 @@ from extproc.discovery.static_urls import StaticUrls
 from extproc.encoders import LoadedEncoders, load_encoders
 from extproc.errors import ConfigError
 from extproc.logs import set_log_level
+from extproc.routing.pool_signals import PoolSignals, PoolSources
 from extproc.server.admission_collector import AdmissionCollector
 from extproc.server.certificates import Certificate
 from extproc.serving import (
@@ -106,11 +108,23 @@ class LiveParts:
         ProcessCollector(registry=shared.prometheus)
         PlatformCollector(registry=shared.prometheus)
         GCCollector(registry=shared.prometheus)
+        signals = PoolSignals(
+            PoolSources(
+                registry=shared.registry,
+                ranks=self.kv.ranks,
+                tickets=shared.tickets,
+                spare=self.routing.lease_parts.outcomes.spare,
+                demand=self.routing.demand,
+                clock=shared.clock,
+                queues=lambda: self.routing.queues,
+            )
+        )
         for collector in (
             WorkerCollector(shared.registry, shared.tickets, shared.sources),
             KvCollector(self.kv.ranks, shared.clock),
             EncoderCollector(self._encoders),
             GatewayCollector(self.routing.lease_parts.gateway),
+            PoolCollector(signals, lambda: self.routing.choosers),
             AdmissionCollector(self.server.streams.session_context.admission),
         ):
             shared.prometheus.register(collector)

@@ -1,8 +1,9 @@
 """The admin HTTP server, and the metrics that are read at a scrape.
 
 Begin with `http`: it serves `/metrics`, `/healthz`, `/readyz` and `/workers`. `collector` reads the
-state of workers and `kv_collector` that of ranks and tokenizers when `/metrics` is requested, so
-that a worker that left has no series left. `access` asks for the token where one is configured.
+state of workers, `pool_collector` that of pools and `kv_collector` that of ranks and tokenizers
+when `/metrics` is requested, so that a worker that left has no series left. `access` asks for the
+token where one is configured.
 """
 
-__all__ = ["access", "collector", "http", "kv_collector"]
+__all__ = ["access", "collector", "http", "kv_collector", "pool_collector"]

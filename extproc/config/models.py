@@ -239,6 +239,14 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     queue: Annotated[
         QueueConfig, Meta(description="What happens while all workers of the model are full.")
     ] = field(default_factory=QueueConfig)
+    ready_without_workers: Annotated[
+        bool,
+        Meta(
+            description="The service is ready also while the model has no worker: then its "
+            "requests get a 503 and can make an autoscaler start one. Without this, a gateway "
+            "sends no requests from which the demand could be seen."
+        ),
+    ] = False
     circuit_breaker: Annotated[
         CircuitBreakerConfig, Meta(description="When a failing worker gets no more requests.")
     ] = field(default_factory=CircuitBreakerConfig)

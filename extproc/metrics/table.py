@@ -256,6 +256,28 @@ QUEUE_SECONDS = _queue.histogram(
     "extproc_queue_seconds", "Waits that ended with a worker.", "model", bounds=_TTFT_BOUNDS
 )
 
+_pools = Section(
+    "How busy the pools of workers are",
+    "A pool is all workers of one model and role. These are signals for autoscalers; see "
+    "[scaling.md](scaling.md).",
+)
+
+POOL_EXPECTED_WAIT_SECONDS = _pools.gauge(
+    "extproc_pool_expected_wait_seconds",
+    "How long a new request would wait before a worker of the pool begins with it, at most 300. "
+    "It is 300 as well if the pool has no usable worker and a client has asked for the model in "
+    "the last 2 minutes.",
+    "model",
+    _ROLE,
+)
+POOL_OCCUPANCY_RATIO = _pools.gauge(
+    "extproc_pool_occupancy_ratio",
+    "How full the pool is, from 0 to 1: KV cache or running requests, whichever is fuller, as the "
+    "engines report it. Without series if they do not.",
+    "model",
+    _ROLE,
+)
+
 _discovery = Section(
     "Discovery in a cluster", "Without series while `discovery.backend` is `static_urls`."
 )
@@ -369,4 +391,4 @@ WORKER_ROLE_CHANGES = _pd.counter(
     Label("to", _ROLE.values),
 )
 
-TABLE: Final = (_requests, _queue, _discovery, _pd, *kv_table.SECTIONS)
+TABLE: Final = (_requests, _queue, _pools, _discovery, _pd, *kv_table.SECTIONS)

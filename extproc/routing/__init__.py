@@ -5,6 +5,7 @@ worker, and lets `dispatch` make the `decision` and the `lease`. Models with pre
 workers go through `pd`. A `claim` is everything that a request takes on a worker; `ranks` follows
 the data-parallel ranks of workers, and `placement` weighs what they hold of a prompt.
 While all workers of a model are full (`spare_capacity` is 0), requests may wait in a `wait_queue`.
+`pool_signals` tells autoscalers how busy the pools are; `demand` is what clients have asked for.
 Nothing here knows ext_proc messages: `server` turns decisions into replies.
 """
 
@@ -12,6 +13,7 @@ __all__ = [
     "chooser",
     "claim",
     "decision",
+    "demand",
     "dispatch",
     "gateway_watch",
     "json_members",
@@ -20,6 +22,7 @@ __all__ = [
     "outcomes",
     "pd",
     "placement",
+    "pool_signals",
     "rank",
     "rank_chooser",
     "ranks",

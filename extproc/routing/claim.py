@@ -35,7 +35,13 @@ class Claim:
     __slots__ = ("_booking", "_claims", "_probe", "ticket", "worker")
 
     def __init__(
-        self, claims: "Claims", worker: Worker, now: float, booking: PlacedBooking | None
+        self,
+        claims: "Claims",
+        worker: Worker,
+        now: float,
+        booking: PlacedBooking | None,
+        *,
+        streamed: bool,
     ) -> None:
         self._claims = claims
         self._booking = booking
@@ -44,20 +50,18 @@ class Claim:
             claims.last_resort(worker.url, worker.role).inc()
         self._probe = breaker.claim(now)
         self.worker = worker
-        self.ticket = claims.tickets.book(worker, now)
+        self.ticket = claims.tickets.book(worker, now, streamed=streamed)
         if booking is not None:
             self.ticket.booking = booking
 
     def started(self, now: float) -> None:
         """A good response has begun, so the prompt is prefilled."""
-        booking = self.ticket.booking
-        if booking is not None:
-            booking.started(now)
+        self.ticket.started(now)
 
     def move(self, worker: Worker, now: float) -> None:
         """Count the request on the worker that serves it, on the same rank as the chosen one."""
         booking = self._booking
-        if self.ticket.move(worker) and booking is not None:
+        if self.ticket.move(worker, now) and booking is not None:
             booking.release(now)
             self._booking = self.ticket.booking = booking.again(self._claims.ranks.of(worker), now)
 
@@ -91,4 +95,4 @@ class Claims:
         The caller got the worker from `WorkerRegistry.candidates` in the same turn of the loop.
         """
         booking = None if placed is None else placed.book(now, streamed=streamed)
-        return Claim(self, worker, now, booking)
+        return Claim(self, worker, now, booking, streamed=streamed)

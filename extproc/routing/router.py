@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from extproc.errors import model_not_found, no_healthy_workers
 from extproc.routing.chooser import NO_TOKENS, Chooser
+from extproc.routing.demand import Demand
 from extproc.routing.dispatch import Dispatch
 from extproc.routing.lease import Lease, LeaseParts
 from extproc.routing.local_endpoints import Answer, LocalEndpoints
@@ -28,6 +29,7 @@ class Router:
         local_endpoints: LocalEndpoints,
         pd: Disaggregation,
         queues: Mapping[str, WaitQueue],
+        demand: Demand,
     ) -> None:
         """`choosers` by model id, in the order of the configuration.
 
@@ -43,6 +45,7 @@ class Router:
         self._local_endpoints = local_endpoints
         self._pd = pd
         self._queues = queues
+        self._demand = demand
 
     @property
     def model_ids(self) -> list[str]:
@@ -81,6 +84,7 @@ class Router:
         worker of the model may be tried, or all are full and the request cannot wait.
         """
         model, adapter = self._resolve(request.model)
+        self._demand.asked(model, self._clock.monotonic())
         queue = self._queues.get(model)
         if queue is None:
             return await self._route(request, model, adapter)

@@ -78,12 +78,13 @@ class SpareCapacity:
         Infinite if all workers are out of order: waiting would not help.
         """
         if not self._registry.is_disaggregated(model):
-            return self._of_pool(model, "plain", queue, now)
+            return self.of_pool(model, "plain", queue, now)
         return min(
-            self._of_pool(model, "prefill", queue, now), self._of_pool(model, "decode", queue, now)
+            self.of_pool(model, "prefill", queue, now), self.of_pool(model, "decode", queue, now)
         )
 
-    def _of_pool(self, model: str, role: Role, queue: QueueConfig, now: float) -> float:
+    def of_pool(self, model: str, role: Role, queue: QueueConfig, now: float) -> float:
+        """As `of_model`, for the workers of one role."""
         total, any_full = 0.0, False
         for worker in self._registry.pool_of(model, role):
             breaker = worker.breaker

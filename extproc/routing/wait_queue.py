@@ -73,6 +73,11 @@ class WaitQueue:
         self._task: asyncio.Task[None] | None = None
         self._logged_at = -math.inf
 
+    @property
+    def waiting_requests(self) -> int:
+        """How many requests wait now."""
+        return len(self._waiting)
+
     async def enter(self, request: Request) -> None:
         """Wait until a worker has capacity; `leave` must follow when the request is on a worker.
 

@@ -242,11 +242,50 @@ class RankLoad:
             return math.inf
         return waiting_max - waiting - max(0, self._net_booked)
 
-    def slot_wait_seconds(self, prompt_tokens: int, now: float) -> float:
+    def prefill_seconds_ahead(self, now: float) -> float:
+        """How long the rank is busy with prefills before a request that is sent now.
+
+        A prefill that should have ended by now is expected to need as long again as it is late,
+        and those behind it to be as slow. So the figure of a rank that hangs rises with time, and
+        that of a rank whose speed is not known yet is soon right.
+        """
+        speed = self._speed.tokens_per_second
+        ahead = self.prefill_tokens_ahead(now) / speed
+        if not (self._queued and self._queue):
+            return ahead
+        head = self._queue[0].prefill_tokens
+        elapsed = now - self._head_since
+        late = elapsed - head / speed
+        if late <= 0:
+            return ahead
+        if not self._strangers:  # or it may have waited behind theirs
+            rest = self._queued_tokens - head
+            # A prompt of few tokens says little about the speed.
+            late += elapsed * min(rest / head, self._queued - 1)
+        return max(ahead, late)
+
+    def occupancy(self, now: float) -> float | None:
+        """How full the rank is, from 0 to 1: its KV cache, or its running requests if that is more.
+
+        Both as the engine reports them; None without a fresh report of either.
+        """
+        if now - self._report_at > _REPORT_FRESH_SECONDS:
+            return None
+        parts = []
+        if self._reported_tokens is not None and self._reported_tokens[1]:
+            parts.append(self.kv_usage(now))
+        if self._max_running is not None:
+            parts.append(min(1.0, self.requests(now) / self._max_running))
+        return max(parts, default=None)
+
+    def slot_wait_seconds(
+        self, prompt_tokens: int, now: float, decode_seconds: float | None = None
+    ) -> float:
         """How long one more request would wait until others have ended and made room for it.
 
         0 while there is room, and if the engine reports neither how many requests it runs at
-        once nor how full its KV cache is.
+        once nor how full its KV cache is. `decode_seconds` is how long a request decodes, where
+        that is not learnt from the rank's bookings.
         """
         if now - self._report_at > _REPORT_FRESH_SECONDS:
             return 0.0
@@ -262,7 +301,7 @@ class RankLoad:
         if to_end <= 0:
             return 0.0
         at_once = max(1, min(requests, self._max_running or requests))
-        return to_end * self._decode_seconds / at_once
+        return to_end * (decode_seconds or self._decode_seconds) / at_once
 
     # -- bookings
 

@@ -6,6 +6,7 @@ live requests: it aborts the request, and the end of the request releases the ti
 """
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Protocol
 
 from extproc.clock import Clock
@@ -45,19 +46,43 @@ class Ticket:
 
     `owner` is aborted, once, when the request is too old or in vain; None where there is nothing
     to abort. `booking` is the request on a rank, if a policy chose one; it ends with the ticket.
+    `streamed`: the beginning of the response shows when the worker begins with the request.
     `estimated` is set once `release_after` decides, and not the end of the stream.
     """
 
-    __slots__ = ("_load", "_open", "booked_at", "booking", "estimated", "owner", "worker")
+    __slots__ = (
+        "_load",
+        "_open",
+        "_started",
+        "_streamed",
+        "booked_at",
+        "booking",
+        "estimated",
+        "owner",
+        "worker",
+    )
 
-    def __init__(self, load: "Tickets", worker: Worker, booked_at: float) -> None:
+    def __init__(
+        self, load: "Tickets", worker: Worker, booked_at: float, *, streamed: bool
+    ) -> None:
         self._load = load
         self._open = True
+        self._started = False
+        self._streamed = streamed
         self.worker = worker
         self.booked_at = booked_at
         self.estimated = False
         self.owner: TicketOwner | None = None
         self.booking: RankBooking | None = None
+
+    def started(self, now: float) -> None:
+        """A good response has begun; idempotent."""
+        if self._open and not self._started:
+            self._started = True
+            if self._streamed:
+                self.worker.pace.began(now)
+            if self.booking is not None:
+                self.booking.started(now)
 
     def release(self) -> None:
         """Stop counting; later calls do nothing."""
@@ -66,8 +91,13 @@ class Ticket:
             self.worker.in_flight -= 1
             self.owner = None
             self._load.forget(self)
+            now = self._load.now()
+            if self._started:
+                self.worker.pace.ended(now - self.booked_at)
+            elif self._streamed:
+                self.worker.pace.withdrew()
             if self.booking is not None:
-                self.booking.release(self._load.now())
+                self.booking.release(now)
 
     def release_after(self, seconds: float) -> None:
         """Stop counting after a time, for gateways that do not tell us the end of a response."""
@@ -75,12 +105,15 @@ class Ticket:
             self.estimated = True
             self._load.release_after(self, seconds)
 
-    def move(self, worker: Worker) -> bool:
+    def move(self, worker: Worker, now: float) -> bool:
         """Count the request on the worker that serves it; returns False if nothing changed."""
         if not self._open or worker is self.worker:
             return False
         self.worker.in_flight -= 1
         worker.in_flight += 1
+        if self._streamed and not self._started:
+            self.worker.pace.withdrew()
+            worker.pace.sent(now)
         self.worker = worker
         return True
 
@@ -99,10 +132,15 @@ class Tickets:
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def book(self, worker: Worker, now: float) -> Ticket:
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(self._tickets)
+
+    def book(self, worker: Worker, now: float, *, streamed: bool = True) -> Ticket:
         """Count one more request on the worker; `now` is the clock's monotonic time."""
-        ticket = Ticket(self, worker, now)
+        ticket = Ticket(self, worker, now, streamed=streamed)
         worker.in_flight += 1
+        if streamed:
+            worker.pace.sent(now)
         self._tickets[ticket] = None
         return ticket
 

@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import CircuitBreaker
+from extproc.workers.pace import Pace
 
 __all__ = ["KvEvents", "Role", "Worker", "WorkerSpec"]
 
@@ -52,8 +53,8 @@ class Worker:
 
     `order` rises with registration and gives policies a stable order. `address` is the
     `ip:port` by which Envoy knows the worker, None until its host name is resolved. `in_flight`
-    counts open tickets; only Tickets change it. One that is `draining` gets no new requests, and
-    one that is `vanished` is held although discovery does not name it.
+    counts open tickets; only Tickets change it and `pace`. One that is `draining` gets no new
+    requests, and one that is `vanished` is held although discovery does not name it.
     """
 
     __slots__ = (
@@ -64,6 +65,7 @@ class Worker:
         "in_flight",
         "model_ids",
         "order",
+        "pace",
         "role",
         "spec",
         "url",
@@ -89,6 +91,7 @@ class Worker:
         self.draining = False
         self.vanished = False
         self.in_flight = 0
+        self.pace = Pace()
 
     def __repr__(self) -> str:
         return f"Worker({self.url}, {self.role}, in_flight={self.in_flight})"

@@ -331,4 +331,10 @@ def test_alerts_are_about_this_release() -> None:
     (group,) = rendered(SERVICE).one("PrometheusRule")["spec"]["groups"]
     scope = 'namespace="llm",pod=~"r-llm-extproc-.*"'
     assert all(scope in rule["expr"] for rule in group["rules"])
-    assert len(group["rules"]) >= 10
+    assert len([rule for rule in group["rules"] if "alert" in rule]) >= 10
+    recorded = {rule["record"]: rule["expr"] for rule in group["rules"] if "record" in rule}
+    for name, expression in recorded.items():
+        # Signals of pools: every replica estimates the whole.
+        assert name.startswith("model_role:extproc_pool_")
+        assert expression.startswith("max by (model, role)")
+    assert len(recorded) == 2

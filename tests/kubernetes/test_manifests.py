@@ -29,7 +29,7 @@ def objects(text: str) -> list[dict[str, Any]]:
 
 def found() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Name of a file, and the objects in it."""
-    for path in sorted((ROOT / "envoy").rglob("*.yaml")):
+    for path in sorted([*(ROOT / "envoy").rglob("*.yaml"), *(ROOT / "docs").rglob("*.yaml")]):
         yield str(path.relative_to(ROOT)), objects(path.read_text())
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     pages += [*(ROOT / "envoy").rglob("*.md"), *(ROOT / "helm").rglob("*.md")]

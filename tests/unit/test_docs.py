@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import get_args
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, Metric
 
 from extproc.app import App
@@ -132,6 +133,23 @@ def test_the_paths_that_fail_open_are_the_routed_paths() -> None:
     # Only this service counts tokens.
     ours = {TOKENIZE_PATH, DETOKENIZE_PATH}
     assert routed == set(FAIL_OPEN_PATHS) == set(ENDPOINT_PATHS) - ours
+
+
+def test_autoscalers_read_metrics_that_exist_and_combine_replicas_rightly() -> None:
+    kinds = {spec.name: spec.kind for section in TABLE for spec in section.specs}
+    text = (DOCS / "scaling" / "prefill-and-decode.yaml").read_text()
+    triggers = [trigger for one in yaml.safe_load_all(text) for trigger in one["spec"]["triggers"]]
+    assert len(triggers) == 5
+    for trigger in triggers:
+        query = trigger["metadata"]["query"]
+        names = re.findall(r"extproc_\w+", query)
+        assert names
+        for name in names:
+            # Every replica estimates the whole pool, and counts its own share of the requests.
+            how = {"gauge": "max(avg_over_time(", "counter": "sum(rate("}[kinds[name]]
+            assert how + name in query
+        ratio = kinds[names[0]] == "gauge"
+        assert trigger["metricType"] == ("Value" if ratio else "AverageValue")
 
 
 def test_links_between_pages_have_a_target() -> None:

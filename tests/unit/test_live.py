@@ -108,6 +108,31 @@ async def test_what_must_outlive_a_configuration_is_the_same_object(live: Make) 
     assert parts.routing.choosers["m"] is not before.choosers["m"]
 
 
+async def test_a_model_may_be_without_workers_if_it_says_so() -> None:
+    app = App(models({"id": "m"}, {"id": "rare", "ready_without_workers": True}), {})
+    try:
+        assert not app.is_ready(), "discovery has not named the first workers"
+        app._manager.first_round_done = True
+        assert not app.is_ready()
+        app.workers.upsert(make_worker("http://10.0.0.1:8000"))
+        app.workers.upsert(make_worker("http://10.0.0.2:8000", order=1, model_ids=("rare",)))
+        app.workers_changed()
+        assert app.is_ready()
+        app.workers.remove("http://10.0.0.2:8000")
+        app.workers_changed()
+        assert app.is_ready()
+        app.workers.remove("http://10.0.0.1:8000")
+        app.workers_changed()
+        assert not app.is_ready()
+        (await app.prepare(models({"id": "m", "ready_without_workers": True})))()
+        assert app.is_ready()
+        await settle()
+    finally:
+        await app._manager._tasks.close()
+        await app.server.stop()
+        await app.ranks.indexer.close()
+
+
 async def test_a_model_that_is_added_does_not_make_a_ready_service_unready() -> None:
     app = App(models({"id": "m"}), {})
     try:

@@ -94,6 +94,9 @@ class Requests(RuleBasedStateMachine):
         assert running >= len(self.open.keys() & self.started_or_ended)
         assert load.requests(now) >= len(self.open)
         assert 0 <= load.slot_wait_seconds(1000, now) < 1e6
+        assert ahead / load.prefill_tokens_per_second <= load.prefill_seconds_ahead(now) < 1e9
+        occupancy = load.occupancy(now)
+        assert occupancy is None or load.kv_usage(now) <= occupancy <= 1
         assert 50 <= load.prefill_tokens_per_second <= 2_000_000
 
     @invariant()

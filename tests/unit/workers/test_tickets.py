@@ -74,9 +74,9 @@ def test_a_ticket_is_released_once() -> None:
 def test_a_moved_ticket_counts_on_its_new_worker() -> None:
     book, chosen, served = Book(), make_worker(), make_worker("http://10.0.0.2:8000")
     ticket = book.book(chosen)
-    ticket.move(served)
+    ticket.move(served, 0.0)
     assert (chosen.in_flight, served.in_flight) == (0, 1)
-    ticket.move(served)
+    ticket.move(served, 0.0)
     assert (chosen.in_flight, served.in_flight) == (0, 1)
     ticket.release()
     assert (chosen.in_flight, served.in_flight) == (0, 0)
@@ -86,7 +86,7 @@ def test_a_released_ticket_cannot_be_moved() -> None:
     book, chosen, served = Book(), make_worker(), make_worker("http://10.0.0.2:8000")
     ticket = book.book(chosen)
     ticket.release()
-    ticket.move(served)
+    ticket.move(served, 0.0)
     assert (chosen.in_flight, served.in_flight) == (0, 0)
 
 
