@@ -54,6 +54,7 @@ __all__ = [
     "no_healthy_workers",
     "no_prefill_workers",
     "no_tokenizer",
+    "no_workers_in_subset",
     "not_disaggregated",
     "not_found",
     "payload_too_large",
@@ -281,6 +282,13 @@ def no_healthy_workers() -> RouterError:
     """503: the model has no worker that may be tried."""
     return RouterError(
         "no_healthy_workers", 503, "no healthy workers available for the requested model"
+    )
+
+
+def no_workers_in_subset() -> RouterError:
+    """503: no worker that may be tried is among the endpoints that the gateway names."""
+    return RouterError(
+        "no_workers_in_subset", 503, "no available worker is among the gateway's endpoints"
     )
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "DESTINATION_NAMESPACE",
     "DESTINATION_SERVED_HEADER",
     "DESTINATION_SUBSET_HEADER",
+    "DESTINATION_SUBSET_NAMESPACE",
     "ENDPOINT_PICKER_HEADERS",
     "ENVOY_CONTROL_HEADERS",
     "ERROR_CODE_HEADER",
@@ -123,6 +124,7 @@ DESTINATION_HEADER: Final = "x-gateway-destination-endpoint"
 DESTINATION_SERVED_HEADER: Final = "x-gateway-destination-endpoint-served"
 DESTINATION_SUBSET_HEADER: Final = "x-gateway-destination-endpoint-subset"
 DESTINATION_NAMESPACE: Final = "envoy.lb"
+DESTINATION_SUBSET_NAMESPACE: Final = "envoy.lb.subset_hint"
 
 ENDPOINT_PICKER_HEADERS: Final = (
     DESTINATION_HEADER,

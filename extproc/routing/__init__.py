@@ -29,5 +29,6 @@ __all__ = [
     "request",
     "router",
     "spare_capacity",
+    "subset",
     "wait_queue",
 ]

@@ -19,6 +19,7 @@ from extproc.errors import (
 )
 from extproc.routing.json_faults import json_fault
 from extproc.routing.json_members import without_steering
+from extproc.routing.subset import Subset
 from extproc.steering import SteeringMembers, is_steered
 from extproc.tokenization.bodies.openai_chat import BodyFields
 from extproc.tokenization.bodies.prompts import decode_fields
@@ -78,6 +79,7 @@ class Request(Struct):
     reads the headers when it is called, since that costs more than most decisions. `prompts` is
     the JSON of the field that can hold a batch of prompts, on the endpoints where prefill and
     decode workers serve batches.
+    `subset` are the endpoints to which the gateway can send, None where it names no subset.
     `fields` are the decoded fields of the prompt, for `take_fields`. `read_headers` returns those
     of the named headers that the client has sent; it reads them like `client_headers`.
     """
@@ -90,6 +92,7 @@ class Request(Struct):
     prompts: Raw = _NULL
     fields: BodyFields | None = None
     read_headers: Callable[[frozenset[str]], Mapping[str, str]] = _no_headers
+    subset: Subset | None = None
 
     def take_fields(self) -> BodyFields | None:
         """The decoded fields of the prompt; None if they were not decoded or already taken.

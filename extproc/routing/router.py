@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from extproc.errors import model_not_found, no_healthy_workers
+from extproc.errors import model_not_found, no_healthy_workers, no_workers_in_subset
 from extproc.routing.chooser import NO_TOKENS, Chooser
 from extproc.routing.demand import Demand
 from extproc.routing.dispatch import Dispatch
@@ -12,6 +12,7 @@ from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import Disaggregation
 from extproc.routing.request import Request
+from extproc.routing.subset import Subset, workers_in
 from extproc.routing.wait_queue import WaitQueue
 from extproc.workers.worker import Worker
 
@@ -102,11 +103,12 @@ class Router:
             return await self._route_disaggregated(request, model, adapter, chooser)
         prompt = NO_TOKENS
         if chooser.reads_prompts:
-            self._candidates(model, self._clock.monotonic())  # no work for a request without any
+            # No work for a request without any.
+            self._candidates(model, request.subset, self._clock.monotonic())
             prompt = await chooser.read(request, adapter)
         # Workers may have come and gone while text became tokens in a thread.
         now = self._clock.monotonic()
-        candidates = self._candidates(model, now)
+        candidates = self._candidates(model, request.subset, now)
         if queue is not None:
             candidates = queue.with_capacity(candidates, now)
         chosen = chooser.choose(candidates, prompt, now)
@@ -123,7 +125,7 @@ class Router:
         prompt = await chooser.read(request, adapter)
         if chooser.reads_prompts and pd.may_decode_alone(model):
             now = self._clock.monotonic()
-            decodes = self._registry.candidates(model, "decode", now)
+            decodes = workers_in(request.subset, self._registry.candidates(model, "decode", now))
             if decodes:
                 chosen = chooser.choose(decodes, prompt, now)
                 if chosen.placed is not None and pd.decode_alone(model, chosen.placed):
@@ -146,9 +148,13 @@ class Router:
             return base, adapter
         raise model_not_found(name)
 
-    def _candidates(self, model: str, now: float) -> list[Worker]:
+    def _candidates(self, model: str, subset: Subset | None, now: float) -> list[Worker]:
         """Return the workers that may be tried; raises RouterError 503 without one."""
         candidates = self._registry.candidates(model, "plain", now)
         if not candidates:
             raise no_healthy_workers()
+        if subset is not None:
+            candidates = workers_in(subset, candidates)
+            if not candidates:
+                raise no_workers_in_subset()
         return candidates

@@ -22,6 +22,8 @@ from extproc.headers import (
     DEBUG_HEADER,
     DESTINATION_NAMESPACE,
     DESTINATION_SERVED_HEADER,
+    DESTINATION_SUBSET_HEADER,
+    DESTINATION_SUBSET_NAMESPACE,
     EXTPROC_FILTER,
     METHOD_HEADER,
     PATH_HEADER,
@@ -33,6 +35,7 @@ from extproc.headers import (
     STATUS_HEADER,
 )
 from extproc.routing.request import ClientHeaders
+from extproc.routing.subset import Subset
 from extproc.server.bodies import BodyMode, body_mode
 from extproc.steering import is_steering_header
 
@@ -71,6 +74,7 @@ class RequestHead(Struct, frozen=True, kw_only=True):
     """A request headers message without the values that belong to one request alone.
 
     `encoding` is the content coding in which the body comes, "" if there is no coding.
+    `subset` are the endpoints to which the gateway can send, None where it names no subset.
     `steering` are the names, as the client has spelled them, of headers that would steer an engine.
     Our own Envoy removes them before its filter asks.
     """
@@ -83,6 +87,7 @@ class RequestHead(Struct, frozen=True, kw_only=True):
     response_full_duplex: bool
     steering: tuple[str, ...] = ()
     encoding: str = ""
+    subset: Subset | None = None
 
 
 class RequestHeadTable:
@@ -120,6 +125,7 @@ class RequestHeadTable:
             response_full_duplex=config is not None and config.response_body_mode == _FULL_DUPLEX,
             steering=_steering_headers(message),
             encoding=_encoding(seen.get(CONTENT_ENCODING_HEADER, "")),
+            subset=_subset(message),
         )
         parts = _cut(raw)
         if (
@@ -203,6 +209,23 @@ def wanted_headers(
 def _encoding(value: str) -> str:
     encoding = value.strip().lower()
     return "" if encoding == "identity" else encoding
+
+
+def _subset(message: pb.ProcessingRequest) -> Subset | None:
+    """The endpoints that the gateway names in metadata: a list, or a text with commas.
+
+    Something else, or nothing in it, allows no endpoint.
+    """
+    metadata = message.metadata_context.filter_metadata
+    if DESTINATION_SUBSET_NAMESPACE not in metadata:
+        return None
+    fields = metadata[DESTINATION_SUBSET_NAMESPACE].fields
+    if DESTINATION_SUBSET_HEADER not in fields:
+        return None
+    value = fields[DESTINATION_SUBSET_HEADER]
+    if value.WhichOneof("kind") == "list_value":
+        return Subset.of(one.string_value for one in value.list_value.values)
+    return Subset.of(value.string_value.split(","))
 
 
 def _steering_headers(message: pb.ProcessingRequest) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from extproc.routing.request import (
     find_endpoint,
     parse_body,
 )
+from extproc.routing.subset import Subset
 from extproc.server import replies, steps
 from extproc.server.bodies import BodyMode, BodyTooLargeError, RequestBody
 from extproc.server.messages import RequestHead, client_headers_of, wanted_headers
@@ -53,6 +54,7 @@ class RouteSession(Session):
         "_response_ended",
         "_response_full_duplex",
         "_steering_headers",
+        "_subset",
         "_trailers_waiting",
     )
 
@@ -68,6 +70,7 @@ class RouteSession(Session):
         self._response_full_duplex = False
         self._response_ended = False
         self._steering_headers: tuple[str, ...] = ()
+        self._subset: Subset | None = None
         self._trailers_waiting = False
 
     @property
@@ -118,6 +121,7 @@ class RouteSession(Session):
         self._raw_path = head.path
         self._response_full_duplex = head.response_full_duplex
         self._steering_headers = head.steering
+        self._subset = head.subset
         self._take_request_id(given_id)
         self.debug = head.debug and context.debug_headers
         try:
@@ -166,7 +170,13 @@ class RouteSession(Session):
         self._body = body
         self._state = SessionState.ROUTING
         # The response may be streamed: it must not get the time-out of responses that are not.
-        self.question = Request(endpoint, only_model, stream=True, read_headers=self._read_headers)
+        self.question = Request(
+            endpoint,
+            only_model,
+            stream=True,
+            read_headers=self._read_headers,
+            subset=self._subset,
+        )
         return NOTHING
 
     def _request_body(self, chunk: pb.HttpBody) -> Step:
@@ -233,6 +243,7 @@ class RouteSession(Session):
             prompt_max_bytes=self._context.prompt_max_bytes,
         )
         request.read_headers = self._read_headers
+        request.subset = self._subset
         if request.body is not data:
             body.replace(request.body)
         return request

@@ -14,6 +14,7 @@ from typing import Final
 from extproc.errors import (
     no_decode_workers,
     no_prefill_workers,
+    no_workers_in_subset,
     not_disaggregated,
     unsupported_body_mode,
 )
@@ -31,6 +32,7 @@ from extproc.routing.pd.prefill_sender import PrefillSender, SentPrefill
 from extproc.routing.pd.settings import PdSettings
 from extproc.routing.placement import Placed
 from extproc.routing.request import Request
+from extproc.routing.subset import workers_in
 from extproc.workers.observer import WorkerObserver
 from extproc.workers.worker import Role, Worker
 
@@ -72,7 +74,7 @@ class Disaggregation(WorkerObserver):
         now = self._clock.monotonic()
         if not self._registry.candidates(model, "prefill", now):
             raise no_prefill_workers()
-        self._decode_workers(model, now)
+        self._decode_workers_for(request, model, now)
 
     def decode_alone(self, model: str, placed: Placed) -> bool:
         """True if the decode worker lacks so little of the prompt that it should serve without a
@@ -118,7 +120,7 @@ class Disaggregation(WorkerObserver):
     def _pair(self, request: Request, model: str, sent: SentPrefill) -> Pair:
         leg, settings = sent.leg, self._settings
         now = self._clock.monotonic()
-        workers = self._decode_workers(model, now)
+        workers = self._decode_workers_for(request, model, now)
         host = leg.worker.spec.url.host
         ordered = self._chooser.order(workers, host, now)
         attempts = min(settings.decode_attempts, len(ordered))
@@ -153,6 +155,13 @@ class Disaggregation(WorkerObserver):
             decode_order="" if settings.inline else order.to_header(),
             attempts=order.attempts,
         )
+
+    def _decode_workers_for(self, request: Request, model: str, now: float) -> list[Worker]:
+        """Those to which the gateway can send the request; raises RouterError 503 without one."""
+        workers = workers_in(request.subset, self._decode_workers(model, now))
+        if not workers:
+            raise no_workers_in_subset()
+        return workers
 
     # -- second pass
 
