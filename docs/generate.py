@@ -29,8 +29,9 @@ INTRODUCTION = """\
 
 One file in YAML or TOML, named with `--config`. Its extension selects the format: `.yaml`, `.yml`
 or `.toml`. `extproc check --config F` prints every problem of the file, one line each, with the key
-first. Unknown keys and values are refused, because a setting without effect is worse than an error
-at start. Times are in seconds, with fractions. Sizes are in bytes.
+first; it warns of names in `discovery.static_urls` that have several addresses. Unknown keys and
+values are refused, because a setting without effect is worse than an error at start. Times are in
+seconds, with fractions. Sizes are in bytes.
 
 [schema.json](schema.json) is a JSON Schema of this file. `extproc schema` prints the schema of the
 installed version. An editor with a YAML language server completes and checks the file if its first
@@ -67,6 +68,9 @@ discovery:
   without path, query or credentials. Two spellings of one worker (a trailing slash, a default
   port) are a duplicate. If the URL of an https worker has an IP address, its certificate must name
   that address.
+* `discovery.dns` is needed for the backend `dns`. Its URLs are `http` with a name and a port. With
+  it, rendering Envoy's file needs `envoy.endpoints: ads` or `envoy.endpoints_file`, as with the
+  backends of a cluster.
 * `discovery.k8s`, `discovery.k8s_pods` and `discovery.inference_pool` are needed for the backend of
   that name. The first two need `label_selector`, or both `prefill_selector` and `decode_selector`,
   which must differ, or all three. The section of another backend is refused.

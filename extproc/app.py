@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
-from msgspec import UnsetType
 
 from extproc import __version__
 from extproc.admin.http import AdminServer, Questions
@@ -259,7 +258,7 @@ class App(WorkerObserver):
 
     def _log_start(self) -> None:
         config = self.config
-        static = config.discovery.static_urls
+        listed = config.discovery.listed
         _log.info(
             "started",
             version=__version__,
@@ -269,17 +268,17 @@ class App(WorkerObserver):
             tls=config.server.tls is not None,
             models=",".join(f"{model.id}:{model.policy}" for model in config.models),
             discovery=config.discovery.backend,
-            workers=len(static.urls) if not isinstance(static, UnsetType) else 0,
+            workers=0 if listed is None else len(listed.urls),
         )
-        told = config.discovery.backend != "static_urls" or (
-            not isinstance(static, UnsetType) and static.prefill_urls and static.decode_urls
+        told = config.discovery.cluster is not None or (
+            listed is not None and listed.prefill_urls and listed.decode_urls
         )
         for model in config.models:
             if model.pd.protocol == "nixl" and not told:
                 _log.warning(
                     "roles_not_configured",
                     model=model.id,
-                    fix="name them in discovery.static_urls.prefill_urls and decode_urls",
+                    fix="name them in prefill_urls and decode_urls of the section of discovery",
                 )
 
 

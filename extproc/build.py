@@ -201,18 +201,16 @@ def place_models(config: Config, shared: Shared, kv: Kv) -> None:
     kv.ranks.serve({model: one.model_speed for model, one in placements.items()})
 
 
-def _resolution_of(config: Config) -> StaticUrlsConfig:
-    """How host names are resolved; workers of a cluster have addresses."""
-    static_urls = config.discovery.static_urls
-    return StaticUrlsConfig(urls=[]) if isinstance(static_urls, UnsetType) else static_urls
-
-
 def introspection_settings(config: Config) -> IntrospectionSettings:
     """How often workers are asked, and their names resolved."""
+    static_urls = config.discovery.static_urls
+    if isinstance(static_urls, UnsetType):
+        # Only workers that an operator adds have names.
+        static_urls = StaticUrlsConfig(urls=[])
     return IntrospectionSettings(
         retry_seconds=config.discovery.introspection_retry_secs,
         interval_seconds=config.discovery.introspection_interval_secs,
-        dns_ttl_seconds=_resolution_of(config).dns_ttl_secs,
+        dns_ttl_seconds=static_urls.dns_ttl_secs,
         ranks_max=config.kv.ranks_per_worker_max,
         generating_check_seconds=config.discovery.generating_check_secs,
         hold_seconds=config.discovery.mass_removal_hold_secs,
@@ -229,7 +227,7 @@ def build_manager(
         registry=shared.registry,
         membership=Membership(shared.registry, models, shared.metrics),
         client=client,
-        resolver=SystemResolver(_resolution_of(config).dns_lookup_family),
+        resolver=SystemResolver(config.discovery.lookup_family),
         clock=shared.clock,
         metrics=shared.metrics,
         settings=introspection_settings(config),

@@ -4,6 +4,7 @@ Exit codes: 0 good (SIGTERM included), 2 bad configuration or usage, 1 anything 
 """
 
 import argparse
+import asyncio
 import signal
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from extproc.envoy_config import bootstrap_problems, merge_yaml, render_yaml
 from extproc.errors import ConfigError
 from extproc.logs import configure_logging
 from extproc.simulator import cli as simulator_cli
+from extproc.sources import name_warnings
 
 __all__ = ["main"]
 
@@ -118,6 +120,8 @@ def _check(options: argparse.Namespace) -> int:
             raise ConfigError(problems)
     except ConfigError as error:
         return _report(error, _EXIT_BAD_CONFIG)
+    for warning in asyncio.run(name_warnings(config)):
+        sys.stderr.write(f"warning: {warning}\n")
     _print(f"{options.config}: good")
     return _EXIT_GOOD
 

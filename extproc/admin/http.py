@@ -5,7 +5,7 @@ configured otherwise, and can ask for a token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -26,11 +26,13 @@ from extproc.routing.ranks import Ranks
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker, WorkerSpec
+from extproc.workers.worker_warnings import SEVERAL_ADDRESSES_FIX
 
 __all__ = ["AdminServer", "Questions"]
 
 _log = structlog.get_logger()
 
+_ADDRESSES_SHOWN: Final = 20
 _PROBES = frozenset({"/healthz", "/readyz"})
 
 
@@ -183,7 +185,15 @@ def _describe(worker: Worker, usable: bool) -> dict[str, Any]:
         "draining": worker.draining,
         "ready": usable and worker.breaker.state is not BreakerState.OPEN,
         "address": worker.address,
-    }
+    } | _describe_unused(worker)
+
+
+def _describe_unused(worker: Worker) -> dict[str, Any]:
+    """The addresses of the worker's name that get no requests, and what to do about it."""
+    if not worker.unused_addresses:
+        return {}
+    shown = list(worker.unused_addresses[:_ADDRESSES_SHOWN])
+    return {"unused_addresses": shown, "fix": SEVERAL_ADDRESSES_FIX}
 
 
 def _describe_refused(spec: WorkerSpec) -> dict[str, Any]:

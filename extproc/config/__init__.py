@@ -20,4 +20,5 @@ __all__ = [
     "server",
     "status",
     "watch",
+    "worker_urls",
 ]

@@ -71,7 +71,7 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
         # Envoy's filter forwards them.
         **_keys("restart", "models[].queue.", "tenant_header priority_header"),
         **_keys("live", "models[].circuit_breaker.", "threshold cool_down_secs"),
-        **_keys("restart", "discovery.", "backend static_urls k8s k8s_pods inference_pool"),
+        **_keys("restart", "discovery.", "backend static_urls dns k8s k8s_pods inference_pool"),
         **_keys(
             "restart",
             "discovery.k8s.",
@@ -92,6 +92,12 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
         ),
         **_keys("live", "discovery.static_urls.", "urls prefill_urls decode_urls dns_ttl_secs"),
         **_keys("restart", "discovery.static_urls.", "dns_lookup_family"),
+        **_keys(
+            "restart",
+            "discovery.dns.",
+            "urls prefill_urls decode_urls address_family ttl_min_secs ttl_max_secs leave_secs "
+            "nameservers",
+        ),
         **_keys(
             "live",
             "discovery.",

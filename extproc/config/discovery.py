@@ -16,6 +16,7 @@ __all__ = [
     "IP_VERSIONS",
     "ClusterSection",
     "DiscoveryConfig",
+    "DnsConfig",
     "DnsLookupFamily",
     "InferencePoolConfig",
     "K8sConfig",
@@ -31,7 +32,7 @@ BACKENDS_ARE_NEEDED = {
             "if": {"properties": {"backend": {"const": backend}}},
             "then": {"required": [backend]},
         }
-        for backend in ("static_urls", "k8s", "k8s_pods", "inference_pool")
+        for backend in ("static_urls", "dns", "k8s", "k8s_pods", "inference_pool")
     ]
 }
 
@@ -82,6 +83,64 @@ class StaticUrlsConfig(Section, frozen=True, kw_only=True):
             "not know the addresses that this service names."
         ),
     ] = "v4_preferred"
+
+
+class DnsConfig(Section, frozen=True, kw_only=True):
+    """Host names whose every address is a worker."""
+
+    urls: Annotated[
+        list[str],
+        Meta(
+            extra_json_schema={"minItems": 1},
+            description="Names of workers, `http://name:port`. Every address of a name is a worker "
+            "at that port. The models are read from the workers.",
+        ),
+    ]
+    prefill_urls: Annotated[
+        list[str],
+        Meta(
+            description="Those of `urls` whose workers are prefill workers. Needed only if the "
+            "engine does not report its role (vLLM)."
+        ),
+    ] = field(default_factory=list)
+    decode_urls: Annotated[
+        list[str], Meta(description="Those of `urls` with decode workers, as above.")
+    ] = field(default_factory=list)
+    address_family: Annotated[
+        DnsLookupFamily,
+        Meta(
+            description="Which addresses of a name are workers. The second family is used only "
+            "while a name has no address of the first one, so that a worker with both is one "
+            "worker."
+        ),
+    ] = "v4_preferred"
+    ttl_min_secs: Annotated[
+        Seconds,
+        Meta(
+            description="A name is looked up again after the time to live of its records, but not "
+            "before this time."
+        ),
+    ] = 1 * SECONDS
+    ttl_max_secs: Annotated[
+        Seconds, Meta(description="A name is looked up again after this time at the latest.")
+    ] = 30 * SECONDS
+    leave_secs: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=604800,
+            description="A worker whose address is no longer among those of its name gets no new "
+            "requests. It is removed after this time; until then it can come back with all that "
+            "is known of it.",
+        ),
+    ] = 30 * SECONDS
+    nameservers: Annotated[
+        list[str],
+        Meta(
+            description="Addresses of name servers, `ip` or `ip:port`. Without them, those of "
+            "`/etc/resolv.conf`. `/etc/hosts` and the search domains count in both cases."
+        ),
+    ] = field(default_factory=list)
 
 
 class ClusterSection(Section, frozen=True, kw_only=True):
@@ -153,15 +212,19 @@ class InferencePoolConfig(ClusterSection, frozen=True, kw_only=True):
 
 class DiscoveryConfig(Section, frozen=True, kw_only=True):
     backend: Annotated[
-        Literal["static_urls", "k8s", "k8s_pods", "inference_pool"],
+        Literal["static_urls", "dns", "k8s", "k8s_pods", "inference_pool"],
         Meta(
-            description="Where workers come from: a list, or in a Kubernetes cluster the "
-            "EndpointSlices of Services, the pods, or an InferencePool, see "
-            "[kubernetes.md](kubernetes.md)."
+            description="Where workers come from: a list, host names with several addresses (see "
+            "[dns.md](dns.md)), or in a Kubernetes cluster the EndpointSlices of Services, the "
+            "pods, or an InferencePool (see [kubernetes.md](kubernetes.md))."
         ),
     ]
     static_urls: Annotated[
         StaticUrlsConfig | UnsetType, Meta(description="Needed for backend `static_urls`.")
+    ] = UNSET
+    dns: Annotated[
+        DnsConfig | UnsetType,
+        Meta(description="Needed for backend `dns`: the names whose addresses are workers."),
     ] = UNSET
     k8s: Annotated[
         K8sConfig | UnsetType,
@@ -216,3 +279,26 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
         """The section of the backend, if that is a Kubernetes cluster."""
         section = getattr(self, self.backend)
         return section if isinstance(section, ClusterSection) else None
+
+    @property
+    def lookup_family(self) -> DnsLookupFamily:
+        """Which addresses of a host name count."""
+        section = getattr(self, self.backend)
+        if isinstance(section, StaticUrlsConfig):
+            return section.dns_lookup_family
+        if isinstance(section, ClusterSection | DnsConfig):
+            return section.address_family
+        return "v4_preferred"
+
+    @property
+    def listed(self) -> StaticUrlsConfig | DnsConfig | None:
+        """The section of the backend, if that has lists of URLs."""
+        section = getattr(self, self.backend)
+        return section if isinstance(section, StaticUrlsConfig | DnsConfig) else None
+
+    @property
+    def names_roles(self) -> bool:
+        """True if the section of the backend says which workers prefill and which decode."""
+        if self.listed is not None:
+            return bool(self.listed.prefill_urls or self.listed.decode_urls)
+        return self.cluster is not None and self.cluster.prefill_selector is not None

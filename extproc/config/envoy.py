@@ -154,7 +154,8 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
         Meta(
             description="`host:port` of all workers, such as a headless Service, to which Envoy "
             "sends requests without this service. Only with `endpoints: ads`; without it, Envoy "
-            "uses the workers in `discovery.static_urls`."
+            "uses the workers in `discovery.static_urls`, or looks up the names in "
+            "`discovery.dns`."
         ),
     ] = None
     access_log: Annotated[

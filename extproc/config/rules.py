@@ -3,7 +3,6 @@
 Separate from the schema because a type cannot express them.
 """
 
-import contextlib
 import re
 from collections.abc import Iterator
 from typing import Final
@@ -13,7 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 from extproc.config.discovery import ClusterSection, InferencePoolConfig
 from extproc.config.models import TOKEN_POLICIES, ModelConfig, QueueConfig
 from extproc.config.schema import Config
-from extproc.config.server import is_loopback
+from extproc.config.worker_urls import listed_url_problems, normalised
 from extproc.headers import (
     DEBUG_HEADER,
     DECODE_ORDER_HEADER,
@@ -23,7 +22,7 @@ from extproc.headers import (
     RETRY_HEADER,
 )
 from extproc.label_selectors import parse_selector
-from extproc.worker_url import parse_kv_endpoint, parse_worker_url
+from extproc.worker_url import parse_kv_endpoint
 
 __all__ = ["API_KEY", "rule_problems"]
 
@@ -118,7 +117,7 @@ def _kv_event_problems(config: Config, model: ModelConfig, path: str) -> Iterato
     if model.kv_events and model.policy not in TOKEN_POLICIES:
         yield f"{path}: the policy {model.policy!r} looks at no KV events"
     section = config.discovery.static_urls
-    configured = set() if isinstance(section, UnsetType) else set(_normalised(section.urls))
+    configured = set() if isinstance(section, UnsetType) else set(normalised(section.urls))
     seen: dict[str | None, int] = {}
     for index, entry in enumerate(model.kv_events):
         key = f"{path}[{index}]"
@@ -133,7 +132,7 @@ def _kv_event_problems(config: Config, model: ModelConfig, path: str) -> Iterato
                     yield f"{key}.{name}: the port of the last rank is over {_PORT_MAX}"
             except ValueError as error:
                 yield f"{key}.{name}: {error}"
-        url = None if entry.url is None else next(iter(_normalised([entry.url])), "")
+        url = None if entry.url is None else next(iter(normalised([entry.url])), "")
         if url is not None and config.discovery.backend != "static_urls":
             yield f"{key}.url: only with the backend 'static_urls'; leave it out for all workers"
         elif url is not None and url not in configured:
@@ -143,17 +142,11 @@ def _kv_event_problems(config: Config, model: ModelConfig, path: str) -> Iterato
         seen.setdefault(url, index)
 
 
-def _normalised(urls: list[str]) -> Iterator[str]:
-    """The URLs in their normal form; those that cannot be parsed are left out."""
-    for text in urls:
-        with contextlib.suppress(ValueError):
-            yield str(parse_worker_url(text))
-
-
 def _discovery_problems(config: Config) -> Iterator[str]:
     discovery = config.discovery
     sections: dict[str, Struct | UnsetType] = {
         "static_urls": discovery.static_urls,
+        "dns": discovery.dns,
         "k8s": discovery.k8s,
         "k8s_pods": discovery.k8s_pods,
         "inference_pool": discovery.inference_pool,
@@ -164,8 +157,8 @@ def _discovery_problems(config: Config) -> Iterator[str]:
     for other, section in sections.items():
         if other != discovery.backend and section is not UNSET:
             yield f"discovery.{other}: without effect, since the backend is {discovery.backend!r}"
-    if discovery.backend == "static_urls":
-        yield from _static_url_problems(config)
+    if discovery.listed is not None:
+        yield from listed_url_problems(config)
     elif discovery.cluster is not None:
         yield from _cluster_problems(f"discovery.{discovery.backend}", discovery.cluster)
 
@@ -195,55 +188,6 @@ def _cluster_problems(path: str, section: ClusterSection) -> Iterator[str]:
     both = parsed.get("prefill_selector")
     if both is not None and both == parsed.get("decode_selector"):
         yield f"{path}.decode_selector: selects the same as prefill_selector"
-
-
-def _static_url_problems(config: Config) -> Iterator[str]:
-    section = config.discovery.static_urls
-    if isinstance(section, UnsetType):
-        return
-    if not section.urls:
-        yield "discovery.static_urls.urls: at least one worker URL is needed"
-    seen: dict[str, int] = {}
-    own = dict(_own_addresses(config))
-    for index, text in enumerate(section.urls):
-        key = f"discovery.static_urls.urls[{index}]"
-        try:
-            parsed = parse_worker_url(text)
-            url = str(parsed)
-        except ValueError as error:
-            yield f"{key}: {error}"
-            continue
-        host = "loopback" if is_loopback(parsed.host) else parsed.host
-        if owner := own.get((host, parsed.port)):
-            yield f"{key}: this is {owner}; requests would go in a circle"
-        if url in seen:
-            yield f"{key}: the same worker as discovery.static_urls.urls[{seen[url]}]"
-        seen.setdefault(url, index)
-    roles: dict[str, str] = {}
-    by_role = {"prefill_urls": section.prefill_urls, "decode_urls": section.decode_urls}
-    for name, urls in by_role.items():
-        for index, text in enumerate(urls):
-            key = f"discovery.static_urls.{name}[{index}]"
-            found = next(iter(_normalised([text])), "")
-            if found not in seen:
-                yield f"{key}: not one of discovery.static_urls.urls"
-            if found in roles:
-                yield f"{key}: the same worker as {roles[found]}"
-            roles.setdefault(found, key)
-
-
-def _own_addresses(config: Config) -> Iterator[tuple[tuple[str, int], str]]:
-    """Addresses of this service and of Envoy, with their keys; "loopback" stands for any form."""
-    server, envoy = config.server, config.envoy
-    for key, host, port in (
-        ("envoy.port", envoy.host, envoy.port),
-        ("envoy.admin_port", "127.0.0.1", envoy.admin_port),
-        ("server.port", server.host, server.port),
-        ("server.admin_port", server.admin_host, server.admin_port),
-    ):
-        if is_loopback(host) or host in ("0.0.0.0", "::"):  # noqa: S104 (a comparison)
-            yield ("loopback", port), key
-        yield (host, port), key
 
 
 def _port_problems(config: Config) -> Iterator[str]:

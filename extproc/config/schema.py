@@ -8,13 +8,14 @@ package reads settings from files or from the environment.
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, UnsetType, field
+from msgspec import Meta, field
 
 from extproc.config.discovery import (
     BACKENDS_ARE_NEEDED,
     IP_VERSIONS,
     ClusterSection,
     DiscoveryConfig,
+    DnsConfig,
     DnsLookupFamily,
     InferencePoolConfig,
     K8sConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "ClusterSection",
     "Config",
     "DiscoveryConfig",
+    "DnsConfig",
     "DnsLookupFamily",
     "InferencePoolConfig",
     "K8sConfig",
@@ -299,11 +301,8 @@ class Config(Section, frozen=True, kw_only=True):
     @property
     def is_disaggregated(self) -> bool:
         """True if the file configures prefill and decode workers; engines may report them, too."""
-        static = self.discovery.static_urls
-        cluster = self.discovery.cluster
-        roles = not isinstance(static, UnsetType) and (static.prefill_urls or static.decode_urls)
-        selected = cluster is not None and cluster.prefill_selector is not None
-        return bool(roles) or selected or any(model.pd != PdModelConfig() for model in self.models)
+        configured = any(model.pd != PdModelConfig() for model in self.models)
+        return self.discovery.names_roles or configured
 
     @property
     def destinations_max(self) -> int:

@@ -2,7 +2,8 @@
 
 A backend is a class with the protocol `workers.source.WorkerSource`, which delivers events about
 workers that appear and disappear; it is chosen in `sources.build_source`. Begin with `static_urls`,
-the list in the configuration.
+the list in the configuration. `dns_names` makes a worker of every address of a host name, which
+`name_lookup` finds.
 
 `endpoint_slices`, `pods` and `inference_pool` are backends for a Kubernetes cluster. They say how
 an object is read, which is plain code; `cluster_source` puts such a backend together. What is the
@@ -10,4 +11,11 @@ same for all kinds of objects stands apart: `worker_union` compares what the obj
 `list_watch` follows them, and `kube_api` alone talks to the API server.
 """
 
-__all__ = ["cluster_source", "endpoint_slices", "inference_pool", "pods", "static_urls"]
+__all__ = [
+    "cluster_source",
+    "dns_names",
+    "endpoint_slices",
+    "inference_pool",
+    "pods",
+    "static_urls",
+]

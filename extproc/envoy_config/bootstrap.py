@@ -111,7 +111,8 @@ def rendering_problems(config: Config) -> Iterator[str]:
         # No problem for those whose gateway discovers the workers itself.
         yield (
             "envoy.endpoints_file: this or envoy.endpoints: ads is needed to render Envoy's file "
-            f"with the backend {config.discovery.backend!r}, or Envoy would know no worker"
+            f"with the backend {config.discovery.backend!r}, or Envoy would not know the workers "
+            "that this service chooses"
         )
 
 

@@ -1,10 +1,12 @@
 """Renders the clusters: the workers, and this service."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from msgspec import UnsetType
 
 from extproc.config.schema import Config, DnsLookupFamily
+from extproc.config.worker_urls import parse_nameserver
 from extproc.envoy_config.attempts import attempt_filters, retry_limits
 from extproc.envoy_config.wire_form import (
     UNLIMITED,
@@ -45,8 +47,9 @@ _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
 def worker_urls(config: Config) -> list[WorkerUrl]:
-    section = config.discovery.static_urls
-    return [] if isinstance(section, UnsetType) else [parse_worker_url(url) for url in section.urls]
+    """The configured URLs; with the backend `dns` the hosts stand for several workers."""
+    listed = config.discovery.listed
+    return [] if listed is None else [parse_worker_url(url) for url in listed.urls]
 
 
 def worker_clusters(config: Config) -> list[dict[str, Any]]:
@@ -65,17 +68,15 @@ def fail_open_name(config: Config) -> str:
 
 def _fail_open_cluster(config: Config) -> dict[str, Any]:
     """The workers by DNS or by the list of the configuration, as far as Envoy can find them."""
-    host, section = config.envoy.fail_open_host, config.discovery.static_urls
+    host, dns = config.envoy.fail_open_host, config.discovery.dns
     urls = worker_urls(config) if host is None else [parse_worker_url(f"http://{host}")]
-    family = "v4_preferred" if isinstance(section, UnsetType) else section.dns_lookup_family
     name = fail_open_name(config)
-    by_name = any(not url.is_ip for url in urls)
-    return _of_workers(
-        config,
-        name,
-        _by_dns(_FAIL_OPEN_DNS_REFRESH_SECONDS, family) if by_name else {"type": "STATIC"},
-        _load_assignment(name, urls),
-    )
+    resolution: dict[str, Any] = {"type": "STATIC"}
+    if any(not url.is_ip for url in urls):
+        servers = [] if isinstance(dns, UnsetType) else dns.nameservers
+        family = config.discovery.lookup_family
+        resolution = _by_dns(_FAIL_OPEN_DNS_REFRESH_SECONDS, family, servers)
+    return _of_workers(config, name, resolution, _load_assignment(name, urls))
 
 
 def worker_cluster(config: Config) -> dict[str, Any]:
@@ -201,10 +202,13 @@ def _resolution(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
     return _by_dns(section.dns_ttl_secs, section.dns_lookup_family)
 
 
-def _by_dns(refresh_seconds: float, family: DnsLookupFamily) -> dict[str, Any]:
+def _by_dns(
+    refresh_seconds: float, family: DnsLookupFamily, nameservers: Sequence[str] = ()
+) -> dict[str, Any]:
     """Strict DNS with one endpoint per address, in the form that replaces `type: STRICT_DNS`.
 
-    The record's own time to live is ignored: with it this service and Envoy would drift apart.
+    Without `nameservers`, Envoy asks those of the system. The record's own time to live is ignored:
+    with it this service and Envoy would drift apart.
     """
     dns_cluster = typed(
         "extensions.clusters.dns.v3.DnsCluster",
@@ -214,6 +218,15 @@ def _by_dns(refresh_seconds: float, family: DnsLookupFamily) -> dict[str, Any]:
         respect_dns_ttl=False,
         all_addresses_in_single_endpoint=False,
     )
+    if nameservers:
+        resolvers = [socket_address(*parse_nameserver(one)) for one in nameservers]
+        dns_cluster["typed_dns_resolver_config"] = {
+            "name": "envoy.network.dns_resolver.cares",
+            "typed_config": typed(
+                "extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
+                resolvers=resolvers,
+            ),
+        }
     return {"cluster_type": {"name": "envoy.clusters.dns", "typed_config": dns_cluster}}
 
 

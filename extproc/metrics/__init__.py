@@ -6,4 +6,4 @@ plain numbers in `instruments`; those that are read at a scrape are in the colle
 To add a metric, add it to the table and make it in one of these two places, then run `make docs`.
 """
 
-__all__ = ["instruments", "kv_table", "service", "specs", "table"]
+__all__ = ["discovery_table", "instruments", "kv_table", "service", "specs", "table"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from prometheus_client import CollectorRegistry
 
 from extproc import __version__
-from extproc.metrics import kv_table, table
+from extproc.metrics import discovery_table, kv_table, table
 from extproc.metrics.instruments import Instruments
 
 __all__ = ["DiscoveryMetrics", "Metrics", "PdMetrics", "QueueMetrics"]
@@ -116,5 +116,5 @@ class DiscoveryMetrics:
     """The metrics of workers that a cluster names; empty with a static list."""
 
     def __init__(self, made: Instruments) -> None:
-        self.up = made.gauge(table.DISCOVERY_UP)
-        self.errors = made.counter(table.DISCOVERY_ERRORS)
+        self.up = made.gauge(discovery_table.DISCOVERY_UP)
+        self.errors = made.counter(discovery_table.DISCOVERY_ERRORS)

@@ -6,7 +6,7 @@ collectors of `admin`, and docs/generate.py, which writes the tables of docs/met
 
 from typing import Final
 
-from extproc.metrics import kv_table
+from extproc.metrics import discovery_table, kv_table
 from extproc.metrics.specs import Label, Section
 
 __all__ = ["TABLE"]
@@ -278,41 +278,6 @@ POOL_OCCUPANCY_RATIO = _pools.gauge(
     _ROLE,
 )
 
-_discovery = Section(
-    "Discovery in a cluster", "Without series while `discovery.backend` is `static_urls`."
-)
-
-_OBJECTS: Final = Label(
-    "objects",
-    {"endpointslices": "", "pods": "", "inferencepools": ""},
-    "The kind that is followed.",
-)
-
-DISCOVERY_UP = _discovery.gauge(
-    "extproc_discovery_up",
-    "1 while the API server answers, else 0: the workers known last are then in use.",
-    _OBJECTS,
-)
-DISCOVERY_ERRORS = _discovery.counter(
-    "extproc_discovery_errors_total",
-    "Lists and watches of the API server that failed, by reason.",
-    _OBJECTS,
-    Label(
-        "reason",
-        {
-            "unreachable": "no connection, or one that broke off",
-            "timeout": "no answer, or a watch that was silent for too long",
-            "unauthorized": "401",
-            "forbidden": "403",
-            "throttled": "429",
-            "expired": "the version of the list is too old for a watch; listed again at once",
-            "server_error": "5xx",
-            "refused": "another status",
-            "invalid": "an answer that cannot be read",
-        },
-    ),
-)
-
 _pd = Section("Prefill and decode apart", "")
 
 
@@ -391,4 +356,4 @@ WORKER_ROLE_CHANGES = _pd.counter(
     Label("to", _ROLE.values),
 )
 
-TABLE: Final = (_requests, _queue, _pools, _discovery, _pd, *kv_table.SECTIONS)
+TABLE: Final = (_requests, _queue, _pools, discovery_table.SECTION, _pd, *kv_table.SECTIONS)

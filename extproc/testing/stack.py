@@ -183,7 +183,8 @@ def _merge(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
 class Stack:
     """The service and Envoy for one configuration; an async context manager.
 
-    `settings` are merged over a configuration with free ports.
+    `settings` are merged over a configuration with free ports. Where they name a discovery backend,
+    `worker_urls` have no effect.
     """
 
     def __init__(
@@ -198,12 +199,10 @@ class Stack:
         grpc_port, admin_port, envoy_port, envoy_admin_port = self._ports.enter_context(
             reserved_ports(4)
         )
+        listed = {"backend": "static_urls", "static_urls": {"urls": list(worker_urls)}}
         base: dict[str, Any] = {
             "server": {"port": grpc_port, "admin_port": admin_port, "drain_secs": 0},
-            "discovery": {
-                "backend": "static_urls",
-                "static_urls": {"urls": list(worker_urls)},
-            },
+            "discovery": {} if "backend" in settings.get("discovery", {}) else listed,
             "envoy": {
                 "port": envoy_port,
                 "admin_port": envoy_admin_port,

@@ -27,4 +27,5 @@ __all__ = [
     "source_health",
     "tickets",
     "worker",
+    "worker_warnings",
 ]

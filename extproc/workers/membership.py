@@ -179,6 +179,7 @@ class Membership:
             breaker=CircuitBreaker(settings.threshold, settings.cool_down_secs),
             address=addresses[0] if addresses else None,
         )
+        worker.unused_addresses = addresses[1:]
         try:
             self._registry.upsert(worker)
         except MixedRolesError as error:
@@ -276,6 +277,8 @@ class Membership:
                 _log.info("worker_address_changed", worker=worker.url, address=addresses[0])
                 worker.address = addresses[0]
                 changed = True
+            if addresses:
+                worker.unused_addresses = tuple([one for one in addresses if one != worker.address])
         if changed:
             self._registry.reindex()
             self.notify_changed()

@@ -52,9 +52,10 @@ class Worker:
     """The state of a registered worker.
 
     `order` rises with registration and gives policies a stable order. `address` is the
-    `ip:port` by which Envoy knows the worker, None until its host name is resolved. `in_flight`
-    counts open tickets; only Tickets change it and `pace`. One that is `draining` gets no new
-    requests, and one that is `vanished` is held although discovery does not name it.
+    `ip:port` by which Envoy knows the worker, None until its host name is resolved. The name's
+    further addresses get no requests. `in_flight` counts open tickets; only Tickets change it and
+    `pace`. One that is `draining` gets no new requests, and one that is `vanished` is held although
+    discovery does not name it.
     """
 
     __slots__ = (
@@ -68,6 +69,7 @@ class Worker:
         "pace",
         "role",
         "spec",
+        "unused_addresses",
         "url",
         "vanished",
     )
@@ -88,6 +90,7 @@ class Worker:
         self.order = order
         self.breaker = breaker
         self.address = address
+        self.unused_addresses: tuple[str, ...] = ()
         self.draining = False
         self.vanished = False
         self.in_flight = 0

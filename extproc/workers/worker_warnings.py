@@ -12,12 +12,16 @@ from extproc.workers.introspection import Introspection
 from extproc.workers.registry import MixedRolesError
 from extproc.workers.worker import WorkerSpec
 
-__all__ = ["WorkerWarnings", "shown_models"]
+__all__ = ["SEVERAL_ADDRESSES_FIX", "WorkerWarnings", "shown_models"]
 
 _log = structlog.get_logger()
 
 _SHOWN_CHARS: Final = 200
 
+SEVERAL_ADDRESSES_FIX: Final = (
+    "put the name under discovery.dns and set discovery.backend: dns, so that every address is a "
+    "worker; or give each engine a URL of its own; only the first address is used"
+)
 _Subject = Literal["answer", "address", "kv_events", "kv_answer", "role"]
 _Reason = Literal[
     "model_not_configured",
@@ -32,7 +36,7 @@ _FIXES: Final[dict[_Reason, str]] = {
     "no_address": "check the host name in the worker's URL",
     "no_bootstrap_port": "set disaggregation_bootstrap_port of the engine",
     "no_model_name": "set served_model_name of the engine",
-    "several_addresses": "give each engine its own URL, since only the first address is used",
+    "several_addresses": SEVERAL_ADDRESSES_FIX,
     "unknown_role": "set disaggregation_mode of the engine to null, prefill or decode",
 }
 

@@ -70,9 +70,13 @@ def test_discovery_is_in_the_namespace_of_the_release_by_default() -> None:
 def test_a_token_is_mounted_only_if_discovery_reads_the_api_server() -> None:
     assert rendered(SERVICE).pod["spec"]["automountServiceAccountToken"] is True
     listed = rendered(LIST)
-    assert listed.pod["spec"]["automountServiceAccountToken"] is False
-    assert not {"Role", "ClusterRole"} & listed.kinds()
-    for release in (rendered(SERVICE), listed):
+    section = {"backend": "dns", "dns": {"urls": ["http://workers.llm.svc:30000"]}}
+    named = rendered(SERVICE, {"config.discovery": section})
+    assert named.config["discovery"] == section
+    for release in (listed, named):
+        assert release.pod["spec"]["automountServiceAccountToken"] is False
+        assert not {"Role", "ClusterRole"} & release.kinds()
+    for release in (rendered(SERVICE), listed, named):
         assert release.one("ServiceAccount")["automountServiceAccountToken"] is False
 
 

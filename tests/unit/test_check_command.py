@@ -2,6 +2,7 @@
 
 import copy
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,25 @@ def check(path: Path | str, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def keys(lines: list[str]) -> set[str]:
     return {line.partition(": ")[0] for line in lines}
+
+
+def test_a_name_with_several_addresses_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def getaddrinfo(host: str, port: int, *_: object, **__: object) -> list[Any]:
+        count = 3 if host == "several" else 1
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
+        return [(*kind, (f"10.0.0.{number}", port)) for number in range(count)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    urls = ("http://one:1", "http://several:1", "http://10.0.0.9:1")
+    path = written(tmp_path, raw_config(discovery=discovery(*urls)))
+    assert main(["check", "--config", path]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith(": good\n")
+    (line,) = captured.err.splitlines()
+    assert line.startswith("warning: discovery.static_urls.urls[1]: the name has 3 addresses; ")
+    assert "discovery.backend: dns" in line
 
 
 def test_rules_files_and_what_envoy_refuses_are_reported_together(

@@ -24,7 +24,7 @@
 
 {{/* "true" if discovery reads the API server, else nothing. */}}
 {{- define "llm-extproc.followsCluster" -}}
-{{- if ne .Values.config.discovery.backend "static_urls" }}true{{ end }}
+{{- if not (has .Values.config.discovery.backend (list "static_urls" "dns")) }}true{{ end }}
 {{- end }}
 
 {{/* The namespace whose objects discovery follows; nothing for all. */}}

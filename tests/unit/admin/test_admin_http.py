@@ -250,6 +250,19 @@ async def test_workers_are_listed_with_their_state() -> None:
         assert (second["model"], second["breaker"]) == ("n", "closed")
 
 
+async def test_the_unused_addresses_of_a_name_are_shown_with_what_to_do() -> None:
+    async with running() as admin:
+        worker = make_worker("http://name:8000")
+        admin.workers.upsert(worker)
+        (shown,) = await admin.listed()
+        assert "unused_addresses" not in shown
+        assert "fix" not in shown
+        worker.unused_addresses = tuple(f"10.0.0.{number}:8000" for number in range(2, 30))
+        (shown,) = await admin.listed()
+        assert shown["unused_addresses"] == list(worker.unused_addresses[:20])
+        assert "discovery.backend: dns" in shown["fix"]
+
+
 async def test_a_gateway_that_does_not_follow_is_shown() -> None:
     async with running() as admin:
         worker = make_worker()

@@ -53,6 +53,7 @@ SECTIONS = [(), *(path for path, node in walk((), resolved(SCHEMA)) if "properti
 
 BACKENDS: dict[str | int, dict[str, Any]] = {
     "static_urls": {"urls": ["http://10.0.0.1:8000"]},
+    "dns": {"urls": ["http://workers:8000"]},
     "k8s": {"namespace": "ns", "label_selector": "app=sglang"},
     "inference_pool": {"namespace": "ns", "name": "pool"},
     "k8s_pods": {"namespace": "ns", "label_selector": "app=sglang"},

@@ -163,7 +163,7 @@ def test_a_bad_value_is_reported_with_its_key(path: str, value: object) -> None:
         ),
         ("observability.log_level", "loud", "debug, info, warn, warning, error"),
         ("observability.log_format", "xml", "text, json"),
-        ("discovery.backend", "consul", "static_urls, k8s, k8s_pods, inference_pool"),
+        ("discovery.backend", "consul", "static_urls, dns, k8s, k8s_pods, inference_pool"),
         ("load.release", "never", "stream_end, estimate"),
     ],
 )

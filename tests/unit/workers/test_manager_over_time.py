@@ -114,6 +114,7 @@ async def test_an_address_is_kept_while_the_resolver_still_returns_it() -> None:
         setup.resolver.names["name"] = ["10.1.0.1:8000", "10.1.0.5:8000"]
         await setup.clock.advance(3 * DNS_TTL_SECONDS)
         assert setup.worker(NAMED).address == "10.1.0.5:8000"
+        assert setup.worker(NAMED).unused_addresses == ("10.1.0.1:8000",)
         assert setup.changes == changes
 
 

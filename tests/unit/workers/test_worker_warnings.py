@@ -55,6 +55,7 @@ def test_the_number_of_addresses_is_logged_when_it_changes() -> None:
         ("worker_not_usable", "no_address"),
         ("worker_misconfigured", "several_addresses"),
     ]
+    assert "discovery.backend: dns" in logs[-1]["fix"]
 
 
 def test_a_good_answer_makes_the_same_error_news_again() -> None:
