@@ -4,20 +4,22 @@ So a client counts the same tokens as routing does, and no worker is asked.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from extproc.errors import bad_request, no_tokenizer, service_overloaded
-from extproc.routing.request import DETOKENIZE_PATH, Request
+from extproc.routing.request import CHAT_PATH, DETOKENIZE_PATH, Request
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.tokenization.errors import EncoderBusyError, TextTooLongError, UnknownTokenError
+from extproc.tokenization.reasons import BUSY
 
 __all__ = ["Answer", "LocalEndpoints"]
 
 _TOKENS_MAX: Final = 1 << 18
 _ID_MAX: Final = (1 << 32) - 1
+_PROMPT: Final = "`prompt` (a text) or `messages` (a list)"
 
 
 class Answer(Struct, frozen=True):
@@ -27,7 +29,8 @@ class Answer(Struct, frozen=True):
 
 
 class _Tokenize(Struct, forbid_unknown_fields=True):
-    prompt: str
+    prompt: str | UnsetType = UNSET
+    messages: list[Any] | UnsetType = UNSET
     model: str | None = None
 
 
@@ -61,14 +64,34 @@ class LocalEndpoints:
             except UnknownTokenError:
                 raise bad_request("`tokens` has an id outside the vocabulary") from None
             return Answer(_encoder.encode({"model": model, "text": text}))
-        prompt = _decode(request.body, _Tokenize, "`prompt` (a text)").prompt
-        try:
-            ids = await encoder.tokenize(prompt)
-        except TextTooLongError:
-            raise bad_request("`prompt` is too long") from None
-        except EncoderBusyError:
-            raise service_overloaded() from None
+        tokenize = _decode(request.body, _Tokenize, _PROMPT)
+        if isinstance(tokenize.prompt, UnsetType) is isinstance(tokenize.messages, UnsetType):
+            raise bad_request(f"either {_PROMPT} is needed")
+        if isinstance(tokenize.prompt, UnsetType):
+            ids = await _tokenize_chat(encoder, request.body)
+        else:
+            ids = await _tokenize_text(encoder, tokenize.prompt)
         return Answer(_encoder.encode({"model": model, "tokens": ids, "count": len(ids)}))
+
+
+async def _tokenize_text(encoder: PromptEncoder, text: str) -> list[int]:
+    try:
+        return await encoder.tokenize(text)
+    except TextTooLongError:
+        raise bad_request("`prompt` is too long") from None
+    except EncoderBusyError:
+        raise service_overloaded() from None
+
+
+async def _tokenize_chat(encoder: PromptEncoder, body: bytes | bytearray) -> list[int]:
+    """The tokens by which such a chat is routed, with its template and the answer's beginning."""
+    encoded = await encoder.encode(await encoder.read(CHAT_PATH, body, None))
+    if encoded.reason == BUSY:
+        raise service_overloaded()
+    if encoded.ids is None:
+        raise bad_request(f"the tokens of `messages` are not known: {encoded.reason}")
+    ids: list[int] = encoded.ids.tolist()
+    return ids
 
 
 def _decode(body: bytes | bytearray, kind: type[_BodyT], needed: str) -> _BodyT:

@@ -25,6 +25,7 @@ from extproc.tokenization.bodies.openai_chat import BodyFields
 from extproc.tokenization.bodies.prompts import decode_fields
 
 __all__ = [
+    "CHAT_PATH",
     "DETOKENIZE_PATH",
     "ENDPOINT_PATHS",
     "MODELS_PATH",
@@ -121,13 +122,14 @@ class _Head(SteeringMembers):
 MODELS_PATH: Final = "/v1/models"
 TOKENIZE_PATH: Final = "/v1/tokenize"
 DETOKENIZE_PATH: Final = "/v1/detokenize"
+CHAT_PATH: Final = "/v1/chat/completions"
 _COMPLETIONS_PATH: Final = "/v1/completions"
 _GENERATE_PATH: Final = "/generate"
 
 _ENDPOINTS: Final = {
     endpoint.path: endpoint
     for endpoint in (
-        Endpoint(path="/v1/chat/completions", generates=True),
+        Endpoint(path=CHAT_PATH, generates=True),
         Endpoint(path=_COMPLETIONS_PATH, generates=True),
         Endpoint(path=_GENERATE_PATH, model_optional=True, generates=True),
         Endpoint(path="/v1/embeddings"),

@@ -2,10 +2,11 @@
 
 import asyncio
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from extproc.testing.stack import ManagedProcess, find_envoy, reserved_ports, wa
 from helm.generate import CHART
 from tests.helm.chart import Release, render
 from tests.helm.scripts import load_script
+from tests.unit.simulator.model_folders import model_folder
 
 RUN = "/run/llm-extproc"
 
@@ -89,17 +91,24 @@ class Pod:
             return False
 
 
-@pytest.fixture
-async def pod() -> AsyncIterator[Pod]:
+@asynccontextmanager
+async def gateway_pod(
+    worker: dict[str, Any] | None = None, values: dict[str, Any] | None = None
+) -> AsyncIterator[Pod]:
+    """A pod of a release with one worker, and with further values by their dotted names."""
     async with AsyncExitStack() as exits:
         # The path of a Unix socket must be short.
         folder = exits.enter_context(tempfile.TemporaryDirectory(prefix="pod"))
         *ports, worker_port = exits.enter_context(reserved_ports(5))
-        settings = SimulatorSettings(
-            model="m", port=worker_port, decode_milliseconds_per_token=20.0
+        simulator = await start(
+            SimulatorSettings(
+                model="m",
+                port=worker_port,
+                decode_milliseconds_per_token=20.0,
+                **(worker or {}),
+            )
         )
-        worker = await start(settings)
-        exits.push_async_callback(worker.stop)
+        exits.push_async_callback(simulator.stop)
         names = ("server.port", "server.admin_port", "envoy.port", "envoy.admin_port")
         more: dict[str, Any] = {
             f"config.{name}": port for name, port in zip(names, ports, strict=True)
@@ -109,17 +118,48 @@ async def pod() -> AsyncIterator[Pod]:
             "preStopSecs": 0,
             "workerApiKey": None,
             "config.models": [{"id": "m"}],
-            "config.discovery.static_urls.urls": [worker.url],
+            "config.discovery.static_urls.urls": [simulator.url],
             "config.envoy.access_log": f"{folder}/access.log",
             "config.envoy.hang_timeout_secs": 10,
             "config.server.drain_secs": 0,
         }
-        release, errors = render(CHART / "values" / "list-of-workers.yaml", more)
+        release, errors = render(CHART / "values" / "list-of-workers.yaml", more | (values or {}))
         assert release.objects, errors
         found = Pod(release, Path(folder))
         exits.push_async_callback(found.stop)
         await found.start()
         yield found
+
+
+@pytest.fixture
+async def pod() -> AsyncIterator[Pod]:
+    async with gateway_pod() as found:
+        yield found
+
+
+@pytest.mark.parametrize("missing", ["", "chat_template.jinja"])
+async def test_the_check_of_a_release_sees_missing_files_without_debug_headers(
+    missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model_folder(tmp_path)
+    worker = {"page_size": 16, "kv_events_port": 0, "tokenizer_path": path}
+    served = tmp_path / "served"
+    shutil.copytree(path, served)
+    if missing:
+        (served / missing).unlink()
+    model = {"id": "m", "policy": "min_ttft", "tokenizer_path": str(served)}
+    mount = {"name": "models", "mountPath": str(tmp_path)}
+    values = {"config.models": [model], "extraVolumeMounts": [mount]}
+    async with gateway_pod(worker, values) as found:
+        check = load_script("check_release").check
+
+        async def answered() -> bool:
+            capsys.readouterr()
+            await asyncio.to_thread(check, "gateway", found.address, found.config)
+            out = capsys.readouterr().out
+            return out.startswith("m: no_tokens: ") if missing else out == "m: good\n"
+
+        await wait_until(answered, "the check says what is missing")
 
 
 async def test_envoy_waits_for_its_responses_before_the_pod_stops(pod: Pod) -> None:

@@ -301,9 +301,19 @@ async def test_clients_can_count_tokens(pool: StartPool) -> None:
     assert body["count"] == len(body["tokens"]) == 6
     body, _ = await fleet.post("/v1/detokenize", {"tokens": body["tokens"]})
     assert body == {"model": "m", "text": "héllo"}
+    messages = [{"role": "user", "content": "héllo"}]
+    body, _ = await fleet.post("/v1/tokenize", {"messages": messages})
+    text, _ = await fleet.post("/v1/detokenize", {"tokens": body["tokens"]})
+    assert "user" in text["text"]
+    assert "héllo" in text["text"]
+    chat, _ = await fleet.chat("héllo")
+    assert body["count"] == chat["usage"]["prompt_tokens"]
     for path, wrong, expected in (
         ("/v1/tokenize", {"prompt": 5}, (400, "bad_request")),
         ("/v1/tokenize", {"prompt": "a", "more": 1}, (400, "bad_request")),
+        ("/v1/tokenize", {"prompt": "a", "messages": messages}, (400, "bad_request")),
+        ("/v1/tokenize", {}, (400, "bad_request")),
+        ("/v1/tokenize", {"messages": [{"role": "user", "content": 5}]}, (400, "bad_request")),
         ("/v1/tokenize", {"prompt": "a", "model": "other"}, (404, "model_not_found")),
         ("/v1/detokenize", {"tokens": [1 << 30]}, (400, "bad_request")),
         ("/v1/detokenize", {"tokens": ["a"]}, (400, "bad_request")),

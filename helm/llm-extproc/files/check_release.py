@@ -116,15 +116,21 @@ def _judge(model: ModelConfig, reason: str) -> str:
 
 
 def _ask_gateway(address: str, _: Config, model: ModelConfig) -> str:
-    """Have one token generated; then have text encoded where the policy looks at tokens."""
+    """Have one token generated; then have the chat encoded where the policy looks at tokens.
+
+    Answers have the reason of the decision only where debug headers are on.
+    """
     status, answer, headers = _post(f"http://{address}/v1/chat/completions", _body(model))
     if status != 200:
         return f"status {status}: {answer}"
     if problem := _judge(model, headers.get("x-extproc-reason", "")):
         return problem
     if model.policy in TOKEN_POLICIES:
-        body = json.dumps({"model": model.id, "prompt": "yes"}).encode()
-        status, _answer, _headers = _post(f"http://{address}/v1/tokenize", body)
+        chat = json.loads(_body(model))
+        body = json.dumps({"model": model.id, "messages": chat["messages"]}).encode()
+        status, answer, _headers = _post(f"http://{address}/v1/tokenize", body)
+        if status >= 500:
+            return f"status {status} of /v1/tokenize: {answer}"
         return "" if status == 200 else _judge(model, "no_tokens")
     return ""
 
