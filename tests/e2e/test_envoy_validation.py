@@ -330,8 +330,7 @@ def test_the_istio_patches_say_what_is_rendered() -> None:
     assert patches[grpc["cluster_name"]]["health_checks"] == service["health_checks"]
     limit = listener["per_connection_buffer_limit_bytes"]
     assert patches["VIRTUAL_HOST"]["request_body_buffer_limit"] == limit
-    # There is no second pass here, so no answer of the service comes as a worker's.
-    removed = [*ours["route_config"]["response_headers_to_remove"], "x-router-error-code"]
+    removed = ours["route_config"]["response_headers_to_remove"]
     assert patches["VIRTUAL_HOST"]["response_headers_to_remove"] == removed
 
 

@@ -38,15 +38,15 @@ SPOOFED = {
 }
 
 
-def _part(content: bytes) -> str:
+def encoded(content: bytes) -> str:
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode()
 
 
 def token(secret: bytes = SECRET) -> str:
-    head = _part(json.dumps({"alg": "HS256", "typ": "JWT", "kid": "k"}).encode())
-    claims = _part(json.dumps({"iss": "https://login.example.com"}).encode())
+    head = encoded(json.dumps({"alg": "HS256", "typ": "JWT", "kid": "k"}).encode())
+    claims = encoded(json.dumps({"iss": "https://login.example.com"}).encode())
     signed = f"{head}.{claims}".encode()
-    return f"{head}.{claims}.{_part(hmac.digest(secret, signed, hashlib.sha256))}"
+    return f"{head}.{claims}.{encoded(hmac.digest(secret, signed, hashlib.sha256))}"
 
 
 USER = {"host": "llm.example.com", "authorization": f"Bearer {token()}"}
@@ -71,7 +71,7 @@ class Merging:
         existing["admin"]["address"]["socket_address"]["port_value"] = config.envoy.admin_port
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
         jwks = self.folder / "jwks.json"
-        key = {"kty": "oct", "kid": "k", "alg": "HS256", "k": _part(SECRET)}
+        key = {"kty": "oct", "kid": "k", "alg": "HS256", "k": encoded(SECRET)}
         jwks.write_text(json.dumps({"keys": [key]}))
         authentication = manager["http_filters"][0]["typed_config"]
         authentication["providers"]["company"]["local_jwks"]["filename"] = str(jwks)
