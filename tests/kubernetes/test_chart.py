@@ -15,6 +15,7 @@ import yaml
 
 from helm.generate import CHART
 from tests.helm.chart import VALUES_FILES, Release, run_tool
+from tests.helm.start import ROOT, commands_in
 
 from .cluster import Cluster
 
@@ -92,6 +93,14 @@ def test_a_release_is_installed_and_its_pod_fits_a_restricted_namespace(
     for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
         del container["securityContext"]["seccompProfile"]
     assert "seccompProfile" in project.refusal(*arguments, text=json.dumps(pod))
+
+
+def test_the_start_of_the_readme_is_installed(project: Project) -> None:
+    _, copy, install, *_ = commands_in("README.md")
+    # Without a scheduler no pod becomes ready, so nothing waits for one.
+    more = [one for one in install[install.index("-f") + 2 :] if one.startswith(("--set", "image"))]
+    assert "What to check next" in project.helm("install", ROOT / copy[1], *more)
+    assert project.pod()["spec"]["containers"][0]["image"].startswith("REGISTRY/llm-extproc:")
 
 
 @pytest.mark.parametrize(
