@@ -56,6 +56,8 @@ class SteeringMembers(Struct):
     # Host and blocks of a cache to fetch, of prompts and of images (vLLM).
     kv_transfer_params: Raw = _ABSENT
     ec_transfer_params: Raw = _ABSENT
+    # Lets an engine announce again what it holds, without a copy (vLLM).
+    kv_cache_report_mode: Raw = _ABSENT
     # Not a steering member itself, see MEMBER_MAPS.
     vllm_xargs: Raw = _ABSENT
 

@@ -16,6 +16,7 @@ from typing import Final
 import structlog
 from msgspec.structs import replace
 
+from extproc.kv.attention_groups import AttentionGroups
 from extproc.kv.events import (
     AllBlocksCleared,
     BlockRemoved,
@@ -25,6 +26,7 @@ from extproc.kv.events import (
     WireError,
 )
 from extproc.kv.index import PrefixIndex
+from extproc.kv.ownership import PREFIX_BITS
 from extproc.kv.rank_pages import RankPages
 from extproc.kv.stats import RankStats
 from extproc.kv.wire import decode_load
@@ -61,6 +63,7 @@ class EventApplier:
         self.pages = pages
         self.counts = RankStats()
         self._index = index
+        self._groups = AttentionGroups(index, pages)
         self._seed = seed
         self._report_load = report_load
         self._report_break = report_break
@@ -78,7 +81,7 @@ class EventApplier:
             for event in batch.events:
                 if isinstance(event, AllBlocksCleared):
                     self.counts.cleared_events += 1
-                    self._index.clear(self.pages)
+                    self._clear()
                     continue
                 if len(event.block_hashes) <= _PAGES_A_STEP:
                     self._apply_event(event)
@@ -92,6 +95,11 @@ class EventApplier:
                     yield
             if len(payload) > _LARGE_BYTES:
                 yield
+        self._groups.end_of_batch()
+
+    def _clear(self) -> None:
+        self._index.clear(self.pages)
+        self._groups.forget()
 
     def _next_part(self, parts: Iterator[EventBatch]) -> EventBatch | None:
         try:
@@ -106,7 +114,7 @@ class EventApplier:
         return batch
 
     def clear(self, reason: str) -> None:
-        self._index.clear(self.pages)
+        self._clear()
         if reason in _BREAKS:
             self._report_break()
 
@@ -128,15 +136,31 @@ class EventApplier:
         if isinstance(event, BlockRemoved):
             counts.removed_events += 1
             counts.removed_pages[tier] += len(ids)
-            self._index.remove(self.pages, ids, tier)
+            if (pages := self._groups.removed_in(event)) is not None:
+                self._index.remove(pages, ids, tier)
             return
         counts.stored_events += 1
         counts.stored_pages[tier] += len(ids)
-        if self._fits(event):
+        pages = self.pages if event.group is None else self._groups.stored_in(event)
+        if pages is None:
+            return
+        if not event.block_size:
+            self._index.place(pages, ids, tier)
+        elif pages is not self.pages or self._fits(event):
             parent, seed = event.parent_block_hash, 0
             if parent is None and (event.cache_salt is not None or event.lora is not None):
                 seed = self._seed(event.cache_salt, event.lora)
-            self._index.store(self.pages, ids, parent, event.tokens, event.block_size, tier, seed)
+            self._index.store(
+                pages,
+                ids,
+                parent,
+                event.tokens,
+                event.block_size,
+                tier,
+                seed,
+                # An engine that numbers groups tells of each block, also of the same one twice.
+                counted=event.group is not None,
+            )
 
     def _fits(self, event: BlockStored) -> bool:
         """Whether the pages fit those held; learns page size and units from the event."""
@@ -158,12 +182,12 @@ class EventApplier:
         A larger page, or a smaller one that another page follows, cannot be that. Prefix hashes
         do not depend on the page size, so pages that are stored stay right.
         """
-        pages, size = self.pages, event.block_size
+        pages, size, parent = self.pages, event.block_size, event.parent_block_hash
         self.counts.odd_sized_events += 1
         if (
             size > pages.page_size
             or len(event.block_hashes) > 1
-            or self._index.ends_within_page(pages, event.parent_block_hash)
+            or (parent is not None and pages.ends_within_page(parent & PREFIX_BITS))
         ):
             self._warn("kv_page_size_differs", expected=pages.page_size, published=size)
             pages.page_size = size

@@ -64,7 +64,9 @@ class BlockStored(Struct, frozen=True, gc=False, eq=False):
     Hashes are unsigned 64-bit integers, whatever the engine sends. `tokens` is a uint64 array of
     the units of all blocks: token ids, or with `bigram` pairs of neighbours, t_j | t_{j+1} << 32.
     The index checks whether its length fits the blocks and `block_size` (tokens or pairs per
-    block). `lora` is the adapter's name, or its id if only that was sent.
+    block). `lora` is the adapter's name, or its id if only that was sent. `group` is the number of
+    the blocks' attention group, `kind` the engine's word for its kind, and `window` its sliding
+    window in tokens. With a `block_size` of 0 the event says only where known blocks are, too.
     """
 
     block_hashes: list[int]
@@ -75,13 +77,20 @@ class BlockStored(Struct, frozen=True, gc=False, eq=False):
     medium: Medium
     cache_salt: str | None
     lora: str | int | None
+    group: int | None = None
+    kind: str | None = None
+    window: int | None = None
 
 
 class BlockRemoved(Struct, frozen=True, gc=False):
-    """Blocks that were removed from one medium; other media may still hold them."""
+    """Blocks that were removed from one medium; other media may still hold them.
+
+    `group` is that of a hybrid model's blocks.
+    """
 
     block_hashes: list[int]
     medium: Medium
+    group: int | None = None
 
 
 class AllBlocksCleared(Struct, frozen=True, gc=False):
@@ -96,8 +105,7 @@ class EventBatch(Struct, frozen=True):
 
     `timestamp` is the engine's, in seconds since the epoch. `skipped` counts events that are of
     unknown kind, malformed or beyond a limit; with `removals_lost`, one of them may have been a
-    removal. Events of an attention group other than the first are left out and not counted: hybrid
-    models send them all the time, and a router follows one group.
+    removal.
     """
 
     timestamp: float

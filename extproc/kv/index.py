@@ -18,7 +18,7 @@ import numpy as np
 
 from extproc.kv.ownership import PREFIX_BITS, Ownership
 from extproc.kv.prefix_hash import POSITION_MAX_TOKENS, PrefixHasher, TokenIds
-from extproc.kv.rank_pages import ID_SHARDS, Overlap, RankPages
+from extproc.kv.rank_pages import ID_SHARDS, Overlap, PageEnd, RankPages
 from extproc.kv.stats import IndexStats
 
 __all__ = ["PrefixIndex", "Tier"]
@@ -28,7 +28,6 @@ _KEY_ARRAY: Final = np.uint64(_KEY)
 _ID_SHARD: Final = ID_SHARDS - 1
 _SECOND_TOKEN_SHIFT: Final = np.uint64(32)
 _FIRST_TOKEN: Final = np.uint64((1 << 32) - 1)
-_NO_PARENT: Final = -1
 
 # Where a page is, best place first: 0 device, 1 host, 2 below.
 Tier = int
@@ -72,6 +71,27 @@ class PrefixIndex:
         self._ownership.enter(pages)
         return pages
 
+    def add_group(self, pages: RankPages, page_size: int, needed: int | None) -> RankPages:
+        """Empty pages of a further group of a hybrid model, which limits what a match finds.
+
+        Of a prefix, the last `needed` pages must be held in the group, or all if that is None.
+        They leave with those of the rank.
+        """
+        made = self.add(pages.worker, page_size, dp_rank=pages.dp_rank, bigram=pages.bigram)
+        made.leader, made.needed = pages, needed
+        pages.groups = (*pages.groups, made)
+        self._ownership.mark(pages)
+        return made
+
+    def lead(self, pages: RankPages, group: RankPages) -> None:
+        """Let the pages of a group be those of the rank itself, which is empty."""
+        if self._ownership.has(pages):
+            pages.groups = tuple([one for one in pages.groups if one is not group])
+            self._ownership.exchange(pages, group)
+            pages.page_size = group.page_size
+            self._retire(group)
+            self._ownership.mark(pages)
+
     def drop(self, pages: RankPages) -> None:
         """Forget the rank and all its pages, at once; idempotent."""
         pages.generation += 1
@@ -81,7 +101,7 @@ class PrefixIndex:
     def clear(self, pages: RankPages) -> None:
         """Forget the rank's pages, at once."""
         pages.generation += 1
-        if self._ownership.has(pages) and (pages.page_count or pages.tombstones):
+        if self._ownership.has(pages) and (pages.page_count or pages.tombstones or pages.groups):
             self._retire(pages)
             self._ownership.enter(pages)
             if self._ownership.retired_ranks > _RETIRED_RANKS:
@@ -89,6 +109,9 @@ class PrefixIndex:
                 self.scrub(_SCRUBBED_BY_A_CLEAR)
 
     def _retire(self, pages: RankPages) -> None:
+        for group in pages.groups:
+            self._retire(group)
+        pages.groups = ()
         self.page_count -= pages.page_count
         self.missing_pages -= len(pages.tombstones)
         self._ownership.retire(pages)
@@ -106,11 +129,6 @@ class PrefixIndex:
         """Pages of dropped ranks that still have to be swept out."""
         return self._ownership.retired_pages
 
-    def ends_within_page(self, pages: RankPages, page: int | None) -> bool:
-        """Whether the rank has that page and it ends inside a page of the rank's size."""
-        slot = None if page is None else pages.find(page & _KEY)
-        return slot is not None and bool((pages.ends[slot] - pages.bigram) % pages.page_size)
-
     # -- changes that engines publish
 
     def store(
@@ -122,8 +140,12 @@ class PrefixIndex:
         block_size: int,
         tier: Tier = 0,
         seed: int = 0,
+        *,
+        counted: bool = False,
     ) -> None:
         """Store a chain of pages on `tier`; `ids` name them in order, 64 bits each.
+
+        With `counted`, a page that is there already is held once more, and is removed as often.
 
         `tokens` (uint64) are the tokens of all pages, `block_size` per page; a bigram rank has
         units of `first | second << 32`. `parent` names the page before the chain. It is None at
@@ -132,46 +154,73 @@ class PrefixIndex:
         if block_size < 1 or len(tokens) != len(ids) * block_size or not pages.bit:
             self.counts.mismatched += len(ids)
             return
-        start, end, parent_slot, known = seed, 0, _NO_PARENT, parent is None
-        if parent is not None and (found := pages.find(parent & _KEY)) is not None:
-            start, end, parent_slot, known = pages.sums[found], pages.ends[found], found, True
+        after = pages.end_of(None if parent is None else parent & _KEY, seed)
         if pages.bigram and len(tokens):
             if parent is None:
-                start, end = self.hasher.extend(seed, 0, tokens[:1] & _FIRST_TOKEN), 1
+                after = PageEnd(self.hasher.extend(seed, 0, tokens[:1] & _FIRST_TOKEN), 1)
             tokens = tokens >> _SECOND_TOKEN_SHIFT
-        if end + len(tokens) > POSITION_MAX_TOKENS:
+        if len(tokens) + (0 if after is None else after.tokens) > POSITION_MAX_TOKENS:
             self.counts.over_limit += len(ids)
             return
         keys = [engine_id & _KEY for engine_id in ids]
-        room = self.max_pages - self.page_count - self.missing_pages - self.retired_pages
-        if known and 1 < len(keys) <= room:
-            slots = self._free_slots(pages, len(keys))
+        if after is not None and 1 < len(keys) <= self._room:
+            slots = pages.next_slots(len(keys))
             if pages.name_all(keys, slots):
-                sums = self.hasher.page_sums(start, end, tokens, block_size)
-                self._append_chain(pages, slots, sums, end, parent_slot, block_size, tier)
+                sums = self.hasher.page_sums(after.total, after.tokens, tokens, block_size)
+                self._append_chain(pages, slots, sums, after, block_size, tier)
                 if tier:
                     self._ownership.mark(pages)
                 return
+        self._store_each(pages, keys, after, tokens, tier, counted)
+
+    @property
+    def _room(self) -> int:
+        return self.max_pages - self.page_count - self.missing_pages - self.retired_pages
+
+    def _store_each(
+        self,
+        pages: RankPages,
+        keys: Sequence[int],
+        after: PageEnd | None,
+        tokens: TokenIds,
+        tier: Tier,
+        counted: bool,
+    ) -> None:
+        """Store a chain page by page; `after` is where the page before it ends, if known."""
+        last, room = len(keys) - 1, self._room
+        size = len(tokens) // max(1, len(keys))
         for number, key in enumerate(keys):
             slot = pages.find(key)
             if slot is not None:
+                if counted and pages.tiers[slot] & 1 << tier:
+                    pages.repeat(slot, tier)
                 self._retier(pages, slot, pages.tiers[slot] | 1 << tier)
-            elif not known:
+            elif after is None:
                 self.counts.orphans += 1
                 continue
             elif room <= 0:
                 self.counts.over_limit += 1
-                known = False
+                after = None
                 continue
             else:
                 page = tokens
                 if len(keys) > 1:
-                    page = tokens[number * block_size : (number + 1) * block_size]
-                start = self.hasher.extend(start, end, page)
-                slot = self._append(pages, key, start, end + block_size, parent_slot, tier)
+                    page = tokens[number * size : (number + 1) * size]
+                total = self.hasher.extend(after.total, after.tokens, page)
+                slot = self._append(pages, key, total, after.tokens + size, after.slot, tier)
                 room -= 1
-            known = True
-            start, end, parent_slot = pages.sums[slot], pages.ends[slot], slot
+            if number < last:
+                after = PageEnd(pages.sums[slot], pages.ends[slot], slot)
+        self._ownership.mark(pages)
+
+    def place(self, pages: RankPages, ids: Iterable[int], tier: Tier) -> None:
+        """Known pages are on this tier, too; those that are not known are left out."""
+        for engine_id in ids:
+            slot = pages.find(engine_id & _KEY)
+            if slot is None or not pages.tiers[slot]:
+                self.counts.orphans += 1
+            else:
+                self._retier(pages, slot, pages.tiers[slot] | 1 << tier)
         self._ownership.mark(pages)
 
     def _append_chain(
@@ -179,13 +228,13 @@ class PrefixIndex:
         pages: RankPages,
         slots: Sequence[int],
         sums: TokenIds,
-        end: int,
-        parent_slot: int,
+        after: PageEnd,
         block_size: int,
         tier: Tier,
     ) -> None:
         """Append pages that were not known, each the parent of the next, to slots named before."""
         count = len(slots)
+        end, parent_slot = after.tokens, after.slot
         ends = range(end + block_size, end + count * block_size + 1, block_size)
         if parent_slot >= 0:
             pages.children[parent_slot] += 1
@@ -208,13 +257,6 @@ class PrefixIndex:
                 parent_slot = slot
             pages.children[parent_slot] = 0
         self._enter(pages, (sums & _KEY_ARRAY).tolist(), tier)
-
-    def _free_slots(self, pages: RankPages, count: int) -> Sequence[int]:
-        """The last free slots, or new ones in a row behind all others."""
-        free = pages.free
-        if len(free) < count:
-            return range(len(pages.sums), len(pages.sums) + count)
-        return free[len(free) - count :].tolist()
 
     def _append(
         self, pages: RankPages, key: int, total: int, end: int, parent_slot: int, tier: Tier
@@ -257,6 +299,8 @@ class PrefixIndex:
             slot = pages.find(key)
             if slot is None or not pages.tiers[slot]:
                 self.counts.unknown_removals += 1
+                continue
+            if pages.repeats and tier is not None and pages.was_repeated(slot, tier):
                 continue
             left = 0 if tier is None else pages.tiers[slot] & ~(1 << tier)
             self._retier(pages, slot, left)

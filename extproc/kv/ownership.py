@@ -162,6 +162,8 @@ class Ownership:
         self._holed = 0
         self._lower = 0
         self._deep = 0
+        # Those of hybrid models: other groups limit what may be reused.
+        self._grouped = 0
         self._ranks: dict[int, RankPages] = {}  # by bit
         self._members: dict[int, tuple[RankPages, ...]] = {}  # by mask, filled when first needed
         self._free_bits: list[int] = []
@@ -186,6 +188,15 @@ class Ownership:
         rank_pages.bit = bit
         self._ranks[bit] = rank_pages
 
+    def exchange(self, one: RankPages, other: RankPages) -> None:
+        """Exchange all pages of two ranks, with their bits."""
+        for name in RankPages.CONTENT:
+            held, others = getattr(one, name), getattr(other, name)
+            setattr(one, name, others)
+            setattr(other, name, held)
+        self._ranks[one.bit], self._ranks[other.bit] = one, other
+        self._members.clear()
+
     def retire(self, rank_pages: RankPages) -> None:
         """Take the rank's bit and its pages away, at once."""
         bit = rank_pages.bit
@@ -194,6 +205,7 @@ class Ownership:
         self._retired.appendleft(_Retired(bit, rank_pages.sums, rank_pages.slots, tables))
         self.retired_pages += len(rank_pages.sums)
         self._holed &= ~bit
+        self._grouped &= ~bit
         self._lower &= ~bit
         self._deep &= ~bit
         self._members.clear()
@@ -202,11 +214,12 @@ class Ownership:
     def mark(self, rank_pages: RankPages) -> None:
         """Note whether a match has to look closer at the rank_pages."""
         _, lower, deep = rank_pages.pages_below
-        marks = bool(rank_pages.tombstones), lower > 0, deep > 0
+        marks = bool(rank_pages.tombstones), lower > 0, deep > 0, bool(rank_pages.groups)
         if marks != rank_pages.marks:
             rank_pages.marks = marks
             bit = rank_pages.bit
-            holed, has_lower, has_deep = marks
+            holed, has_lower, has_deep, grouped = marks
+            self._grouped = self._grouped | bit if grouped else self._grouped & ~bit
             self._holed = self._holed | bit if holed else self._holed & ~bit
             self._lower = self._lower | bit if has_lower else self._lower & ~bit
             self._deep = self._deep | bit if has_deep else self._deep & ~bit
@@ -249,6 +262,7 @@ class Ownership:
             return
         view: memoryview[int] = memoryview(prefixes)  # type: ignore[arg-type]
         mask &= self.held.get(view[0])
+        grouped = mask & self._grouped
         holed = mask & self._holed
         groups = self._walk(prefixes, holed) if holed else []
         if mask := mask ^ holed:
@@ -259,6 +273,45 @@ class Ownership:
                 self._match_lower(view, pages, lower, found)
                 members ^= lower
             self._enter_found(found, members, _whole(pages))
+        if grouped:
+            for rank_pages in self._members_of(grouped):
+                self._limit(view, rank_pages, found)
+
+    def _limit(
+        self, view: "memoryview[int]", rank_pages: RankPages, found: dict[RankPages, Overlap]
+    ) -> None:
+        """Shorten what was found for a hybrid model to what all its groups can reuse."""
+        overlap = found[rank_pages]
+        pages, before = overlap.pages, -1
+        while pages and pages != before:
+            before = pages
+            for group in rank_pages.groups:
+                # Pages of another size end elsewhere; they are not compared.
+                if group.page_size == rank_pages.page_size:
+                    pages = self._reusable(view, pages, group)
+        if not pages:
+            del found[rank_pages]
+        elif pages != overlap.pages:
+            device, host = min(overlap.device_pages, pages), min(overlap.host_pages, pages)
+            found[rank_pages] = Overlap(pages, device, host)
+
+    def _reusable(self, view: "memoryview[int]", pages: int, group: RankPages) -> int:
+        """The longest prefix, up to `pages`, whose last pages the group holds."""
+        held, bit, needed = self.held, group.bit, group.needed
+        if needed is None:
+            for number in range(pages):
+                if not held.get(view[number]) & bit:
+                    return number
+            return pages
+        in_a_row = 0
+        for number in range(pages - 1, -1, -1):
+            if not held.get(view[number]) & bit:
+                in_a_row, pages = 0, number
+                continue
+            in_a_row += 1
+            if in_a_row == needed:
+                break
+        return pages
 
     def _walk(self, prefixes: TokenIds, mask: int) -> list[tuple[int, int]]:
         """The same as `depths` for ranks with holes: looks at each page up to the first hole."""

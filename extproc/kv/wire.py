@@ -18,10 +18,11 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Raw, Struct
 from numpy.typing import NDArray
 
 from extproc.kv.events import (
+    NAME_MAX_CHARS,
     PAYLOAD_MAX_BYTES,
     AllBlocksCleared,
     BlockRemoved,
@@ -41,7 +42,6 @@ from extproc.kv.wire_schema import (
     Removed,
     RemovedArray,
     RemovedMap,
-    Stored,
     StoredArray,
     StoredMap,
     Unit,
@@ -57,17 +57,19 @@ _TOKEN: Final = np.dtype("<u4")
 _PAIR: Final = np.dtype("<u8")
 
 
-# SGLang's names, and vLLM's name for host memory.
+# SGLang's names, and vLLM's for host memory and storage.
 _MEDIUMS: Final = {
     None: Medium.GPU,
     "GPU": Medium.GPU,
     "CPU_PINNED": Medium.HOST,
     "CPU": Medium.HOST,
     "DISK": Medium.DISK,
+    "STORAGE": Medium.DISK,
     "EXTERNAL": Medium.EXTERNAL,
 }
 
 
+_extra_keys_decoder: Final = msgspec.msgpack.Decoder(list[list[Any] | None])
 _load_decoder: Final = msgspec.msgpack.Decoder(LoadStat)
 
 # The errors of events that have the right types and wrong values.
@@ -119,23 +121,25 @@ def _check_size(payload: bytes) -> None:
 
 
 def _stored_map(event: StoredMap) -> BlockStored | None:
-    return _stored(event, event.group_idx, event.cache_salt, event.lora_name)
+    return _stored(event, event.cache_salt, event.lora_name)
 
 
 def _stored_array(event: StoredArray) -> BlockStored | None:
     naming = event.naming
     if isinstance(naming, Metadata):
-        return _stored(event, event.group_idx, naming.cache_salt, naming.lora_name)
-    return _stored(event, event.group_idx, None, naming)
+        return _stored(event, naming.cache_salt, naming.lora_name)
+    return _stored(event, None, naming)
 
 
 def _stored(
-    event: Stored, group: int | None, cache_salt: str | None, lora_name: str | None
-) -> BlockStored | None:
-    if group:
-        return None
+    event: StoredMap | StoredArray, cache_salt: str | None, lora_name: str | None
+) -> BlockStored:
+    if event.token_ids and not event.block_size:
+        raise ValueError("tokens without blocks")
     tokens, bigram = _tokens(event.token_ids)
     parent = event.parent_block_hash
+    if parent is None and len(event.extra_keys) > 1:
+        cache_salt = cache_salt or _salt(event.extra_keys, lora_name)
     return BlockStored(
         _folded(event.block_hashes),
         None if parent is None else _fold(parent),
@@ -146,13 +150,29 @@ def _stored(
         # For engines, an empty name is the same as no name.
         cache_salt or None,
         lora_name or event.lora_id,
+        event.group_idx,
+        event.kv_cache_spec_kind,
+        event.kv_cache_spec_sliding_window,
     )
 
 
-def _removed(event: Removed) -> BlockRemoved | None:
-    if event.group_idx:
-        return None
-    return BlockRemoved(_folded(event.block_hashes), _medium(event.medium))
+def _salt(extra_keys: Raw, lora_name: str | None) -> str | None:
+    """The cache salt of a prompt among the keys of its first block (vLLM).
+
+    The keys are the adapter's name, pairs for each image, the salt, and digests of embeddings.
+    """
+    keys = _extra_keys_decoder.decode(extra_keys)[0]
+    texts = [key for key in keys or () if isinstance(key, str)]
+    if texts and texts[0] == lora_name:
+        del texts[0]
+    salt = texts[-1] if texts else ""
+    if len(salt) > NAME_MAX_CHARS:
+        raise ValueError("a salt that is too long")
+    return salt or None
+
+
+def _removed(event: Removed) -> BlockRemoved:
+    return BlockRemoved(_folded(event.block_hashes), _medium(event.medium), event.group_idx)
 
 
 def _cleared(_: Struct) -> AllBlocksCleared:

@@ -43,6 +43,7 @@ __all__ = [
     "parse_raw",
 ]
 
+_GROUP_MAX: Final = 1 << 16
 _KINDS_WITH_BLOCKS: Final = ("BlockStored", "BlockRemoved")
 _KINDS_THAT_REMOVE: Final = ("BlockRemoved", "AllBlocksCleared")
 # msgspec's errors and those of text that is not UTF-8 are ValueErrors; too deep nesting raises
@@ -54,7 +55,10 @@ _Hashes: TypeAlias = Annotated[list[Hash], Meta(max_length=BLOCKS_MAX_PER_EVENT)
 _Name: TypeAlias = Annotated[str, Meta(max_length=NAME_MAX_CHARS)]
 Unit: TypeAlias = int | tuple[int, int]
 _Units: TypeAlias = Annotated[tuple[Unit, ...], Meta(max_length=TOKENS_MAX_PER_EVENT)]
-_BlockSize: TypeAlias = Annotated[int, Meta(ge=1, le=BLOCK_MAX_TOKENS)]
+# vLLM's offloading connector says 0 where it knows only the names of the blocks.
+_BlockSize: TypeAlias = Annotated[int, Meta(ge=0, le=BLOCK_MAX_TOKENS)]
+_Group: TypeAlias = Annotated[int, Meta(ge=0, le=_GROUP_MAX)]
+_Window: TypeAlias = Annotated[int, Meta(ge=0, le=TOKENS_MAX_PER_EVENT)]
 
 
 class Stored(Struct):
@@ -69,7 +73,11 @@ class Stored(Struct):
 class StoredMap(Stored, tag="BlockStored"):
     cache_salt: _Name | None = None
     lora_name: _Name | None = None
-    group_idx: int | None = None
+    # For each block what its hash depends on besides tokens, or null; decoded where it is needed.
+    extra_keys: Raw = Raw()
+    group_idx: _Group | None = None
+    kv_cache_spec_kind: _Name | None = None
+    kv_cache_spec_sliding_window: _Window | None = None
 
 
 class Metadata(Struct):
@@ -80,14 +88,16 @@ class Metadata(Struct):
 class StoredArray(Stored, tag="BlockStored", array_like=True):
     # vLLM has the LoRA name here, SGLang a map.
     naming: _Name | Metadata | None = None
-    extra_keys: Raw | None = None
-    group_idx: int | None = None
+    extra_keys: Raw = Raw()
+    group_idx: _Group | None = None
+    kv_cache_spec_kind: _Name | None = None
+    kv_cache_spec_sliding_window: _Window | None = None
 
 
 class Removed(Struct):
     block_hashes: _Hashes
     medium: _Name | None = None
-    group_idx: int | None = None
+    group_idx: _Group | None = None
 
 
 class RemovedMap(Removed, tag="BlockRemoved"):

@@ -77,7 +77,9 @@ def _comparable(event: object) -> dict[str, Any]:
         return {"type": "BlockRemoved", "hashes": event.block_hashes, "medium": event.medium}
     assert isinstance(event, BlockStored)
     assert event.tokens.dtype == np.uint64
-    fields: dict[str, Any] = {name: getattr(event, name) for name in event.__struct_fields__}
+    # The group has a test of its own.
+    names = event.__struct_fields__[: -len(("group", "kind", "window"))]
+    fields: dict[str, Any] = {name: getattr(event, name) for name in names}
     ids = [[unit & 0xFFFFFFFF, unit >> 32] for unit in event.tokens.tolist()]
     fields["tokens"] = ids if event.bigram else [first for first, _ in ids]
     assert event.bigram or not any(second for _, second in ids)
@@ -201,12 +203,60 @@ def test_metadata_of_an_array_names_salt_and_adapter() -> None:
     assert (event.cache_salt, event.lora) == ("salt", "a")
 
 
-@pytest.mark.parametrize("group", [1, 7])
-def test_other_attention_groups_are_left_out_and_not_counted(group: int) -> None:
-    stored = [*_stored().values(), None, "GPU", None, None, group]
-    removed = ["BlockRemoved", [1], "GPU", group]
-    batch = _decoded(_removed(group_idx=group), stored, removed, _stored(group_idx=group))
-    assert batch == EventBatch(1.5, [], 0, 0)
+def test_events_of_hybrid_models_name_their_group() -> None:
+    kind = {"kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 512}
+    stored = [*_stored().values(), None, "GPU", None, None, 7, *kind.values()]
+    removed = ["BlockRemoved", [1], "GPU", 7]
+    for event in (_stored(group_idx=7, **kind), stored):
+        found = _only(event)
+        assert (found.group, found.kind, found.window) == (7, "sliding_window", 512)
+    for event in (_removed(group_idx=7), removed):
+        (gone,) = _decoded(event).events
+        assert isinstance(gone, BlockRemoved)
+        assert gone.group == 7
+
+
+@pytest.mark.parametrize(
+    ("keys", "lora", "salt"),
+    [
+        (None, None, None),
+        ([None, ["later"]], None, None),
+        ([["salt"], None], None, "salt"),
+        ([["a"]], "a", None),
+        ([["a", "salt"]], "a", "salt"),
+        ([["a", ["image", 3], "salt", b"digest"]], "a", "salt"),
+        ([[["image", -5]]], None, None),
+        ([[""]], None, None),
+        ([], None, None),
+    ],
+)
+def test_a_salt_is_found_among_the_keys_of_the_first_block(
+    keys: Any, lora: str | None, salt: str | None
+) -> None:
+    array = [*_stored().values(), None, "GPU", lora, keys]
+    for event in (_stored(extra_keys=keys, lora_name=lora), array):
+        found = _only(event)
+        assert (found.cache_salt, found.lora) == (salt, lora)
+
+
+def test_keys_of_blocks_that_follow_others_name_no_salt() -> None:
+    assert _only(_stored(parent_block_hash=3, extra_keys=[["text"]])).cache_salt is None
+
+
+@pytest.mark.parametrize("keys", [[["x" * 1025]], {"a": 1}, [3]])
+def test_keys_of_blocks_that_cannot_be_read_cost_only_their_event(keys: Any) -> None:
+    batch = _decoded(_stored(extra_keys=keys), _removed())
+    assert (len(batch.events), batch.skipped, batch.removals_lost) == (1, 1, False)
+
+
+def test_an_event_may_name_known_blocks_without_tokens() -> None:
+    event = _only(_stored(token_ids=[], block_size=0, medium="CPU", group_idx=0))
+    assert (event.block_size, len(event.tokens), event.medium) == (0, 0, Medium.HOST)
+
+
+@pytest.mark.parametrize(("name", "medium"), [("CPU", Medium.HOST), ("STORAGE", Medium.DISK)])
+def test_the_media_of_vllm_are_known(name: str, medium: Medium) -> None:
+    assert _only(_stored(medium=name)).medium is medium
 
 
 def test_pairs_become_units_of_two_tokens() -> None:
@@ -535,4 +585,4 @@ _ANYTHING = st.recursive(
 def test_every_event_is_applied_or_counted(events: list[Any]) -> None:
     batch = _decoded(*events, _CLEARED, {**_removed(), "group_idx": 0})
     assert len(batch.events) + batch.skipped <= len(events) + 2
-    assert batch.events[-2:] == [AllBlocksCleared(), BlockRemoved([5], Medium.GPU)]
+    assert batch.events[-2:] == [AllBlocksCleared(), BlockRemoved([5], Medium.GPU, 0)]
