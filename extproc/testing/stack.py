@@ -291,11 +291,23 @@ class Stack:
         self._bootstrap_file.write_text(text)
 
     async def envoy_sees_service(self) -> bool:
-        """True once Envoy's health check of the service has passed."""
+        """True once Envoy accepts requests, and its health check of the service has passed."""
         return (
             await self.answers(f"{self.envoy_admin_url}/clusters", text="extproc::")
             and await self._extproc_healthy()
+            and await self._envoy_listens()
         )
+
+    async def _envoy_listens(self) -> bool:
+        # With ADS it does so after the first endpoints.
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", self.config["envoy"]["port"])
+        except OSError:
+            return False
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        return True
 
     async def _extproc_healthy(self) -> bool:
         url = f"{self.envoy_admin_url}/stats?filter=cluster.extproc.membership_healthy"
