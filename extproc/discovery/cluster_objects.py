@@ -5,7 +5,7 @@ them and warning of those that name no usable worker is the same for all.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Final, Generic, TypeVar
 
@@ -28,6 +28,8 @@ _KindT = TypeVar("_KindT", bound=NamespacedResource)
 # How long a worker of a deleted object may take to appear in another one. A controller writes two
 # objects, one after the other, and may be slowed down by the API server in between.
 _MOVE_SECONDS: Final = 3.0
+# So many workers of a list are read in one turn of the event loop.
+_READ_AT_ONCE: Final = 100
 _FIXES: Final = {
     "bootstrap_port_invalid": "write the number of a port into the annotation",
     "fqdn_addresses": "give the Service IP addresses; slices of host names cannot be used",
@@ -73,7 +75,7 @@ class ClusterObjects(Generic[_KindT]):
                     if not coming.done():
                         coming.cancel()
                         await asyncio.gather(coming, return_exceptions=True)
-                for event in self._take(step):
+                for event in await self._take(step):
                     yield event
                 for event in self._union.expire(self._clock.monotonic()):
                     yield event
@@ -97,16 +99,13 @@ class ClusterObjects(Generic[_KindT]):
         # A step comes first: it may name the worker again.
         return coming.done()
 
-    def _take(self, step: Snapshot[_KindT] | WatchEvent[_KindT]) -> list[WorkerEvent]:
+    async def _take(self, step: Snapshot[_KindT] | WatchEvent[_KindT]) -> list[WorkerEvent]:
         if isinstance(step, Snapshot):
             found = {_key(one): one for one in step.objects}
             self._warned = {key: text for key, text in self._warned.items() if key in found}
             # What was reported before was selected by other rules.
             others_left, self._is_first = self._is_first, False
-            return self._union.replace(
-                {key: self._read_one(key, one) for key, one in found.items()},
-                others_left=others_left,
-            )
+            return self._union.replace(await self._read_all(found), others_left=others_left)
         key = _key(step.object)
         if step.type != "DELETED":
             return self._union.put(key, self._read_one(key, step.object))
@@ -114,6 +113,17 @@ class ClusterObjects(Generic[_KindT]):
         if self._read(step.object).shared:
             return self._union.delete(key, self._clock.monotonic() + _MOVE_SECONDS)
         return self._union.put(key, Reading())
+
+    async def _read_all(self, objects: Mapping[str, _KindT]) -> dict[str, Reading]:
+        readings: dict[str, Reading] = {}
+        read = 0
+        for key, one in objects.items():
+            readings[key] = self._read_one(key, one)
+            read += max(1, len(readings[key].sightings))
+            if read >= _READ_AT_ONCE:
+                read = 0
+                await asyncio.sleep(0)
+        return readings
 
     def _read_one(self, key: str, one: _KindT) -> Reading:
         reading = self._read(one)

@@ -147,6 +147,7 @@ class KubeApi(Generic[_KindT]):
                     chunk_size=_PAGE_OBJECTS,
                 )
                 objects = [one async for one in found]
+                await asyncio.sleep(0)  # The last page was decoded in this turn.
                 return objects, found.resourceVersion
         except Exception as error:
             raise _trouble(error) from error

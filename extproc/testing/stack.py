@@ -300,14 +300,8 @@ class Stack:
 
     async def _envoy_listens(self) -> bool:
         # With ADS it does so after the first endpoints.
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", self.config["envoy"]["port"])
-        except OSError:
-            return False
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-        return True
+        url = f"{self.envoy_admin_url}/stats?filter=workers_started"
+        return await self.answers(url, text="listener_manager.workers_started: 1")
 
     async def _extproc_healthy(self) -> bool:
         url = f"{self.envoy_admin_url}/stats?filter=cluster.extproc.membership_healthy"

@@ -36,6 +36,7 @@ from extproc.workers.source import (
     WorkerEvent,
     WorkerSource,
 )
+from extproc.workers.turns import Turns
 from extproc.workers.vanished import VanishedWorkers
 from extproc.workers.worker import Role, Worker, WorkerSpec
 
@@ -55,6 +56,8 @@ _UNANSWERED_SECONDS: Final = 1.0
 _UNANSWERED_AT_ONCE: Final = 32
 # How often held workers are looked at.
 _HELD_SECONDS: Final = 1.0
+# So many workers are dealt with in one turn of the event loop, at 0.2 ms each.
+_WORKERS_AT_ONCE: Final = 8
 # The key of the task that compares roles.
 _ROLES: Final = "(roles)"
 # Compare roles, put workers out, ask those that fit.
@@ -104,6 +107,7 @@ class WorkerManager:
         self._metrics = metrics
         self._settings = settings
         self._tasks = KeyedTasks()
+        self._turns = Turns(_WORKERS_AT_ONCE)
         # When a registered worker was last rechecked, and the rechecks that have not begun.
         self._rechecked_at: dict[str, float] = {}
         self._rechecks_waiting: set[str] = set()
@@ -130,8 +134,12 @@ class WorkerManager:
                 group.create_task(self._watch_vanished())
                 group.create_task(self._refresh_addresses())
                 group.create_task(self._generating_check.run())
+                handled = 0
                 async for event in self._source.events():
                     self._handle(event)
+                    handled += 1
+                    if handled % _WORKERS_AT_ONCE == 0:
+                        await asyncio.sleep(0)
         finally:
             await self._tasks.close()
 
@@ -276,6 +284,7 @@ class WorkerManager:
 
     async def _ask(self, spec: WorkerSpec, attempts: int) -> Introspection:
         """The worker's answer; an unexpected exception is a problem like any other."""
+        await self._turns.wait()
         try:
             answer = await introspect(
                 self._client,
@@ -288,6 +297,7 @@ class WorkerManager:
             _log.exception("introspection_failed", worker=str(spec.url))
             answer = Introspection(problem=f"unexpected {type(error).__name__}")
         self._metrics.introspections("failed" if answer.problem else "answered").inc()
+        await self._turns.wait()
         return answer
 
     async def _resolve(self, spec: WorkerSpec) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ It is separate from the manager so that one module decides what a change means, 
 decides when a worker is asked. All calls for one worker come one after the other.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
 import structlog
@@ -47,13 +48,20 @@ class Membership:
         self._held_out: set[str] = set()
         # Set when a worker was registered, removed or refused with another role.
         self._kinds_changed = False
+        self._is_telling = False
 
     def observe(self, observer: WorkerObserver) -> None:
         """Notify this observer, too; observers are notified in the order of these calls."""
         self._observers.append(observer)
 
     def notify_changed(self) -> None:
-        """Tell the observers that workers changed."""
+        """Tell the observers that workers changed, once for all changes of a turn of the loop."""
+        if not self._is_telling:
+            self._is_telling = True
+            asyncio.get_running_loop().call_soon(self._tell_changed)
+
+    def _tell_changed(self) -> None:
+        self._is_telling = False
         for observer in self._observers:
             observer.workers_changed()
 

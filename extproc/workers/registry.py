@@ -1,11 +1,11 @@
 """The registered workers, by id, by model and role, and by address.
 
-Routing reads a ready tuple per model and role; all work is done when membership changes. A worker
+Routing reads a ready tuple per model and role, which the first read after a change renews. A worker
 is checked and inserted in one step of the event loop, so two workers cannot break the rule that
 plain workers and prefill or decode workers of one model never mix.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -41,6 +41,8 @@ class WorkerRegistry:
         self._disaggregated: frozenset[str] = frozenset()
         self._by_address: dict[str, Worker] = {}
         self._known_to_gateway: frozenset[str] | None = None
+        # Set by a change, so that many of them cost one renewal.
+        self._is_stale = False
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._by_id.values())
@@ -56,7 +58,7 @@ class WorkerRegistry:
 
         Such a worker has an address, Envoy knows it, and it is not draining.
         """
-        return self._pools[role].get(model, ())
+        return self._renewed()[role].get(model, ())
 
     def candidates(self, model: str, role: Role, now: float) -> list[Worker]:
         """The workers of `pool_of` whose circuit breaker lets a request through at `now`.
@@ -64,7 +66,7 @@ class WorkerRegistry:
         If no worker is allowed, the half that has not failed for longest is tried as the last
         resort: no answer is worse than the answer of a worker that may have recovered.
         """
-        pool = self._pools[role].get(model, ())
+        pool = self._renewed()[role].get(model, ())
         return [
             worker
             for worker in pool
@@ -73,11 +75,12 @@ class WorkerRegistry:
 
     def is_disaggregated(self, model: str) -> bool:
         """True if a worker of the model has the role prefill or decode, with or without address."""
+        self._renewed()
         return model in self._disaggregated
 
     def is_served(self, model: str) -> bool:
         """True if workers in pools can do every part of a request for the model."""
-        pools = self._pools
+        pools = self._renewed()
         return bool(
             pools["plain"].get(model)
             or (pools["prefill"].get(model) and pools["decode"].get(model))
@@ -88,7 +91,7 @@ class WorkerRegistry:
         return {
             worker
             for model in models
-            for pools in self._pools.values()
+            for pools in self._renewed().values()
             for worker in pools.get(model, ())
         }
 
@@ -104,6 +107,7 @@ class WorkerRegistry:
 
     def at_address(self, address: str) -> Worker | None:
         """The worker that Envoy knows as `ip:port`."""
+        self._renewed()
         return self._by_address.get(address)
 
     def upsert(self, worker: Worker) -> None:
@@ -150,7 +154,17 @@ class WorkerRegistry:
         return worker
 
     def reindex(self) -> None:
-        """Rebuild the look-ups after the address, role, models or draining of a worker changed."""
+        """The address, role, models or draining of a worker have changed."""
+        self._is_stale = True
+
+    def _renewed(self) -> Mapping[Role, Mapping[str, tuple[Worker, ...]]]:
+        """The pools, after all look-ups have been renewed if something has changed."""
+        if self._is_stale:
+            self._is_stale = False
+            self._renew()
+        return self._pools
+
+    def _renew(self) -> None:
         pools: dict[Role, dict[str, list[Worker]]] = {role: {} for role in _ROLES}
         disaggregated: set[str] = set()
         by_address: dict[str, Worker] = {}

@@ -16,7 +16,7 @@ from extproc.workers.observer import WorkerObserver
 from extproc.workers.registry import WorkerRegistry
 from extproc.xds.gate import Gate
 from extproc.xds.session import Request, Resource, Response, Session
-from extproc.xds.snapshot import make_snapshot
+from extproc.xds.snapshot import make_snapshot, prepare_entries
 
 __all__ = ["Envoy", "Publisher"]
 
@@ -116,6 +116,9 @@ class Publisher(WorkerObserver):
     async def run(self) -> None:
         """Keep the endpoints up to date, for ever."""
         while True:
+            await prepare_entries(
+                [Endpoint(one.address, one.url) for one in self._registry if one.address]
+            )
             self._publish()
             seconds = self._mark_known()
             now = self._clock.monotonic()

@@ -102,17 +102,22 @@ class Cluster:
 
     def wait_for(self, path: str) -> None:
         """Wait until the API server answers requests for this path."""
-        tls = ssl.create_default_context(cafile=str(self.ca_file))
-        request = urllib.request.Request(
-            self.url + path, headers={"Authorization": f"Bearer {self._token}"}
-        )
         end = time.monotonic() + _START_SECONDS
         while True:
-            with suppress(OSError), urllib.request.urlopen(request, context=tls, timeout=5):
+            with suppress(OSError):
+                self.get(path)
                 return
             assert self._signal(0) is None, self.log("kube-apiserver")
             assert time.monotonic() < end, self.log("kube-apiserver")
             time.sleep(_POLL_SECONDS)
+
+    def get(self, path: str) -> str:
+        """What the API server answers; raises OSError unless that is a 200."""
+        tls = ssl.create_default_context(cafile=str(self.ca_file))
+        headers = {"Authorization": f"Bearer {self._token}"}
+        request = urllib.request.Request(self.url + path, headers=headers)
+        with urllib.request.urlopen(request, context=tls, timeout=5) as answer:
+            return str(answer.read().decode())
 
     @contextmanager
     def slice_controller(self) -> Iterator[None]:

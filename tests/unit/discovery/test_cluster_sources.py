@@ -1,6 +1,7 @@
 """The sources for a cluster, from the wire to events about workers."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from extproc.discovery.cluster_source import SourceParts
 from extproc.discovery.endpoint_slices import SliceReader
 from extproc.discovery.inference_pool import PoolSource
 from extproc.discovery.kube_api import KubeApi
+from extproc.discovery.worker_union import Reading
 from extproc.metrics.service import Metrics
 from extproc.workers.source import (
     Added,
@@ -298,3 +300,32 @@ async def test_a_pool_that_selects_nothing_has_no_workers(setup: Setup, spec: An
     setup.cluster.put(POOLS, pool(8000) | {"spec": spec})
     async with setup.following(setup.pool()):
         assert names(await setup.after()) == ["listed"]
+
+
+async def test_a_long_list_is_read_in_several_turns_of_the_loop(setup: Setup) -> None:
+    for n in range(10):
+        ends = [endpoint(f"10.0.{n}.{m}", f"pod-{n}-{m}") for m in range(60)]
+        setup.put_slice(*ends, name=f"slice-{n}")()
+    turn, read_in = 0, list[int]()
+    reader = SliceReader(roles=[], port_name="http", port=None, family="v4_preferred")
+
+    def read(found: EndpointSlice) -> Reading:
+        read_in.append(turn)
+        return reader.read(found)
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    list_watch = setup.parts.list_watch(
+        KubeApi(setup.client, EndpointSlice, namespace="ns"), SLICES
+    )
+    counting = asyncio.create_task(count())
+    async with setup.following(ClusterObjects(list_watch, read, SLICES, setup.clock)):
+        assert len(await setup.after()) == 601
+    counting.cancel()
+    await asyncio.gather(counting, return_exceptions=True)
+    assert len(read_in) == 10
+    assert max(Counter(read_in).values()) <= 2

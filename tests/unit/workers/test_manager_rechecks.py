@@ -276,6 +276,8 @@ async def test_questions_to_many_workers_are_spread_over_the_interval() -> None:
         for url in urls:
             setup.client.tell(url, "m")
         await setup.deliver(*(Added(make_spec(url)) for url in urls))
+        while len(setup.registry) < count:
+            await settle()
         gates = {url: Gate(FakeEngineClient.info("m")) for url in urls}
         for url, gate in gates.items():
             setup.client.script(url, "/server_info", gate)
