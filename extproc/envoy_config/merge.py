@@ -236,6 +236,8 @@ def _add_resources(config: Config, bootstrap: dict[str, Any]) -> None:
         extensions = bootstrap.setdefault("bootstrap_extensions", [])
         if extension["name"] not in [one.get("name") for one in extensions]:
             extensions.append(extension)
+    if config.envoy.endpoints_change:
+        # Envoy needs both names to read endpoints, from a file as well.
+        bootstrap["node"] = {"id": NODE, "cluster": NODE, **bootstrap.get("node", {})}
     if config.envoy.has_ads:
-        bootstrap.setdefault("node", {"id": NODE, "cluster": NODE})
         bootstrap.setdefault("dynamic_resources", {})["ads_config"] = ads_resources()

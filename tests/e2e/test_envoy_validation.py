@@ -15,6 +15,7 @@ import yaml
 from extproc.config.loading import parse_config
 from extproc.envoy_config import render_bootstrap, render_yaml
 from extproc.envoy_config.endpoints import Endpoint, endpoints_text
+from extproc.envoy_config.merge import merge_bootstrap
 
 ENVOY_FOLDER = Path(__file__).parents[2] / "envoy"
 RECIPE_FILES = sorted(ENVOY_FOLDER.rglob("*.yaml"))
@@ -160,6 +161,52 @@ def test_envoy_accepts_tls_to_the_service(
 def test_envoy_accepts_the_shipped_file(name: str, tmp_path: Path) -> None:
     text = (ENVOY_FOLDER / name / "envoy.yaml").read_text(encoding="utf-8")
     assert_accepted(text, tmp_path)
+
+
+MERGED: dict[str, dict[str, Any]] = {
+    "one pass": {"pd": {"decode": "inline"}},
+    "closed": {"envoy": {"fail_open": False}},
+    "two models": {"models": [{"id": "a"}, {"id": "b"}]},
+    "endpoints over ADS": {"envoy": {"endpoints": "ads"}},
+    "endpoints in a file": {"endpoints_file": True},
+    "unix socket": {"server": {"unix_socket": "/run/extproc.sock"}},
+    "own names": {"envoy": {"cluster_header": "x-pool", "model_header": "x-model"}},
+    "https": {"urls": ["https://w.example", "https://10.0.0.1:1"], "tls_workers": True},
+    "several routes": {"routes": ["chat", "native"]},
+    "a listener of its own": {"routes": ["chat", "second"]},
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_envoy_accepts_what_is_merged(name: str, pem_files: dict[str, str], tmp_path: Path) -> None:
+    case = copy.deepcopy(MERGED[name])
+    routes = case.pop("routes", ["chat"])
+    raw = raw_config(case, pem_files)
+    raw["envoy"] = {"cluster": "llm_workers"} | raw.get("envoy", {})
+    text = (ENVOY_FOLDER / "merge" / "before.yaml").read_text(encoding="utf-8")
+    jwks = tmp_path / "jwks.json"
+    jwks.write_text('{"keys":[{"kty":"oct","alg":"HS256","k":"c2VjcmV0"}]}')
+    existing = yaml.safe_load(text.replace("/etc/envoy/jwks.json", str(jwks)))
+    listeners = existing["static_resources"]["listeners"]
+    second = copy.deepcopy(listeners[0]) | {"name": "second"}
+    second["address"]["socket_address"]["port_value"] = 8081
+    for listener, renamed in ((listeners[0], "native"), (second, "second")):
+        hosts = _manager_of(listener)["route_config"]["virtual_hosts"]
+        route = hosts[1]["routes"][1]
+        if renamed == "second":
+            route["name"] = renamed
+        else:
+            hosts[1]["routes"].append(
+                copy.deepcopy(route) | {"name": renamed, "match": {"path": "/generate"}}
+            )
+    listeners.append(second)
+    merged_file = merge_bootstrap(parse_config(raw), existing, routes)
+    assert_accepted(yaml.safe_dump(merged_file), tmp_path)
+
+
+def _manager_of(listener: dict[str, Any]) -> dict[str, Any]:
+    manager: dict[str, Any] = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    return manager
 
 
 def test_envoy_accepts_the_merged_file(tmp_path: Path) -> None:

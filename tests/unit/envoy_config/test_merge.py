@@ -210,10 +210,30 @@ def test_several_routes_of_one_listener_share_the_filters() -> None:
     assert list(llm_routes(new))[-3:] == ["native-decode-pass", "native-fail-open", "native"]
 
 
+def test_routes_of_two_listeners_each_get_their_filters() -> None:
+    existing = before()
+    listeners = existing["static_resources"]["listeners"]
+    untouched, second = copy.deepcopy(listeners[0]), copy.deepcopy(listeners[0])
+    for name, one in (("untouched", untouched), ("second", second)):
+        one["name"] = name
+        hosts({"static_resources": {"listeners": [one]}})["llm"][1]["name"] = name
+        listeners.append(one)
+    new = merge_bootstrap(settings(), existing, ["chat", "second"])["static_resources"]["listeners"]
+    assert [one["name"] for one in new] == ["main", "untouched", "second", "decode_pass"]
+    assert new[1] == untouched
+    for listener, name in ((new[0], "chat"), (new[2], "second")):
+        of = {"static_resources": {"listeners": [listener]}}
+        assert len(manager(of)["http_filters"]) == 3 + len(OURS)
+        assert list(llm_routes(of))[1:] == [f"{name}-decode-pass", f"{name}-fail-open", name]
+
+
 def test_ads_is_added_where_it_is_missing() -> None:
     new = merged(envoy={"endpoints": "ads"})
     assert new["dynamic_resources"]["ads_config"]["grpc_services"]
-    assert new["node"]["id"]
+    assert new["node"] == {"id": "llm-extproc", "cluster": "llm-extproc"}
+    existing = before() | {"node": {"id": "edge-1", "metadata": {}}}
+    node = merged(existing, envoy={"endpoints_file": "/run/e.json"})["node"]
+    assert node == {"id": "edge-1", "cluster": "llm-extproc", "metadata": {}}
     found = problems(
         envoy={"endpoints": "ads"}, edit=lambda old: old.update(dynamic_resources={"ads_config": 1})
     )
