@@ -75,9 +75,15 @@ class Cluster:
         """End both servers."""
         self._supervisor.communicate()
 
-    def kubeconfig(self, path: Path, user: dict[str, str]) -> str:
-        """Write a file with the server's address and these credentials."""
-        cluster = {"server": self.url, "certificate-authority": str(self.ca_file)}
+    def serving(self) -> ssl.SSLContext:
+        """The API server's certificate and key, for a proxy on the same address."""
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(self._folder / "server.pem", self._folder / "server.key")
+        return tls
+
+    def kubeconfig(self, path: Path, user: dict[str, str], url: str | None = None) -> str:
+        """Write a file with these credentials and the server's address, or that of a proxy."""
+        cluster = {"server": url or self.url, "certificate-authority": str(self.ca_file)}
         content = {
             "current-context": "it",
             "clusters": [{"name": "it", "cluster": cluster}],
@@ -216,9 +222,8 @@ class Namespace:
         self.name = f"test-{next(_names)}-{secrets.token_hex(4)}"
         self.client = cluster.admin()
         self._token_file = folder / "token"
-        self.kubeconfig = cluster.kubeconfig(
-            folder / "router.kubeconfig", {"tokenFile": str(self._token_file)}
-        )
+        self._folder = folder
+        self.kubeconfig = self.kubeconfig_for(None)
 
     async def __aenter__(self) -> Self:
         await self.client.create(NamespaceObject(metadata=ObjectMeta(name=self.name)))
@@ -245,6 +250,11 @@ class Namespace:
     async def __aexit__(self, *_: object) -> None:
         # Objects stay: there is no controller that empties a namespace.
         await self.client.close()
+
+    def kubeconfig_for(self, url: str | None) -> str:
+        """The file of the service account, for the API server or for a proxy at this address."""
+        user = {"tokenFile": str(self._token_file)}
+        return self.cluster.kubeconfig(self._folder / "router.kubeconfig", user, url)
 
     @property
     def token(self) -> str:
