@@ -12,6 +12,7 @@ import structlog
 
 from extproc import __version__
 from extproc.admin.http import AdminServer, Questions
+from extproc.admin.runtime_workers import RuntimeWorkerPages
 from extproc.clock import Clock
 from extproc.config.schema import Config
 from extproc.envoy_config.endpoints_file import EndpointsFile, configured_endpoints
@@ -75,8 +76,10 @@ class App(WorkerObserver):
                 refused=self._manager.refused,
                 reloads=lambda: None if self._reloader is None else self._reloader.status,
                 discovery=lambda: shared.sources.show(self._clock.monotonic()),
+                is_added=parts.runtime.is_added,
                 envoys=lambda: [] if parts.publisher is None else parts.publisher.show(),
             ),
+            more=RuntimeWorkerPages(parts.runtime, self.workers, lambda: self.config).routes(),
         )
         # The models without which the service is not ready. One that a reload adds is not among
         # them before it was served once: its workers may still be starting.

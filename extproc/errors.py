@@ -16,6 +16,8 @@
         │   └── EngineTimeoutError           (workers)
         ├── PrefillClientOverloadedError     (workers) no file descriptor for a connection
         ├── MixedRolesError                  (workers) a role does not fit the other workers
+        ├── RuntimeWorkerError               (workers) a worker cannot be added or removed
+        ├── LookupFailedError                (discovery) the addresses of a name are unknown
         ├── ApiTroubleError                  (discovery) the API server did not answer well
         ├── WatchEndedError                  (discovery) a watch has ended without an error
         ├── BodyTooLargeError                (server)

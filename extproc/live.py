@@ -44,6 +44,7 @@ from extproc.sources import build_source
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.introspection_client import AiohttpIntrospectionClient
 from extproc.workers.prefill_client import AiohttpPrefillClient
+from extproc.workers.runtime_workers import RuntimeWorkers
 from extproc.xds.publisher import Publisher
 from extproc.xds.service import DiscoveryService
 
@@ -75,7 +76,9 @@ class LiveParts:
         self.client = AiohttpIntrospectionClient(shared.api_key, worker_tls)
         self.prefill_client = AiohttpPrefillClient(worker_tls)
         self._source = build_source(config, shared)
-        self.manager = build_manager(config, shared, self.client, self._source)
+        limit = config.discovery.runtime_workers_max
+        self.runtime = RuntimeWorkers(self._source, limit=limit)
+        self.manager = build_manager(config, shared, self.client, self.runtime)
         self.kv = build_kv(config, shared, self.manager.recheck)
         self.routing = build_router(
             config, shared, self.kv, encoders, self.prefill_client, self.manager.recheck
@@ -179,6 +182,7 @@ class LiveParts:
             set_log_level(config.observability)
         self.config = config
         self.manager.reconfigure(config.models, introspection_settings(config))
+        self.runtime.limit = config.discovery.runtime_workers_max
         static_urls = config.discovery.static_urls
         if isinstance(self._source, StaticUrls) and not isinstance(static_urls, UnsetType):
             self._source.replace(static_urls)

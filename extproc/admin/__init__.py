@@ -3,7 +3,8 @@
 Begin with `http`: it serves `/metrics`, `/healthz`, `/readyz` and `/workers`. `collector` reads the
 state of workers, `pool_collector` that of pools and `kv_collector` that of ranks and tokenizers
 when `/metrics` is requested, so that a worker that left has no series left. `access` asks for the
-token where one is configured.
+token where one is configured. `runtime_workers` adds and removes workers, the only change that this
+server makes.
 """
 
-__all__ = ["access", "collector", "http", "kv_collector", "pool_collector"]
+__all__ = ["access", "collector", "http", "kv_collector", "pool_collector", "runtime_workers"]

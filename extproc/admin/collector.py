@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from extproc.metrics import table
 from extproc.routing.gateway_watch import GatewayWatch
 from extproc.workers.registry import WorkerRegistry
+from extproc.workers.runtime_workers import RuntimeWorkers
 from extproc.workers.source_health import SourceHealth
 from extproc.workers.tickets import Tickets
 
@@ -38,12 +39,13 @@ class WorkerCollector(Collector):
         counts: Counter[tuple[str, str]] = Counter()
         loads: Counter[str] = Counter()
         states: dict[str, int] = {}
-        unknown = draining = vanished = 0
+        unknown = draining = vanished = added = 0
         for worker in self._registry:
             # Two ids can share a URL while a pod is replaced: one series for both.
             loads[worker.url] += worker.in_flight
             draining += worker.draining
             vanished += worker.vanished
+            added += RuntimeWorkers.is_added(worker.id)
             unknown += worker.address is not None and not self._registry.gateway_knows(worker)
             states[worker.url] = max(states.get(worker.url, 0), worker.breaker.state)
             for model in worker.model_ids or ("",):
@@ -56,6 +58,7 @@ class WorkerCollector(Collector):
         yield from (in_flight, breaker, workers)
         yield table.WORKERS_UNKNOWN_TO_GATEWAY.family(unknown)
         yield table.WORKERS_DRAINING.family(draining)
+        yield table.RUNTIME_WORKERS.family(added)
         stale = len(self._registry) if self._sources.is_stale else vanished
         yield table.WORKERS_STALE.family(stale)
         yield table.TICKETS_OPEN.family(len(self._active_load))

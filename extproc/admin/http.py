@@ -41,7 +41,8 @@ class Questions(Struct, frozen=True, kw_only=True):
 
     `models` gives the configured ids, `refused` the workers that are not registered for their
     role, `reloads` None without a file that could change, and `envoys` those that have their
-    endpoints from this replica. `discovery` says what cannot be asked now.
+    endpoints from this replica. `discovery` says what cannot be asked now. `is_added` is true for
+    the id of a worker that an operator has added.
     """
 
     is_ready: Callable[[], bool]
@@ -50,6 +51,7 @@ class Questions(Struct, frozen=True, kw_only=True):
     reloads: Callable[[], ReloadStatus | None]
     envoys: Callable[[], Sequence[Mapping[str, Any]]] = tuple
     discovery: Callable[[], Sequence[Mapping[str, Any]]] = tuple
+    is_added: Callable[[str], bool] = lambda _: False
 
 
 class AdminServer:
@@ -64,7 +66,9 @@ class AdminServer:
         ranks: Ranks,
         gateway: GatewayWatch,
         questions: Questions,
+        more: Sequence[web.RouteDef] = (),
     ) -> None:
+        """`more` are pages of other modules."""
         self._config = config
         self._workers = workers
         self._questions = questions
@@ -83,6 +87,7 @@ class AdminServer:
                 web.get("/readyz", self._get_readyz),
                 web.get("/workers", self._get_workers),
                 web.get("/config", self._get_config),
+                *more,
             ]
         )
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -128,6 +133,7 @@ class AdminServer:
                 _describe(worker, worker in usable)
                 | {
                     "stale": stale or worker.vanished,
+                    "added_by": "admin" if self._questions.is_added(worker.id) else "discovery",
                     "known_to_gateway": self._known_to_gateway(worker),
                     "kv": self._describe_kv(worker),
                 }

@@ -102,7 +102,7 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
             "live",
             "discovery.",
             "introspection_retry_secs introspection_interval_secs generating_check_secs "
-            "mass_removal_hold_secs",
+            "mass_removal_hold_secs runtime_workers_max",
         ),
         **_keys("live", "workers.", "api_key api_key_file forward_api_key ca_file"),
         **_keys(

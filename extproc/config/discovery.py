@@ -274,6 +274,16 @@ class DiscoveryConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 30 * SECONDS
 
+    runtime_workers_max: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10_000,
+            description="Most workers that can be added over the admin port while the service "
+            "runs, see [runtime-workers.md](runtime-workers.md). 0 switches that off.",
+        ),
+    ] = 64
+
     @property
     def cluster(self) -> ClusterSection | None:
         """The section of the backend, if that is a Kubernetes cluster."""

@@ -195,6 +195,10 @@ WORKERS_DRAINING = _requests.gauge(
     "extproc_workers_draining",
     "Workers that get no new requests because discovery says that they are about to leave.",
 )
+RUNTIME_WORKERS = _requests.gauge(
+    "extproc_runtime_workers",
+    "Workers in use that were added over the admin port of this replica.",
+)
 WORKERS_STALE = _requests.gauge(
     "extproc_workers_stale",
     "Workers in use that discovery does not confirm now: it names them no longer, or it cannot be "

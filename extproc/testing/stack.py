@@ -217,6 +217,8 @@ class Stack:
         self.config_file = folder / "extproc.yaml"
         self._bootstrap_file = folder / "envoy.yaml"
         server, envoy = self.config["server"], self.config["envoy"]
+        # Sent to the admin server, if that asks for a token.
+        self._admin_token = os.environ.get(server.get("admin_token_env", ""), "")
         self.url = f"http://127.0.0.1:{envoy['port']}"
         self.admin_url = f"http://127.0.0.1:{server['admin_port']}"
         self.envoy_admin_url = f"http://127.0.0.1:{envoy['admin_port']}"
@@ -237,8 +239,18 @@ class Stack:
 
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[aiohttp.ClientSession]:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+        headers = {"authorization": f"Bearer {self._admin_token}"} if self._admin_token else {}
+        timeout = aiohttp.ClientTimeout(total=5)
+        async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
             yield session
+
+    async def admin(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
+        """Status and JSON of an answer of the admin server."""
+        async with (
+            self._http() as session,
+            session.request(method, f"{self.admin_url}{path}", **options) as answer,
+        ):
+            return answer.status, await answer.json()
 
     async def answers(self, url: str, status: int = 200, text: str = "") -> bool:
         try:

@@ -1,12 +1,12 @@
 """The workers: which are registered, their models and roles, their health and their load.
 
 Begin with `registry`, which routing reads, and `manager`, which fills it: `source` delivers
-discovery's events, `source_health` says whether they are current, `introspection` asks the engines,
-`membership` registers, changes and removes workers, `vanished` holds those that were lost from
-sight, and each `observer` is notified. A `worker` has a `circuit_breaker`, `pool_faults` tells a
-worker's fault from a request's, open `tickets` count its requests, and `rank_load` estimates the
-load of one of its ranks. Only `introspection_client` and `prefill_client` import aiohttp;
-`engine_calls` has their protocols.
+discovery's events, `runtime_workers` adds those of operators, `source_health` says whether they are
+current, `introspection` asks the engines, `membership` registers, changes and removes workers,
+`vanished` holds those that were lost from sight, and each `observer` is notified. A `worker` has a
+`circuit_breaker`, `pool_faults` tells a worker's fault from a request's, open `tickets` count its
+requests, and `rank_load` estimates the load of one of its ranks. Only `introspection_client` and
+`prefill_client` import aiohttp; `engine_calls` has their protocols.
 """
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "rank_load",
     "registry",
     "resolver",
+    "runtime_workers",
     "source",
     "source_health",
     "tickets",

@@ -64,6 +64,11 @@ def test_workers_are_counted_by_model_and_role(model: str, role: str, count: int
     assert routing.metric("extproc_workers", model=model, role=role) == count
 
 
+def test_workers_that_an_operator_added_are_counted() -> None:
+    routing = watched(make_fleet([make_worker(A), make_worker(B, id=f"runtime/{B}", order=1)]))
+    assert routing.metric("extproc_runtime_workers") == 1
+
+
 def test_two_workers_at_one_url_share_their_series() -> None:
     routing = watched(
         make_fleet([make_worker(A, id="old-pod"), make_worker(A, id="new-pod", order=1)])
