@@ -41,7 +41,7 @@ from extproc.workers.engine_calls import PrefillClient
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source_health import SourceHealth
 from extproc.workers.tickets import Tickets
-from extproc.workers.worker import KvEvents, Role, Worker, WorkerSpec
+from extproc.workers.worker import Engine, KvEvents, Role, Worker, WorkerSpec
 from tests.fakes import FakeClock, NoPrefillClient, NoRanks
 
 __all__ = [
@@ -70,6 +70,7 @@ def make_spec(
     model_ids: Sequence[str] = (),
     bootstrap_port: int | None = None,
     kv_events: KvEvents | None = None,
+    engine: Engine | None = None,
 ) -> WorkerSpec:
     """A spec as discovery gives it: no model unless said; the id is the URL."""
     parsed = parse_worker_url(url)
@@ -80,6 +81,7 @@ def make_spec(
         model_ids=tuple(model_ids),
         bootstrap_port=bootstrap_port,
         kv_events=kv_events,
+        engine=engine,
     )
 
 
@@ -95,9 +97,10 @@ def make_worker(
     in_flight: int = 0,
     resolved: bool = True,
     kv_events: KvEvents | None = None,
+    engine: Engine | None = None,
 ) -> Worker:
     """A worker of model `m` whose address is its URL's host and port."""
-    spec = make_spec(url, id=id, role=role, model_ids=model_ids, kv_events=kv_events)
+    spec = make_spec(url, id=id, role=role, model_ids=model_ids, kv_events=kv_events, engine=engine)
     worker = Worker(
         spec,
         order=order,

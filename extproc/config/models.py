@@ -224,8 +224,9 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     kv_events: Annotated[
         list[KvEventsConfig],
         Meta(
-            description="Where workers publish KV events if they do not report it in "
-            "`/server_info` (vLLM). What a worker reports itself takes precedence."
+            description="Where workers publish KV events if they do not report it: SGLang in "
+            "`/server_info`, vLLM from 0.32 on in `/kv_event_sources`. SGLang's own report takes "
+            "precedence, this key takes precedence over vLLM's."
         ),
     ] = field(default_factory=list)
     pd: Annotated[

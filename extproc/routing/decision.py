@@ -16,7 +16,8 @@ class Decision(Struct, frozen=True, kw_only=True):
     streams. `first_byte_timeout_ms` bounds the time to the response headers of each attempt; 0
     means no other bound. `cached_tokens` of `total_tokens` are confirmed to be held by the chosen
     rank; both are 0 where that is not known. `body_members` are JSON members, `"name":value`, that
-    the engine must find in the body. With `retry_busy` the gateway may try the next destination
+    the engine must find in the body, and `rank_header` is the data-parallel rank for an engine that
+    reads it from a header. With `retry_busy` the gateway may try the next destination
     after a 503 or 429, too.
 
     `decode_order` is set instead of `destinations` where a second pass picks the decode worker.
@@ -33,6 +34,7 @@ class Decision(Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     total_tokens: int = 0
     body_members: bytes = b""
+    rank_header: int | None = None
     retry_busy: bool = False
     first_byte_timeout_ms: int = 0
     decode_order: str = ""

@@ -56,12 +56,21 @@ class Dispatch:
     ) -> Lease:
         """Claim the chosen worker; the others of `candidates` may serve instead."""
         worker, policy, reason, placed, dp_rank = chosen
-        members = b""
-        if dp_rank is not None and request.body:
-            members = b'"routed_dp_rank":%d' % dp_rank
-            # The body is the same for all destinations, so each must have that rank.
+        members, rank_header = b"", None
+        if dp_rank is not None and (request.body or worker.spec.engine == "vllm"):
+            in_header = worker.spec.engine == "vllm"
+            if in_header:
+                rank_header = dp_rank
+            else:
+                members = b'"routed_dp_rank":%d' % dp_rank
+            # The request is the same for all destinations, so each must have that rank, and read
+            # it from the same place.
             of = self._claims.ranks.of
-            candidates = [other for other in candidates if dp_rank < len(of(other))]
+            candidates = [
+                other
+                for other in candidates
+                if dp_rank < len(of(other)) and (other.spec.engine == "vllm") is in_header
+            ]
         named = [worker, *self._fallbacks(worker, candidates)]
         decision = Decision(
             model=model,
@@ -73,6 +82,7 @@ class Dispatch:
             cached_tokens=placed.cached_tokens if placed is not None else 0,
             total_tokens=placed.total_tokens if placed is not None else 0,
             body_members=members,
+            rank_header=rank_header,
             retry_busy=self._retry_busy and len(named) > 1 and worker.role == "plain",
             first_byte_timeout_ms=self._first_byte_ms.get(model, 0) if request.stream else 0,
         )

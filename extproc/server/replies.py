@@ -123,6 +123,7 @@ class ReplyBuilder:
             decision.timeout_ms,
             in_body,
             bool(decision.body_members),
+            decision.rank_header,
             decision.retry_busy,
             decision.first_byte_timeout_ms,
         )
@@ -167,6 +168,8 @@ class ReplyBuilder:
             pairs.append((AUTHORIZATION_HEADER, self._authorization))
         if request_id is not None:
             pairs.append((REQUEST_ID_HEADER, request_id))
+        if decision.rank_header is not None:
+            pairs.append((DATA_PARALLEL_RANK_HEADER, str(decision.rank_header)))
         common = pb.CommonResponse(header_mutation=_set_headers(pairs), clear_route_cache=True)
         if decision.body_members:
             # Otherwise a client could contradict the body, where the gateway does not strip it.

@@ -57,12 +57,16 @@ class ConfiguredModels:
         return models[0].circuit_breaker
 
     def complete(self, spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
-        """The spec with the answer, and with the configured KV events if it named no others."""
+        """The spec with the answer, and with the configured KV events if it named no others.
+
+        What is configured for vLLM counts more: its own answer is new, and the configuration may
+        know of ports that are mapped.
+        """
         if spec.kv_events is not None and spec.kv_events == self._kv_events(spec):
             # Those of the models it served so far: they may not hold for its models now.
             spec = msgspec.structs.replace(spec, kv_events=None)
         spec = apply_introspection(spec, answer)
-        if spec.kv_events is not None:
+        if spec.kv_events is not None and not (spec.engine == "vllm" and self._kv_events(spec)):
             return spec
         return msgspec.structs.replace(spec, kv_events=self._kv_events(spec))
 

@@ -47,7 +47,7 @@ class IntrospectionClient(Protocol):
     """Reads what an engine says about itself."""
 
     async def get(self, url: WorkerUrl, path: str, timeout_seconds: float) -> EngineAnswer:
-        """Send a GET request; raises EngineUnreachableError."""
+        """Send a GET request; raises EngineUnreachableError, EngineTimeoutError."""
         ...
 
 

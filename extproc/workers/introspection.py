@@ -1,6 +1,7 @@
 """Asks a worker about itself: its model, its role, and where it publishes KV events.
 
-SGLang answers `/server_info`. An engine without it (vLLM) is asked for `/v1/models` instead.
+SGLang answers `/server_info`. An engine without it (vLLM) is asked for `/v1/models` instead, and
+for more in `vllm_answers`.
 The worker's own answer counts more than what discovery says. No answer fails a registration: a
 worker without a usable answer is registered without a model, and is asked again later.
 """
@@ -15,11 +16,13 @@ from extproc.errors import ServiceError
 from extproc.worker_url import WorkerUrl
 from extproc.workers.engine_calls import (
     EngineAnswer,
+    EngineTimeoutError,
     EngineUnreachableError,
     IntrospectionClient,
 )
 from extproc.workers.kv_announcement import read_kv_events
-from extproc.workers.worker import KvEvents, Role, WorkerSpec
+from extproc.workers.vllm_answers import is_vllm, vllm_kv_events
+from extproc.workers.worker import Engine, KvEvents, Role, WorkerSpec
 
 __all__ = ["Introspection", "IntrospectionWarning", "apply_introspection", "introspect"]
 
@@ -44,6 +47,8 @@ class _ServerInfo(Struct):
     disaggregation_bootstrap_port: msgspec.Raw = _NULL
     kv_events: msgspec.Raw = _NULL
     speculative_algorithm: msgspec.Raw = _NULL
+    # Only vLLM has it, in its development mode.
+    vllm_config: msgspec.Raw = _NULL
 
 
 class _ModelCard(Struct):
@@ -59,10 +64,10 @@ class Introspection(Struct, frozen=True, kw_only=True):
 
     `role` is None if the answer does not have it. `problem` says why there is no usable answer, and
     `kv_problem` why its KV events cannot be used; both are empty if all is well. `unanswered` is
-    set if the worker refused the
-    connection, or was silent.
+    set if the worker refused the connection, or was silent. `engine` is None if it is not known.
     """
 
+    engine: Engine | None = None
     model_ids: tuple[str, ...] = ()
     role: Role | None = None
     bootstrap_port: int | None = None
@@ -74,26 +79,44 @@ class Introspection(Struct, frozen=True, kw_only=True):
 
 
 class _NoAnswerError(ServiceError):
-    """Every attempt ended in a network error or a 5xx, the last one as `silent` says."""
+    """Every attempt ended in a network error or a 5xx, the last one as `silent` says.
 
-    def __init__(self, problem: str, *, silent: bool) -> None:
+    `late` is set if the worker did not answer in time.
+    """
+
+    def __init__(self, problem: str, *, silent: bool, late: bool) -> None:
         super().__init__(problem)
         self.silent = silent
+        self.late = late
 
 
 async def introspect(
-    client: IntrospectionClient, url: WorkerUrl, clock: Clock, attempts: int, *, ranks_max: int
+    client: IntrospectionClient,
+    url: WorkerUrl,
+    clock: Clock,
+    attempts: int,
+    *,
+    ranks_max: int,
+    known: WorkerSpec | None = None,
 ) -> Introspection:
     """Ask a worker about itself; after a network error or a 5xx again, up to `attempts` times.
 
-    The KV events of more than `ranks_max` data-parallel ranks cannot be used. Without a usable
-    answer, `problem` of the result says why.
+    The KV events of more than `ranks_max` data-parallel ranks cannot be used. `known` is what is
+    known of the worker, so that an engine is asked what it can answer. Without a usable answer,
+    `problem` of the result says why.
     """
+    asked = _Asked(client, url, clock, attempts, ranks_max, known)
+    engine = None if known is None else known.engine
     try:
-        answer = await _get(client, url, "/server_info", clock, attempts)
+        if engine == "vllm" and (found := await _from_vllm(asked)) is not None:
+            return found
+        answer = await asked.get("/server_info")
         if answer.status in (404, 405):
-            return await _from_model_list(client, url, clock, attempts)
+            return await _from_model_list(asked)
     except _NoAnswerError as error:
+        # In its development mode, vLLM answers /server_info for the first time after many seconds.
+        if engine is None and error.late and (found := await _from_vllm(asked.once())) is not None:
+            return found
         return Introspection(problem=str(error), unanswered=error.silent)
     if answer.status != 200:
         return Introspection(problem=f"/server_info answered {answer.status}")
@@ -102,33 +125,62 @@ async def introspect(
         info = msgspec.json.decode(answer.body, type=_ServerInfo)
     except _NOT_DECODABLE:
         return Introspection(problem="/server_info is not a JSON object")
+    if info.vllm_config != _NULL:
+        try:
+            return await _from_model_list(asked)
+        except _NoAnswerError as error:
+            return Introspection(problem=str(error), unanswered=error.silent)
     return _with_kv_events(_read(info), info, url, ranks_max)
 
 
-async def _get(
-    client: IntrospectionClient, url: WorkerUrl, path: str, clock: Clock, attempts: int
-) -> EngineAnswer:
-    """The first answer below 500; raises _NoAnswerError after the last attempt."""
-    wait_seconds, silent = _FIRST_WAIT_SECONDS, False
-    for attempt in range(attempts):
-        if attempt:
-            await clock.sleep(wait_seconds)
-            wait_seconds *= 2
-        try:
-            answer = await client.get(url, path, _TIMEOUT_SECONDS)
-        except EngineUnreachableError as error:
-            problem, silent = f"{path}: {error}", True
-            continue
-        if answer.status < 500:
-            return answer
-        problem, silent = f"{path} answered {answer.status}", False
-    raise _NoAnswerError(problem, silent=silent)
+class _Asked(Struct, frozen=True):
+    """A worker that is being asked; see introspect."""
+
+    client: IntrospectionClient
+    url: WorkerUrl
+    clock: Clock
+    attempts: int
+    ranks_max: int
+    known: WorkerSpec | None
+
+    def once(self) -> "_Asked":
+        return msgspec.structs.replace(self, attempts=1)
+
+    async def get(self, path: str) -> EngineAnswer:
+        """The first answer below 500; raises _NoAnswerError after the last attempt."""
+        wait_seconds, silent, late = _FIRST_WAIT_SECONDS, False, False
+        for attempt in range(self.attempts):
+            if attempt:
+                await self.clock.sleep(wait_seconds)
+                wait_seconds *= 2
+            try:
+                answer = await self.client.get(self.url, path, _TIMEOUT_SECONDS)
+            except EngineUnreachableError as error:
+                problem, silent = f"{path}: {error}", True
+                late = isinstance(error, EngineTimeoutError)
+                continue
+            if answer.status < 500:
+                return answer
+            problem, silent, late = f"{path} answered {answer.status}", False, False
+        raise _NoAnswerError(problem, silent=silent, late=late)
 
 
-async def _from_model_list(
-    client: IntrospectionClient, url: WorkerUrl, clock: Clock, attempts: int
-) -> Introspection:
-    answer = await _get(client, url, "/v1/models", clock, attempts)
+async def _from_vllm(asked: _Asked) -> Introspection | None:
+    """What vLLM says; None if it is not vLLM, or does not answer."""
+    try:
+        answer = await asked.get("/v1/models")
+    except _NoAnswerError:
+        return None
+    if answer.status != 200 or not is_vllm(answer.body):
+        return None
+    return await _read_model_list(asked, answer)
+
+
+async def _from_model_list(asked: _Asked) -> Introspection:
+    return await _read_model_list(asked, await asked.get("/v1/models"))
+
+
+async def _read_model_list(asked: _Asked, answer: EngineAnswer) -> Introspection:
     if answer.status != 200:
         return Introspection(problem=f"no /server_info, and /v1/models answered {answer.status}")
     try:
@@ -136,7 +188,18 @@ async def _from_model_list(
     except _NOT_DECODABLE:
         return Introspection(problem="no /server_info, and /v1/models is not a list of models")
     names = [card.id for card in models.data if _is_name(card.id)]
-    return Introspection(model_ids=tuple(names[:_MODELS_MAX]))
+    found = Introspection(model_ids=tuple(names[:_MODELS_MAX]))
+    if not is_vllm(answer.body):
+        return found
+    found = msgspec.structs.replace(found, engine="vllm")
+    known = None if asked.known is None else asked.known.kv_events
+    try:
+        events = await vllm_kv_events(asked.once().get, asked.url, asked.ranks_max, known)
+    except _NoAnswerError:
+        return found
+    except ValueError as error:
+        return msgspec.structs.replace(found, kv_problem=str(error))
+    return msgspec.structs.replace(found, kv_events=events)
 
 
 def _is_name(value: Any) -> bool:
@@ -179,6 +242,8 @@ def _read(info: _ServerInfo) -> Introspection:
 def _with_kv_events(
     answer: Introspection, info: _ServerInfo, url: WorkerUrl, ranks_max: int
 ) -> Introspection:
+    if answer.model_ids:
+        answer = msgspec.structs.replace(answer, engine="sglang")
     algorithm = _value(info.speculative_algorithm)
     try:
         found = read_kv_events(_value(info.kv_events), algorithm, url, ranks_max)
@@ -204,4 +269,5 @@ def apply_introspection(spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
         bootstrap_port=bootstrap_port,
         kv_events=answer.kv_events or spec.kv_events,
         role_is_configured=spec.role_is_configured,
+        engine=answer.engine or spec.engine,
     )

@@ -7,7 +7,7 @@ from typing import Self
 import aiohttp
 
 from extproc.worker_url import WorkerUrl
-from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError
+from extproc.workers.engine_calls import EngineAnswer, EngineTimeoutError, EngineUnreachableError
 
 __all__ = ["AiohttpIntrospectionClient"]
 
@@ -63,5 +63,7 @@ class AiohttpIntrospectionClient:
                     if len(body) > _ANSWER_MAX_BYTES:
                         raise EngineUnreachableError("the answer is too large")
                 return EngineAnswer(response.status, bytes(body))
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        except TimeoutError as error:
+            raise EngineTimeoutError("no answer in time") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise EngineUnreachableError(str(error) or type(error).__name__) from error

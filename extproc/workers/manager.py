@@ -292,6 +292,7 @@ class WorkerManager:
                 self._clock,
                 attempts,
                 ranks_max=self._settings.ranks_max,
+                known=spec,
             )
         except Exception as error:
             _log.exception("introspection_failed", worker=str(spec.url))

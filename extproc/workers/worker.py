@@ -8,9 +8,10 @@ from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.pace import Pace
 
-__all__ = ["KvEvents", "Role", "Worker", "WorkerSpec"]
+__all__ = ["Engine", "KvEvents", "Role", "Worker", "WorkerSpec"]
 
 Role = Literal["plain", "prefill", "decode"]
+Engine = Literal["sglang", "vllm"]
 
 
 class KvEvents(Struct, frozen=True, kw_only=True):
@@ -37,6 +38,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     `id` is unique: the URL for static workers, for example the uid of a pod for others, so that
     a new engine at an old address does not inherit the breaker of the old one.
     `role_is_configured` is set where the configuration names the role, whatever the worker says.
+    `engine` is None until the worker has said it.
     """
 
     id: str
@@ -46,6 +48,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     bootstrap_port: int | None = None
     kv_events: KvEvents | None = None
     role_is_configured: bool = False
+    engine: Engine | None = None
 
 
 class Worker:

@@ -84,3 +84,23 @@ async def test_a_body_that_was_not_sent_is_left_unchanged() -> None:
         await envoy.send(request_headers(mode="NONE"))
         assert destination(await envoy.reply()) == "10.0.0.1:8000"
         await envoy.no_reply()
+
+
+class TellingByHeader(Service):
+    """A service whose decisions tell the engine a rank in a header."""
+
+    async def route(self, request: Request) -> Lease | Pair:
+        lease = await super().route(request)
+        lease.decision = msgspec.structs.replace(lease.decision, rank_header=len(request.body) % 7)
+        return lease
+
+
+async def test_a_rank_for_an_engine_that_reads_headers_is_set_as_a_header() -> None:
+    async with serving(TellingByHeader(["m"], 1)) as service:
+        for pad in ("", "x", "xx"):
+            body = llm_body(pad=pad)
+            async with stream(service) as envoy:
+                await envoy.send(request_headers(mode="BUFFERED"), request_body(body))
+                _, reply = await envoy.replies(2)
+                assert set_headers(reply)["x-data-parallel-rank"] == str(len(body) % 7)
+                assert not reply.request_body.response.body_mutation.body

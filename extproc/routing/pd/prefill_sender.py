@@ -20,6 +20,7 @@ from extproc.routing.pd.handoff import (
 from extproc.routing.pd.prefill_leg import LegParts, PrefillLeg
 from extproc.routing.pd.settings import PdSettings
 from extproc.routing.request import ClientHeaders, Request
+from extproc.steering import DATA_PARALLEL_RANK_HEADER
 from extproc.workers.engine_calls import (
     EngineUnreachableError,
     PrefillCall,
@@ -87,7 +88,8 @@ class PrefillSender:
             leg = PrefillLeg(self._leg_parts, model, claim, now, request_id=client.request_id)
             try:
                 body = with_members(request.body, members)
-                leg.call = await self._post(chosen.worker, client.path, headers, body, waits)
+                sent = headers + _rank_headers(chosen)
+                leg.call = await self._post(chosen.worker, client.path, sent, body, waits)
             except PrefillClientOverloadedError:
                 leg.cancel()
                 raise service_overloaded() from None
@@ -128,6 +130,13 @@ class PrefillSender:
         if authorization is not None:
             headers.append((AUTHORIZATION_HEADER, authorization))
         return headers
+
+
+def _rank_headers(chosen: Chosen) -> list[tuple[str, str]]:
+    """The rank for an engine that reads it from a header; SGLang has it from the bootstrap room."""
+    if chosen.dp_rank is None or chosen.worker.spec.engine != "vllm":
+        return []
+    return [(DATA_PARALLEL_RANK_HEADER, str(chosen.dp_rank))]
 
 
 def _rooms(chosen: Chosen, prompts: int | None) -> bytes:

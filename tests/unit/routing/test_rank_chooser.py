@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from extproc.config.models import PolicyName
 from extproc.errors import RouterError
 from extproc.tokenization.bodies.prompts import Prompt
 from extproc.tokenization.encoder import Encoded
-from extproc.workers.worker import KvEvents
+from extproc.workers.worker import Engine, KvEvents
 from tests.builders import PAGE, ByteEncoder, Fleet, make_worker, routing_settings
 
 A, B = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
@@ -41,12 +42,13 @@ async def make_fleet(
     dp_size: int = 1,
     destinations_max: int = 3,
     encoder: ByteEncoder | None = None,
+    engines: Sequence[Engine | None] = (),
 ) -> Fleet:
     # The ports are closed: the test says which pages a rank holds.
     events = KvEvents(host="127.0.0.1", port=1, block_size=PAGE, dp_size=dp_size)
     workers = [
-        make_worker(url, order=order, kv_events=events if dp_size > 1 else None)
-        for order, url in enumerate(urls)
+        make_worker(url, order=order, kv_events=events if dp_size > 1 else None, engine=engine)
+        for order, (url, engine) in enumerate(zip_longest(urls, engines))
     ]
     return Fleet(
         workers,
@@ -189,6 +191,23 @@ async def test_the_body_names_the_rank_only_for_engines_with_several(fleet: Make
     assert (await pool.send(b"")).decision.body_members == b""
     single = await fleet()
     assert (await single.complete(TEXT)).decision.body_members == b""
+
+
+async def test_vllm_reads_the_rank_from_a_header(fleet: MakeFleet) -> None:
+    pool = await fleet(dp_size=3, engines=("vllm", "vllm"))
+    pool.hold(TEXT, 1, dp_rank=2)
+    decision = (await pool.complete(TEXT)).decision
+    assert (decision.body_members, decision.rank_header) == (b"", 2)
+    assert decision.destinations == ("10.0.0.2:8000", "10.0.0.1:8000")
+
+
+async def test_fallbacks_read_the_rank_from_the_same_place(fleet: MakeFleet) -> None:
+    pool = await fleet(dp_size=3, engines=("vllm", "sglang"))
+    for chosen, place in ((1, (b'"routed_dp_rank":2', None)), (0, (b"", 2))):
+        pool.hold(TEXT + "x" * chosen, chosen, dp_rank=2)
+        decision = (await pool.complete(TEXT + "x" * chosen)).decision
+        assert (decision.body_members, decision.rank_header) == place
+        assert decision.destinations == (pool.workers[chosen].address,)
 
 
 async def test_fallbacks_have_the_rank_that_the_body_names(fleet: MakeFleet) -> None:

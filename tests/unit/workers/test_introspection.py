@@ -116,7 +116,7 @@ async def test_unknown_fields_are_ignored() -> None:
             "served_model_name": "m",
         }
     )
-    assert found == Introspection(model_ids=("m",))
+    assert found == Introspection(model_ids=("m",), engine="sglang")
 
 
 async def test_fields_missing_in_the_answer_stay_as_discovery_had_them() -> None:
@@ -196,7 +196,7 @@ async def test_a_worker_that_answers_a_later_attempt_is_used() -> None:
         client.info("m"),
     )
     found = await ask(client, clock)
-    assert found == Introspection(model_ids=("m",))
+    assert found == Introspection(model_ids=("m",), engine="sglang")
     assert clock.slept == pytest.approx([0.1, 0.2])
 
 

@@ -1,0 +1,176 @@
+"""How vLLM is recognised and read: models, publishers of KV events, size of blocks."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from extproc.worker_url import parse_worker_url
+from extproc.workers.engine_calls import EngineAnswer, EngineTimeoutError
+from extproc.workers.introspection import Introspection, introspect
+from extproc.workers.worker import KvEvents, WorkerSpec
+from tests.builders import make_spec
+from tests.fakes import FakeClock, FakeEngineClient
+
+URL = "http://10.0.0.1:8000"
+MODELS = {
+    "object": "list",
+    "data": [{"id": "m", "object": "model", "owned_by": "vllm", "root": "org/m", "parent": None}],
+}
+METRICS = b"""# HELP vllm:num_requests_running Number of requests.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="32",cache_dtype="auto",engine="0",name="a\\"b"} 1.0
+"""
+
+
+def source(port: int, replay: int | None = None, topic: str = "", **fields: Any) -> dict[str, Any]:
+    """A publisher as vLLM names it."""
+    return {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": f"tcp://*:{port}",
+        "replay_endpoint": None if replay is None else f"tcp://*:{replay}",
+        "buffer_steps": 10_000,
+        "topic": topic,
+    } | fields
+
+
+def engine(sources: Any = None, metrics: bytes | None = METRICS) -> FakeEngineClient:
+    """A vLLM engine: `sources` by rank, None for one that is too old to say."""
+    client = FakeEngineClient()
+    client.script(URL, "/server_info", EngineAnswer(404, b'{"detail":"Not Found"}'))
+    client.script(URL, "/v1/models", EngineAnswer(200, json.dumps(MODELS).encode()))
+    status = 404 if sources is None else 200
+    body = sources if isinstance(sources, bytes) else json.dumps(sources).encode()
+    client.script(URL, "/kv_event_sources", EngineAnswer(status, body))
+    client.script(URL, "/metrics", EngineAnswer(404 if metrics is None else 200, metrics or b""))
+    return client
+
+
+async def ask(client: FakeEngineClient, known: WorkerSpec | None = None) -> Introspection:
+    clock = FakeClock()
+    work = introspect(client, parse_worker_url(URL), clock, 3, ranks_max=64, known=known)
+    task = asyncio.create_task(work)
+    await clock.advance(60.0)
+    return await task
+
+
+async def test_its_events_are_found_without_configuration() -> None:
+    found = await ask(engine({"0": source(5557, 5558, "kv")}))
+    assert (found.engine, found.model_ids, found.problem) == ("vllm", ("m",), "")
+    assert found.kv_events == KvEvents(
+        host="10.0.0.1", port=5557, block_size=32, topic="kv", replay_port=5558
+    )
+
+
+async def test_ranks_use_ports_in_a_row() -> None:
+    found = await ask(engine({"1": source(5558, 6001), "0": source(5557, 6000)}))
+    assert found.kv_events is not None
+    events = found.kv_events
+    assert (events.dp_size, events.port, events.replay_port) == (2, 5557, 6000)
+
+
+async def test_a_server_of_one_rank_of_several_has_its_own_port() -> None:
+    found = await ask(engine({"3": source(5560)}))
+    assert found.kv_events is not None
+    assert (found.kv_events.dp_size, found.kv_events.port) == (1, 5560)
+
+
+@pytest.mark.parametrize("sources", [None, {}, b"null"])
+async def test_an_engine_that_names_no_publishers_is_used_without(sources: Any) -> None:
+    found = await ask(engine(sources))
+    assert (found.engine, found.model_ids, found.kv_events) == ("vllm", ("m",), None)
+    assert bool(found.kv_problem) is (sources == b"null")
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        b"[]",
+        b"\xff",
+        {"x": source(1)},
+        {"0": {"endpoint": 5}},
+        {"0": source(5557), "1": source(5559)},
+        {"0": source(5557), "1": source(5558, 6000)},
+        {"0": source(5557, topic="a"), "1": source(5558, topic="b")},
+        {"0": source(5557, topic="x" * 257)},
+        {"0": source(5557, endpoint="inproc://cache")},
+        {"0": source(0)},
+        {str(rank): source(5000 + rank) for rank in range(65)},
+    ],
+)
+async def test_publishers_that_cannot_be_used_are_a_problem_of_events_alone(sources: Any) -> None:
+    found = await ask(engine(sources))
+    assert (found.model_ids, found.problem, found.kv_events) == (("m",), "", None)
+    assert "/kv_event_sources" in found.kv_problem
+
+
+async def test_an_answer_never_names_the_host() -> None:
+    found = await ask(engine({"0": source(1, endpoint="tcp://evil.example:5557")}))
+    assert found.kv_events is not None
+    assert found.kv_events.host == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        None,
+        b"",
+        b"\xff\xfe",
+        b'\nvllm:cache_config_info{block_size="None"} 1.0\n',
+        b'\nvllm:cache_config_info{block_size="0"} 1.0\n',
+        b'\nvllm:cache_config_info{block_size="32" 1.0\n',
+        b'\nvllm:cache_config_info{block_size="9999999"} 1.0\n',
+    ],
+)
+async def test_without_a_block_size_it_is_the_default(metrics: bytes | None) -> None:
+    found = await ask(engine({"0": source(5557)}, metrics))
+    assert found.kv_events is not None
+    assert found.kv_events.block_size == 16
+
+
+async def test_a_known_engine_is_asked_only_what_can_change() -> None:
+    client = engine({"0": source(5557)})
+    first = await ask(client)
+    spec = make_spec(URL, kv_events=first.kv_events, engine="vllm")
+    client.calls.clear()
+    assert (await ask(client, spec)).kv_events == first.kv_events
+    assert client.asked(URL) == ["/v1/models", "/kv_event_sources"]
+
+
+async def test_an_engine_that_was_replaced_by_another_is_read_anew() -> None:
+    client = FakeEngineClient()
+    client.tell(URL, "m", disaggregation_mode="decode")
+    models = {"data": [{"id": "m", "owned_by": "sglang"}]}
+    client.script(URL, "/v1/models", EngineAnswer(200, json.dumps(models).encode()))
+    found = await ask(client, make_spec(URL, engine="vllm"))
+    assert (found.engine, found.role) == ("sglang", "decode")
+
+
+async def test_the_server_info_of_the_development_mode_is_not_that_of_sglang() -> None:
+    client = engine({"0": source(5557)})
+    info = {"vllm_config": "model='m', …", "vllm_env": {}, "system_env": {}}
+    client.script(URL, "/server_info", EngineAnswer(200, json.dumps(info).encode()))
+    found = await ask(client)
+    assert (found.engine, found.model_ids, found.problem) == ("vllm", ("m",), "")
+    assert found.kv_events is not None
+
+
+async def test_a_first_answer_that_takes_too_long_is_not_needed() -> None:
+    client = engine({"0": source(5557)})
+    client.script(URL, "/server_info", EngineTimeoutError("no answer in time"))
+    found = await ask(client)
+    assert (found.engine, found.model_ids, found.unanswered) == ("vllm", ("m",), False)
+
+
+async def test_an_engine_that_is_silent_on_every_path_is_unanswered() -> None:
+    client = engine()
+    for path in ("/server_info", "/v1/models"):
+        client.script(URL, path, EngineTimeoutError("no answer in time"))
+    found = await ask(client)
+    assert found.unanswered
+    assert found.problem == "/server_info: no answer in time"
