@@ -4,7 +4,6 @@ The existing file stays the source: the merged one is made from it again after e
 either. What cannot be merged without guessing is refused, with the place that has to change.
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -32,6 +31,7 @@ from extproc.envoy_config.merged_parts import (
     split_route,
     widen_windows,
 )
+from extproc.envoy_config.plain_data import dicts_in, list_in, mapping_in, own_copy
 from extproc.errors import ConfigError
 
 __all__ = ["merge_bootstrap", "merge_yaml"]
@@ -75,7 +75,7 @@ def merge_bootstrap(config: Config, existing: object, routes: Sequence[str]) -> 
 
     Raises ConfigError with everything that prevents it.
     """
-    merged: Any = copy.deepcopy(existing)
+    merged = own_copy(existing)
     problems = list(rendering_problems(config))
     if not isinstance(merged, dict) or not isinstance(merged.get("static_resources"), dict):
         problems.append(
@@ -93,7 +93,7 @@ def merge_bootstrap(config: Config, existing: object, routes: Sequence[str]) -> 
         raise ConfigError(problems)
     for manager in managers:
         _add_to_manager(config, manager, [name for name in found if _has(manager, found[name])])
-    for (place,) in found.values():
+    for place in (one for places in found.values() for one in places):
         at = place.host["routes"].index(place.route)
         place.host["routes"][at : at + 1] = split_route(config, place.route)
         if has_decode_pass(config):
@@ -102,18 +102,12 @@ def merge_bootstrap(config: Config, existing: object, routes: Sequence[str]) -> 
     return merged
 
 
-def _dicts(parent: object, key: str) -> list[dict[str, Any]]:
-    """The mappings in a list of `parent`; what has another form is Envoy's to refuse."""
-    found = parent.get(key) if isinstance(parent, dict) else None
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-
-
 def _managers(bootstrap: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The HTTP connection managers of all listeners."""
-    for listener in _dicts(bootstrap["static_resources"], "listeners"):
-        chains = [*_dicts(listener, "filter_chains"), listener.get("default_filter_chain")]
+    for listener in dicts_in(bootstrap["static_resources"], "listeners"):
+        chains = [*dicts_in(listener, "filter_chains"), listener.get("default_filter_chain")]
         for chain in chains:
-            for one in _dicts(chain, "filters"):
+            for one in dicts_in(chain, "filters"):
                 typed_config = one.get("typed_config")
                 if isinstance(typed_config, dict) and _is_type(typed_config, _MANAGER_TYPE):
                     yield typed_config
@@ -125,8 +119,8 @@ def _is_type(typed_config: object, suffix: str) -> bool:
 
 def _routes(bootstrap: dict[str, Any]) -> Iterator[_Place]:
     for manager in _managers(bootstrap):
-        for host in _dicts(manager.get("route_config"), "virtual_hosts"):
-            for route in _dicts(host, "routes"):
+        for host in dicts_in(manager.get("route_config"), "virtual_hosts"):
+            for route in dicts_in(host, "routes"):
                 yield _Place(manager, host, route)
 
 
@@ -150,13 +144,13 @@ def _route_problems(bootstrap: dict[str, Any], name: str, places: list[_Place]) 
             f"--route {name}: no route has this name{among}. Give the route that leads to the "
             "workers a `name`, in a route_config of a listener: routes from RDS cannot be merged"
         )
-    if len(places) > 1:
-        yield f"--route {name}: {len(places)} routes have this name, give each its own"
-    for place in places[:1]:
+    if len(places) > len(_unique(place.manager for place in places)):
+        yield f"--route {name}: several routes of one listener have this name, give each its own"
+    for place in places:
         action = place.route.get("route")
         if not isinstance(action, dict) or not isinstance(place.route.get("match"), dict):
             yield f"--route {name}: the route needs a `match`, and a `route` to a cluster"
-            continue
+            return
         for rewrite in REWRITES:
             if rewrite in action:
                 yield (
@@ -166,7 +160,7 @@ def _route_problems(bootstrap: dict[str, Any], name: str, places: list[_Place]) 
 
 
 def _manager_problems(config: Config, manager: dict[str, Any]) -> Iterator[str]:
-    filters = _dicts(manager, "http_filters")
+    filters = dicts_in(manager, "http_filters")
     prefix = manager.get("stat_prefix")
     if not filters or not _is_type(filters[-1].get("typed_config"), _ROUTER_TYPE):
         yield (
@@ -183,8 +177,8 @@ def _manager_problems(config: Config, manager: dict[str, Any]) -> Iterator[str]:
 
 def _name_problems(config: Config, bootstrap: dict[str, Any]) -> Iterator[str]:
     resources = bootstrap["static_resources"]
-    clusters = {str(one.get("name")) for one in _dicts(resources, "clusters")}
-    listeners = {str(one.get("name")) for one in _dicts(resources, "listeners")}
+    clusters = {str(one.get("name")) for one in dicts_in(resources, "clusters")}
+    listeners = {str(one.get("name")) for one in dicts_in(resources, "listeners")}
     new_listeners = [str(one["name"]) for one in _new_listeners(config)]
     if config.envoy.cluster in clusters:
         yield (
@@ -219,25 +213,25 @@ def _new_listeners(config: Config) -> list[dict[str, Any]]:
 
 
 def _add_to_manager(config: Config, manager: dict[str, Any], names: list[str]) -> None:
-    manager.setdefault("early_header_mutation_extensions", []).append(early_mutation(config))
+    list_in(manager, "early_header_mutation_extensions").append(early_mutation(config))
     widen_windows(config, manager)
     manager["http_filters"][-1:-1] = off_filters(config)
-    replies = manager.setdefault("local_reply_config", {})
+    replies = mapping_in(manager, "local_reply_config")
     # The first mapper that matches is used, and ours match the requests of these routes alone.
-    replies["mappers"] = [*replies_of_routes(config, names), *replies.get("mappers", [])]
+    list_in(replies, "mappers")[:0] = replies_of_routes(config, names)
 
 
 def _add_resources(config: Config, bootstrap: dict[str, Any]) -> None:
     resources = bootstrap["static_resources"]
-    resources.setdefault("clusters", []).extend(_new_clusters(config))
-    resources.setdefault("listeners", []).extend(_new_listeners(config))
+    list_in(resources, "clusters").extend(_new_clusters(config))
+    list_in(resources, "listeners").extend(_new_listeners(config))
     if has_decode_pass(config):
         extension = internal_listener_extension()
-        extensions = bootstrap.setdefault("bootstrap_extensions", [])
-        if extension["name"] not in [one.get("name") for one in extensions]:
-            extensions.append(extension)
+        known = [one.get("name") for one in dicts_in(bootstrap, "bootstrap_extensions")]
+        if extension["name"] not in known:
+            list_in(bootstrap, "bootstrap_extensions").append(extension)
     if config.envoy.endpoints_change:
         # Envoy needs both names to read endpoints, from a file as well.
-        bootstrap["node"] = {"id": NODE, "cluster": NODE, **bootstrap.get("node", {})}
+        bootstrap["node"] = {"id": NODE, "cluster": NODE, **mapping_in(bootstrap, "node")}
     if config.envoy.has_ads:
-        bootstrap.setdefault("dynamic_resources", {})["ads_config"] = ads_resources()
+        mapping_in(bootstrap, "dynamic_resources")["ads_config"] = ads_resources()

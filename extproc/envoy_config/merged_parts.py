@@ -15,6 +15,7 @@ from extproc.config.schema import Config
 from extproc.envoy_config.decompressors import decompressors
 from extproc.envoy_config.listener import buffer_bytes, early_removals, ext_proc_filter
 from extproc.envoy_config.local_replies import local_replies
+from extproc.envoy_config.plain_data import list_in, mapping_in
 from extproc.envoy_config.routes import (
     FAIL_OPEN_PATHS,
     decided_action,
@@ -110,7 +111,7 @@ def early_mutation(config: Config) -> dict[str, Any]:
 
 def widen_windows(config: Config, manager: dict[str, Any]) -> None:
     """Let a body of full size fit into the windows of HTTP/2, where they are smaller."""
-    options = manager.setdefault("http2_protocol_options", {})
+    options = mapping_in(manager, "http2_protocol_options")
     for name in ("initial_stream_window_size", "initial_connection_window_size"):
         options[name] = _at_least(options.get(name), buffer_bytes(config))
 
@@ -175,16 +176,13 @@ def _with(
     given = made.get("request_body_buffer_limit")
     made["request_body_buffer_limit"] = _at_least(given, buffer_bytes(config))
     made.pop("per_request_buffer_limit_bytes", None)
-    removed = [*made.get("response_headers_to_remove", []), *stripped(config)]
-    made["response_headers_to_remove"] = list(dict.fromkeys(removed))
-    made["typed_per_filter_config"] = {
-        **made.get("typed_per_filter_config", {}),
-        **_switched_on(config),
-    }
+    removed = list_in(made, "response_headers_to_remove")
+    removed += [name for name in stripped(config) if name not in removed]
+    mapping_in(made, "typed_per_filter_config").update(_switched_on(config))
     return made
 
 
 def _matching(route: dict[str, Any], name: str, *headers: dict[str, Any]) -> dict[str, Any]:
-    match = route["match"]
-    more = [*match.get("headers", []), *headers]
-    return {**route, "name": name, "match": {**match, "headers": more}}
+    match = {**route["match"]}
+    match["headers"] = [*list_in(match, "headers"), *headers]
+    return {**route, "name": name, "match": match}

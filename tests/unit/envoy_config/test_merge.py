@@ -1,13 +1,16 @@
 """Merging this service into a configuration of Envoy: what changes, what stays, what is refused."""
 
+import contextlib
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from extproc.cli import main
 from extproc.config.loading import load_config
@@ -227,6 +230,49 @@ def test_routes_of_two_listeners_each_get_their_filters() -> None:
         assert list(llm_routes(of))[1:] == [f"{name}-decode-pass", f"{name}-fail-open", name]
 
 
+def test_listeners_that_share_their_routes_by_an_alias_are_both_extended() -> None:
+    text = BEFORE.read_text(encoding="utf-8")
+    text = text.replace("filter_chains:\n", "filter_chains: &chains\n", 1)
+    second = "\n    - {name: second, address: *at, filter_chains: *chains}\n\n  clusters:"
+    text = text.replace(
+        "address:\n        socket_address", "address: &at\n        socket_address", 1
+    )
+    existing = yaml.safe_load(text.replace("\n\n  clusters:", second, 1))
+    first, other, _ = merged(existing)["static_resources"]["listeners"]
+    assert (first["name"], other["name"]) == ("main", "second")
+    assert first["filter_chains"] == other["filter_chains"]
+    of = {"static_resources": {"listeners": [other]}}
+    assert len(manager(of)["http_filters"]) == 3 + len(OURS)
+    assert list(llm_routes(of)) == ["docs", "chat-decode-pass", "chat-fail-open", "chat"]
+
+
+def every_place(data: Any) -> Iterator[tuple[Any, Any]]:
+    """Each value in plain data, as its parent and its key there."""
+    pairs = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in pairs:
+        yield data, key
+        if isinstance(value, dict | list):
+            yield from every_place(value)
+
+
+PLACES = len(list(every_place(before())))
+
+
+@given(
+    place=st.integers(0, PLACES - 1),
+    value=st.sampled_from([None, 5, "text", [], {}, [5], [None], {"name": 7}, True]),
+    ads=st.booleans(),
+)
+def test_a_file_with_a_wrong_part_is_merged_or_refused(place: int, value: Any, ads: bool) -> None:
+    existing = before()
+    existing |= {"node": {}, "dynamic_resources": {}, "bootstrap_extensions": [{}]}
+    parent, key = list(every_place(existing))[place]
+    parent[key] = value
+    envoy = {"endpoints": "ads"} if ads else {}
+    with contextlib.suppress(ConfigError):
+        merge_bootstrap(settings(envoy=envoy), existing, ["chat"])
+
+
 def test_ads_is_added_where_it_is_missing() -> None:
     new = merged(envoy={"endpoints": "ads"})
     assert new["dynamic_resources"]["ads_config"]["grpc_services"]
@@ -255,7 +301,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         lambda old: manager(old).update(rds=manager(old).pop("route_config")),
         "RDS",
     ),
-    "twice": (lambda old: hosts(old)["app"].append(chat(old)), "2 routes have this name"),
+    "twice": (
+        lambda old: hosts(old)["app"].append(chat(old)),
+        "--route chat: several routes of one listener have this name",
+    ),
     "no cluster": (
         lambda old: chat(old).update(redirect=chat(old).pop("route")),
         "--route chat: the route needs a `match`, and a `route`",
