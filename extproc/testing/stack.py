@@ -148,6 +148,10 @@ class ManagedProcess:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    async def ended(self) -> int:
+        """Wait until it has ended by itself or by a signal of others; returns the exit code."""
+        return 0 if self._process is None else await self._process.wait()
+
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Signal, wait, kill the process if it does not end; returns the exit code."""
         process = self._process

@@ -114,13 +114,14 @@ def render(
     more: Mapping[str, Any] | None = None,
     *,
     notes: bool = False,
+    chart: Path = CHART,
 ) -> tuple[Release, str]:
     """The objects and helm's errors; no objects if it refuses the values.
 
     `more` are further values, by their dotted names.
     """
     arguments = ["install", "--dry-run=client"] if notes else ["template"]
-    arguments += ["r", str(CHART), "--namespace", "llm"]
+    arguments += ["r", str(chart), "--namespace", "llm"]
     if values is not None:
         arguments += ["--values", str(values)]
     for name, value in (more or {}).items():

@@ -15,6 +15,7 @@ import yaml
 
 from helm.generate import CHART
 from tests.helm.chart import VALUES_FILES, Release, run_tool
+from tests.helm.earlier import unpack_earlier_chart
 from tests.helm.start import ROOT, commands_in
 
 from .cluster import Cluster
@@ -43,10 +44,16 @@ class Project:
         assert done.returncode != 0, done.stdout
         return done.stderr
 
-    def helm(self, command: str, values: Path, *more: str) -> str:
+    def helm(self, command: str, values: Path, *more: str, chart: Path = CHART) -> str:
         where = ("--kubeconfig", self.kubeconfig, "--namespace", self.name)
-        arguments = ("router", str(CHART), "--values", str(values), *more)
+        arguments = ("router", str(chart), "--values", str(values), *more)
         done = run_tool("helm", *where, command, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def helm_history(self) -> str:
+        where = ("--kubeconfig", self.kubeconfig, "--namespace", self.name)
+        done = run_tool("helm", *where, "history", "router", "--output", "json")
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -135,6 +142,22 @@ def _rights(project: Project, account: str) -> set[str]:
         for line in lines
         if line and not line.startswith(" ")
     }
+
+
+@EVERY
+def test_a_release_of_the_first_chart_can_be_upgraded(
+    project: Project, values: Path, tmp_path: Path
+) -> None:
+    """The API server refuses changes of what is fixed, such as the selector of the pods."""
+    earlier = unpack_earlier_chart(tmp_path)
+    project.helm("install", earlier / "values" / values.name, chart=earlier)
+    before = project.pod()
+    assert "What to check next" in project.helm("upgrade", values)
+    history = json.loads(project.helm_history())
+    assert [one["status"] for one in history] == ["superseded", "deployed"]
+    labels = project.pod()["metadata"]["labels"]
+    for label in ("app.kubernetes.io/name", "app.kubernetes.io/instance"):
+        assert labels[label] == before["metadata"]["labels"][label]
 
 
 def test_an_upgrade_with_a_live_key_leaves_the_pods_alone(project: Project) -> None:

@@ -1,0 +1,16 @@
+"""The chart as it was, from which installations are upgraded: its first version."""
+
+import tarfile
+from pathlib import Path
+from typing import Final
+
+__all__ = ["unpack_earlier_chart"]
+
+_ARCHIVE: Final = Path(__file__).parents[1] / "fixtures" / "chart-0.1.0.tgz"
+
+
+def unpack_earlier_chart(folder: Path) -> Path:
+    """Unpack it into a folder; gives the chart's own, which also has its values files."""
+    with tarfile.open(_ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "llm-extproc"
