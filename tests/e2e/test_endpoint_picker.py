@@ -282,10 +282,14 @@ async def test_a_destination_of_a_client_has_no_effect(start: Start, kind: Kind)
     running = await start(Gateway(kind))
     for index in range(4):
         spoofed = {DESTINATION: "127.0.0.1:1", f"{DESTINATION}-subset": "127.0.0.1:1"}
+        spoofed |= {"x-data-parallel-rank": "3", "x_override_rid": "1"}
         async with running.chat(headers=spoofed, stream=index % 2 == 0) as response:
             body = await response.read()
             assert response.status == 200, body
     assert [stats["completed"] for stats in await running.fleet.stats()] == [2, 2]
+    for request in await running.fleet.requests():
+        names = {name.lower() for name in request["headers"]}
+        assert names.isdisjoint({"x-data-parallel-rank", "x_override_rid"})
 
 
 async def test_a_long_response_outlasts_the_time_limit_of_the_gateways_calls(start: Start) -> None:
