@@ -56,6 +56,8 @@ class SliceReader:
             number=self._port,
         )
         if port is None:
+            if not found.endpoints:  # the slice of a Service without pods has no ports
+                return Reading(shared=True)
             return Reading(problem="port_not_found")
         rank = self._families.index(found.addressType)
         namespace = (found.metadata and found.metadata.namespace) or ""

@@ -248,12 +248,12 @@ async def test_a_slice_that_cannot_be_used_is_warned_of_once(setup: Setup) -> No
     with capture_logs() as logs:
         async with setup.following(setup.slices()):
             # The same again, by a change and by a list.
-            await setup.after(setup.put_slice(ports=None))
+            await setup.after(setup.put_slice(endpoint(), ports=None))
             setup.cluster.end_watches()
             await setup.clock.advance(1.0)
             assert len(logs) == 1
             # It was good for a while.
-            await setup.after(setup.put_slice(), setup.put_slice(ports=None))
+            await setup.after(setup.put_slice(endpoint()), setup.put_slice(endpoint(), ports=None))
             assert len(logs) == 2
     assert logs[0]["event"] == "cluster_object_not_usable"
     assert (logs[0]["name"], logs[0]["reason"]) == ("ns/slice-1", "port_not_found")

@@ -70,6 +70,11 @@ def test_the_port_is_found_by_name_then_by_number(
     assert reading.problem == (None if found else "port_not_found")
 
 
+def test_a_slice_without_pods_has_no_ports_and_is_no_problem() -> None:
+    reading = reader("http", None).read(slice_of(endpoints=None, ports=None))
+    assert (reading.problem, reading.sightings, reading.shared) == (None, (), True)
+
+
 @pytest.mark.parametrize("nothing", [None, []])
 def test_a_slice_without_endpoints_names_no_worker(nothing: Any) -> None:
     assert urls(slice_of(endpoints=nothing)) == []
