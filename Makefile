@@ -14,7 +14,7 @@ SIDE_BY_SIDE := --numprocesses 4 --dist load --maxschedchunk 2
 # Percent of the lines and branches of extproc that unit and protocol tests must reach.
 COVERAGE_FLOOR := 95
 
-.PHONY: venv demo test test-k8s unit fuzz faults cov fmt lint lock wheel newest bench protos docs clean
+.PHONY: venv demo test test-k8s test-gateways unit fuzz faults cov fmt lint lock wheel newest bench protos docs clean
 
 venv: $(VENV)/.dev
 
@@ -64,6 +64,17 @@ test-k8s: $(VENV)/.dev
 	@servers=$$($(SERVERS)/build.sh) && kinds=$$($(SERVERS)/crds.sh) && \
 		KUBERNETES_SERVERS=$$servers KUBERNETES_KINDS=$$kinds $(BIN)/python -m pytest tests/kubernetes $(ARGS) && \
 		echo "ran against:" && $(SERVERS)/build.sh --versions && $(SERVERS)/crds.sh --versions
+
+# The recipe for Envoy Gateway with the real controller, which is built at the first time (five
+# minutes), that API server and the real Envoy, in a network of their own. Then a minute or two.
+GATEWAYS := tests/kubernetes/gateways
+test-gateways: $(VENV)/.dev
+	@servers=$$($(SERVERS)/build.sh) && kinds=$$($(SERVERS)/crds.sh) && \
+		gateway=$$($(GATEWAYS)/envoy-gateway/build.sh) && \
+		KUBERNETES_SERVERS=$$servers KUBERNETES_KINDS=$$kinds ENVOY_GATEWAY=$$gateway \
+			$(GATEWAYS)/isolated $(BIN)/python -m pytest $(GATEWAYS) $(ARGS) && \
+		echo "ran against:" && $(SERVERS)/build.sh --versions && $(SERVERS)/crds.sh --versions && \
+		$(GATEWAYS)/envoy-gateway/build.sh --versions && $(BIN)/envoy --version | sed -n 's/.*version: /Envoy /p'
 
 # For work on the code, in under a minute: tests that start neither Envoy nor the service, without
 # the property tests, which hypothesis marks and `make test` runs.

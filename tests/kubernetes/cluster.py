@@ -6,8 +6,6 @@ import json
 import secrets
 import signal
 import ssl
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -30,7 +28,9 @@ from lightkube.resources.rbac_authorization_v1 import Role, RoleBinding
 from extproc.discovery.kube_api import open_client
 from extproc.testing.stack import free_ports
 
-__all__ = ["Cluster", "Namespace", "eventually"]
+from .programs import Programs
+
+__all__ = ["Cluster", "Namespace", "Objects", "eventually"]
 
 _START_SECONDS: Final = 120.0
 _POLL_SECONDS: Final = 0.1
@@ -56,12 +56,7 @@ class Cluster:
         self._port, etcd, peer = free_ports(3)
         self._etcd_url, self._peer_url = f"http://127.0.0.1:{etcd}", f"http://127.0.0.1:{peer}"
         self._token = secrets.token_hex(16)
-        self._supervisor = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("supervisor.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.programs = Programs(folder)
         self.url = f"https://127.0.0.1:{self._port}"
         self.ca_file = folder / "ca.pem"
 
@@ -72,8 +67,8 @@ class Cluster:
         self.start()
 
     def close(self) -> None:
-        """End both servers."""
-        self._supervisor.communicate()
+        """End both servers, and all other programs."""
+        self.programs.close()
 
     def serving(self) -> ssl.SSLContext:
         """The API server's certificate and key, for a proxy on the same address."""
@@ -113,8 +108,9 @@ class Cluster:
             with suppress(OSError):
                 self.get(path)
                 return
-            assert self._signal(0) is None, self.log("kube-apiserver")
-            assert time.monotonic() < end, self.log("kube-apiserver")
+            log = self.programs.log("kube-apiserver")
+            assert self.programs.ended("kube-apiserver") is None, log
+            assert time.monotonic() < end, log
             time.sleep(_POLL_SECONDS)
 
     def get(self, path: str) -> str:
@@ -132,37 +128,24 @@ class Cluster:
         try:
             yield
         finally:
-            ended = self._tell(signal=signal.SIGKILL, name="endpointslice-controller")
-            assert ended == -signal.SIGKILL, self.log("endpointslice-controller")
+            ended = self.programs.signal("endpointslice-controller", signal.SIGKILL)
+            assert ended == -signal.SIGKILL, self.programs.log("endpointslice-controller")
 
     def kill(self) -> None:
         """End the API server as a crash does."""
-        self._signal(signal.SIGKILL)
+        self.programs.signal("kube-apiserver", signal.SIGKILL)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """The API server keeps its connections and does not answer."""
-        self._signal(signal.SIGSTOP)
+        self.programs.signal("kube-apiserver", signal.SIGSTOP)
         try:
             yield
         finally:
-            self._signal(signal.SIGCONT)
+            self.programs.signal("kube-apiserver", signal.SIGCONT)
 
     def _start(self, name: str, flags: list[str]) -> None:
-        command = [str(self._servers / name), *flags]
-        self._tell(start=name, command=command, log=str(self._folder / f"{name}.log"))
-
-    def _signal(self, number: int) -> int | None:
-        return self._tell(signal=number, name="kube-apiserver")
-
-    def _tell(self, **line: Any) -> int | None:
-        """Returns the exit code of the program, None while it runs."""
-        assert self._supervisor.stdin is not None
-        assert self._supervisor.stdout is not None
-        self._supervisor.stdin.write(json.dumps(line) + "\n")
-        self._supervisor.stdin.flush()
-        ended: int | None = json.loads(self._supervisor.stdout.readline())
-        return ended
+        self.programs.start(name, [str(self._servers / name), *flags])
 
     def _server_flags(self) -> list[str]:
         folder = self._folder
@@ -171,6 +154,8 @@ class Cluster:
             "--bind-address=127.0.0.1",
             f"--secure-port={self._port}",
             "--endpoint-reconciler-type=none",
+            # Without it the server looks for a default route.
+            "--advertise-address=192.0.2.1",
             f"--tls-cert-file={folder / 'server.pem'}",
             f"--tls-private-key-file={folder / 'server.key'}",
             "--authorization-mode=RBAC",
@@ -194,10 +179,6 @@ class Cluster:
             "--unsafe-no-fsync",
         ]
 
-    def log(self, name: str) -> str:
-        """The end of what this program has written."""
-        return (self._folder / f"{name}.log").read_text()[-4000:]
-
     def _write_keys(self) -> None:
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(self.ca_file))
@@ -214,13 +195,40 @@ class Cluster:
         (self._folder / "tokens.csv").write_text(f'{self._token},admin,admin,"system:masters"\n')
 
 
-class Namespace:
+class Objects:
+    """Writes objects into a namespace; the client may do everything."""
+
+    def __init__(self, client: AsyncClient, name: str) -> None:
+        self.client = client
+        self.name = name
+
+    async def put(self, made: Any) -> None:
+        """Create an object, or replace the one of that name."""
+        made.metadata.namespace = self.name
+        try:
+            await self.client.create(made)
+        except httpx2.HTTPStatusError as error:
+            if error.response.status_code != 409:
+                raise
+            await self.client.replace(made)
+
+    async def token_of(self, account: str) -> str:
+        """A token of this service account."""
+        spec = TokenRequestSpec(audiences=["https://kubernetes.test"])
+        found = await self.client.create(
+            ServiceAccountToken(metadata=ObjectMeta(), spec=spec), account, namespace=self.name
+        )
+        assert found.status is not None
+        assert found.status.token is not None
+        return found.status.token
+
+
+class Namespace(Objects):
     """A namespace; `kubeconfig` is that of its service account, with its token in a file."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
+        super().__init__(cluster.admin(), f"test-{next(_names)}-{secrets.token_hex(4)}")
         self.cluster = cluster
-        self.name = f"test-{next(_names)}-{secrets.token_hex(4)}"
-        self.client = cluster.admin()
         self._token_file = folder / "token"
         self._folder = folder
         self.kubeconfig = self.kubeconfig_for(None)
@@ -265,13 +273,7 @@ class Namespace:
         """Make the service account and write a token of it to the file."""
         metadata = ObjectMeta(name=_ACCOUNT, namespace=self.name)
         await self.client.create(ServiceAccount(metadata=metadata))
-        spec = TokenRequestSpec(audiences=["https://kubernetes.test"])
-        found = await self.client.create(
-            ServiceAccountToken(metadata=ObjectMeta(), spec=spec), _ACCOUNT, namespace=self.name
-        )
-        assert found.status is not None
-        assert found.status.token is not None
-        self._token_file.write_text(found.status.token)
+        self._token_file.write_text(await self.token_of(_ACCOUNT))
 
     async def replace_account(self) -> None:
         """Make the account and its token again: the old token is refused from now on."""
@@ -291,13 +293,3 @@ class Namespace:
     async def forbid(self) -> None:
         """Take the role away from the account."""
         await self.client.delete(RoleBinding, _ACCOUNT, namespace=self.name)
-
-    async def put(self, made: Any) -> None:
-        """Create an object, or replace the one of that name."""
-        made.metadata.namespace = self.name
-        try:
-            await self.client.create(made)
-        except httpx2.HTTPStatusError as error:
-            if error.response.status_code != 409:
-                raise
-            await self.client.replace(made)

@@ -14,13 +14,13 @@ from lightkube.resources.core_v1 import Pod
 from lightkube.resources.core_v1 import PodStatus as PodStatusOf
 from lightkube.types import PatchType
 
-from .cluster import Namespace
+from .cluster import Objects
 
 __all__ = ["end_pod", "run_pod", "set_labels", "set_status"]
 
 
 async def run_pod(
-    namespace: Namespace,
+    namespace: Objects,
     n: int,
     labels: dict[str, str] | None = None,
     *,
@@ -53,7 +53,7 @@ async def run_pod(
 
 
 async def set_status(
-    namespace: Namespace, n: int, *, ready: bool, ips: tuple[str, ...] | None = None
+    namespace: Objects, n: int, *, ready: bool, ips: tuple[str, ...] | None = None
 ) -> None:
     """Write what the kubelet says about the pod."""
     ips = ips or (f"10.0.0.{n}",)
@@ -72,7 +72,7 @@ async def set_status(
     )
 
 
-async def set_labels(namespace: Namespace, n: int, **labels: str) -> None:
+async def set_labels(namespace: Objects, n: int, **labels: str) -> None:
     """Give the pod these labels besides its others."""
     await namespace.client.patch(
         Pod,
@@ -83,7 +83,7 @@ async def set_labels(namespace: Namespace, n: int, **labels: str) -> None:
     )
 
 
-async def end_pod(namespace: Namespace, n: int, *, grace_seconds: int) -> None:
+async def end_pod(namespace: Objects, n: int, *, grace_seconds: int) -> None:
     """With a time of grace the pod stays, since no kubelet ends it."""
     await namespace.client.delete(
         Pod, f"pod-{n}", namespace=namespace.name, grace_period=grace_seconds

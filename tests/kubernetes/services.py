@@ -5,12 +5,12 @@ from lightkube.models.core_v1 import NodeSpec, ServicePort, ServiceSpec
 from lightkube.models.meta_v1 import ObjectMeta
 from lightkube.resources.core_v1 import Node, Service
 
-from .cluster import Namespace
+from .cluster import Objects
 
 __all__ = ["make_node", "make_service"]
 
 
-async def make_node(namespace: Namespace) -> None:
+async def make_node(namespace: Objects) -> None:
     """Make the node of all pods, unless it exists: the controller skips pods of unknown nodes."""
     try:
         await namespace.client.create(Node(metadata=ObjectMeta(name="node-1"), spec=NodeSpec()))
@@ -20,7 +20,7 @@ async def make_node(namespace: Namespace) -> None:
 
 
 async def make_service(
-    namespace: Namespace, name: str, labels: dict[str, str], **selector: str
+    namespace: Objects, name: str, labels: dict[str, str], **selector: str
 ) -> None:
     """A headless Service, as engines have; the controller copies its labels to the slices."""
     await namespace.client.create(

@@ -19,30 +19,13 @@ from tests.helm.earlier import unpack_earlier_chart
 from tests.helm.start import ROOT, commands_in
 
 from .cluster import Cluster
+from .kubectl import Kubectl
 
 EVERY: Final = pytest.mark.parametrize("values", VALUES_FILES, ids=lambda path: path.stem)
 
 
-class Project:
+class Project(Kubectl):
     """helm and kubectl in a namespace of the API server."""
-
-    def __init__(self, kubeconfig: str, name: str) -> None:
-        self.kubeconfig = kubeconfig
-        self.name = name
-
-    def kubectl(self, *arguments: str, text: str | None = None) -> str:
-        """The output; fails with what kubectl says."""
-        where = ("--kubeconfig", self.kubeconfig, "--namespace", self.name)
-        done = run_tool("kubectl", *where, *arguments, text=text)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def refusal(self, *arguments: str, text: str) -> str:
-        """What kubectl says about something that is refused."""
-        where = ("--kubeconfig", self.kubeconfig, "--namespace", self.name)
-        done = run_tool("kubectl", *where, *arguments, text=text)
-        assert done.returncode != 0, done.stdout
-        return done.stderr
 
     def helm(self, command: str, values: Path, *more: str, chart: Path = CHART) -> str:
         where = ("--kubeconfig", self.kubeconfig, "--namespace", self.name)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from .cluster import Cluster
-from .test_chart import Project
+from .kubectl import Kubectl
 
 ROOT: Final = Path(__file__).parents[2]
 _YAML_BLOCKS: Final = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -55,7 +55,7 @@ def namespace_of(manifest: dict[str, Any]) -> str:
 
 def try_to_create(cluster: Cluster, manifest: dict[str, Any]) -> None:
     """Has the API server check the object as if it were created."""
-    project = Project(cluster.admin_kubeconfig(), namespace_of(manifest))
+    project = Kubectl(cluster.admin_kubeconfig(), namespace_of(manifest))
     # A namespace of the manifests is there already, for the other objects.
     verb = ["create"]
     if manifest["kind"] == "Namespace":
@@ -67,7 +67,7 @@ def try_to_create(cluster: Cluster, manifest: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def restricted(cluster: Cluster, kinds: None) -> Cluster:
     """The namespaces of all manifests, in which only pods without rights may run."""
-    admin = Project(cluster.admin_kubeconfig(), "default")
+    admin = Kubectl(cluster.admin_kubeconfig(), "default")
     every = itertools.chain.from_iterable(many for _, many in found())
     label = {"pod-security.kubernetes.io/enforce": "restricted"}
     for name in sorted({namespace_of(one) for one in every}):
