@@ -200,6 +200,7 @@ class App(WorkerObserver):
                 self._serve_when_workers_are_known(),
                 self._probe_lag(),
                 self.ranks.indexer.run(),
+                self._parts.polled_load.run(),
             ]
             if self.config.load.release == "estimate":
                 background.append(self.tickets.run_estimates())

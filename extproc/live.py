@@ -31,6 +31,7 @@ from extproc.discovery.static_urls import StaticUrls
 from extproc.encoders import LoadedEncoders, load_encoders
 from extproc.errors import ConfigError
 from extproc.logs import set_log_level
+from extproc.routing.polled_load import PolledLoad
 from extproc.routing.pool_signals import PoolSignals, PoolSources
 from extproc.server.admission_collector import AdmissionCollector
 from extproc.server.certificates import Certificate
@@ -82,6 +83,14 @@ class LiveParts:
         self.kv = build_kv(config, shared, self.manager.recheck)
         self.routing = build_router(
             config, shared, self.kv, encoders, self.prefill_client, self.manager.recheck
+        )
+        self.polled_load = PolledLoad(
+            shared.registry,
+            self.kv.ranks,
+            self.client,
+            shared.clock,
+            shared.random,
+            shared.metrics,
         )
         self.publisher = self._build_publisher()
         self.discovery = None if self.publisher is None else DiscoveryService(self.publisher)

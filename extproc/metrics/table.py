@@ -151,6 +151,18 @@ GENERATING_CHECKS = _requests.counter(
     "Checks whether an engine generates tokens, by outcome; see discovery.generating_check_secs.",
     Label("outcome", {"passed": "", "failed": ""}),
 )
+LOAD_POLLS = _requests.counter(
+    "extproc_load_polls_total",
+    "Questions to vLLM workers for their load, by outcome.",
+    Label(
+        "outcome",
+        {
+            "answered": "",
+            "failed": "no answer within a second",
+            "without_figures": "the page has no numbers of requests; asked less often",
+        },
+    ),
+)
 WORKERS_REFUSED = _requests.counter(
     "extproc_workers_refused_total",
     "Workers that were refused because plain workers cannot be mixed with prefill and decode "

@@ -6,6 +6,7 @@ workers go through `pd`. A `claim` is everything that a request takes on a worke
 the data-parallel ranks of workers, and `placement` weighs what they hold of a prompt.
 While all workers of a model are full (`spare_capacity` is 0), requests may wait in a `wait_queue`.
 `pool_signals` tells autoscalers how busy the pools are; `demand` is what clients have asked for.
+`polled_load` asks vLLM for its load.
 Nothing here knows ext_proc messages: `server` turns decisions into replies.
 """
 
@@ -22,6 +23,7 @@ __all__ = [
     "outcomes",
     "pd",
     "placement",
+    "polled_load",
     "pool_signals",
     "rank",
     "rank_chooser",

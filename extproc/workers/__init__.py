@@ -6,7 +6,8 @@ current, `introspection` asks the engines, `membership` registers, changes and r
 `vanished` holds those that were lost from sight, and each `observer` is notified. A `worker` has a
 `circuit_breaker`, `pool_faults` tells a worker's fault from a request's, open `tickets` count its
 requests, and `rank_load` estimates the load of one of its ranks. Only `introspection_client` and
-`prefill_client` import aiohttp; `engine_calls` has their protocols.
+`prefill_client` import aiohttp; `engine_calls` has their protocols, and `vllm_answers`
+reads what vLLM says.
 """
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "source",
     "source_health",
     "tickets",
+    "vllm_answers",
     "worker",
     "worker_warnings",
 ]

@@ -5,7 +5,11 @@ in `/v1/models`, the publishers of its ranks in `/kv_event_sources` (0.32; older
 configured), and the size of its blocks in `/metrics`.
 """
 
+import math
+import re
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -16,7 +20,7 @@ from extproc.worker_url import WorkerUrl, parse_kv_endpoint
 from extproc.workers.engine_calls import EngineAnswer
 from extproc.workers.worker import KvEvents
 
-__all__ = ["is_vllm", "vllm_kv_events"]
+__all__ = ["VllmLoad", "is_vllm", "read_vllm_load", "vllm_kv_events"]
 
 _OWNER: Final = "vllm"
 # vLLM's default; the events say what it is.
@@ -24,12 +28,37 @@ _BLOCK_SIZE: Final = 16
 _BLOCK_MAX: Final = 65_536
 _TOPIC_MAX_CHARS: Final = 256
 _CACHE_CONFIG: Final = b"vllm:cache_config_info{"
+_RUNNING: Final = "vllm:num_requests_running"
+_WAITING: Final = "vllm:num_requests_waiting"
+# The second name is that of older versions.
+_USAGES: Final = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
+_CONFIG: Final = "vllm:cache_config_info"
+_NAMES: Final = "|".join(re.escape(name) for name in (_RUNNING, _WAITING, *_USAGES, _CONFIG))
+_LOAD_LINES: Final = re.compile(rf"^(?:{_NAMES})\{{[^\n]{{0,4096}}$".encode(), re.MULTILINE)
+_LINES_MAX: Final = 1024
+_DIGITS_MAX: Final = 12
 
 
 class _Source(Struct):
     endpoint: str
     replay_endpoint: str | None = None
     topic: str = ""
+
+
+class VllmLoad(Struct, frozen=True, kw_only=True):
+    """The load of one rank; a LoadReport with what vLLM has of it.
+
+    Tokens are those of the blocks in use and of all blocks.
+    """
+
+    num_running_reqs: int
+    num_waiting_reqs: int
+    num_tokens: int
+    max_total_num_tokens: int
+    num_waiting_uncached_tokens: int | None = None
+    max_running_requests: int | None = None
+    total_prefill_uncached_tokens: int | None = None
+    total_prefill_busy_us: int | None = None
 
 
 class _Owned(Struct):
@@ -121,3 +150,41 @@ def _block_size(metrics: bytes) -> int:
     except ValueError:
         pass
     return _BLOCK_SIZE
+
+
+def read_vllm_load(metrics: bytes) -> dict[int, VllmLoad]:
+    """The load of each engine of a server, by its number, from its `/metrics`.
+
+    Engines without numbers of running and waiting requests are left out. The page is not trusted.
+    """
+    lines = [found.group() for found in islice(_LOAD_LINES.finditer(metrics), _LINES_MAX)]
+    values: defaultdict[int, dict[str, float]] = defaultdict(dict)
+    capacities: dict[int, int] = {}
+    try:
+        families = list(text_string_to_metric_families(b"\n".join([*lines, b""]).decode()))
+    except ValueError:
+        return {}
+    for sample in [sample for family in families for sample in family.samples]:
+        engine = _number(sample.labels.get("engine", "0"))
+        if sample.name == _CONFIG:
+            size, blocks = (sample.labels.get(key, "") for key in ("block_size", "num_gpu_blocks"))
+            capacities[engine] = _number(size) * _number(blocks)
+        elif math.isfinite(sample.value) and sample.value >= 0:
+            values[engine][sample.name] = sample.value
+    found: dict[int, VllmLoad] = {}
+    for engine, seen in values.items():
+        if _RUNNING in seen and _WAITING in seen:
+            capacity = capacities.get(engine, 0)
+            usage = next((seen[name] for name in _USAGES if name in seen), 0.0)
+            found[engine] = VllmLoad(
+                num_running_reqs=int(seen[_RUNNING]),
+                num_waiting_reqs=int(seen[_WAITING]),
+                num_tokens=int(min(1.0, usage) * capacity),
+                max_total_num_tokens=capacity,
+            )
+    return found
+
+
+def _number(text: str) -> int:
+    """The number in a label, 0 for other texts."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX else 0

@@ -5,10 +5,13 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from extproc.worker_url import parse_worker_url
 from extproc.workers.engine_calls import EngineAnswer, EngineTimeoutError
 from extproc.workers.introspection import Introspection, introspect
+from extproc.workers.vllm_answers import read_vllm_load
 from extproc.workers.worker import KvEvents, WorkerSpec
 from tests.builders import make_spec
 from tests.fakes import FakeClock, FakeEngineClient
@@ -174,3 +177,47 @@ async def test_an_engine_that_is_silent_on_every_path_is_unanswered() -> None:
     found = await ask(client)
     assert found.unanswered
     assert found.problem == "/server_info: no answer in time"
+
+
+LOAD = b"""# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 0.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
+vllm:num_requests_waiting{engine="1",model_name="m"} 0.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 2.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.0
+vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"} 1.0
+vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="1000"} 1.0
+"""
+
+
+def test_the_load_of_each_rank_is_read() -> None:
+    first, second = read_vllm_load(LOAD)[0], read_vllm_load(LOAD)[1]
+    assert (first.num_running_reqs, first.num_waiting_reqs) == (3, 2)
+    assert (first.num_tokens, first.max_total_num_tokens) == (4000, 16_000)
+    assert (second.num_running_reqs, second.num_tokens) == (0, 0)
+
+
+def test_the_usage_has_another_name_in_older_versions() -> None:
+    older = LOAD.replace(b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc")
+    assert read_vllm_load(older) == read_vllm_load(LOAD)
+
+
+@pytest.mark.parametrize("blocks", [b"None", b"-3", b"9" * 13, b"1.5"])
+def test_a_capacity_that_is_no_number_is_not_known(blocks: bytes) -> None:
+    found = read_vllm_load(LOAD.replace(b'num_gpu_blocks="1000"', b'num_gpu_blocks="%b"' % blocks))
+    assert (found[0].num_running_reqs, found[0].max_total_num_tokens) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    "page", [b"", b"\xff", b"<html>", LOAD.replace(b"3.0", b"NaN"), LOAD.replace(b"} 3.0", b" 3")]
+)
+def test_a_page_without_figures_gives_no_load(page: bytes) -> None:
+    assert 0 not in read_vllm_load(page)
+
+
+@given(st.binary(max_size=200) | st.binary(max_size=40).map(lambda some: LOAD + some + LOAD))
+def test_no_page_raises(page: bytes) -> None:
+    for load in read_vllm_load(page).values():
+        assert 0 <= load.num_tokens <= load.max_total_num_tokens
