@@ -158,11 +158,10 @@ async def _measure(endpoints: int, slices: int, folder: Path) -> None:
     engines = _Engines()
     manager = build_manager(config, shared, engines, _source(server, shared, folder))
     publisher = Publisher(
-        "workers",
+        config,
         shared.registry,
         shared.clock,
         shared.metrics,
-        settle_seconds=0.5,
         all_named=lambda: manager.first_round_done,
     )
     manager.observe(publisher)

@@ -157,7 +157,7 @@ class App(WorkerObserver):
     def _warn_of_failing_open(self) -> None:
         """Warn once: without this service no pair is made, and neither worker can serve alone."""
         config = self.config
-        if not config.envoy.fail_open or len(config.models) > 1 or config.is_disaggregated:
+        if not config.fails_open:
             return
         model = config.models[0].id
         if self.workers.is_disaggregated(model) and not self._warned_of_failing_open:
@@ -239,10 +239,14 @@ class App(WorkerObserver):
         """Start to answer, and publish readiness from then on.
 
         Before introspection has answered, the service would refuse requests that Envoy can
-        place without it.
+        place without it. With ADS, Envoys must have the workers before they send requests here.
         """
-        await self._may_serve.wait()
-        await self.server.start()
+        if self._parts.publisher is not None:
+            await self.server.start(alive=False)
+            await self._may_serve.wait()
+        else:
+            await self._may_serve.wait()
+            await self.server.start()
         ready: bool | None = None
         while True:
             if self.is_ready() is not ready:

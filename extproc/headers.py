@@ -10,6 +10,7 @@ steer engines are in `steering`.
 from typing import Final
 
 __all__ = [
+    "ADS_CLUSTER",
     "ATTEMPTS_NAMESPACE",
     "ATTEMPT_COUNT_HEADER",
     "ATTEMPT_PASS",
@@ -103,6 +104,7 @@ ATTEMPTS_NAMESPACE: Final = "extproc.attempts"
 DECISION_NAMESPACE: Final = "extproc"
 # The cluster of this service, and the one that leads to the second pass.
 EXTPROC_CLUSTER: Final = "extproc"
+ADS_CLUSTER: Final = "extproc-ads"
 DECODE_CLUSTER: Final = "decode_pass"
 
 EXTPROC_HEADERS: Final = (

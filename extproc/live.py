@@ -103,15 +103,14 @@ class LiveParts:
         self._register_collectors()
 
     def _build_publisher(self) -> Publisher | None:
-        envoy, shared = self.config.envoy, self.shared
-        if not envoy.has_ads:
+        config, shared = self.config, self.shared
+        if not config.envoy.has_ads:
             return None
         return Publisher(
-            envoy.cluster,
+            config,
             shared.registry,
             shared.clock,
             shared.metrics,
-            settle_seconds=envoy.eds_settle_secs,
             all_named=lambda: self.manager.first_round_done,
         )
 
@@ -190,6 +189,8 @@ class LiveParts:
         if config.observability.log_level != self.config.observability.log_level:
             set_log_level(config.observability)
         self.config = config
+        if self.publisher is not None:
+            self.publisher.use(config)
         self.manager.reconfigure(config.models, introspection_settings(config))
         self.runtime.limit = config.discovery.runtime_workers_max
         static_urls = config.discovery.static_urls

@@ -139,7 +139,7 @@ class Reloader:
 
     def _not_for_envoy(self, config: Config) -> list[str]:
         """The workers that Envoy would find in its file of endpoints without TLS for them."""
-        if not config.envoy.endpoints_change:
+        if config.envoy.endpoints_file is None:
             return []
         if tls_contexts(config).keys() <= tls_contexts(self._config_at_start).keys():
             return []

@@ -3,6 +3,7 @@ import datetime
 from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf import wrappers_pb2 as _wrappers_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -395,3 +396,180 @@ class ClusterLoadAssignment(_message.Message):
     cluster_name: str
     endpoints: _containers.RepeatedCompositeFieldContainer[LocalityLbEndpoints]
     def __init__(self, cluster_name: _Optional[str] = ..., endpoints: _Optional[_Iterable[_Union[LocalityLbEndpoints, _Mapping]]] = ...) -> None: ...
+
+class TypedStruct(_message.Message):
+    __slots__ = ("type_url", "value")
+    TYPE_URL_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    type_url: str
+    value: _struct_pb2.Struct
+    def __init__(self, type_url: _Optional[str] = ..., value: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+
+class TypedExtensionConfig(_message.Message):
+    __slots__ = ("name", "typed_config")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TYPED_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    typed_config: _any_pb2.Any
+    def __init__(self, name: _Optional[str] = ..., typed_config: _Optional[_Union[_any_pb2.Any, _Mapping]] = ...) -> None: ...
+
+class TransportSocket(_message.Message):
+    __slots__ = ("name", "typed_config")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TYPED_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    typed_config: _any_pb2.Any
+    def __init__(self, name: _Optional[str] = ..., typed_config: _Optional[_Union[_any_pb2.Any, _Mapping]] = ...) -> None: ...
+
+class AggregatedConfigSource(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ConfigSource(_message.Message):
+    __slots__ = ("ads", "initial_fetch_timeout", "resource_api_version")
+    class ApiVersion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        AUTO: _ClassVar[ConfigSource.ApiVersion]
+        V2: _ClassVar[ConfigSource.ApiVersion]
+        V3: _ClassVar[ConfigSource.ApiVersion]
+    AUTO: ConfigSource.ApiVersion
+    V2: ConfigSource.ApiVersion
+    V3: ConfigSource.ApiVersion
+    ADS_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_FETCH_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    RESOURCE_API_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ads: AggregatedConfigSource
+    initial_fetch_timeout: _duration_pb2.Duration
+    resource_api_version: ConfigSource.ApiVersion
+    def __init__(self, ads: _Optional[_Union[AggregatedConfigSource, _Mapping]] = ..., initial_fetch_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., resource_api_version: _Optional[_Union[ConfigSource.ApiVersion, str]] = ...) -> None: ...
+
+class TcpKeepalive(_message.Message):
+    __slots__ = ("keepalive_probes", "keepalive_time", "keepalive_interval")
+    KEEPALIVE_PROBES_FIELD_NUMBER: _ClassVar[int]
+    KEEPALIVE_TIME_FIELD_NUMBER: _ClassVar[int]
+    KEEPALIVE_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    keepalive_probes: _wrappers_pb2.UInt32Value
+    keepalive_time: _wrappers_pb2.UInt32Value
+    keepalive_interval: _wrappers_pb2.UInt32Value
+    def __init__(self, keepalive_probes: _Optional[_Union[_wrappers_pb2.UInt32Value, _Mapping]] = ..., keepalive_time: _Optional[_Union[_wrappers_pb2.UInt32Value, _Mapping]] = ..., keepalive_interval: _Optional[_Union[_wrappers_pb2.UInt32Value, _Mapping]] = ...) -> None: ...
+
+class UpstreamConnectionOptions(_message.Message):
+    __slots__ = ("tcp_keepalive",)
+    TCP_KEEPALIVE_FIELD_NUMBER: _ClassVar[int]
+    tcp_keepalive: TcpKeepalive
+    def __init__(self, tcp_keepalive: _Optional[_Union[TcpKeepalive, _Mapping]] = ...) -> None: ...
+
+class Percent(_message.Message):
+    __slots__ = ("value",)
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    value: float
+    def __init__(self, value: _Optional[float] = ...) -> None: ...
+
+class CircuitBreakersThresholdsRetryBudget(_message.Message):
+    __slots__ = ("budget_percent", "min_retry_concurrency")
+    BUDGET_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    MIN_RETRY_CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    budget_percent: Percent
+    min_retry_concurrency: _wrappers_pb2.UInt32Value
+    def __init__(self, budget_percent: _Optional[_Union[Percent, _Mapping]] = ..., min_retry_concurrency: _Optional[_Union[_wrappers_pb2.UInt32Value, _Mapping]] = ...) -> None: ...
+
+class CircuitBreakersThresholds(_message.Message):
+    __slots__ = ("priority", "max_connections", "max_pending_requests", "max_requests", "max_retries", "track_remaining", "retry_budget")
+    class RoutingPriority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        DEFAULT: _ClassVar[CircuitBreakersThresholds.RoutingPriority]
+        HIGH: _ClassVar[CircuitBreakersThresholds.RoutingPriority]
+    DEFAULT: CircuitBreakersThresholds.RoutingPriority
+    HIGH: CircuitBreakersThresholds.RoutingPriority
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PENDING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    TRACK_REMAINING_FIELD_NUMBER: _ClassVar[int]
+    RETRY_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    priority: CircuitBreakersThresholds.RoutingPriority
+    max_connections: _wrappers_pb2.UInt32Value
+    max_pending_requests: _wrappers_pb2.UInt32Value
+    max_requests: _wrappers_pb2.UInt32Value
+    max_retries: _wrappers_pb2.UInt32Value
+    track_remaining: bool
+    retry_budget: CircuitBreakersThresholdsRetryBudget
+    def __init__(self, priority: _Optional[_Union[CircuitBreakersThresholds.RoutingPriority, str]] = ..., max_connections: _Optional[_Union[_wrappers_pb2.UInt32Value, _Mapping]] = ..., max_pending_requests: _Optional[_Union[_wrappers_pb2.UInt32Value, _Mapping]] = ..., max_requests: _Optional[_Union[_wrappers_pb2.UInt32Value, _Mapping]] = ..., max_retries: _Optional[_Union[_wrappers_pb2.UInt32Value, _Mapping]] = ..., track_remaining: _Optional[bool] = ..., retry_budget: _Optional[_Union[CircuitBreakersThresholdsRetryBudget, _Mapping]] = ...) -> None: ...
+
+class CircuitBreakers(_message.Message):
+    __slots__ = ("thresholds",)
+    THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
+    thresholds: _containers.RepeatedCompositeFieldContainer[CircuitBreakersThresholds]
+    def __init__(self, thresholds: _Optional[_Iterable[_Union[CircuitBreakersThresholds, _Mapping]]] = ...) -> None: ...
+
+class LoadBalancingPolicyPolicy(_message.Message):
+    __slots__ = ("typed_extension_config",)
+    TYPED_EXTENSION_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    typed_extension_config: TypedExtensionConfig
+    def __init__(self, typed_extension_config: _Optional[_Union[TypedExtensionConfig, _Mapping]] = ...) -> None: ...
+
+class LoadBalancingPolicy(_message.Message):
+    __slots__ = ("policies",)
+    POLICIES_FIELD_NUMBER: _ClassVar[int]
+    policies: _containers.RepeatedCompositeFieldContainer[LoadBalancingPolicyPolicy]
+    def __init__(self, policies: _Optional[_Iterable[_Union[LoadBalancingPolicyPolicy, _Mapping]]] = ...) -> None: ...
+
+class ClusterEdsClusterConfig(_message.Message):
+    __slots__ = ("eds_config",)
+    EDS_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    eds_config: ConfigSource
+    def __init__(self, eds_config: _Optional[_Union[ConfigSource, _Mapping]] = ...) -> None: ...
+
+class ClusterTransportSocketMatch(_message.Message):
+    __slots__ = ("name", "match", "transport_socket")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MATCH_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    match: _struct_pb2.Struct
+    transport_socket: TransportSocket
+    def __init__(self, name: _Optional[str] = ..., match: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., transport_socket: _Optional[_Union[TransportSocket, _Mapping]] = ...) -> None: ...
+
+class Cluster(_message.Message):
+    __slots__ = ("name", "type", "eds_cluster_config", "connect_timeout", "circuit_breakers", "alt_stat_name", "upstream_connection_options", "typed_extension_protocol_options", "load_balancing_policy", "transport_socket_matches")
+    class DiscoveryType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATIC: _ClassVar[Cluster.DiscoveryType]
+        STRICT_DNS: _ClassVar[Cluster.DiscoveryType]
+        LOGICAL_DNS: _ClassVar[Cluster.DiscoveryType]
+        EDS: _ClassVar[Cluster.DiscoveryType]
+        ORIGINAL_DST: _ClassVar[Cluster.DiscoveryType]
+    STATIC: Cluster.DiscoveryType
+    STRICT_DNS: Cluster.DiscoveryType
+    LOGICAL_DNS: Cluster.DiscoveryType
+    EDS: Cluster.DiscoveryType
+    ORIGINAL_DST: Cluster.DiscoveryType
+    class TypedExtensionProtocolOptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: _any_pb2.Any
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_any_pb2.Any, _Mapping]] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    EDS_CLUSTER_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    CONNECT_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    CIRCUIT_BREAKERS_FIELD_NUMBER: _ClassVar[int]
+    ALT_STAT_NAME_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_CONNECTION_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    TYPED_EXTENSION_PROTOCOL_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BALANCING_POLICY_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_SOCKET_MATCHES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    type: Cluster.DiscoveryType
+    eds_cluster_config: ClusterEdsClusterConfig
+    connect_timeout: _duration_pb2.Duration
+    circuit_breakers: CircuitBreakers
+    alt_stat_name: str
+    upstream_connection_options: UpstreamConnectionOptions
+    typed_extension_protocol_options: _containers.MessageMap[str, _any_pb2.Any]
+    load_balancing_policy: LoadBalancingPolicy
+    transport_socket_matches: _containers.RepeatedCompositeFieldContainer[ClusterTransportSocketMatch]
+    def __init__(self, name: _Optional[str] = ..., type: _Optional[_Union[Cluster.DiscoveryType, str]] = ..., eds_cluster_config: _Optional[_Union[ClusterEdsClusterConfig, _Mapping]] = ..., connect_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., circuit_breakers: _Optional[_Union[CircuitBreakers, _Mapping]] = ..., alt_stat_name: _Optional[str] = ..., upstream_connection_options: _Optional[_Union[UpstreamConnectionOptions, _Mapping]] = ..., typed_extension_protocol_options: _Optional[_Mapping[str, _any_pb2.Any]] = ..., load_balancing_policy: _Optional[_Union[LoadBalancingPolicy, _Mapping]] = ..., transport_socket_matches: _Optional[_Iterable[_Union[ClusterTransportSocketMatch, _Mapping]]] = ...) -> None: ...

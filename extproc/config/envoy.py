@@ -1,6 +1,7 @@
 """The configuration of the Envoy that `extproc envoy-config` renders."""
 
 from typing import Annotated, Final, Literal
+from urllib.parse import quote
 
 from msgspec import Meta, field
 
@@ -12,6 +13,8 @@ __all__ = ["EnvoyConfig", "ExtprocEndpointConfig"]
 # A request of a pair may meet a hung service in both passes, one after the other.
 _SECOND_PASS_SHARE: Final = 0.4
 _SECOND_PASS_MIN: Final = 0.5 * SECONDS
+# What the name of a cluster takes over from the id of a model, besides letters, digits and _.-~
+_SAFE_IN_CLUSTER: Final = "/:|@+"
 
 
 class ExtprocEndpointConfig(Section, frozen=True, kw_only=True):
@@ -113,7 +116,9 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
     cluster: Annotated[
         Text,
         Meta(
-            description="Name of Envoy's cluster of workers, the value of `envoy.cluster_header`."
+            description="Name of Envoy's cluster of workers, the value of `envoy.cluster_header`. "
+            "With `endpoints: ads` it is followed by the model and the role, such as "
+            "`workers/llama/plain`."
         ),
     ] = "workers"
     cluster_header: Annotated[Text, Meta(description="Request header that names the cluster.")] = (
@@ -175,6 +180,16 @@ class EnvoyConfig(Section, frozen=True, kw_only=True):
     def has_ads(self) -> bool:
         """True if Envoy asks this service for the workers."""
         return self.endpoints == "ads"
+
+    def cluster_of(self, model: str, role: str) -> str:
+        """The cluster of the workers of this model and role.
+
+        With ADS each model and role has its own. Otherwise all are in one, since the rendered
+        file does not know which worker serves what.
+        """
+        if not self.has_ads:
+            return self.cluster
+        return f"{self.cluster}/{quote(model, safe=_SAFE_IN_CLUSTER)}/{role}"
 
     @property
     def first_pass_hang_secs(self) -> float:

@@ -305,6 +305,11 @@ class Config(Section, frozen=True, kw_only=True):
         return self.discovery.names_roles or configured
 
     @property
+    def fails_open(self) -> bool:
+        """True if Envoy serves requests without this service, as far as the file says."""
+        return self.envoy.fail_open and len(self.models) == 1 and not self.is_disaggregated
+
+    @property
     def destinations_max(self) -> int:
         """How many workers are named in a destination list."""
         return 1 if self.envoy.destination == "single" else 1 + self.proxy.fallback_workers

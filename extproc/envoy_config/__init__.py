@@ -11,7 +11,7 @@ Needs Envoy 1.38 or later; tested with 1.40.
 """
 
 from extproc.envoy_config.bootstrap import bootstrap_problems, render_bootstrap, render_yaml
-from extproc.envoy_config.clusters import tls_contexts
+from extproc.envoy_config.clusters import pool_cluster, tls_contexts
 from extproc.envoy_config.merge import merge_yaml
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "endpoints",
     "endpoints_file",
     "merge_yaml",
+    "pool_cluster",
     "render_bootstrap",
     "render_yaml",
     "tls_contexts",

@@ -9,7 +9,8 @@ from msgspec import UnsetType
 
 from extproc.config.schema import Config
 from extproc.envoy_config.clusters import (
-    extproc_cluster,
+    ads_source,
+    service_clusters,
     worker_clusters,
 )
 from extproc.envoy_config.decode_pass import (
@@ -21,14 +22,14 @@ from extproc.envoy_config.listener import ingress_listener
 from extproc.envoy_config.overload import overload_manager
 from extproc.envoy_config.wire_form import host_is_ip, socket_address
 from extproc.errors import ConfigError
-from extproc.headers import DECODE_CLUSTER, EXTPROC_CLUSTER
+from extproc.headers import ADS_CLUSTER, DECODE_CLUSTER, EXTPROC_CLUSTER
 from extproc.worker_url import parse_worker_url
 
 __all__ = [
     "NODE",
-    "ads_resources",
     "as_yaml",
     "bootstrap_problems",
+    "dynamic_resources",
     "render_bootstrap",
     "render_yaml",
     "rendering_problems",
@@ -55,20 +56,24 @@ def render_bootstrap(config: Config) -> dict[str, Any]:
         "admin": {"address": socket_address("127.0.0.1", config.envoy.admin_port)},
         "bootstrap_extensions": [internal_listener_extension()],
         "overload_manager": overload_manager(config.envoy),
-        **({"dynamic_resources": {"ads_config": ads_resources()}} if config.envoy.has_ads else {}),
+        **({"dynamic_resources": dynamic_resources()} if config.envoy.has_ads else {}),
         "static_resources": {
             "listeners": [ingress_listener(config), decode_pass_listener(config)],
             "clusters": [
                 *worker_clusters(config),
                 decode_pass_cluster(),
-                extproc_cluster(config),
+                *service_clusters(config),
             ],
         },
     }
 
 
-def ads_resources() -> dict[str, Any]:
-    """Envoy has the workers' endpoints from the cluster of this service."""
+def dynamic_resources() -> dict[str, Any]:
+    """Envoy has the clusters of workers, and their endpoints, from the cluster of this service."""
+    return {"ads_config": _ads(), "cds_config": ads_source()}
+
+
+def _ads() -> dict[str, Any]:
     return {
         "api_type": "DELTA_GRPC",
         "transport_api_version": "V3",
@@ -76,10 +81,11 @@ def ads_resources() -> dict[str, Any]:
         "grpc_services": [
             {
                 "envoy_grpc": {
-                    "cluster_name": EXTPROC_CLUSTER,
-                    # Envoy's default goes up to 30 s, in which it would miss new workers.
+                    "cluster_name": ADS_CLUSTER,
+                    # Envoy's default goes up to 30 s, in which it would miss new workers. A
+                    # service that starts waits for its Envoys for `envoy.eds_settle_secs` only.
                     "retry_policy": {
-                        "retry_back_off": {"base_interval": "0.2s", "max_interval": "1s"}
+                        "retry_back_off": {"base_interval": "0.1s", "max_interval": "0.4s"}
                     },
                 }
             }
@@ -126,8 +132,8 @@ def bootstrap_problems(config: Config) -> Iterator[str]:
         yield "envoy.host: Envoy listens on addresses only, expected an IP address"
     if envoy.message_timeout_secs > _MAX_MESSAGE_TIMEOUT_SECONDS:
         yield f"envoy.message_timeout_secs: Envoy allows at most {_MAX_MESSAGE_TIMEOUT_SECONDS}"
-    if envoy.cluster == EXTPROC_CLUSTER:
-        yield f"envoy.cluster: {EXTPROC_CLUSTER!r} is the name of this service's own cluster"
+    if envoy.cluster in (EXTPROC_CLUSTER, ADS_CLUSTER):
+        yield f"envoy.cluster: {envoy.cluster!r} is the name of this service's own cluster"
     if envoy.cluster == DECODE_CLUSTER:
         yield f"envoy.cluster: {DECODE_CLUSTER!r} is the name of the second pass"
     section = config.discovery.static_urls

@@ -15,14 +15,21 @@ from extproc.envoy_config.wire_form import (
     socket_address,
     typed,
 )
-from extproc.headers import DESTINATION_HEADER, DESTINATION_NAMESPACE, EXTPROC_CLUSTER
+from extproc.headers import (
+    ADS_CLUSTER,
+    DESTINATION_HEADER,
+    DESTINATION_NAMESPACE,
+    EXTPROC_CLUSTER,
+)
 from extproc.worker_url import WorkerUrl, parse_worker_url
 
 __all__ = [
-    "extproc_cluster",
+    "ads_source",
     "fail_open_name",
     "lb_endpoint",
     "no_limits",
+    "pool_cluster",
+    "service_clusters",
     "tls_contexts",
     "worker_cluster",
     "worker_clusters",
@@ -42,6 +49,9 @@ _DNS_FAMILIES: Final[dict[DnsLookupFamily, str]] = {
 _FAIL_OPEN_SUFFIX: Final = "-fail-open"
 _FAIL_OPEN_DNS_REFRESH_SECONDS: Final = 5.0
 _INITIAL_FETCH_TIMEOUT: Final = "2s"
+_KEEPALIVE: Final = {"interval": "30s", "timeout": "5s"}
+# An Envoy whose replica hangs soon asks another one.
+_ADS_KEEPALIVE: Final = {"interval": "5s", "timeout": "2s"}
 _TLS_TO_NAMES: Final = "tls"
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
@@ -53,11 +63,37 @@ def worker_urls(config: Config) -> list[WorkerUrl]:
 
 
 def worker_clusters(config: Config) -> list[dict[str, Any]]:
-    """The cluster of the workers, and the one for requests without a decision if it is another."""
-    clusters = [worker_cluster(config)]
-    if config.envoy.has_ads and config.envoy.fail_open:
-        clusters.append(_fail_open_cluster(config))
-    return clusters
+    """The clusters of workers in Envoy's file: all of them, or with ADS only the one for requests
+    without a decision.
+    """
+    if not config.envoy.has_ads:
+        return [worker_cluster(config)]
+    return [_fail_open_cluster(config)] if config.fails_open else []
+
+
+def pool_cluster(config: Config, model: str, role: str) -> dict[str, Any]:
+    """The cluster of the workers of one model and role, which Envoy asks this service for.
+
+    A request that leaves its list of destinations stays with workers of this model and role.
+    """
+    name = config.envoy.cluster_of(model, role)
+    source = {"type": "EDS", "eds_cluster_config": {"eds_config": ads_source()}}
+    cluster = _of_workers(config, name, source, {}) | {
+        # The same for any number of workers: a cluster that changes is made anew.
+        "circuit_breakers": retry_limits(config, 0),
+    }
+    # A dot in the name of a statistic would end the cluster's part of it.
+    return cluster | {"alt_stat_name": name.replace(".", "_")}
+
+
+def ads_source() -> dict[str, Any]:
+    """Where Envoy has clusters and endpoints from, with ADS."""
+    return {
+        "ads": {},
+        "resource_api_version": "V3",
+        # Envoy opens its ports after that, with or without this service.
+        "initial_fetch_timeout": _INITIAL_FETCH_TIMEOUT,
+    }
 
 
 def fail_open_name(config: Config) -> str:
@@ -124,8 +160,29 @@ def _of_workers(
     return cluster
 
 
-def extproc_cluster(config: Config) -> dict[str, Any]:
-    """The cluster of this service, over HTTP/2; health checks notice a dead one in two seconds."""
+def service_clusters(config: Config) -> list[dict[str, Any]]:
+    """The clusters of this service, over HTTP/2: for requests, and for ADS if Envoy uses that."""
+    if not config.envoy.has_ads:
+        return [_requests_cluster(config)]
+    # Without health checks: the service passes them only when its Envoys have the workers.
+    ads = _of_this_service(config, ADS_CLUSTER, _ADS_KEEPALIVE, {})
+    return [_requests_cluster(config), ads]
+
+
+def _requests_cluster(config: Config) -> dict[str, Any]:
+    """Health checks notice a dead service in two seconds."""
+    checks = {
+        # In panic mode Envoy goes on asking a service that it knows to be dead, and a request
+        # whose body is under way then fails instead of taking the fallback route.
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "health_checks": [_grpc_health_check()],
+    }
+    return _of_this_service(config, EXTPROC_CLUSTER, _KEEPALIVE, checks)
+
+
+def _of_this_service(
+    config: Config, name: str, keepalive: dict[str, str], checks: dict[str, Any]
+) -> dict[str, Any]:
     server = config.server
     if server.unix_socket is not None:
         host = None
@@ -135,20 +192,17 @@ def extproc_cluster(config: Config) -> dict[str, Any]:
         address = socket_address(host, server.port)
     by_name = host is not None and not host_is_ip(host)
     cluster: dict[str, Any] = {
-        "name": EXTPROC_CLUSTER,
+        "name": name,
         **(
             _by_dns(_EXTPROC_DNS_REFRESH_SECONDS, "v4_preferred") if by_name else {"type": "STATIC"}
         ),
         "connect_timeout": "1s",
         "load_assignment": {
-            "cluster_name": EXTPROC_CLUSTER,
+            "cluster_name": name,
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
         },
         "circuit_breakers": no_limits(),
-        # In panic mode Envoy goes on asking a service that it knows to be dead, and a request
-        # whose body is under way then fails instead of taking the fallback route.
-        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
-        "health_checks": [_grpc_health_check()],
+        **checks,
         "typed_extension_protocol_options": {
             _HTTP_OPTIONS: typed(
                 "extensions.upstreams.http.v3.HttpProtocolOptions",
@@ -157,7 +211,7 @@ def extproc_cluster(config: Config) -> dict[str, Any]:
                         # Room for replies that carry a rewritten body of full size.
                         "initial_stream_window_size": 16 * _MEBIBYTE,
                         "initial_connection_window_size": 64 * _MEBIBYTE,
-                        "connection_keepalive": {"interval": "30s", "timeout": "5s"},
+                        "connection_keepalive": keepalive,
                     }
                 },
             )
@@ -181,18 +235,6 @@ def _load_assignment(name: str, urls: list[WorkerUrl]) -> dict[str, Any]:
 
 def _resolution(config: Config, urls: list[WorkerUrl]) -> dict[str, Any]:
     section, path = config.discovery.static_urls, config.envoy.endpoints_file
-    if config.envoy.has_ads:
-        return {
-            "type": "EDS",
-            "eds_cluster_config": {
-                "eds_config": {
-                    "ads": {},
-                    "resource_api_version": "V3",
-                    # Envoy opens its ports after that, with or without this service.
-                    "initial_fetch_timeout": _INITIAL_FETCH_TIMEOUT,
-                }
-            },
-        }
     if path is not None:
         source = {"path_config_source": {"path": path}, "resource_api_version": "V3"}
         return {"type": "EDS", "eds_cluster_config": {"eds_config": source}}

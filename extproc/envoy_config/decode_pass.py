@@ -123,12 +123,17 @@ def _route_config(config: Config) -> dict[str, Any]:
 
 
 def _picked(config: Config) -> dict[str, Any]:
+    envoy = config.envoy
+    # With ADS the reply of this pass names the cluster.
+    cluster = (
+        {"cluster_header": envoy.cluster_header} if envoy.has_ads else {"cluster": envoy.cluster}
+    )
     return {
         "name": "picked",
         "match": {"prefix": "/", "headers": [{"name": DESTINATION_HEADER, "present_match": True}]},
         "response_headers_to_remove": stripped_worker_headers(),
         "route": {
-            "cluster": config.envoy.cluster,
+            **cluster,
             # The ingress route has the limits and makes the next attempt.
             "timeout": "0s",
             "idle_timeout": "0s",

@@ -12,11 +12,11 @@ from extproc.config.loading import read_yaml_file
 from extproc.config.schema import Config
 from extproc.envoy_config.bootstrap import (
     NODE,
-    ads_resources,
     as_yaml,
+    dynamic_resources,
     rendering_problems,
 )
-from extproc.envoy_config.clusters import extproc_cluster, worker_cluster
+from extproc.envoy_config.clusters import service_clusters, worker_cluster
 from extproc.envoy_config.decode_pass import (
     decode_pass_cluster,
     decode_pass_listener,
@@ -196,16 +196,18 @@ def _name_problems(config: Config, bootstrap: dict[str, Any]) -> Iterator[str]:
                     "this service; rename it"
                 )
     dynamic = bootstrap.get("dynamic_resources")
-    if config.envoy.has_ads and isinstance(dynamic, dict) and "ads_config" in dynamic:
-        yield (
-            "envoy.endpoints: the file to merge into has an ads_config already, and Envoy has one "
-            "only; use envoy.endpoints_file"
-        )
+    if config.envoy.has_ads and isinstance(dynamic, dict):
+        for key in dynamic.keys() & dynamic_resources().keys():
+            yield (
+                f"envoy.endpoints: the file to merge into has {key} already, and Envoy has one "
+                "only; use envoy.endpoints_file"
+            )
 
 
 def _new_clusters(config: Config) -> list[dict[str, Any]]:
     passes = [decode_pass_cluster()] if has_decode_pass(config) else []
-    return [worker_cluster(config), *passes, extproc_cluster(config)]
+    workers = [] if config.envoy.has_ads else [worker_cluster(config)]
+    return [*workers, *passes, *service_clusters(config)]
 
 
 def _new_listeners(config: Config) -> list[dict[str, Any]]:
@@ -234,4 +236,4 @@ def _add_resources(config: Config, bootstrap: dict[str, Any]) -> None:
         # Envoy needs both names to read endpoints, from a file as well.
         bootstrap["node"] = {"id": NODE, "cluster": NODE, **mapping_in(bootstrap, "node")}
     if config.envoy.has_ads:
-        mapping_in(bootstrap, "dynamic_resources")["ads_config"] = ads_resources()
+        mapping_in(bootstrap, "dynamic_resources").update(dynamic_resources())

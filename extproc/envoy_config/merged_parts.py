@@ -20,7 +20,6 @@ from extproc.envoy_config.routes import (
     FAIL_OPEN_PATHS,
     decided_action,
     decode_pass_action,
-    fails_open,
 )
 from extproc.envoy_config.stripped_headers import (
     own_request_headers,
@@ -129,7 +128,7 @@ def replies_of_routes(config: Config, names: Sequence[str]) -> list[dict[str, An
 
 def _names(config: Config, route: str) -> list[str]:
     names = [f"{route}-decode-pass"] if has_decode_pass(config) else []
-    return [*names, f"{route}-fail-open", route] if fails_open(config) else [*names, route]
+    return [*names, f"{route}-fail-open", route] if config.fails_open else [*names, route]
 
 
 def split_route(config: Config, route: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,7 +144,7 @@ def split_route(config: Config, route: dict[str, Any]) -> list[dict[str, Any]]:
         decoding = _with(config, route, decode_pass_action(config), stripped_response_headers)
         to_pass = {"name": header, "string_match": {"exact": DECODE_CLUSTER}}
         found.append(_matching(decoding, f"{route['name']}-decode-pass", to_pass))
-    if fails_open(config):
+    if config.fails_open:
         paths = "|".join(re.escape(path) for path in FAIL_OPEN_PATHS)
         found.append(
             _matching(

@@ -24,7 +24,6 @@ __all__ = [
     "FAIL_OPEN_PATHS",
     "decided_action",
     "decode_pass_action",
-    "fails_open",
     "route_config",
     "unavailable",
 ]
@@ -50,7 +49,7 @@ _RETRY_ON: Final = "connect-failure,refused-stream,reset-before-request"
 
 def route_config(config: Config) -> dict[str, Any]:
     routes = [_decode_pass(config), _decided(config)]
-    if fails_open(config):
+    if config.fails_open:
         routes.append(_fail_open(config))
     routes += [_messages_unavailable(), unavailable()]
     return {
@@ -65,11 +64,6 @@ def route_config(config: Config) -> dict[str, Any]:
             }
         ],
     }
-
-
-def fails_open(config: Config) -> bool:
-    """True if Envoy may serve requests without a decision of this service."""
-    return config.envoy.fail_open and len(config.models) == 1 and not config.is_disaggregated
 
 
 def _decode_pass(config: Config) -> dict[str, Any]:

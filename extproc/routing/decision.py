@@ -5,6 +5,8 @@ It is separate from the lease so that replies are built, and tested, without one
 
 from msgspec import Struct
 
+from extproc.workers.worker import Role
+
 __all__ = ["Decision"]
 
 
@@ -23,6 +25,8 @@ class Decision(Struct, frozen=True, kw_only=True):
     `decode_order` is set instead of `destinations` where a second pass picks the decode worker.
     It is the value of the header from which that pass learns what it must know. `attempts` is
     how many decode workers may be tried.
+
+    `role` is that of all `destinations`.
     """
 
     model: str
@@ -39,3 +43,4 @@ class Decision(Struct, frozen=True, kw_only=True):
     first_byte_timeout_ms: int = 0
     decode_order: str = ""
     attempts: int = 1
+    role: Role = "plain"

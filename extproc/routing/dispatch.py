@@ -85,6 +85,7 @@ class Dispatch:
             rank_header=rank_header,
             retry_busy=self._retry_busy and len(named) > 1 and worker.role == "plain",
             first_byte_timeout_ms=self._first_byte_ms.get(model, 0) if request.stream else 0,
+            role=worker.role,
         )
         self._decisions(model, policy, reason).inc()
         claim = self._claims.take(worker, now, placed, streamed=request.stream)

@@ -103,9 +103,16 @@ class ExtProcServer:
         """True from the call of `drain` on."""
         return self.streams.draining
 
-    async def start(self) -> None:
-        """Begin to serve on the addresses that `bind` has taken."""
-        await self.set_health(ready=False)
+    async def start(self, *, alive: bool = True) -> None:
+        """Begin to serve on the addresses that `bind` has taken.
+
+        Unless it is `alive`, gateways that check it send no requests before `set_health`.
+        """
+        if alive:
+            await self.set_health(ready=False)
+        else:
+            for name in (*HEALTH_SERVICES_ALIVE, *HEALTH_SERVICES_READY):
+                await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         self.streams.spawn(self.streams.deadlines.run())
 

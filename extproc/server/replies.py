@@ -126,6 +126,7 @@ class ReplyBuilder:
             decision.rank_header,
             decision.retry_busy,
             decision.first_byte_timeout_ms,
+            decision.role,
         )
         reply = self._table.get(key) if request_id is None else None
         if reply is None:
@@ -146,8 +147,9 @@ class ReplyBuilder:
     def _build(self, decision: Decision, in_body: bool, request_id: str | None) -> bytes:
         destination = ",".join(decision.destinations)
         second_pass = bool(decision.decode_order)
+        cluster = self._envoy.cluster_of(decision.model, decision.role)
         pairs = [
-            (self._envoy.cluster_header, DECODE_CLUSTER if second_pass else self._envoy.cluster),
+            (self._envoy.cluster_header, DECODE_CLUSTER if second_pass else cluster),
             (self._envoy.model_header, decision.model),
         ]
         if second_pass:

@@ -14,7 +14,10 @@ from extproc.errors import ServiceError
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.worker import Role, Worker, WorkerSpec
 
-__all__ = ["MixedRolesError", "WorkerRegistry"]
+__all__ = ["MixedRolesError", "Pool", "WorkerRegistry"]
+
+# The workers of a model and a role.
+Pool = tuple[str, Role]
 
 _ROLES: Final[tuple[Role, ...]] = ("plain", "prefill", "decode")
 # Looked up once: an enum member costs more than the comparison.
@@ -41,6 +44,7 @@ class WorkerRegistry:
         self._disaggregated: frozenset[str] = frozenset()
         self._by_address: dict[str, Worker] = {}
         self._known_to_gateway: frozenset[str] | None = None
+        self._known_in_pools: Mapping[Pool, frozenset[str]] | None = None
         # Set by a change, so that many of them cost one renewal.
         self._is_stale = False
 
@@ -100,10 +104,22 @@ class WorkerRegistry:
         self._known_to_gateway = addresses
         self.reindex()
 
+    def limit_pools_to(self, known: Mapping[Pool, frozenset[str]]) -> None:
+        """From now on a pool has only workers at these addresses: Envoy knows no others there."""
+        self._known_in_pools = known
+        self.reindex()
+
     def gateway_knows(self, worker: Worker) -> bool:
         """False if Envoy does not know the worker's address, as far as we can tell."""
-        known = self._known_to_gateway
-        return known is None or worker.address in known
+        if not self._known_in_pools:
+            return self._known(worker, "")
+        served = [one for one in worker.model_ids if (one, worker.role) in self._known_in_pools]
+        return not served or any(self._known(worker, one) for one in served)
+
+    def _known(self, worker: Worker, model: str) -> bool:
+        if self._known_in_pools is not None:
+            return worker.address in self._known_in_pools.get((model, worker.role), ())
+        return self._known_to_gateway is None or worker.address in self._known_to_gateway
 
     def at_address(self, address: str) -> Worker | None:
         """The worker that Envoy knows as `ip:port`."""
@@ -174,10 +190,11 @@ class WorkerRegistry:
             if worker.address is None:
                 continue
             by_address.setdefault(worker.address, worker)
-            if worker.draining or not self.gateway_knows(worker):
+            if worker.draining:
                 continue
             for model in worker.model_ids:
-                pools[worker.role].setdefault(model, []).append(worker)
+                if self._known(worker, model):
+                    pools[worker.role].setdefault(model, []).append(worker)
         self._pools = {
             role: {model: tuple(workers) for model, workers in by_model.items()}
             for role, by_model in pools.items()

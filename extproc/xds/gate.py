@@ -9,7 +9,8 @@ before it has its endpoints.
 
 from collections.abc import Collection, Mapping
 
-from extproc.xds.session import Resource, Session
+from extproc.xds.client import Client
+from extproc.xds.session import Resource
 
 __all__ = ["Gate"]
 
@@ -25,26 +26,21 @@ class Gate:
         self._known: set[tuple[str, str]] = set()
 
     def look(
-        self, snapshot: Mapping[str, Resource], sessions: Collection[Session], now: float
-    ) -> tuple[frozenset[str], float | None]:
-        """The known addresses, and the seconds until time alone makes another one known."""
-        served = {(name, one) for name, resource in snapshot.items() for one in resource.addresses}
+        self, endpoints: Mapping[str, Resource], clients: Collection[Client], now: float
+    ) -> tuple[dict[str, frozenset[str]], float | None]:
+        """The known addresses by cluster, and the seconds until time alone adds another one."""
+        served = {(name, one) for name, found in endpoints.items() for one in found.addresses}
         self._since = {pair: self._since.get(pair, now) for pair in served}
         self._known &= served
         waits: list[float] = []
         for pair in served - self._known:
             name, address = pair
-            asking = [one for one in sessions if one.subscribes_to(name)]
             wait = self._since[pair] + self._settle_seconds - now
             if wait > 0:
                 waits.append(wait)
-            elif all(_has(one, name, address) for one in asking):
+            elif all(one.has(name, address) for one in clients if one.asks_for(name)):
                 self._known.add(pair)
-        unknown = {address for _, address in served - self._known}
-        known = frozenset(address for _, address in self._known) - unknown
-        return known, min(waits, default=None)
-
-
-def _has(session: Session, name: str, address: str) -> bool:
-    resource = session.acknowledged.get(name)
-    return resource is not None and address in resource.addresses
+        known: dict[str, set[str]] = {name: set() for name in endpoints}
+        for name, address in self._known:
+            known[name].add(address)
+        return {name: frozenset(some) for name, some in known.items()}, min(waits, default=None)

@@ -4,76 +4,89 @@ Separate from the gRPC service, so that tests follow every change without a conn
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
 
 from extproc.clock import Clock, wait_for_first
+from extproc.config.models import PdModelConfig
+from extproc.config.schema import Config
+from extproc.envoy_config import pool_cluster
 from extproc.envoy_config.endpoints import Endpoint
 from extproc.metrics.service import Metrics
 from extproc.workers.observer import WorkerObserver
-from extproc.workers.registry import WorkerRegistry
+from extproc.workers.registry import Pool, WorkerRegistry
+from extproc.xds.client import Client, Outgoing, Snapshot
 from extproc.xds.gate import Gate
-from extproc.xds.session import Request, Resource, Response, Session
-from extproc.xds.snapshot import make_snapshot, prepare_entries
+from extproc.xds.pools import Members, Pools
+from extproc.xds.resources import cluster_resource, endpoints_resource, prepare_entries
+from extproc.xds.session import Request, Resource
 
 __all__ = ["Envoy", "Publisher"]
 
 _log = structlog.get_logger()
 
-# Several workers that change together make one update. A request that was just decided for a
-# worker that has left reaches Envoy before the update does.
-_GATHER_SECONDS: Final = 0.2
+# Several workers that change together make one update.
+_GATHER_SECONDS: Final = 0.05
 _LOOK_SECONDS: Final = 5.0
+# An Envoy that does not acknowledge what it was sent first holds the start up no longer.
+_PATIENCE_SECONDS: Final = 5.0
 
 
 class Envoy:
     """One Envoy with an open stream."""
 
-    def __init__(self, session: Session, peer: str, send: Callable[[Response], None]) -> None:
-        self.session = session
+    def __init__(self, client: Client, peer: str, send: Callable[[Outgoing], None]) -> None:
+        self.client = client
         self.peer = peer
         self.node = ""
         self.send = send
 
 
 class Publisher(WorkerObserver):
-    """The endpoints of the registered workers, in one cluster of Envoy."""
+    """The registered workers, in a cluster of Envoy for each configured model and role."""
 
     def __init__(
         self,
-        cluster: str,
+        config: Config,
         registry: WorkerRegistry,
         clock: Clock,
         metrics: Metrics,
         *,
-        settle_seconds: float,
         all_named: Callable[[], bool],
     ) -> None:
         """`all_named` is true once discovery has named all workers of the start."""
-        self._cluster = cluster
+        self._config = config
         self._registry = registry
         self._clock = clock
         self._metrics = metrics
-        self._gate = Gate(settle_seconds)
-        self._settle_seconds = settle_seconds
-        self._serving: frozenset[Endpoint] = frozenset()
-        # Workers that left, and until when they are still served.
-        self._leaving: dict[Endpoint, float] = {}
+        self._gate = Gate(config.envoy.eds_settle_secs)
+        self._pools = Pools(config.envoy.eds_settle_secs)
+        self._members: dict[Pool, Members] | None = None
+        # Clusters depend on the configuration alone.
+        self._clusters: dict[Pool, Resource] = {}
         self._all_named = all_named
         # Called when other workers may be chosen than before.
         self.known_changed: Callable[[], None] = lambda: None
         self._envoys: set[Envoy] = set()
         self._workers_changed = asyncio.Event()
         self._answered = asyncio.Event()
-        self._known: frozenset[str] = frozenset()
-        self.snapshot: Mapping[str, Resource] | None = None
+        self._known: dict[Pool, frozenset[str]] = {}
+        self.snapshot: Snapshot | None = None
+        self._first_published_at = 0.0
         # True once the workers of the start may be chosen.
         self.settled = False
-        registry.limit_to(self._known)
+        registry.limit_pools_to(self._known)
 
     def workers_changed(self) -> None:
+        self._workers_changed.set()
+
+    def use(self, config: Config) -> None:
+        """Publish the models of another configuration from now on."""
+        self._config = config
+        self._clusters = {}
+        self._members = None
         self._workers_changed.set()
 
     def connect(self, envoy: Envoy) -> None:
@@ -87,15 +100,16 @@ class Publisher(WorkerObserver):
         self._answered.set()
         _log.info("envoy_disconnected", peer=envoy.peer, open_streams=len(self._envoys))
 
-    def receive(self, envoy: Envoy, request: Request) -> None:
+    def receive(self, envoy: Envoy, type_url: str, request: Request) -> None:
         """Take a message of an Envoy, and send what follows from it."""
-        before = envoy.session.rejections
-        response = envoy.session.receive(request)
-        if envoy.session.rejections != before:
+        before = envoy.client.rejections
+        outgoing = envoy.client.receive(type_url, request)
+        if envoy.client.rejections != before:
             self._metrics.xds_rejections.inc()
-            _log.error("endpoints_rejected", peer=envoy.peer, error=request.error)
-        if response is not None:
-            envoy.send(response)
+            kind = type_url.rpartition(".")[2]
+            _log.error("endpoints_rejected", peer=envoy.peer, type=kind, error=request.error)
+        for one in outgoing:
+            envoy.send(one)
         self._answered.set()
 
     def show(self) -> list[dict[str, Any]]:
@@ -105,10 +119,11 @@ class Publisher(WorkerObserver):
                 "peer": one.peer,
                 "node": one.node,
                 "acknowledged": {
-                    name: resource.version for name, resource in one.session.acknowledged.items()
+                    name: found.version for name, found in one.client.endpoints.acknowledged.items()
                 },
-                "rejections": one.session.rejections,
-                "rejected": one.session.error,
+                "clusters": sorted(one.client.clusters.acknowledged),
+                "rejections": one.client.rejections,
+                "rejected": one.client.error,
             }
             for one in sorted(self._envoys, key=lambda one: one.peer)
         ]
@@ -120,61 +135,65 @@ class Publisher(WorkerObserver):
                 [Endpoint(one.address, one.url) for one in self._registry if one.address]
             )
             self._publish()
-            seconds = self._mark_known()
-            now = self._clock.monotonic()
-            leaving = [max(0.0, until - now) for until in self._leaving.values()]
-            await self._change(
-                min(_LOOK_SECONDS if seconds is None else seconds, *leaving, _LOOK_SECONDS)
-            )
+            waits = [self._mark_known(), self._pools.until_next_leaves(self._clock.monotonic())]
+            await self._change(min([_LOOK_SECONDS, *(one for one in waits if one is not None)]))
 
     def _publish(self) -> None:
         """Send the workers as they are now, if all are named and something has changed."""
         if not self._all_named():
             return
-        snapshot = make_snapshot({self._cluster: self._endpoints()}, self._leaving)
-        if snapshot == self.snapshot:
+        models = {
+            model.id: self._config.is_disaggregated or model.pd != PdModelConfig()
+            for model in self._config.models
+        }
+        members = self._pools.look(models, self._registry, self._clock.monotonic())
+        if members == self._members:
             return
-        self.snapshot = snapshot
+        self._members = members
+        if self.snapshot is None:
+            self._first_published_at = self._clock.monotonic()
+        self.snapshot = self._snapshot_of(members)
         # What leaves is not chosen any more before Envoys hear of it.
         self._mark_known()
         for envoy in self._envoys:
-            if (response := envoy.session.update(snapshot)) is not None:
-                envoy.send(response)
-        versions = {name: one.version for name, one in snapshot.items()}
-        workers = sum(len(one.addresses) for one in snapshot.values())
+            for one in envoy.client.update(self.snapshot):
+                envoy.send(one)
+        versions = {name: one.version for name, one in self.snapshot.endpoints.items()}
+        workers = sum(len(one.addresses) for one in self.snapshot.endpoints.values())
         _log.info("endpoints_published", workers=workers, version=versions)
 
-    def _endpoints(self) -> dict[Endpoint, bool]:
-        """The workers, and those that have just left: another replica may still choose them.
-
-        True for those that get no new requests.
-        """
-        now = self._clock.monotonic()
-        serving: dict[Endpoint, bool] = {}
-        for worker in self._registry:
-            if worker.address is not None:
-                one = Endpoint(worker.address, worker.url)
-                serving[one] = worker.draining and serving.get(one, True)
-        for one in self._serving - serving.keys():
-            self._leaving[one] = now + self._settle_seconds
-        self._serving = frozenset(serving)
-        self._leaving = {
-            one: until for one, until in self._leaving.items() if until > now and one not in serving
-        }
-        return serving | dict.fromkeys(self._leaving, True)
+    def _snapshot_of(self, members: dict[Pool, Members]) -> Snapshot:
+        clusters, endpoints = {}, {}
+        for pool, found in members.items():
+            name = self._config.envoy.cluster_of(*pool)
+            if pool not in self._clusters:
+                self._clusters[pool] = cluster_resource(pool_cluster(self._config, *pool))
+            clusters[name] = self._clusters[pool]
+            endpoints[name] = endpoints_resource(name, found.endpoints, found.left)
+        return Snapshot(clusters, endpoints)
 
     def _mark_known(self) -> float | None:
         """Let the workers be chosen that all Envoys know; see Gate.look for the seconds."""
-        if self.snapshot is None:
+        if self.snapshot is None or self._members is None:
             return None
-        sessions = [one.session for one in self._envoys]
-        known, seconds = self._gate.look(self.snapshot, sessions, self._clock.monotonic())
-        settled = self.settled or seconds is None
+        clients = [one.client for one in self._envoys]
+        by_cluster, seconds = self._gate.look(
+            self.snapshot.endpoints, clients, self._clock.monotonic()
+        )
+        known = {pool: by_cluster[self._config.envoy.cluster_of(*pool)] for pool in self._members}
+        settled = self.settled or self._are_settled(by_cluster)
         if known != self._known or settled != self.settled:
             self._known, self.settled = known, settled
-            self._registry.limit_to(known)
+            self._registry.limit_pools_to(known)
             self.known_changed()
         return seconds
+
+    def _are_settled(self, known: dict[str, frozenset[str]]) -> bool:
+        """True if all Envoys have all workers, or have had the time for that."""
+        assert self.snapshot is not None  # noqa: S101 (it is what `known` is of)
+        if all(known[name] == one.addresses for name, one in self.snapshot.endpoints.items()):
+            return True
+        return self._clock.monotonic() - self._first_published_at >= _PATIENCE_SECONDS
 
     async def _change(self, seconds: float) -> None:
         """Return when workers have changed, when an Envoy has answered, or after this time."""

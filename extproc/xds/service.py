@@ -14,17 +14,20 @@ from google.protobuf.message import DecodeError
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.event_loop import let_cancellation_come
+from extproc.xds.client import Client, Outgoing
 from extproc.xds.publisher import Envoy, Publisher
-from extproc.xds.session import DeltaSession, Request, Response, Session, StateSession
+from extproc.xds.session import DeltaSession, Request, Response, StateSession
 
-__all__ = ["ENDPOINTS_TYPE", "SERVICE", "DiscoveryService"]
+__all__ = ["SERVICE", "DiscoveryService"]
 
 SERVICE: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
-ENDPOINTS_TYPE: Final = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+
+# A request and the type that it is about.
+_Incoming = tuple[str, Request]
 
 
 class DiscoveryService:
-    """Serves the endpoints of a publisher. Other types of resources are not answered."""
+    """Serves the clusters and endpoints of a publisher. Other types are not answered."""
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
@@ -45,27 +48,26 @@ class DiscoveryService:
         self._closing.set()
 
     async def _state(self, _: Any, context: Any) -> None:
-        session = StateSession(self._publisher.snapshot)
-        await self._serve(context, session, _read_state, _write_state)
+        client = Client(StateSession, self._publisher.snapshot)
+        await self._serve(context, client, _read_state, _write_state)
 
     async def _delta(self, _: Any, context: Any) -> None:
-        session = DeltaSession(self._publisher.snapshot)
-        await self._serve(context, session, _read_delta, _write_delta)
+        client = Client(DeltaSession, self._publisher.snapshot)
+        await self._serve(context, client, _read_delta, _write_delta)
 
     async def _serve(
         self,
         context: Any,
-        session: Session,
-        read: Callable[[bytes, Envoy], Request | None],
-        write: Callable[[Response], bytes],
+        client: Client,
+        read: Callable[[bytes, Envoy], _Incoming],
+        write: Callable[[Outgoing], bytes],
     ) -> None:
-        responses: asyncio.Queue[Response] = asyncio.Queue()
-        envoy = Envoy(session, context.peer(), responses.put_nowait)
+        responses: asyncio.Queue[Outgoing] = asyncio.Queue()
+        envoy = Envoy(client, context.peer(), responses.put_nowait)
 
         async def receive() -> None:
             while (raw := await context.read()) is not grpc.aio.EOF:
-                if (request := read(raw, envoy)) is not None:
-                    self._publisher.receive(envoy, request)
+                self._publisher.receive(envoy, *read(raw, envoy))
 
         async def send() -> None:
             while True:
@@ -90,26 +92,22 @@ def _error(request: pb.DiscoveryRequest | pb.DeltaDiscoveryRequest) -> str | Non
     return request.error_detail.message if request.HasField("error_detail") else None
 
 
-def _read_state(raw: bytes, envoy: Envoy) -> Request | None:
-    """None for another type of resources; raises DecodeError."""
+def _read_state(raw: bytes, envoy: Envoy) -> _Incoming:
+    """Raises DecodeError."""
     request = pb.DiscoveryRequest.FromString(raw)
     envoy.node = request.node.id or envoy.node
-    if request.type_url != ENDPOINTS_TYPE:
-        return None
-    return Request(
+    return request.type_url, Request(
         names=tuple(request.resource_names),
         nonce=request.response_nonce,
         error=_error(request),
     )
 
 
-def _read_delta(raw: bytes, envoy: Envoy) -> Request | None:
-    """None for another type of resources; raises DecodeError."""
+def _read_delta(raw: bytes, envoy: Envoy) -> _Incoming:
+    """Raises DecodeError."""
     request = pb.DeltaDiscoveryRequest.FromString(raw)
     envoy.node = request.node.id or envoy.node
-    if request.type_url != ENDPOINTS_TYPE:
-        return None
-    return Request(
+    return request.type_url, Request(
         names=tuple(request.resource_names_subscribe),
         unsubscribed=tuple(request.resource_names_unsubscribe),
         known_versions=dict(request.initial_resource_versions),
@@ -118,25 +116,27 @@ def _read_delta(raw: bytes, envoy: Envoy) -> Request | None:
     )
 
 
-def _write_state(response: Response) -> bytes:
+def _write_state(outgoing: Outgoing) -> bytes:
+    type_url, response = outgoing
     message = pb.DiscoveryResponse(
-        version_info=_version(response), type_url=ENDPOINTS_TYPE, nonce=response.nonce
+        version_info=_version(response), type_url=type_url, nonce=response.nonce
     )
     for one in response.resources.values():
-        message.resources.add(type_url=ENDPOINTS_TYPE, value=one.body)
+        message.resources.add(type_url=type_url, value=one.body)
     return message.SerializeToString()
 
 
-def _write_delta(response: Response) -> bytes:
+def _write_delta(outgoing: Outgoing) -> bytes:
+    type_url, response = outgoing
     message = pb.DeltaDiscoveryResponse(
         system_version_info=_version(response),
-        type_url=ENDPOINTS_TYPE,
+        type_url=type_url,
         nonce=response.nonce,
         removed_resources=response.removed,
     )
     for name, one in response.resources.items():
         resource = message.resources.add(name=name, version=one.version)
-        resource.resource.type_url, resource.resource.value = ENDPOINTS_TYPE, one.body
+        resource.resource.type_url, resource.resource.value = type_url, one.body
     return message.SerializeToString()
 
 

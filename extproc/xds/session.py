@@ -59,6 +59,8 @@ class Session:
         self._names: set[str] = set()
         self._wildcard = False
         self._begun = False
+        # To be sent again, although the client has them.
+        self._again: set[str] = set()
         self._nonce = 0
         self.rejections = 0
         # The error of the last answer, None if that was an acknowledgement.
@@ -77,6 +79,11 @@ class Session:
         self._snapshot = snapshot
         return self._next()
 
+    def renew(self, names: Iterable[str]) -> Response | None:
+        """Send these again, as far as the client wants them, although they are the same."""
+        self._again |= set(names)
+        return self._next()
+
     def receive(self, request: Request) -> Response | None:
         """Take a message of the client; returns what is to be sent now."""
         raise NotImplementedError
@@ -88,6 +95,7 @@ class Session:
         self._nonce += 1
         self._on_its_way = told
         self._told.update(told)
+        self._again -= told.keys()
         return Response(
             nonce=str(self._nonce),
             resources={name: one for name, one in told.items() if one is not None},
@@ -119,6 +127,12 @@ class Session:
             if self._on_its_way is not None:
                 self._on_its_way.pop(name, None)
 
+    def _leave_out_others(self) -> None:
+        """The client may have changed its mind about what it wants."""
+        known = self._told.keys() | self._acknowledged.keys()
+        self._forget([name for name in known if not self.subscribes_to(name)])
+        self._again = {name for name in self._again if self.subscribes_to(name)}
+
 
 class StateSession(Session):
     """State of the world: each response holds everything that the client wants."""
@@ -136,14 +150,15 @@ class StateSession(Session):
         self._wildcard = WILDCARD in names or (self._wildcard and not names)
         self._names = names - {WILDCARD}
         self._begun = True
-        self._forget([name for name in self._told if not self.subscribes_to(name)])
+        self._leave_out_others()
         return self._next()
 
     def _next(self) -> Response | None:
         if not self._begun or self._snapshot is None or self._on_its_way is not None:
             return None
         wanted = self._wanted()
-        if wanted == self._told and (self._nonce or not self._wildcard):
+        again = not self._again.isdisjoint(wanted)
+        if wanted == self._told and not again and (self._nonce or not self._wildcard):
             return None
         # What is missing in a response no longer exists.
         self._forget(self._told.keys() - wanted.keys())
@@ -173,8 +188,7 @@ class DeltaSession(Session):
         if not self._begun:
             self._take_over(request.known_versions)
         self._begun = True
-        gone = self._told.keys() | self._acknowledged.keys()
-        self._forget([name for name in gone if not self.subscribes_to(name)])
+        self._leave_out_others()
         return self._next()
 
     def _take_over(self, versions: Mapping[str, str]) -> None:
@@ -191,8 +205,11 @@ class DeltaSession(Session):
         told: dict[str, Resource | None] = {}
         for name, one in self._wanted().items():
             before = self._told.get(name)
-            if before is None or before.version != one.version:
+            if before is None or before.version != one.version or name in self._again:
                 told[name] = one
+            elif name in self._acknowledged and self._acknowledged[name].version == one.version:
+                # Of what the client had before this stream only the version was known.
+                self._acknowledged[name] = one
         missing = (self._names | self._told.keys()) - self._snapshot.keys()
         for name in missing:
             if name not in self._told or self._told[name] is not None:

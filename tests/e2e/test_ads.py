@@ -12,6 +12,7 @@ from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 
 ADS = {"envoy": {"endpoints": "ads"}}
+CLUSTER = "workers/m/plain"
 
 
 def state_of_the_world(bootstrap: dict[str, Any]) -> None:
@@ -37,7 +38,7 @@ async def endpoints_of_envoy(running: Running) -> set[str]:
     url = f"{running.stack.envoy_admin_url}/clusters?format=json"
     async with running.http.get(url) as response:
         clusters = (await response.json(content_type=None))["cluster_statuses"]
-    (workers,) = (one for one in clusters if one["name"] == "workers")
+    (workers,) = (one for one in clusters if one["name"] == CLUSTER)
     found = (one["address"]["socket_address"] for one in workers.get("host_statuses", []))
     return {f"http://{one['address']}:{one['port_value']}" for one in found}
 
@@ -100,7 +101,7 @@ async def test_workers_come_and_go_by_reload_and_no_request_fails(
 
 
 async def connected(running: Running) -> bool:
-    return [set(one["acknowledged"]) for one in await envoys(running)] == [{"workers"}]
+    return [set(one["acknowledged"]) for one in await envoys(running)] == [{CLUSTER}]
 
 
 async def test_service_and_envoy_restart(launch: Launch) -> None:
@@ -138,17 +139,21 @@ async def test_an_envoy_that_starts_without_the_service_fails_open(launch: Launc
             return False
 
     await wait_until(answered, "Envoy sends requests to the workers", seconds=15)
-    await stack.start_service()
-    await wait_until(lambda: connected(running), "Envoy has its endpoints")
+    async with asking(running) as statuses:
+        await stack.start_service()
+        await wait_until(lambda: connected(running), "Envoy has its endpoints")
+        await wait_until(lambda: decided(running), "the service decides")
+    # Not one was decided before Envoy had the workers.
+    assert set(statuses) == {200}
+    assert await running.sample("extproc_destination_missed_total") == 0
 
+
+async def decided(running: Running) -> bool:
     routed = 'extproc_requests_total{code="routed",path="/v1/chat/completions"}'
 
-    async def decided() -> bool:
-        async with running.chat() as response:
-            assert response.status == 200
-        return (await stack.metrics()).get(routed, 0) > 0
-
-    await wait_until(decided, "the service decides")
+    async with running.chat() as response:
+        assert response.status == 200
+    return (await running.stack.metrics()).get(routed, 0) > 0
 
 
 async def test_an_envoy_that_starts_without_the_service_answers_503_if_it_must_not_fail_open(

@@ -25,14 +25,10 @@ def crossed(bootstrap: dict[str, Any], replica: int, port: int, admin_port: int)
     resources = made["static_resources"]
     made["admin"]["address"]["socket_address"]["port_value"] = admin_port
     resources["listeners"][0]["address"]["socket_address"]["port_value"] = port
-    (both,) = (one for one in resources["clusters"] if one["name"] == "extproc")
-    one = copy.deepcopy(both) | {"name": "one-replica"}
-    one["load_assignment"]["cluster_name"] = "one-replica"
-    group = one["load_assignment"]["endpoints"][0]
-    group["lb_endpoints"] = [group["lb_endpoints"][replica]]
-    resources["clusters"].append(one)
-    (service,) = made["dynamic_resources"]["ads_config"]["grpc_services"]
-    service["envoy_grpc"]["cluster_name"] = "one-replica"
+    clusters = {one["name"]: one for one in resources["clusters"]}
+    both = clusters["extproc"]["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    ads = clusters["extproc-ads"]["load_assignment"]["endpoints"][0]
+    ads["lb_endpoints"] = [both[replica]]
     return made
 
 

@@ -26,8 +26,9 @@ CLIENTS = 30
 class Answers:
     """Steady requests of a few clients: their statuses, and how long the longest took."""
 
-    def __init__(self, running: Running, pause: float = 0.005) -> None:
+    def __init__(self, running: Running, pause: float = 0.005, model: str = "m") -> None:
         self._running = running
+        self._model = model
         self._pause = pause
         self._stop = asyncio.Event()
         self.statuses: list[int] = []
@@ -39,7 +40,7 @@ class Answers:
     async def _client(self) -> None:
         while not self._stop.is_set():
             begun = time.monotonic()
-            async with self._running.chat(tokens=1) as response:
+            async with self._running.chat(self._model, tokens=1) as response:
                 await response.read()
                 self.statuses.append(response.status)
                 if response.status == 503 and "retry-after" not in response.headers:

@@ -533,6 +533,7 @@ def test_workers_of_a_cluster_need_the_file_of_endpoints() -> None:
     sections: dict[str, Any] = {"discovery": {"backend": "k8s", "k8s": section}}
     with pytest.raises(ConfigError, match=r"envoy\.endpoints_file: this or "):
         render_bootstrap(config(**sections))
-    for envoy in ({"endpoints_file": "/run/e.json"}, {"endpoints": "ads"}):
-        rendered = render_bootstrap(config(**sections, envoy=envoy))
-        assert rendered["static_resources"]["clusters"][0]["type"] == "EDS"
+    rendered = render_bootstrap(config(**sections, envoy={"endpoints_file": "/run/e.json"}))
+    assert rendered["static_resources"]["clusters"][0]["type"] == "EDS"
+    rendered = render_bootstrap(config(**sections, envoy={"endpoints": "ads"}))
+    assert rendered["dynamic_resources"]["cds_config"]["ads"] == {}

@@ -58,6 +58,7 @@ _DETAILS: Final = {
     "stream",
     "tls",
     "total_tokens",
+    "type",
     "unix_socket",
     "usable_workers",
     "version",

@@ -154,6 +154,7 @@ class Disaggregation(WorkerObserver):
             body_members=members,
             decode_order="" if settings.inline else order.to_header(),
             attempts=order.attempts,
+            role="decode",
         )
 
     def _decode_workers_for(self, request: Request, model: str, now: float) -> list[Worker]:
@@ -187,6 +188,7 @@ class Disaggregation(WorkerObserver):
             worker_url=worker.url,
             destinations=(worker.address or "",),
             timeout_ms=0,
+            role="decode",
         )
         return self._leases.take(decision, [worker], now, None if pair is None else pair.leg)
 

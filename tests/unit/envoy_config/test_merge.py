@@ -276,14 +276,22 @@ def test_a_file_with_a_wrong_part_is_merged_or_refused(place: int, value: Any, a
 def test_ads_is_added_where_it_is_missing() -> None:
     new = merged(envoy={"endpoints": "ads"})
     assert new["dynamic_resources"]["ads_config"]["grpc_services"]
+    assert new["dynamic_resources"]["cds_config"]["ads"] == {}
     assert new["node"] == {"id": "llm-extproc", "cluster": "llm-extproc"}
     existing = before() | {"node": {"id": "edge-1", "metadata": {}}}
     node = merged(existing, envoy={"endpoints_file": "/run/e.json"})["node"]
     assert node == {"id": "edge-1", "cluster": "llm-extproc", "metadata": {}}
+    names = {one["name"] for one in new["static_resources"]["clusters"]}
+    assert "extproc-ads" in names
+    assert "workers" not in names
+
+
+@pytest.mark.parametrize("key", ["ads_config", "cds_config"])
+def test_another_source_of_clusters_is_a_problem_with_ads(key: str) -> None:
     found = problems(
-        envoy={"endpoints": "ads"}, edit=lambda old: old.update(dynamic_resources={"ads_config": 1})
+        envoy={"endpoints": "ads"}, edit=lambda old: old.update(dynamic_resources={key: 1})
     )
-    assert found.startswith("envoy.endpoints: ")
+    assert found.startswith(f"envoy.endpoints: the file to merge into has {key} already")
 
 
 def chat(existing: dict[str, Any]) -> dict[str, Any]:

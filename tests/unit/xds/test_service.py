@@ -11,13 +11,18 @@ from prometheus_client import CollectorRegistry
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.clock import SystemClock
+from extproc.config.loading import parse_config
 from extproc.metrics.service import Metrics
 from extproc.testing.stack import wait_until
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker
+from extproc.xds.client import CLUSTERS_TYPE, ENDPOINTS_TYPE
 from extproc.xds.publisher import Publisher
-from extproc.xds.service import ENDPOINTS_TYPE, SERVICE, DiscoveryService
+from extproc.xds.service import SERVICE, DiscoveryService
 from tests.builders import make_worker
+from tests.unit.configs import raw_config
+
+CLUSTER = "workers/m/plain"
 
 
 class Replica:
@@ -27,12 +32,12 @@ class Replica:
         self.named = True
         self.prometheus = CollectorRegistry()
         self.registry = WorkerRegistry()
+        raw = raw_config(envoy={"endpoints": "ads", "eds_settle_secs": 0.05})
         self.publisher = Publisher(
-            "workers",
+            parse_config(raw),
             self.registry,
             SystemClock(),
             Metrics(self.prometheus),
-            settle_seconds=0.05,
             all_named=lambda: self.named,
         )
 
@@ -73,7 +78,7 @@ def first_request(**fields: Any) -> bytes:
     return pb.DeltaDiscoveryRequest(
         node=pb.Node(id="envoy-1"),
         type_url=ENDPOINTS_TYPE,
-        resource_names_subscribe=["workers"],
+        resource_names_subscribe=[CLUSTER],
         **fields,
     ).SerializeToString()
 
@@ -119,7 +124,7 @@ async def test_a_worker_waits_for_the_acknowledgement_and_a_rejection_is_shown()
         await wait_until(known, "both workers may be chosen")
         (shown,) = replica.publisher.show()
         assert (shown["node"], shown["rejections"], shown["rejected"]) == ("envoy-1", 1, None)
-        assert shown["acknowledged"] == {"workers": response.resources[0].version}
+        assert shown["acknowledged"] == {CLUSTER: response.resources[0].version}
 
 
 async def test_an_envoy_that_changes_the_replica_is_sent_nothing_again() -> None:
@@ -129,7 +134,7 @@ async def test_an_envoy_that_changes_the_replica_is_sent_nothing_again() -> None
     async with serving(first) as channel:
         stream = open_stream(channel, "DeltaAggregatedResources")
         await stream.write(first_request())
-        known = {"workers": (await read_delta(stream)).resources[0].version}
+        known = {CLUSTER: (await read_delta(stream)).resources[0].version}
     async with serving(second) as channel:
         stream = open_stream(channel, "DeltaAggregatedResources")
         await stream.write(first_request(initial_resource_versions=known))
@@ -150,7 +155,7 @@ async def test_state_of_the_world_waits_until_all_workers_are_named() -> None:
     worker = replica.add("http://10.0.0.1:80")
     async with serving(replica) as channel:
         stream = open_stream(channel, "StreamAggregatedResources")
-        request = pb.DiscoveryRequest(type_url=ENDPOINTS_TYPE, resource_names=["workers"])
+        request = pb.DiscoveryRequest(type_url=ENDPOINTS_TYPE, resource_names=[CLUSTER])
         other = pb.DiscoveryRequest(type_url="other")
         await stream.write(other.SerializeToString())
         await stream.write(request.SerializeToString())
@@ -216,3 +221,52 @@ async def test_bytes_that_do_not_parse_end_only_their_stream(method: str) -> Non
             await stream.read()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert replica.publisher.show() == []
+
+
+async def test_envoy_gets_a_cluster_and_then_asks_for_its_endpoints() -> None:
+    replica = Replica()
+    replica.add("http://10.0.0.1:80")
+    async with serving(replica) as channel:
+        stream = open_stream(channel, "DeltaAggregatedResources")
+        await stream.write(pb.DeltaDiscoveryRequest(type_url=CLUSTERS_TYPE).SerializeToString())
+        response = await read_delta(stream)
+        assert response.type_url == CLUSTERS_TYPE
+        (resource,) = response.resources
+        assert resource.resource.type_url == CLUSTERS_TYPE
+        cluster = pb.Cluster.FromString(resource.resource.value)
+        assert resource.name == cluster.name == CLUSTER
+        await stream.write(
+            pb.DeltaDiscoveryRequest(
+                type_url=CLUSTERS_TYPE, response_nonce=response.nonce
+            ).SerializeToString()
+        )
+        await stream.write(first_request())
+        response = await read_delta(stream)
+        assert response.type_url == response.resources[0].resource.type_url == ENDPOINTS_TYPE
+
+        async def acknowledged() -> bool:
+            return [one["clusters"] for one in replica.publisher.show()] == [[CLUSTER]]
+
+        await wait_until(acknowledged, "operators see the cluster")
+
+
+async def test_a_model_that_a_reload_adds_gets_a_cluster() -> None:
+    replica = Replica()
+    replica.add("http://10.0.0.1:80")
+    async with serving(replica) as channel:
+        stream = open_stream(channel, "StreamAggregatedResources")
+        await stream.write(pb.DiscoveryRequest(type_url=CLUSTERS_TYPE).SerializeToString())
+        seen = []
+        for models in (["m", "n"], ["n"]):
+            response = pb.DiscoveryResponse.FromString(await stream.read())
+            seen.append([pb.Cluster.FromString(one.value).name for one in response.resources])
+            acknowledgement = pb.DiscoveryRequest(
+                type_url=CLUSTERS_TYPE, response_nonce=response.nonce
+            )
+            await stream.write(acknowledgement.SerializeToString())
+            raw = raw_config(models=[{"id": one} for one in models], envoy={"endpoints": "ads"})
+            replica.publisher.use(parse_config(raw))
+        response = pb.DiscoveryResponse.FromString(await stream.read())
+        seen.append([pb.Cluster.FromString(one.value).name for one in response.resources])
+        other = "workers/n/plain"
+        assert seen == [[CLUSTER], [CLUSTER, other], [other]]

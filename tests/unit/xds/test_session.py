@@ -1,10 +1,6 @@
 """What a client of discovery is sent, and what it has acknowledged."""
 
-from collections.abc import Mapping
-
-import hypothesis.strategies as st
 import pytest
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from extproc.xds.session import (
     DeltaSession,
@@ -16,7 +12,6 @@ from extproc.xds.session import (
 )
 
 A1, A2, B1 = (Resource(version, b"") for version in ("a1", "a2", "b1"))
-NAMES = ("a", "b", "c")
 
 
 @pytest.mark.parametrize("kind", [StateSession, DeltaSession])
@@ -93,121 +88,6 @@ def test_a_client_that_has_everything_from_another_replica_is_sent_nothing() -> 
     assert session.acknowledged["b"].addresses == frozenset()
 
 
-class Client(RuleBasedStateMachine):
-    """A client that answers when it likes, and changes its mind."""
-
-    kind: type[Session]
-
-    @initialize(known=st.booleans())
-    def begin(self, known: bool) -> None:
-        self.snapshot: dict[str, Resource] = {}
-        self.session = self.kind(self.snapshot if known else None)
-        self.wanted: set[str] = set()
-        self.has: dict[str, Resource] = {}
-        self.waiting: Response | None = None
-        self.known = known
-        self.begun = False
-        self.turn = 0
-        # Rejected and not changed since.
-        self.refused: dict[str, Resource | None] = {}
-
-    @rule(present=st.sets(st.sampled_from(NAMES)), fresh=st.booleans())
-    def change(self, present: set[str], fresh: bool) -> None:
-        self.turn += 1
-        self.known = True
-        before = self.snapshot
-        self.snapshot = {
-            name: Resource(f"{name}{self.turn}", b"")
-            if fresh
-            else before.get(name, Resource(f"{name}{self.turn}", b""))
-            for name in present
-        }
-        self.take(self.session.update(self.snapshot))
-
-    @rule(names=st.sets(st.sampled_from(NAMES), min_size=1))
-    def subscribe(self, names: set[str]) -> None:
-        raise NotImplementedError
-
-    @rule(error=st.sampled_from([None, None, "no"]))
-    def reply(self, error: str | None) -> None:
-        if self.waiting is None:
-            return
-        response, self.waiting = self.waiting, None
-        told: Mapping[str, Resource | None] = {
-            **response.resources,
-            **dict.fromkeys(response.removed),
-        }
-        for name, one in told.items():
-            if error is not None:
-                self.refused[name] = one
-                continue
-            self.refused.pop(name, None)
-            if one is None:
-                self.has.pop(name, None)
-            elif name in self.wanted:
-                self.has[name] = one
-        self.acknowledge(response, error)
-
-    def acknowledge(self, response: Response, error: str | None) -> None:
-        raise NotImplementedError
-
-    def take(self, response: Response | None) -> None:
-        if response is not None:
-            assert self.waiting is None, "one response at a time"
-            assert self.known
-            self.waiting = response
-
-    @invariant()
-    def in_the_end_it_has_what_it_wants(self) -> None:
-        if not getattr(self, "begun", False) or self.waiting is not None or not self.known:
-            return
-        for name in self.wanted & self.snapshot.keys():
-            current = self.snapshot[name]
-            assert self.has.get(name) == current or self.refused.get(name) == current
-        for name, one in self.session.acknowledged.items():
-            assert self.has[name] == one
-
-
-class StateClient(Client):
-    kind = StateSession
-
-    @rule(names=st.sets(st.sampled_from(NAMES), min_size=1))
-    def subscribe(self, names: set[str]) -> None:
-        if self.waiting is not None:
-            return  # Envoy answers first.
-        self.has = {name: one for name, one in self.has.items() if name in names}
-        self.refused = {name: one for name, one in self.refused.items() if name in names}
-        self.wanted, self.begun = set(names), True
-        nonce = str(self.session._nonce or "")
-        self.take(self.session.receive(Request(names=tuple(sorted(names)), nonce=nonce)))
-
-    def acknowledge(self, response: Response, error: str | None) -> None:
-        request = Request(names=tuple(sorted(self.wanted)), nonce=response.nonce, error=error)
-        self.take(self.session.receive(request))
-
-
-class DeltaClient(Client):
-    kind = DeltaSession
-
-    @rule(names=st.sets(st.sampled_from(NAMES), min_size=1))
-    def subscribe(self, names: set[str]) -> None:
-        new, old = names - self.wanted, self.wanted - names
-        for name in new | old:
-            self.has.pop(name, None)
-            self.refused.pop(name, None)
-        self.wanted, self.begun = set(names), True
-        request = Request(names=tuple(sorted(new)), unsubscribed=tuple(sorted(old)))
-        response = self.session.receive(request)
-        self.take(response)
-
-    def acknowledge(self, response: Response, error: str | None) -> None:
-        self.take(self.session.receive(Request(nonce=response.nonce, error=error)))
-
-
-TestStateClient = StateClient.TestCase
-TestDeltaClient = DeltaClient.TestCase
-
-
 def test_delta_tells_of_a_resource_that_is_gone() -> None:
     session = DeltaSession({"a": A1})
     first = session.receive(Request(names=("a",)))
@@ -230,3 +110,26 @@ def test_a_name_that_is_asked_for_again_is_sent_again() -> None:
     assert again is not None
     assert again.resources == {"a": A1}
     assert session.acknowledged == {}
+
+
+def test_what_a_client_has_is_known_although_it_connects_before_the_workers_are() -> None:
+    one = Resource("a1", b"a", frozenset({"10.0.0.1:80"}))
+    session = DeltaSession(None)
+    assert session.receive(Request(names=("a",), known_versions={"a": "a1"})) is None
+    assert session.acknowledged["a"].addresses == frozenset()
+    assert session.update({"a": one}) is None
+    assert session.acknowledged == {"a": one}
+
+
+def test_what_a_client_wanted_before_it_saw_the_last_response_does_not_count() -> None:
+    session = StateSession({"a": A1})
+    first = session.receive(Request(names=("a",)))
+    assert first is not None
+    session.receive(Request(names=("a",), nonce=first.nonce))
+    second = session.update({"a": A2, "b": B1})
+    assert second is not None
+    assert session.receive(Request(names=("a", "b"), nonce=first.nonce)) is None
+    assert not session.subscribes_to("b")
+    third = session.receive(Request(names=("a", "b"), nonce=second.nonce))
+    assert third is not None
+    assert third.resources == {"a": A2, "b": B1}
