@@ -1,7 +1,7 @@
 """Workers by DNS: every address of a name is a worker, as in a headless Service."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -58,7 +58,11 @@ class Named:
 
 @asynccontextmanager
 async def named(
-    folder: Path, hosts: list[str], envoy: dict[str, Any], **keys: Any
+    folder: Path,
+    hosts: list[str],
+    envoy: dict[str, Any],
+    edit_bootstrap: Callable[[dict[str, Any]], None] | None = None,
+    **keys: Any,
 ) -> AsyncIterator[Named]:
     """A worker at each of these hosts, all of them named, and a stack that finds them by name."""
     async with AsyncExitStack() as exits:
@@ -83,7 +87,7 @@ async def named(
             "envoy": envoy,
         }
         server.records = {NAME: {"A": hosts[:2]}}
-        stack = Stack(folder, [], settings_of_stack)
+        stack = Stack(folder, [], settings_of_stack, edit_bootstrap=edit_bootstrap)
         await exits.enter_async_context(stack)
         await stack.envoy.wait_ready(lambda: stack.answers(f"{stack.envoy_admin_url}/ready"))
         http = await exits.enter_async_context(
@@ -215,3 +219,86 @@ async def test_without_the_service_envoy_asks_the_same_name_servers(tmp_path: Pa
         await wait_until(answered, "Envoy sends requests to the workers", seconds=15)
         assert await fleet.ask(30) == {200}
         assert min((await fleet.counts()).values()) > 5
+
+
+def resolve_in_envoy(bootstrap: dict[str, Any]) -> None:
+    """Envoy looks up the name by itself, as a gateway with a file of its own."""
+    resources = bootstrap["static_resources"]
+    del bootstrap["dynamic_resources"]
+    by_name = {one["name"]: one for one in resources["clusters"]}
+    asking, workers = by_name["workers"], by_name["workers-fail-open"]
+    resources["clusters"].remove(asking)
+    workers["name"] = workers["load_assignment"]["cluster_name"] = "workers"
+    workers["cluster_type"]["typed_config"]["dns_refresh_rate"] = "0.500s"
+    other = asking | {"name": "workers-fail-open", "cluster_type": None, "type": "STATIC"}
+    del other["cluster_type"], other["eds_cluster_config"]
+    resources["clusters"].append(other)
+
+
+async def test_a_gateway_that_resolves_the_name_by_itself_follows_a_moment_later(
+    tmp_path: Path,
+) -> None:
+    async with named(tmp_path, HOSTS, ADS, resolve_in_envoy) as fleet:
+        first, second, third = HOSTS
+        await fleet.until_ready(first, second)
+        assert await fleet.ask(30) == {200}
+        counts = await fleet.counts()
+        assert min(counts[first], counts[second]) > 5
+        missed = "extproc_destination_missed_total"
+        assert await fleet.running.sample(missed) == 0
+
+        fleet.name(first, second, third)
+        await fleet.until_ready(first, second, third)
+        # Requests for the new address are served by others, until Envoy has it.
+        assert await fleet.ask(4) == {200}
+
+        async def followed() -> bool:
+            before = await fleet.running.sample(missed)
+            assert await fleet.ask(9) == {200}
+            return (
+                await fleet.running.sample(missed) == before and (await fleet.counts())[third] > 0
+            )
+
+        await wait_until(followed, "Envoy has the new address")
+
+
+async def test_each_role_can_have_a_name(tmp_path: Path) -> None:
+    """The engines do not report their roles, as vLLM."""
+    hosts = ["127.0.0.31", "127.0.0.32", "127.0.0.33"]
+    async with AsyncExitStack() as exits:
+        server = await exits.enter_async_context(name_server())
+        prefill_port, decode_port = exits.enter_context(reserved_ports(2))
+        workers: list[RunningSimulator] = []
+        for host, port in zip(hosts, (prefill_port, prefill_port, decode_port), strict=True):
+            settings = SimulatorSettings(
+                model="m", host=host, port=port, pd_protocol="nixl", no_server_info=True
+            )
+            workers.append(await start(settings))
+            exits.push_async_callback(workers[-1].stop)
+        prefill, decode = f"http://p.test:{prefill_port}", f"http://d.test:{decode_port}"
+        section = {
+            "urls": [prefill, decode],
+            "prefill_urls": [prefill],
+            "decode_urls": [decode],
+            "nameservers": [server.address],
+            "ttl_min_secs": 0.1,
+        }
+        settings_of_stack = {
+            "models": [{"id": "m", "pd": {"protocol": "nixl"}}],
+            "discovery": {"backend": "dns", "dns": section},
+            "envoy": ADS | {"fail_open": False},
+        }
+        server.records = {"p.test": {"A": hosts[:1]}, "d.test": {"A": hosts[2:]}}
+        stack = await exits.enter_async_context(Stack(tmp_path, [], settings_of_stack))
+        await stack.envoy.wait_ready(lambda: stack.answers(f"{stack.envoy_admin_url}/ready"))
+        http = await exits.enter_async_context(aiohttp.ClientSession())
+        fleet = Named(Running(stack, Fleet(workers), http), server, hosts)
+        await fleet.until_ready(hosts[0], hosts[2])
+        assert await fleet.ask(3) == {200}
+        assert list((await fleet.counts()).values()) == [3, 0, 3]
+
+        server.records["p.test"] = {"A": hosts[1:2]}
+        await fleet.until_ready(hosts[1], hosts[2])
+        assert await fleet.ask(3) == {200}
+        assert list((await fleet.counts()).values()) == [3, 3, 6]
+        assert {one["mode"] for one in await stack.workers()} == {"prefill", "decode"}
