@@ -361,8 +361,8 @@ PD_DECODE_RETRIES = _pd.counter(
 )
 PD_DECODE_ALONE = _pd.counter(
     "extproc_pd_decode_alone_total",
-    "Requests that a decode worker served without a prefill worker, because it lacked little of "
-    "the prompt.",
+    "Requests that a decode worker served without a prefill worker: it lacked little of the "
+    "prompt, or vLLM cannot hand over the cache of a batch or of several answers to one prompt.",
     "model",
 )
 WORKER_ROLE_CHANGES = _pd.counter(

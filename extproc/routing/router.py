@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping
 
-from extproc.errors import model_not_found, no_healthy_workers, no_workers_in_subset
+from extproc.errors import (
+    model_not_found,
+    no_decode_workers,
+    no_healthy_workers,
+    no_workers_in_subset,
+)
 from extproc.routing.chooser import NO_TOKENS, Chooser
 from extproc.routing.demand import Demand
 from extproc.routing.dispatch import Dispatch
@@ -122,13 +127,16 @@ class Router:
         """Two workers, for prefill and decode; or a decode worker that needs no other."""
         pd = self._pd
         pd.check(request, model)
+        must = pd.needs_decode_alone(request, model)
         prompt = await chooser.read(request, adapter)
-        if chooser.reads_prompts and pd.may_decode_alone(model):
+        if must or (chooser.reads_prompts and pd.may_decode_alone(model)):
             now = self._clock.monotonic()
             decodes = workers_in(request.subset, self._registry.candidates(model, "decode", now))
+            if must and not decodes:
+                raise no_decode_workers()
             if decodes:
                 chosen = chooser.choose(decodes, prompt, now)
-                if chosen.placed is not None and pd.decode_alone(model, chosen.placed):
+                if must or (chosen.placed is not None and pd.decode_alone(model, chosen.placed)):
                     self._decode_alone(model).inc()
                     lease = self._dispatch.send(request, model, chosen, decodes, now)
                     chooser.decided(chosen)

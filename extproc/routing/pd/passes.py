@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from extproc.errors import (
+    bad_request,
     no_decode_workers,
     no_prefill_workers,
     no_workers_in_subset,
@@ -25,7 +26,11 @@ from extproc.routing.lease import Lease
 from extproc.routing.pd.decode_chooser import DecodeChooser
 from extproc.routing.pd.decode_lease import DecodeLease, DecodeLeases
 from extproc.routing.pd.decode_order import DecodeOrder, DecodeQuery
-from extproc.routing.pd.handoff import kv_decode_members
+from extproc.routing.pd.handoff import (
+    asks_for_copies,
+    kv_decode_members,
+    prompts_of_a_batch,
+)
 from extproc.routing.pd.pair import Pair, Pairs
 from extproc.routing.pd.prefill_leg import PrefillLeg
 from extproc.routing.pd.prefill_sender import PrefillSender, SentPrefill
@@ -75,6 +80,22 @@ class Disaggregation(WorkerObserver):
         if not self._registry.candidates(model, "prefill", now):
             raise no_prefill_workers()
         self._decode_workers_for(request, model, now)
+
+    def needs_decode_alone(self, request: Request, model: str) -> bool:
+        """True if the engines cannot hand the cache over for this request: one serves it alone.
+
+        vLLM answers a batch with the blocks of its first prompt only, and keeps those of copies
+        for itself. A decode worker of SGLang cannot prefill, and the engine hangs on copies.
+        Raises RouterError 400 for those.
+        """
+        copies = asks_for_copies(request)
+        if self._settings.protocols[model] == "nixl":
+            return copies or (prompts_of_a_batch(request) or 1) > 1
+        if copies:
+            raise bad_request(
+                "`n` above 1 cannot be served by prefill and decode workers of this engine"
+            )
+        return False
 
     def decode_alone(self, model: str, placed: Placed) -> bool:
         """True if the decode worker lacks so little of the prompt that it should serve without a

@@ -12,11 +12,12 @@ from extproc.errors import RouterError
 from extproc.routing.json_members import with_members
 from extproc.routing.pd.handoff import (
     KV_PREFILL_MEMBERS,
+    asks_for_copies,
     bootstrap_members,
     kv_decode_members,
     prompts_of_a_batch,
 )
-from extproc.routing.request import ClientHeaders, find_endpoint, parse_body
+from extproc.routing.request import ClientHeaders, Request, find_endpoint, parse_body
 
 HOST = "10.0.0.1"
 
@@ -271,3 +272,38 @@ def test_too_many_prompts_are_refused(path: str) -> None:
 
 def test_an_answer_that_is_not_utf_8_is_not_passed_on() -> None:
     assert kv_decode_members(b'{"kv_transfer_params":{"a":"\xff"}}') is None
+
+
+@pytest.mark.parametrize(
+    ("body", "copies"),
+    [
+        (b'{"model":"m"}', False),
+        (b'{"model":"m","n":1}', False),
+        (b'{"model":"m","n":null}', False),
+        (b'{"model":"m","n":true}', False),
+        (b'{"model":"m","n":"1"}', False),
+        (b'{"model":"m","n":2}', True),
+        (b'{"model":"m","n":2.0}', True),
+        (b'{"model":"m","n":"2"}', True),
+        (b'{"model":"m","n":1,"n":3}', True),
+        (b'{"model":"m","\\u006e":3}', True),
+        (b'{"model":"m","best_of":2}', True),
+        (b'{"model":"m","use_beam_search":true}', True),
+        (b'{"model":"m","use_beam_search":false}', False),
+        (b'{"model":"m","text":"x","sampling_params":{"n":4}}', True),
+        (b'{"model":"m","text":["x"],"sampling_params":[{"n":1},{"n":2}]}', True),
+        (b'{"model":"m","sampling_params":"n"}', False),
+        (b'{"model":"m","messages":[{"role":"user","content":"\\"n\\":2"}]}', False),
+        (b'{"model":"m","tool":{"n":2}}', False),
+    ],
+)
+def test_requests_for_several_answers_are_found(body: bytes, copies: bool) -> None:
+    request = parse_body(find_endpoint("POST", "/generate"), body, no_headers, prompt_max_bytes=0)
+    assert asks_for_copies(request) is copies
+
+
+@given(st.binary(max_size=30))
+def test_no_body_makes_the_search_for_copies_fail(some: bytes) -> None:
+    endpoint = find_endpoint("POST", "/v1/completions")
+    for body in (b'{"n":' + some + b"}", b'"n"' + some):
+        asks_for_copies(Request(endpoint, "m", False, body))

@@ -18,6 +18,7 @@ from tests.fakes import settle
 from tests.unit.routing.pd.pd_fleet import (
     ADDRESSES,
     BODY,
+    DECODES,
     KV,
     PREFILLS,
     VIA,
@@ -262,3 +263,41 @@ async def test_nixl_any_failure_makes_the_service_recheck_the_worker(
         fleet.prefill_client.calls[0].fail(answer)
     await failed(task)
     assert fleet.rechecked == [fleet.prefills[0]]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","prompt":["x","y"]}',
+        b'{"model":"m","prompt":[[1,2],[3]]}',
+        b'{"model":"m","prompt":"x","n":2}',
+    ],
+)
+async def test_what_vllm_cannot_hand_over_goes_to_a_decode_worker_alone(body: bytes) -> None:
+    fleet = nixl()
+    lease = await fleet.start(body)
+    assert isinstance(lease, Lease)
+    assert lease.decision.worker_url in DECODES
+    assert lease.decision.body_members == b""
+    assert fleet.prefill_client.posts == []
+    assert fleet.metric("extproc_pd_decode_alone_total", model="m") == 1
+    lease.close()
+    fleet.nothing_is_left()
+
+
+async def test_a_batch_of_one_prompt_is_handed_over() -> None:
+    fleet = nixl()
+    task = asyncio.create_task(fleet.start(b'{"model":"m","prompt":["x"]}'))
+    await settle()
+    fleet.prefill_client.calls[0].respond(200, b'{"kv_transfer_params":%b}' % KV)
+    (await answered(task)).close()
+
+
+async def test_sglang_is_not_asked_for_several_answers() -> None:
+    fleet = PdFleet()
+    with pytest.raises(RouterError) as caught:
+        await fleet.start(b'{"model":"m","prompt":"x","n":2}')
+    assert caught.value.status == 400
+    assert "`n`" in caught.value.message
+    assert fleet.prefill_client.posts == []
+    fleet.nothing_is_left()
