@@ -102,7 +102,8 @@ class PodReader:
         if role is None or labels.get(_INDEX_IN_GROUP, _LEADER) != _LEADER:
             return Reading()
         draining = metadata.deletionTimestamp is not None
-        if status.phase != "Running" or not (draining or _is_ready(status)):
+        ready = _is_ready(status)
+        if status.phase != "Running" or not (draining or ready):
             return Reading()
         host = self._address(status)
         if host is None:
@@ -125,7 +126,7 @@ class PodReader:
             )
             for port in ports
         ]
-        return Reading([Sighting(spec, draining) for spec in specs])
+        return Reading([Sighting(spec, draining, serving=ready) for spec in specs])
 
     def _address(self, status: _Status) -> str | None:
         """The pod's address of the preferred family that it has."""

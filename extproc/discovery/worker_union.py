@@ -36,11 +36,15 @@ _ROLE_ORDER: Final[dict[Role, int]] = {"prefill": 0, "decode": 1, "plain": 2}
 
 
 class Sighting(Struct, frozen=True):
-    """What one object says about one worker. The sighting with the lowest `rank` gives the URL."""
+    """What one object says about one worker. The sighting with the lowest `rank` gives the URL.
+
+    One that is draining and not `serving` need not join; if it has joined, it may have streams.
+    """
 
     spec: WorkerSpec
     draining: bool = False
     rank: int = 0
+    serving: bool = True
 
     def _order(self) -> tuple[int, int, str]:
         return (_ROLE_ORDER[self.spec.role], self.rank, str(self.spec.url))
@@ -148,9 +152,9 @@ class WorkerUnion:
                 continue
             self._leaving.pop(worker_id, None)
             now = _united(list(found.values()))
-            if told is None and now.draining:
-                continue  # It is not worth while to join.
             if now == told:
+                continue
+            if told is None and not now.serving and worker_id not in self._vanished:
                 continue
             if told is None or _is_other(told.spec, now.spec):
                 if told is not None:

@@ -104,7 +104,8 @@ class Installation:
     async def served_by(self, worker: RunningSimulator) -> int:
         """How many requests this worker has had."""
         async with self.http.get(f"{worker.url}/simulator/stats") as answer:
-            return len((await answer.json())["requests"])
+            count: int = (await answer.json())["received"]
+            return count
 
     async def sample(self, name: str) -> float:
         """The sum of all samples whose name and labels begin like this."""
@@ -144,19 +145,22 @@ def port_of(worker: RunningSimulator) -> str:
 
 @asynccontextmanager
 async def installation(
-    namespace: Namespace, folder: Path, settings: dict[str, Any], **section: Any
+    namespace: Namespace,
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    backend: str = "k8s_pods",
+    **section: Any,
 ) -> AsyncIterator[Installation]:
-    """With these settings of the service, and these of `discovery.k8s_pods`."""
+    """With these settings of the service and of its backend; the pool's name is `pool`."""
     stack = Stack(folder, [], {"models": [{"id": "m"}], **settings})
-    section = {
-        "namespace": namespace.name,
-        "kubeconfig": namespace.kubeconfig,
-        "label_selector": "app=sglang",
-        "port_name": "http",
-        **section,
-    }
-    backend = {"backend": "k8s_pods", "k8s_pods": section}
-    stack.config["discovery"] = settings.get("discovery", {}) | backend
+    section = {"namespace": namespace.name, "kubeconfig": namespace.kubeconfig} | section
+    if backend == "k8s_pods":
+        section = {"label_selector": "app=sglang", "port_name": "http"} | section
+    else:
+        section["name"] = "pool"
+    chosen = {"backend": backend, backend: section}
+    stack.config["discovery"] = settings.get("discovery", {}) | chosen
     async with AsyncExitStack() as exits:
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=60)

@@ -1,5 +1,6 @@
 """Discovery from an InferencePool against a real API server, with the kind's real definition."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from extproc.workers.source import Added
 
 from .cluster import Namespace, eventually
 from .following import following_pool
+from .installation import installation, port_of
 from .pods import end_pod, run_pod
 
 _POOL = create_namespaced_resource(
@@ -116,3 +118,37 @@ async def test_workers_stay_while_the_server_is_down(namespace: Namespace) -> No
         namespace.cluster.start()
         await run_pod(namespace, 2)
         await found.sees(*at((1, 8000), (2, 8000)))
+
+
+async def test_requests_get_503_while_there_is_no_pool(
+    namespace: Namespace, tmp_path: Path
+) -> None:
+    settings = {"envoy": {"endpoints": "ads"}}
+    async with installation(namespace, tmp_path, settings, backend="inference_pool") as installed:
+        worker = await installed.start_worker()
+        await make_pool(namespace, worker.port)
+        await run_pod(namespace, 1, ip="127.0.0.1")
+
+        async def statuses() -> tuple[int, str]:
+            async with installed.chat(1) as answer:
+                await answer.read()
+                return answer.status, answer.headers.get("x-router-error-code", "")
+
+        async with installed.stack:
+            await installed.shows(**{port_of(worker): True})
+            assert await statuses() == (200, "")
+            await namespace.client.delete(_POOL, "pool", namespace=namespace.name)
+            await installed.shows()
+            assert await statuses() == (503, "no_healthy_workers")
+            await make_pool(namespace, worker.port)
+            await installed.shows(**{port_of(worker): True})
+            assert await statuses() == (200, "")
+            assert await installed.served_by(worker) == 2
+
+
+async def test_a_pod_is_a_worker_at_each_of_eight_ports(namespace: Namespace) -> None:
+    ports = range(8000, 8008)
+    await make_pool(namespace, *ports)
+    await run_pod(namespace, 1)
+    async with following_pool(namespace) as found:
+        await found.sees(*at(*((1, port) for port in ports)))

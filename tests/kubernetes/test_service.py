@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from extproc.testing.stack import wait_until
+
 from .cluster import Namespace
 from .installation import Installation, installation, port_of
 from .pods import end_pod, run_pod
@@ -139,3 +141,27 @@ async def test_workers_are_replaced_one_by_one_without_a_failed_request(
         await asyncio.gather(*asking)
     assert set(statuses) == {200}
     assert len(statuses) > 20
+
+
+async def test_a_service_that_starts_while_a_pod_terminates_gives_it_no_requests(
+    namespace: Namespace, installed: Installation
+) -> None:
+    leaving, staying = [await installed.start_worker() for _ in range(2)]
+    for n, worker in enumerate((leaving, staying), 1):
+        await run_pod(namespace, n, ip="127.0.0.1", port=int(port_of(worker)))
+    async with installed.stack:
+        await installed.shows(**{port_of(leaving): True, port_of(staying): True})
+        await end_pod(namespace, 1, grace_seconds=60)
+        await installed.shows(**{port_of(leaving): "draining", port_of(staying): True})
+        await installed.stack.service.stop()
+        await installed.stack.start_service()
+        await installed.shows(**{port_of(leaving): "draining", port_of(staying): True})
+        assert await installed.sample("extproc_workers_draining") == 1
+        await wait_until(installed.stack.envoy_sees_service, "Envoy has connected again")
+        served = await installed.served_by(leaving)
+        for _ in range(10):
+            async with installed.chat(1) as answer:
+                assert answer.status == 200
+        assert await installed.served_by(leaving) == served
+        await end_pod(namespace, 1, grace_seconds=0)
+        await installed.shows(**{port_of(staying): True})

@@ -59,6 +59,15 @@ def test_readiness_and_deletion_say_whether_a_pod_is_a_worker(
     assert states == ([] if state == "out" else [state])
 
 
+@pytest.mark.parametrize("ready", ["True", "False"])
+def test_a_pod_that_is_deleted_serves_while_it_is_ready(ready: str) -> None:
+    conditions = [{"type": "Ready", "status": ready}]
+    (found,) = read(
+        pod_json(deletionTimestamp="2026-01-01T00:00:00Z", conditions=conditions)
+    ).sightings
+    assert (found.draining, found.serving) == (True, ready == "True")
+
+
 @pytest.mark.parametrize(
     ("role", "expected"),
     [("prefill", "prefill"), ("both", "prefill"), ("decode", "decode"), (None, "decode")],

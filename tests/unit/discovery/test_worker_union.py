@@ -1,5 +1,7 @@
 """The union over objects: what moves stays, what disappears from one may still be in another."""
 
+import msgspec
+
 from extproc.discovery.worker_union import Reading, Sighting, WorkerUnion
 from extproc.worker_url import parse_worker_url
 from extproc.workers.source import Added, DrainingChanged, Removed, RoleChanged, Vanished
@@ -161,11 +163,31 @@ def test_one_object_that_says_draining_is_enough() -> None:
     assert union.put("s2", part(seen())) == [DrainingChanged("a", False)]
 
 
-def test_a_worker_that_is_draining_when_it_is_first_seen_does_not_join() -> None:
+def test_a_worker_that_is_draining_when_it_is_first_seen_joins_as_such() -> None:
     union = WorkerUnion()
-    assert union.replace({"s1": part(seen(draining=True))}) == []
+    one = seen(draining=True)
+    assert union.replace({"s1": part(one)}) == [Added(one.spec), DrainingChanged("a", True)]
+    assert union.put("s1", part(seen())) == [DrainingChanged("a", False)]
+
+
+def test_a_draining_worker_that_does_not_serve_need_not_join() -> None:
+    union = WorkerUnion()
+    ending = msgspec.structs.replace(seen(draining=True), serving=False)
+    assert union.replace({"s1": part(ending)}) == []
     assert union.put("s1", part()) == []
     assert union.put("s1", part(seen())) == [Added(seen().spec)]
+    # One that has joined stays until it is gone.
+    assert union.put("s1", part(ending)) == [DrainingChanged("a", True)]
+    assert union.put("s1", part()) == [Removed("a")]
+
+
+def test_a_worker_that_vanished_and_is_seen_draining_drains() -> None:
+    union = WorkerUnion()
+    union.replace({"s1": part(seen())})
+    assert union.replace({"s1": part()}) == [Vanished(seen().spec)]
+    ending = msgspec.structs.replace(seen(draining=True), serving=False)
+    events = union.put("s1", part(ending))
+    assert events == [Added(ending.spec), DrainingChanged("a", True)]
 
 
 def test_another_role_does_not_make_another_worker() -> None:
