@@ -82,7 +82,7 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
             "restart",
             "discovery.k8s_pods.",
             "namespace kubeconfig label_selector prefill_selector decode_selector port_name port "
-            "address_family bootstrap_port_annotation",
+            "address_family bootstrap_port_annotation ranks_from",
         ),
         **_keys(
             "restart",

@@ -201,6 +201,14 @@ class K8sPodsConfig(SelectedSection, frozen=True, kw_only=True):
     """The objects are pods."""
 
     bootstrap_port_annotation: _BootstrapPortAnnotation = _BOOTSTRAP_PORT_ANNOTATION
+    ranks_from: Annotated[
+        Text | None,
+        Meta(
+            description="Label or annotation that says which data-parallel ranks run in a pod, "
+            "such as `3` or `4-7`, for engines on several pods (LeaderWorkerSet). The KV events "
+            "of a rank are then read at the address of its pod."
+        ),
+    ] = None
 
 
 class InferencePoolConfig(ClusterSection, frozen=True, kw_only=True):

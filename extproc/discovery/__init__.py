@@ -7,8 +7,9 @@ the list in the configuration. `dns_names` makes a worker of every address of a 
 
 `endpoint_slices`, `pods` and `inference_pool` are backends for a Kubernetes cluster. They say how
 an object is read, which is plain code; `cluster_source` puts such a backend together. What is the
-same for all kinds of objects stands apart: `worker_union` compares what the objects say,
-`list_watch` follows them, and `kube_api` alone talks to the API server.
+same for all kinds of objects stands apart: `rank_map` brings the pods of one engine together,
+`worker_union` compares what the objects say, `list_watch` follows them, and `kube_api` alone talks
+to the API server.
 """
 
 __all__ = [

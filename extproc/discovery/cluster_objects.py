@@ -16,6 +16,7 @@ from lightkube.models.meta_v1 import ObjectMeta
 from extproc.clock import Clock
 from extproc.discovery.kube_api import WatchEvent
 from extproc.discovery.list_watch import ListWatch, Snapshot
+from extproc.discovery.rank_map import RankMap
 from extproc.discovery.worker_union import Reading, WorkerUnion
 from extproc.workers.source import Listed, WorkerEvent
 
@@ -34,6 +35,7 @@ _FIXES: Final = {
     "bootstrap_port_invalid": "write the number of a port into the annotation",
     "fqdn_addresses": "give the Service IP addresses; slices of host names cannot be used",
     "port_not_found": "set port_name to a port of the Service or the pod, or set port",
+    "ranks_invalid": "write a number, or a range such as 4-7, into the label or annotation",
 }
 
 
@@ -57,6 +59,7 @@ class ClusterObjects(Generic[_KindT]):
         self._what = what
         self._clock = clock
         self._union = union or WorkerUnion()
+        self._rank_map = RankMap()
         self._is_first = True
         # The problem of which was warned, by object.
         self._warned: dict[str, str] = {}
@@ -105,14 +108,19 @@ class ClusterObjects(Generic[_KindT]):
             self._warned = {key: text for key, text in self._warned.items() if key in found}
             # What was reported before was selected by other rules.
             others_left, self._is_first = self._is_first, False
-            return self._union.replace(await self._read_all(found), others_left=others_left)
+            readings = self._rank_map.replace(await self._read_all(found))
+            return self._union.replace(readings, others_left=others_left)
         key = _key(step.object)
         if step.type != "DELETED":
-            return self._union.put(key, self._read_one(key, step.object))
+            return self._put(key, self._read_one(key, step.object))
         self._warned.pop(key, None)
         if self._read(step.object).shared:
             return self._union.delete(key, self._clock.monotonic() + _MOVE_SECONDS)
-        return self._union.put(key, Reading())
+        return self._put(key, Reading())
+
+    def _put(self, key: str, reading: Reading) -> list[WorkerEvent]:
+        changed = self._rank_map.put(key, reading)
+        return [event for one, found in changed.items() for event in self._union.put(one, found)]
 
     async def _read_all(self, objects: Mapping[str, _KindT]) -> dict[str, Reading]:
         readings: dict[str, Reading] = {}

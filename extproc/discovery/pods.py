@@ -4,9 +4,11 @@ Only the fields that are used are decoded. The bookmarks of a watch leave requir
 empty, so that the complete type could not decode them.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
 from lightkube.core.resource import ApiInfo, NamespacedResourceG, ResourceDef
 from lightkube.models.meta_v1 import ObjectMeta
 from msgspec import Struct, field
@@ -26,6 +28,11 @@ _OBJECTS: Final = "pods"
 # Of the pods of one LeaderWorkerSet group only the leader serves requests.
 _INDEX_IN_GROUP: Final = "leaderworkerset.sigs.k8s.io/worker-index"
 _LEADER: Final = "0"
+# The pods of a group have the same, and those of the group that replaces it have another one.
+_GROUP: Final = "leaderworkerset.sigs.k8s.io/group-key"
+# As many as kv.ranks_per_worker_max can be.
+_RANKS_MAX: Final = 1024
+_RANKS: Final = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 _PORT_MAX: Final = 65535
 
 
@@ -82,14 +89,19 @@ class PodReader:
         roles: Sequence[tuple[Role, LabelSelector]],
         family: DnsLookupFamily,
         bootstrap_port_annotation: str,
+        ranks_from: str | None = None,
         ports: Sequence[int] = (),
         port_name: str | None = None,
         port: int | None = None,
     ) -> None:
-        """Each of `ports` is a worker; without them it is one port, which is looked for."""
+        """Each of `ports` is a worker; without them it is one port, which is looked for.
+
+        `ranks_from` is the label or annotation with the ranks of a pod.
+        """
         self._roles = roles
         self._families = IP_VERSIONS[family]
         self._bootstrap_port_annotation = bootstrap_port_annotation
+        self._ranks_from = ranks_from
         self._ports = ports
         self._port_name = port_name
         self._port = port
@@ -99,7 +111,10 @@ class PodReader:
         metadata, status = pod.metadata or ObjectMeta(), pod.status or _Status()
         labels = metadata.labels or {}
         role = role_of(labels, self._roles)
-        if role is None or labels.get(_INDEX_IN_GROUP, _LEADER) != _LEADER:
+        part = self._part(metadata, status)
+        if labels.get(_INDEX_IN_GROUP, _LEADER) != _LEADER:
+            return part
+        if role is None:
             return Reading()
         draining = metadata.deletionTimestamp is not None
         ready = _is_ready(status)
@@ -126,7 +141,22 @@ class PodReader:
             )
             for port in ports
         ]
-        return Reading([Sighting(spec, draining, serving=ready) for spec in specs])
+        sightings = [Sighting(spec, draining, serving=ready) for spec in specs]
+        return msgspec.structs.replace(part, sightings=sightings)
+
+    def _part(self, metadata: ObjectMeta, status: _Status) -> Reading:
+        """What a pod says about the ranks in it, without the worker that it may be."""
+        labels = metadata.labels or {}
+        group = labels.get(_GROUP)
+        if self._ranks_from is None or group is None:
+            return Reading()
+        text = (metadata.annotations or {}).get(self._ranks_from, labels.get(self._ranks_from))
+        ranks = () if text is None else _ranks(text)
+        if ranks is None:
+            return Reading(problem="ranks_invalid")
+        host = self._address(status) if status.phase == "Running" else None
+        hosts = {} if host is None else dict.fromkeys(ranks, host)
+        return Reading(group=f"{metadata.namespace}/{group}", rank_hosts=hosts)
 
     def _address(self, status: _Status) -> str | None:
         """The pod's address of the preferred family that it has."""
@@ -151,6 +181,7 @@ def pod_reader(config: K8sPodsConfig) -> PodReader:
         roles=roles_by_label(config),
         family=config.address_family,
         bootstrap_port_annotation=config.bootstrap_port_annotation,
+        ranks_from=config.ranks_from,
         port_name=config.port_name,
         port=config.port,
     )
@@ -163,6 +194,16 @@ def pod_source(config: K8sPodsConfig, parts: SourceParts) -> ClusterObjects[Work
 
 def _is_ready(status: _Status) -> bool:
     return any(one.type == "Ready" and one.status == "True" for one in status.conditions or ())
+
+
+def _ranks(text: str) -> Sequence[int] | None:
+    """The ranks in a label: a number or a range; None if it is neither."""
+    found = _RANKS.fullmatch(text)
+    if found is None:
+        return None
+    first = int(found[1])
+    ranks = range(first, int(found[2] or first) + 1)
+    return ranks if ranks and ranks[-1] < _RANKS_MAX else None
 
 
 def _port_number(text: str | None) -> int | None:

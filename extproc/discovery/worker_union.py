@@ -56,12 +56,20 @@ class Reading(Struct, frozen=True):
     One that is `shared` with other objects names only a part of their workers. So a worker that it
     does not name any more may have moved or vanished; those that it says are not to be used now
     are in `left`, by id. An object that is not shared says by itself that all others have left.
+
+    Objects of one `group` are parts of one worker, and `rank_hosts` are the addresses of the
+    data-parallel ranks that run in this one: see RankMap.
     """
 
     sightings: Sequence[Sighting] = ()
     shared: bool = False
     left: Collection[str] = ()
-    problem: Literal["bootstrap_port_invalid", "fqdn_addresses", "port_not_found"] | None = None
+    group: str = ""
+    rank_hosts: Mapping[int, str] = msgspec.field(default_factory=dict)
+    problem: (
+        Literal["bootstrap_port_invalid", "fqdn_addresses", "port_not_found", "ranks_invalid"]
+        | None
+    ) = None
 
 
 class WorkerUnion:

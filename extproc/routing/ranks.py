@@ -115,10 +115,14 @@ class Ranks(WorkerObserver):
 
 
 def _source(rank: Rank, events: KvEvents) -> RankSource:
-    """Where the rank publishes; raises ValueError if one of its ports is not a TCP port."""
+    """Where the rank publishes; raises ValueError if that is unknown or not a TCP port."""
+    hosts = dict(rank.worker.spec.rank_hosts)
+    host = hosts.get(rank.dp_rank) if hosts else events.host
+    if host is None:
+        raise ValueError("no pod says that it runs this rank; see discovery.k8s_pods.ranks_from")
     dp_rank, replay, load_port = rank.dp_rank, events.replay_port, events.load_port
     endpoint = EventEndpoint(
-        host=events.host,
+        host=host,
         port=events.port + dp_rank,
         topic=events.topic,
         replay_port=None if replay is None else replay + dp_rank,

@@ -270,4 +270,5 @@ def apply_introspection(spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
         kv_events=answer.kv_events or spec.kv_events,
         role_is_configured=spec.role_is_configured,
         engine=answer.engine or spec.engine,
+        rank_hosts=spec.rank_hosts,
     )

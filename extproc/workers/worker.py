@@ -39,6 +39,8 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     a new engine at an old address does not inherit the breaker of the old one.
     `role_is_configured` is set where the configuration names the role, whatever the worker says.
     `engine` is None until the worker has said it.
+    `rank_hosts` are ranks and the addresses at which they publish KV events, where discovery
+    knows them: other ranks are then not followed.
     """
 
     id: str
@@ -48,6 +50,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     bootstrap_port: int | None = None
     kv_events: KvEvents | None = None
     role_is_configured: bool = False
+    rank_hosts: tuple[tuple[int, str], ...] = ()
     engine: Engine | None = None
 
 

@@ -13,12 +13,13 @@ from lightkube.resources.discovery_v1 import EndpointSlice
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from extproc.config.schema import InferencePoolConfig
+from extproc.config.schema import InferencePoolConfig, K8sPodsConfig
 from extproc.discovery.cluster_objects import ClusterObjects
 from extproc.discovery.cluster_source import SourceParts
 from extproc.discovery.endpoint_slices import SliceReader
 from extproc.discovery.inference_pool import PoolSource
 from extproc.discovery.kube_api import KubeApi
+from extproc.discovery.pods import WorkerPod, pod_reader
 from extproc.discovery.worker_union import Reading
 from extproc.metrics.service import Metrics
 from extproc.workers.source import (
@@ -300,6 +301,25 @@ async def test_a_pool_that_selects_nothing_has_no_workers(setup: Setup, spec: An
     setup.cluster.put(POOLS, pool(8000) | {"spec": spec})
     async with setup.following(setup.pool()):
         assert names(await setup.after()) == ["listed"]
+
+
+async def test_a_pod_of_a_group_that_says_its_ranks_makes_the_leader_another_worker(
+    setup: Setup,
+) -> None:
+    index = "leaderworkerset.sigs.k8s.io/worker-index"
+    group = {"leaderworkerset.sigs.k8s.io/group-key": "g"}
+    section = K8sPodsConfig(namespace="ns", label_selector="app=sglang", ranks_from=index)
+    list_watch = setup.parts.list_watch(KubeApi(setup.client, WorkerPod, namespace="ns"), PODS)
+    source = ClusterObjects(list_watch, pod_reader(section).read, PODS, setup.clock)
+    setup.put(PODS, pod(1, **group, **{index: "0"}))()
+    async with setup.following(source):
+        assert names(await setup.after()) == ["+u1:8000", "listed"]
+        removed, added = await setup.after(setup.put(PODS, pod(2, **group, **{index: "1"})))
+        assert removed == Removed("u1:8000")
+        assert isinstance(added, Added)
+        assert added.spec.rank_hosts == ((0, "10.0.0.1"), (1, "10.0.0.2"))
+        # The same again changes nothing.
+        assert await setup.after(setup.put(PODS, pod(2, **group, **{index: "1"}))) == []
 
 
 async def test_a_long_list_is_read_in_several_turns_of_the_loop(setup: Setup) -> None:

@@ -13,6 +13,7 @@ from extproc.discovery.worker_union import Reading
 from .pod_json import pod_json
 
 INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
+GROUP = "leaderworkerset.sigs.k8s.io/group-key"
 PD = {"prefill_selector": "role in (prefill, both)", "decode_selector": "role notin (prefill)"}
 
 
@@ -176,3 +177,48 @@ def test_each_target_port_of_a_pool_is_a_worker() -> None:
     found = reader.read(msgspec.json.decode(json.dumps(pod_json()), type=WorkerPod)).sightings
     assert [one.spec.id for one in found] == ["u1:9001", "u1:9002"]
     assert [one.spec.url.port for one in found] == [9001, 9002]
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks"),
+    [
+        ("0", [0]),
+        ("4-7", [4, 5, 6, 7]),
+        ("3-3", [3]),
+        ("1023", [1023]),
+        (None, []),
+        ("7-4", None),
+        ("1024", None),
+        ("0-99999", None),
+        ("4,5", None),
+        ("-1", None),
+        ("", None),
+        ("\u0664", None),
+    ],
+)
+def test_a_label_says_which_ranks_run_in_a_pod(text: str | None, ranks: list[int] | None) -> None:
+    labels = {INDEX: "1", GROUP: "g"} | ({} if text is None else {"ranks": text})
+    reading = read(pod_json(labels), ranks_from="ranks")
+    assert reading.sightings == ()
+    if ranks is None:
+        assert reading == Reading(problem="ranks_invalid")
+    else:
+        assert reading == Reading(group="ns/g", rank_hosts=dict.fromkeys(ranks, "10.0.0.1"))
+
+
+def test_the_ranks_of_a_pod_can_be_an_annotation_and_need_no_role() -> None:
+    pod = pod_json({INDEX: "1", GROUP: "g"}, annotations={"ranks": "2"})
+    assert read(pod, ranks_from="ranks", **PD).rank_hosts == {2: "10.0.0.1"}
+
+
+@pytest.mark.parametrize("fields", [{"phase": "Failed"}, {"podIP": None, "podIPs": None}])
+def test_a_pod_that_does_not_run_has_no_ranks(fields: dict[str, Any]) -> None:
+    reading = read(pod_json({INDEX: "1", GROUP: "g"}, **fields), ranks_from=INDEX)
+    assert reading == Reading(group="ns/g")
+
+
+def test_without_the_key_or_a_group_nothing_is_said_about_ranks() -> None:
+    assert read(pod_json({INDEX: "1", GROUP: "g"})) == Reading()
+    assert read(pod_json({INDEX: "1"}), ranks_from=INDEX) == Reading()
+    (leader,) = read(pod_json(), ranks_from=INDEX).sightings
+    assert leader.spec.rank_hosts == ()

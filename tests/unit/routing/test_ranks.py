@@ -1,11 +1,15 @@
 """Tests that ranks join and leave with their workers; no engine listens at their ports."""
 
 from collections.abc import AsyncIterator
+from typing import Any
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from extproc.kv.subscriptions.subscription import SubscriberSettings
+from extproc.kv.indexer import KvIndexer, RankSource
+from extproc.kv.rank_pages import RankPages
+from extproc.kv.subscriptions.subscription import EventEndpoint, SubscriberSettings
 from extproc.routing.ranks import Ranks
 from extproc.workers.prefill_speed import PrefillSpeed
 from extproc.workers.worker import KvEvents
@@ -13,6 +17,16 @@ from tests.builders import make_worker
 from tests.fakes import FakeClock
 
 URL = "http://10.0.0.1:8000"
+
+
+class NotingIndexer(KvIndexer):
+    """Notes the endpoints of the ranks that it follows."""
+
+    followed: list[EventEndpoint]
+
+    def follow(self, source: RankSource, *reports: Any) -> RankPages:
+        self.followed = [*getattr(self, "followed", ()), source.endpoint]
+        return super().follow(source, *reports)
 
 
 def events(port: int = 5557, dp_size: int = 2) -> KvEvents:
@@ -83,3 +97,21 @@ async def test_a_rank_whose_port_does_not_exist_is_routed_to_by_load(ranks: Rank
             "error": "not a TCP port: 65536",
         }
     ]
+
+
+async def test_ranks_are_followed_at_the_hosts_of_their_pods_and_others_not_at_all(
+    ranks: Ranks,
+) -> None:
+    worker = make_worker(URL, kv_events=events(dp_size=3))
+    hosts = ((0, "127.0.0.1"), (2, "127.0.0.2"))
+    worker.spec = msgspec.structs.replace(worker.spec, rank_hosts=hosts)
+    indexer = NotingIndexer(FakeClock(), max_pages=1000, settings=SubscriberSettings())
+    await ranks.indexer.close()
+    ranks.indexer = indexer
+    with capture_logs() as logs:
+        ranks.joined(worker)
+    found = [(one.host, one.port) for one in indexer.followed]
+    assert found == [("127.0.0.1", 5557), ("127.0.0.2", 5559)]
+    assert [rank.pages is None for rank in ranks.of(worker)] == [False, True, False]
+    assert [(one["event"], one["rank"]) for one in logs] == [("kv_events_not_followed", 1)]
+    assert "ranks_from" in logs[0]["error"]
