@@ -387,13 +387,19 @@ def test_envoy_accepts_the_filter_of_envoy_gateway_with_our_patch(tmp_path: Path
     (settings,) = policy["spec"]["extProc"]
     external_processor: dict[str, Any] = {
         "@type": f"{API}.extensions.filters.http.ext_proc.v3.ExternalProcessor",
-        "grpc_service": {"envoy_grpc": {"cluster_name": "service"}, "timeout": "10s"},
+        "grpc_service": {
+            "envoy_grpc": {"cluster_name": "service"},
+            "timeout": "10s",
+            "retry_policy": {"retry_on": "unavailable", "num_retries": 3},
+        },
         "failure_mode_allow": settings["failOpen"],
         "message_timeout": settings["messageTimeout"],
         "processing_mode": {
             "request_header_mode": "SEND",
             "request_body_mode": settings["processingMode"]["request"]["body"].upper(),
+            "request_trailer_mode": "SKIP",
             "response_header_mode": "SEND",
+            "response_trailer_mode": "SKIP",
         },
         "response_attributes": settings["processingMode"]["response"]["attributes"],
         "metadata_options": {
@@ -418,7 +424,7 @@ def test_envoy_accepts_the_filter_of_envoy_gateway_with_our_patch(tmp_path: Path
     rendered = render_bootstrap(parse_config(raw_config({}, {})))
     listener, _ = rendered["static_resources"]["listeners"]
     ours = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"][-2]
-    for key in ("mutation_rules", "metadata_options", "response_attributes"):
+    for key in ("mutation_rules", "metadata_options", "response_attributes", "forward_rules"):
         assert external_processor[key] == ours["typed_config"][key]
 
 

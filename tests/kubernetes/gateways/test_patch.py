@@ -1,15 +1,20 @@
 """What the optional patch of the recipe for Envoy Gateway adds, and what is lost without it."""
 
 import json
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from extproc.config.loading import parse_config
+from extproc.envoy_config import render_bootstrap
 from extproc.testing.stack import wait_until
 
 from .fleet import Fleet, chat_of
 from .installation import RECIPE, Installation, wait_for
 
+DISCOVERY = {"backend": "static_urls", "static_urls": {"urls": ["http://10.0.0.1:8000"]}}
 PATCH = str(RECIPE / "patch.yaml")
 
 
@@ -85,3 +90,32 @@ async def test_with_it_envoy_takes_every_header_of_the_service(fleet: Fleet, pat
     (ancestor,) = json.loads(found)["status"]["ancestors"]
     conditions = {one["type"]: one["status"] for one in ancestor["conditions"]}
     assert conditions == {"Accepted": "True", "Programmed": "True"}
+
+
+def plain(one: Any) -> Any:
+    """The same in one spelling: a dump of Envoy has no defaults, and other forms of numbers."""
+    if isinstance(one, dict):
+        return {key: plain(value) for key, value in one.items() if value != "NONE"}
+    if isinstance(one, list):
+        return [plain(value) for value in one]
+    text = str(one)
+    if re.fullmatch(r"[\d.]+s", text):
+        return float(text[:-1])
+    return sorted(text.split(",")) if "," in text else text
+
+
+async def test_with_it_the_filter_is_the_one_that_is_rendered(fleet: Fleet, patched: None) -> None:
+    await fleet.run(1)
+    listeners = json.loads(fleet.installed.dump("listeners"))["configs"]
+    (listener,) = (one for one in listeners if one["name"] == "default/llm/http")
+    chain = listener["active_state"]["listener"]["default_filter_chain"]
+    found = chain["filters"][0]["typed_config"]["http_filters"][0]["typed_config"]
+    raw = {"models": [{"id": "m"}], "discovery": DISCOVERY}
+    rendered = render_bootstrap(parse_config(raw))["static_resources"]["listeners"][0]
+    manager = rendered["filter_chains"][0]["filters"][0]["typed_config"]
+    (ours,) = (one for one in manager["http_filters"] if "ext_proc" in one["name"])
+    wanted = ours["typed_config"]
+    same = wanted.keys() - {"@type", "grpc_service", "status_on_error"}
+    assert plain({key: found[key] for key in same}) == plain({key: wanted[key] for key in same})
+    retry = (one["grpc_service"]["retry_policy"] for one in (found, wanted))
+    assert plain(next(retry)) == plain(next(retry))
