@@ -74,7 +74,7 @@ test-gateways: $(VENV)/.dev
 		KUBERNETES_SERVERS=$$servers KUBERNETES_KINDS=$$kinds ENVOY_GATEWAY=$$gateway \
 			$(GATEWAYS)/isolated $(BIN)/python -m pytest $(GATEWAYS) $(ARGS) && \
 		echo "ran against:" && $(SERVERS)/build.sh --versions && $(SERVERS)/crds.sh --versions && \
-		$(GATEWAYS)/envoy-gateway/build.sh --versions && $(BIN)/envoy --version | sed -n 's/.*version: /Envoy /p'
+		$(GATEWAYS)/envoy-gateway/build.sh --versions && $(BIN)/envoy --version | sed -n 's,.*/\([0-9.]*\)/.*/RELEASE.*,Envoy \1,p'
 
 # For work on the code, in under a minute: tests that start neither Envoy nor the service, without
 # the property tests, which hypothesis marks and `make test` runs.

@@ -9,7 +9,8 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +54,15 @@ class RunningPod:
     def stop(self) -> None:
         """End the process as a kubelet does."""
         self._programs.stop(self.name)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The process keeps its connections and does nothing."""
+        self._programs.signal(self.name, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._programs.signal(self.name, signal.SIGCONT)
 
     def log(self) -> str:
         return self._programs.log(self.name)

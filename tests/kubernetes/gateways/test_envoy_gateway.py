@@ -242,6 +242,19 @@ async def test_a_replica_that_dies_costs_no_request(fleet: Fleet) -> None:
     assert set(clients.statuses) == {200}
 
 
+async def test_a_replica_that_hangs_delays_requests_until_its_probe_fails(fleet: Fleet) -> None:
+    await fleet.run(2)
+    first, _ = fleet.installed.services
+    async with Clients(fleet) as clients:
+        with first.frozen():
+            await fleet.service_is_known(first, False)
+            # Requests that wait for it go on without it after the time-out of a message.
+            await clients.more()
+        await fleet.service_is_known(first, True)
+        await clients.more()
+    assert set(clients.statuses) == {200}
+
+
 async def test_without_the_service_requests_go_to_the_workers_and_back(fleet: Fleet) -> None:
     numbers = await fleet.run(2)
     texts = await warm(fleet, *numbers)
