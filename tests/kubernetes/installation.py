@@ -4,6 +4,7 @@ The workers listen on loopback addresses, which an API server accepts for pods.
 """
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from extproc.testing.stack import Stack, reserved_ports
 
 from .cluster import Namespace
 
-__all__ = ["Installation", "installation", "port_of", "until_not"]
+__all__ = ["Installation", "installation", "own_address", "port_of", "until_not"]
 
 _BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 _WAIT_SECONDS = 60.0
@@ -139,6 +140,14 @@ async def until_not(
         await asyncio.sleep(poll_seconds)
 
 
+def own_address() -> str:
+    """An address of this machine that EndpointSlices accept: they refuse those of loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        # No packet is sent.
+        one.connect(("192.0.2.1", 9))
+        return str(one.getsockname()[0])
+
+
 def port_of(worker: RunningSimulator) -> str:
     return worker.url.rpartition(":")[2]
 
@@ -152,13 +161,13 @@ async def installation(
     backend: str = "k8s_pods",
     **section: Any,
 ) -> AsyncIterator[Installation]:
-    """With these settings of the service and of its backend; the pool's name is `pool`."""
+    """With these settings of the service and of its backend; an InferencePool's name is `pool`."""
     stack = Stack(folder, [], {"models": [{"id": "m"}], **settings})
     section = {"namespace": namespace.name, "kubeconfig": namespace.kubeconfig} | section
-    if backend == "k8s_pods":
-        section = {"label_selector": "app=sglang", "port_name": "http"} | section
-    else:
+    if backend == "inference_pool":
         section["name"] = "pool"
+    else:
+        section = {"label_selector": "app=sglang", "port_name": "http"} | section
     chosen = {"backend": backend, backend: section}
     stack.config["discovery"] = settings.get("discovery", {}) | chosen
     async with AsyncExitStack() as exits:

@@ -15,13 +15,19 @@ import pytest
 from extproc.simulator.http import RunningSimulator
 
 from .cluster import Namespace, eventually
-from .installation import Installation, installation, port_of
-from .pods import end_pod, run_pod, set_labels
+from .installation import Installation, installation, own_address, port_of
+from .pods import end_pod, run_pod, set_labels, set_status
+from .services import make_node, make_service
 from .traffic import Crashes, asking
 
 _REQUESTS: Final = 500
 _CLIENTS: Final = 20
 _ROLES: Final = ("prefill", "decode")
+_LOOPBACK: Final = "127.0.0.1"
+_SETTINGS: Final[dict[str, Any]] = {
+    "envoy": {"endpoints": "ads", "fail_open": False},
+    "observability": {"log_format": "json"},
+}
 _SELECTORS: Final = {"prefill_selector": "role=prefill", "decode_selector": "role in (decode)"}
 # What a client may get when the socket of one of its legs died: docs/disaggregation.md.
 _DIED: Final = {
@@ -35,7 +41,9 @@ _DIED: Final = {
 class _Pods:
     """The pods of both pools. Each has a number and an engine, which changes with a rebirth."""
 
-    def __init__(self, namespace: Namespace, installed: Installation) -> None:
+    def __init__(self, namespace: Namespace, installed: Installation, host: str) -> None:
+        """All engines listen at this address."""
+        self._host = host
         self._namespace = namespace
         self._installed = installed
         self._next = 1
@@ -46,7 +54,10 @@ class _Pods:
     async def run(self, role: str, **settings: Any) -> int:
         """A new pod in this role; `settings` may give its engine an old address."""
         engine = await self._installed.start_worker(
-            disaggregation_mode=role, bootstrap_timeout_seconds=3.0, **settings
+            host=self._host,
+            disaggregation_mode=role,
+            bootstrap_timeout_seconds=3.0,
+            **settings,
         )
         n = self._next
         self._next += 1
@@ -55,7 +66,7 @@ class _Pods:
             self._namespace,
             n,
             {"role": role},
-            ip="127.0.0.1",
+            ip=self._host,
             port=int(port_of(engine)),
             annotations=port if role == "prefill" else None,
         )
@@ -88,14 +99,23 @@ class _Pods:
         await self.run(role, **ports)
 
     async def flip(self, n: int) -> None:
-        """Its label takes it out of the pools, its idle engine changes, and it is back."""
+        """It leaves the pools, its idle engine changes, and it is back with another label.
+
+        With Services it leaves by its readiness: their endpoints do not tell of another label.
+        """
         engine, role = self.engines[n], _other(self.roles[n])
-        await set_labels(self._namespace, n, role="changing")
+        by_readiness = self._host != _LOOPBACK
+        if by_readiness:
+            await set_status(self._namespace, n, ready=False, ips=(self._host,))
+        else:
+            await set_labels(self._namespace, n, role="changing")
         await self._installed.is_idle(engine)
         url, body = f"{engine.url}/pd_role_switch", {"new_role": role}
         async with self._installed.http.post(url, json=body) as answer:
             assert answer.status == 200, await answer.text()
         await set_labels(self._namespace, n, role=role)
+        if by_readiness:
+            await set_status(self._namespace, n, ready=True, ips=(self._host,))
         self.roles[n] = role
 
     async def known(self) -> None:
@@ -123,39 +143,53 @@ def _other(role: str) -> str:
 async def test_pods_are_reborn_in_other_roles_while_requests_are_made(
     namespace: Namespace, tmp_path: Path, decode: str
 ) -> None:
-    settings = {
-        "envoy": {"endpoints": "ads", "fail_open": False},
-        "pd": {"decode": decode},
-        "observability": {"log_format": "json"},
-    }
+    settings = _SETTINGS | {"pd": {"decode": decode}}
+    async with installation(namespace, tmp_path, settings, **_SELECTORS) as installed:
+        await _change_pods(_Pods(namespace, installed, _LOOPBACK), installed, tmp_path)
+
+
+async def test_pods_of_services_are_reborn_in_other_roles_while_requests_are_made(
+    namespace: Namespace, tmp_path: Path
+) -> None:
+    await make_node(namespace)
+    for role in _ROLES:
+        labels = {"app": "sglang", "role": role}
+        await make_service(namespace, role, labels, app="sglang", role=role)
+    with namespace.cluster.slice_controller():
+        async with installation(
+            namespace, tmp_path, _SETTINGS, backend="k8s", **_SELECTORS
+        ) as installed:
+            pods = _Pods(namespace, installed, own_address())
+            await _change_pods(pods, installed, tmp_path)
+
+
+async def _change_pods(pods: _Pods, installed: Installation, folder: Path) -> None:
     chance = random.Random(1)
     changes = ["delete", "crash", "flip"] * 6
     chance.shuffle(changes)
-    async with installation(namespace, tmp_path, settings, **_SELECTORS) as installed:
-        pods = _Pods(namespace, installed)
-        for role in _ROLES * 3:
-            await pods.run(role)
-        async with installed.stack:
-            await pods.known()
-            async with asking(installed, _CLIENTS, _REQUESTS) as answers:
-                for change in changes:
-                    n = pods.larger(chance)
-                    if change == "flip":
-                        await pods.flip(n)
-                    else:
-                        await pods.reborn(n, crash=change == "crash")
-                    await pods.known()
-            failed = [one for one in answers if not one.ok]
-            assert [one for one in failed if (one.status, one.code) not in _DIED] == []
-            assert pods.crashes.unexplained(answers, tmp_path) == []
-            assert len(answers) >= _REQUESTS
-            await installed.at_rest()
-            pairs = 'extproc_pd_pairs_total{model="m",outcome='
-            whole, cut = len(answers) - len(failed), sum(one.code == "cut" for one in failed)
-            # The outcome of the decode worker is known at its response headers.
-            assert whole <= await installed.sample(f'{pairs}"ok"') <= whole + cut
-            assert await installed.sample(pairs) == len(answers)
-            assert await installed.sample("extproc_destination_missed_total") == 0
+    for role in _ROLES * 3:
+        await pods.run(role)
+    async with installed.stack:
+        await pods.known()
+        async with asking(installed, _CLIENTS, _REQUESTS) as answers:
+            for change in changes:
+                n = pods.larger(chance)
+                if change == "flip":
+                    await pods.flip(n)
+                else:
+                    await pods.reborn(n, crash=change == "crash")
+                await pods.known()
+        failed = [one for one in answers if not one.ok]
+        assert [one for one in failed if (one.status, one.code) not in _DIED] == []
+        assert pods.crashes.unexplained(answers, folder) == []
+        assert len(answers) >= _REQUESTS
+        await installed.at_rest()
+        pairs = 'extproc_pd_pairs_total{model="m",outcome='
+        whole, cut = len(answers) - len(failed), sum(one.code == "cut" for one in failed)
+        # The outcome of the decode worker is known at its response headers.
+        assert whole <= await installed.sample(f'{pairs}"ok"') <= whole + cut
+        assert await installed.sample(pairs) == len(answers)
+        assert await installed.sample("extproc_destination_missed_total") == 0
 
 
 async def test_a_pod_that_is_back_is_used_in_its_new_role_only(
@@ -163,7 +197,7 @@ async def test_a_pod_that_is_back_is_used_in_its_new_role_only(
 ) -> None:
     settings = {"envoy": {"endpoints": "ads", "fail_open": False}}
     async with installation(namespace, tmp_path, settings, **_SELECTORS) as installed:
-        pods = _Pods(namespace, installed)
+        pods = _Pods(namespace, installed, _LOOPBACK)
         for role in _ROLES * 2:
             flipping = await pods.run(role)
         async with installed.stack:
