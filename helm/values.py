@@ -13,6 +13,7 @@ from extproc.config.schema import Config
 from helm.sections import (
     AutoscalingValues,
     DisruptionValues,
+    GatewayObjectsValues,
     GatewayValues,
     ImageValues,
     MonitoringValues,
@@ -106,6 +107,13 @@ class Values(Section, frozen=True, kw_only=True):
     gateway: Annotated[GatewayValues, Meta(description="Only with `mode: gateway`.")] = field(
         default_factory=GatewayValues
     )
+    gateway_objects: Annotated[
+        GatewayObjectsValues,
+        Meta(
+            description="Objects for a gateway that asks an endpoint picker. Only with `mode: "
+            "service` and the backend `inference_pool`."
+        ),
+    ] = field(default_factory=GatewayObjectsValues)
     listen_host: Annotated[
         Literal["0.0.0.0", "::"],  # noqa: S104 (a name of a choice)
         Meta(description="`::` in a cluster with IPv6 addresses."),

@@ -56,6 +56,39 @@ def test_the_role_has_what_the_page_says_of_the_backend(backend: str) -> None:
     assert parse_config(release.config).discovery.backend == backend
 
 
+POOL: dict[str, Any] = {
+    "config.discovery": {"backend": "inference_pool", "inference_pool": {"name": "llama"}},
+    "gatewayObjects.inferencePool": {"enabled": True, "matchLabels": {"app": "sglang"}},
+}
+
+
+def test_a_pool_names_this_service_as_its_picker() -> None:
+    route = {"enabled": True, "parentRefs": [{"name": "gw"}], "hostnames": ["llm.example.com"]}
+    release = rendered(SERVICE, POOL | {"gatewayObjects.httpRoute": route})
+    pool, found = release.one("InferencePool"), release.one("HTTPRoute")
+    service = release.one("Service")
+    picker = pool["spec"]["endpointPickerRef"]
+    assert picker["name"] == service["metadata"]["name"]
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert picker["port"]["number"] == ports["grpc-extproc"]
+    assert picker["failureMode"] == "FailClose"
+    assert pool["spec"]["targetPorts"] == [{"number": 30000}]
+    assert pool["metadata"]["name"] == release.config["discovery"]["inference_pool"]["name"]
+    (rule,) = found["spec"]["rules"]
+    (backend,) = rule["backendRefs"]
+    assert (backend["kind"], backend["name"]) == ("InferencePool", "llama")
+    paths = {match["path"]["value"] for match in rule["matches"]}
+    assert paths == {"/v1/chat/completions", "/v1/completions", "/v1/models"}
+    assert found["spec"]["hostnames"] == ["llm.example.com"]
+
+
+def test_objects_of_a_gateway_are_made_only_on_request() -> None:
+    for values in VALUES_FILES:
+        assert not {"InferencePool", "HTTPRoute"} & rendered(values).kinds()
+    release = rendered(SERVICE, {"config.discovery": POOL["config.discovery"]})
+    assert not {"InferencePool", "HTTPRoute"} & release.kinds()
+
+
 def test_all_namespaces_need_a_cluster_role_with_a_name_of_its_own() -> None:
     release = rendered(LARGE)
     assert release.one("ClusterRole")["metadata"]["name"] == "llm-r-llm-extproc"

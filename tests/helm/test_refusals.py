@@ -12,12 +12,48 @@ SERVICE = CHART / "values" / "sglang-behind-a-gateway.yaml"
 GATEWAY = CHART / "values" / "vllm-with-envoy.yaml"
 LIST = CHART / "values" / "list-of-workers.yaml"
 
+POOL = {"config.discovery": {"backend": "inference_pool", "inference_pool": {"name": "llama"}}}
+
 # What each refusal must name, the file, and the values that it gets.
 WRONG: list[tuple[str, Path, dict[str, Any]]] = [
     ("replica", SERVICE, {"replica": 3}),
     ("/replicas", SERVICE, {"replicas": 0}),
     ("/replicas", SERVICE, {"replicas": "three"}),
     ("/mode", SERVICE, {"mode": "sidecar"}),
+    (
+        "gatewayObjects.inferencePool.enabled",
+        SERVICE,
+        {"gatewayObjects.inferencePool.enabled": True},
+    ),
+    (
+        "gatewayObjects.httpRoute.enabled",
+        GATEWAY,
+        {**POOL, "gatewayObjects.httpRoute.enabled": True},
+    ),
+    (
+        "gatewayObjects.inferencePool.matchLabels",
+        SERVICE,
+        {**POOL, "gatewayObjects.inferencePool.enabled": True},
+    ),
+    (
+        "config.discovery.inference_pool.namespace",
+        SERVICE,
+        {
+            **POOL,
+            "config.discovery.inference_pool.namespace": "elsewhere",
+            "gatewayObjects.inferencePool": {"enabled": True, "matchLabels": {"app": "a"}},
+        },
+    ),
+    (
+        "gatewayObjects.httpRoute.parentRefs",
+        SERVICE,
+        {**POOL, "gatewayObjects.httpRoute.enabled": True},
+    ),
+    (
+        "/gatewayObjects/inferencePool/targetPorts",
+        SERVICE,
+        {**POOL, "gatewayObjects.inferencePool.targetPorts": []},
+    ),
     ("/image/pullPolicy", SERVICE, {"image.pullPolicy": "Sometimes"}),
     ("/image/digest", SERVICE, {"image.digest": "sha256:12"}),
     ("'prot'", SERVICE, {"config.server.prot": 9002}),

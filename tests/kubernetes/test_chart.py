@@ -5,6 +5,7 @@ kinds of operators (KEDA, Prometheus) are those that they publish.
 """
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,20 @@ def test_the_start_of_the_readme_is_installed(project: Project) -> None:
     more = [one for one in install[install.index("-f") + 2 :] if one.startswith(("--set", "image"))]
     assert "What to check next" in project.helm("install", ROOT / copy[1], *more)
     assert project.pod()["spec"]["containers"][0]["image"].startswith("REGISTRY/llm-extproc:")
+
+
+def test_a_pool_and_its_route_pass_strict_validation(project: Project, tmp_path: Path) -> None:
+    page = (CHART / "README.md").read_text()
+    (block,) = [one for one in re.findall(r"```yaml\n(.*?)```", page, re.S) if "gatewayObj" in one]
+    values = yaml.safe_load((CHART / "values" / "sglang-behind-a-gateway.yaml").read_text())
+    of_page = yaml.safe_load(block)
+    values["config"] |= of_page.pop("config")
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(values | of_page))
+    text = project.helm("template", file)
+    kinds = Release([one for one in yaml.safe_load_all(text) if one]).kinds()
+    assert {"InferencePool", "HTTPRoute"} <= kinds
+    project.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", text=text)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,22 @@
 {{- fail (printf "gateway.memoryMib: must be at least twice config.envoy.max_heap_mb (%d), since bodies on their way come on top" $heap) }}
 {{- end }}
 {{- end }}
+{{- $pool := $values.gatewayObjects.inferencePool }}
+{{- $route := $values.gatewayObjects.httpRoute }}
+{{- range $name, $object := $values.gatewayObjects }}
+{{- if and $object.enabled (or (ne $values.mode "service") (ne $values.config.discovery.backend "inference_pool")) }}
+{{- fail (printf "gatewayObjects.%s.enabled: only with mode: service and config.discovery.backend: inference_pool" $name) }}
+{{- end }}
+{{- end }}
+{{- if and $pool.enabled (empty $pool.matchLabels) }}
+{{- fail "gatewayObjects.inferencePool.matchLabels: needed, or the pool would have all pods of the namespace" }}
+{{- end }}
+{{- if and $pool.enabled (ne (include "llm-extproc.followedNamespace" .) .Release.Namespace) }}
+{{- fail (printf "config.discovery.inference_pool.namespace: must be that of the release, %s, since a pool names an endpoint picker in its own namespace" .Release.Namespace) }}
+{{- end }}
+{{- if and $route.enabled (empty $route.parentRefs) }}
+{{- fail "gatewayObjects.httpRoute.parentRefs: needed, the Gateways that have the route" }}
+{{- end }}
 {{- $names := list }}
 {{- range $index, $tokenizer := $values.tokenizers }}
 {{- if has $tokenizer.name $names }}
