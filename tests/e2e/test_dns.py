@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any, Final
 
 import aiohttp
@@ -61,7 +63,7 @@ async def named(
     folder: Path,
     hosts: list[str],
     envoy: dict[str, Any],
-    edit_bootstrap: Callable[[dict[str, Any]], None] | None = None,
+    edit_bootstrap: Callable[[NameServer, int, dict[str, Any]], None] | None = None,
     **keys: Any,
 ) -> AsyncIterator[Named]:
     """A worker at each of these hosts, all of them named, and a stack that finds them by name."""
@@ -87,7 +89,8 @@ async def named(
             "envoy": envoy,
         }
         server.records = {NAME: {"A": hosts[:2]}}
-        stack = Stack(folder, [], settings_of_stack, edit_bootstrap=edit_bootstrap)
+        edit = None if edit_bootstrap is None else partial(edit_bootstrap, server, port)
+        stack = Stack(folder, [], settings_of_stack, edit_bootstrap=edit)
         await exits.enter_async_context(stack)
         await stack.envoy.wait_ready(lambda: stack.answers(f"{stack.envoy_admin_url}/ready"))
         http = await exits.enter_async_context(
@@ -221,24 +224,45 @@ async def test_without_the_service_envoy_asks_the_same_name_servers(tmp_path: Pa
         assert min((await fleet.counts()).values()) > 5
 
 
-def resolve_in_envoy(bootstrap: dict[str, Any]) -> None:
+def resolve_in_envoy(server: NameServer, port: int, bootstrap: dict[str, Any]) -> None:
     """Envoy looks up the name by itself, as a gateway with a file of its own."""
-    resources = bootstrap["static_resources"]
-    del bootstrap["dynamic_resources"]
-    by_name = {one["name"]: one for one in resources["clusters"]}
-    asking, workers = by_name["workers"], by_name["workers-fail-open"]
-    resources["clusters"].remove(asking)
-    workers["name"] = workers["load_assignment"]["cluster_name"] = "workers"
-    workers["cluster_type"]["typed_config"]["dns_refresh_rate"] = "0.500s"
-    other = asking | {"name": "workers-fail-open", "cluster_type": None, "type": "STATIC"}
-    del other["cluster_type"], other["eds_cluster_config"]
-    resources["clusters"].append(other)
+    clusters = bootstrap["static_resources"]["clusters"]
+    (workers,) = (one for one in clusters if one["name"] == "workers")
+    del workers["eds_cluster_config"]
+    resolver = {
+        "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3"
+        ".CaresDnsResolverConfig",
+        "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": server.port}}],
+    }
+    address = {"socket_address": {"address": NAME, "port_value": port}}
+    workers |= {
+        "type": "STRICT_DNS",
+        "dns_lookup_family": "V4_PREFERRED",
+        "dns_refresh_rate": "0.5s",
+        "typed_dns_resolver_config": {
+            "name": "envoy.network.dns_resolver.cares",
+            "typed_config": resolver,
+        },
+        "load_assignment": {
+            "cluster_name": "workers",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
+        },
+    }
+    clusters[[one["name"] for one in clusters].index("workers")] = workers
 
 
 async def test_a_gateway_that_resolves_the_name_by_itself_follows_a_moment_later(
     tmp_path: Path,
 ) -> None:
-    async with named(tmp_path, HOSTS, ADS, resolve_in_envoy) as fleet:
+    # The file is only there so that Envoy's own can be rendered.
+    envoy = {"endpoints_file": str(tmp_path / "endpoints.json")}
+    async with named(tmp_path, HOSTS, envoy, resolve_in_envoy) as fleet:
+        stack = fleet.running.stack
+        del stack.config["envoy"]["endpoints_file"]
+        stack.write_config()
+        await stack.service.stop()
+        await stack.start_service()
+        await stack.envoy.wait_ready(stack.envoy_sees_service)
         first, second, third = HOSTS
         await fleet.until_ready(first, second)
         assert await fleet.ask(30) == {200}
@@ -302,3 +326,32 @@ async def test_each_role_can_have_a_name(tmp_path: Path) -> None:
         assert await fleet.ask(3) == {200}
         assert list((await fleet.counts()).values()) == [3, 3, 6]
         assert {one["mode"] for one in await stack.workers()} == {"prefill", "decode"}
+
+
+async def test_no_request_fails_while_the_records_change_all_the_time(tmp_path: Path) -> None:
+    """A name server that gives a part of the addresses in turn, for example."""
+    hosts = [f"127.0.0.{number}" for number in range(41, 47)]
+    random = Random(1)
+    async with named(tmp_path, hosts, ADS, leave_secs=0.3) as fleet:
+        await fleet.until_ready(*hosts[:2])
+        statuses: list[int] = []
+        ended = asyncio.Event()
+
+        async def ask() -> None:
+            while not ended.is_set():
+                async with fleet.running.chat(tokens=20, stream=True) as response:
+                    text = await response.read()
+                    statuses.append(response.status if text.endswith(b"[DONE]\n\n") else 0)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(ask())
+            for _ in range(40):
+                # One of them stays, so that there always is one that Envoy knows.
+                fleet.name(hosts[0], *random.sample(hosts[1:], random.randint(0, 5)))
+                await asyncio.sleep(0.2)
+            ended.set()
+        assert len(statuses) > 100
+        assert set(statuses) == {200}
+        assert await fleet.running.sample("extproc_destination_missed_total") == 0
+        assert min((await fleet.counts()).values()) > 0
