@@ -189,6 +189,15 @@ async def test_an_authenticated_request_is_routed_and_a_streamed_one_may_last(
     await wait_until(at_rest, "load released at the last byte")
 
 
+async def test_workers_may_come_over_ads(start: Start) -> None:
+    running = await start(2, models=("a", "b"), settings={"envoy": {"endpoints": "ads"}})
+    for model in ("a", "b", "a", "b"):
+        async with running.chat(model, headers=USER | SPOOFED) as response:
+            assert response.status == 200, await response.text()
+    assert [len(stats["requests"]) for stats in await running.fleet.stats()] == [1, 1, 1, 1]
+    assert await running.sample("extproc_destination_missed_total") == 0
+
+
 async def test_requests_of_other_hosts_and_routes_do_not_reach_this_service(
     start: Start, application: tuple[Application, int]
 ) -> None:
