@@ -92,7 +92,7 @@ class WorkerWarnings:
                 "kv_events_missing",
                 worker=str(spec.url),
                 model=model,
-                fix="let the engine publish KV events, or configure kv_events of the model",
+                fix="let the engine publish KV events, or set models[].kv_events of the model",
             )
 
     def refused(self, spec: WorkerSpec, error: MixedRolesError) -> bool:
