@@ -4,9 +4,11 @@ import asyncio
 import json
 
 import aiohttp
+import pytest
 import yaml
 
 from extproc.headers import DESTINATION_HEADER
+from extproc.simulator.faults import FAULT_HEADER
 from extproc.testing.stack import wait_until
 
 from ..pods import end_pod
@@ -76,11 +78,22 @@ async def test_headers_of_clients_that_route_or_steer_have_no_effect(fleet: Flee
     assert not {name.lower() for name in steering} & {name.lower() for name in last["headers"]}
 
 
-async def test_answers_of_workers_carry_no_header_of_the_service(fleet: Fleet) -> None:
+@pytest.mark.parametrize("name", ["x-extproc-worker", DESTINATION_HEADER, "x-router-error-code"])
+async def test_a_worker_cannot_speak_to_clients_as_the_service(fleet: Fleet, name: str) -> None:
     await fleet.run(1)
-    async with fleet.post(chat_of("hello"), headers={"x-extproc-debug": "true"}) as answer:
+    headers = {"x-extproc-debug": "true", FAULT_HEADER: f'response-headers={{"{name}": "mine"}}'}
+    async with fleet.post(chat_of("hello"), headers=headers) as answer:
         assert answer.status == 200
-        assert [name for name in answer.headers if name.lower().startswith("x-extproc")] == []
+        assert name not in answer.headers
+        assert [one for one in answer.headers if one.lower().startswith("x-extproc")] == []
+
+
+async def test_a_busy_answer_of_a_worker_reaches_the_client(fleet: Fleet) -> None:
+    await fleet.run(2)
+    headers = {FAULT_HEADER: "status=429, retry-after=7"}
+    async with fleet.post(chat_of("hello"), headers=headers) as answer:
+        assert (answer.status, answer.headers["retry-after"]) == (429, "7")
+    assert sum((await fleet.served()).values()) == 1
 
 
 async def test_a_stream_comes_chunk_by_chunk(fleet: Fleet) -> None:

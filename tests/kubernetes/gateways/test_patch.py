@@ -9,6 +9,7 @@ import pytest
 
 from extproc.config.loading import parse_config
 from extproc.envoy_config import render_bootstrap
+from extproc.simulator.faults import FAULT_HEADER
 from extproc.testing.stack import wait_until
 
 from .fleet import Fleet, chat_of
@@ -59,6 +60,18 @@ async def test_without_it_the_stream_to_the_service_ends_at_the_response_headers
         await one_more_ended(fleet, before)
         assert not answer.content.at_eof()
         await answer.read()
+
+
+async def test_without_it_an_answer_that_comes_after_the_stream_reaches_the_client(
+    fleet: Fleet,
+) -> None:
+    """Envoy Gateway ends a stream to the service after ten seconds."""
+    await fleet.run(1)
+    before = await streams(fleet)
+    headers = {FAULT_HEADER: "hang=11"}
+    async with fleet.post(chat_of("hello"), headers=headers) as answer:
+        assert answer.status == 200
+        await one_more_ended(fleet, before)
 
 
 async def test_without_it_envoy_drops_the_time_out_of_a_request(fleet: Fleet) -> None:
