@@ -62,7 +62,9 @@ test: $(VENV)/.dev
 SERVERS := tests/kubernetes/servers
 test-k8s: $(VENV)/.dev
 	@servers=$$($(SERVERS)/build.sh) && kinds=$$($(SERVERS)/crds.sh) && \
-		KUBERNETES_SERVERS=$$servers KUBERNETES_KINDS=$$kinds $(BIN)/python -m pytest tests/kubernetes $(ARGS) && \
+		export KUBERNETES_SERVERS=$$servers KUBERNETES_KINDS=$$kinds && \
+		$(BIN)/python -m pytest tests/kubernetes $(ARGS) && \
+		$(GATEWAYS)/isolated $(BIN)/python -m pytest tests/kubernetes/ads $(ARGS) && \
 		echo "ran against:" && $(SERVERS)/build.sh --versions && $(SERVERS)/crds.sh --versions
 
 # The recipe for Envoy Gateway with the real controller, which is built at the first time (five

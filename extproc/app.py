@@ -15,6 +15,7 @@ from extproc.admin.http import AdminServer, Questions
 from extproc.admin.runtime_workers import RuntimeWorkerPages
 from extproc.clock import Clock
 from extproc.config.schema import Config
+from extproc.config.warnings import config_warnings
 from extproc.envoy_config.endpoints_file import EndpointsFile, configured_endpoints
 from extproc.event_loop import EventLoop
 from extproc.live import LiveParts
@@ -281,6 +282,8 @@ class App(WorkerObserver):
         told = config.discovery.cluster is not None or (
             listed is not None and listed.prefill_urls and listed.decode_urls
         )
+        for one in config_warnings(config):
+            _log.warning("config_doubtful", name=one.key, error=one.text, fix=one.fix)
         for model in config.models:
             if model.pd.protocol == "nixl" and not told:
                 _log.warning(

@@ -15,6 +15,7 @@ from extproc.app import run_app
 from extproc.config.files import file_problems
 from extproc.config.json_schema import json_schema_text
 from extproc.config.loading import load_config
+from extproc.config.warnings import config_warnings
 from extproc.demo import cli as demo_cli
 from extproc.encoders import load_encoders
 from extproc.envoy_config import bootstrap_problems, merge_yaml, render_yaml
@@ -122,6 +123,8 @@ def _check(options: argparse.Namespace) -> int:
         return _report(error, _EXIT_BAD_CONFIG)
     for warning in asyncio.run(name_warnings(config)):
         sys.stderr.write(f"warning: {warning}\n")
+    for one in config_warnings(config):
+        sys.stderr.write(f"warning: {one}\n")
     _print(f"{options.config}: good")
     return _EXIT_GOOD
 

@@ -310,6 +310,11 @@ class Config(Section, frozen=True, kw_only=True):
         return self.envoy.fail_open and len(self.models) == 1 and not self.is_disaggregated
 
     @property
+    def knows_all_workers(self) -> bool:
+        """True if the file names all workers, or a host that stands for them."""
+        return self.discovery.cluster is None or self.envoy.fail_open_host is not None
+
+    @property
     def destinations_max(self) -> int:
         """How many workers are named in a destination list."""
         return 1 if self.envoy.destination == "single" else 1 + self.proxy.fallback_workers

@@ -68,7 +68,7 @@ def worker_clusters(config: Config) -> list[dict[str, Any]]:
     """
     if not config.envoy.has_ads:
         return [worker_cluster(config)]
-    return [_fail_open_cluster(config)] if config.fails_open else []
+    return [_fail_open_cluster(config)] if config.fails_open and config.knows_all_workers else []
 
 
 def pool_cluster(config: Config, model: str, role: str) -> dict[str, Any]:
@@ -97,9 +97,14 @@ def ads_source() -> dict[str, Any]:
 
 
 def fail_open_name(config: Config) -> str:
-    """The cluster that Envoy uses without this service: with ADS it must not depend on it."""
+    """The cluster that Envoy uses without this service.
+
+    With ADS and no such cluster in the file, it is the model's: an Envoy that runs has it.
+    """
     envoy = config.envoy
-    return f"{envoy.cluster}{_FAIL_OPEN_SUFFIX}" if envoy.has_ads else envoy.cluster
+    if envoy.has_ads and config.knows_all_workers:
+        return f"{envoy.cluster}{_FAIL_OPEN_SUFFIX}"
+    return envoy.cluster_of(config.models[0].id, "plain")
 
 
 def _fail_open_cluster(config: Config) -> dict[str, Any]:

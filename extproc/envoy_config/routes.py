@@ -52,8 +52,11 @@ def route_config(config: Config) -> dict[str, Any]:
     if config.fails_open:
         routes.append(_fail_open(config))
     routes += [_messages_unavailable(), unavailable()]
+    by_ads = config.envoy.has_ads and not config.knows_all_workers
     return {
         "name": "llm",
+        # The cluster of the route that fails open may be one that Envoy has by ADS.
+        **({"validate_clusters": False} if by_ads else {}),
         "response_headers_to_remove": stripped_response_headers(config),
         "virtual_hosts": [
             {

@@ -202,3 +202,43 @@ async def test_an_envoy_fails_open_to_the_host_of_all_workers(launch: Launch) ->
             return bool(response.status == 200)
 
     await wait_until(answered, "Envoy sends requests to the host", seconds=15)
+
+
+async def test_an_envoy_fails_open_to_the_workers_that_it_has(launch: Launch) -> None:
+    """As for pods without `envoy.fail_open_host`."""
+
+    def edit(bootstrap: dict[str, Any]) -> None:
+        resources = bootstrap["static_resources"]
+        resources["clusters"] = [
+            one for one in resources["clusters"] if one["name"] != "workers-fail-open"
+        ]
+        (manager,) = resources["listeners"][0]["filter_chains"][0]["filters"]
+        routes = manager["typed_config"]["route_config"]
+        routes["validate_clusters"] = False
+        (host,) = routes["virtual_hosts"]
+        (route,) = (one for one in host["routes"] if one["name"] == "fail_open")
+        route["route"]["cluster"] = CLUSTER
+
+    running = await launch(2, settings=ADS, edit_bootstrap=edit)
+    await wait_until(lambda: connected(running), "Envoy has its endpoints")
+    async with asking(running) as statuses:
+        await running.stack.service.stop()
+        count = len(statuses)
+
+        async def more() -> bool:
+            return len(statuses) > count + 50
+
+        await wait_until(more, "further requests")
+    assert set(statuses) == {200}
+    # One that starts knows no worker.
+    await running.stack.envoy.stop()
+    await running.stack.envoy.start()
+
+    async def refused() -> bool:
+        try:
+            async with running.chat() as response:
+                return await running.error(response) == (503, "upstream_unreachable")
+        except aiohttp.ClientError:
+            return False
+
+    await wait_until(refused, "Envoy answers", seconds=15)

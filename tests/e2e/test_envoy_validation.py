@@ -96,6 +96,10 @@ CASES: dict[str, dict[str, Any]] = {
     "a name to fail open to": {
         "envoy": {"endpoints": "ads", "fail_open_host": "workers.llm.svc:30000"}
     },
+    "pods to fail open to": {
+        "discovery": {"backend": "k8s", "k8s": {"namespace": "n", "label_selector": "a"}},
+        "envoy": {"endpoints": "ads"},
+    },
     "ADS without failing open": {"envoy": {"endpoints": "ads", "fail_open": False}},
     "mixed schemes": {
         "urls": ["https://w.example", "https://10.0.0.1:1", "http://v.example:1"],
@@ -127,7 +131,7 @@ def raw_config(case: dict[str, Any], pem: dict[str, str]) -> dict[str, Any]:
     """The raw configuration of a case; `urls` and the like are short for longer sections."""
     raw = {"models": [{"id": "m"}], **copy.deepcopy(case)}
     urls = raw.pop("urls", ["http://10.0.0.1:8000"])
-    raw["discovery"] = {"backend": "static_urls", "static_urls": {"urls": urls}}
+    raw.setdefault("discovery", {"backend": "static_urls", "static_urls": {"urls": urls}})
     if raw.pop("tls_workers", False):
         raw["workers"] = {"ca_file": pem["ca"]}
     if raw.pop("endpoints_file", False):

@@ -169,7 +169,6 @@ async def test_envoy_waits_for_its_responses_before_the_pod_stops(pod: Pod) -> N
         good: bool = await asyncio.to_thread(check, "gateway", pod.address, pod.config)
         return good
 
-    # Envoy reads the list of endpoints when the service has written it.
     await wait_until(answered, "a request is answered")
     body = {
         "model": "m",

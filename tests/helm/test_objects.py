@@ -255,7 +255,7 @@ def test_envoy_is_a_native_sidecar_that_reaches_the_service_by_a_unix_socket() -
     }
     assert folders == {"/run/llm-extproc"}
     assert server["unix_socket"].startswith("/run/llm-extproc/")
-    assert release.config["envoy"]["endpoints_file"].startswith("/run/llm-extproc/")
+    assert release.config["envoy"]["endpoints"] == "ads"
 
 
 def test_envoy_refuses_requests_before_its_container_is_full() -> None:

@@ -55,6 +55,38 @@ def test_a_name_with_several_addresses_is_warned_of(
     assert "discovery.backend: dns" in line
 
 
+CLUSTER: dict[str, Any] = {"backend": "k8s", "k8s": {"namespace": "n", "label_selector": "a"}}
+
+
+@pytest.mark.parametrize(
+    ("envoy", "models", "warned"),
+    [
+        ({}, ["m"], True),
+        ({"fail_open_host": "workers.n.svc:30000"}, ["m"], False),
+        ({"fail_open": False}, ["m"], False),
+        # Never fails open.
+        ({}, ["m", "n"], False),
+    ],
+)
+def test_an_envoy_that_would_know_no_worker_is_warned_of(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    envoy: dict[str, Any],
+    models: list[str],
+    warned: bool,
+) -> None:
+    raw = raw_config(
+        models=[{"id": one} for one in models],
+        discovery=CLUSTER,
+        envoy={"endpoints": "ads", **envoy},
+    )
+    assert main(["check", "--config", written(tmp_path, raw)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": not set")[0] for line in lines] == (
+        ["warning: envoy.fail_open_host"] if warned else []
+    )
+
+
 def test_rules_files_and_what_envoy_refuses_are_reported_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -537,3 +537,29 @@ def test_workers_of_a_cluster_need_the_file_of_endpoints() -> None:
     assert rendered["static_resources"]["clusters"][0]["type"] == "EDS"
     rendered = render_bootstrap(config(**sections, envoy={"endpoints": "ads"}))
     assert rendered["dynamic_resources"]["cds_config"]["ads"] == {}
+
+
+@pytest.mark.parametrize("host", [None, "workers.ns.svc:30000"])
+def test_a_cluster_of_pods_fails_open_to_its_host_or_to_the_workers_that_envoy_has(
+    host: str | None,
+) -> None:
+    section = {"namespace": "ns", "label_selector": "app=sglang"}
+    rendered = render_bootstrap(
+        config(
+            discovery={"backend": "k8s", "k8s": section},
+            envoy={"endpoints": "ads", "fail_open_host": host},
+        )
+    )
+    resources = rendered["static_resources"]
+    (manager,) = resources["listeners"][0]["filter_chains"][0]["filters"]
+    routes = manager["typed_config"]["route_config"]
+    (open_route,) = (
+        one for one in routes["virtual_hosts"][0]["routes"] if one["name"] == "fail_open"
+    )
+    cluster = open_route["route"]["cluster"]
+    in_file = cluster in {one["name"] for one in resources["clusters"]}
+    assert (cluster, in_file) == (
+        ("workers/model-0/plain", False) if host is None else ("workers-fail-open", True)
+    )
+    # Envoy refuses a route to a cluster that it does not know, unless this is off.
+    assert routes.get("validate_clusters", True) is in_file

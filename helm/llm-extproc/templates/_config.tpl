@@ -27,6 +27,16 @@
 {{- if not (has .Values.config.discovery.backend (list "static_urls" "dns")) }}true{{ end }}
 {{- end }}
 
+{{/* "true" if Envoy, without the service, would have workers only from before, else nothing. */}}
+{{- define "llm-extproc.knowsNoHost" -}}
+{{- $config := fromYaml (include "llm-extproc.config" .) }}
+{{- $envoy := default dict $config.envoy }}
+{{- $isOff := eq (toString (get $envoy "fail_open")) "false" }}
+{{- $one := eq (len $config.models) 1 }}
+{{- $byAds := eq (toString (get $envoy "endpoints")) "ads" }}
+{{- if and (include "llm-extproc.followsCluster" .) $byAds $one (not $isOff) (not $envoy.fail_open_host) }}true{{ end }}
+{{- end }}
+
 {{/* The namespace whose objects discovery follows; nothing for all. */}}
 {{- define "llm-extproc.followedNamespace" -}}
 {{- $section := default dict (get .Values.config.discovery .Values.config.discovery.backend) }}
@@ -50,7 +60,7 @@
 {{- if eq .Values.mode "gateway" }}
 {{- $_ := set $server "host" "127.0.0.1" }}
 {{- $_ := set $server "unix_socket" "/run/llm-extproc/extproc.sock" }}
-{{- $envoy = dict "host" $listen "endpoints_file" "/run/llm-extproc/workers.json" }}
+{{- $envoy = dict "host" $listen }}
 {{- end }}
 {{- with .Values.tls }}
 {{- $tls := dict "cert_file" "/etc/extproc-tls/tls.crt" "key_file" "/etc/extproc-tls/tls.key" }}
@@ -75,7 +85,7 @@
 {{- end }}
 {{- $defaults := dict "observability" (dict "log_format" "json") }}
 {{- if eq .Values.mode "gateway" }}
-{{- $_ := set $defaults "envoy" (dict "max_heap_mb" (div (int64 .Values.gateway.memoryMib) 2)) }}
+{{- $_ := set $defaults "envoy" (dict "endpoints" "ads" "max_heap_mb" (div (int64 .Values.gateway.memoryMib) 2)) }}
 {{- end }}
 {{- if gt (int (include "llm-extproc.tokenModels" .)) 0 }}
 {{- $_ := set $defaults "kv" (dict "max_pages" (int64 (include "llm-extproc.maxPages" .))) }}

@@ -170,12 +170,12 @@ grpc:
       mountPath: /tmp
 {{- end }}
 
-{{/* Writes Envoy's file, and a list of endpoints without entries if there is no list yet. */}}
+{{/* Writes Envoy's file. */}}
 {{- define "llm-extproc.envoyFileContainer" -}}
 - name: envoy-file
   image: {{ include "llm-extproc.image" (list .Values.image .Chart) | quote }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
-  command: [python, /opt/scripts/write_envoy_files.py, /etc/extproc/extproc.yaml, /run/llm-extproc]
+  command: [extproc, envoy-config, --config, /etc/extproc/extproc.yaml, --output, /run/llm-extproc/envoy.yaml]
   resources:
     requests: {cpu: 100m, memory: 128Mi}
     limits: {memory: 512Mi}
@@ -184,9 +184,6 @@ grpc:
   volumeMounts:
     - name: run
       mountPath: /run/llm-extproc
-    - name: scripts
-      mountPath: /opt/scripts
-      readOnly: true
     {{- include "llm-extproc.mounts" . | nindent 4 }}
 {{- end }}
 
