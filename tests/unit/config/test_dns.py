@@ -6,7 +6,7 @@ import pytest
 
 from extproc.config.changes import compare
 from extproc.config.worker_urls import parse_nameserver
-from extproc.envoy_config import bootstrap_problems, render_yaml
+from extproc.envoy_config import bootstrap_problems, render_bootstrap, render_yaml
 from extproc.errors import ConfigError
 from tests.unit.configs import config, discovery, problem_of, raw_config
 
@@ -106,3 +106,27 @@ def test_envoys_file_is_refused_without_a_way_to_tell_envoy_the_addresses() -> N
     assert "'dns'" in problem
     for envoy in ({"endpoints": "ads"}, {"endpoints_file": "/run/workers.json"}):
         assert render_yaml(config(**raw(), envoy=envoy))
+
+
+@pytest.mark.parametrize("servers", [[], ["10.0.0.10", "[::1]:5353"]])
+def test_without_the_service_envoy_resolves_the_same_names_at_the_same_servers(
+    servers: list[str],
+) -> None:
+    section = raw("http://a:8000", "http://b:8001", nameservers=servers, address_family="v6_only")
+    rendered = render_bootstrap(config(**section, envoy={"endpoints": "ads"}))
+    clusters = {one["name"]: one for one in rendered["static_resources"]["clusters"]}
+    pool = clusters["workers-fail-open"]
+    entries = pool["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    sockets = [one["endpoint"]["address"]["socket_address"] for one in entries]
+    assert [(one["address"], one["port_value"]) for one in sockets] == [("a", 8000), ("b", 8001)]
+    dns = pool["cluster_type"]["typed_config"]
+    assert dns["dns_lookup_family"] == "V6_ONLY"
+    if not servers:
+        assert "typed_dns_resolver_config" not in dns
+        return
+    found = dns["typed_dns_resolver_config"]["typed_config"]["resolvers"]
+    asked = [one["socket_address"] for one in found]
+    assert [(one["address"], one["port_value"]) for one in asked] == [
+        ("10.0.0.10", 53),
+        ("::1", 5353),
+    ]
