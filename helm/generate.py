@@ -7,7 +7,8 @@ this renders. Separate from docs/generate.py because a chart is published by its
 
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,6 +20,7 @@ from msgspec import NODEFAULT, UNSET, Meta, Struct, UnsetType
 from extproc.config.changes import HOW_CHANGED
 from extproc.config.loading import section_type
 from extproc.config.schema import Config
+from helm.gateway_objects import RECIPES, render_recipe
 from helm.values import OWNED, Values
 
 __all__ = ["CHART", "FILES", "render_readme", "render_schema", "render_values"]
@@ -173,14 +175,16 @@ def _type(hint: Any) -> str:
     return _NAMES.get(origin or hint, getattr(hint, "__name__", str(hint)))
 
 
-FILES: Final = {
+FILES: Final[Mapping[str, Callable[[], str]]] = {
     "values.schema.json": render_schema,
     "values.yaml": render_values,
     "files/restart-keys.yaml": render_restart_keys,
     "README.md": render_readme,
+    **{f"files/gateways/{name}.yaml": partial(render_recipe, name) for name in RECIPES},
 }
 
 if __name__ == "__main__":
     for name, render in FILES.items():
+        (CHART / name).parent.mkdir(exist_ok=True)
         (CHART / name).write_text(render(), encoding="utf-8")
         sys.stdout.write(f"helm/llm-extproc/{name} written\n")

@@ -10,11 +10,12 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 __all__ = [
     "AutoscalingValues",
     "DisruptionValues",
-    "GatewayObjectsValues",
     "GatewayValues",
     "ImageValues",
     "MonitoringValues",
+    "Name",
     "NetworkPolicyValues",
+    "Port",
     "RbacValues",
     "ResourceValues",
     "Seconds",
@@ -119,53 +120,6 @@ class TlsValues(Section, frozen=True, kw_only=True):
     client_ca: Annotated[
         bool, Meta(description="Gateways must present a certificate that `ca.crt` has signed.")
     ] = False
-
-
-class PoolValues(Section, frozen=True, kw_only=True):
-    enabled: Annotated[
-        bool,
-        Meta(
-            description="An InferencePool, of the name and namespace in "
-            "`config.discovery.inference_pool`, whose endpoint picker is this service."
-        ),
-    ] = False
-    match_labels: Annotated[Strings, Meta(description="Labels of the workers' pods.")] = field(
-        default_factory=dict
-    )
-    target_ports: Annotated[
-        Annotated[list[Port], Meta(min_length=1, max_length=8)],
-        Meta(description="Ports of each pod; each is a worker of its own."),
-    ] = field(default_factory=lambda: [30000])
-    failure_mode: Annotated[
-        Literal["FailClose", "FailOpen"],
-        Meta(description="What the gateway does with requests while no pod is ready."),
-    ] = "FailClose"
-
-
-class RouteValues(Section, frozen=True, kw_only=True):
-    enabled: Annotated[bool, Meta(description="An HTTPRoute to the InferencePool.")] = False
-    parent_refs: Annotated[
-        list[dict[str, Any]], Meta(description="The Gateways, as in an HTTPRoute.")
-    ] = field(default_factory=list)
-    hostnames: Annotated[list[Name], Meta(description="Host names; empty for all.")] = field(
-        default_factory=list
-    )
-    paths: Annotated[
-        Annotated[
-            list[Annotated[str, Meta(pattern="^/")]],
-            Meta(min_length=1, max_length=64),
-        ],
-        Meta(description="Exact paths. An engine accepts more than clients should reach."),
-    ] = field(default_factory=lambda: ["/v1/chat/completions", "/v1/completions", "/v1/models"])
-
-
-class GatewayObjectsValues(Section, frozen=True, kw_only=True):
-    inference_pool: Annotated[PoolValues, Meta(description="The pool.")] = field(
-        default_factory=PoolValues
-    )
-    http_route: Annotated[RouteValues, Meta(description="The route to the pool.")] = field(
-        default_factory=RouteValues
-    )
 
 
 class GatewayServiceValues(Section, frozen=True, kw_only=True):

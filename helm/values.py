@@ -10,10 +10,10 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import Meta, field
 
 from extproc.config.schema import Config
+from helm.gateway_objects import GatewayObjectsValues
 from helm.sections import (
     AutoscalingValues,
     DisruptionValues,
-    GatewayObjectsValues,
     GatewayValues,
     ImageValues,
     MonitoringValues,
@@ -110,8 +110,8 @@ class Values(Section, frozen=True, kw_only=True):
     gateway_objects: Annotated[
         GatewayObjectsValues,
         Meta(
-            description="Objects for a gateway that asks an endpoint picker. Only with `mode: "
-            "service` and the backend `inference_pool`."
+            description="Objects by which a gateway that exists asks this service. Only with "
+            "`mode: service`."
         ),
     ] = field(default_factory=GatewayObjectsValues)
     listen_host: Annotated[

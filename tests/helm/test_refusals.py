@@ -14,6 +14,20 @@ LIST = CHART / "values" / "list-of-workers.yaml"
 
 POOL = {"config.discovery": {"backend": "inference_pool", "inference_pool": {"name": "llama"}}}
 
+TWO_MODELS = [{"id": "m"}, {"id": "n"}]
+
+
+def gateway(**changes: Any) -> dict[str, Any]:
+    """Values that are right but for these."""
+    values: dict[str, Any] = {
+        "kind": "envoy-gateway",
+        "hostnames": ["llm.example.org"],
+        "gateway": {"name": "main"},
+        "workers": {"service": "workers"},
+    }
+    return {"gatewayObjects.filter": values | changes}
+
+
 # What each refusal must name, the file, and the values that it gets.
 WRONG: list[tuple[str, Path, dict[str, Any]]] = [
     ("replica", SERVICE, {"replica": 3}),
@@ -105,6 +119,28 @@ WRONG: list[tuple[str, Path, dict[str, Any]]] = [
     ("config.server.port", SERVICE, {"config.server.port": 9090}),
     ("serviceAccount.name", SERVICE, {"serviceAccount.create": False}),
     ("config.server.step_deadline_secs", SERVICE, {"config.server.step_deadline_secs": 20}),
+    # Objects for a filter of a gateway.
+    ("/gatewayObjects/filter/kind", LIST, gateway(kind="traefik")),
+    ("gatewayObjects.filter.kind", LIST, gateway() | {"mode": "gateway"}),
+    (
+        "gatewayObjects.filter.kind",
+        SERVICE,
+        gateway()
+        | POOL
+        | {"gatewayObjects.httpRoute": {"enabled": True, "parentRefs": [{"name": "gw"}]}},
+    ),
+    ("gatewayObjects.filter.hostnames", LIST, gateway(hostnames=[])),
+    ("gatewayObjects.filter.hostnames", LIST, gateway(kind="istio", hostnames=["a.com", "b.com"])),
+    ("gatewayObjects.filter.gateway.name", LIST, gateway(gateway={})),
+    ("gatewayObjects.filter.workers.service", LIST, gateway(workers={})),
+    ("gatewayObjects.filter.patch", LIST, gateway(kind="istio", patch=True)),
+    (
+        "gatewayObjects.filter.failOpen",
+        LIST,
+        gateway(failOpen=True) | {"config.models": TWO_MODELS},
+    ),
+    ("config.proxy.retry_busy", LIST, gateway() | {"config.proxy.retry_busy": True}),
+    ("config.load.release", LIST, gateway() | {"config.load.release": "stream_end"}),
 ]
 
 

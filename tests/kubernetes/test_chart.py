@@ -96,7 +96,9 @@ def test_the_start_of_the_readme_is_installed(project: Project) -> None:
 
 def test_a_pool_and_its_route_pass_strict_validation(project: Project, tmp_path: Path) -> None:
     page = (CHART / "README.md").read_text()
-    (block,) = [one for one in re.findall(r"```yaml\n(.*?)```", page, re.S) if "gatewayObj" in one]
+    (block,) = [
+        one for one in re.findall(r"```yaml\n(.*?)```", page, re.S) if "inferencePool" in one
+    ]
     values = yaml.safe_load((CHART / "values" / "sglang-behind-a-gateway.yaml").read_text())
     of_page = yaml.safe_load(block)
     values["config"] |= of_page.pop("config")
@@ -156,6 +158,39 @@ def test_a_release_of_the_first_chart_can_be_upgraded(
     labels = project.pod()["metadata"]["labels"]
     for label in ("app.kubernetes.io/name", "app.kubernetes.io/instance"):
         assert labels[label] == before["metadata"]["labels"][label]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("envoy-gateway", ()),
+        ("envoy-gateway", ("patch=true", "failOpen=false")),
+        ("istio", ()),
+        ("istio", ("failOpen=false",)),
+    ],
+)
+def test_objects_of_gateways_come_and_go_with_their_value(
+    project: Project, kind: str, more: tuple[str, ...]
+) -> None:
+    values = CHART / "values" / "list-of-workers.yaml"
+    chosen = (f"kind={kind}", "hostnames={chat.acme.org}", "gateway.name=main", *more)
+    chosen += ("workers.service=sglang",)
+    sets = [f"--set=gatewayObjects.filter.{one}" for one in chosen]
+    text = project.helm("template", values, *sets)
+    project.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", text=text)
+    project.helm("install", values, *sets)
+    label = ("-l", "app.kubernetes.io/instance=router", "-oname")
+    expected = {
+        "envoy-gateway": "httproutes,envoyextensionpolicies,backendtrafficpolicies",
+        "istio": "virtualservices,destinationrules,envoyfilters",
+    }[kind]
+    made = project.kubectl("get", expected, *label).split()
+    assert {one.split(".")[0] for one in made} == {
+        "envoy-gateway": {"httproute", "envoyextensionpolicy", "backendtrafficpolicy"},
+        "istio": {"virtualservice", "destinationrule", "envoyfilter"},
+    }[kind]
+    project.helm("upgrade", values)
+    assert project.kubectl("get", expected, *label) == ""
 
 
 def test_an_upgrade_with_a_live_key_leaves_the_pods_alone(project: Project) -> None:

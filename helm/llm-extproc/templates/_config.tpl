@@ -90,6 +90,7 @@
 {{- if gt (int (include "llm-extproc.tokenModels" .)) 0 }}
 {{- $_ := set $defaults "kv" (dict "max_pages" (int64 (include "llm-extproc.maxPages" .))) }}
 {{- end }}
+{{- $defaults = merge $defaults (fromYaml (include "llm-extproc.gatewayDefaults" .)) }}
 {{- $config := mergeOverwrite $defaults (deepCopy .Values.config) $owned }}
 {{- range $key := list "envoy" "workers" }}
 {{- if not (get $config $key) }}{{ $_ := unset $config $key }}{{ end }}

@@ -1,6 +1,7 @@
 {{/* Rules that span values: each failure names its value and says what to do. */}}
 
 {{- define "llm-extproc.rules" -}}
+{{- include "llm-extproc.gatewayRules" . }}
 {{- $values := .Values }}
 {{- if and $values.autoscaling.hpa.enabled $values.autoscaling.keda.enabled }}
 {{- fail "autoscaling.keda.enabled: not beside autoscaling.hpa.enabled, choose one of them" }}
