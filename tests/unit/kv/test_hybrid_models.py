@@ -93,6 +93,9 @@ class Engine:
                         mine.append(block)
             used.append(mine)
         for (salt, tokens), reused, mine in zip(prompts, known, used, strict=True):
+            blocks = len(self.groups) * (len(tokens) // _SIZE - reused)
+            if blocks > len(self.free):
+                continue  # A request waits until there are blocks for all groups.
             for number in range(len(self.groups)):
                 self._compute(number, salt, tokens, reused, mine)
         for mine in used:
@@ -105,8 +108,6 @@ class Engine:
         ends = range(reused + 1, len(tokens) // _SIZE + 1)
         stored: list[_Key] = []
         for end in ends:
-            if not self.free:
-                break
             block, _ = self.free.popitem(last=False)
             self._forget(block)
             key = (number, salt, tuple(tokens[: end * _SIZE]))
