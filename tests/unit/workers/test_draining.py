@@ -1,6 +1,8 @@
 """Workers that are about to leave: no new requests, and nothing else is taken from them yet."""
 
+from extproc.workers.observer import WorkerObserver
 from extproc.workers.source import Added, DrainingChanged, Removed, RoleChanged
+from extproc.workers.worker import Worker
 from tests.builders import make_spec
 from tests.fakes import FakeEngineClient, settle
 
@@ -117,3 +119,19 @@ async def test_a_worker_that_leaves_before_it_was_back_gets_no_requests() -> Non
         await settle()
         assert setup.registry.get(A) is None
         assert worker.draining
+
+
+async def test_observers_keep_what_they_know_of_a_draining_worker_until_it_leaves() -> None:
+    left: list[str] = []
+
+    class Noting(WorkerObserver):
+        async def left(self, worker: Worker) -> None:
+            left.append(worker.url)
+
+    async with running(ManagerSetup(observers=[Noting()])) as setup:
+        setup.client.tell(A, "m")
+        await setup.deliver(Added(make_spec(A)), DrainingChanged(A, True))
+        # Its KV subscription and its pages are theirs.
+        assert left == []
+        await setup.deliver(Removed(A))
+        assert left == [A]
