@@ -58,7 +58,7 @@ test: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 # Discovery against a real kube-apiserver and the real EndpointSlice controller, which are built at the
-# first time: ten to fifteen minutes, and needs Go. Then a minute.
+# first time: ten to fifteen minutes, and needs Go. Then four to eight minutes.
 SERVERS := tests/kubernetes/servers
 test-k8s: $(VENV)/.dev
 	@servers=$$($(SERVERS)/build.sh) && kinds=$$($(SERVERS)/crds.sh) && \

@@ -93,6 +93,14 @@ class Installation:
 
         await until_not(busy, poll_seconds)
 
+    async def is_gone(self, worker: RunningSimulator) -> None:
+        """Wait until the service does not know this worker any more."""
+
+        async def known() -> Any:
+            return (await self.listed()).get(worker.url)
+
+        await until_not(known)
+
     async def is_stale(self, *expected: bool) -> None:
         """Wait until the workers, in the order of registration, are shown like this."""
 

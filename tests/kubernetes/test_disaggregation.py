@@ -26,7 +26,7 @@ _ROLES: Final = ("prefill", "decode")
 _LOOPBACK: Final = "127.0.0.1"
 _SETTINGS: Final[dict[str, Any]] = {
     "envoy": {"endpoints": "ads", "fail_open": False},
-    "observability": {"log_format": "json"},
+    "observability": {"log_format": "json", "log_level": "debug"},
 }
 _SELECTORS: Final = {"prefill_selector": "role=prefill", "decode_selector": "role in (decode)"}
 # What a client may get when the socket of one of its legs died: docs/disaggregation.md.
@@ -86,6 +86,8 @@ class _Pods:
         """The engine dies first; then its pod is removed."""
         await self.crashes.crash(self.engines[n])
         await end_pod(self._namespace, n, grace_seconds=0)
+        # Before that, requests for it would reach an engine that gets its address.
+        await self._installed.is_gone(self.engines[n])
         self._forget(n)
 
     async def reborn(self, n: int, *, crash: bool) -> None:

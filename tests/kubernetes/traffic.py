@@ -5,6 +5,7 @@ import contextlib
 import json
 import random
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,9 @@ __all__ = ["Answer", "Crashes", "asking"]
 _TOKENS_MAX: Final = 40
 # The header by which a request is found at the engines; prefill workers get it, too.
 _ID_HEADER: Final = "x-correlation-id"
+# A request ends within that time. For a moment after a crash, requests are still sent there.
+_LASTS: Final = timedelta(seconds=10)
+_NOTICED: Final = timedelta(seconds=1)
 # In Envoy's words, a connection on which a request had been sent has died.
 _DEAD_SOCKET: Final = "connection_termination"
 
@@ -71,15 +75,20 @@ async def asking(
 
 
 class Crashes:
-    """The engines that crashed, and the requests that they had on open sockets."""
+    """The engines that crashed, and the requests that they had on open sockets.
+
+    The service logs JSON, with the level `debug` where a request has a prefill worker.
+    """
 
     def __init__(self) -> None:
         self._torn: set[str] = set()
-        self._addresses: set[str] = set()
+        # When the engine at an address has crashed; another one may use the address later.
+        self._crashes: dict[str, list[datetime]] = {}
 
     async def crash(self, engine: RunningSimulator) -> None:
         """Stop it like a killed process."""
-        self._addresses.add(engine.url.removeprefix("http://"))
+        address = engine.url.removeprefix("http://")
+        self._crashes.setdefault(address, []).append(datetime.now(UTC))
         await engine.stop()
         left = (entry for entry in engine.journal.recent if entry.outcome != "completed")
         self._torn |= {entry.headers[_ID_HEADER] for entry in left}
@@ -95,11 +104,16 @@ class Crashes:
         found = {
             line["request_id"]
             for line in lines
-            if _DEAD_SOCKET in line["details"] and line["upstream_host"] in self._addresses
+            if _DEAD_SOCKET in line["details"] and line["upstream_host"] in self._crashes
         }
         for line in (folder / "service.log").read_text().splitlines():
             event = json.loads(line)
-            if event["event"] == "prefill_attempt_failed" and event["reason"] == "broken":
-                assert event["worker"].removeprefix("http://") in self._addresses, event
+            if event["event"] == "routed" and self._had(event["worker"], event["timestamp"]):
                 found.add(event["request_id"])
         return found
+
+    def _had(self, worker: str, timestamp: str) -> bool:
+        """True if a request that was routed to it at that time may have been there in a crash."""
+        crashes = self._crashes.get(worker.removeprefix("http://"), ())
+        routed = datetime.fromisoformat(timestamp)
+        return any(-_NOTICED <= at - routed <= _LASTS for at in crashes)
