@@ -134,12 +134,16 @@ class Publisher(WorkerObserver):
             await prepare_entries(
                 [Endpoint(one.address, one.url) for one in self._registry if one.address]
             )
-            self._publish()
+            await self._publish()
             waits = [self._mark_known(), self._pools.until_next_leaves(self._clock.monotonic())]
             await self._change(min([_LOOK_SECONDS, *(one for one in waits if one is not None)]))
 
-    def _publish(self) -> None:
-        """Send the workers as they are now, if all are named and something has changed."""
+    async def _publish(self) -> None:
+        """Send the workers as they are now, if all are named and something has changed.
+
+        Other work of the event loop comes between the steps, each of which takes some
+        milliseconds for a thousand workers.
+        """
         if not self._all_named():
             return
         models = {
@@ -150,9 +154,11 @@ class Publisher(WorkerObserver):
         if members == self._members:
             return
         self._members = members
+        await asyncio.sleep(0)
+        snapshot = await self._snapshot_of(members)
         if self.snapshot is None:
             self._first_published_at = self._clock.monotonic()
-        self.snapshot = self._snapshot_of(members)
+        self.snapshot = snapshot
         # What leaves is not chosen any more before Envoys hear of it.
         self._mark_known()
         for envoy in self._envoys:
@@ -162,7 +168,7 @@ class Publisher(WorkerObserver):
         workers = sum(len(one.addresses) for one in self.snapshot.endpoints.values())
         _log.info("endpoints_published", workers=workers, version=versions)
 
-    def _snapshot_of(self, members: dict[Pool, Members]) -> Snapshot:
+    async def _snapshot_of(self, members: dict[Pool, Members]) -> Snapshot:
         clusters, endpoints = {}, {}
         for pool, found in members.items():
             name = self._config.envoy.cluster_of(*pool)
@@ -170,6 +176,7 @@ class Publisher(WorkerObserver):
                 self._clusters[pool] = cluster_resource(pool_cluster(self._config, *pool))
             clusters[name] = self._clusters[pool]
             endpoints[name] = endpoints_resource(name, found.endpoints, found.left)
+            await asyncio.sleep(0)
         return Snapshot(clusters, endpoints)
 
     def _mark_known(self) -> float | None:
