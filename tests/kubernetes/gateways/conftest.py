@@ -10,7 +10,7 @@ import pytest
 from tests.unit.simulator.model_folders import model_folder
 
 from ..cluster import Cluster, Objects
-from ..services import make_node, make_service
+from ..services import make_service
 from .fleet import Fleet
 from .installation import Installation
 
@@ -38,7 +38,6 @@ def installed(
 async def fleet(cluster: Cluster, installed: Installation, tokenizer: str) -> AsyncIterator[Fleet]:
     """Workers as pods of the Service `workers`; a test starts them, and all leave at its end."""
     objects = Objects(cluster.admin(), "default")
-    await make_node(objects)
     if "workers" not in installed.api.kubectl("get", "services", "-oname"):
         await make_service(objects, "workers", {"app": "workers"}, app="sglang")
     async with Fleet(installed, objects, tokenizer) as found:

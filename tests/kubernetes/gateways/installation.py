@@ -15,7 +15,7 @@ from extproc.testing.stack import find_envoy
 
 from ..cluster import Cluster
 from ..kubectl import Kubectl
-from .kubelet import Kubelet, RunningPod, with_files
+from .kubelet import NODE, Kubelet, RunningPod, with_files
 
 T = TypeVar("T")
 
@@ -90,6 +90,7 @@ class Installation:
 
     def open(self) -> None:
         """Start the controller, apply the recipe, and run the pods of both Deployments."""
+        self._apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}})
         self._make_certificates()
         self.start_controller()
         self._apply_recipe()

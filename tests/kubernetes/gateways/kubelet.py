@@ -18,8 +18,10 @@ from ..cluster import Cluster
 from ..kubectl import Kubectl
 from ..programs import Programs
 
-__all__ = ["Kubelet", "RunningPod", "with_files"]
+__all__ = ["NODE", "Kubelet", "RunningPod", "with_files"]
 
+# Of all pods; the EndpointSlice controller skips those of unknown nodes.
+NODE: Final = "node-1"
 _TOKEN_FOLDER: Final = "/var/run/secrets/kubernetes.io/serviceaccount"
 # Mounts pairs of a folder and the path at which the program sees it, then becomes the program.
 _MOUNT: Final = (
@@ -93,7 +95,7 @@ class Kubelet:
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": template["metadata"] | {"name": name, "namespace": namespace},
-            "spec": template["spec"] | {"nodeName": "node-1"},
+            "spec": template["spec"] | {"nodeName": NODE},
         }
         api.kubectl("create", "--validate=strict", "-f", "-", text=json.dumps(pod))
         (container,) = (c for c in pod["spec"]["containers"] if c["name"] in self._images)
