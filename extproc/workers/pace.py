@@ -8,9 +8,9 @@ from typing import Final
 
 __all__ = ["Pace"]
 
-# The weight of each observation.
-_BEGIN_WEIGHT: Final = 1 / 16
-_REQUEST_WEIGHT: Final = 1 / 32
+# About so many observations count: of the first ones the mean, then older ones fade.
+_BEGINNINGS: Final = 16
+_REQUESTS: Final = 32
 
 
 class Pace:
@@ -22,12 +22,14 @@ class Pace:
     Callers pass monotonic seconds.
     """
 
-    __slots__ = ("_since", "begin_seconds", "request_seconds", "waiting")
+    __slots__ = ("_begun", "_ended", "_since", "begin_seconds", "request_seconds", "waiting")
 
     def __init__(self) -> None:
         self.waiting = 0
         self.begin_seconds = 0.0
         self.request_seconds = 0.0
+        self._begun = 0
+        self._ended = 0
         # Of the last beginning, or of the first request that found no other one waiting.
         self._since = 0.0
 
@@ -42,9 +44,9 @@ class Pace:
         self.waiting -= 1
         seconds = max(0.0, now - self._since)
         self._since = now
-        if self.begin_seconds:
-            seconds = self.begin_seconds + (seconds - self.begin_seconds) * _BEGIN_WEIGHT
-        self.begin_seconds = seconds
+        if self._begun < _BEGINNINGS:
+            self._begun += 1
+        self.begin_seconds += (seconds - self.begin_seconds) / self._begun
 
     def withdrew(self) -> None:
         """One of them has ended without an answer, or went to another worker."""
@@ -52,9 +54,9 @@ class Pace:
 
     def ended(self, seconds: float) -> None:
         """A request of any kind has ended after so long; it was answered."""
-        if self.request_seconds:
-            seconds = self.request_seconds + (seconds - self.request_seconds) * _REQUEST_WEIGHT
-        self.request_seconds = max(0.0, seconds)
+        if self._ended < _REQUESTS:
+            self._ended += 1
+        self.request_seconds += (max(0.0, seconds) - self.request_seconds) / self._ended
 
     def wait_seconds(self, now: float) -> float:
         """How long a request that is sent now would wait until those before it have begun.

@@ -72,7 +72,11 @@ async def test_the_wait_rises_with_the_load_and_falls_after_it(launch: Launch) -
 async def test_the_wait_is_known_in_tokens_where_they_are(pool: StartPool) -> None:
     running = (await pool(2, "min_ttft", worker=SLOW)).running
     assert await wait_of(running) == 0
-    assert await occupancy_of(running) == 0
+
+    async def is_reported() -> bool:
+        return await occupancy_of(running) == 0
+
+    await wait_until(is_reported, "the engines have reported their load")
     tasks = [asyncio.create_task(ask(running, number)) for number in range(9)]
     await rises(running, "plain", 0.7)
     await all_succeed(tasks)
@@ -109,7 +113,11 @@ async def test_requests_that_wait_in_the_service_count(launch: Launch) -> None:
     # 0.4 s each, two at once.
     tasks = [asyncio.create_task(ask(running, tokens=20)) for _ in range(20)]
     await rises(running, "plain", 1.5)
-    assert await occupancy_of(running) == 1
+
+    async def is_full() -> bool:
+        return await occupancy_of(running) == 1
+
+    await wait_until(is_full, "both places of the worker are taken")
     await all_succeed(tasks)
     await falls(running)
 

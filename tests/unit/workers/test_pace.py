@@ -70,6 +70,20 @@ def test_the_wait_for_a_worker_that_hangs_rises_with_time() -> None:
     assert unknown.wait_seconds(7.0) == 7
 
 
+def test_each_of_two_routers_estimates_the_wait_behind_the_requests_of_both() -> None:
+    paces = [Pace(), Pace()]
+    for pace in paces:
+        for _ in range(20):
+            pace.sent(0.0)
+    # The worker takes 0.5 s for each, one of each router in turn.
+    for number in range(1, 21):
+        paces[number % 2].began(number * 0.5)
+    # Twenty are left: ten of each router.
+    for pace in paces:
+        assert pace.waiting == 10
+        assert pace.wait_seconds(10.0) == pytest.approx(20 * 0.5, rel=0.15)
+
+
 def test_requests_that_leave_without_an_answer_are_not_waited_for() -> None:
     pace, now = prefilled(1, 0.5)
     pace.sent(now)
