@@ -82,6 +82,7 @@ class ExtProcServer:
         self._config = config
         self._socket_file: tuple[Path, tuple[int, int] | None] | None = None
         self._health = health.aio.HealthServicer()
+        self._takes_requests = False
         self._server = grpc.aio.server(options=grpc_options(config.max_body_bytes))
         self._server.add_generic_rpc_handlers(
             (
@@ -106,7 +107,8 @@ class ExtProcServer:
     async def start(self, *, alive: bool = True) -> None:
         """Begin to serve on the addresses that `bind` has taken.
 
-        Unless it is `alive`, gateways that check it send no requests before `set_health`.
+        Unless it is `alive`, requests are refused until `set_health`: a gateway that has not seen
+        yet that it was gone must serve them without it.
         """
         if alive:
             await self.set_health(ready=False)
@@ -152,6 +154,7 @@ class ExtProcServer:
 
     async def set_health(self, *, ready: bool) -> None:
         """Publish readiness. While draining, every name stays NOT_SERVING."""
+        self._takes_requests = True
         if self.draining:
             return
         serving = health_pb2.HealthCheckResponse.SERVING
@@ -206,6 +209,8 @@ class ExtProcServer:
                 return
             elif key == PASS_KEY and value != ROUTE_PASS:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{PASS_KEY}: unknown pass")
+        if not self._takes_requests:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the workers are not known yet")
         await self.streams.serve(context, session)
         await let_cancellation_come()
 

@@ -57,6 +57,24 @@ async def test_health_names_distinguish_alive_ready_and_draining() -> None:
         assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_requests_are_refused_until_the_workers_are_known() -> None:
+    service = Service(["m"], 1)
+    service.server.bind()
+    await service.server.start(alive=False)
+    try:
+        async with grpc.aio.insecure_channel(service.target) as channel:
+            assert [await health(channel, name) for name in ALIVE + READY] == [NOT_SERVING] * 4
+        async with stream(service) as envoy:
+            assert await envoy.ended() is grpc.StatusCode.UNAVAILABLE
+        await service.server.set_health(ready=False)
+        async with stream(service) as envoy:
+            await envoy.send(request_headers(), request_body(llm_body()))
+            assert destination((await envoy.replies(2))[1])
+    finally:
+        await service.server.stop()
+        await service.close()
+
+
 async def test_a_unix_socket_is_served_and_a_stale_one_replaced(tmp_path: Path) -> None:
     path = tmp_path / "extproc.sock"
     with socket.socket(socket.AF_UNIX) as left_over:
