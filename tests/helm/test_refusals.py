@@ -141,6 +141,26 @@ WRONG: list[tuple[str, Path, dict[str, Any]]] = [
     ),
     ("config.proxy.retry_busy", LIST, gateway() | {"config.proxy.retry_busy": True}),
     ("config.load.release", LIST, gateway() | {"config.load.release": "stream_end"}),
+    # A NetworkPolicy that shuts out what the release needs.
+    ("networkPolicy.gateways", LIST, gateway() | {"networkPolicy.enabled": True}),
+    (
+        "networkPolicy.gateways",
+        LIST,
+        gateway(kind="istio", gateway={"name": "main", "namespace": "gateways"})
+        | {"networkPolicy.enabled": True},
+    ),
+    (
+        "networkPolicy.gateways",
+        SERVICE,
+        {
+            **POOL,
+            "gatewayObjects.httpRoute": {
+                "enabled": True,
+                "parentRefs": [{"name": "llm", "namespace": "gateways"}],
+            },
+            "networkPolicy.gateways": [],
+        },
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 {{- define "llm-extproc.rules" -}}
 {{- include "llm-extproc.gatewayRules" . }}
+{{- include "llm-extproc.policyRules" . }}
 {{- $values := .Values }}
 {{- if and $values.autoscaling.hpa.enabled $values.autoscaling.keda.enabled }}
 {{- fail "autoscaling.keda.enabled: not beside autoscaling.hpa.enabled, choose one of them" }}
