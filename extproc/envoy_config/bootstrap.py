@@ -116,8 +116,8 @@ def rendering_problems(config: Config) -> Iterator[str]:
     if config.discovery.backend != "static_urls" and not config.envoy.endpoints_change:
         # No problem for those whose gateway discovers the workers itself.
         yield (
-            "envoy.endpoints_file: this or envoy.endpoints: ads is needed to render Envoy's file "
-            f"with the backend {config.discovery.backend!r}, or Envoy would not know the workers "
+            "envoy.endpoints: ads is needed, or envoy.endpoints_file, to render Envoy's file with "
+            f"the backend {config.discovery.backend!r}; otherwise Envoy would not know the workers "
             "that this service chooses"
         )
 

@@ -70,11 +70,11 @@ class Merging:
         listener["address"]["socket_address"]["port_value"] = config.envoy.port
         existing["admin"]["address"]["socket_address"]["port_value"] = config.envoy.admin_port
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-        jwks = self.folder / "jwks.json"
         key = {"kty": "oct", "kid": "k", "alg": "HS256", "k": encoded(SECRET)}
-        jwks.write_text(json.dumps({"keys": [key]}))
         authentication = manager["http_filters"][0]["typed_config"]
-        authentication["providers"]["company"]["local_jwks"]["filename"] = str(jwks)
+        authentication["providers"]["company"]["local_jwks"] = {
+            "inline_string": json.dumps({"keys": [key]})
+        }
         route = manager["route_config"]["virtual_hosts"][1]["routes"][1]
         route["route"]["timeout"] = self.timeout
         limit = route["typed_per_filter_config"]["envoy.filters.http.local_ratelimit"]

@@ -531,7 +531,7 @@ class TestYaml:
 def test_workers_of_a_cluster_need_the_file_of_endpoints() -> None:
     section = {"namespace": "ns", "label_selector": "app=sglang"}
     sections: dict[str, Any] = {"discovery": {"backend": "k8s", "k8s": section}}
-    with pytest.raises(ConfigError, match=r"envoy\.endpoints_file: this or "):
+    with pytest.raises(ConfigError, match=r"envoy\.endpoints: ads is needed, or "):
         render_bootstrap(config(**sections))
     rendered = render_bootstrap(config(**sections, envoy={"endpoints_file": "/run/e.json"}))
     assert rendered["static_resources"]["clusters"][0]["type"] == "EDS"

@@ -102,7 +102,7 @@ def test_envoys_file_is_refused_without_a_way_to_tell_envoy_the_addresses() -> N
     with pytest.raises(ConfigError) as caught:
         render_yaml(without)
     (problem,) = caught.value.problems
-    assert problem.startswith("envoy.endpoints_file: this or envoy.endpoints: ads is needed")
+    assert problem.startswith("envoy.endpoints: ads is needed, or envoy.endpoints_file")
     assert "'dns'" in problem
     for envoy in ({"endpoints": "ads"}, {"endpoints_file": "/run/workers.json"}):
         assert render_yaml(config(**raw(), envoy=envoy))

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.cli import main
-from extproc.config.loading import load_config
+from extproc.config.loading import load_config, parse_config
 from extproc.config.schema import Config
 from extproc.envoy_config import merge_yaml
 from extproc.envoy_config.merge import merge_bootstrap
@@ -72,6 +73,22 @@ def problems(*, routes: tuple[str, ...] = ("chat",), edit: Edit | None = None, *
 def test_the_shipped_file_is_what_its_parts_give() -> None:
     text = merge_yaml(load_config(RECIPE / "extproc.yaml"), BEFORE, ["chat"])
     assert (RECIPE / "envoy.yaml").read_text(encoding="utf-8") == text
+
+
+def test_the_variant_of_the_page_is_merged_and_its_names_are_those_that_are_taken() -> None:
+    page = (RECIPE / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    shipped = yaml.safe_load((RECIPE / "extproc.yaml").read_text(encoding="utf-8"))
+    variant = merge_bootstrap(parse_config(shipped | yaml.safe_load(block)), before(), ["chat"])
+    (row,) = [line for line in page.splitlines() if line.startswith("| a cluster is named")]
+    named = set(re.findall(r"`([\w-]+)`", row.partition(", or a listener")[0]))
+    added = set[str]()
+    for new in (merged(), variant):
+        resources = new["static_resources"]
+        clusters = resources["clusters"][len(before()["static_resources"]["clusters"]) :]
+        added |= {one["name"] for one in clusters} - {"llm_workers"}
+        assert [one["name"] for one in resources["listeners"]] == ["main", "decode_pass"]
+    assert added == named
 
 
 def test_the_given_configuration_does_not_change() -> None:
