@@ -1,7 +1,12 @@
 """The start in five commands works, as far as it can be tried without a registry and a cluster."""
 
+import json
+import re
+import shlex
+
 import yaml
 
+from extproc.routing.request import CHAT_PATH
 from helm.generate import CHART
 from tests.helm.chart import Release, run_helm
 from tests.helm.start import ROOT, START, commands_in
@@ -13,6 +18,32 @@ def test_both_pages_have_the_same_five_commands() -> None:
     readme, chart = (commands_in(page) for page in START)
     assert readme == chart
     assert len(readme) == 5
+
+
+def test_each_value_of_a_cluster_is_marked_in_the_file_to_adjust() -> None:
+    lines = (ROOT / COPY[1]).read_text(encoding="utf-8").splitlines()
+    marked = " ".join(line.partition("# EDIT")[0] for line in lines if "# EDIT" in line)
+    keys = set(re.findall(r"(\w+):(?= )", marked))
+    assert keys == {
+        *("id", "endpoint", "replay_endpoint", "block_size", "label_selector", "port"),
+        *("fail_open_host", "claimName", "subPath", "workers", "kvTokensPerWorker", "pageSize"),
+        *("podSelector", "matchLabels", "app", "endPort"),
+    }
+    # With the same number twice, both lines are marked.
+    assert marked.count(" port:") == 2
+
+
+def test_the_first_request_of_the_readme_is_for_the_model_of_the_values_file() -> None:
+    _, _, text = (ROOT / "README.md").read_text(encoding="utf-8").partition(START["README.md"])
+    (line,) = re.findall(r"^curl .*$", text, re.MULTILINE)
+    command, url, *_, body = shlex.split(line)
+    assert command == "curl"
+    local, _, _ = FORWARD[-1].partition(":")
+    assert url == f"http://127.0.0.1:{local}{CHAT_PATH}"
+    values = yaml.safe_load((ROOT / COPY[1]).read_text(encoding="utf-8"))
+    request = json.loads(body)
+    assert request["model"] == values["config"]["models"][0]["id"]
+    assert request["messages"]
 
 
 def test_the_image_is_the_one_of_the_chart() -> None:
