@@ -50,7 +50,13 @@ class GatewayReference(Section, frozen=True, kw_only=True):
 
 
 class WorkersReference(Section, frozen=True, kw_only=True):
-    service: Annotated[str, Meta(description="Name of the Service of the workers.")] = ""
+    service: Annotated[
+        str,
+        Meta(
+            description="Name of the Service of the workers; of the decode workers, if prefill "
+            "workers have another one."
+        ),
+    ] = ""
     namespace: Annotated[
         str,
         Meta(

@@ -173,6 +173,8 @@ def test_a_route_of_istio_has_no_time_out_of_zero() -> None:
         ({}, False),
         ({"config.models": [{"id": "m"}, {"id": "n"}]}, True),
         ({"config.discovery.static_urls.prefill_urls": ["http://workers-0.workers:8000"]}, True),
+        ({"config.discovery.static_urls.decode_urls": ["http://workers-0.workers:8000"]}, True),
+        ({"config.models": [{"id": "m", "pd": {"protocol": "nixl"}}]}, True),
     ],
 )
 def test_a_route_fails_closed_where_another_worker_would_be_wrong(
@@ -207,6 +209,57 @@ def test_the_configuration_fits_the_gateway_unless_it_says_otherwise(kind: str) 
     config = parse_config(release.config)
     assert config.proxy.retry_busy is False
     assert config.load.release == ("estimate" if kind == "envoy-gateway" else "stream_end")
+
+
+@pytest.mark.parametrize("kind", ["envoy-gateway", "istio"])
+def test_a_filter_chooses_the_decode_worker_in_its_only_pass(kind: str) -> None:
+    values = {
+        "kind": kind,
+        "hostnames": ["a.org"],
+        "gateway": {"name": "main"},
+        "workers": {"service": "decode"},
+    }
+    more = {"mode": "service", "gatewayObjects.filter": values}
+    release, errors = render(CHART / "values" / "prefill-and-decode.yaml", more)
+    assert release.objects, errors
+    config = parse_config(release.config)
+    assert config.is_disaggregated
+    assert config.pd.decode == "inline"
+
+
+POOL: dict[str, Any] = {
+    "config.discovery": {"backend": "inference_pool", "inference_pool": {"name": "llama"}},
+    "config.proxy": {},
+    "config.load": {},
+}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"inferencePool": {"enabled": True, "matchLabels": {"app": "sglang"}}},
+        {"httpRoute": {"enabled": True, "parentRefs": [{"name": "main"}]}},
+    ],
+    ids=["pool", "route"],
+)
+def test_the_configuration_fits_the_gateway_of_a_pool(more: dict[str, Any]) -> None:
+    values = {f"gatewayObjects.{name}": one for name, one in more.items()}
+    release, errors = render(LIST, POOL | values)
+    assert release.objects, errors
+    config = parse_config(release.config)
+    assert config.proxy.retry_busy is False
+    assert config.pd.decode == "inline"
+    assert config.envoy.destination == "single"
+    listed, errors = render(LIST, POOL | values | {"config.envoy": {"destination": "list"}})
+    assert parse_config(listed.config).envoy.destination == "list", errors
+
+
+def test_without_objects_of_a_gateway_the_defaults_of_the_service_stay() -> None:
+    release, errors = render(LIST, POOL)
+    assert release.objects, errors
+    config = parse_config(release.config)
+    assert config.proxy.retry_busy is True
+    assert config.pd.decode == "two_pass"
 
 
 def test_every_recipe_has_a_file() -> None:

@@ -14,6 +14,10 @@ LIST = CHART / "values" / "list-of-workers.yaml"
 
 POOL = {"config.discovery": {"backend": "inference_pool", "inference_pool": {"name": "llama"}}}
 
+MATCHED = {"enabled": True, "matchLabels": {"app": "a"}}
+PICKED = {"gatewayObjects.inferencePool": MATCHED}
+PICKED_OPEN = {"gatewayObjects.inferencePool": MATCHED | {"failureMode": "FailOpen"}}
+
 TWO_MODELS = [{"id": "m"}, {"id": "n"}]
 
 
@@ -141,6 +145,14 @@ WRONG: list[tuple[str, Path, dict[str, Any]]] = [
     ),
     ("config.proxy.retry_busy", LIST, gateway() | {"config.proxy.retry_busy": True}),
     ("config.load.release", LIST, gateway() | {"config.load.release": "stream_end"}),
+    ("config.pd.decode", LIST, gateway() | {"config.pd.decode": "two_pass"}),
+    ("config.pd.decode", SERVICE, POOL | PICKED | {"config.pd.decode": "two_pass"}),
+    ("config.proxy.retry_busy", SERVICE, POOL | PICKED | {"config.proxy.retry_busy": True}),
+    (
+        "gatewayObjects.inferencePool.failureMode",
+        SERVICE,
+        POOL | PICKED_OPEN | {"config.models": TWO_MODELS},
+    ),
     # A NetworkPolicy that shuts out what the release needs.
     ("networkPolicy.gateways", LIST, gateway() | {"networkPolicy.enabled": True}),
     (

@@ -44,6 +44,9 @@
 {{- if and $pool.enabled (ne (include "llm-extproc.followedNamespace" .) .Release.Namespace) }}
 {{- fail (printf "config.discovery.inference_pool.namespace: must be that of the release, %s, since a pool names an endpoint picker in its own namespace" .Release.Namespace) }}
 {{- end }}
+{{- if and $pool.enabled (eq $pool.failureMode "FailOpen") (include "llm-extproc.needsDecisions" .) }}
+{{- fail "gatewayObjects.inferencePool.failureMode: must be FailClose with several models, or with prefill and decode workers: without a decision a request would reach a wrong worker" }}
+{{- end }}
 {{- if and $route.enabled (empty $route.parentRefs) }}
 {{- fail "gatewayObjects.httpRoute.parentRefs: needed, the Gateways that have the route" }}
 {{- end }}
