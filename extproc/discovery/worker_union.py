@@ -18,6 +18,7 @@ from typing import Final, Literal
 import msgspec
 from msgspec import Struct
 
+from extproc.worker_url import WorkerUrl
 from extproc.workers.source import (
     Added,
     DrainingChanged,
@@ -30,6 +31,8 @@ from extproc.workers.worker import Role, WorkerSpec
 
 __all__ = ["Reading", "Sighting", "WorkerUnion"]
 
+# The oldest of more is removed at once: names whose addresses change all the time add up.
+_LEAVING_MAX: Final = 2_000
 # Far more than are held at a time.
 _VANISHED_MAX: Final = 10_000
 _ROLE_ORDER: Final[dict[Role, int]] = {"prefill": 0, "decode": 1, "plain": 2}
@@ -84,6 +87,7 @@ class WorkerUnion:
         self._vanished: dict[str, None] = {}
         # Those that no object names now, and when they are removed. They were reported as draining.
         self._leaving: dict[str, float] = {}
+        self._leaving_at: dict[WorkerUrl, dict[str, None]] = {}
 
     def replace(
         self, objects: Mapping[str, Reading], *, others_left: bool = False
@@ -158,7 +162,7 @@ class WorkerUnion:
                 if told is not None:
                     leaving += self._leave(told, told.spec.id in left, hold_until)
                 continue
-            self._leaving.pop(worker_id, None)
+            self._stay(worker_id)
             now = _united(list(found.values()))
             if now == told:
                 continue
@@ -178,7 +182,7 @@ class WorkerUnion:
                     staying.append(DrainingChanged(worker_id, now.draining))
             self._told[worker_id] = now
         urls = {event.spec.url for event in staying if isinstance(event, Added)}
-        replaced = [one for one in self._leaving if self._told[one].spec.url in urls]
+        replaced = [one for url in urls for one in self._leaving_at.get(url, ())]
         return [*leaving, *(self._remove(one) for one in replaced), *staying]
 
     def _leave(self, told: Sighting, left: bool, hold_until: float | None) -> list[WorkerEvent]:
@@ -194,11 +198,23 @@ class WorkerUnion:
                 del self._vanished[next(iter(self._vanished))]
             return [Vanished(told.spec)]
         self._leaving[worker_id] = hold_until
+        self._leaving_at.setdefault(told.spec.url, {})[worker_id] = None
         self._told[worker_id] = msgspec.structs.replace(told, draining=True)
-        return [DrainingChanged(worker_id, True)]
+        events: list[WorkerEvent] = [DrainingChanged(worker_id, True)]
+        if len(self._leaving) > _LEAVING_MAX:
+            events.append(self._remove(next(iter(self._leaving))))
+        return events
+
+    def _stay(self, worker_id: str) -> None:
+        if self._leaving.pop(worker_id, None) is not None:
+            url = self._told[worker_id].spec.url
+            at_url = self._leaving_at[url]
+            del at_url[worker_id]
+            if not at_url:
+                del self._leaving_at[url]
 
     def _remove(self, worker_id: str) -> Removed:
-        self._leaving.pop(worker_id, None)
+        self._stay(worker_id)
         del self._told[worker_id]
         return Removed(worker_id)
 

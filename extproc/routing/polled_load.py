@@ -8,6 +8,8 @@ import asyncio
 from random import Random
 from typing import Final
 
+import structlog
+
 from extproc.clock import Clock
 from extproc.metrics.service import Metrics
 from extproc.routing.ranks import Ranks
@@ -17,6 +19,8 @@ from extproc.workers.vllm_answers import read_vllm_load
 from extproc.workers.worker import Worker
 
 __all__ = ["PolledLoad"]
+
+_log = structlog.get_logger()
 
 _INTERVAL_SECONDS: Final = 1.0
 _POLLS_PER_SECOND: Final = 20
@@ -82,18 +86,24 @@ class PolledLoad:
     async def _ask(self, worker: Worker, workers: int) -> None:
         interval = self._interval(workers)
         try:
-            answer = await self._client.get(worker.spec.url, "/metrics", _TIMEOUT_SECONDS)
+            outcome = await self._report(worker)
         except EngineUnreachableError:
             outcome = "failed"
-        else:
-            now = self._clock.monotonic()
-            found = read_vllm_load(answer.body) if answer.status == 200 else {}
-            # By the engine's number; a server of one rank of several has only its own.
-            ranks = self._ranks.of(worker)
-            for rank, (_, report) in zip(ranks, sorted(found.items()), strict=False):
-                rank.load.report(report, now)
-            outcome = "answered" if found else "without_figures"
-            if not found:
-                interval *= _WITHOUT_FIGURES
+        except Exception:
+            # An answer of a worker must not end the questions to the others.
+            _log.exception("load_not_read", worker=worker.url)
+            outcome = "failed"
+        if outcome == "without_figures":
+            interval *= _WITHOUT_FIGURES
         self._polls(outcome).inc()
         self._due[worker] = self._clock.monotonic() + interval
+
+    async def _report(self, worker: Worker) -> str:
+        """Ask the worker, and report what it says; returns the outcome."""
+        answer = await self._client.get(worker.spec.url, "/metrics", _TIMEOUT_SECONDS)
+        found = read_vllm_load(answer.body) if answer.status == 200 else {}
+        now = self._clock.monotonic()
+        # By the engine's number; a server of one rank of several has only its own.
+        for rank, (_, report) in zip(self._ranks.of(worker), sorted(found.items()), strict=False):
+            rank.load.report(report, now)
+        return "answered" if found else "without_figures"

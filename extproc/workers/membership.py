@@ -195,7 +195,7 @@ class Membership:
             return
         self._refused.pop(spec.id, None)
         self._kinds_changed = True
-        if spec.id in self._draining:
+        if spec.id in self._draining or spec.id in self._held_out:
             self._registry.set_draining(worker, True)
         self._warnings.addresses(spec, addresses)
         if known is not None:

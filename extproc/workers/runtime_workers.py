@@ -21,6 +21,8 @@ __all__ = ["RuntimeWorkerError", "RuntimeWorkers"]
 _log = structlog.get_logger()
 
 _ID_PREFIX: Final = "runtime/"
+# A backend can have thousands of events at once; requests go on in between.
+_EVENTS_A_TURN: Final = 8
 
 
 class RuntimeWorkerError(ServiceError):
@@ -99,10 +101,14 @@ class RuntimeWorkers:
 
     async def _follow(self) -> None:
         """Pass the events of the backend on."""
+        passed = 0
         try:
             async for event in self._source.events():
                 self._note(event)
                 self._events.put_nowait(event)
+                passed += 1
+                if passed % _EVENTS_A_TURN == 0:
+                    await asyncio.sleep(0)
         finally:
             self._events.put_nowait(None)
 

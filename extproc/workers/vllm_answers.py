@@ -8,13 +8,12 @@ configured), and the size of its blocks in `/metrics`.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
-from itertools import islice
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Final
 
 import msgspec
 from msgspec import Struct
-from prometheus_client.parser import text_string_to_metric_families
 
 from extproc.worker_url import WorkerUrl, parse_kv_endpoint
 from extproc.workers.engine_calls import EngineAnswer
@@ -27,15 +26,16 @@ _OWNER: Final = "vllm"
 _BLOCK_SIZE: Final = 16
 _BLOCK_MAX: Final = 65_536
 _TOPIC_MAX_CHARS: Final = 256
-_CACHE_CONFIG: Final = b"vllm:cache_config_info{"
-_RUNNING: Final = "vllm:num_requests_running"
-_WAITING: Final = "vllm:num_requests_waiting"
+_RUNNING: Final = b"vllm:num_requests_running"
+_WAITING: Final = b"vllm:num_requests_waiting"
 # The second name is that of older versions.
-_USAGES: Final = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
-_CONFIG: Final = "vllm:cache_config_info"
-_NAMES: Final = "|".join(re.escape(name) for name in (_RUNNING, _WAITING, *_USAGES, _CONFIG))
-_LOAD_LINES: Final = re.compile(rf"^(?:{_NAMES})\{{[^\n]{{0,4096}}$".encode(), re.MULTILINE)
-_LINES_MAX: Final = 1024
+_USAGES: Final = (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc")
+_CONFIG: Final = b"vllm:cache_config_info"
+_LABEL: Final = re.compile(rb'([a-z_]+)="([^"\\]*)"')
+_PAGE_MAX_BYTES: Final = 2 * 1024 * 1024
+_SAMPLES_MAX: Final = 128
+_LINE_MAX_BYTES: Final = 4096
+_VALUE_MAX: Final = 1e9
 _DIGITS_MAX: Final = 12
 
 
@@ -139,17 +139,8 @@ def _first_port(endpoints: list[str]) -> int:
 
 def _block_size(metrics: bytes) -> int:
     """The tokens of a block by `vllm:cache_config_info`, vLLM's default if that does not say."""
-    start = metrics.find(b"\n" + _CACHE_CONFIG)
-    line = metrics[start + 1 :].partition(b"\n")[0] if start >= 0 else b""
-    try:
-        for family in text_string_to_metric_families(line.decode() + "\n"):
-            for sample in family.samples:
-                size = int(sample.labels.get("block_size", ""))
-                if 1 <= size <= _BLOCK_MAX:
-                    return size
-    except ValueError:
-        pass
-    return _BLOCK_SIZE
+    sizes = [_number(labels.get(b"block_size")) for labels, _ in _samples(metrics, _CONFIG)]
+    return next((size for size in sizes if 1 <= size <= _BLOCK_MAX), _BLOCK_SIZE)
 
 
 def read_vllm_load(metrics: bytes) -> dict[int, VllmLoad]:
@@ -157,20 +148,16 @@ def read_vllm_load(metrics: bytes) -> dict[int, VllmLoad]:
 
     Engines without numbers of running and waiting requests are left out. The page is not trusted.
     """
-    lines = [found.group() for found in islice(_LOAD_LINES.finditer(metrics), _LINES_MAX)]
-    values: defaultdict[int, dict[str, float]] = defaultdict(dict)
-    capacities: dict[int, int] = {}
-    try:
-        families = list(text_string_to_metric_families(b"\n".join([*lines, b""]).decode()))
-    except ValueError:
-        return {}
-    for sample in [sample for family in families for sample in family.samples]:
-        engine = _number(sample.labels.get("engine", "0"))
-        if sample.name == _CONFIG:
-            size, blocks = (sample.labels.get(key, "") for key in ("block_size", "num_gpu_blocks"))
-            capacities[engine] = _number(size) * _number(blocks)
-        elif math.isfinite(sample.value) and sample.value >= 0:
-            values[engine][sample.name] = sample.value
+    values: defaultdict[int, dict[bytes, float]] = defaultdict(dict)
+    for name in (_RUNNING, _WAITING, *_USAGES):
+        for labels, value in _samples(metrics, name):
+            if math.isfinite(value) and 0 <= value <= _VALUE_MAX:
+                values[_number(labels.get(b"engine"))][name] = value
+    capacities = {
+        _number(labels.get(b"engine")): _number(labels.get(b"block_size"))
+        * _number(labels.get(b"num_gpu_blocks"))
+        for labels, _ in _samples(metrics, _CONFIG)
+    }
     found: dict[int, VllmLoad] = {}
     for engine, seen in values.items():
         if _RUNNING in seen and _WAITING in seen:
@@ -185,6 +172,29 @@ def read_vllm_load(metrics: bytes) -> dict[int, VllmLoad]:
     return found
 
 
-def _number(text: str) -> int:
+def _samples(metrics: bytes, name: bytes) -> Iterator[tuple[dict[bytes, bytes], float]]:
+    """The labels and the value of each sample of a metric; values with escapes are left out.
+
+    A complete parser of the format takes seconds for lines that were made for that.
+    """
+    if len(metrics) > _PAGE_MAX_BYTES:
+        return
+    head = b"\n" + name + b"{"
+    start = metrics.find(head)
+    for _ in range(_SAMPLES_MAX):
+        if start < 0:
+            return
+        end = metrics.find(b"\n", start + 1)
+        line = metrics[start + len(head) : end if end >= 0 else len(metrics)]
+        start = metrics.find(head, start + 1)
+        if len(line) > _LINE_MAX_BYTES:
+            continue
+        inner, closed, rest = line.rpartition(b"}")
+        with suppress(ValueError, IndexError):
+            if closed:
+                yield dict(_LABEL.findall(inner)), float(rest.split()[0])
+
+
+def _number(text: bytes | None) -> int:
     """The number in a label, 0 for other texts."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX else 0
+    return int(text) if text and text.isdigit() and len(text) <= _DIGITS_MAX else 0

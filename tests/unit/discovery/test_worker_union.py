@@ -1,5 +1,7 @@
 """The union over objects: what moves stays, what disappears from one may still be in another."""
 
+import time
+
 import msgspec
 
 from extproc.discovery.worker_union import Reading, Sighting, WorkerUnion
@@ -224,3 +226,26 @@ def test_the_same_worker_twice_in_one_object_is_one() -> None:
     union = WorkerUnion()
     assert union.put("s1", part(seen(), seen())) == [Added(seen().spec)]
     assert union.put("s1", part()) == [Vanished(seen().spec)]
+
+
+def test_changes_beside_many_that_leave_cost_no_more_and_their_number_is_limited() -> None:
+    union = WorkerUnion()
+
+    def name(n: int) -> Sighting:
+        return seen(f"http://10.{n >> 16}.{n >> 8 & 255}.{n & 255}:8000", f"w{n}")
+
+    union.replace({f"s{n}": part(name(n)) for n in range(3_000)})
+    events = [event for n in range(3_000) for event in union.delete(f"s{n}", LATER)]
+    # Of very many that leave, the oldest are removed at once.
+    assert [event for event in events if isinstance(event, Removed)] == [
+        Removed(f"w{n}") for n in range(1_000)
+    ]
+    began = time.process_time()
+    for n in range(3_000, 6_000):
+        assert union.put(f"s{n}", part(name(n))) == [Added(name(n).spec)]
+    # A look at all that leave, for each of them, takes seconds.
+    assert time.process_time() - began < 0.5
+    assert union.put("s", part(seen("http://10.0.7.208:8000", "new"))) == [
+        Removed("w2000"),
+        Added(seen("http://10.0.7.208:8000", "new").spec),
+    ]

@@ -3,9 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import pytest
+from structlog.testing import capture_logs
+
+from extproc.routing import polled_load
 from extproc.routing.polled_load import PolledLoad
 from extproc.workers.engine_calls import EngineAnswer, EngineTimeoutError
+from extproc.workers.vllm_answers import read_vllm_load
 from extproc.workers.worker import Engine
 from tests.builders import Fleet, make_worker
 from tests.fakes import FakeClock, FakeEngineClient
@@ -105,6 +111,26 @@ async def test_a_page_without_figures_is_asked_for_seldom() -> None:
         await clock.advance(20.0)
         assert setup.client.asked(URLS[0]) == ["/metrics"]
         assert setup.polls("without_figures") == 1
+
+
+async def test_an_answer_that_cannot_be_read_does_not_end_the_questions_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setup = Setup(2)
+
+    def read(page: bytes) -> Any:
+        if page == b"bad":
+            raise IndexError("a fault of the reader")
+        return read_vllm_load(page)
+
+    monkeypatch.setattr(polled_load, "read_vllm_load", read)
+    setup.client.script(URLS[0], "/metrics", EngineAnswer(200, b"bad"))
+    async with polling(setup) as clock:
+        with capture_logs() as logs:
+            await clock.advance(3.0)
+        assert setup.requests(1) == 4
+        assert setup.polls("failed") > 0
+    assert logs[0]["event"] == "load_not_read"
 
 
 async def test_other_engines_are_not_asked() -> None:

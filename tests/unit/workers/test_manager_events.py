@@ -7,6 +7,7 @@ from structlog.testing import capture_logs
 
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineAnswer
+from extproc.workers.observer import WorkerObserver
 from extproc.workers.source import Added, Listed, Removed, RoleChanged
 from tests.builders import make_spec
 from tests.fakes import FakeEngineClient, settle
@@ -241,3 +242,23 @@ async def test_a_source_that_fails_ends_the_manager_with_its_error() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         await asyncio.wait_for(setup.manager.run(), 5)
     assert caught.group_contains(RuntimeError, match="boom")
+
+
+async def test_a_worker_that_is_removed_while_it_is_asked_is_never_in_the_pool() -> None:
+    seen: list[int] = []
+
+    class Watching(WorkerObserver):
+        def workers_changed(self) -> None:
+            seen.append(len(setup.pool()))
+
+    setup = ManagerSetup(observers=[Watching()])
+    async with running(setup):
+        gate = Gate(FakeEngineClient.info("m"))
+        setup.client.script(A, "/server_info", gate)
+        await setup.deliver(Added(make_spec(A)), Removed(A))
+        gate.open()
+        for _ in range(20):
+            await asyncio.sleep(0)
+            seen.append(len(setup.pool()))
+        assert setup.registry.get(A) is None
+        assert set(seen) == {0}

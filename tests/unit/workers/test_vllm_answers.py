@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -215,6 +216,46 @@ def test_a_capacity_that_is_no_number_is_not_known(blocks: bytes) -> None:
 )
 def test_a_page_without_figures_gives_no_load(page: bytes) -> None:
     assert 0 not in read_vllm_load(page)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'vllm:num_requests_running{a="1", ="x"} 1',
+        b'vllm:num_requests_running{engine="0"}',
+        b'vllm:num_requests_running{engine="0"} ',
+        b"vllm:num_requests_running{",
+        b'vllm:num_requests_running{engine="0"} 1e308',
+    ],
+)
+def test_a_line_that_cannot_be_read_is_left_out(line: bytes) -> None:
+    assert 0 not in read_vllm_load(b"\n" + line + b"\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b",".join(b'l%d="1"' % n for n in range(400)),
+        b'a="' + b'\\"' * 1900 + b'"',
+        b'a="' + b"{" * 4000 + b'"',
+        b"=" * 4000,
+        b'"' * 4000,
+    ],
+)
+def test_lines_that_are_made_to_be_slow_are_not(line: bytes) -> None:
+    page = b"".join(
+        b"\n%b{%b} 1" % (name, line)
+        for name in (b"vllm:num_requests_running", b"vllm:cache_config_info")
+        for _ in range(250)
+    )
+    began = time.process_time()
+    read_vllm_load(page)
+    # Two hundred times as fast as a parser of the whole format, on the slowest of machines.
+    assert time.process_time() - began < 0.5
+
+
+def test_a_page_of_several_megabytes_is_not_read() -> None:
+    assert read_vllm_load(LOAD + b"x" * (2 << 20)) == {}
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=40).map(lambda some: LOAD + some + LOAD))
