@@ -238,6 +238,7 @@ async def test_neither_this_service_nor_a_worker_sees_a_request_without_a_right(
     for headers in WITHOUT_RIGHT.values():
         async with running.chat(headers={"host": "llm.example.com"} | headers) as response:
             assert response.status == 401, await response.text()
+            assert (await response.json())["error"]["code"] == "bad_request"
     assert await running.sample("extproc_requests_total") == 0
     assert await running.fleet.requests() == []
 

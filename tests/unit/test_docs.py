@@ -135,11 +135,14 @@ def test_the_paths_that_fail_open_are_the_routed_paths() -> None:
     assert routed == set(FAIL_OPEN_PATHS) == set(ENDPOINT_PATHS) - ours
 
 
-def test_autoscalers_read_metrics_that_exist_and_combine_replicas_rightly() -> None:
+@pytest.mark.parametrize(("file", "count"), [("plain.yaml", 4), ("prefill-and-decode.yaml", 5)])
+def test_autoscalers_read_metrics_that_exist_and_combine_replicas_rightly(
+    file: str, count: int
+) -> None:
     kinds = {spec.name: spec.kind for section in TABLE for spec in section.specs}
-    text = (DOCS / "scaling" / "prefill-and-decode.yaml").read_text()
+    text = (DOCS / "scaling" / file).read_text()
     triggers = [trigger for one in yaml.safe_load_all(text) for trigger in one["spec"]["triggers"]]
-    assert len(triggers) == 5
+    assert len(triggers) == count
     for trigger in triggers:
         query = trigger["metadata"]["query"]
         names = re.findall(r"extproc_\w+", query)
@@ -150,6 +153,17 @@ def test_autoscalers_read_metrics_that_exist_and_combine_replicas_rightly() -> N
             assert how + name in query
         ratio = kinds[names[0]] == "gauge"
         assert trigger["metricType"] == ("Value" if ratio else "AverageValue")
+
+
+def test_autoscalers_of_plain_workers_ask_about_plain_workers() -> None:
+    text = (DOCS / "scaling" / "plain.yaml").read_text()
+    assert set(re.findall(r'role="(\w+)"', text)) == {"plain"}
+
+
+def test_the_page_on_scaling_names_the_kinds_that_check_its_objects() -> None:
+    kinds = (ROOT / "tests" / "kubernetes" / "servers" / "crds.sh").read_text()
+    (version,) = re.findall(r"kedacore/keda/v2@v([\d.]+) ", kinds)
+    assert f"the kinds of KEDA {version}," in (DOCS / "scaling.md").read_text()
 
 
 def test_links_between_pages_have_a_target() -> None:
