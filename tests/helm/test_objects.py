@@ -37,16 +37,19 @@ def rules_of_the_page() -> dict[str, list[dict[str, Any]]]:
     """What docs/kubernetes.md says of the rights, by backend."""
     page = (CHART.parents[1] / "docs" / "kubernetes.md").read_text()
     permissions = page.partition("## Permissions")[2].partition("\n## ")[0]
-    role, pods, pool = (
-        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", permissions, re.S)
+    objects, pods, pool = (
+        list(yaml.safe_load_all(block))
+        for block in re.findall(r"```yaml\n(.*?)```", permissions, re.S)
     )
-    return {"k8s": role["rules"], "k8s_pods": pods, "inference_pool": [*pods, *pool]}
+    (role,) = [one for one in objects if one["kind"] == "Role"]
+    return {"k8s": role["rules"], "k8s_pods": pods[0], "inference_pool": [*pods[0], *pool[0]]}
 
 
 @pytest.mark.parametrize("backend", SECTIONS)
 def test_the_role_has_what_the_page_says_of_the_backend(backend: str) -> None:
     section = {"namespace": "workers", **SECTIONS[backend]}
-    release = rendered(SERVICE, {"config.discovery": {"backend": backend, backend: section}})
+    more = {"config.discovery": {"backend": backend, backend: section}}
+    release = rendered(SERVICE, {**more, "networkPolicy.enabled": False})
     role, binding = release.one("Role"), release.one("RoleBinding")
     assert role["rules"] == rules_of_the_page()[backend]
     assert role["metadata"]["namespace"] == binding["metadata"]["namespace"] == "workers"
