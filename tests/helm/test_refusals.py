@@ -173,6 +173,8 @@ WRONG: list[tuple[str, Path, dict[str, Any]]] = [
             "networkPolicy.gateways": [],
         },
     ),
+    ("networkPolicy.workers", GATEWAY, {"config.discovery.k8s.namespace": "models"}),
+    ("networkPolicy.workers", SERVICE, {"config.discovery.k8s.namespace": ""}),
 ]
 
 

@@ -43,6 +43,16 @@
 {{- if hasKey $section "namespace" }}{{ get $section "namespace" }}{{ else }}{{ .Release.Namespace }}{{ end }}
 {{- end }}
 
+{{/* The namespace in fail_open_host if discovery follows another one, else nothing. */}}
+{{- define "llm-extproc.failsOpenElsewhere" -}}
+{{- $host := index (splitList ":" (toString (default "" (get (default dict .Values.config.envoy) "fail_open_host")))) 0 }}
+{{- $parts := splitList "." $host }}
+{{- $followed := include "llm-extproc.followedNamespace" . }}
+{{- if and (include "llm-extproc.followsCluster" .) $followed (ge (len $parts) 3) }}
+{{- if and (eq (index $parts 2) "svc") (ne (index $parts 1) $followed) }}{{ index $parts 1 }}{{ end }}
+{{- end }}
+{{- end }}
+
 {{- define "llm-extproc.tokenModels" -}}
 {{- $count := 0 }}
 {{- range .Values.config.models }}

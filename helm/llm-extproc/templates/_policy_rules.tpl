@@ -21,5 +21,13 @@
 {{- if and $elsewhere (not $policy.gateways) }}
 {{- fail (printf "networkPolicy.gateways: needed, the peers of the gateway's pods, or the policy lets in only pods of %s. The gateway's pods are in another namespace: %s" .Release.Namespace $elsewhere) }}
 {{- end }}
+{{- $reaches := false }}
+{{- range $policy.workers }}{{ if or (hasKey . "namespaceSelector") (hasKey . "ipBlock") }}{{ $reaches = true }}{{ end }}{{ end }}
+{{- if and (include "llm-extproc.followsCluster" .) (not $reaches) }}
+{{- $followed := include "llm-extproc.followedNamespace" . }}
+{{- if ne $followed .Release.Namespace }}
+{{- fail (printf "networkPolicy.workers: a peer with namespaceSelector or ipBlock is needed. The workers are in %s (config.discovery), and the policy lets the service out only to pods of %s" (default "all namespaces" $followed) .Release.Namespace) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}

@@ -2,7 +2,6 @@
 
 {{- define "llm-extproc.rules" -}}
 {{- include "llm-extproc.gatewayRules" . }}
-{{- include "llm-extproc.policyRules" . }}
 {{- $values := .Values }}
 {{- if and $values.autoscaling.hpa.enabled $values.autoscaling.keda.enabled }}
 {{- fail "autoscaling.keda.enabled: not beside autoscaling.hpa.enabled, choose one of them" }}
@@ -90,4 +89,5 @@
 {{- if ge $step (float64 (include "llm-extproc.defaultOf" (list . "envoy" "message_timeout_secs" 10))) }}
 {{- fail "config.server.step_deadline_secs: must be shorter than config.envoy.message_timeout_secs" }}
 {{- end }}
+{{- include "llm-extproc.policyRules" . }}
 {{- end }}
