@@ -32,9 +32,9 @@
 {{- $config := fromYaml (include "llm-extproc.config" .) }}
 {{- $envoy := default dict $config.envoy }}
 {{- $isOff := eq (toString (get $envoy "fail_open")) "false" }}
-{{- $one := eq (len $config.models) 1 }}
+{{- $alike := not (include "llm-extproc.needsDecisions" .) }}
 {{- $byAds := eq (toString (get $envoy "endpoints")) "ads" }}
-{{- if and (include "llm-extproc.followsCluster" .) $byAds $one (not $isOff) (not $envoy.fail_open_host) }}true{{ end }}
+{{- if and (include "llm-extproc.followsCluster" .) $byAds $alike (not $isOff) (not $envoy.fail_open_host) }}true{{ end }}
 {{- end }}
 
 {{/* The namespace whose objects discovery follows; nothing for all. */}}
