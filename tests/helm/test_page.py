@@ -91,3 +91,21 @@ def test_there_are_secrets_in_three_of_the_files() -> None:
     assert used == {"extproc-admin", "hugging-face", "worker-api-key", "extproc-tls"}
     assert used == secrets_made().keys()
     assert secrets_made()["extproc-tls"] == {"tls.crt", "tls.key", "ca.crt"}
+
+
+@pytest.mark.parametrize("kind", ["envoy-gateway", "istio"])
+def test_a_recipe_asks_for_what_the_chart_sets_for_prefill_workers(kind: str) -> None:
+    filter_values = {
+        "kind": kind,
+        "hostnames": ["a.org"],
+        "gateway": {"name": "main"},
+        "workers": {"service": "decode"},
+    }
+    more = {"mode": "service", "gatewayObjects.filter": filter_values}
+    release, errors = render(CHART / "values" / "prefill-and-decode.yaml", more)
+    assert release.objects, errors
+    page = (CHART.parents[1] / "envoy" / kind / "README.md").read_text(encoding="utf-8")
+    text = page.partition("\n## Prefill and decode workers\n")[2].partition("\n## ")[0]
+    assert f"`pd.decode: {release.config['pd']['decode']}`" in text
+    assert "`route-fail-closed.yaml`" in text
+    assert ("`patch.yaml`" in text) is (kind == "envoy-gateway")
