@@ -20,6 +20,7 @@
         ├── LookupFailedError                (discovery) the addresses of a name are unknown
         ├── ApiTroubleError                  (discovery) the API server did not answer well
         ├── WatchEndedError                  (discovery) a watch has ended without an error
+        ├── StreamLimitError                 (xds) a client asks for too much on an ADS stream
         ├── BodyTooLargeError                (server)
         └── StackError                       (testing) a process of the test stack failed
 

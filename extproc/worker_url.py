@@ -26,7 +26,7 @@ _LABEL_MAX_CHARS: Final = 63
 
 
 class WorkerUrl(NamedTuple):
-    """A worker's address as configured: host without brackets, port always a number."""
+    """A worker's address: host without brackets, IPv6 in one spelling, port always a number."""
 
     scheme: str
     host: str
@@ -52,13 +52,19 @@ class WorkerUrl(NamedTuple):
 
 def format_endpoint(host: str, port: int) -> str:
     """`ip:port` as Envoy writes it: IPv6 as inet_ntop does and in brackets."""
+    spelled = _one_spelling(host)
+    return f"[{spelled}]:{port}" if ":" in spelled else f"{spelled}:{port}"
+
+
+def _one_spelling(host: str) -> str:
+    """An address as inet_ntop writes it; a name stays as it is."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return f"{host}:{port}"
+        return host
     if address.version == 4:
-        return f"{address}:{port}"
-    return f"[{socket.inet_ntop(socket.AF_INET6, address.packed)}]:{port}"
+        return str(address)
+    return socket.inet_ntop(socket.AF_INET6, address.packed)
 
 
 def parse_worker_url(text: str) -> WorkerUrl:
@@ -87,7 +93,8 @@ def parse_worker_url(text: str) -> WorkerUrl:
         )
     if port == 0:
         raise ValueError("port 0 cannot be connected to")
-    return WorkerUrl(parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme])
+    host = _one_spelling(parts.hostname)
+    return WorkerUrl(parts.scheme, host, port or _DEFAULT_PORTS[parts.scheme])
 
 
 def _is_host(netloc: str) -> bool:

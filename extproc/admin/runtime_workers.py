@@ -12,7 +12,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from extproc.config.schema import Config
-from extproc.config.worker_urls import checked_worker_url
+from extproc.config.worker_urls import checked_worker_url, group_address_problem
 from extproc.errors import ServiceError
 from extproc.worker_url import WorkerUrl, format_endpoint
 from extproc.workers.registry import WorkerRegistry
@@ -64,6 +64,14 @@ class RuntimeWorkerPages:
             return await self._add(request)
         except _RefusedError as error:
             return _answer(error.status, {"error": str(error)})
+        except web.RequestPayloadError:
+            # The server must not read on after the answer: it would log a traceback, and what
+            # follows on this connection cannot be parsed.
+            request.content.feed_eof()
+            text = "the body cannot be read; send it in the encoding that content-encoding names"
+            response = _answer(400, {"error": text})
+            response.force_close()
+            return response
 
     async def _delete(self, request: web.Request) -> web.Response:
         try:
@@ -80,6 +88,8 @@ class RuntimeWorkerPages:
             raise _RefusedError(400, f"expected a JSON object with a url: {error}") from None
         gateway = _gateway(config)
         url = _parse(body.url, config)
+        if (problem := group_address_problem(url)) is not None:
+            raise _RefusedError(400, f"url: {problem}")
         if url.tls and url.is_ip:
             raise _RefusedError(
                 400, "url: Envoy can verify an https worker only by its host name, use that"

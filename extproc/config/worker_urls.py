@@ -14,19 +14,36 @@ from extproc.config.schema import Config
 from extproc.config.server import is_loopback
 from extproc.worker_url import WorkerUrl, parse_worker_url
 
-__all__ = ["checked_worker_url", "listed_url_problems", "normalised", "parse_nameserver"]
+__all__ = [
+    "checked_worker_url",
+    "group_address_problem",
+    "listed_url_problems",
+    "normalised",
+    "parse_nameserver",
+]
 
 _DNS_PORT: Final = 53
 _PORT_MAX: Final = 65_535
+_BROADCAST: Final = ipaddress.IPv4Address("255.255.255.255")
+_LOOPBACK: Final = "loopback"
 
 
 def checked_worker_url(text: str, config: Config) -> WorkerUrl:
     """Parse the URL of a worker; raises ValueError if it is wrong or leads back here."""
     url = parse_worker_url(text)
-    host = "loopback" if is_loopback(url.host) else url.host
-    if owner := dict(_own_addresses(config)).get((host, url.port)):
+    if owner := dict(_own_addresses(config)).get((_place(url.host), url.port)):
         raise ValueError(f"this is {owner}; requests would go in a circle")
     return url
+
+
+def group_address_problem(url: WorkerUrl) -> str | None:
+    """Why this cannot be the address of one worker, None if it can."""
+    address = _address(url.host)
+    if address is None:
+        return None
+    if address.is_unspecified or address.is_multicast or address == _BROADCAST:
+        return "not the address of one host; write the address or the name of the worker"
+    return None
 
 
 def normalised(urls: Iterable[str]) -> Iterator[str]:
@@ -114,7 +131,7 @@ def _lookup_problems(section: DnsConfig, path: str) -> Iterator[str]:
 
 
 def _own_addresses(config: Config) -> Iterator[tuple[tuple[str, int], str]]:
-    """Addresses of this service and of Envoy, with their keys; "loopback" stands for any form."""
+    """Addresses of this service and of Envoy as `_place` writes them, with their keys."""
     server, envoy = config.server, config.envoy
     for key, host, port in (
         ("envoy.port", envoy.host, envoy.port),
@@ -122,6 +139,28 @@ def _own_addresses(config: Config) -> Iterator[tuple[tuple[str, int], str]]:
         ("server.port", server.host, server.port),
         ("server.admin_port", server.admin_host, server.admin_port),
     ):
-        if is_loopback(host) or host in ("0.0.0.0", "::"):  # noqa: S104 (a comparison)
-            yield ("loopback", port), key
-        yield (host, port), key
+        yield (_place(host), port), key
+
+
+def _place(host: str) -> str:
+    """The same text for all spellings of a host; "loopback" stands for this machine.
+
+    A connection to the unspecified address goes to this machine, and a server that listens there
+    can be reached over loopback.
+    """
+    address = _address(host)
+    if address is None:
+        name = host.removesuffix(".").lower()
+        return _LOOPBACK if is_loopback(name) or name.endswith(".localhost") else name
+    return _LOOPBACK if address.is_loopback or address.is_unspecified else str(address)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address of a literal, as IPv4 where IPv6 holds that; None for a name."""
+    try:
+        address = ipaddress.ip_address(host.removesuffix("."))
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address

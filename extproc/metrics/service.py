@@ -48,6 +48,7 @@ class Metrics:
         self.envoy_config_outdated = made.gauge(table.ENVOY_CONFIG_OUTDATED)()
         self.xds_streams = made.gauge(table.XDS_STREAMS)()
         self.xds_rejections = made.counter(table.XDS_REJECTIONS)()
+        self.xds_streams_refused = made.counter(table.XDS_STREAMS_REFUSED)()
         self.event_loop_lag_seconds = made.gauge(table.EVENT_LOOP_LAG_SECONDS)()
         self.asyncio_tasks = made.gauge(table.ASYNCIO_TASKS)()
         self.prompt_tokens = made.counter(kv_table.PROMPT_TOKENS)

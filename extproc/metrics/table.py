@@ -237,6 +237,10 @@ XDS_REJECTIONS = _requests.counter(
     "extproc_xds_rejections_total",
     "Updates of the workers' endpoints that an Envoy has rejected. Should stay 0.",
 )
+XDS_STREAMS_REFUSED = _requests.counter(
+    "extproc_xds_streams_refused_total",
+    "ADS streams that were ended because they went over a limit. Should stay 0.",
+)
 WORKER_IN_FLIGHT = _requests.gauge(
     "extproc_worker_in_flight", "Requests in flight by worker.", "worker"
 )

@@ -100,8 +100,13 @@ class Publisher(WorkerObserver):
         self._answered.set()
         _log.info("envoy_disconnected", peer=envoy.peer, open_streams=len(self._envoys))
 
+    def refuse(self, envoy: Envoy, reason: str) -> None:
+        """Count and log a stream that is ended since it went over a limit."""
+        self._metrics.xds_streams_refused.inc()
+        _log.error("envoy_refused", peer=envoy.peer, reason=reason)
+
     def receive(self, envoy: Envoy, type_url: str, request: Request) -> None:
-        """Take a message of an Envoy, and send what follows from it."""
+        """Take a message of an Envoy, and send what follows from it. Raises StreamLimitError."""
         before = envoy.client.rejections
         outgoing = envoy.client.receive(type_url, request)
         if envoy.client.rejections != before:

@@ -5,7 +5,7 @@ It is a thin adapter: `session` decides, and `publisher` has what all streams ha
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import grpc
@@ -16,11 +16,25 @@ from extproc._protos import llm_extproc_pb2 as pb
 from extproc.event_loop import let_cancellation_come
 from extproc.xds.client import Client, Outgoing
 from extproc.xds.publisher import Envoy, Publisher
-from extproc.xds.session import DeltaSession, Request, Response, StateSession
+from extproc.xds.session import (
+    NAMES_MAX,
+    DeltaSession,
+    Request,
+    Response,
+    StateSession,
+    StreamLimitError,
+)
 
 __all__ = ["SERVICE", "DiscoveryService"]
 
 SERVICE: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+
+# What gRPC servers accept unless they are configured otherwise. The limit of this server is that of
+# request bodies, and a message of that size would hold up the event loop while it is parsed.
+_MESSAGE_MAX_BYTES: Final = 4 * 1024**2
+_NAME_MAX_CHARS: Final = 1024
+# A client that reads what it acknowledges has at most one unread response of each type.
+_UNREAD_MAX: Final = 16
 
 # A request and the type that it is about.
 _Incoming = tuple[str, Request]
@@ -67,7 +81,12 @@ class DiscoveryService:
 
         async def receive() -> None:
             while (raw := await context.read()) is not grpc.aio.EOF:
+                if len(raw) > _MESSAGE_MAX_BYTES:
+                    raise StreamLimitError(f"a request has more than {_MESSAGE_MAX_BYTES} bytes")
                 self._publisher.receive(envoy, *read(raw, envoy))
+                # Only acknowledgements of the client make the queue longer.
+                if responses.qsize() > _UNREAD_MAX:
+                    raise StreamLimitError("responses are acknowledged, but not read")
 
         async def send() -> None:
             while True:
@@ -84,6 +103,10 @@ class DiscoveryService:
             results = await asyncio.gather(*works, return_exceptions=True)
         if any(isinstance(one, DecodeError) for one in results):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a discovery request")
+        for error in results:
+            if isinstance(error, StreamLimitError):
+                self._publisher.refuse(envoy, str(error))
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         if works[0] in done:
             await let_cancellation_come()
 
@@ -92,9 +115,18 @@ def _error(request: pb.DiscoveryRequest | pb.DeltaDiscoveryRequest) -> str | Non
     return request.error_detail.message if request.HasField("error_detail") else None
 
 
+def _check_sizes(texts: Collection[str]) -> None:
+    """Raises StreamLimitError for more or longer names than a client needs."""
+    if len(texts) > NAMES_MAX:
+        raise StreamLimitError(f"a request names more than {NAMES_MAX} resources")
+    if any(len(one) > _NAME_MAX_CHARS for one in texts):
+        raise StreamLimitError(f"a name has more than {_NAME_MAX_CHARS} characters")
+
+
 def _read_state(raw: bytes, envoy: Envoy) -> _Incoming:
-    """Raises DecodeError."""
+    """Raises DecodeError and StreamLimitError."""
     request = pb.DiscoveryRequest.FromString(raw)
+    _check_sizes(request.resource_names)
     envoy.node = request.node.id or envoy.node
     return request.type_url, Request(
         names=tuple(request.resource_names),
@@ -104,13 +136,18 @@ def _read_state(raw: bytes, envoy: Envoy) -> _Incoming:
 
 
 def _read_delta(raw: bytes, envoy: Envoy) -> _Incoming:
-    """Raises DecodeError."""
+    """Raises DecodeError and StreamLimitError."""
     request = pb.DeltaDiscoveryRequest.FromString(raw)
+    versions = request.initial_resource_versions
+    _check_sizes(request.resource_names_subscribe)
+    _check_sizes(request.resource_names_unsubscribe)
+    _check_sizes(versions)
+    _check_sizes(versions.values())
     envoy.node = request.node.id or envoy.node
     return request.type_url, Request(
         names=tuple(request.resource_names_subscribe),
         unsubscribed=tuple(request.resource_names_unsubscribe),
-        known_versions=dict(request.initial_resource_versions),
+        known_versions=dict(versions),
         nonce=request.response_nonce,
         error=_error(request),
     )

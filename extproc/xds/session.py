@@ -10,9 +10,27 @@ from typing import Final
 
 from msgspec import Struct
 
-__all__ = ["DeltaSession", "Request", "Resource", "Response", "Session", "StateSession"]
+from extproc.errors import ServiceError
+
+__all__ = [
+    "NAMES_MAX",
+    "DeltaSession",
+    "Request",
+    "Resource",
+    "Response",
+    "Session",
+    "StateSession",
+    "StreamLimitError",
+]
 
 WILDCARD: Final = "*"
+
+# A client needs two names for a model. Each message costs time for all names of its stream.
+NAMES_MAX: Final = 4096
+
+
+class StreamLimitError(ServiceError):
+    """A client asks for more than a stream may; the text says what."""
 
 
 class Resource(Struct, frozen=True):
@@ -169,6 +187,7 @@ class DeltaSession(Session):
     """Delta: each response holds what has changed, and the names that are gone."""
 
     def receive(self, request: Request) -> Response | None:
+        """Raises StreamLimitError; the stream must end then."""
         if self._is_answer(request):
             for name, one in self._settle(request.error).items():
                 if one is None:
@@ -188,8 +207,15 @@ class DeltaSession(Session):
         if not self._begun:
             self._take_over(request.known_versions)
         self._begun = True
+        self._check_sizes()
         self._leave_out_others()
         return self._next()
+
+    def _check_sizes(self) -> None:
+        """Names add up over the messages; beside a wildcard, removed names do so as well."""
+        existing = len(self._snapshot or ())
+        if len(self._names) > NAMES_MAX or len(self._told) > NAMES_MAX + existing:
+            raise StreamLimitError(f"the stream names more than {NAMES_MAX} resources")
 
     def _take_over(self, versions: Mapping[str, str]) -> None:
         """The client has resources of an earlier stream, maybe from another replica."""

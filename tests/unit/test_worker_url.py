@@ -27,7 +27,9 @@ from extproc.worker_url import WorkerUrl, format_endpoint, parse_kv_endpoint, pa
     ],
 )
 def test_one_worker_has_one_spelling(text: str, normal: str) -> None:
-    assert str(parse_worker_url(text)) == normal
+    url = parse_worker_url(text)
+    assert str(url) == normal
+    assert url == parse_worker_url(normal)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,44 @@ async def test_a_body_that_is_not_an_object_is_refused(data: bytes) -> None:
         assert body["error"].startswith("expected a JSON object with a url: ")
 
 
+async def test_a_body_that_cannot_be_decompressed_is_refused() -> None:
+    async with serving() as pages:
+        for encoding in ("gzip", "deflate"):
+            headers = {"content-encoding": encoding}
+            status, body = await pages.call("POST", data=b'{"url": ""}', headers=headers)
+            assert status == 400
+            assert body["error"].startswith("the body cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("http://0.0.0.0:9002", "url: this is server.port"),
+        ("http://[::]:9002", "url: this is server.port"),
+        ("http://[::ffff:127.0.0.1]:9002", "url: this is server.port"),
+        ("http://localhost.:9002", "url: this is server.port"),
+        ("http://0.0.0.0:1", "url: not the address of one host"),
+        ("http://0.0.0.0.:1", "url: not the address of one host"),
+        ("http://[::]:1", "url: not the address of one host"),
+        ("http://224.0.0.1:1", "url: not the address of one host"),
+        ("http://[ff02::1]:1", "url: not the address of one host"),
+        ("http://[::ffff:224.0.0.1]:1", "url: not the address of one host"),
+        ("http://255.255.255.255:1", "url: not the address of one host"),
+    ],
+)
+async def test_an_address_that_cannot_be_one_worker_is_refused(url: str, text: str) -> None:
+    async with serving() as pages:
+        assert (await pages.refused(400, url=url)).startswith(text)
+
+
+async def test_two_spellings_of_an_address_are_one_worker() -> None:
+    async with serving() as pages:
+        status, _ = await pages.call("POST", json={"url": "http://[2001:db8::1]:8000"})
+        assert status == 201
+        error = await pages.refused(409, url="http://[2001:DB8:0::0:1]:8000")
+        assert "was added before" in error
+
+
 async def test_duplicates_and_too_many_are_refused() -> None:
     registry = WorkerRegistry()
     named = make_worker("http://name:8000")

@@ -193,3 +193,21 @@ def test_a_kv_events_entry_without_a_required_key_is_reported(missing: str) -> N
     raw = kv_model({})
     del raw["models"][0]["kv_events"][0][missing]
     assert f"models[0].kv_events[0].{missing}: this key is required" in problems_of(raw)
+
+
+@pytest.mark.parametrize("listens", ["127.0.0.1", "0.0.0.0", "::", "::1"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "127.1.2.3", "0.0.0.0", "[::]", "[::1]", "[0:0::1]"),
+        *("[::ffff:127.0.0.1]", "[::ffff:0.0.0.0]", "localhost", "LOCALHOST", "localhost."),
+    ],
+)
+def test_no_spelling_of_an_own_address_is_accepted(listens: str, host: str) -> None:
+    raw = urls(f"http://{host}:9777") | {"server": {"host": listens, "port": 9777}}
+    assert "this is server.port" in problem_of(raw)
+
+
+def test_the_same_port_at_another_host_is_accepted() -> None:
+    raw = urls("http://10.0.0.1:9777", "http://[2001:db8::1]:9777", "http://name:9777")
+    parse_config(raw | {"server": {"port": 9777}})

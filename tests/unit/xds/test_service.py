@@ -8,6 +8,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from extproc._protos import llm_extproc_pb2 as pb
 from extproc.clock import SystemClock
@@ -19,6 +20,7 @@ from extproc.workers.worker import Worker
 from extproc.xds.client import CLUSTERS_TYPE, ENDPOINTS_TYPE
 from extproc.xds.publisher import Publisher
 from extproc.xds.service import SERVICE, DiscoveryService
+from extproc.xds.session import NAMES_MAX
 from tests.builders import make_worker
 from tests.unit.configs import raw_config
 
@@ -51,7 +53,8 @@ class Replica:
 @contextlib.asynccontextmanager
 async def serving(replica: Replica) -> AsyncIterator[grpc.aio.Channel]:
     service = DiscoveryService(replica.publisher)
-    server = grpc.aio.server()
+    # As in the service, whose limit is that of request bodies.
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 * 1024**2)])
     server.add_generic_rpc_handlers((service.handler(),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -221,6 +224,134 @@ async def test_bytes_that_do_not_parse_end_only_their_stream(method: str) -> Non
             await stream.read()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert replica.publisher.show() == []
+
+
+class AbortedError(Exception):
+    """What a context of gRPC raises in `abort`."""
+
+
+class DeafContext:
+    """A client that sends all it has and never reads."""
+
+    def __init__(self, requests: list[bytes]) -> None:
+        self.requests = requests
+        self.aborted: tuple[grpc.StatusCode, str] | None = None
+
+    def peer(self) -> str:
+        return "deaf"
+
+    async def read(self) -> Any:
+        await asyncio.sleep(0)
+        if self.requests:
+            return self.requests.pop(0)
+        return await asyncio.Event().wait()
+
+    async def write(self, _: bytes) -> None:
+        await asyncio.Event().wait()
+
+    async def abort(self, code: grpc.StatusCode, text: str) -> None:
+        self.aborted = (code, text)
+        raise AbortedError
+
+
+async def wait_until_refused(replica: Replica, stream: Any, others: int = 0) -> str:
+    """Read until the service ends the stream since it is over a limit; returns the reason."""
+
+    async def read_all() -> None:
+        while await stream.read() is not grpc.aio.EOF:
+            pass
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await read_all()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len(replica.publisher.show()) == others
+    assert replica.prometheus.get_sample_value("extproc_xds_streams_refused_total") == 1
+    return str(caught.value.details())
+
+
+NAMES = [str(number) for number in range(NAMES_MAX + 1)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"resource_names_subscribe": NAMES}, "a request names more than 4096"),
+        ({"resource_names_unsubscribe": NAMES}, "a request names more than 4096"),
+        ({"initial_resource_versions": dict.fromkeys(NAMES, "1")}, "a request names more"),
+        ({"resource_names_subscribe": ["n" * 1025]}, "a name has more than 1024"),
+        ({"initial_resource_versions": {"n": "v" * 1025}}, "a name has more than 1024"),
+        ({"response_nonce": "n" * 4 * 1024**2}, "a request has more than 4194304 bytes"),
+    ],
+)
+async def test_a_stream_that_goes_over_a_limit_is_ended_and_counted(
+    fields: dict[str, Any], reason: str
+) -> None:
+    replica = Replica()
+    async with serving(replica) as channel:
+        other = open_stream(channel, "DeltaAggregatedResources")
+        await other.write(first_request())
+        await read_delta(other)
+        stream = open_stream(channel, "DeltaAggregatedResources")
+        request = pb.DeltaDiscoveryRequest(type_url=ENDPOINTS_TYPE, **fields)
+        with capture_logs() as logs:
+            await stream.write(request.SerializeToString())
+            assert (await wait_until_refused(replica, stream, others=1)).startswith(reason)
+        refused = [line for line in logs if line["event"] == "envoy_refused"]
+        assert [line["reason"].startswith(reason) for line in refused] == [True]
+
+
+async def test_too_many_names_of_the_state_of_the_world_end_the_stream() -> None:
+    replica = Replica()
+    async with serving(replica) as channel:
+        stream = open_stream(channel, "StreamAggregatedResources")
+        request = pb.DiscoveryRequest(type_url=ENDPOINTS_TYPE, resource_names=NAMES)
+        await stream.write(request.SerializeToString())
+        await wait_until_refused(replica, stream)
+
+
+async def test_names_of_several_messages_add_up() -> None:
+    replica = Replica()
+    async with serving(replica) as channel:
+        stream = open_stream(channel, "DeltaAggregatedResources")
+        for names in (NAMES[:-1], NAMES[-1:]):
+            request = pb.DeltaDiscoveryRequest(
+                type_url=ENDPOINTS_TYPE, resource_names_subscribe=names
+            )
+            await stream.write(request.SerializeToString())
+        assert "the stream names more than 4096" in await wait_until_refused(replica, stream)
+
+
+async def test_responses_that_are_acknowledged_but_not_read_end_the_stream() -> None:
+    """The nonces can be guessed, and each unknown name makes a response."""
+    replica = Replica()
+    replica.add("http://10.0.0.1:80")
+    service = DiscoveryService(replica.publisher)
+    requests = [
+        pb.DeltaDiscoveryRequest(
+            type_url=ENDPOINTS_TYPE,
+            resource_names_subscribe=[f"x{number}"],
+            response_nonce=str(number) if number else "",
+        ).SerializeToString()
+        for number in range(1000)
+    ]
+    context = DeafContext(requests)
+    publisher = asyncio.create_task(replica.publisher.run())
+    try:
+
+        async def published() -> bool:
+            return replica.publisher.snapshot is not None
+
+        await wait_until(published, "there is something to send")
+        with pytest.raises(AbortedError):
+            await asyncio.wait_for(service._delta(None, context), 10)
+    finally:
+        publisher.cancel()
+        await asyncio.gather(publisher, return_exceptions=True)
+    assert context.aborted == (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "responses are acknowledged, but not read",
+    )
+    assert len(requests) - len(context.requests) < 40
 
 
 async def test_envoy_gets_a_cluster_and_then_asks_for_its_endpoints() -> None:

@@ -3,12 +3,14 @@
 import pytest
 
 from extproc.xds.session import (
+    NAMES_MAX,
     DeltaSession,
     Request,
     Resource,
     Response,
     Session,
     StateSession,
+    StreamLimitError,
 )
 
 A1, A2, B1 = (Resource(version, b"") for version in ("a1", "a2", "b1"))
@@ -133,3 +135,18 @@ def test_what_a_client_wanted_before_it_saw_the_last_response_does_not_count() -
     third = session.receive(Request(names=("a", "b"), nonce=second.nonce))
     assert third is not None
     assert third.resources == {"a": A2, "b": B1}
+
+
+def test_names_that_come_and_go_beside_a_wildcard_add_up() -> None:
+    """With a wildcard, the session keeps each name that it has reported as removed."""
+    session = DeltaSession({"a": A1})
+    names = tuple(str(number) for number in range(NAMES_MAX))
+    first = session.receive(Request(names=("*", *names[:-1])))
+    assert first is not None
+    session.receive(Request(unsubscribed=names, nonce=first.nonce))
+    second = session.receive(Request(names=("x",)))
+    assert second is not None
+    session.receive(Request(unsubscribed=("x",), nonce=second.nonce))
+    session.receive(Request(names=("y",)))
+    with pytest.raises(StreamLimitError, match="the stream names more than"):
+        session.receive(Request(unsubscribed=("y",)))
