@@ -262,7 +262,7 @@ async def wait_until_refused(replica: Replica, stream: Any, others: int = 0) -> 
             pass
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await read_all()
+        await asyncio.wait_for(read_all(), 10)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert len(replica.publisher.show()) == others
     assert replica.prometheus.get_sample_value("extproc_xds_streams_refused_total") == 1
