@@ -33,6 +33,8 @@ SERVICE: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 # request bodies, and a message of that size would hold up the event loop while it is parsed.
 _MESSAGE_MAX_BYTES: Final = 4 * 1024**2
 _NAME_MAX_CHARS: Final = 1024
+# Of the reason of a rejection, which is logged and shown.
+_ERROR_MAX_CHARS: Final = 1024
 # A client that reads what it acknowledges has at most one unread response of each type.
 _UNREAD_MAX: Final = 16
 
@@ -112,7 +114,9 @@ class DiscoveryService:
 
 
 def _error(request: pb.DiscoveryRequest | pb.DeltaDiscoveryRequest) -> str | None:
-    return request.error_detail.message if request.HasField("error_detail") else None
+    if not request.HasField("error_detail"):
+        return None
+    return str(request.error_detail.message[:_ERROR_MAX_CHARS])
 
 
 def _check_sizes(texts: Collection[str]) -> None:

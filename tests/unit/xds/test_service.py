@@ -109,10 +109,11 @@ async def test_a_worker_waits_for_the_acknowledgement_and_a_rejection_is_shown()
         assignment = pb.ClusterLoadAssignment.FromString(response.resources[0].resource.value)
         (entry,) = assignment.endpoints[0].lb_endpoints
         assert entry.endpoint.address.socket_address.port_value == 80
-        await stream.write(answer(response.nonce, "not good"))
+        await stream.write(answer(response.nonce, "not good" * 1000))
 
         async def rejected() -> bool:
-            return [one["rejected"] for one in replica.publisher.show()] == ["not good"]
+            # Only the beginning is kept.
+            return [one["rejected"] for one in replica.publisher.show()] == ["not good" * 128]
 
         await wait_until(rejected, "the rejection is shown")
         assert not is_known(replica, worker)
