@@ -363,3 +363,11 @@ class Stack:
     async def in_flight(self) -> int:
         """Open tickets of all workers."""
         return sum(worker["in_flight"] for worker in await self.workers())
+
+    async def idle(self) -> None:
+        """Wait until no request is in flight: a client sees its answer before the ticket ends."""
+
+        async def is_idle() -> bool:
+            return await self.in_flight() == 0
+
+        await wait_until(is_idle, "no request is in flight")

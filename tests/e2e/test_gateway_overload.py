@@ -162,7 +162,7 @@ async def test_requests_are_refused_and_then_cut_off_and_responses_go_on(
     pressure.set(0)
     for version in VERSIONS:
         await becomes((200, ""), running, version)
-    assert await running.stack.in_flight() == 0
+    await running.stack.idle()
 
 
 async def test_a_pair_that_was_accepted_gets_its_decode_worker(
