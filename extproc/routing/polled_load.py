@@ -5,6 +5,7 @@ fleet is asked less often. A figure that is older than three seconds counts no m
 """
 
 import asyncio
+import math
 from random import Random
 from typing import Final
 
@@ -63,7 +64,7 @@ class PolledLoad:
                 worker = min(workers, key=lambda one: self._due.get(one, 0.0))
                 if self._due.get(worker, 0.0) <= now:
                     # Until its answer has come, it is not asked again.
-                    self._due[worker] = now + _TIMEOUT_SECONDS + self._interval(len(workers))
+                    self._due[worker] = math.inf
                     group.create_task(self._ask(worker, len(workers)))
                 await self._clock.sleep(1 / _POLLS_PER_SECOND)
 
