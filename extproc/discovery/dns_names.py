@@ -16,15 +16,16 @@ from msgspec import Struct
 
 from extproc.clock import Clock, wait_for_first
 from extproc.config.schema import DnsConfig
-from extproc.config.worker_urls import normalised, parse_nameserver
+from extproc.config.worker_urls import parse_nameserver
 from extproc.discovery.cluster_source import SourceParts
 from extproc.discovery.name_lookup import Addresses, LookupFailedError, NameLookup, ServerLookup
+from extproc.discovery.static_urls import listed_urls
 from extproc.discovery.worker_union import Reading, Sighting, WorkerUnion
 from extproc.metrics.service import DiscoveryMetrics
-from extproc.worker_url import WorkerUrl, parse_worker_url
+from extproc.worker_url import WorkerUrl
 from extproc.workers.source import Listed, WorkerEvent
 from extproc.workers.source_health import SourceHealth
-from extproc.workers.worker import Role, WorkerSpec
+from extproc.workers.worker import Role, WorkerSpec, configured_spec
 
 __all__ = ["DnsNames", "LookupTimes", "NamedWorkers", "dns_source"]
 
@@ -53,13 +54,7 @@ class NamedWorkers(Struct, frozen=True):
 
     def at(self, host: str) -> WorkerSpec:
         """The worker at one address."""
-        url = self.url._replace(host=host)
-        return WorkerSpec(
-            id=str(url),
-            url=url,
-            role=self.role or "plain",
-            role_is_configured=self.role is not None,
-        )
+        return configured_spec(self.url._replace(host=host), self.role)
 
 
 class LookupTimes(Struct, frozen=True, kw_only=True):
@@ -234,13 +229,9 @@ class DnsNames:
 
 def dns_source(config: DnsConfig, parts: SourceParts) -> DnsNames:
     """A WorkerSource of the configured names; the configuration has checked them."""
-    roles: dict[str, Role] = {}
-    roles |= dict.fromkeys(normalised(config.prefill_urls), "prefill")
-    roles |= dict.fromkeys(normalised(config.decode_urls), "decode")
-    urls = [parse_worker_url(text) for text in config.urls]
     nameservers = [parse_nameserver(text) for text in config.nameservers]
     return DnsNames(
-        [NamedWorkers(url, roles.get(str(url))) for url in urls],
+        [NamedWorkers(url, role) for url, role in listed_urls(config)],
         ServerLookup(config.address_family, nameservers),
         LookupTimes(
             ttl_min_seconds=config.ttl_min_secs,

@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from extproc.config.schema import StaticUrlsConfig
+from extproc.config.schema import DnsConfig, StaticUrlsConfig
+from extproc.config.worker_urls import normalised
 from extproc.worker_url import WorkerUrl, parse_worker_url
 from extproc.workers.source import Added, Listed, Removed, WorkerEvent
-from extproc.workers.worker import Role, WorkerSpec
+from extproc.workers.worker import Role, WorkerSpec, configured_spec
 
-__all__ = ["StaticUrls"]
+__all__ = ["StaticUrls", "listed_urls"]
 
 
 class StaticUrls:
@@ -43,16 +44,13 @@ class StaticUrls:
 
 def _specs(config: StaticUrlsConfig) -> dict[str, WorkerSpec]:
     """The workers by id, which is the URL in its normal form."""
+    return {str(url): configured_spec(url, role) for url, role in listed_urls(config)}
+
+
+def listed_urls(config: StaticUrlsConfig | DnsConfig) -> list[tuple[WorkerUrl, Role | None]]:
+    """The URLs of a list, each with its role if the configuration names one."""
     roles: dict[str, Role] = {}
-    for text in config.prefill_urls:
-        roles[str(parse_worker_url(text))] = "prefill"
-    for text in config.decode_urls:
-        roles[str(parse_worker_url(text))] = "decode"
+    roles |= dict.fromkeys(normalised(config.prefill_urls), "prefill")
+    roles |= dict.fromkeys(normalised(config.decode_urls), "decode")
     urls = [parse_worker_url(text) for text in config.urls]
-    return {str(url): _spec(url, roles.get(str(url))) for url in urls}
-
-
-def _spec(url: WorkerUrl, role: Role | None) -> WorkerSpec:
-    return WorkerSpec(
-        id=str(url), url=url, role=role or "plain", role_is_configured=role is not None
-    )
+    return [(url, roles.get(str(url))) for url in urls]

@@ -261,14 +261,11 @@ def apply_introspection(spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
         bootstrap_port = answer.bootstrap_port
         if role == "prefill" and bootstrap_port is None:
             bootstrap_port = spec.bootstrap_port
-    return WorkerSpec(
-        id=spec.id,
-        url=spec.url,
+    return msgspec.structs.replace(
+        spec,
         role=role,
         model_ids=answer.model_ids or spec.model_ids,
         bootstrap_port=bootstrap_port,
         kv_events=answer.kv_events or spec.kv_events,
-        role_is_configured=spec.role_is_configured,
         engine=answer.engine or spec.engine,
-        rank_hosts=spec.rank_hosts,
     )

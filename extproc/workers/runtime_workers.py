@@ -9,12 +9,13 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Final
 
+import msgspec
 import structlog
 
 from extproc.errors import ServiceError
 from extproc.worker_url import WorkerUrl
 from extproc.workers.source import Added, Removed, Vanished, WorkerEvent, WorkerSource
-from extproc.workers.worker import Role, WorkerSpec
+from extproc.workers.worker import Role, WorkerSpec, configured_spec
 
 __all__ = ["RuntimeWorkerError", "RuntimeWorkers"]
 
@@ -70,11 +71,9 @@ class RuntimeWorkers:
                 f"{len(self._added)} workers were added; discovery.runtime_workers_max does not "
                 "allow more"
             )
-        spec = self._added[url] = WorkerSpec(
+        spec = self._added[url] = msgspec.structs.replace(
+            configured_spec(url, role),
             id=f"{_ID_PREFIX}{url}",
-            url=url,
-            role=role or "plain",
-            role_is_configured=role is not None,
             model_ids=() if model is None else (model,),
         )
         self._events.put_nowait(Added(spec))

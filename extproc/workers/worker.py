@@ -8,7 +8,7 @@ from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.pace import Pace
 
-__all__ = ["Engine", "KvEvents", "Role", "Worker", "WorkerSpec"]
+__all__ = ["Engine", "KvEvents", "Role", "Worker", "WorkerSpec", "configured_spec"]
 
 Role = Literal["plain", "prefill", "decode"]
 Engine = Literal["sglang", "vllm"]
@@ -52,6 +52,13 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     role_is_configured: bool = False
     rank_hosts: tuple[tuple[int, str], ...] = ()
     engine: Engine | None = None
+
+
+def configured_spec(url: WorkerUrl, role: Role | None) -> WorkerSpec:
+    """A worker that is known by its URL; without a role, the engine says it."""
+    return WorkerSpec(
+        id=str(url), url=url, role=role or "plain", role_is_configured=role is not None
+    )
 
 
 class Worker:
