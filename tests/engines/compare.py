@@ -1,7 +1,7 @@
 """Compares the service's tokens with the vectors of an engine, and prints what differs.
 
 python -m tests.engines.compare --engine vllm
-python -m tests.engines.compare --engine sglang --model tools --show differ --show none
+python -m tests.engines.compare --engine sglang --model tools --show differ --show without
 """
 
 # ruff: noqa: T201
@@ -21,10 +21,10 @@ from tests.engines.vectors import MODEL_NAMES, MODELS, read_vectors, vector_file
 
 __all__ = ["OUTCOMES", "Compared", "compare_model"]
 
-# In this order they are printed. The engine refuses a body: tokens for it are unused, but harmless.
+# Printed in this order. For a body that the engine refuses, tokens are unused, and harmless.
 SAME: Final = "same"
 DIFFER: Final = "differ"
-NONE: Final = "none"
+NONE: Final = "without"
 BATCH: Final = "batch"
 REFUSED: Final = "refused"
 UNUSED: Final = "unused"
