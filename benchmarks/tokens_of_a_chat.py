@@ -24,9 +24,10 @@ from typing import Any, Final
 from tokenizers import AddedToken, Tokenizer
 
 from extproc.clock import SystemClock
-from extproc.tokenization.bodies.prompts import read_prompt
+from extproc.engines.engine import DEFAULT_ENGINE
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
+from extproc.tokenization.prompts import read_prompt
 from extproc.tokenization.tokenizer_files import read_tokenizer
 from tests.unit.tokenization.small_tokenizers import (
     CHATML_TOKENS,
@@ -41,6 +42,8 @@ from tests.unit.tokenization.small_tokenizers import (
     special,
     template,
 )
+
+SGLANG = DEFAULT_ENGINE.rules
 
 _TURNS: Final = 8
 _SYSTEM_CHARS: Final = 16_000
@@ -148,9 +151,9 @@ async def _round(
         for turn in range(_TURNS)
     ]
     for body in bodies[:-1]:
-        await encoder.encode(read_prompt(_PATH, body))
+        await encoder.encode(read_prompt(SGLANG, _PATH, body))
     body = bodies[-1]
-    prompt, read = _timed(lambda: read_prompt(_PATH, body))
+    prompt, read = _timed(lambda: read_prompt(SGLANG, _PATH, body))
     rendered, render = _timed(lambda: templates.render(prompt.chat, 1 << 22))
     started = time.perf_counter()
     encoded = await encoder.encode(prompt)

@@ -36,6 +36,7 @@ from benchmarks.trace_fleet import (
     replay,
     tokens_of,
 )
+from extproc.engines.engine import DEFAULT_ENGINE
 from extproc.kv.events import LoadStat
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import PrefixHasher
@@ -46,7 +47,7 @@ from extproc.policies.min_ttft import MinTtft
 from extproc.policies.power_of_two import PowerOfTwo
 from extproc.policies.random import RandomPolicy
 from extproc.policies.round_robin import RoundRobin
-from extproc.routing.placement import Placement
+from extproc.routing.placement import EngineTokens, Placement, PromptTokens
 from extproc.routing.rank import Rank
 from extproc.simulator.cache_events import CacheEvent, Cleared
 from extproc.simulator.radix_cache import RadixCache
@@ -113,7 +114,8 @@ class KvRouter:
             rank.pages.trusted = True
 
     def route(self, request: TraceRequest, now: float) -> tuple[int, Ticket]:
-        placed = self._placement.place(self._ranks, tokens_of(request), 0, now)
+        prompt = PromptTokens({DEFAULT_ENGINE: EngineTokens(tokens_of(request), 0)})
+        placed = self._placement.place(self._ranks, prompt, now)
         return placed.rank.order, placed.book(now)
 
     def cache_changed(self, worker: int, events: Sequence[CacheEvent]) -> None:

@@ -257,7 +257,8 @@ def build_router(
         kv.ranks,
         _choosers(config, shared, kv, encoders, before),
         LocalEndpoints(
-            {model: one for model, one in encoders.items() if isinstance(one, PromptEncoder)}
+            {model: one for model, one in encoders.items() if isinstance(one, PromptEncoder)},
+            kv.ranks.engines_of,
         ),
         prefill_client,
         recheck,

@@ -13,9 +13,9 @@ from extproc.clock import SystemClock
 from extproc.config.models import ModelConfig
 from extproc.config.schema import Config, TokenizationConfig
 from extproc.errors import ConfigError
-from extproc.tokenization.bodies.openai_chat import NO_TEMPLATE_KWARGS
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
+from extproc.tokenization.prompts import NO_TEMPLATE_KWARGS
 
 __all__ = ["LoadedEncoders", "load_encoders"]
 

@@ -18,6 +18,7 @@ from extproc.build import RoutingSettings, Shared, assemble_routing
 from extproc.clock import Clock
 from extproc.config.models import TOKEN_POLICIES, ModelConfig, PolicyName
 from extproc.config.schema import LoadConfig
+from extproc.engines.engine import DEFAULT_ENGINE, EngineName
 from extproc.kv.prefix_hash import TokenIds
 from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.metrics.service import Metrics
@@ -32,16 +33,16 @@ from extproc.routing.rank import Rank
 from extproc.routing.rank_chooser import Encoder, RankChooser
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import Request, find_endpoint
-from extproc.tokenization.bodies.openai_chat import BodyFields
-from extproc.tokenization.bodies.prompts import Prompt, read_prompt
 from extproc.tokenization.encoder import Encoded
+from extproc.tokenization.fields import BodyFields
+from extproc.tokenization.prompts import Prompt, PromptRules, read_prompt
 from extproc.worker_url import format_endpoint, parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.engine_calls import PrefillClient
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source_health import SourceHealth
 from extproc.workers.tickets import Tickets
-from extproc.workers.worker import Engine, KvEvents, Role, Worker, WorkerSpec
+from extproc.workers.worker import KvEvents, Role, Worker, WorkerSpec
 from tests.fakes import FakeClock, NoPrefillClient, NoRanks
 
 __all__ = [
@@ -70,7 +71,7 @@ def make_spec(
     model_ids: Sequence[str] = (),
     bootstrap_port: int | None = None,
     kv_events: KvEvents | None = None,
-    engine: Engine | None = None,
+    engine: EngineName | None = None,
 ) -> WorkerSpec:
     """A spec as discovery gives it: no model unless said; the id is the URL."""
     parsed = parse_worker_url(url)
@@ -97,7 +98,7 @@ def make_worker(
     in_flight: int = 0,
     resolved: bool = True,
     kv_events: KvEvents | None = None,
-    engine: Engine | None = None,
+    engine: EngineName | None = None,
 ) -> Worker:
     """A worker of model `m` whose address is its URL's host and port."""
     spec = make_spec(url, id=id, role=role, model_ids=model_ids, kv_events=kv_events, engine=engine)
@@ -178,8 +179,14 @@ def byte_tokens(text: str) -> TokenIds:
 class ByteEncoder:
     """An encoder that makes one token of each byte of a completion's prompt."""
 
-    async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
-        return read_prompt(path, body)
+    async def read(
+        self,
+        rules: PromptRules,
+        path: str,
+        body: bytes | bytearray,
+        fields: BodyFields | None,
+    ) -> Prompt:
+        return read_prompt(rules, path, body)
 
     async def encode(self, prompt: Prompt) -> Encoded:
         if prompt.reason or prompt.text is None:
@@ -228,7 +235,7 @@ class Fleet:
             shared,
             self._ranks or NoRanks(),
             {model: self._chooser(model, policy) for model in models},
-            LocalEndpoints({}),
+            LocalEndpoints({}, lambda model: (DEFAULT_ENGINE,)),
             prefill_client or NoPrefillClient(),
             self.rechecked.append,
         )

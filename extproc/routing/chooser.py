@@ -8,27 +8,12 @@ from the router so that both passes of `pd` choose by the same policy.
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from extproc.kv.prefix_hash import TokenIds
 from extproc.policies.base import Policy
-from extproc.routing.placement import Placed
+from extproc.routing.placement import NO_TOKENS, Placed, PromptTokens
 from extproc.routing.request import Request
 from extproc.workers.worker import Worker
 
-__all__ = ["NO_TOKENS", "Chooser", "Chosen", "PromptTokens", "WorkerChooser"]
-
-
-class PromptTokens(NamedTuple):
-    """A prompt's token ids, None where they are not known, and the seed of its cache namespace.
-
-    `guess` is an estimate of the number of tokens where they are not known; 0 for no estimate.
-    """
-
-    ids: TokenIds | None
-    seed: int
-    guess: int = 0
-
-
-NO_TOKENS = PromptTokens(None, 0)
+__all__ = ["Chooser", "Chosen", "WorkerChooser"]
 
 
 class Chosen(NamedTuple):

@@ -57,8 +57,8 @@ class Dispatch:
         """Claim the chosen worker; the others of `candidates` may serve instead."""
         worker, policy, reason, placed, dp_rank = chosen
         members, rank_header = b"", None
-        if dp_rank is not None and (request.body or worker.spec.engine == "vllm"):
-            in_header = worker.spec.engine == "vllm"
+        in_header = worker.engine.ranks_in_header
+        if dp_rank is not None and (request.body or in_header):
             if in_header:
                 rank_header = dp_rank
             else:
@@ -69,7 +69,7 @@ class Dispatch:
             candidates = [
                 other
                 for other in candidates
-                if dp_rank < len(of(other)) and (other.spec.engine == "vllm") is in_header
+                if dp_rank < len(of(other)) and other.engine.ranks_in_header is in_header
             ]
         named = [worker, *self._fallbacks(worker, candidates)]
         decision = Decision(

@@ -3,12 +3,13 @@
 So a client counts the same tokens as routing does, and no worker is asked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from extproc.engines.engine import Engine
 from extproc.errors import bad_request, no_tokenizer, service_overloaded
 from extproc.routing.request import CHAT_PATH, DETOKENIZE_PATH, Request
 from extproc.tokenization.encoder import PromptEncoder
@@ -45,10 +46,17 @@ _encoder: Final = msgspec.json.Encoder()
 
 
 class LocalEndpoints:
-    """`encoders` are by model id, for the models that have a tokenizer."""
+    """`encoders` are by model id, for the models that have a tokenizer; `engines_of` a model are
+    those of its workers. The first one's rules are used.
+    """
 
-    def __init__(self, encoders: Mapping[str, PromptEncoder]) -> None:
+    def __init__(
+        self,
+        encoders: Mapping[str, PromptEncoder],
+        engines_of: Callable[[str], Sequence[Engine]],
+    ) -> None:
         self._encoders = encoders
+        self._engines_of = engines_of
 
     async def answer(self, request: Request, model: str) -> Answer:
         """Raises RouterError: 400 for another body than documented, 404 without a tokenizer."""
@@ -68,7 +76,7 @@ class LocalEndpoints:
         if isinstance(tokenize.prompt, UnsetType) is isinstance(tokenize.messages, UnsetType):
             raise bad_request(f"either {_PROMPT} is needed")
         if isinstance(tokenize.prompt, UnsetType):
-            ids = await _tokenize_chat(encoder, request.body)
+            ids = await _tokenize_chat(encoder, self._engines_of(model)[0], request.body)
         else:
             ids = await _tokenize_text(encoder, tokenize.prompt)
         return Answer(_encoder.encode({"model": model, "tokens": ids, "count": len(ids)}))
@@ -83,9 +91,11 @@ async def _tokenize_text(encoder: PromptEncoder, text: str) -> list[int]:
         raise service_overloaded() from None
 
 
-async def _tokenize_chat(encoder: PromptEncoder, body: bytes | bytearray) -> list[int]:
+async def _tokenize_chat(
+    encoder: PromptEncoder, engine: Engine, body: bytes | bytearray
+) -> list[int]:
     """The tokens by which such a chat is routed, with its template and the answer's beginning."""
-    encoded = await encoder.encode(await encoder.read(CHAT_PATH, body, None))
+    encoded = await encoder.encode(await encoder.read(engine.rules, CHAT_PATH, body, None))
     if encoded.reason == BUSY:
         raise service_overloaded()
     if encoded.ids is None:

@@ -4,10 +4,12 @@ This is the one place where index, predictions, load and policy meet. It works i
 a few dozen microseconds, since every request passes through it on the event loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
 from msgspec import Struct
 
+from extproc.engines.engine import Engine
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import TokenIds
 from extproc.kv.rank_pages import Overlap, RankPages
@@ -17,9 +19,30 @@ from extproc.routing.rank import Rank
 from extproc.workers.prefill_speed import SPEED_DEFAULT_TOKENS_PER_SECOND, PrefillSpeed
 from extproc.workers.rank_load import Booking, RankLoad
 
-__all__ = ["Placed", "PlacedBooking", "Placement"]
+__all__ = ["NO_TOKENS", "EngineTokens", "Placed", "PlacedBooking", "Placement", "PromptTokens"]
 
-_Shape = tuple[int, bool]
+# Page size, whether pages are pairs of tokens, and the engine whose tokens they are.
+_Shape = tuple[int, bool, Engine]
+
+
+class EngineTokens(NamedTuple):
+    """A prompt's token ids (uint64) as an engine makes them, and the seed of their namespace."""
+
+    ids: TokenIds
+    seed: int
+
+
+class PromptTokens(NamedTuple):
+    """A prompt's tokens by engine, without the engines for which they are not known.
+
+    `guess` is an estimate of the number of tokens where they are not known; 0 for no estimate.
+    """
+
+    by_engine: Mapping[Engine, EngineTokens]
+    guess: int = 0
+
+
+NO_TOKENS: Final = PromptTokens({})
 
 
 class _Candidate(Struct, gc=False):
@@ -158,48 +181,39 @@ class Placement:
         self._index = index
         self._predictions: dict[_Shape, Predictions] = {}
 
-    def place(
-        self,
-        ranks: Sequence[Rank],
-        tokens: TokenIds | None,
-        seed: int,
-        now: float,
-        *,
-        expected_tokens: int = 0,
-    ) -> Placed:
+    def place(self, ranks: Sequence[Rank], prompt: PromptTokens, now: float) -> Placed:
         """Choose one of at least one rank, given in ascending `order`; books nothing.
 
-        `tokens` (uint64) are the prompt's, None if they are not known; `seed` is that of its
-        cache namespace. `expected_tokens` is an estimate of their number where they are not known,
-        0 for no estimate.
+        Each rank is compared with the tokens of its own engine.
         """
-        total = 0 if tokens is None else len(tokens)
+        tokens = prompt.by_engine
         prompts: dict[_Shape, _Prompt] = {}
         candidates = [_Candidate(rank, rank.order, rank.load) for rank in ranks]
-        if tokens is not None and total:
-            self._look_up(candidates, prompts, tokens, seed, now)
-        query = KvQuery(now, total, expected_tokens)
+        total = max([len(one.ids) for one in tokens.values()], default=0)
+        if total:
+            self._look_up(candidates, prompts, tokens, now)
+        query = KvQuery(now, total, prompt.guess)
         chosen, reason = self.policy.choose(candidates, query)
+        found = tokens.get(chosen.rank.engine)
         cached = chosen.device_tokens + chosen.host_tokens + chosen.disk_tokens
         pages = chosen.pages
-        prompt = prompts[pages.page_size, pages.bigram] if pages is not None else None
+        cut = None if pages is None else prompts.get(_shape(chosen.rank, pages))
+        # An engine can have its own number of tokens; where its tokens are not known, none are.
+        total = 0 if found is None else len(found.ids)
         return Placed(
             chosen.rank,
             reason,
             cached_tokens=cached,
             total_tokens=total,
-            prefill_tokens=max(
-                1, (total or expected_tokens) - max(cached, chosen.predicted_tokens)
-            ),
-            prompt=prompt if prompt is not None and chosen.held_pages < prompt.pages else None,
+            prefill_tokens=max(1, (total or prompt.guess) - max(cached, chosen.predicted_tokens)),
+            prompt=cut if cut is not None and chosen.held_pages < cut.pages else None,
         )
 
     def _look_up(
         self,
         candidates: list[_Candidate],
         prompts: dict[_Shape, _Prompt],
-        tokens: TokenIds,
-        seed: int,
+        tokens: Mapping[Engine, EngineTokens],
         now: float,
     ) -> None:
         """Fill in what each candidate holds."""
@@ -208,16 +222,20 @@ class Placement:
             pages = candidate.rank.pages
             if pages is not None and pages.trusted:
                 candidate.pages, candidate.has_events = pages, True
-                shape = (pages.page_size, pages.bigram)
+                shape = _shape(candidate.rank, pages)
                 masks[shape] = masks.get(shape, 0) | pages.bit
         for shape, mask in masks.items():
-            prompts[shape] = self._cut(shape, mask, tokens, seed, now)
+            found = tokens.get(shape[2])
+            if found is not None:
+                prompts[shape] = self._cut(shape, mask, found, now)
         for candidate in candidates:
             pages = candidate.pages
             if pages is None:
                 continue
             page_size = pages.page_size
-            prompt = prompts[page_size, pages.bigram]
+            prompt = prompts.get(_shape(candidate.rank, pages))
+            if prompt is None:
+                continue
             candidate.prompt_pages = prompt.pages
             overlap = prompt.held.get(pages)
             if overlap is not None:
@@ -234,9 +252,10 @@ class Placement:
                 candidate.predicted_pages = predicted
                 candidate.predicted_tokens = min(predicted * page_size, prompt.cap)
 
-    def _cut(self, shape: _Shape, mask: int, tokens: TokenIds, seed: int, now: float) -> _Prompt:
-        page_size, bigram = shape
-        prefixes = self._index.prefixes(tokens, page_size, bigram=bigram, seed=seed)
+    def _cut(self, shape: _Shape, mask: int, found: EngineTokens, now: float) -> _Prompt:
+        page_size, bigram, _ = shape
+        tokens = found.ids
+        prefixes = self._index.prefixes(tokens, page_size, bigram=bigram, seed=found.seed)
         held: dict[RankPages, Overlap] = {}
         self._index.match_prefixes(prefixes, mask, held)
         predictions = self._predictions.get(shape)
@@ -245,3 +264,7 @@ class Placement:
         # The engine always computes the last token, and reuses whole pages only.
         cap = (len(tokens) - 1) // page_size * page_size
         return _Prompt(prefixes, cap, held, predictions, predictions.match(prefixes, now))
+
+
+def _shape(rank: Rank, pages: RankPages) -> _Shape:
+    return pages.page_size, pages.bigram, rank.engine

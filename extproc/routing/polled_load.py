@@ -72,7 +72,7 @@ class PolledLoad:
         found = [
             worker
             for worker in self._registry
-            if worker.spec.engine == "vllm" and self._ranks.of(worker)
+            if worker.engine.load_from_metrics and self._ranks.of(worker)
         ]
         if len(self._due) > len(found):
             self._due = {worker: self._due[worker] for worker in found if worker in self._due}

@@ -10,11 +10,12 @@ __all__ = ["Rank"]
 class Rank:
     """One data-parallel rank of a worker, for as long as the worker is registered.
 
-    `order` rises with registration and is unique among ranks. `pages` are the KV pages that it
-    holds, to be used while they are trusted; None if its KV events are not followed.
+    `engine` is the one whose tokens its pages have. `order` rises with registration and is unique
+    among ranks. `pages` are the KV pages that it holds, to be used while they are trusted; None if
+    its KV events are not followed.
     """
 
-    __slots__ = ("dp_rank", "load", "order", "pages", "worker")
+    __slots__ = ("dp_rank", "engine", "load", "order", "pages", "worker")
 
     def __init__(
         self,
@@ -26,6 +27,7 @@ class Rank:
         pages: RankPages | None = None,
     ) -> None:
         self.worker = worker
+        self.engine = worker.engine
         self.dp_rank = dp_rank
         self.order = order
         self.load = load

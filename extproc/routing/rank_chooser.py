@@ -11,15 +11,16 @@ from typing import Protocol
 import structlog
 
 from extproc.clock import Clock
+from extproc.engines.engine import Engine
 from extproc.metrics.service import Metrics
-from extproc.routing.chooser import Chosen, PromptTokens
-from extproc.routing.placement import Placement
+from extproc.routing.chooser import Chosen
+from extproc.routing.placement import NO_TOKENS, EngineTokens, Placement, PromptTokens
 from extproc.routing.rank import Rank
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import Request
-from extproc.tokenization.bodies.openai_chat import BodyFields
-from extproc.tokenization.bodies.prompts import Prompt
 from extproc.tokenization.encoder import Encoded
+from extproc.tokenization.fields import BodyFields
+from extproc.tokenization.prompts import Prompt, PromptRules
 from extproc.tokenization.reasons import BUSY, TEMPLATE_LIMIT
 from extproc.workers.worker import Worker
 
@@ -38,8 +39,17 @@ _LATE = Encoded(None, BUSY)
 class Encoder(Protocol):
     """The part of a model's tokenizer that routing uses."""
 
-    async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
-        """Return the prompt in a body, or why it has no prompt; `fields`: the decoded body."""
+    async def read(
+        self,
+        rules: PromptRules,
+        path: str,
+        body: bytes | bytearray,
+        fields: BodyFields | None,
+    ) -> Prompt:
+        """Return the prompt in a body by an engine's rules, or why it has no prompt.
+
+        `fields` are those of the decoded body.
+        """
         ...
 
     async def encode(self, prompt: Prompt) -> Encoded:
@@ -82,17 +92,21 @@ class RankChooser:
     async def read(self, request: Request, adapter: str | None) -> PromptTokens:
         if not request.body:
             self._metrics.prompts_without_tokens(self._model, _BODY_NOT_SEEN).inc()
-            return PromptTokens(None, 0)
+            return NO_TOKENS
         started = self._clock.monotonic()
-        prompt, encoded = Prompt(reason=BUSY), _LATE
+        fields, path = request.take_fields(), request.endpoint.path
+        by_engine: dict[Engine, EngineTokens] = {}
+        encoded = _LATE
         try:
             async with asyncio.timeout(self._patience_seconds):
-                prompt = await self._encoder.read(
-                    request.endpoint.path, request.body, request.take_fields()
-                )
-                encoded = await self._encoder.encode(prompt)
+                for engine in self._ranks.engines_of(self._model):
+                    prompt = await self._encoder.read(engine.rules, path, request.body, fields)
+                    encoded = await self._encoder.encode(prompt)
+                    if encoded.ids is not None:
+                        seed = self._seed(prompt, adapter)
+                        by_engine[engine] = EngineTokens(encoded.ids, seed)
         except TimeoutError:
-            pass
+            encoded = _LATE
         elapsed = self._clock.monotonic() - started
         self._metrics.tokenization_seconds(self._model).observe(elapsed)
         if encoded.ids is None:
@@ -100,12 +114,15 @@ class RankChooser:
             if encoded.reason == TEMPLATE_LIMIT and started >= self._warn_again_at:
                 self._warn_again_at = started + _WARN_SECONDS
                 _log.warning("chat_template_over_limit", model=self._model)
-        seed = 0
+        return PromptTokens(by_engine, len(request.body) // _BYTES_PER_TOKEN)
+
+    def _seed(self, prompt: Prompt, adapter: str | None) -> int:
+        """The seed of the prompt's cache namespace."""
         # The engine, too, takes the adapter in the model's name before the field.
         adapter = adapter or prompt.lora
-        if prompt.cache_salt is not None or adapter is not None:
-            seed = self._ranks.indexer.seed(prompt.cache_salt, adapter)
-        return PromptTokens(encoded.ids, seed, len(request.body) // _BYTES_PER_TOKEN)
+        if prompt.cache_salt is None and adapter is None:
+            return 0
+        return self._ranks.indexer.seed(prompt.cache_salt, adapter)
 
     def choose(self, workers: Sequence[Worker], prompt: PromptTokens, now: float) -> Chosen:
         ranks: list[Rank] = []
@@ -116,9 +133,7 @@ class RankChooser:
             # Between leaving and joining again: the worker's KV events come from elsewhere, or
             # a reload has just given its model this policy.
             return Chosen(min(workers, key=_in_flight), self._policy_name, _NO_EVENTS)
-        placed = self._placement.place(
-            ranks, prompt.ids, prompt.seed, now, expected_tokens=prompt.guess
-        )
+        placed = self._placement.place(ranks, prompt, now)
         rank = placed.rank
         dp_rank = rank.dp_rank if len(of(rank.worker)) > 1 else None
         return Chosen(rank.worker, self._policy_name, placed.reason, placed, dp_rank)

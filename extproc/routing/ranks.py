@@ -6,11 +6,13 @@ page. Separate from the worker registry, which knows neither ranks nor KV events
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import structlog
 
 from extproc.clock import Clock
+from extproc.engines.engine import DEFAULT_ENGINE, Engine
 from extproc.kv.events import LoadStat
 from extproc.kv.indexer import KvIndexer, RankSource, RankState
 from extproc.kv.subscriptions.subscription import EventEndpoint, SubscriberSettings
@@ -44,6 +46,7 @@ class Ranks(WorkerObserver):
         self._recheck = recheck
         self._speeds: dict[str, PrefillSpeed] = {}
         self._of_worker: dict[Worker, tuple[Rank, ...]] = {}
+        self._engines: dict[str, Counter[Engine]] = {}
         self._next_order = 0
         self.indexer = KvIndexer(clock, max_pages=max_pages, settings=settings)
 
@@ -63,6 +66,11 @@ class Ranks(WorkerObserver):
         """The worker's ranks; empty if its models have no KV-aware policy."""
         return self._of_worker.get(worker, ())
 
+    def engines_of(self, model: str) -> Sequence[Engine]:
+        """The engines of the model's workers; the default one while there are no workers."""
+        found = self._engines.get(model)
+        return tuple(found) if found else (DEFAULT_ENGINE,)
+
     def joined(self, worker: Worker) -> None:
         speed = self._speed(worker)
         if speed is None:
@@ -76,6 +84,8 @@ class Ranks(WorkerObserver):
             if events is not None:
                 self._follow(rank, events)
         self._of_worker[worker] = tuple(ranks)
+        for model in worker.model_ids:
+            self._engines.setdefault(model, Counter())[ranks[0].engine] += 1
 
     def _follow(self, rank: Rank, events: KvEvents) -> None:
         load, clock = rank.load, self._clock
@@ -100,11 +110,25 @@ class Ranks(WorkerObserver):
 
     async def left(self, worker: Worker) -> None:
         followed = []
-        for rank in self._of_worker.pop(worker, ()):
+        ranks = self._of_worker.pop(worker, ())
+        if ranks:
+            self._forget_engine(worker, ranks[0].engine)
+        for rank in ranks:
             if rank.pages is not None:
                 followed.append(rank.pages)
                 rank.pages = None
         await asyncio.gather(*(self.indexer.unfollow(pages) for pages in followed))
+
+    def _forget_engine(self, worker: Worker, engine: Engine) -> None:
+        for model in worker.model_ids:
+            engines = self._engines.get(model)
+            if engines is None:
+                continue
+            engines[engine] -= 1
+            if not engines[engine]:
+                del engines[engine]
+            if not engines:
+                del self._engines[model]
 
     def _speed(self, worker: Worker) -> PrefillSpeed | None:
         """The speed of the first of its models that has one; these models share its ranks."""

@@ -21,8 +21,7 @@ from extproc.routing.json_faults import json_fault
 from extproc.routing.json_members import without_steering
 from extproc.routing.subset import Subset
 from extproc.steering import SteeringMembers, is_steered
-from extproc.tokenization.bodies.openai_chat import BodyFields
-from extproc.tokenization.bodies.prompts import decode_fields
+from extproc.tokenization.fields import BodyFields, decode_fields
 
 __all__ = [
     "CHAT_PATH",

@@ -8,7 +8,7 @@ from extproc.errors import (
     no_healthy_workers,
     no_workers_in_subset,
 )
-from extproc.routing.chooser import NO_TOKENS, Chooser
+from extproc.routing.chooser import Chooser
 from extproc.routing.demand import Demand
 from extproc.routing.dispatch import Dispatch
 from extproc.routing.lease import Lease, LeaseParts
@@ -16,6 +16,7 @@ from extproc.routing.local_endpoints import Answer, LocalEndpoints
 from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import Disaggregation
+from extproc.routing.placement import NO_TOKENS
 from extproc.routing.request import Request
 from extproc.routing.subset import Subset, workers_in
 from extproc.routing.wait_queue import WaitQueue

@@ -6,74 +6,65 @@ trusted: it runs in Jinja's immutable sandbox, and its output, its steps and its
 text is neither logged nor shown.
 """
 
-import json
-from collections.abc import Callable
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, Final, NoReturn
+import re
+from typing import Any, Final
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import LoopContext
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from extproc.errors import ServiceError
-from extproc.tokenization.bodies.messages import for_template
-from extproc.tokenization.bodies.openai_chat import ChatPrompt
+from extproc.tokenization.content_format import content_format as detected_format
 from extproc.tokenization.errors import TokenizerError, UnmappableError
+from extproc.tokenization.open_end import cut_at_mark, marked
+from extproc.tokenization.prompts import Chat, ContentFormat, TemplateFacts
 from extproc.tokenization.reasons import (
-    MALFORMED,
     NO_CHAT_TEMPLATE,
     TEMPLATE_ERROR,
     TEMPLATE_LIMIT,
     TOO_LONG,
-    UNSUPPORTED,
 )
 from extproc.tokenization.template_budget import (
-    LARGE_CHARS,
     SECONDS_MAX,
     STEPS_MAX,
     VALUE_MAX_LENGTH,
     TemplateLimitError,
-    check_content,
-    content_chars,
     end_rendering,
     start_rendering,
 )
-from extproc.tokenization.template_filters import METHODS
-from extproc.tokenization.template_limits import LimitedEnvironment, TemplateNamespace
+from extproc.tokenization.template_environment import template_environment
+from extproc.tokenization.template_limits import LimitedEnvironment
 from extproc.tokenization.template_tree import check_source, limited
 from extproc.tokenization.tokenizer_files import TokenizerFiles
 
-__all__ = ["ChatTemplates", "RenderedChat", "iterates_over_parts", "template_environment"]
+__all__ = ["ChatTemplates", "RenderedChat", "iterates_over_parts"]
 
 _DEFAULT: Final = "default"
 _WITH_TOOLS: Final = "tool_use"
 _MEDIA_WORDS: Final = ("image", "audio", "video", "vision")
 _MESSAGE_NAMES: Final = frozenset({"message", "msg", "m"})
-_DICT_ATTRIBUTES: Final = frozenset(dir(dict))
-_STR_METHODS: Final = METHODS[str]
-_TOOL_FIELDS: Final = frozenset({"type", "function", "defer_loading"})
-# The texts of all tools together; the tools themselves take several times as much.
-_TOOL_TEXTS_MAX_CHARS: Final = 1 << 22
-_INDENT_MAX: Final = 16
 # A rendering with a share of the time has a larger one of the steps: long messages pay with steps
 # for operations that take little time.
 _STEPS_FOR_TIME: Final = 4.0
-_TIME_FORMAT_MAX_CHARS: Final = 256
-_SURROUNDINGS: Final = frozenset({LoopContext, TemplateNamespace})
-_PLAIN: Final = frozenset({bool, dict, float, int, list, str})
 # A template with both words belongs to a family that uses another name for a low effort.
 _LOW_EFFORT_WORDS: Final = ("low_effort", "truncate_history_thinking")
+# What vLLM tries to find out how thinking is turned off.
+_LOW_EFFORT: Final = "low"
+_EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
+_HI_IN_PARTS: Final = ({"type": "text", "text": "Hi"},)
+_ADDED_FUNCTIONS: Final = ("raise_exception", "strftime_now")
+_GENERATION_TAG: Final = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class RenderedChat(Struct, frozen=True):
-    """The text to encode without special tokens, and the beginning of the answer to continue it."""
+    """The text to encode, and the beginning of the answer to continue it.
+
+    `with_special`: the text is encoded with the special tokens that the tokenizer adds.
+    """
 
     text: str
     continued: str
+    with_special: bool
 
 
 class ChatTemplates:
@@ -91,6 +82,8 @@ class ChatTemplates:
         *,
         template_name: str | None = None,
         default_kwargs: dict[str, Any] | None = None,
+        content_format: ContentFormat | None = None,
+        hides_unchosen_tools: bool = False,
     ) -> None:
         self._special_tokens = files.special_tokens
         self._default_kwargs = default_kwargs or {}
@@ -108,6 +101,21 @@ class ChatTemplates:
         self._with_tools = compiled.get(template_name or _WITH_TOOLS) or self._default
         for name, template in compiled.items():
             self._try(f"{files.template_files[name]} ({name})", template)
+        if self._default is not None and self._with_tools is not None:
+            found = {
+                "wants_system_first": any(
+                    template.fails_for_late_system()
+                    for template in (self._default, self._with_tools)
+                ),
+                "effort_without_thinking": self._default.effort_without_thinking(
+                    {**self._special_tokens, **self._default_kwargs}
+                ),
+                "hides_unchosen_tools": hides_unchosen_tools,
+            }
+            if content_format is not None:
+                found["content_format"] = content_format
+            for template in compiled.values():
+                template.facts = structs.replace(template.facts, **found)
 
     def _try(self, where: str, template: "_Template") -> None:
         """Raise TokenizerError for a template that has no bound even with a short chat."""
@@ -130,48 +138,39 @@ class ChatTemplates:
                 "values, even for a chat of one word"
             ) from None
 
-    def render(self, chat: ChatPrompt, max_chars: int, *, share: float = 1.0) -> RenderedChat:
+    def render(self, chat: Chat, max_chars: int, *, share: float = 1.0) -> RenderedChat:
         """The text of a chat; raises UnmappableError.
 
         `share`: the part of the time of a rendering that it may take, which also limits its steps.
         """
-        template = self._default if chat.tools is None else self._with_tools
+        template = self._with_tools if chat.has_tools else self._default
         if template is None:
             raise UnmappableError(NO_CHAT_TEMPLATE)
-        messages, continued = for_template(chat.messages, template.keep_parts, chat.continue_final)
-        if not messages:
-            raise UnmappableError(MALFORMED)
+        given = chat.for_template(template.facts, self._default_kwargs)
+        messages, last = given.messages, None
+        if given.open_end:
+            messages, last = marked(messages)
         variables = {
             "messages": messages,
-            "tools": chat.tools,
-            "documents": None,
-            "add_generation_prompt": True,
+            "tools": given.tools,
+            "documents": given.documents,
+            "add_generation_prompt": given.generation_prompt,
             **self._special_tokens,
-            **self._kwargs(chat, template),
+            **given.kwargs,
         }
         try:
-            return RenderedChat(template.render(variables, max_chars, share), continued)
+            text = template.render(variables, max_chars, share)
         except _TemplateFailedError:
-            if chat.tools is None:
+            if given.tools is None or not given.functions_too:
                 raise UnmappableError(TEMPLATE_ERROR) from None
-        # The engine tries once more, for templates that want functions in place of tools.
-        variables["tools"] = [tool["function"] for tool in chat.tools]
-        try:
-            return RenderedChat(template.render(variables, max_chars, share), continued)
-        except _TemplateFailedError:
-            raise UnmappableError(TEMPLATE_ERROR) from None
-
-    def _kwargs(self, chat: ChatPrompt, template: "_Template") -> dict[str, Any]:
-        kwargs, effort = chat.template_kwargs, chat.effort
-        if self._default_kwargs:
-            kwargs = {**self._default_kwargs, **kwargs}
-            if effort is None:
-                effort = kwargs.get("reasoning_effort")
-        if effort is None:
-            return kwargs
-        if effort == "low" and template.renames_low_effort:
-            raise UnmappableError(UNSUPPORTED)
-        return {"reasoning_effort": effort, **kwargs}
+            variables["tools"] = [tool["function"] for tool in given.tools]
+            try:
+                text = template.render(variables, max_chars, share)
+            except _TemplateFailedError:
+                raise UnmappableError(TEMPLATE_ERROR) from None
+        if last is not None:
+            text = cut_at_mark(text, last)
+        return RenderedChat(text, given.continued, given.with_special)
 
 
 class _TemplateFailedError(ServiceError):
@@ -182,15 +181,58 @@ class _Template:
     def __init__(self, environment: LimitedEnvironment, source: str, where: str) -> None:
         try:
             check_source(source)
+            self._source = source
             tree = environment.parse(source)
-            self.keep_parts = iterates_over_parts(source, tree)
+            self.facts = TemplateFacts(
+                loops_over_parts=iterates_over_parts(source, tree),
+                content_format=detected_format(tree),
+                names_developer='"developer"' in source or "'developer'" in source,
+                renames_low_effort=all(word in source for word in _LOW_EFFORT_WORDS),
+            )
             self._template = environment.from_string(limited(tree, environment))
         except Exception as error:
             # Python, too, refuses code that is nested too deep, with several kinds of errors.
             raise TokenizerError(
                 f"{where}: the chat template does not compile: {error or type(error).__name__}"
             ) from error
-        self.renames_low_effort = all(word in source for word in _LOW_EFFORT_WORDS)
+
+    def fails_for_late_system(self) -> bool:
+        """True if the template fails for a system's message after others, as vLLM tries it.
+
+        The engine's trial has no functions and no variables beyond the messages.
+        """
+        if _GENERATION_TAG.search(self._source):
+            return True
+        messages = [{"role": role, "content": "t"} for role in ("system", "user") * 2]
+        missing = {name: jinja2.Undefined(name=name) for name in _ADDED_FUNCTIONS}
+        variables = {"messages": messages, "add_generation_prompt": False, **missing}
+        return self._trial(variables) is None
+
+    def effort_without_thinking(self, variables: dict[str, Any]) -> str:
+        """The effort by which vLLM turns thinking off: "none", unless the template ignores it."""
+        content = "Hi" if self.facts.content_format == "string" else _HI_IN_PARTS
+        variables = {
+            "messages": [{"role": "user", "content": content}],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            **variables,
+        }
+        without = self._trial({**variables, "reasoning_effort": "none", "enable_thinking": False})
+        if without is None:
+            return _LOW_EFFORT
+        for effort in _EFFORTS:
+            given = {**variables, "reasoning_effort": effort, "enable_thinking": True}
+            if self._trial(given) == without:
+                return _LOW_EFFORT
+        return "none"
+
+    def _trial(self, variables: dict[str, Any]) -> str | None:
+        """The text of a trial; None if the template fails."""
+        try:
+            return self.render(variables, VALUE_MAX_LENGTH, 1.0)
+        except (_TemplateFailedError, UnmappableError):
+            return None
 
     def render(self, variables: dict[str, Any], max_chars: int, share: float) -> str:
         written: list[str] = []
@@ -242,132 +284,3 @@ def _is_content(node: nodes.Node | None) -> bool:
         return False
     owner = node.node
     return named and isinstance(owner, nodes.Name) and owner.name in _MESSAGE_NAMES
-
-
-# -- the environment of templates
-
-
-class _Environment(LimitedEnvironment):
-    """The sandbox, with a faster look-up of what chat templates use most.
-
-    Fields of messages are found as attributes without an exception. The sandbox always allows the
-    methods of strings and the plain values of loops and namespaces, so it is not asked for them.
-    """
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        kind = type(obj)
-        if kind is dict:
-            if attribute not in _DICT_ATTRIBUTES:
-                try:
-                    return obj[attribute]
-                except KeyError:
-                    return self.undefined(obj=obj, name=attribute)
-        elif kind is str:
-            if attribute in _STR_METHODS and len(obj) <= LARGE_CHARS:
-                return getattr(obj, attribute)
-        elif kind in _SURROUNDINGS and not attribute.startswith("_"):
-            value = getattr(obj, attribute, None)
-            if type(value) in _PLAIN:
-                return value
-        return super().getattr(obj, attribute)
-
-
-def template_environment() -> LimitedEnvironment:
-    """Jinja's environment with the filters, functions, tags and blanks of transformers."""
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _ToJson()
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-class _Generation(Extension):
-    """The tag `{% generation %}`, which marks the assistant's text for training.
-
-    Its body is a call block, as in transformers: a variable that is set inside stays inside.
-    """
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_body")
-        return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _ToJson:
-    """The filter `tojson` of transformers, with a cache for tools.
-
-    Python takes milliseconds to write the tools of an agent as indented JSON. The same tools are
-    the same objects, so an entry is valid while it keeps its object alive.
-    """
-
-    def __init__(self) -> None:
-        self._texts: dict[tuple[object, ...], tuple[Any, str]] = {}
-        self._chars = 0
-
-    def __call__(
-        self,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        dump = _json_encoder(ensure_ascii, indent, separators and tuple(separators), sort_keys)
-        if type(value) is not dict or value.keys() != _TOOL_FIELDS:
-            _check_json(value, indent, separators)
-            return dump(value)
-        key = (id(value), ensure_ascii, indent, str(separators), sort_keys)
-        kept = self._texts.get(key)
-        if kept is not None and kept[0] is value:
-            return kept[1]
-        _check_json(value, indent, separators)
-        text = dump(value)
-        self._chars += len(text)
-        if self._chars > _TOOL_TEXTS_MAX_CHARS:
-            self._texts.clear()
-            self._chars = len(text)
-        self._texts[key] = (value, text)
-        return text
-
-
-@lru_cache(maxsize=16)
-def _json_encoder(
-    ensure_ascii: bool,
-    indent: int | str | None,
-    separators: tuple[str, str] | None,
-    sort_keys: bool,
-) -> Callable[[Any], str]:
-    """What `json.dumps` makes for each call."""
-    return json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    ).encode
-
-
-def _check_json(value: Any, indent: int | str | None, separators: Any) -> None:
-    if (
-        indent is not None and (indent if isinstance(indent, int) else len(indent)) > _INDENT_MAX
-    ) or (separators is not None and content_chars(separators) > _INDENT_MAX):
-        raise TemplateLimitError
-    if type(value) is not dict:
-        # A template can make a long list in small steps. The content of a dict was checked when
-        # it was made.
-        check_content(value)
-
-
-def _raise_exception(message: Any) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    if len(form) > _TIME_FORMAT_MAX_CHARS:
-        raise TemplateLimitError
-    # The engine uses its own clock and time zone, which are assumed to be the same as here.
-    return datetime.now().strftime(form)

@@ -16,8 +16,6 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from extproc.clock import Clock
-from extproc.tokenization.bodies.openai_chat import BodyFields
-from extproc.tokenization.bodies.prompts import Prompt, prompt_of, read_prompt
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.errors import (
     EncodeFailedError,
@@ -27,15 +25,17 @@ from extproc.tokenization.errors import (
     UnknownTokenError,
     UnmappableError,
 )
+from extproc.tokenization.fields import BodyFields
 from extproc.tokenization.pool import BoundedPool
+from extproc.tokenization.prompts import ContentFormat, Prompt, PromptRules, prompt_of, read_prompt
 from extproc.tokenization.reasons import (
     BUSY,
     ENCODE_ERROR,
     NO_TEXT,
     REASONS,
+    RENDERED_BY_ENGINE,
     TEMPLATE_LIMIT,
     TOO_LONG,
-    UNSUPPORTED,
 )
 from extproc.tokenization.text_encoder import TextEncoder
 from extproc.tokenization.tokenizer_files import read_tokenizer
@@ -55,10 +55,14 @@ _INLINE_SHARE: Final = 0.02
 
 
 class Encoded(NamedTuple):
-    """The token ids of a prompt (uint64), or None with the reason."""
+    """The token ids of a prompt (uint64), or None with the reason.
+
+    `member` is the member of the body that the reason is about, empty if it is not known.
+    """
 
     ids: NDArray[np.uint64] | None
     reason: str
+    member: str = ""
 
 
 class EncoderSettings(Struct, frozen=True, kw_only=True):
@@ -66,7 +70,9 @@ class EncoderSettings(Struct, frozen=True, kw_only=True):
 
     `template_name` picks one of several chat templates for all requests, as the engine's
     `--hf-chat-template-name` does; `template_kwargs` are the engine's
-    `--default-chat-template-kwargs`. A prompt gets no tokens if its text or rendered chat has
+    `--default-chat-template-kwargs`. `content_format` is vLLM's `--chat-template-content-format`,
+    None for "auto", and `hides_unchosen_tools` its `--exclude-tools-when-tool-choice-none`. A
+    prompt gets no tokens if its text or rendered chat has
     more than `max_chars` characters, if it has more than `max_chars` token ids or `max_messages`
     messages, or if its body is larger than `max_body_bytes`. Up to `inline_chars` new characters
     are encoded on the event loop, and chats of up to `inline_body_bytes` and `inline_messages`
@@ -75,6 +81,8 @@ class EncoderSettings(Struct, frozen=True, kw_only=True):
 
     template_name: str | None = None
     template_kwargs: dict[str, Any] = {}
+    content_format: ContentFormat | None = None
+    hides_unchosen_tools: bool = False
     cache_bytes: int = 64 * 1024 * 1024
     max_chars: int = 4_000_000
     # Decoding JSON holds the interpreter, even in a thread.
@@ -171,6 +179,8 @@ class PromptEncoder:
             files,
             template_name=settings.template_name,
             default_kwargs=settings.template_kwargs,
+            content_format=settings.content_format,
+            hides_unchosen_tools=settings.hides_unchosen_tools,
         )
         vocabulary = Vocabulary(files.tokenizer, files.special_tokens)
         try:
@@ -179,48 +189,60 @@ class PromptEncoder:
             raise TokenizerError(f"{path}: {error}") from error
         return cls(texts, templates, vocabulary, settings, clock)
 
-    async def read(self, path: str, body: bytes | bytearray, fields: BodyFields | None) -> Prompt:
-        """The prompt in a body, from its decoded `fields` where they are given.
+    async def read(
+        self,
+        rules: PromptRules,
+        path: str,
+        body: bytes | bytearray,
+        fields: BodyFields | None,
+    ) -> Prompt:
+        """The prompt in a body by an engine's rules, from decoded `fields` where they are given.
 
         Without `fields` the body is decoded here, in a thread if it is large. It is not decoded
         if it is larger than `max_body_bytes` or the queue is full; then the prompt has a reason.
         """
         if fields is not None:
             if not _has_many_parts(body):
-                return prompt_of(path, fields, len(body))
+                return prompt_of(rules, path, fields, len(body))
             # The size lets the rendering, too, take place in a thread.
             size = max(len(body), self._settings.inline_body_bytes + 1)
             try:
-                return await self._pool.run(lambda: prompt_of(path, fields, size))
+                return await self._pool.run(lambda: prompt_of(rules, path, fields, size))
             except EncoderBusyError:
                 return Prompt(reason=BUSY, body_bytes=size)
         if len(body) <= self._settings.inline_body_bytes:
-            return read_prompt(path, body)
+            return read_prompt(rules, path, body)
         if len(body) > self._settings.max_body_bytes:
             return Prompt(reason=TOO_LONG, body_bytes=len(body))
         try:
-            return await self._pool.run(lambda: read_prompt(path, body))
+            return await self._pool.run(lambda: read_prompt(rules, path, body))
         except EncoderBusyError:
             return Prompt(reason=BUSY, body_bytes=len(body))
 
     async def encode(self, prompt: Prompt) -> Encoded:
         """The token ids that the engine will compute for a prompt, or the reason without them."""
+        member = ""
         try:
             if prompt.reason:
-                raise UnmappableError(prompt.reason)
+                raise UnmappableError(prompt.reason, prompt.member)
             if prompt.ids is not None:
                 if len(prompt.ids) > self._settings.max_chars:
                     raise UnmappableError(TOO_LONG)
                 return Encoded(prompt.ids, "")
-            return Encoded(await self._encode(prompt), "")
+            ids, keep = await self._encode(prompt), prompt.keep_tokens
+            if keep is not None and keep < len(ids):
+                ids = ids[len(ids) - keep :] if prompt.keep_last else ids[:keep]
+            if not len(ids):
+                raise UnmappableError(NO_TEXT)
+            return Encoded(ids, "")
         except UnmappableError as refused:
-            reason = refused.reason
+            reason, member = refused.reason, refused.member
         except EncoderBusyError:
             reason = BUSY
         except EncodeFailedError:
             reason = ENCODE_ERROR
         self.stats.failures[reason] += 1
-        return Encoded(None, reason)
+        return Encoded(None, reason, member)
 
     async def tokenize(self, text: str) -> list[int]:
         """The ids of a text, for /v1/tokenize. No special tokens are added, and those written in
@@ -253,16 +275,13 @@ class PromptEncoder:
                 raise UnmappableError(NO_TEXT)
             if len(prompt.text) > settings.max_chars:
                 raise UnmappableError(TOO_LONG)
-            return await self._encode_text(prompt.text, True)
-        if len(chat.messages) > settings.max_messages:
+            return await self._encode_text(prompt.text, prompt.with_special)
+        if chat.length > settings.max_messages:
             raise UnmappableError(TOO_LONG)
-        if chat.responses_api and self._vocabulary.harmony:
-            raise UnmappableError(UNSUPPORTED)
+        if self._vocabulary.harmony and chat.harmony_is_special:
+            raise UnmappableError(RENDERED_BY_ENGINE)
         render = partial(self._templates.render, chat, settings.max_chars)
-        if (
-            prompt.body_bytes > settings.inline_body_bytes
-            or len(chat.messages) > settings.inline_messages
-        ):
+        if prompt.body_bytes > settings.inline_body_bytes or chat.length > settings.inline_messages:
             rendered = await self._off_loop(render)
         else:
             try:
@@ -271,7 +290,7 @@ class PromptEncoder:
                 if refused.reason != TEMPLATE_LIMIT:
                     raise
                 rendered = await self._off_loop(render)
-        ids = await self._encode_text(rendered.text, False)
+        ids = await self._encode_text(rendered.text, rendered.with_special)
         if rendered.continued:
             # The engine encodes the beginning of the answer separately, with special tokens, and
             # then drops only the token that begins a text.

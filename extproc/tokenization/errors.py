@@ -33,8 +33,12 @@ class EncoderBusyError(ServiceError):
 
 
 class UnmappableError(ServiceError):
-    """The tokens of a request cannot be known; `reason` is one of `reasons`."""
+    """The tokens of a request cannot be known; `reason` is one of `reasons`.
 
-    def __init__(self, reason: str) -> None:
+    `member` is the member of the body that is not understood, empty if it is not known.
+    """
+
+    def __init__(self, reason: str, member: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
+        self.member = member

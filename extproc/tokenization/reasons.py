@@ -8,12 +8,14 @@ from typing import Final
 __all__ = [
     "BATCH",
     "BUSY",
+    "CACHE_NOT_READ",
     "ENCODE_ERROR",
     "MALFORMED",
     "MULTIMODAL",
     "NO_CHAT_TEMPLATE",
     "NO_TEXT",
     "REASONS",
+    "RENDERED_BY_ENGINE",
     "TEMPLATE_ERROR",
     "TEMPLATE_LIMIT",
     "TOO_LONG",
@@ -30,6 +32,10 @@ MULTIMODAL: Final = "multimodal"
 MALFORMED: Final = "malformed"
 # The engine will serve the request, but its way from the body to tokens is not known here.
 UNSUPPORTED: Final = "unsupported"
+# The engine renders the chats of this model with its own code, without a chat template.
+RENDERED_BY_ENGINE: Final = "rendered_by_engine"
+# The request asks for something that makes the engine compute the whole prompt.
+CACHE_NOT_READ: Final = "cache_not_read"
 NO_CHAT_TEMPLATE: Final = "no_chat_template"
 TEMPLATE_ERROR: Final = "template_error"
 # The chat template takes too many steps or makes too long a value.
@@ -45,6 +51,8 @@ REASONS: Final = (
     MULTIMODAL,
     MALFORMED,
     UNSUPPORTED,
+    RENDERED_BY_ENGINE,
+    CACHE_NOT_READ,
     NO_CHAT_TEMPLATE,
     TEMPLATE_ERROR,
     TEMPLATE_LIMIT,

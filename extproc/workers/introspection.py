@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from extproc.clock import Clock
+from extproc.engines.engine import EngineName
 from extproc.errors import ServiceError
 from extproc.worker_url import WorkerUrl
 from extproc.workers.engine_calls import (
@@ -22,7 +23,7 @@ from extproc.workers.engine_calls import (
 )
 from extproc.workers.kv_announcement import read_kv_events
 from extproc.workers.vllm_answers import is_vllm, vllm_kv_events
-from extproc.workers.worker import Engine, KvEvents, Role, WorkerSpec
+from extproc.workers.worker import KvEvents, Role, WorkerSpec
 
 __all__ = ["Introspection", "IntrospectionWarning", "apply_introspection", "introspect"]
 
@@ -67,7 +68,7 @@ class Introspection(Struct, frozen=True, kw_only=True):
     set if the worker refused the connection, or was silent. `engine` is None if it is not known.
     """
 
-    engine: Engine | None = None
+    engine: EngineName | None = None
     model_ids: tuple[str, ...] = ()
     role: Role | None = None
     bootstrap_port: int | None = None

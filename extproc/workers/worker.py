@@ -4,14 +4,14 @@ from typing import Literal
 
 from msgspec import Struct
 
+from extproc.engines.engine import Engine, EngineName, engine_named
 from extproc.worker_url import WorkerUrl
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.pace import Pace
 
-__all__ = ["Engine", "KvEvents", "Role", "Worker", "WorkerSpec", "configured_spec"]
+__all__ = ["KvEvents", "Role", "Worker", "WorkerSpec", "configured_spec"]
 
 Role = Literal["plain", "prefill", "decode"]
-Engine = Literal["sglang", "vllm"]
 
 
 class KvEvents(Struct, frozen=True, kw_only=True):
@@ -38,7 +38,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     `id` is unique: the URL for static workers, for example the uid of a pod for others, so that
     a new engine at an old address does not inherit the breaker of the old one.
     `role_is_configured` is set where the configuration names the role, whatever the worker says.
-    `engine` is None until the worker has said it.
+    `engine` is None until the worker has said it, and `engine_version` is then empty.
     `rank_hosts` are ranks and the addresses at which they publish KV events, where discovery
     knows them: other ranks are then not followed.
     """
@@ -51,7 +51,8 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     kv_events: KvEvents | None = None
     role_is_configured: bool = False
     rank_hosts: tuple[tuple[int, str], ...] = ()
-    engine: Engine | None = None
+    engine: EngineName | None = None
+    engine_version: str = ""
 
 
 def configured_spec(url: WorkerUrl, role: Role | None) -> WorkerSpec:
@@ -108,6 +109,11 @@ class Worker:
         self.vanished = False
         self.in_flight = 0
         self.pace = Pace()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine as it is in the worker's version."""
+        return engine_named(self.spec.engine, self.spec.engine_version)
 
     def __repr__(self) -> str:
         return f"Worker({self.url}, {self.role}, in_flight={self.in_flight})"

@@ -13,6 +13,8 @@ from typing import Any, Final
 import msgspec
 from tokenizers import Tokenizer, models
 
+from extproc.engines.engine import DEFAULT_ENGINE
+from extproc.engines.sglang.chats import SglangChat
 from extproc.errors import RouterError
 from extproc.kv import wire_chunks
 from extproc.kv.events import AllBlocksCleared, BlockStored, EventBatch, KvEvent, WireError
@@ -21,11 +23,12 @@ from extproc.kv.wire_chunks import decode_in_parts
 from extproc.routing.json_members import with_members
 from extproc.routing.request import ENDPOINT_PATHS, ClientHeaders, find_endpoint, parse_body
 from extproc.steering import MEMBER_MAPS, STEERING_MEMBERS
-from extproc.tokenization.bodies.openai_chat import ChatPrompt
-from extproc.tokenization.bodies.prompts import read_prompt
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.errors import TokenizerError, UnmappableError
+from extproc.tokenization.prompts import read_prompt
 from extproc.tokenization.tokenizer_files import TokenizerFiles
+
+SGLANG = DEFAULT_ENGINE.rules
 
 __all__ = ["TARGETS"]
 
@@ -79,7 +82,7 @@ def _check_refusal(error: RouterError) -> None:
 
 
 def _check_prompt(path: str, body: bytes) -> None:
-    prompt = read_prompt(path, body)
+    prompt = read_prompt(SGLANG, path, body)
     found = [one for one in (prompt.chat, prompt.text, prompt.ids) if one is not None]
     assert len(found) == (0 if prompt.reason else 1), prompt.reason
 
@@ -171,7 +174,7 @@ def _apply(event: KvEvent, held: dict[int, tuple[Any, ...]]) -> None:
             held.pop(block, None)
 
 
-_CHAT: Final = ChatPrompt(
+_CHAT: Final = SglangChat(
     messages=[
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "What is the weather in Paris?"},

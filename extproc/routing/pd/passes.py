@@ -19,7 +19,7 @@ from extproc.errors import (
     not_disaggregated,
     unsupported_body_mode,
 )
-from extproc.routing.chooser import Chooser, Chosen, PromptTokens
+from extproc.routing.chooser import Chooser, Chosen
 from extproc.routing.claim import Claims
 from extproc.routing.decision import Decision
 from extproc.routing.lease import Lease
@@ -35,7 +35,7 @@ from extproc.routing.pd.pair import Pair, Pairs
 from extproc.routing.pd.prefill_leg import PrefillLeg
 from extproc.routing.pd.prefill_sender import PrefillSender, SentPrefill
 from extproc.routing.pd.settings import PdSettings
-from extproc.routing.placement import Placed
+from extproc.routing.placement import Placed, PromptTokens
 from extproc.routing.request import Request
 from extproc.routing.subset import workers_in
 from extproc.workers.observer import WorkerObserver

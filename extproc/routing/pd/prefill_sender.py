@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from extproc.errors import no_decode_workers, no_prefill_workers, service_overloaded
 from extproc.headers import AUTHORIZATION_HEADER, CONTENT_TYPE_HEADER
-from extproc.routing.chooser import Chooser, Chosen, PromptTokens
+from extproc.routing.chooser import Chooser, Chosen
 from extproc.routing.claim import Claims
 from extproc.routing.json_members import with_members
 from extproc.routing.pd.handoff import (
@@ -19,6 +19,7 @@ from extproc.routing.pd.handoff import (
 )
 from extproc.routing.pd.prefill_leg import LegParts, PrefillLeg
 from extproc.routing.pd.settings import PdSettings
+from extproc.routing.placement import PromptTokens
 from extproc.routing.request import ClientHeaders, Request
 from extproc.steering import DATA_PARALLEL_RANK_HEADER
 from extproc.workers.engine_calls import (
@@ -134,7 +135,7 @@ class PrefillSender:
 
 def _rank_headers(chosen: Chosen) -> list[tuple[str, str]]:
     """The rank for an engine that reads it from a header; SGLang has it from the bootstrap room."""
-    if chosen.dp_rank is None or chosen.worker.spec.engine != "vllm":
+    if chosen.dp_rank is None or not chosen.worker.engine.ranks_in_header:
         return []
     return [(DATA_PARALLEL_RANK_HEADER, str(chosen.dp_rank))]
 

@@ -9,15 +9,18 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from extproc.admin.kv_collector import EncoderCollector, KvCollector
 from extproc.clock import SystemClock
+from extproc.engines.engine import DEFAULT_ENGINE
 from extproc.kv.subscriptions.subscription import SubscriberSettings
 from extproc.routing.ranks import Ranks
-from extproc.tokenization.bodies.prompts import read_prompt
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
+from extproc.tokenization.prompts import read_prompt
 from extproc.workers.prefill_speed import PrefillSpeed
 from extproc.workers.worker import KvEvents
 from tests.builders import make_worker
 from tests.fakes import FakeClock
 from tests.unit.simulator.model_folders import model_folder
+
+SGLANG = DEFAULT_ENGINE.rules
 
 URL = "http://10.0.0.1:8000"
 
@@ -68,7 +71,7 @@ async def test_tokenization_is_counted_by_model(tmp_path: Path) -> None:
     registry.register(EncoderCollector({"m": encoder}))
     body = b'{"model": "m", "messages": [{"role": "user", "content": "hello hello hello"}]}'
     for _ in range(2):
-        encoded = await encoder.encode(read_prompt("/v1/chat/completions", body))
+        encoded = await encoder.encode(read_prompt(SGLANG, "/v1/chat/completions", body))
         assert encoded.ids is not None
 
     def sample(name: str, **labels: str) -> float | None:

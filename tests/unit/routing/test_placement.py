@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from msgspec import Struct
 
+from extproc.engines.engine import DEFAULT_ENGINE
 from extproc.kv.index import PrefixIndex, Tier
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
 from extproc.kv.rank_pages import RankPages
 from extproc.policies.base import Choice, KvCandidate, KvCandidateT, KvPolicy, KvQuery
 from extproc.policies.cache_aware_zmq import CacheAwareZmq
 from extproc.policies.min_ttft import MinTtft
-from extproc.routing.placement import Placed, Placement
+from extproc.routing.placement import EngineTokens, Placed, Placement, PromptTokens
 from extproc.routing.predictions import GRACE_SECONDS
 from extproc.routing.rank import Rank
 from extproc.workers.rank_load import RankLoad
@@ -89,12 +90,18 @@ class Fleet(Struct, kw_only=True):
         expected_tokens: int = 0,
     ) -> Placed:
         self.policy.takes = takes
-        return self.placement.place(self.ranks, tokens, seed, now, expected_tokens=expected_tokens)
+        return self.placement.place(self.ranks, prompt(tokens, seed, expected_tokens), now)
 
     def predicted(self, tokens: TokenIds, now: float = NOW, seed: int = 0) -> list[int]:
         """Pages each rank is expected to have of it."""
         self.place(tokens, now=now, seed=seed)
         return [candidate.predicted_pages for candidate in self.policy.seen]
+
+
+def prompt(tokens: TokenIds | None, seed: int = 0, guess: int = 0) -> PromptTokens:
+    if tokens is None:
+        return PromptTokens({}, guess)
+    return PromptTokens({DEFAULT_ENGINE: EngineTokens(tokens, seed)}, guess)
 
 
 def trusted_pages(index: PrefixIndex, order: int, size: int, *, bigram: bool) -> RankPages:
@@ -442,7 +449,7 @@ def test_a_rank_that_lost_its_cache_is_forgotten_in_every_namespace_and_no_other
 
 
 def placed_on(fleet: Fleet, count: int) -> tuple[int, str]:
-    placed = fleet.placement.place(fleet.ranks, some_tokens(count), 0, NOW)
+    placed = fleet.placement.place(fleet.ranks, prompt(some_tokens(count)), NOW)
     return placed.rank.order, placed.reason
 
 
@@ -451,7 +458,7 @@ def test_a_second_request_follows_the_prediction_and_later_the_pages(
     kind: type[CacheAwareZmq | MinTtft],
 ) -> None:
     fleet = make_fleet(PAGE, PAGE, PAGE, policy=kind(Random(0)))
-    first = fleet.placement.place(fleet.ranks, some_tokens(2000), 0, NOW)
+    first = fleet.placement.place(fleet.ranks, prompt(some_tokens(2000)), NOW)
     assert first.reason in ("below_threshold", "miss")
     booking = first.book(NOW)
     booking.started(NOW)  # at once, so that no queue keeps others away
@@ -471,5 +478,5 @@ def test_the_reason_shows_that_nothing_is_known_about_the_ranks(
     assert placed_on(fleet, 100)[1] == "no_events"
     fleet = make_fleet(PAGE, None, policy=kind(Random(0)))
     assert placed_on(fleet, PAGE - 1)[1] == "short_prompt"
-    placed = fleet.placement.place(fleet.ranks, None, 0, NOW)
+    placed = fleet.placement.place(fleet.ranks, prompt(None), NOW)
     assert placed.reason == "no_tokens"

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from extproc.engines.engine import EngineName
 from extproc.routing import polled_load
 from extproc.routing.polled_load import PolledLoad
 from extproc.workers.engine_calls import EngineAnswer, EngineTimeoutError
 from extproc.workers.vllm_answers import read_vllm_load
-from extproc.workers.worker import Engine
 from tests.builders import Fleet, make_worker
 from tests.fakes import FakeClock, FakeEngineClient
 
@@ -24,7 +24,7 @@ vllm:num_requests_waiting{{engine="{engine}"}} 1.0
 
 
 class Setup:
-    def __init__(self, workers: int, engine: Engine = "vllm") -> None:
+    def __init__(self, workers: int, engine: EngineName = "vllm") -> None:
         self.fleet = Fleet(
             [make_worker(url, order=n, engine=engine) for n, url in enumerate(URLS[:workers])],
             policy="min_ttft",

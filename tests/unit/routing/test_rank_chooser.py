@@ -9,10 +9,11 @@ import pytest
 import structlog
 
 from extproc.config.models import PolicyName
+from extproc.engines.engine import EngineName
 from extproc.errors import RouterError
-from extproc.tokenization.bodies.prompts import Prompt
 from extproc.tokenization.encoder import Encoded
-from extproc.workers.worker import Engine, KvEvents
+from extproc.tokenization.prompts import Prompt
+from extproc.workers.worker import KvEvents
 from tests.builders import PAGE, ByteEncoder, Fleet, make_worker, routing_settings
 
 A, B = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
@@ -42,7 +43,7 @@ async def make_fleet(
     dp_size: int = 1,
     destinations_max: int = 3,
     encoder: ByteEncoder | None = None,
-    engines: Sequence[Engine | None] = (),
+    engines: Sequence[EngineName | None] = (),
 ) -> Fleet:
     # The ports are closed: the test says which pages a rank holds.
     events = KvEvents(host="127.0.0.1", port=1, block_size=PAGE, dp_size=dp_size)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from extproc.engines.engine import DEFAULT_ENGINE
 from extproc.errors import RouterError
 from extproc.routing.request import (
     MODELS_PATH,
@@ -17,8 +18,10 @@ from extproc.routing.request import (
     find_endpoint,
     parse_body,
 )
-from extproc.tokenization.bodies.openai_chat import ChatBody
-from extproc.tokenization.bodies.prompts import read_prompt
+from extproc.tokenization.fields import ChatBody
+from extproc.tokenization.prompts import read_prompt
+
+SGLANG = DEFAULT_ENGINE.rules
 
 POST_PATHS = [
     "/v1/chat/completions",
@@ -349,7 +352,7 @@ def test_a_prompt_that_cannot_be_decoded_is_routed_without_its_fields(messages: 
     body = b'{"messages": ' + messages + b', "model": "m", "stream": true}'
     request = parse_with_limit(body, len(body))
     assert (request.model, request.stream, request.fields) == ("m", True, None)
-    assert read_prompt(CHAT.path, body).reason == "malformed"
+    assert read_prompt(SGLANG, CHAT.path, body).reason == "malformed"
 
 
 _SECRET = "s3cretprompt"

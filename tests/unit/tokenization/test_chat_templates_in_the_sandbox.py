@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from extproc.tokenization.bodies.openai_chat import ChatPrompt
+from extproc.engines.sglang.chats import SglangChat
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.errors import TokenizerError, UnmappableError
 from extproc.tokenization.tokenizer_files import TokenizerFiles
@@ -32,17 +32,17 @@ def _templates(
     return ChatTemplates(files, template_name=name)
 
 
-def _chat(*contents: Any, **fields: Any) -> ChatPrompt:
+def _chat(*contents: Any, **fields: Any) -> SglangChat:
     messages = [{"role": "user", "content": content} for content in contents or ("hi",)]
-    return ChatPrompt(messages=messages, **fields)
+    return SglangChat(messages=messages, **fields)
 
 
-def _text(source: str, chat: ChatPrompt | None = None, **special_tokens: str) -> str:
+def _text(source: str, chat: SglangChat | None = None, **special_tokens: str) -> str:
     templates = _templates(special_tokens, default=source)
     return templates.render(chat or _chat(), MAX_CHARS).text
 
 
-def _reason_of(source: str, chat: ChatPrompt | None = None, max_chars: int = MAX_CHARS) -> str:
+def _reason_of(source: str, chat: SglangChat | None = None, max_chars: int = MAX_CHARS) -> str:
     with pytest.raises(UnmappableError) as caught:
         _templates(default=source).render(chat or _chat(), max_chars)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None

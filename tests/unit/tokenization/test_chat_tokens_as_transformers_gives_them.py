@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from extproc.engines.sglang.chats import SglangChat
 from extproc.clock import SystemClock
-from extproc.tokenization.bodies.messages import for_template
-from extproc.tokenization.bodies.prompts import Prompt, read_prompt
-from extproc.tokenization.chat_template import iterates_over_parts, template_environment
-from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
+from extproc.engines.engine import DEFAULT_ENGINE
+from extproc.engines.sglang.messages import for_template
+from extproc.tokenization.chat_template import iterates_over_parts
+from extproc.tokenization.encoder import Encoded, EncoderSettings, PromptEncoder
+from extproc.tokenization.prompts import Prompt, read_prompt
+from extproc.tokenization.template_environment import template_environment
 from tests.unit.tokenization.small_tokenizers import (
     FAMILIES,
     family_folder,
@@ -21,6 +24,8 @@ from tests.unit.tokenization.small_tokenizers import (
     o200k,
     template,
 )
+
+SGLANG = DEFAULT_ENGINE.rules
 
 PATH = "/v1/chat/completions"
 
@@ -125,13 +130,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _prompt(body: dict[str, Any]) -> Prompt:
-    return read_prompt(PATH, json.dumps(body).encode())
+    return read_prompt(SGLANG, PATH, json.dumps(body).encode())
 
 
 def _by_transformers(tokenizer: Any, prompt: Prompt, keep_parts: bool) -> list[int] | None:
     """None where the template refuses the chat."""
     chat = prompt.chat
-    assert chat is not None
+    assert isinstance(chat, SglangChat)
     messages, _ = for_template(chat.messages, keep_parts, chat.continue_final)
     effort = {} if chat.effort is None else {"reasoning_effort": chat.effort}
     try:
@@ -159,7 +164,7 @@ async def test_every_chat_with_every_template_has_the_tokens_of_transformers(
     for _ in range(2):
         encoded = await encoder.encode(prompt)
         if expected is None:
-            assert encoded == (None, "template_error")
+            assert encoded == Encoded(None, "template_error")
         else:
             assert encoded.reason == ""
             assert encoded.ids is not None
@@ -225,7 +230,7 @@ async def test_only_a_message_of_the_assistant_is_continued(base: Path) -> None:
 async def test_a_chat_with_only_a_message_to_continue_is_malformed(base: Path) -> None:
     encoder, _ = _loaded("qwen", base)
     body = {"messages": [ANSWER], "continue_final_message": True}
-    assert await encoder.encode(_prompt(body)) == (None, "malformed")
+    assert await encoder.encode(_prompt(body)) == Encoded(None, "malformed")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,7 +240,7 @@ async def test_texts_get_the_special_tokens_that_the_tokenizer_adds(
 ) -> None:
     encoder, tokenizer = _loaded(family, base)
     body = json.dumps({"prompt": text}).encode()
-    encoded = await encoder.encode(read_prompt("/v1/completions", body))
+    encoded = await encoder.encode(read_prompt(SGLANG, "/v1/completions", body))
     assert encoded.ids is not None
     assert encoded.ids.tolist() == tokenizer.encode(text)
 
@@ -249,7 +254,7 @@ async def test_templates_get_tools_or_else_their_functions(tmp_path: Path) -> No
     assert encoded.ids is not None
     assert await encoder.detokenize(encoded.ids.tolist(), skip_special_tokens=False) == "string"
     refused = await encoder.encode(_prompt({"messages": [USER], "tools": [CLOCK]}))
-    assert refused == (None, "template_error")
+    assert refused == Encoded(None, "template_error")
 
 
 async def test_default_template_arguments_are_those_of_the_engine(tmp_path: Path) -> None:

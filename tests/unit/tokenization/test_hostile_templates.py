@@ -9,9 +9,10 @@ import pytest
 from jinja2.sandbox import SandboxedEnvironment
 from tokenizers import Tokenizer, models
 
-from extproc.tokenization.bodies.openai_chat import ChatPrompt
-from extproc.tokenization.chat_template import ChatTemplates, template_environment
+from extproc.engines.sglang.chats import SglangChat
+from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.errors import TokenizerError, UnmappableError
+from extproc.tokenization.template_environment import template_environment
 from extproc.tokenization.tokenizer_files import TokenizerFiles
 from tests.unit.tokenization.hostile_templates import COMPILED, RENDERED
 
@@ -30,7 +31,7 @@ def outcome(source: str) -> str:
     )
     try:
         ChatTemplates(files).render(
-            ChatPrompt(messages=[{"role": "user", "content": "ab"}]), 4_000_000
+            SglangChat(messages=[{"role": "user", "content": "ab"}]), 4_000_000
         )
     except TokenizerError:
         return "at start"

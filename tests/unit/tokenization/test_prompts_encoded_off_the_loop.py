@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from extproc.clock import SystemClock
+from extproc.engines.engine import DEFAULT_ENGINE
 from extproc.tokenization import chat_template
-from extproc.tokenization.bodies.prompts import Prompt, decode_fields, read_prompt
-from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
+from extproc.tokenization.encoder import Encoded, EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import (
     EncodeFailedError,
     EncoderBusyError,
@@ -22,8 +22,10 @@ from extproc.tokenization.errors import (
     TokenizerError,
     UnknownTokenError,
 )
+from extproc.tokenization.fields import decode_fields
 from extproc.tokenization.plain_encoder import PlainEncoder
 from extproc.tokenization.pool import BoundedPool
+from extproc.tokenization.prompts import Prompt, read_prompt
 from extproc.tokenization.reasons import REASONS
 from tests.unit.tokenization.small_tokenizers import (
     CHATML_TOKENS,
@@ -35,6 +37,8 @@ from tests.unit.tokenization.small_tokenizers import (
     special,
     template,
 )
+
+SGLANG = DEFAULT_ENGINE.rules
 
 
 def _encoder(folder: Path, family: str = "qwen", **settings: Any) -> PromptEncoder:
@@ -49,7 +53,7 @@ def _text(text: str) -> Prompt:
 
 def _chat(*contents: str) -> Prompt:
     messages = [{"role": "user", "content": content} for content in contents]
-    return read_prompt("/v1/chat/completions", json.dumps({"messages": messages}).encode())
+    return read_prompt(SGLANG, "/v1/chat/completions", json.dumps({"messages": messages}).encode())
 
 
 def _words(count: int, salt: str = "") -> str:
@@ -58,13 +62,13 @@ def _words(count: int, salt: str = "") -> str:
 
 async def test_a_prompt_without_tokens_keeps_its_reason(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path)
-    assert await encoder.encode(Prompt(reason="batch")) == (None, "batch")
-    assert await encoder.encode(Prompt()) == (None, "no_text")
+    assert await encoder.encode(Prompt(reason="batch")) == Encoded(None, "batch")
+    assert await encoder.encode(Prompt()) == Encoded(None, "no_text")
     assert encoder.stats.failures == {**dict.fromkeys(REASONS, 0), "batch": 1, "no_text": 1}
 
 
 async def test_the_ids_of_a_body_are_its_tokens(tmp_path: Path) -> None:
-    prompt = read_prompt("/generate", b'{"input_ids": [3, 1]}')
+    prompt = read_prompt(SGLANG, "/generate", b'{"input_ids": [3, 1]}')
     encoded = await _encoder(tmp_path).encode(prompt)
     assert encoded.ids is prompt.ids
     assert encoded.reason == ""
@@ -72,7 +76,7 @@ async def test_the_ids_of_a_body_are_its_tokens(tmp_path: Path) -> None:
 
 async def test_a_model_without_a_template_has_tokens_for_texts_only(tmp_path: Path) -> None:
     encoder = PromptEncoder.load(model_folder(tmp_path, o200k()), EncoderSettings(), SystemClock())
-    assert await encoder.encode(_chat("x")) == (None, "no_chat_template")
+    assert await encoder.encode(_chat("x")) == Encoded(None, "no_chat_template")
     encoded = await encoder.encode(_text("x"))
     assert encoded.ids is not None
     assert encoded.ids.tolist() == o200k().encode("x").ids
@@ -157,7 +161,7 @@ async def test_large_bodies_are_read_and_rendered_in_threads(
     monkeypatch.setattr(encoder._templates, "render", noting)
     for content in ("short", _words(500)):
         body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
-        prompt = await encoder.read("/v1/chat/completions", body, None)
+        prompt = await encoder.read(SGLANG, "/v1/chat/completions", body, None)
         encoded = await encoder.encode(prompt)
         assert encoded.ids is not None
         direct = await encoder.encode(_chat(content))
@@ -172,8 +176,8 @@ async def test_large_bodies_are_read_and_rendered_in_threads(
 
 async def test_large_bodies_that_are_not_json_are_malformed(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path, inline_body_bytes=1000, max_body_bytes=2000)
-    assert (await encoder.read("/v1/completions", b"{" * 2000, None)).reason == "malformed"
-    assert (await encoder.read("/v1/completions", b"{" * 2001, None)).reason == "too_long"
+    assert (await encoder.read(SGLANG, "/v1/completions", b"{" * 2000, None)).reason == "malformed"
+    assert (await encoder.read(SGLANG, "/v1/completions", b"{" * 2001, None)).reason == "too_long"
 
 
 # -- a pool that is full
@@ -259,9 +263,9 @@ async def test_with_a_full_queue_the_reason_is_busy(tmp_path: Path, gate: _Gate)
     occupied = asyncio.create_task(encoder._pool.run(gate))
     await _until(lambda: gate.begun == 1)
     long = _words(100)
-    assert await encoder.encode(_text(long)) == (None, "busy")
-    assert await encoder.encode(_chat(_words(1000))) == (None, "busy")
-    assert (await encoder.read("/v1/completions", b" " * 6000, None)).reason == "busy"
+    assert await encoder.encode(_text(long)) == Encoded(None, "busy")
+    assert await encoder.encode(_chat(_words(1000))) == Encoded(None, "busy")
+    assert (await encoder.read(SGLANG, "/v1/completions", b" " * 6000, None)).reason == "busy"
     assert encoder.stats.rejected_busy == 2
     with pytest.raises(EncoderBusyError):
         await encoder.tokenize(long)
@@ -276,7 +280,7 @@ async def test_with_a_full_queue_the_reason_is_busy(tmp_path: Path, gate: _Gate)
 
 async def test_a_text_that_the_tokenizer_refuses_is_an_encode_error(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path)
-    assert await encoder.encode(_text("\ud800")) == (None, "encode_error")
+    assert await encoder.encode(_text("\ud800")) == Encoded(None, "encode_error")
     with pytest.raises(EncodeFailedError):
         await encoder.tokenize("\ud800")
 
@@ -308,14 +312,15 @@ async def test_ids_outside_the_vocabulary_are_refused(one: int, tmp_path: Path) 
         await _encoder(tmp_path).detokenize([1, one], skip_special_tokens=False)
 
 
-async def test_responses_of_models_with_the_harmony_format_are_unsupported(tmp_path: Path) -> None:
+async def test_responses_in_the_harmony_format_have_no_tokens(tmp_path: Path) -> None:
     tokens = special([*CHATML_TOKENS, "<|channel|>", "<|constrain|>", "<|call|>"])
     tokenizer = byte_level_bpe(LLAMA_SPLIT, tokens)
     folder = model_folder(tmp_path, tokenizer, {"chat_template": template("chatml")})
     encoder = PromptEncoder.load(folder, EncoderSettings(), SystemClock())
     body = b'{"input": "x", "messages": [{"role": "user", "content": "x"}]}'
-    assert (await encoder.encode(read_prompt("/v1/responses", body))).reason == "unsupported"
-    assert (await encoder.encode(read_prompt("/v1/chat/completions", body))).reason == ""
+    refused = await encoder.encode(read_prompt(SGLANG, "/v1/responses", body))
+    assert refused.reason == "rendered_by_engine"
+    assert (await encoder.encode(read_prompt(SGLANG, "/v1/chat/completions", body))).reason == ""
 
 
 # -- many small parts, in bodies that are not large
@@ -351,7 +356,7 @@ async def test_many_small_parts_take_little_time_of_the_loop(
     fields = decode_fields(path, body)
     # Times of the processor, which do not depend on what else runs on the machine.
     of_loop, of_all = time.thread_time(), time.process_time()
-    encoded = await encoder.encode(await encoder.read(path, body, fields))
+    encoded = await encoder.encode(await encoder.read(SGLANG, path, body, fields))
     of_loop, of_all = time.thread_time() - of_loop, time.process_time() - of_all
     assert encoded.ids is not None
     assert of_loop < of_all / 3
@@ -374,7 +379,9 @@ async def test_long_words_are_encoded_while_other_threads_run(
     monkeypatch.setattr(PlainEncoder, "few", counting)
     encoder = _encoder(tmp_path)
     path, body = "/v1/completions", json.dumps({"prompt": text}, ensure_ascii=False).encode()
-    encoded = await encoder.encode(await encoder.read(path, body, decode_fields(path, body)))
+    encoded = await encoder.encode(
+        await encoder.read(SGLANG, path, body, decode_fields(path, body))
+    )
     assert encoded.ids is not None
     assert most <= 1024
 
@@ -386,7 +393,7 @@ async def test_many_small_parts_wait_in_the_bounded_queue(tmp_path: Path) -> Non
     release = threading.Event()
     running = asyncio.create_task(encoder._pool.run(release.wait))
     await asyncio.sleep(0)
-    prompt = await encoder.read(path, body, decode_fields(path, body))
+    prompt = await encoder.read(SGLANG, path, body, decode_fields(path, body))
     assert prompt.reason == "busy"
     release.set()
     await running
@@ -412,7 +419,7 @@ async def test_a_long_message_is_rendered_once(
         {"role": "user", "content": "x"},
     ]
     body = json.dumps({"messages": messages}).encode()
-    encoded = await encoder.encode(read_prompt("/v1/chat/completions", body))
+    encoded = await encoder.encode(read_prompt(SGLANG, "/v1/chat/completions", body))
     assert encoded.ids is not None
     assert rendered == 1
 

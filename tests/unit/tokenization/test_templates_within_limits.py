@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from extproc.engines.sglang.chats import SglangChat
 from extproc.tokenization import chat_template
-from extproc.tokenization.bodies.openai_chat import ChatPrompt
 from extproc.tokenization.chat_template import ChatTemplates
 from extproc.tokenization.errors import UnmappableError
 from extproc.tokenization.tokenizer_files import TokenizerFiles
@@ -25,7 +25,7 @@ def _render(source: str, *contents: str) -> str:
         {"default": Path("/m/x.jinja")},
     )
     messages = [{"role": "user", "content": content} for content in contents]
-    return ChatTemplates(files).render(ChatPrompt(messages=messages), MAX_CHARS).text
+    return ChatTemplates(files).render(SglangChat(messages=messages), MAX_CHARS).text
 
 
 def _refused(source: str, *contents: str) -> str:

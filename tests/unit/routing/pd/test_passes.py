@@ -8,9 +8,10 @@ import msgspec
 import pytest
 
 from extproc.errors import RouterError
-from extproc.routing.chooser import NO_TOKENS, Chosen, PromptTokens
+from extproc.routing.chooser import Chosen
 from extproc.routing.json_members import with_members
 from extproc.routing.pd.decode_order import DecodeOrder
+from extproc.routing.placement import NO_TOKENS, PromptTokens
 from extproc.routing.request import Request, find_endpoint
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineTimeoutError, EngineUnreachableError, PrefillCall

@@ -8,20 +8,16 @@ some templates and not for others.
 from typing import Any, Final
 
 import msgspec
-from msgspec import Raw
 
-from extproc.tokenization.bodies.messages import Message
-from extproc.tokenization.bodies.openai_chat import (
-    BodyFields,
-    ChatPrompt,
-    chat_prompt,
-    thinking_kwargs,
-)
-from extproc.tokenization.bodies.tools import Tool, chosen_tools, finished_tool, kept_by_bytes
+from extproc.engines.sglang.chats import SglangChat, chat_prompt, thinking_kwargs
+from extproc.engines.sglang.tools import chosen_tools, finished_tool
+from extproc.engines.tool_lists import kept_by_bytes
 from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.fields import ResponsesBody
+from extproc.tokenization.prompts import Message, Tool
 from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, NO_TEXT, UNSUPPORTED
 
-__all__ = ["ResponsesBody", "responses_chat"]
+__all__ = ["responses_chat"]
 
 _EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"})
 _EFFORT_WITHOUT_WORD: Final = "medium"
@@ -31,19 +27,7 @@ _PLAIN: Final = {"role", "content"}
 _REASONING_ONLY: Final = {"role", "reasoning_content"}
 
 
-class ResponsesBody(BodyFields):
-    """The fields of /v1/responses that make up the prompt."""
-
-    input: Any = None
-    instructions: Any = None
-    previous_response_id: Any = None
-    tools: Raw = Raw(b"null")
-    tool_choice: Any = None
-    reasoning: Any = None
-    chat_template_kwargs: Any = None
-
-
-def responses_chat(body: ResponsesBody) -> ChatPrompt:
+def responses_chat(body: ResponsesBody) -> SglangChat:
     """The chat that a body of /v1/responses is translated to; raises UnmappableError."""
     if body.previous_response_id is not None:
         raise UnmappableError(UNSUPPORTED)

@@ -4,29 +4,17 @@ SGLang (0.5.23) reads tools into typed models. Unknown fields are dropped. The k
 function stay in the client's order, and missing fields follow as null, except `strict` and
 `defer_loading`. The tool around a function has exactly type, function and defer_loading. The
 engine rewrites JSON schema types that databases use ("varchar"); such tools are not supported.
-
-Agents send the same list of tens of kilobytes with each request, so finished lists are cached by
-their bytes. The sandbox of templates cannot change them. The same list gives the same objects, so
-`chat_template` can cache the JSON text of a tool by its identity.
 """
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
-import msgspec
-
+from extproc.engines.tool_lists import kept_by_bytes
 from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.prompts import Tool
 from extproc.tokenization.reasons import MALFORMED, UNSUPPORTED
 
-__all__ = ["Tool", "chosen_tools", "finished_tool", "function_tools", "kept_by_bytes"]
+__all__ = ["chosen_tools", "finished_tool", "function_tools"]
 
-Tool = dict[str, Any]
-
-_ListReader: TypeAlias = Callable[[Any], list[Tool]]
-
-_LISTS_KEPT: Final = 32
-_LIST_KEPT_MAX_BYTES: Final = 1 << 17
 _SCHEMA_MAX_DEPTH: Final = 100
 
 _FUNCTION_FIELDS: Final = ("description", "name", "parameters", "strict", "defer_loading")
@@ -35,30 +23,6 @@ _SCHEMA_TYPES: Final = frozenset(
     {"string", "number", "integer", "boolean", "array", "object", "null"}
 )
 _CHOICES: Final = frozenset({"auto", "required", "none"})
-
-_decoder: Final = msgspec.json.Decoder()
-
-
-def kept_by_bytes(read: _ListReader) -> Callable[[bytes], list[Tool]]:
-    """Wrap a reader of decoded `tools` to take their JSON and to cache the results.
-
-    The result raises UnmappableError as `read` does, and for text that is not JSON.
-    """
-
-    def from_json(raw: bytes) -> list[Tool]:
-        try:
-            given = _decoder.decode(raw)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            raise UnmappableError(MALFORMED) from None
-        return read(given)
-
-    kept = lru_cache(maxsize=_LISTS_KEPT)(from_json)
-
-    @wraps(read)
-    def read_or_kept(raw: bytes) -> list[Tool]:
-        return from_json(raw) if len(raw) > _LIST_KEPT_MAX_BYTES else kept(raw)
-
-    return read_or_kept
 
 
 def chosen_tools(tools: list[Tool], choice: Any) -> list[Tool] | None:

@@ -5,21 +5,25 @@ from typing import Any
 
 import pytest
 
-from extproc.tokenization.bodies.messages import for_template
-from extproc.tokenization.bodies.prompts import Prompt, read_prompt
+from extproc.engines.engine import DEFAULT_ENGINE
+from extproc.engines.sglang.chats import SglangChat
+from extproc.engines.sglang.messages import for_template
+from extproc.tokenization.prompts import Prompt, read_prompt
+
+SGLANG = DEFAULT_ENGINE.rules
 
 USER = {"role": "user", "content": "hi"}
 
 
 def _chat(**body: Any) -> Prompt:
     whole = {"messages": [USER], **body}
-    return read_prompt("/v1/chat/completions", json.dumps(whole).encode())
+    return read_prompt(SGLANG, "/v1/chat/completions", json.dumps(whole).encode())
 
 
 def _messages(*messages: Any) -> Any:
     prompt = _chat(messages=messages)
     assert prompt.reason == ""
-    assert prompt.chat is not None
+    assert isinstance(prompt.chat, SglangChat)
     return prompt.chat.messages
 
 
@@ -214,7 +218,7 @@ def test_effort_and_template_arguments_are_combined_as_in_the_engine(
     body: Any, effort: Any, kwargs: Any
 ) -> None:
     prompt = _chat(**body)
-    assert prompt.chat is not None
+    assert isinstance(prompt.chat, SglangChat)
     assert (prompt.chat.effort, prompt.chat.template_kwargs) == (effort, kwargs)
 
 
@@ -257,7 +261,7 @@ def test_fields_that_cannot_reach_the_template_have_a_reason(body: Any, reason: 
 def _tools(*functions: Any, **tool: Any) -> Any:
     prompt = _chat(tools=[{**tool, "function": function} for function in functions])
     assert prompt.reason == ""
-    assert prompt.chat is not None
+    assert isinstance(prompt.chat, SglangChat)
     return prompt.chat.tools
 
 
@@ -294,7 +298,7 @@ def test_tools_keep_strict_and_defer_loading() -> None:
 def test_without_tools_the_template_gets_no_tools() -> None:
     for nothing in ("null", "[]"):
         prompt = _chat(tools=json.loads(nothing))
-        assert prompt.chat is not None
+        assert isinstance(prompt.chat, SglangChat)
         assert prompt.chat.tools is None
 
 
@@ -328,6 +332,6 @@ def test_the_same_list_of_tools_gives_the_same_objects() -> None:
     tools = [{"function": {"name": "f"}}]
     bodies = [_chat(messages=[{**USER, "content": text}], tools=tools) for text in "ab"]
     first, second = (prompt.chat for prompt in bodies)
-    assert first is not None
-    assert second is not None
+    assert isinstance(first, SglangChat)
+    assert isinstance(second, SglangChat)
     assert first.tools is second.tools

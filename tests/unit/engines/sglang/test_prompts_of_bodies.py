@@ -7,8 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extproc.tokenization.bodies.prompts import Prompt, read_prompt
+from extproc.engines.engine import DEFAULT_ENGINE
+from extproc.engines.sglang.chats import SglangChat
+from extproc.tokenization.prompts import Prompt, read_prompt
 from extproc.tokenization.reasons import REASONS
+
+SGLANG = DEFAULT_ENGINE.rules
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -17,7 +21,7 @@ USER = {"role": "user", "content": "hi"}
 
 
 def _read(path: str, **body: Any) -> Prompt:
-    return read_prompt(path, json.dumps(body).encode())
+    return read_prompt(SGLANG, path, json.dumps(body).encode())
 
 
 def _chat(**body: Any) -> Prompt:
@@ -159,7 +163,7 @@ _BAD_BODIES = [
 @pytest.mark.parametrize("body", _BAD_BODIES, ids=lambda body: repr(body[:24]))
 def test_invalid_bodies_have_a_reason(path: str, body: bytes) -> None:
     for given_body in (body, bytearray(body)):
-        prompt = read_prompt(path, given_body)
+        prompt = read_prompt(SGLANG, path, given_body)
         assert prompt.reason in REASONS
         assert prompt.body_bytes == len(body)
 
@@ -168,7 +172,7 @@ def test_long_strings_are_read_whole() -> None:
     text = "äx" * 500_000
     assert _read(COMPLETIONS, prompt=text).text == text
     prompt = _chat(messages=[{"role": "user", "content": text}])
-    assert prompt.chat is not None
+    assert isinstance(prompt.chat, SglangChat)
     assert prompt.chat.messages == [{"role": "user", "content": text}]
 
 
@@ -206,5 +210,5 @@ def test_fields_of_any_type_give_a_prompt_or_a_reason(path: str, body: dict[str,
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(PATHS), st.binary(max_size=200))
 def test_random_bytes_raise_nothing(path: str, body: bytes) -> None:
-    read_prompt(path, body)
-    read_prompt(path, b'{"messages": [' + body)
+    read_prompt(SGLANG, path, body)
+    read_prompt(SGLANG, path, b'{"messages": [' + body)

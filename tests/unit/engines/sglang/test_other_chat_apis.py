@@ -5,18 +5,21 @@ from typing import Any
 
 import pytest
 
-from extproc.tokenization.bodies.openai_chat import ChatPrompt
-from extproc.tokenization.bodies.prompts import read_prompt
+from extproc.engines.engine import DEFAULT_ENGINE
+from extproc.engines.sglang.chats import SglangChat
+from extproc.tokenization.prompts import read_prompt
+
+SGLANG = DEFAULT_ENGINE.rules
 
 
 def _reason_of(path: str, **body: Any) -> str:
-    return read_prompt(path, json.dumps(body).encode()).reason
+    return read_prompt(SGLANG, path, json.dumps(body).encode()).reason
 
 
-def _chat(path: str, **body: Any) -> ChatPrompt:
-    prompt = read_prompt(path, json.dumps(body).encode())
+def _chat(path: str, **body: Any) -> SglangChat:
+    prompt = read_prompt(SGLANG, path, json.dumps(body).encode())
     assert prompt.reason == ""
-    assert prompt.chat is not None
+    assert isinstance(prompt.chat, SglangChat)
     return prompt.chat
 
 

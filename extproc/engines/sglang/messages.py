@@ -15,11 +15,10 @@ from typing import Any, Final
 import msgspec
 
 from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.prompts import Message
 from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, UNSUPPORTED
 
-__all__ = ["Message", "chat_messages", "for_template"]
-
-Message = dict[str, Any]
+__all__ = ["chat_messages", "for_template"]
 
 _ROLES: Final = frozenset(
     {"system", "assistant", "tool", "function", "developer", "latest_reminder", "root"}

@@ -6,54 +6,30 @@ first, as the engine does, and share `chat_prompt`.
 
 from typing import Any, Final
 
-from msgspec import UNSET, Raw, Struct
+from msgspec import Struct
 
-from extproc.steering import SteeringMembers
-from extproc.tokenization.bodies.messages import Message, chat_messages
-from extproc.tokenization.bodies.tools import Tool, chosen_tools, function_tools
+from extproc.engines.sglang.messages import chat_messages, for_template
+from extproc.engines.sglang.tools import chosen_tools, function_tools
 from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.fields import ChatBody
+from extproc.tokenization.prompts import (
+    NO_TEMPLATE_KWARGS,
+    Message,
+    TemplateFacts,
+    TemplateInput,
+    Tool,
+)
 from extproc.tokenization.reasons import MALFORMED, NO_TEXT, UNSUPPORTED
 
-__all__ = [
-    "NO_TEMPLATE_KWARGS",
-    "BodyFields",
-    "ChatBody",
-    "ChatPrompt",
-    "chat_prompt",
-    "openai_chat",
-    "thinking_kwargs",
-]
+__all__ = ["SglangChat", "chat_prompt", "openai_chat", "thinking_kwargs"]
 
 _EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"})
 _EFFORT_MAX: Final = 0.99
 _TRUE_WORDS: Final = frozenset({"1", "true", "yes", "y", "on"})
-# Parameters of the engine's render function. In template arguments, some make the engine fail and
-# the others change what it does.
-NO_TEMPLATE_KWARGS: Final = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "conversations",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "sanitize_control_tokens",
-        "self",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
 
 
-class ChatPrompt(Struct, frozen=True, kw_only=True, eq=False):
-    """The input of a chat template, and whether it comes from /v1/responses.
+class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
+    """The messages and options of a chat, and whether it comes from /v1/responses.
 
     `parts`: the content of some message is a list. `effort` is the engine's `reasoning_effort`,
     a word or a number; `template_kwargs` does not have it yet.
@@ -67,37 +43,48 @@ class ChatPrompt(Struct, frozen=True, kw_only=True, eq=False):
     continue_final: bool = False
     responses_api: bool = False
 
+    @property
+    def length(self) -> int:
+        return len(self.messages)
 
-class BodyFields(SteeringMembers):
-    """The fields that every body can have.
+    @property
+    def has_tools(self) -> bool:
+        return self.tools is not None
 
-    Besides `model`, `stream` and the members that steer an engine, these select a part of the
-    cache or change its content.
-    """
+    @property
+    def harmony_is_special(self) -> bool:
+        return self.responses_api
 
-    model: Any = UNSET
-    stream: Any = None
-    cache_salt: Any = None
-    lora_path: Any = None
-    extra_key: Any = None
-    session_params: Any = None
+    def for_template(
+        self, template: TemplateFacts, default_kwargs: dict[str, Any]
+    ) -> TemplateInput:
+        messages, continued = for_template(
+            self.messages, template.loops_over_parts, self.continue_final
+        )
+        if not messages:
+            raise UnmappableError(MALFORMED)
+        return TemplateInput(
+            messages=messages,
+            tools=self.tools,
+            kwargs=self._kwargs(template, default_kwargs),
+            functions_too=True,
+            continued=continued,
+        )
+
+    def _kwargs(self, template: TemplateFacts, default_kwargs: dict[str, Any]) -> dict[str, Any]:
+        kwargs, effort = self.template_kwargs, self.effort
+        if default_kwargs:
+            kwargs = {**default_kwargs, **kwargs}
+            if effort is None:
+                effort = kwargs.get("reasoning_effort")
+        if effort is None:
+            return kwargs
+        if effort == "low" and template.renames_low_effort:
+            raise UnmappableError(UNSUPPORTED)
+        return {"reasoning_effort": effort, **kwargs}
 
 
-class ChatBody(BodyFields):
-    """The fields of /v1/chat/completions that make up the prompt."""
-
-    messages: Any = None
-    tools: Raw = Raw(b"null")
-    tool_choice: Any = None
-    chat_template_kwargs: Any = None
-    reasoning_effort: Any = None
-    reasoning: Any = None
-    continue_final_message: Any = None
-    task: Any = None
-    input_ids: Raw = Raw(b"null")
-
-
-def openai_chat(body: ChatBody) -> ChatPrompt:
+def openai_chat(body: ChatBody) -> SglangChat:
     """The chat in a body of /v1/chat/completions; raises UnmappableError."""
     continue_final = body.continue_final_message
     if continue_final is not None and type(continue_final) is not bool:
@@ -124,12 +111,12 @@ def chat_prompt(
     effort: str | float | None = None,
     continue_final: bool = False,
     responses_api: bool = False,
-) -> ChatPrompt:
+) -> SglangChat:
     """Check the messages and build the chat; raises UnmappableError."""
     normal, parts = chat_messages(messages)
     if not normal:
         raise UnmappableError(NO_TEXT)
-    return ChatPrompt(
+    return SglangChat(
         messages=normal,
         parts=parts,
         tools=tools,

@@ -7,32 +7,21 @@ not supported either: the engine merges them for some templates and not for othe
 
 from typing import Any
 
-from msgspec import Raw
-
-from extproc.tokenization.bodies.messages import Message
-from extproc.tokenization.bodies.openai_chat import BodyFields, ChatPrompt, chat_prompt
-from extproc.tokenization.bodies.tools import Tool, chosen_tools, finished_tool, kept_by_bytes
+from extproc.engines.sglang.chats import SglangChat, chat_prompt
+from extproc.engines.sglang.tools import chosen_tools, finished_tool
+from extproc.engines.tool_lists import kept_by_bytes
 from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.fields import AnthropicBody
+from extproc.tokenization.prompts import Message, Tool
 from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, UNSUPPORTED
 
-__all__ = ["AnthropicBody", "anthropic_chat"]
+__all__ = ["anthropic_chat"]
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _SERVER_TOOLS = ("web_search_", "computer_", "bash_", "text_editor_")
 
 
-class AnthropicBody(BodyFields):
-    """The fields of /v1/messages that make up the prompt."""
-
-    messages: Any = None
-    system: Any = None
-    tools: Raw = Raw(b"null")
-    tool_choice: Any = None
-    thinking: Any = None
-    output_config: Any = None
-
-
-def anthropic_chat(body: AnthropicBody) -> ChatPrompt:
+def anthropic_chat(body: AnthropicBody) -> SglangChat:
     """The chat that a body of /v1/messages is translated to; raises UnmappableError."""
     if body.thinking is not None:
         raise UnmappableError(UNSUPPORTED)

@@ -1,0 +1,79 @@
+"""What a router has to know of an inference engine, in one place for each engine.
+
+An engine differs from others in how it reads a body (`rules`), in where it takes the data-parallel
+rank from, and in what it says of its load. A version of an engine whose rules differ is an engine
+of its own here, and `named` finds it by the version that a worker reports.
+"""
+
+from typing import Final, Literal
+
+from msgspec import Struct
+
+from extproc.engines.sglang.prompts import SglangRules
+from extproc.engines.vllm.prompts import VllmRules
+from extproc.tokenization.prompts import PromptRules
+
+__all__ = ["DEFAULT_ENGINE", "ENGINE_NAMES", "Engine", "EngineName", "engine_named"]
+
+EngineName = Literal["sglang", "vllm"]
+
+
+class Engine(Struct, frozen=True, kw_only=True, eq=False):
+    """One engine, from version `since` on as far as it was read, that is up to `read_until`.
+
+    `ranks_in_header`: it takes the data-parallel rank from a header; otherwise from the body.
+    `load_from_metrics`: its load is read from `/metrics`, since it publishes no load.
+    """
+
+    name: EngineName
+    since: tuple[int, ...]
+    read_until: str
+    rules: PromptRules
+    ranks_in_header: bool = False
+    load_from_metrics: bool = False
+
+
+# By name, the newest version first.
+_ENGINES: Final[dict[str, tuple[Engine, ...]]] = {
+    "sglang": (Engine(name="sglang", since=(0, 5), read_until="0.5.23", rules=SglangRules()),),
+    "vllm": (
+        Engine(
+            name="vllm",
+            since=(0, 11),
+            read_until="0.32.0",
+            rules=VllmRules(),
+            ranks_in_header=True,
+            load_from_metrics=True,
+        ),
+    ),
+}
+ENGINE_NAMES: Final = tuple(_ENGINES)
+# Of workers that do not say what they are.
+DEFAULT_ENGINE: Final = _ENGINES["sglang"][0]
+
+
+def engine_named(name: EngineName | None, version: str = "") -> Engine:
+    """The engine of this name, as it is in `version`; the newest for an unknown version.
+
+    Without a name, it is the default one.
+    """
+    if name is None:
+        return DEFAULT_ENGINE
+    known = _ENGINES[name]
+    if len(known) == 1 or not version:
+        return known[0]
+    wanted = _numbers(version)
+    return next((engine for engine in known if engine.since <= wanted), known[-1])
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (0, 32, 0) of 0.32.0rc1+cpu."""
+    found = []
+    for part in version.lstrip("v").split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        found.append(int(digits))
+        if digits != part:
+            break
+    return tuple(found)

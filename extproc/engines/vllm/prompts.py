@@ -1,0 +1,158 @@
+"""Reads the prompt from a request's body, by vLLM's rules for its endpoint.
+
+The rules are those of vLLM 0.32. What depends on the engine's memory is "unsupported".
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, TypeAlias
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Raw
+from numpy.typing import NDArray
+
+from extproc.engines.vllm.anthropic import anthropic_chat
+from extproc.engines.vllm.requests import chat_of_request, flag
+from extproc.engines.vllm.responses import responses_chat
+from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.fields import (
+    AnthropicBody,
+    BodyFields,
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    ResponsesBody,
+)
+from extproc.tokenization.prompts import Chat, Prompt
+from extproc.tokenization.reasons import (
+    BATCH,
+    CACHE_NOT_READ,
+    MALFORMED,
+    NO_TEXT,
+    UNSUPPORTED,
+)
+
+__all__ = ["VllmRules"]
+
+_TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 32)]
+_Prompts: TypeAlias = str | list[_TokenId | str | list[_TokenId]] | None
+_prompts_decoder: Final[msgspec.json.Decoder[Any]] = msgspec.json.Decoder(_Prompts)
+_NULL: Final = Raw(b"null")
+_SALT_MAX_CHARS: Final = 128
+_SALT_FORBIDDEN: Final = frozenset("@/\\\0")
+
+
+def _chat_prompt(fields: ChatBody, size: int) -> Prompt:
+    # A chat with `echo` asks for the logarithms, too.
+    if fields.prompt_logprobs is not None or fields.echo:
+        raise UnmappableError(CACHE_NOT_READ)
+    return _prompt(fields, size, chat=chat_of_request(fields))
+
+
+def _responses_prompt(fields: ResponsesBody, size: int) -> Prompt:
+    return _prompt(fields, size, chat=responses_chat(fields))
+
+
+def _anthropic_prompt(fields: AnthropicBody, size: int) -> Prompt:
+    return _prompt(fields, size, chat=anthropic_chat(fields))
+
+
+def _completion_prompt(fields: CompletionBody, size: int) -> Prompt:
+    if fields.suffix is not None:
+        raise UnmappableError(UNSUPPORTED, "suffix")
+    if fields.prompt_embeds != _NULL:
+        raise UnmappableError(UNSUPPORTED, "prompt_embeds")
+    if fields.prompt_logprobs is not None or (fields.echo and fields.logprobs is not None):
+        raise UnmappableError(CACHE_NOT_READ)
+    return _one_of(fields, size, fields.prompt)
+
+
+def _embedding_prompt(fields: EmbeddingBody, size: int) -> Prompt:
+    if fields.messages is not None:
+        raise UnmappableError(UNSUPPORTED, "messages")
+    return _one_of(fields, size, fields.input)
+
+
+_READERS: Final[Mapping[str, Callable[[Any, int], Prompt]]] = {
+    "/v1/chat/completions": _chat_prompt,
+    "/v1/completions": _completion_prompt,
+    "/v1/embeddings": _embedding_prompt,
+    "/v1/responses": _responses_prompt,
+    "/v1/messages": _anthropic_prompt,
+}
+
+
+class VllmRules:
+    """vLLM's way from a body to a prompt."""
+
+    def prompt(self, path: str, fields: Any, body_bytes: int) -> Prompt:
+        reader = _READERS.get(path)
+        if reader is None:
+            # The engine has no such endpoint.
+            raise UnmappableError(MALFORMED)
+        return reader(fields, body_bytes)
+
+
+def _one_of(fields: CompletionBody | EmbeddingBody, size: int, raw: Raw) -> Prompt:
+    """The prompt in a text, in token ids, or in a list with one of these."""
+    given = _prompts_decoder.decode(raw)
+    if isinstance(given, list) and given and type(given[0]) is not int:
+        if len(given) > 1:
+            raise UnmappableError(BATCH)
+        given = given[0]
+    if given is None or given == []:
+        raise UnmappableError(NO_TEXT)
+    if isinstance(given, str):
+        special = flag(fields.add_special_tokens, default=True)
+        return _prompt(fields, size, text=given, with_special=special)
+    # The conversion would turn a text among the ids into a number.
+    if set(map(type, given)) != {int}:
+        raise UnmappableError(MALFORMED)
+    return _prompt(fields, size, ids=np.array(given, np.uint64))
+
+
+def _prompt(
+    fields: BodyFields,
+    size: int,
+    *,
+    chat: Chat | None = None,
+    text: str | None = None,
+    ids: NDArray[np.uint64] | None = None,
+    with_special: bool = True,
+) -> Prompt:
+    keep, last = _kept(fields)
+    return Prompt(
+        chat=chat,
+        text=text,
+        ids=ids,
+        with_special=with_special,
+        keep_tokens=keep,
+        keep_last=last,
+        cache_salt=_salt(fields.cache_salt),
+        body_bytes=size,
+    )
+
+
+def _kept(fields: BodyFields) -> tuple[int | None, bool]:
+    """How many tokens of the prompt are kept, None for all, and whether those are the last ones."""
+    if not isinstance(fields, ChatBody | CompletionBody | EmbeddingBody):
+        return None, False
+    keep, side = fields.truncate_prompt_tokens, fields.truncation_side
+    if keep is None:
+        return None, False
+    if type(keep) is not int or keep < -1 or side not in (None, "left", "right"):
+        raise UnmappableError(MALFORMED)
+    # -1 stands for what the model can take; longer prompts are rare.
+    return (None if keep == -1 else keep), side == "left"
+
+
+def _salt(given: Any) -> str | None:
+    if given is None:
+        return None
+    if (
+        type(given) is not str
+        or not 0 < len(given) <= _SALT_MAX_CHARS
+        or not _SALT_FORBIDDEN.isdisjoint(given)
+    ):
+        raise UnmappableError(MALFORMED)
+    return given
