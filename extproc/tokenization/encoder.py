@@ -36,6 +36,7 @@ from extproc.tokenization.reasons import (
     RENDERED_BY_ENGINE,
     TEMPLATE_LIMIT,
     TOO_LONG,
+    UNSUPPORTED,
 )
 from extproc.tokenization.text_encoder import TextEncoder
 from extproc.tokenization.tokenizer_files import read_tokenizer
@@ -225,13 +226,15 @@ class PromptEncoder:
         try:
             if prompt.reason:
                 raise UnmappableError(prompt.reason, prompt.member)
-            if prompt.ids is not None:
-                if len(prompt.ids) > self._settings.max_chars:
-                    raise UnmappableError(TOO_LONG)
-                return Encoded(prompt.ids, "")
-            ids, keep = await self._encode(prompt), prompt.keep_tokens
+            if prompt.ids is None:
+                ids = await self._encode(prompt)
+            elif len(prompt.ids) <= self._settings.max_chars:
+                ids = prompt.ids
+            else:
+                raise UnmappableError(TOO_LONG)
+            keep = prompt.keep_tokens
             if keep is not None and keep < len(ids):
-                ids = ids[len(ids) - keep :] if prompt.keep_last else ids[:keep]
+                ids = self._cut(ids, keep, prompt)
             if not len(ids):
                 raise UnmappableError(NO_TEXT)
             return Encoded(ids, "")
@@ -299,6 +302,25 @@ class PromptEncoder:
                 more = more[1:]
             ids = np.concatenate((ids, more))
         return ids
+
+    def _cut(self, ids: NDArray[np.uint64], keep: int, prompt: Prompt) -> NDArray[np.uint64]:
+        """The ids that are kept of more than `keep`; raises UnmappableError."""
+        if prompt.keep_side == "start":
+            return ids[:keep]
+        before, after = 0, 0
+        chat = prompt.chat
+        if (
+            prompt.keep_side == "text_end"
+            and prompt.ids is None
+            and (prompt.with_special if chat is None else chat.with_special)
+        ):
+            around = self._texts.around
+            if around is None:
+                raise UnmappableError(UNSUPPORTED, "truncate_prompt_tokens")
+            before, after = around
+        if keep <= before + after:
+            raise UnmappableError(UNSUPPORTED, "truncate_prompt_tokens")
+        return np.concatenate((ids[:before], ids[len(ids) - keep + before :]))
 
     async def _encode_text(self, text: str, with_special: bool) -> NDArray[np.uint64]:
         texts = self._texts

@@ -20,6 +20,7 @@ __all__ = [
     "NO_TEMPLATE_KWARGS",
     "Chat",
     "ContentFormat",
+    "KeptSide",
     "Message",
     "Prompt",
     "PromptRules",
@@ -33,6 +34,7 @@ __all__ = [
 Message = dict[str, Any]
 Tool = dict[str, Any]
 ContentFormat = Literal["string", "openai"]
+KeptSide = Literal["start", "end", "text_end"]
 
 # Parameters of the function of transformers that renders a chat. In template arguments, some make
 # an engine fail and the others change what it does.
@@ -112,6 +114,11 @@ class Chat(Protocol):
     def has_tools(self) -> bool: ...
 
     @property
+    def with_special(self) -> bool:
+        """True if the tokenizer adds its special tokens to the rendered text."""
+        ...
+
+    @property
     def harmony_is_special(self) -> bool:
         """True if the engine renders it without the template for models with the harmony format."""
         ...
@@ -132,7 +139,8 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     Either one of `chat`, `text` and `ids` (uint64) is set, or `reason` with, where it is known, the
     `member` of the body that it is about. A `text` is encoded with
     the special tokens that the tokenizer adds, unless `with_special` is False. Of the ids, only
-    `keep_tokens` are kept if that is set: the first ones, or the last ones with `keep_last`.
+    `keep_tokens` are kept if that is set, those of `keep_side`; with "text_end" special tokens
+    around the text stay, and the end of the text between them.
     `cache_salt` and `lora` name the cache namespace; both are None for the common one. The adapter
     in a `model` of the form base:adapter is not among them. `body_bytes` is the size of the body.
     """
@@ -142,7 +150,7 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     ids: NDArray[np.uint64] | None = None
     with_special: bool = True
     keep_tokens: int | None = None
-    keep_last: bool = False
+    keep_side: KeptSide = "start"
     cache_salt: str | None = None
     lora: str | None = None
     reason: str = ""

@@ -115,6 +115,13 @@ class TextEncoder:
         return self._splitter is not None
 
     @property
+    def around(self) -> tuple[int, int] | None:
+        """Number of special tokens before and after a text; None if it is not known."""
+        if not self._around_known:
+            return None
+        return len(self._before) // 4, len(self._after) // 4
+
+    @property
     def cache_bytes(self) -> int:
         """Memory taken by pieces and words."""
         return self.cache.bytes + (self._words.size_bytes if self._words is not None else 0)

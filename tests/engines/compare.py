@@ -10,11 +10,14 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from tokenizers import Tokenizer
 
 from extproc.clock import SystemClock
+from extproc.engines.engine import EngineName, engine_named
+from extproc.errors import RouterError
+from extproc.routing.request import ClientHeaders, find_endpoint, parse_body
 from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
 from tests.engines.bodies import Body, all_bodies
 from tests.engines.vectors import MODEL_NAMES, MODELS, read_vectors, vector_files
@@ -48,18 +51,29 @@ class _Service:
     """What the service makes of a body for an engine."""
 
     def __init__(self, engine: str, version: str, folder: Path) -> None:
+        self.rules = engine_named(cast("EngineName", engine), version).rules
         self.encoder = PromptEncoder.load(folder, EncoderSettings(), SystemClock())
         self.words = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     async def tokens(self, body: Body) -> tuple[list[int] | None, str, str | None]:
         """The ids, or None with the reason; the salt."""
-        prompt = await self.encoder.read(body.path, body.data, None)
+        endpoint = find_endpoint("POST", body.path)
+        try:
+            request = parse_body(endpoint, body.data, _no_headers, prompt_max_bytes=1 << 24)
+        except RouterError as error:
+            return None, error.code, None
+        fields = request.take_fields()
+        prompt = await self.encoder.read(self.rules, body.path, request.body, fields)
         encoded = await self.encoder.encode(prompt)
         ids = None if encoded.ids is None else encoded.ids.tolist()
         return ids, encoded.reason, prompt.cache_salt
 
     def text(self, ids: list[int]) -> str:
         return self.words.decode(ids, skip_special_tokens=False)
+
+
+def _no_headers() -> ClientHeaders:
+    return ClientHeaders("", ())
 
 
 async def _compare(service: _Service, answers: dict[str, Any]) -> list[Compared]:

@@ -52,6 +52,10 @@ class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
         return self.tools is not None
 
     @property
+    def with_special(self) -> bool:
+        return False
+
+    @property
     def harmony_is_special(self) -> bool:
         return self.responses_api
 

@@ -46,6 +46,10 @@ class AnthropicChat(Struct, frozen=True, kw_only=True, eq=False):
         return self.chat.has_tools
 
     @property
+    def with_special(self) -> bool:
+        return False
+
+    @property
     def harmony_is_special(self) -> bool:
         return True
 
@@ -146,7 +150,8 @@ def _read_blocks(blocks: list[Any], message: Message, messages: list[Message]) -
             if message["role"] == "user":
                 messages.extend(_result(block))
             else:
-                raise UnmappableError(UNSUPPORTED, "messages")
+                content = block.get("content")
+                parts.append({"type": "text", "text": f"Tool result: {content or ''}"})
         elif kind == "image":
             raise UnmappableError(MULTIMODAL)
         elif kind not in _IGNORED_BLOCKS:

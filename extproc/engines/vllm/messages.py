@@ -5,6 +5,8 @@ content as one text or as a list of parts, and lets a trailing answer of the ass
 Arguments of tool calls that are not an object become an empty one.
 """
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -12,7 +14,7 @@ import msgspec
 
 from extproc.tokenization.errors import UnmappableError
 from extproc.tokenization.prompts import ContentFormat, Message
-from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, UNSUPPORTED
+from extproc.tokenization.reasons import MALFORMED, MULTIMODAL
 
 __all__ = ["BuiltCall", "checked_messages", "template_messages"]
 
@@ -55,6 +57,7 @@ _PART_FIELDS: Final = frozenset(
     }
 )
 _CONTENT_MAY_BE_NULL: Final = frozenset({"assistant", "function"})
+_NUMBERS: Final = re.compile(r"NaN|Infinity|\d{18}")
 _decoder: Final = msgspec.json.Decoder()
 
 
@@ -167,7 +170,8 @@ def _content(parts: list[Message], content_format: ContentFormat) -> Any:
     texts = [part["text"] if part["type"] == "text" else part["name"] for part in parts]
     if not all(type(text) is str for text in texts):
         raise UnmappableError(MALFORMED)
-    return "\n".join(texts)
+    # A part without text leaves no line.
+    return "\n".join(filter(None, texts))
 
 
 class BuiltCall(NamedTuple):
@@ -210,9 +214,10 @@ def _arguments(text: str) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        found = _decoder.decode(text)
-    except UnicodeError:
-        raise UnmappableError(UNSUPPORTED) from None
-    except (msgspec.MsgspecError, RecursionError):
+        # The faster decoder does not know NaN, and takes large integers for floats.
+        found = json.loads(text) if _NUMBERS.search(text) else _decoder.decode(text)
+    except RecursionError:
+        raise UnmappableError(MALFORMED) from None
+    except ValueError:
         return {}
     return found if type(found) is dict else {}

@@ -23,7 +23,7 @@ from extproc.tokenization.fields import (
     EmbeddingBody,
     ResponsesBody,
 )
-from extproc.tokenization.prompts import Chat, Prompt
+from extproc.tokenization.prompts import Chat, KeptSide, Prompt
 from extproc.tokenization.reasons import (
     BATCH,
     CACHE_NOT_READ,
@@ -38,6 +38,13 @@ _TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 32)]
 _Prompts: TypeAlias = str | list[_TokenId | str | list[_TokenId]] | None
 _prompts_decoder: Final[msgspec.json.Decoder[Any]] = msgspec.json.Decoder(_Prompts)
 _NULL: Final = Raw(b"null")
+# The engine cuts on the left if the request does not say where; the tokenizer does that then, and
+# leaves its special tokens. `truncation_side` names the side that is cut.
+_KEPT_SIDES: Final[Mapping[Any, KeptSide]] = {
+    None: "text_end",
+    "left": "end",
+    "right": "start",
+}
 _SALT_MAX_CHARS: Final = 128
 _SALT_FORBIDDEN: Final = frozenset("@/\\\0")
 
@@ -120,30 +127,32 @@ def _prompt(
     ids: NDArray[np.uint64] | None = None,
     with_special: bool = True,
 ) -> Prompt:
-    keep, last = _kept(fields)
+    keep, side = _kept(fields)
     return Prompt(
         chat=chat,
         text=text,
         ids=ids,
         with_special=with_special,
         keep_tokens=keep,
-        keep_last=last,
+        keep_side=side,
         cache_salt=_salt(fields.cache_salt),
         body_bytes=size,
     )
 
 
-def _kept(fields: BodyFields) -> tuple[int | None, bool]:
-    """How many tokens of the prompt are kept, None for all, and whether those are the last ones."""
+def _kept(fields: BodyFields) -> tuple[int | None, KeptSide]:
+    """How many tokens of the prompt are kept, None for all, and which."""
     if not isinstance(fields, ChatBody | CompletionBody | EmbeddingBody):
-        return None, False
+        return None, "text_end"
     keep, side = fields.truncate_prompt_tokens, fields.truncation_side
-    if keep is None:
-        return None, False
-    if type(keep) is not int or keep < -1 or side not in (None, "left", "right"):
+    if side not in _KEPT_SIDES or (keep is not None and type(keep) is not int):
         raise UnmappableError(MALFORMED)
-    # -1 stands for what the model can take; longer prompts are rare.
-    return (None if keep == -1 else keep), side == "left"
+    if keep is not None and keep < 1 and keep != -1:
+        raise UnmappableError(MALFORMED)
+    if keep == -1:
+        # That stands for what the engine can take, which is not known here.
+        raise UnmappableError(UNSUPPORTED, "truncate_prompt_tokens")
+    return keep, _KEPT_SIDES[side]
 
 
 def _salt(given: Any) -> str | None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from extproc.engines.sglang.chats import SglangChat
 from extproc.clock import SystemClock
 from extproc.engines.engine import DEFAULT_ENGINE
+from extproc.engines.sglang.chats import SglangChat
 from extproc.engines.sglang.messages import for_template
 from extproc.tokenization.chat_template import iterates_over_parts
 from extproc.tokenization.encoder import Encoded, EncoderSettings, PromptEncoder
