@@ -198,7 +198,7 @@ class Placement:
         cached = chosen.device_tokens + chosen.host_tokens + chosen.disk_tokens
         pages = chosen.pages
         cut = None if pages is None else prompts.get(_shape(chosen.rank, pages))
-        # An engine can have its own number of tokens; where its tokens are not known, none are.
+        # An engine can have its own number of tokens; without its tokens it is 0.
         total = 0 if found is None else len(found.ids)
         return Placed(
             chosen.rank,

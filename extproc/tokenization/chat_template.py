@@ -209,7 +209,7 @@ class _Template:
         return self._trial(variables) is None
 
     def effort_without_thinking(self, variables: dict[str, Any]) -> str:
-        """The effort by which vLLM turns thinking off: "none", unless the template ignores it."""
+        """The effort by which vLLM turns thinking off; it is low if the template ignores others."""
         content = "Hi" if self.facts.content_format == "string" else _HI_IN_PARTS
         variables = {
             "messages": [{"role": "user", "content": content}],

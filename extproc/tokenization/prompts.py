@@ -69,7 +69,8 @@ class TemplateFacts(Struct, frozen=True, kw_only=True):
     "developer". `renames_low_effort`: the template is of a family with its own word for it.
     `wants_system_first`: it fails for a system's message after others, and
     `effort_without_thinking` is the effort that turns thinking off, both as vLLM tries it out.
-    `hides_unchosen_tools`: vLLM was started so that a `tool_choice` of "none" hides the tools.
+    `hides_unchosen_tools`: vLLM was started so that a `tool_choice` that forbids calls hides the
+    tools.
     """
 
     loops_over_parts: bool = False

@@ -80,7 +80,7 @@ def anthropic_chat(body: AnthropicBody) -> AnthropicChat:
     chat = VllmChat(
         messages=messages,
         tools=tools,
-        none_chosen=type(body.tool_choice) is dict and body.tool_choice.get("type") == "none",
+        no_tool_wanted=type(body.tool_choice) is dict and body.tool_choice.get("type") == "none",
         template_kwargs=checked_kwargs(body.chat_template_kwargs),
         effort=_effort(body.output_config),
     )

@@ -26,14 +26,14 @@ _NO_VALUES: Final = (None, "auto")
 class VllmChat(Struct, frozen=True, kw_only=True, eq=False):
     """The messages and options of a chat.
 
-    `none_chosen`: the client's `tool_choice` is "none", which hides the tools only if the engine
-    was started so. `effort` is its `reasoning_effort`. `with_special`: the tokenizer adds its
-    special tokens to the text of the template.
+    `no_tool_wanted`: the client's `tool_choice` forbids calls, which hides the tools only if the
+    engine was started so. `effort` is its `reasoning_effort`. `with_special`: the tokenizer adds
+    its special tokens to the text of the template.
     """
 
     messages: list[Message]
     tools: list[Tool] | None = None
-    none_chosen: bool = False
+    no_tool_wanted: bool = False
     template_kwargs: dict[str, Any] = {}
     effort: str | None = None
     documents: Any = None
@@ -71,7 +71,7 @@ class VllmChat(Struct, frozen=True, kw_only=True, eq=False):
             raise UnmappableError(NO_TEXT)
         if not template.names_developer and any(one["role"] == "developer" for one in messages):
             messages = _with_one_system(messages)
-        hidden = self.none_chosen and template.hides_unchosen_tools
+        hidden = self.no_tool_wanted and template.hides_unchosen_tools
         return TemplateInput(
             messages=messages,
             tools=None if hidden else self.tools,

@@ -150,7 +150,7 @@ def _parts(content: Any) -> Iterator[Message]:
 
 
 def _without_billing_header(parts: Iterator[Message]) -> Iterator[Message]:
-    """The parts without the line by which an agent says whom it works for.
+    """The parts without the line by which an agent names its account.
 
     It differs in every request, so the engine drops it.
     """

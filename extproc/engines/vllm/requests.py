@@ -42,7 +42,7 @@ def chat_of_request(body: ChatBody) -> VllmChat:
     return VllmChat(
         messages=messages,
         tools=tools or None,
-        none_chosen=choice == "none",
+        no_tool_wanted=choice == "none",
         template_kwargs=checked_kwargs(body.chat_template_kwargs),
         effort=effort,
         documents=documents,

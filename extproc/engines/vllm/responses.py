@@ -50,7 +50,7 @@ def responses_chat(body: ResponsesBody) -> VllmChat:
     return VllmChat(
         messages=_messages(body.instructions, items),
         tools=_tools(bytes(body.tools)) if _has_tools(body) else None,
-        none_chosen=body.tool_choice == "none",
+        no_tool_wanted=body.tool_choice == "none",
         template_kwargs=checked_kwargs(body.chat_template_kwargs),
         effort=_effort(body.reasoning),
         generation_prompt=not open_end,
