@@ -8,8 +8,10 @@ import msgspec
 
 __all__ = [
     "DEFAULT_NAMESPACE",
+    "FULL_ATTENTION",
     "CacheEvent",
     "Cleared",
+    "Group",
     "Medium",
     "Namespace",
     "Page",
@@ -32,10 +34,22 @@ class Namespace(msgspec.Struct, frozen=True):
 DEFAULT_NAMESPACE = Namespace()
 
 
+class Group(msgspec.Struct, frozen=True):
+    """Layers of a vLLM model that share blocks; `window` in tokens if they see only so many."""
+
+    number: int
+    kind: str
+    window: int | None = None
+
+
+FULL_ATTENTION = Group(0, "full_attention")
+
+
 class Stored(msgspec.Struct, frozen=True):
     """A chain of pages was stored in `medium`; each is the child of the one before it.
 
     `hashes` are signed. `parent` is the hash of the page before the chain, None at the root.
+    `group` is set where a model has several.
     """
 
     hashes: list[int]
@@ -43,6 +57,7 @@ class Stored(msgspec.Struct, frozen=True):
     pages: list[Page]
     medium: Medium
     namespace: Namespace
+    group: Group | None = None
 
 
 class Removed(msgspec.Struct, frozen=True):
@@ -50,6 +65,7 @@ class Removed(msgspec.Struct, frozen=True):
 
     hashes: list[int]
     medium: Medium
+    group: Group | None = None
 
 
 class Cleared(msgspec.Struct, frozen=True):

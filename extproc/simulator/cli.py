@@ -16,11 +16,17 @@ import structlog
 import uvloop
 
 from extproc.simulator.http import RunningSimulator, start
-from extproc.simulator.settings import DisaggregationMode, PdProtocol, SimulatorSettings, WireFormat
+from extproc.simulator.settings import (
+    DisaggregationMode,
+    EngineName,
+    PdProtocol,
+    SimulatorSettings,
+    WireFormat,
+)
 
 __all__ = ["DESCRIPTION", "add_arguments", "in_a_row", "run"]
 
-DESCRIPTION = "SGLang-like workers that need no GPU, for tests and demonstrations."
+DESCRIPTION = "Workers like SGLang or vLLM that need no GPU, for tests and demonstrations."
 
 _MOST_WORKERS = 256
 
@@ -29,6 +35,7 @@ _HELP = {
     "host": "address to listen on",
     "port": "port to listen on; 0 picks a free one",
     "model": "served model name",
+    "kv_topic": "topic of KV events",
     "prefill_tokens_per_second": "prefill speed, one prompt at a time",
     "decode_milliseconds_per_token": "time between two tokens of one request",
     "max_running_requests": "requests decoded at once on each rank; more wait",
@@ -101,8 +108,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-requests", action="store_true", help="one log line for every request"
     )
+    parser.add_argument("--no-server-info", action="store_true", help="answer 404 to introspection")
+    _add_vllm_arguments(parser)
+
+
+def _add_vllm_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--no-server-info", action="store_true", help="answer 404 to introspection, as vLLM does"
+        "--engine",
+        choices=get_args(EngineName),
+        default=_DEFAULTS.engine,
+        help="the engine that the workers resemble (default %(default)s)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="an adapter that vllm lists as a model; may be repeated",
+    )
+    parser.add_argument(
+        "--dev-mode", action="store_true", help="the paths of vllm's development mode"
     )
 
 

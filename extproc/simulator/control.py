@@ -13,6 +13,7 @@ from extproc.simulator.engine import RankLoad
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.faults import WorkerFaults
 from extproc.simulator.inference import hang, json_answer, listening_port
+from extproc.simulator.vllm_control import VllmControl
 from extproc.simulator.worker import Worker
 
 __all__ = ["Control"]
@@ -34,17 +35,21 @@ class Control:
     def routes(self) -> list[web.RouteDef]:
         routes = [
             web.get("/health", self.health),
-            web.get("/health_generate", self.health_generate),
             web.get("/v1/models", self.models),
-            web.get("/flush_cache", self.flush_cache),
-            web.post("/flush_cache", self.flush_cache),
-            web.post("/abort_request", self.abort_request),
-            web.post("/pd_role_switch", self.switch_role),
             web.post("/simulator/restart", self.restart),
             web.get("/simulator/stats", self.stats),
             web.get("/simulator/faults", self.get_faults),
             web.post("/simulator/faults", self.set_faults),
             web.delete("/simulator/faults", self.clear_faults),
+        ]
+        if self._worker.settings.is_vllm:
+            return routes + VllmControl(self._worker).routes()
+        routes += [
+            web.get("/health_generate", self.health_generate),
+            web.get("/flush_cache", self.flush_cache),
+            web.post("/flush_cache", self.flush_cache),
+            web.post("/abort_request", self.abort_request),
+            web.post("/pd_role_switch", self.switch_role),
         ]
         if not self._worker.settings.no_server_info:
             routes += [
@@ -99,16 +104,25 @@ class Control:
         if answer is not None:
             return answer
         settings = self._worker.settings
-        card = {
-            "id": settings.model,
+        base = self._card(settings.model, settings.model, context_length=settings.context_length)
+        adapters = [
+            self._card(name, path, parent=settings.model)
+            for name, path in self._worker.adapters.paths.items()
+        ]
+        return json_answer({"object": "list", "data": [base, *adapters]})
+
+    def _card(
+        self, name: str, root: str, *, parent: str | None = None, context_length: int | None = None
+    ) -> dict[str, Any]:
+        return {
+            "id": name,
             "object": "model",
             "created": int(time.time()),
-            "owned_by": "sglang",
-            "root": settings.model,
-            "parent": None,
-            "max_model_len": settings.context_length,
+            "owned_by": self._worker.settings.engine,
+            "root": root,
+            "parent": parent,
+            "max_model_len": context_length,
         }
-        return json_answer({"object": "list", "data": [card]})
 
     async def loads(self, request: web.Request) -> web.Response:
         """The `core` section of the engine's load report; `dp_rank` picks one rank."""

@@ -84,6 +84,10 @@ class Engine:
         """Tokens that the cache of each rank holds on the device and on the host."""
         return [rank.cached_tokens() for rank in self._ranks]
 
+    def kv_usages(self) -> list[float]:
+        """The part of each rank's cache that running requests use, from 0 to 1."""
+        return [rank.kv_usage() for rank in self._ranks]
+
     @property
     def is_idle(self) -> bool:
         return all(rank.is_idle for rank in self._ranks)

@@ -30,6 +30,8 @@ _BACKLOG_CONNECTIONS = 4096
 _SHUTDOWN_SECONDS = 1.0  # handlers were cancelled already
 _WORKER = web.AppKey("worker", Worker)
 _OPEN_PATHS = frozenset({"/health", "/health_generate"})
+_SGLANG_PATHS = frozenset({"/generate"})
+_VLLM_GUARDED_PREFIX = "/v1"
 
 
 def create_app(settings: SimulatorSettings) -> web.Application:
@@ -45,7 +47,8 @@ def create_app(settings: SimulatorSettings) -> web.Application:
     async def infer(request: web.Request) -> web.StreamResponse:
         return await serve(worker, request)
 
-    app.add_routes([web.post(path, infer) for path in readers])
+    paths = readers.keys() - (_SGLANG_PATHS if settings.is_vllm else set())
+    app.add_routes([web.post(path, infer) for path in sorted(paths)])
 
     async def break_off(app: web.Application) -> None:
         worker.break_off()
@@ -187,9 +190,14 @@ def _enveloped() -> Middleware:
 def _authorized(settings: SimulatorSettings) -> Middleware:
     expected = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
 
+    def guards(path: str) -> bool:
+        if settings.is_vllm:
+            return path.startswith(_VLLM_GUARDED_PREFIX)
+        return path not in _OPEN_PATHS
+
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if expected is not None and request.path not in _OPEN_PATHS:
+        if expected is not None and guards(request.path):
             given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
             if not hmac.compare_digest(given, expected):
                 raise ApiError(

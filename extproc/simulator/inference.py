@@ -121,7 +121,7 @@ async def _answer(worker: Worker, request: web.Request, entry: Entry) -> web.Str
         return _fault_answer(fault.answer_status, fault)
     leg = worker.pd.leg(asked) if answer.streams else Leg()
     run = _Run(worker, request, entry, answer, fault, leg)
-    rank = _rank(request, asked)
+    rank = _rank(worker, request, asked)
     job = _job(worker, asked, prompts, namespace, ticket.id, rank, fault)
     with _submit(worker, leg, job) as generation:
         return await (run.stream(generation) if entry.stream else run.whole(generation))
@@ -149,7 +149,12 @@ def _tokens(worker: Worker, prompt: Prompt, asked: InferenceRequest) -> Sequence
 
 
 def _namespace(worker: Worker, asked: InferenceRequest) -> Namespace:
-    """The cache namespace of the request; `model:adapter` names any adapter of the model."""
+    """The cache namespace of the request.
+
+    For SGLang `model:adapter` names any adapter of the model, for vLLM the name of a loaded one.
+    """
+    if worker.settings.is_vllm:
+        return Namespace(asked.cache_salt, worker.adapters.resolve(asked.model))
     model, lora_name = worker.settings.model, asked.lora_name
     if asked.model not in (None, model):
         base, _, lora_name = asked.model.rpartition(":")
@@ -164,7 +169,7 @@ def _ticket(
     return Ticket(
         id=asked.rid or uuid.uuid4().hex,
         created=int(time.time()),
-        model=worker.settings.model,
+        model=asked.model if worker.settings.is_vllm and asked.model else worker.settings.model,
         fingerprint=f"simulator-{listening_port(request)}",
         prompt_tokens=prompt_tokens,
         sequences=asked.sequences,
@@ -191,11 +196,11 @@ def _fault_answer(status: int, fault: RequestFault) -> web.Response:
     return response
 
 
-def _rank(request: web.Request, asked: InferenceRequest) -> int | None:
-    """The rank that the request names; the header overrides the body."""
+def _rank(worker: Worker, request: web.Request, asked: InferenceRequest) -> int | None:
+    """The rank that the request names; the header overrides the body, which vLLM ignores."""
     header = request.headers.get(_RANK_HEADER)
     if header is None:
-        return asked.dp_rank
+        return None if worker.settings.is_vllm else asked.dp_rank
     try:
         return int(header)
     except ValueError as error:

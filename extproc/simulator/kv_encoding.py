@@ -1,4 +1,4 @@
-"""Encodes KV events and load reports as an engine does.
+"""Encodes KV events and load reports as SGLang does.
 
 Two generations of events: tagged maps (SGLang since autumn 2026) and arrays (before). Maps
 leave out optional fields that are None; arrays do not, and carry a salt or an adapter in a
@@ -14,7 +14,7 @@ from extproc.simulator.cache_events import CacheEvent, Page, Removed, Stored
 from extproc.simulator.engine import RankLoad
 from extproc.simulator.settings import WireFormat
 
-__all__ = ["EventEncoder", "WireEvent", "encode_batch", "encode_load"]
+__all__ = ["EventEncoder", "WireEvent", "encode_batch", "encode_load", "token_ids_of"]
 
 _TokenIds: TypeAlias = list[int] | list[tuple[int, int]]  # bigram pages hold pairs
 
@@ -77,7 +77,7 @@ class EventEncoder:
     def wire_event(self, event: CacheEvent, *, missing_tokens: int = 0) -> WireEvent:
         """Encode one event. `missing_tokens` drops tokens at its end: a fault for tests."""
         if isinstance(event, Stored):
-            token_ids = _token_ids(event.pages)
+            token_ids = token_ids_of(event.pages)
             return self._stored(event, token_ids[: len(token_ids) - missing_tokens])
         if isinstance(event, Removed):
             kind = _RemovedArray if self._is_array else _RemovedMap
@@ -126,7 +126,8 @@ def encode_load(
     )
 
 
-def _token_ids(pages: Iterable[Page]) -> list[Any]:
+def token_ids_of(pages: Iterable[Page]) -> list[Any]:
+    """The ids of these pages, one after the other; TypeError for pages of something else."""
     ids: list[Any] = []
     for page in pages:
         if not isinstance(page, tuple):

@@ -21,10 +21,10 @@ from extproc.simulator.faults import WorkerFaults
 from extproc.simulator.kv_encoding import EventEncoder, encode_batch, encode_load
 from extproc.simulator.kv_sockets import bind_ranks
 from extproc.simulator.settings import SimulatorSettings
+from extproc.simulator.vllm_encoding import VllmEventEncoder
 
 __all__ = ["KvPorts", "KvPublisher"]
 
-_TOPIC: Final = b""
 _LOAD_TOPIC: Final = b"load"
 _REPLAYED_BATCHES: Final = 10_000
 _END_SEQ: Final = b"\xff" * 8
@@ -62,7 +62,7 @@ class KvPublisher:
         wanted = ports or KvPorts(
             events=settings.kv_events_port or 0,
             replay=None if settings.no_replay else settings.kv_replay_port,
-            load=None if settings.no_load_events else settings.kv_load_port,
+            load=(None if settings.no_load_events or settings.is_vllm else settings.kv_load_port),
         )
 
         async def bind() -> None:
@@ -111,7 +111,7 @@ class KvPublisher:
             "publisher": "zmq",
             "endpoint_host": "*" if host in ("0.0.0.0", "::") else host,  # noqa: S104
             "endpoint_port_base": self.ports.events,
-            "topic": _TOPIC.decode(),
+            "topic": self._settings.kv_topic,
             "block_size": self._settings.page_size,
             "dp_size": self._settings.dp_size,
         }
@@ -172,7 +172,12 @@ class _RankSockets:
         self._replay = replay
         self._load = load
         self._load_of = load_of
-        self._encoder = EventEncoder(settings.wire_format, settings.page_size)
+        self._topic = settings.kv_topic.encode()
+        self._encoder = (
+            VllmEventEncoder(settings.page_size)
+            if settings.is_vllm
+            else EventEncoder(settings.wire_format, settings.page_size)
+        )
         self._sent: deque[tuple[bytes, bytes]] = deque(maxlen=_REPLAYED_BATCHES)
         self._seq = 0
         self._load_seq = 0
@@ -201,7 +206,7 @@ class _RankSockets:
         if self._to_drop:
             self._to_drop -= 1
             return
-        self._send([_TOPIC, seq, b"\xc1" if garbled else payload])
+        self._send([self._topic, seq, b"\xc1" if garbled else payload])
 
     def report_load_soon(self) -> None:
         """Report once for all changes in the present turn of the event loop."""
@@ -245,9 +250,9 @@ class _RankSockets:
         The last one uses a sequence number; its replay is an empty batch.
         """
         if number % 3 == 0:
-            self._send([_TOPIC, b"garbage"])
+            self._send([self._topic, b"garbage"])
         elif number % 3 == 1:
-            self._send([_TOPIC, b"seq", b"garbage"])
+            self._send([self._topic, b"seq", b"garbage"])
         else:
             self.publish([], garbled=True)
 
@@ -267,8 +272,12 @@ class _RankSockets:
 
     def _answer_replay(self, socket: "zmq.Socket[bytes]", client: bytes, start: bytes) -> None:
         # Engines that publish arrays omit the topic.
-        head = [client, b""] if self._settings.wire_format == "array" else [client, b"", _TOPIC]
+        head = (
+            [client, b""] if self._settings.wire_format == "array" else [client, b"", self._topic]
+        )
         for seq, payload in self._sent:
             if seq >= start:  # big-endian bytes compare like the numbers
                 socket.send_multipart([*head, seq, payload], zmq.NOBLOCK)
+        if self._settings.is_vllm:
+            head[2] = b""
         socket.send_multipart([*head, _END_SEQ, b""], zmq.NOBLOCK)

@@ -58,6 +58,7 @@ class Rank:
         )
         self.number = number
         self._limit = settings.max_running_requests
+        self._capacity_tokens = settings.max_total_num_tokens
         self._bigram = settings.caches_bigrams
         self._output_ids = output_ids
         self._observer = observer
@@ -103,6 +104,9 @@ class Rank:
 
     def cached_tokens(self) -> tuple[int, int]:
         return self._cache.used_tokens, self._cache.host_used_tokens
+
+    def kv_usage(self) -> float:
+        return min(1.0, self.load().used_tokens / self._capacity_tokens)
 
     def holding(self, job: Job) -> Holding:
         return Holding(self._cache, job.prompts, job.namespace, bigram=self._bigram)

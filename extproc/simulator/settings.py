@@ -4,8 +4,9 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["DisaggregationMode", "PdProtocol", "SimulatorSettings", "WireFormat"]
+__all__ = ["DisaggregationMode", "EngineName", "PdProtocol", "SimulatorSettings", "WireFormat"]
 
+EngineName = Literal["sglang", "vllm"]
 DisaggregationMode = Literal["null", "prefill", "decode"]
 PdProtocol = Literal["sglang", "nixl"]
 WireFormat = Literal["map", "array"]
@@ -16,13 +17,17 @@ _BIGRAM_ALGORITHMS = ("EAGLE", "EAGLE3", "FROZEN_KV_MTP")
 class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """One worker: where it listens, what it serves and how fast it is.
 
-    `port` 0 picks a free one. `model` is the served name. `no_server_info` makes the worker
-    look like vLLM, which has neither `/server_info` nor `/v1/loads`. While
-    `startup_delay_seconds` have not passed, health, introspection and inference answer 503.
+    `engine` is the one that the worker resembles: its paths, its KV events, its cache and what it
+    makes of a chat. `port` 0 picks a free one. `model` is the served name. `no_server_info` makes
+    a worker like SGLang answer 404 to introspection. While `startup_delay_seconds` have not
+    passed, health, introspection and inference answer 503.
 
-    KV events and load are published when `kv_events_port` is given. Rank r uses each of the
-    three ports plus r; 0 picks free ones. `wire_format` "array" is the format of older engines;
-    their replays have no topic frame.
+    KV events are published when `kv_events_port` is given, and by a worker like SGLang load, too.
+    Rank r uses each of the three ports plus r; 0 picks free ones. `wire_format` "array" is the
+    format of older versions of SGLang; their replays have no topic frame.
+
+    A worker like vLLM serves `lora` adapters as models of their own. `dev_mode` brings the paths
+    of vLLM's development mode.
 
     A "prefill" worker listens at `disaggregation_bootstrap_port`, which is also where a "decode"
     worker looks for the other leg of a request that names no port. With `pd_protocol` "nixl", as
@@ -37,6 +42,7 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 0
+    engine: EngineName = "sglang"
     model: str = "simulated-model"
     prefill_tokens_per_second: float = 8000.0
     decode_milliseconds_per_token: float = 20.0
@@ -61,6 +67,9 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     no_replay: bool = False
     no_load_events: bool = False
     wire_format: WireFormat = "map"
+    kv_topic: str = ""
+    lora: list[str] = []
+    dev_mode: bool = False
     api_key: str | None = None
     startup_delay_seconds: float = 0.0
     log_requests: bool = False
@@ -101,8 +110,27 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1")
+        self._check_engine()
         if self.api_key is not None and not self.api_key:
             raise ValueError("api_key: must not be empty; leave it out for an open worker")
+
+    def _check_engine(self) -> None:
+        if self.is_vllm:
+            if self.host_cache_tokens:
+                raise ValueError("host_cache_tokens: a worker like vllm has no host cache")
+            return
+        for name in ("lora", "dev_mode"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: needs engine vllm")
+
+    @property
+    def is_vllm(self) -> bool:
+        return self.engine == "vllm"
+
+    @property
+    def blocks(self) -> int:
+        """The number of pages that a rank's cache holds."""
+        return self.max_total_num_tokens // self.page_size
 
     @property
     def caches_bigrams(self) -> bool:

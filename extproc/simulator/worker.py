@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from extproc.simulator.adapters import Adapters
 from extproc.simulator.engine import Engine
 from extproc.simulator.faults import FaultBoard
 from extproc.simulator.journal import Journal
@@ -41,6 +42,8 @@ class Worker:
         self.pd = self._new_pd()
         self.started_at = time.monotonic()
         self.startup_time = time.time()
+        # Adapters that were loaded at run time are gone after a restart.
+        self.adapters = Adapters(settings.model, settings.lora)
         self._is_up = False
 
     def _new_pd(self) -> KvExchange:

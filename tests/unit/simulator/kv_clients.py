@@ -47,7 +47,9 @@ class KvClient:
         assert ports is not None
         self.ports = ports
         self._worker = worker
-        self._has_topic = worker.simulator.settings.wire_format == "map"
+        settings = worker.simulator.settings
+        self._has_topic = settings.wire_format == "map"
+        self._topic = settings.kv_topic.encode()
         self._context = zmq.asyncio.Context()
 
     def close(self) -> None:
@@ -101,13 +103,13 @@ class KvClient:
         assert self.ports.replay is not None
         socket = self._connected(zmq.DEALER, self.ports.replay + rank)
         await socket.send_multipart([b"", start.to_bytes(8, "big")])
-        head = [b"", b""] if self._has_topic else [b""]
+        head = [b"", self._topic] if self._has_topic else [b""]
         got = []
         async with asyncio.timeout(PATIENCE_SECONDS):
             while (frames := await socket.recv_multipart())[-2] != END:
                 assert frames[:-2] == head
                 got.append(batch(*frames[-2:]))
-        assert frames == [*head, END, b""]
+        assert frames == [*([b"", b""] if self._has_topic else [b""]), END, b""]
         socket.close()
         return got
 
