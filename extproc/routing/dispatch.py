@@ -57,7 +57,7 @@ class Dispatch:
         """Claim the chosen worker; the others of `candidates` may serve instead."""
         worker, policy, reason, placed, dp_rank = chosen
         members, rank_header = b"", None
-        in_header = worker.engine.ranks_in_header
+        in_header = dp_rank is not None and worker.engine.ranks_in_header
         if dp_rank is not None and (request.body or in_header):
             if in_header:
                 rank_header = dp_rank

@@ -197,7 +197,9 @@ class Placement:
         found = tokens.get(chosen.rank.engine)
         cached = chosen.device_tokens + chosen.host_tokens + chosen.disk_tokens
         pages = chosen.pages
-        cut = None if pages is None else prompts.get(_shape(chosen.rank, pages))
+        cut = None
+        if pages is not None:
+            cut = prompts.get((pages.page_size, pages.bigram, chosen.rank.engine))
         # An engine can have its own number of tokens; without its tokens it is 0.
         total = 0 if found is None else len(found.ids)
         return Placed(
@@ -218,24 +220,24 @@ class Placement:
     ) -> None:
         """Fill in what each candidate holds."""
         masks: dict[_Shape, int] = {}
+        known: list[tuple[_Candidate, RankPages, _Shape]] = []
         for candidate in candidates:
-            pages = candidate.rank.pages
+            rank = candidate.rank
+            pages = rank.pages
             if pages is not None and pages.trusted:
                 candidate.pages, candidate.has_events = pages, True
-                shape = _shape(candidate.rank, pages)
+                shape = (pages.page_size, pages.bigram, rank.engine)
                 masks[shape] = masks.get(shape, 0) | pages.bit
+                known.append((candidate, pages, shape))
         for shape, mask in masks.items():
             found = tokens.get(shape[2])
             if found is not None:
                 prompts[shape] = self._cut(shape, mask, found, now)
-        for candidate in candidates:
-            pages = candidate.pages
-            if pages is None:
-                continue
-            page_size = pages.page_size
-            prompt = prompts.get(_shape(candidate.rank, pages))
+        for candidate, pages, shape in known:
+            prompt = prompts.get(shape)
             if prompt is None:
                 continue
+            page_size = shape[0]
             candidate.prompt_pages = prompt.pages
             overlap = prompt.held.get(pages)
             if overlap is not None:
@@ -264,7 +266,3 @@ class Placement:
         # The engine always computes the last token, and reuses whole pages only.
         cap = (len(tokens) - 1) // page_size * page_size
         return _Prompt(prefixes, cap, held, predictions, predictions.match(prefixes, now))
-
-
-def _shape(rank: Rank, pages: RankPages) -> _Shape:
-    return pages.page_size, pages.bigram, rank.engine
