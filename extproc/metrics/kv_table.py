@@ -57,7 +57,6 @@ PROMPTS_WITHOUT_TOKENS = _tokens.counter(
             "no_chat_template": "",
             "no_text": "an empty prompt, for instance",
             "template_error": "",
-            "cache_not_read": "the engine computes the whole prompt, for instance its logarithms",
             "rendered_by_engine": "the engine has code of its own for this model",
             "template_limit": (
                 "the chat template takes too many steps, too long, or makes too long a value; "

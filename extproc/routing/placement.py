@@ -26,10 +26,14 @@ _Shape = tuple[int, bool, Engine]
 
 
 class EngineTokens(NamedTuple):
-    """A prompt's token ids (uint64) as an engine makes them, and the seed of their namespace."""
+    """A prompt's token ids (uint64) as an engine makes them, and the seed of their namespace.
+
+    Without `reads_cache`, the engine computes all of them and leaves them in its cache.
+    """
 
     ids: TokenIds
     seed: int
+    reads_cache: bool = True
 
 
 class PromptTokens(NamedTuple):
@@ -259,10 +263,12 @@ class Placement:
         tokens = found.ids
         prefixes = self._index.prefixes(tokens, page_size, bigram=bigram, seed=found.seed)
         held: dict[RankPages, Overlap] = {}
-        self._index.match_prefixes(prefixes, mask, held)
+        if found.reads_cache:
+            self._index.match_prefixes(prefixes, mask, held)
         predictions = self._predictions.get(shape)
         if predictions is None:
             predictions = self._predictions[shape] = Predictions()
         # The engine always computes the last token, and reuses whole pages only.
         cap = (len(tokens) - 1) // page_size * page_size
-        return _Prompt(prefixes, cap, held, predictions, predictions.match(prefixes, now))
+        predicted = predictions.match(prefixes, now) if found.reads_cache else {}
+        return _Prompt(prefixes, cap, held, predictions, predicted)

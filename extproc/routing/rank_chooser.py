@@ -104,7 +104,7 @@ class RankChooser:
                     encoded = await self._encoder.encode(prompt)
                     if encoded.ids is not None:
                         seed = self._seed(prompt, adapter)
-                        by_engine[engine] = EngineTokens(encoded.ids, seed)
+                        by_engine[engine] = EngineTokens(encoded.ids, seed, prompt.reads_cache)
         except TimeoutError:
             encoded = _LATE
         elapsed = self._clock.monotonic() - started

@@ -142,6 +142,7 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     the special tokens that the tokenizer adds, unless `with_special` is False. Of the ids, only
     `keep_tokens` are kept if that is set, those of `keep_side`; with "text_end" special tokens
     around the text stay, and the end of the text between them.
+    Without `reads_cache`, the engine computes all of the prompt, whatever it holds.
     `cache_salt` and `lora` name the cache namespace; both are None for the common one. The adapter
     in a `model` of the form base:adapter is not among them. `body_bytes` is the size of the body.
     """
@@ -152,6 +153,7 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     with_special: bool = True
     keep_tokens: int | None = None
     keep_side: KeptSide = "start"
+    reads_cache: bool = True
     cache_salt: str | None = None
     lora: str | None = None
     reason: str = ""

@@ -8,7 +8,6 @@ from typing import Final
 __all__ = [
     "BATCH",
     "BUSY",
-    "CACHE_NOT_READ",
     "ENCODE_ERROR",
     "MALFORMED",
     "MULTIMODAL",
@@ -34,8 +33,6 @@ MALFORMED: Final = "malformed"
 UNSUPPORTED: Final = "unsupported"
 # The engine renders the chats of this model with its own code, without a chat template.
 RENDERED_BY_ENGINE: Final = "rendered_by_engine"
-# The request asks for something that makes the engine compute the whole prompt.
-CACHE_NOT_READ: Final = "cache_not_read"
 NO_CHAT_TEMPLATE: Final = "no_chat_template"
 TEMPLATE_ERROR: Final = "template_error"
 # The chat template takes too many steps or makes too long a value.
@@ -52,7 +49,6 @@ REASONS: Final = (
     MALFORMED,
     UNSUPPORTED,
     RENDERED_BY_ENGINE,
-    CACHE_NOT_READ,
     NO_CHAT_TEMPLATE,
     TEMPLATE_ERROR,
     TEMPLATE_LIMIT,

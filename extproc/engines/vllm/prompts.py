@@ -26,7 +26,6 @@ from extproc.tokenization.fields import (
 from extproc.tokenization.prompts import Chat, KeptSide, Prompt
 from extproc.tokenization.reasons import (
     BATCH,
-    CACHE_NOT_READ,
     MALFORMED,
     NO_TEXT,
     UNSUPPORTED,
@@ -51,9 +50,8 @@ _SALT_FORBIDDEN: Final = frozenset("@/\\\0")
 
 def _chat_prompt(fields: ChatBody, size: int) -> Prompt:
     # A chat with `echo` asks for the logarithms, too.
-    if fields.prompt_logprobs is not None or fields.echo:
-        raise UnmappableError(CACHE_NOT_READ)
-    return _prompt(fields, size, chat=chat_of_request(fields))
+    computed = fields.prompt_logprobs is not None or bool(fields.echo)
+    return _prompt(fields, size, chat=chat_of_request(fields), reads_cache=not computed)
 
 
 def _responses_prompt(fields: ResponsesBody, size: int) -> Prompt:
@@ -69,8 +67,6 @@ def _completion_prompt(fields: CompletionBody, size: int) -> Prompt:
         raise UnmappableError(UNSUPPORTED, "suffix")
     if fields.prompt_embeds != _NULL:
         raise UnmappableError(UNSUPPORTED, "prompt_embeds")
-    if fields.prompt_logprobs is not None or (fields.echo and fields.logprobs is not None):
-        raise UnmappableError(CACHE_NOT_READ)
     return _one_of(fields, size, fields.prompt)
 
 
@@ -102,6 +98,8 @@ class VllmRules:
 
 def _one_of(fields: CompletionBody | EmbeddingBody, size: int, raw: Raw) -> Prompt:
     """The prompt in a text, in token ids, or in a list with one of these."""
+    # For the logarithms of a prompt, the engine computes all of it.
+    reads = fields.prompt_logprobs is None and not (fields.echo and fields.logprobs is not None)
     given = _prompts_decoder.decode(raw)
     if isinstance(given, list) and given and type(given[0]) is not int:
         if len(given) > 1:
@@ -111,11 +109,11 @@ def _one_of(fields: CompletionBody | EmbeddingBody, size: int, raw: Raw) -> Prom
         raise UnmappableError(NO_TEXT)
     if isinstance(given, str):
         special = flag(fields.add_special_tokens, default=True)
-        return _prompt(fields, size, text=given, with_special=special)
+        return _prompt(fields, size, text=given, with_special=special, reads_cache=reads)
     # The conversion would turn a text among the ids into a number.
     if set(map(type, given)) != {int}:
         raise UnmappableError(MALFORMED)
-    return _prompt(fields, size, ids=np.array(given, np.uint64))
+    return _prompt(fields, size, ids=np.array(given, np.uint64), reads_cache=reads)
 
 
 def _prompt(
@@ -126,6 +124,7 @@ def _prompt(
     text: str | None = None,
     ids: NDArray[np.uint64] | None = None,
     with_special: bool = True,
+    reads_cache: bool = True,
 ) -> Prompt:
     keep, side = _kept(fields)
     return Prompt(
@@ -135,6 +134,7 @@ def _prompt(
         with_special=with_special,
         keep_tokens=keep,
         keep_side=side,
+        reads_cache=reads_cache,
         cache_salt=_salt(fields.cache_salt),
         body_bytes=size,
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from msgspec import Struct
 
-from extproc.engines.engine import DEFAULT_ENGINE
+from extproc.engines.engine import DEFAULT_ENGINE, engine_named
 from extproc.kv.index import PrefixIndex, Tier
 from extproc.kv.prefix_hash import PrefixHasher, TokenIds
 from extproc.kv.rank_pages import RankPages
@@ -362,6 +362,43 @@ def test_nothing_is_predicted_for_a_prompt_that_is_held_already() -> None:
     # One page more is not held.
     fleet.place(some_tokens(112)).book(NOW)
     assert fleet.predicted(some_tokens(112)) == [7]
+
+
+def test_a_prompt_that_the_engine_computes_whole_finds_nothing_and_leaves_its_pages() -> None:
+    fleet = make_fleet(PAGE)
+    fleet.hold(0, some_tokens(100))
+    computed = EngineTokens(some_tokens(200), 0, reads_cache=False)
+    placed = fleet.placement.place(fleet.ranks, PromptTokens({DEFAULT_ENGINE: computed}), NOW)
+    assert (placed.cached_tokens, placed.total_tokens, placed.prefill_tokens) == (0, 200, 200)
+    placed.book(NOW).started(NOW)
+    assert fleet.predicted(some_tokens(200)) == [200 // PAGE]
+
+
+def test_each_rank_is_compared_with_the_tokens_of_its_engine() -> None:
+    fleet = make_fleet(PAGE, PAGE)
+    fleet.ranks[1].engine = engine_named("vllm")
+    fleet.hold(0, some_tokens(100))
+    fleet.hold(1, some_tokens(100)[::-1].copy())
+    tokens = {
+        engine_named("sglang"): EngineTokens(some_tokens(100), 0),
+        engine_named("vllm"): EngineTokens(some_tokens(100)[::-1].copy(), 0),
+    }
+    fleet.policy.takes = 1
+    placed = fleet.placement.place(fleet.ranks, PromptTokens(tokens), NOW)
+    assert [one.held_pages for one in fleet.policy.seen] == [100 // PAGE] * 2
+    assert placed.total_tokens == 100
+
+
+def test_a_rank_whose_engine_has_no_tokens_of_the_prompt_holds_nothing() -> None:
+    fleet = make_fleet(PAGE, PAGE)
+    fleet.ranks[1].engine = engine_named("vllm")
+    fleet.hold(0, some_tokens(100))
+    fleet.hold(1, some_tokens(100))
+    fleet.policy.takes = 1
+    placed = fleet.placement.place(fleet.ranks, prompt(some_tokens(100), guess=70), NOW)
+    assert [one.held_pages for one in fleet.policy.seen] == [100 // PAGE, 0]
+    assert (placed.total_tokens, placed.cached_tokens) == (0, 0)
+    placed.book(NOW).release(NOW)
 
 
 def test_predictions_belong_to_a_namespace() -> None:
