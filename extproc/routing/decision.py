@@ -17,8 +17,9 @@ class Decision(Struct, frozen=True, kw_only=True):
     the connection. `timeout_ms` bounds the whole response in milliseconds; 0 means no bound, for
     streams. `first_byte_timeout_ms` bounds the time to the response headers of each attempt; 0
     means no other bound. `cached_tokens` of `total_tokens` are confirmed to be held by the chosen
-    rank; both are 0 where that is not known. `body_members` are JSON members, `"name":value`, that
-    the engine must find in the body, and `rank_header` is the data-parallel rank for an engine that
+    rank; both are 0 where that is not known. `predicted_tokens` are those that it will hold once it
+    has computed what it was sent before. `body_members` are JSON members, `"name":value`, that the
+    engine must find in the body, and `rank_header` is the data-parallel rank for an engine that
     reads it from a header. With `retry_busy` the gateway may try the next destination
     after a 503 or 429, too.
 
@@ -37,6 +38,7 @@ class Decision(Struct, frozen=True, kw_only=True):
     timeout_ms: int
     cached_tokens: int = 0
     total_tokens: int = 0
+    predicted_tokens: int = 0
     body_members: bytes = b""
     rank_header: int | None = None
     retry_busy: bool = False

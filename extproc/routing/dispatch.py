@@ -81,6 +81,7 @@ class Dispatch:
             timeout_ms=0 if request.stream else self._timeout_ms,
             cached_tokens=placed.cached_tokens if placed is not None else 0,
             total_tokens=placed.total_tokens if placed is not None else 0,
+            predicted_tokens=placed.predicted_tokens if placed is not None else 0,
             body_members=members,
             rank_header=rank_header,
             retry_busy=self._retry_busy and len(named) > 1 and worker.role == "plain",

@@ -130,11 +130,20 @@ class Placed:
     """The rank that a prompt goes to.
 
     `cached_tokens` is how many of the prompt's `total_tokens` spare prefill because the rank
-    holds them; `total_tokens` is 0 when the tokens are not known. `prefill_tokens`, at least 1, is
-    how many the rank is expected to compute.
+    holds them; `total_tokens` is 0 when the tokens are not known. `predicted_tokens` are those that
+    it will hold once it has computed what it was sent before. `prefill_tokens`, at least 1, is how
+    many the rank is expected to compute.
     """
 
-    __slots__ = ("_prompt", "cached_tokens", "prefill_tokens", "rank", "reason", "total_tokens")
+    __slots__ = (
+        "_prompt",
+        "cached_tokens",
+        "predicted_tokens",
+        "prefill_tokens",
+        "rank",
+        "reason",
+        "total_tokens",
+    )
 
     def __init__(
         self,
@@ -143,6 +152,7 @@ class Placed:
         *,
         cached_tokens: int,
         total_tokens: int,
+        predicted_tokens: int,
         prefill_tokens: int,
         prompt: _Prompt | None,
     ) -> None:
@@ -150,6 +160,7 @@ class Placed:
         self.reason = reason
         self.cached_tokens = cached_tokens
         self.total_tokens = total_tokens
+        self.predicted_tokens = predicted_tokens
         self.prefill_tokens = prefill_tokens
         self._prompt = prompt
 
@@ -211,6 +222,7 @@ class Placement:
             reason,
             cached_tokens=cached,
             total_tokens=total,
+            predicted_tokens=chosen.predicted_tokens,
             prefill_tokens=max(1, (total or prompt.guess) - max(cached, chosen.predicted_tokens)),
             prompt=cut if cut is not None and chosen.held_pages < cut.pages else None,
         )

@@ -66,5 +66,6 @@ def log_decision(request_id: str, lease: Lease | Pair, attempt: int) -> None:
         worker=decision.worker_url,
         cached_tokens=decision.cached_tokens,
         total_tokens=decision.total_tokens,
+        predicted_tokens=decision.predicted_tokens,
         attempt=attempt,
     )

@@ -50,6 +50,7 @@ _DETAILS: Final = {
     "peer",
     "policy",
     "port",
+    "predicted_tokens",
     "prompt_tokens",
     "rid",
     "seconds",

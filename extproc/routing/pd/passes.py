@@ -172,6 +172,7 @@ class Disaggregation(WorkerObserver):
             timeout_ms=0 if request.stream else settings.request_timeout_ms,
             cached_tokens=placed.cached_tokens if placed is not None else 0,
             total_tokens=placed.total_tokens if placed is not None else 0,
+            predicted_tokens=placed.predicted_tokens if placed is not None else 0,
             body_members=members,
             decode_order="" if settings.inline else order.to_header(),
             attempts=order.attempts,

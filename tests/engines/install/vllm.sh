@@ -38,7 +38,7 @@ if [ "$(cat "$folder/complete" 2>/dev/null)" != "$stamp" ]; then
   mkdir -p "$folder"
   rm -f "$folder/complete"
   [ -x "$folder/bin/python" ] || "$uv" venv --quiet --python "$(python)" "$folder" >&2
-  "$uv" pip sync --quiet --python "$folder/bin/python" vllm.txt >&2
+  "$uv" pip sync --quiet --compile-bytecode --python "$folder/bin/python" vllm.txt >&2
   # vLLM takes its platform from the version in the metadata of a package that is called vllm.
   packages=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   metadata="$packages/vllm-$version+cpu.dist-info"

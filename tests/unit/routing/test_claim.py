@@ -51,6 +51,7 @@ class Case:
             "hit",
             cached_tokens=0,
             total_tokens=TOKENS,
+            predicted_tokens=0,
             prefill_tokens=TOKENS,
             prompt=None,
         )

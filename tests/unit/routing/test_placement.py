@@ -334,10 +334,10 @@ def test_predicted_pages_spare_prefill_but_are_not_reported_as_held() -> None:
     placed = fleet.place(some_tokens(100), takes=1)
     assert [one.predicted_pages for one in fleet.policy.seen] == [0, 6]
     assert [one.predicted_tokens for one in fleet.policy.seen] == [0, 96]
-    assert (placed.cached_tokens, placed.prefill_tokens) == (0, 4)
+    assert (placed.cached_tokens, placed.predicted_tokens, placed.prefill_tokens) == (0, 96, 4)
     # Nothing is predicted for the other rank.
     placed = fleet.place(some_tokens(100))
-    assert (placed.cached_tokens, placed.prefill_tokens) == (0, 100)
+    assert (placed.cached_tokens, placed.predicted_tokens, placed.prefill_tokens) == (0, 0, 100)
     # The last page of a prediction spares nothing either: 80 of 96.
     assert fleet.place(some_tokens(96), takes=1).prefill_tokens == 16
 

@@ -1,0 +1,74 @@
+"""Real engines for all tests of this folder; `make test-engines` installs them and runs these."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import pytest
+
+from tests.engines.live.servers import Pair, Servers, start_together
+from tests.engines.live.vllm import PORTS, model_folder, vllm_server
+
+_VLLM: Final = os.environ.get("ENGINE_VLLM")
+_SGLANG: Final = os.environ.get("ENGINE_SGLANG")
+# Without that command there is nothing to test against.
+collect_ignore_glob = [
+    pattern
+    for engine, pattern in ((_VLLM, "test_vllm_*.py"), (_SGLANG, "test_sglang_*.py"))
+    if not engine
+]
+
+
+_PAIRS = pytest.StashKey[dict[str, Pair]]()
+_SERVERS = pytest.StashKey[Servers]()
+_FOLDER = pytest.StashKey[TemporaryDirectory[str]]()
+
+
+def _vllm_pair(name: str, *, windowed: bool = False) -> Callable[[Servers, Path], Pair]:
+    def make(servers: Servers, folder: Path) -> Pair:
+        model = model_folder(folder, name, windowed=windowed)
+        engine = Path(_VLLM or "")
+        two = [
+            servers.add(PORTS, lambda ports, log: vllm_server(engine, model, ports, log))
+            for _ in range(2)
+        ]
+        return Pair(model, two)
+
+    return make
+
+
+# By the parameter of `pair`.
+_MAKERS: Final = {
+    "qwen": _vllm_pair("tools"),
+    "llama": _vllm_pair("bos"),
+    "gemma": _vllm_pair("parts", windowed=True),
+}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Before the first test: what a test opens belongs to that test."""
+    calls = (getattr(item, "callspec", None) for item in session.items)
+    needed = {call.params["pair"] for call in calls if call and "pair" in call.params}
+    if not needed or session.config.option.collectonly:
+        return
+    stash = session.config.stash
+    folder = stash[_FOLDER] = TemporaryDirectory(prefix="engines-")
+    servers = stash[_SERVERS] = Servers(Path(folder.name))
+    pairs = {name: _MAKERS[name](servers, Path(folder.name)) for name in sorted(needed)}
+    start_together([server for pair in pairs.values() for server in pair.servers])
+    stash[_PAIRS] = pairs
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _SERVERS in config.stash:
+        config.stash[_SERVERS].close()
+    if _FOLDER in config.stash:
+        config.stash[_FOLDER].cleanup()
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """Two servers with the model that the test names, as `parametrize(..., indirect=True)`."""
+    return request.config.stash[_PAIRS][request.param]
