@@ -27,7 +27,9 @@ __all__ = [
     "CHAT_PATH",
     "DETOKENIZE_PATH",
     "ENDPOINT_PATHS",
+    "MESSAGES_PATH",
     "MODELS_PATH",
+    "RESPONSES_PATH",
     "TOKENIZE_PATH",
     "ClientHeaders",
     "Endpoint",
@@ -122,6 +124,8 @@ MODELS_PATH: Final = "/v1/models"
 TOKENIZE_PATH: Final = "/v1/tokenize"
 DETOKENIZE_PATH: Final = "/v1/detokenize"
 CHAT_PATH: Final = "/v1/chat/completions"
+MESSAGES_PATH: Final = "/v1/messages"
+RESPONSES_PATH: Final = "/v1/responses"
 _COMPLETIONS_PATH: Final = "/v1/completions"
 _GENERATE_PATH: Final = "/generate"
 
@@ -132,8 +136,8 @@ _ENDPOINTS: Final = {
         Endpoint(path=_COMPLETIONS_PATH, generates=True),
         Endpoint(path=_GENERATE_PATH, model_optional=True, generates=True),
         Endpoint(path="/v1/embeddings"),
-        Endpoint(path="/v1/responses"),
-        Endpoint(path="/v1/messages"),
+        Endpoint(path=RESPONSES_PATH, generates=True),
+        Endpoint(path=MESSAGES_PATH, generates=True),
         Endpoint(path="/v1/rerank"),
         Endpoint(path="/v1/score"),
         Endpoint(path="/v1/classify"),

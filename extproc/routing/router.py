@@ -1,6 +1,6 @@
 """The one path every request takes: from a parsed request to a decision and its lease."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from extproc.errors import (
     model_not_found,
@@ -8,7 +8,7 @@ from extproc.errors import (
     no_healthy_workers,
     no_workers_in_subset,
 )
-from extproc.routing.chooser import Chooser
+from extproc.routing.chooser import Chooser, Chosen
 from extproc.routing.demand import Demand
 from extproc.routing.dispatch import Dispatch
 from extproc.routing.lease import Lease, LeaseParts
@@ -16,7 +16,7 @@ from extproc.routing.local_endpoints import Answer, LocalEndpoints
 from extproc.routing.pd.decode_order import DecodeQuery
 from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import Disaggregation
-from extproc.routing.placement import NO_TOKENS
+from extproc.routing.placement import NO_TOKENS, PromptTokens
 from extproc.routing.request import Request
 from extproc.routing.subset import Subset, workers_in
 from extproc.routing.wait_queue import WaitQueue
@@ -47,7 +47,7 @@ class Router:
         self._registry = lease_parts.registry
         self._clock = lease_parts.clock
         self._outcomes = lease_parts.outcomes
-        self._decode_alone = lease_parts.metrics.pd.decode_alone
+        self._decodes_alone = lease_parts.metrics.pd.decode_alone
         self._dispatch = dispatch
         self._local_endpoints = local_endpoints
         self._pd = pd
@@ -130,19 +130,45 @@ class Router:
         pd.check(request, model)
         must = pd.needs_decode_alone(request, model)
         prompt = await chooser.read(request, adapter)
-        if must or (chooser.reads_prompts and pd.may_decode_alone(model)):
+        if must:
+            return self._decode_alone(request, model, chooser, prompt)
+        if chooser.reads_prompts and pd.may_decode_alone(model):
             now = self._clock.monotonic()
-            decodes = workers_in(request.subset, self._registry.candidates(model, "decode", now))
-            if must and not decodes:
-                raise no_decode_workers()
+            decodes = self._decodes(request, model, now)
             if decodes:
                 chosen = chooser.choose(decodes, prompt, now)
-                if must or (chosen.placed is not None and pd.decode_alone(model, chosen.placed)):
-                    self._decode_alone(model).inc()
-                    lease = self._dispatch.send(request, model, chosen, decodes, now)
-                    chooser.decided(chosen)
-                    return lease
-        return await pd.route(request, model, chooser, prompt)
+                if chosen.placed is not None and pd.decode_alone(model, chosen.placed):
+                    return self._send_alone(request, model, chooser, chosen, decodes, now)
+        pair = await pd.route(request, model, chooser, prompt)
+        return pair or self._decode_alone(request, model, chooser, prompt)
+
+    def _decodes(self, request: Request, model: str, now: float) -> list[Worker]:
+        return workers_in(request.subset, self._registry.candidates(model, "decode", now))
+
+    def _decode_alone(
+        self, request: Request, model: str, chooser: Chooser, prompt: PromptTokens
+    ) -> Lease:
+        """A decode worker has to serve it alone; raises RouterError 503 without one."""
+        now = self._clock.monotonic()
+        decodes = self._decodes(request, model, now)
+        if not decodes:
+            raise no_decode_workers()
+        chosen = chooser.choose(decodes, prompt, now)
+        return self._send_alone(request, model, chooser, chosen, decodes, now)
+
+    def _send_alone(
+        self,
+        request: Request,
+        model: str,
+        chooser: Chooser,
+        chosen: Chosen,
+        decodes: Sequence[Worker],
+        now: float,
+    ) -> Lease:
+        self._decodes_alone(model).inc()
+        lease = self._dispatch.send(request, model, chosen, decodes, now)
+        chooser.decided(chosen)
+        return lease
 
     def _resolve(self, name: str | None) -> tuple[str, str | None]:
         """Return the configured model, and the adapter where a name is `model:adapter`."""

@@ -10,6 +10,7 @@ from extproc.steering import STEERING_HEADER_PREFIXES, STEERING_MEMBERS
 from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch
 from tests.e2e.pd_fleet import pd_stack
+from tests.e2e.test_pd_modes import vllm
 
 LOGGING = {"log_requests": True}
 HEADERS = {
@@ -21,6 +22,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
     "/v1/completions": {"prompt": "hi", "max_tokens": 2},
     "/generate": {"text": "hi", "sampling_params": {"max_new_tokens": 2}},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 2},
 }
 
 
@@ -88,6 +91,33 @@ async def test_pairs_get_only_what_the_service_sends(tmp_path: Path, mode: str) 
         async with running.chat(fault=fault) as response:
             assert response.status == 200
             assert "x-router-error-code" not in response.headers
+        await running.at_rest()
+
+
+@pytest.mark.parametrize("mode", ["two_pass", "inline"])
+async def test_vllm_gets_only_what_the_service_sends(tmp_path: Path, mode: str) -> None:
+    bodies = {path: body for path, body in BODIES.items() if path != "/generate"}
+    alone: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": ["a", "b"], "max_tokens": 2},
+        "/v1/chat/completions": BODIES["/v1/chat/completions"] | {"n": 2},
+        "/v1/responses": BODIES["/v1/responses"] | {"previous_response_id": "resp_1"},
+    }
+    settings = {"pd": {"decode": mode}}
+    async with vllm(tmp_path, worker=LOGGING, settings=settings) as running:
+        for path, body in (*bodies.items(), *alone.items()):
+            url = f"{running.url}{path}"
+            async with running.http.post(url, data=steered(body), headers=HEADERS) as response:
+                assert response.status == 200, await response.text()
+        prefills = await running.legs(running.prefills)
+        decodes = await running.legs(running.decodes)
+        assert [one["path"] for one in prefills] == list(bodies)
+        assert [one["path"] for one in decodes] == [*bodies, *alone]
+        for leg in (*prefills, *decodes[: len(bodies)]):
+            assert_not_steered(leg, {"kv_transfer_params"})
+            assert isinstance(leg["kv_transfer_params"], dict)
+        for leg in decodes[len(bodies) :]:
+            assert_not_steered(leg, set())
+        assert [leg["completion_tokens"] for leg in prefills] == [1] * len(bodies)
         await running.at_rest()
 
 

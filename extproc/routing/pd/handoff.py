@@ -17,8 +17,6 @@ from extproc.errors import bad_request
 from extproc.routing.request import Request
 
 __all__ = [
-    "KV_PREFILL_MEMBERS",
-    "asks_for_copies",
     "bootstrap_members",
     "kv_decode_members",
     "prompts_of_a_batch",
@@ -27,31 +25,11 @@ __all__ = [
 _ROOMS: Final = 1 << 63
 _BATCH_MAX: Final = 4096
 
-# One token, not streamed: only the KV cache of the prefill is needed. These follow the client's own
-# members, and of members with one name the last one counts.
-KV_PREFILL_MEMBERS: Final = (
-    b'"stream":false,"stream_options":null,"max_tokens":1,"max_completion_tokens":1,'
-    b'"min_tokens":0,"kv_transfer_params":{"do_remote_decode":true,"do_remote_prefill":false,'
-    b'"remote_engine_id":null,"remote_block_ids":null,"remote_host":null,"remote_port":null}'
-)
-
 
 class _Answer(Struct):
     kv_transfer_params: Raw | UnsetType = UNSET
 
 
-class _Copies(Struct):
-    """The members by which one prompt has several answers."""
-
-    n: Any = None
-    best_of: Any = None
-    use_beam_search: Any = None
-    sampling_params: Any = None
-
-
-# A name may be written with escapes.
-_MAY_ASK_FOR_COPIES: Final = re.compile(rb"\"(?:n|best_of|use_beam_search)\"|\\u00")
-_copies_decoder: Final = msgspec.json.Decoder(_Copies)
 _prompts_decoder: Final = msgspec.json.Decoder(list[Raw])
 # Not a list, an empty list, or a list of numbers, which is one prompt.
 _NOT_A_BATCH: Final = re.compile(rb"(?!\[)|\[\s*[\]\-0-9]")
@@ -69,34 +47,6 @@ def prompts_of_a_batch(request: Request) -> int | None:
     if len(prompts) > _BATCH_MAX:
         raise bad_request(f"a batch of more than {_BATCH_MAX} prompts")
     return len(prompts)
-
-
-def asks_for_copies(request: Request) -> bool:
-    """True if the engine would make several answers to one prompt.
-
-    Engines also read numbers that are sent as text.
-    """
-    if not _MAY_ASK_FOR_COPIES.search(request.body):
-        return False
-    try:
-        found = _copies_decoder.decode(request.body)
-    except (msgspec.DecodeError, RecursionError):
-        return False
-    params = found.sampling_params
-    nested = [one.get("n") for one in _listed(params) if isinstance(one, dict)]
-    return found.use_beam_search is True or any(
-        _is_above_one(value) for value in (found.n, found.best_of, *nested)
-    )
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _is_above_one(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.strip() not in ("", "0", "1")
-    return isinstance(value, int | float) and value > 1
 
 
 def bootstrap_members(

@@ -11,8 +11,9 @@ answer of the prefill worker, so there the first pass waits for the answer.
 from collections.abc import Sequence
 from typing import Final
 
+import structlog
+
 from extproc.errors import (
-    bad_request,
     no_decode_workers,
     no_prefill_workers,
     no_workers_in_subset,
@@ -26,15 +27,12 @@ from extproc.routing.lease import Lease
 from extproc.routing.pd.decode_chooser import DecodeChooser
 from extproc.routing.pd.decode_lease import DecodeLease, DecodeLeases
 from extproc.routing.pd.decode_order import DecodeOrder, DecodeQuery
-from extproc.routing.pd.handoff import (
-    asks_for_copies,
-    kv_decode_members,
-    prompts_of_a_batch,
-)
+from extproc.routing.pd.handoff import kv_decode_members
 from extproc.routing.pd.pair import Pair, Pairs
 from extproc.routing.pd.prefill_leg import PrefillLeg
 from extproc.routing.pd.prefill_sender import PrefillSender, SentPrefill
 from extproc.routing.pd.settings import PdSettings
+from extproc.routing.pd.splitting import NEWER_PATHS, check_for_sglang, needs_one_worker
 from extproc.routing.placement import Placed, PromptTokens
 from extproc.routing.request import Request
 from extproc.routing.subset import workers_in
@@ -43,7 +41,11 @@ from extproc.workers.worker import Role, Worker
 
 __all__ = ["Disaggregation"]
 
+_log = structlog.get_logger()
+
 _CLIENT_ERROR: Final = 400
+# For so long no prefill worker is asked again for what one has ignored.
+_IGNORED_SECONDS: Final = 60.0
 
 
 class Disaggregation(WorkerObserver):
@@ -66,6 +68,8 @@ class Disaggregation(WorkerObserver):
         self._clock = leases.parts.clock
         self._registry = leases.parts.registry
         self._metrics = leases.parts.metrics
+        # By model and path.
+        self._ignored_until: dict[tuple[str, str], float] = {}
         self.pairs = pairs
 
     # -- first pass
@@ -84,18 +88,17 @@ class Disaggregation(WorkerObserver):
     def needs_decode_alone(self, request: Request, model: str) -> bool:
         """True if the engines cannot hand the cache over for this request: one serves it alone.
 
-        vLLM answers a batch with the blocks of its first prompt only, and keeps those of copies
-        for itself. A decode worker of SGLang cannot prefill, and the engine hangs on copies.
-        Raises RouterError 400 for those.
+        Raises RouterError 400 where one worker cannot serve it either.
         """
-        copies = asks_for_copies(request)
         if self._settings.protocols[model] == "nixl":
-            return copies or (prompts_of_a_batch(request) or 1) > 1
-        if copies:
-            raise bad_request(
-                "`n` above 1 cannot be served by prefill and decode workers of this engine"
-            )
+            return self._ignores_member(request, model) or needs_one_worker(request)
+        check_for_sglang(request)
         return False
+
+    def _ignores_member(self, request: Request, model: str) -> bool:
+        """True if a prefill worker has lately ignored the member for a hand-over on this path."""
+        key = model, request.endpoint.path
+        return self._ignored_until.get(key, 0.0) > self._clock.monotonic()
 
     def decode_alone(self, model: str, placed: Placed) -> bool:
         """True if the decode worker lacks so little of the prompt that it should serve without a
@@ -110,13 +113,20 @@ class Disaggregation(WorkerObserver):
 
     async def route(
         self, request: Request, model: str, chooser: Chooser, prompt: PromptTokens
-    ) -> Pair:
-        """Send the prefill, and decide where decode goes; raises RouterError."""
+    ) -> Pair | None:
+        """Send the prefill, and decide where decode goes; raises RouterError.
+
+        Returns None if the prefill worker answered, and its engine cannot hand the cache over on
+        this path: the request is for a decode worker alone.
+        """
         waits = self._settings.protocols[model] == "nixl"
         sent = await self._sender.send(request, model, chooser, prompt, waits=waits)
         try:
             if waits:
-                sent = sent._replace(members=await self._kv_of(sent.leg))
+                members = await self._kv_of(sent.leg, request)
+                if members is None:
+                    return None
+                sent = sent._replace(members=members)
             pair = self._pair(request, model, sent)
         except BaseException:
             sent.leg.cancel()
@@ -126,17 +136,32 @@ class Disaggregation(WorkerObserver):
         chooser.decided(sent.chosen)
         return pair
 
-    async def _kv_of(self, leg: PrefillLeg) -> bytes:
-        """Wait for the prefill; returns the JSON member of its answer for the decode worker."""
+    async def _kv_of(self, leg: PrefillLeg, request: Request) -> bytes | None:
+        """Wait for the prefill; returns the JSON member of its answer for the decode worker.
+
+        None means that the engine does not know the member on this path; raises RouterError.
+        """
         answer = await leg.answer()
         members = None if isinstance(answer, str) else kv_decode_members(answer.body)
+        path, ignored = request.endpoint.path, False
         if members is None and not isinstance(answer, str) and answer.status < _CLIENT_ERROR:
-            answer = "no_kv"
+            ignored = path in NEWER_PATHS
+            if not ignored:
+                answer = "no_kv"
         error = leg.ended(answer)
         if error is not None:
             self._metrics.pd.pairs(leg.model, error.code).inc()
             raise error
-        return members or b""
+        if ignored:
+            self._ignored_until[leg.model, path] = self._clock.monotonic() + _IGNORED_SECONDS
+            _log.warning(
+                "kv_transfer_not_supported",
+                model=leg.model,
+                worker=leg.worker.url,
+                path=path,
+                fix="upgrade the engine (vLLM 0.32 has it); decode workers serve this path alone",
+            )
+        return members
 
     def _pair(self, request: Request, model: str, sent: SentPrefill) -> Pair:
         leg, settings = sent.leg, self._settings

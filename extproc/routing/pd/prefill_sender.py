@@ -12,13 +12,10 @@ from extproc.headers import AUTHORIZATION_HEADER, CONTENT_TYPE_HEADER
 from extproc.routing.chooser import Chooser, Chosen
 from extproc.routing.claim import Claims
 from extproc.routing.json_members import with_members
-from extproc.routing.pd.handoff import (
-    KV_PREFILL_MEMBERS,
-    bootstrap_members,
-    prompts_of_a_batch,
-)
+from extproc.routing.pd.handoff import bootstrap_members, prompts_of_a_batch
 from extproc.routing.pd.prefill_leg import LegParts, PrefillLeg
 from extproc.routing.pd.settings import PdSettings
+from extproc.routing.pd.splitting import prefill_members
 from extproc.routing.placement import PromptTokens
 from extproc.routing.request import ClientHeaders, Request
 from extproc.steering import DATA_PARALLEL_RANK_HEADER
@@ -84,7 +81,7 @@ class PrefillSender:
             if not registry.candidates(model, "decode", now):
                 raise no_decode_workers()
             chosen = chooser.choose(candidates, prompt, now)
-            members = KV_PREFILL_MEMBERS if waits else _rooms(chosen, prompts)
+            members = prefill_members(request) if waits else _rooms(chosen, prompts)
             claim = self._claims.take(chosen.worker, now, chosen.placed)
             leg = PrefillLeg(self._leg_parts, model, claim, now, request_id=client.request_id)
             try:

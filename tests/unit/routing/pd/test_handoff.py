@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 from extproc.errors import RouterError
 from extproc.routing.json_members import with_members
 from extproc.routing.pd.handoff import (
-    KV_PREFILL_MEMBERS,
-    asks_for_copies,
     bootstrap_members,
     kv_decode_members,
     prompts_of_a_batch,
 )
-from extproc.routing.request import ClientHeaders, Request, find_endpoint, parse_body
+from extproc.routing.request import ClientHeaders, find_endpoint, parse_body
 
 HOST = "10.0.0.1"
 
@@ -172,30 +170,6 @@ def test_a_query_in_the_path_makes_no_difference() -> None:
 # -- vLLM
 
 
-def test_the_prefill_makes_one_token_whatever_the_client_wants() -> None:
-    theirs = {
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "max_tokens": 500,
-        "max_completion_tokens": 500,
-        "min_tokens": 20,
-        "kv_transfer_params": {"do_remote_prefill": True},
-        "prompt": "x",
-    }
-    sent = json.loads(with_members(json.dumps(theirs).encode(), KV_PREFILL_MEMBERS))
-    assert sent["prompt"] == "x"
-    assert (sent["stream"], sent["stream_options"]) == (False, None)
-    assert (sent["max_tokens"], sent["max_completion_tokens"], sent["min_tokens"]) == (1, 1, 0)
-    assert sent["kv_transfer_params"] == {
-        "do_remote_decode": True,
-        "do_remote_prefill": False,
-        "remote_engine_id": None,
-        "remote_block_ids": None,
-        "remote_host": None,
-        "remote_port": None,
-    }
-
-
 @pytest.mark.parametrize(
     "params",
     [
@@ -272,38 +246,3 @@ def test_too_many_prompts_are_refused(path: str) -> None:
 
 def test_an_answer_that_is_not_utf_8_is_not_passed_on() -> None:
     assert kv_decode_members(b'{"kv_transfer_params":{"a":"\xff"}}') is None
-
-
-@pytest.mark.parametrize(
-    ("body", "copies"),
-    [
-        (b'{"model":"m"}', False),
-        (b'{"model":"m","n":1}', False),
-        (b'{"model":"m","n":null}', False),
-        (b'{"model":"m","n":true}', False),
-        (b'{"model":"m","n":"1"}', False),
-        (b'{"model":"m","n":2}', True),
-        (b'{"model":"m","n":2.0}', True),
-        (b'{"model":"m","n":"2"}', True),
-        (b'{"model":"m","n":1,"n":3}', True),
-        (b'{"model":"m","\\u006e":3}', True),
-        (b'{"model":"m","best_of":2}', True),
-        (b'{"model":"m","use_beam_search":true}', True),
-        (b'{"model":"m","use_beam_search":false}', False),
-        (b'{"model":"m","text":"x","sampling_params":{"n":4}}', True),
-        (b'{"model":"m","text":["x"],"sampling_params":[{"n":1},{"n":2}]}', True),
-        (b'{"model":"m","sampling_params":"n"}', False),
-        (b'{"model":"m","messages":[{"role":"user","content":"\\"n\\":2"}]}', False),
-        (b'{"model":"m","tool":{"n":2}}', False),
-    ],
-)
-def test_requests_for_several_answers_are_found(body: bytes, copies: bool) -> None:
-    request = parse_body(find_endpoint("POST", "/generate"), body, no_headers, prompt_max_bytes=0)
-    assert asks_for_copies(request) is copies
-
-
-@given(st.binary(max_size=30))
-def test_no_body_makes_the_search_for_copies_fail(some: bytes) -> None:
-    endpoint = find_endpoint("POST", "/v1/completions")
-    for body in (b'{"n":' + some + b"}", b'"n"' + some):
-        asks_for_copies(Request(endpoint, "m", False, body))

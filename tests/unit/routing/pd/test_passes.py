@@ -211,6 +211,7 @@ async def test_the_room_carries_the_rank(rank: int) -> None:
     request = Request(find_endpoint("POST", "/generate"), "m", stream=False, body=b'{"text":"a"}')
     for _ in range(5):
         pair = await fleet.pd.route(request, "m", Choices(choose), NO_TOKENS)
+        assert pair is not None
         assert fleet.prefill_client.posts[-1].fields["bootstrap_room"] % 8 == rank
         pair.close()
     fleet.nothing_is_left()
@@ -381,6 +382,32 @@ async def test_a_prefill_is_cancelled_when_all_decode_workers_have_vanished() ->
     assert [call.cancels for call in fleet.prefill_client.calls] == [1]
     assert fleet.outcomes() == {PREFILLS[0]: ["cancelled"]}
     fleet.nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", b'{"model":"m","messages":[],"max_tokens":9}'),
+        ("/v1/responses", b'{"model":"m","input":"x"}'),
+    ],
+)
+async def test_messages_and_responses_meet_in_a_room(path: str, body: bytes) -> None:
+    fleet = PdFleet()
+    pair = await fleet.pair(body, path=path)
+    (post,) = fleet.prefill_client.posts
+    assert (post.path, post.fields["bootstrap_port"]) == (path, 8998)
+    assert post.body == with_members(body, pair.decision.body_members)
+    pair.close()
+    fleet.nothing_is_left()
+
+
+async def test_a_response_that_follows_another_is_refused_before_any_work() -> None:
+    fleet = PdFleet()
+    body = b'{"model":"m","input":"x","previous_response_id":"resp_1"}'
+    error = await fleet.refused(body, path="/v1/responses")
+    assert error.status == 400
+    assert "`previous_response_id`" in error.message
+    assert fleet.prefill_client.posts == []
 
 
 async def test_an_endpoint_without_prefill_and_decode_is_refused_before_any_work() -> None:

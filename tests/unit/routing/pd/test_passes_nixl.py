@@ -10,7 +10,6 @@ from extproc.errors import RouterError
 from extproc.routing.json_members import with_members
 from extproc.routing.lease import Lease
 from extproc.routing.pd.decode_order import DecodeOrder
-from extproc.routing.pd.handoff import KV_PREFILL_MEMBERS
 from extproc.routing.pd.pair import Pair
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import EngineTimeoutError, EngineUnreachableError
@@ -26,6 +25,16 @@ from tests.unit.routing.pd.pd_fleet import (
 )
 
 # -- nixl
+
+PREFILL_MEMBERS = (
+    b'"stream":false,"stream_options":null,"max_tokens":1,"max_completion_tokens":1,'
+    b'"min_tokens":0,"kv_transfer_params":{"do_remote_decode":true,"do_remote_prefill":false,'
+    b'"remote_engine_id":null,"remote_block_ids":null,"remote_host":null,"remote_port":null}'
+)
+AGENT_BODIES = {
+    "/v1/messages": b'{"model":"m","messages":[{"role":"user","content":"x"}],"max_tokens":9}',
+    "/v1/responses": b'{"model":"m","input":"x"}',
+}
 
 
 async def answered(task: "asyncio.Task[Lease | Pair]") -> Pair:
@@ -49,7 +58,7 @@ async def test_nixl_waits_for_the_prefill_and_passes_its_answer_on(inline: bool)
     fleet = nixl(inline=inline)
     task = await fleet.waiting()
     (post,) = fleet.prefill_client.posts
-    assert post.body == with_members(BODY, KV_PREFILL_MEMBERS)
+    assert post.body == with_members(BODY, PREFILL_MEMBERS)
     assert (post.fields["max_tokens"], post.fields["stream"]) == (1, False)
     assert "bootstrap_room" not in post.fields
     assert post.keep_bytes == 1024 * 1024
@@ -300,4 +309,48 @@ async def test_sglang_is_not_asked_for_several_answers() -> None:
     assert caught.value.status == 400
     assert "`n`" in caught.value.message
     assert fleet.prefill_client.posts == []
+    fleet.nothing_is_left()
+
+
+@pytest.mark.parametrize("path", AGENT_BODIES)
+async def test_nixl_hands_over_messages_and_responses(path: str) -> None:
+    fleet = nixl()
+    task = asyncio.create_task(fleet.start(AGENT_BODIES[path], path=path))
+    await settle()
+    (post,) = fleet.prefill_client.posts
+    assert post.path == path
+    assert post.fields["kv_transfer_params"]["do_remote_decode"] is True
+    fleet.prefill_client.calls[0].respond(200, b'{"kv_transfer_params":%b}' % KV)
+    pair = await answered(task)
+    assert pair.decision.body_members == b'"kv_transfer_params":' + KV
+    pair.close()
+    fleet.nothing_is_left()
+
+
+@pytest.mark.parametrize("path", AGENT_BODIES)
+async def test_a_vllm_that_does_not_know_the_member_lets_a_decode_worker_serve_alone(
+    path: str,
+) -> None:
+    fleet = nixl()
+    body = AGENT_BODIES[path]
+    task = asyncio.create_task(fleet.start(body, path=path))
+    await settle()
+    fleet.prefill_client.calls[0].respond(200, b'{"content":[]}')
+    alone = await task
+    assert isinstance(alone, Lease)
+    assert alone.decision.worker_url in DECODES
+    assert alone.decision.body_members == b""
+    assert fleet.outcomes()[PREFILLS[0]] == ["success"]
+    # For a minute no prefill worker computes in vain.
+    again = await fleet.start(body, path=path)
+    assert isinstance(again, Lease)
+    assert len(fleet.prefill_client.posts) == 1
+    assert fleet.metric("extproc_pd_decode_alone_total", model="m") == 2
+    alone.close()
+    again.close()
+    await fleet.clock.advance(61)
+    task = asyncio.create_task(fleet.start(body, path=path))
+    await settle()
+    fleet.prefill_client.calls[1].respond(200, b'{"kv_transfer_params":%b}' % KV)
+    (await answered(task)).close()
     fleet.nothing_is_left()
