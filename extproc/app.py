@@ -59,7 +59,15 @@ class App(WorkerObserver):
         self._endpoints = self._build_endpoints()
         if parts.publisher is not None:
             parts.publisher.known_changed = self.workers_changed
-        for observer in (self.ranks, self.pd, gateway, self._endpoints, parts.publisher, self):
+        for observer in (
+            self.ranks,
+            parts.prover,
+            self.pd,
+            gateway,
+            self._endpoints,
+            parts.publisher,
+            self,
+        ):
             if observer is not None:
                 self._manager.observe(observer)
         self._reloader = (
@@ -78,6 +86,7 @@ class App(WorkerObserver):
                 reloads=lambda: None if self._reloader is None else self._reloader.status,
                 discovery=lambda: shared.sources.show(self._clock.monotonic()),
                 is_added=parts.runtime.is_added,
+                proofs=parts.kv.proofs,
                 envoys=lambda: [] if parts.publisher is None else parts.publisher.show(),
             ),
             more=RuntimeWorkerPages(parts.runtime, self.workers, lambda: self.config).routes(),
@@ -202,6 +211,7 @@ class App(WorkerObserver):
                 self._probe_lag(),
                 self.ranks.indexer.run(),
                 self._parts.polled_load.run(),
+                self._parts.prover.run(),
             ]
             if self.config.load.release == "estimate":
                 background.append(self.tickets.run_estimates())

@@ -42,6 +42,7 @@ from extproc.routing.rank_chooser import Encoder, RankChooser
 from extproc.routing.ranks import Ranks
 from extproc.routing.router import Router
 from extproc.routing.spare_capacity import SpareCapacity
+from extproc.routing.token_proof.proofs import TokenProofs
 from extproc.routing.wait_queue import WaitQueue, renew_queues
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.configured_models import ConfiguredModels
@@ -93,10 +94,14 @@ class Shared(Struct, frozen=True, kw_only=True):
 
 
 class Kv(Struct, kw_only=True):
-    """The ranks that are followed, and the placements of models with a KV-aware policy, by id."""
+    """The ranks that are followed, and the placements of models with a KV-aware policy, by id.
+
+    `proofs` are what is known of their workers' tokens.
+    """
 
     ranks: Ranks
     placements: Mapping[str, Placement]
+    proofs: TokenProofs
 
 
 class Routing(Struct, frozen=True, kw_only=True):
@@ -174,7 +179,7 @@ def build_kv(config: Config, shared: Shared, recheck: Callable[[Worker], None]) 
         ),
         recheck=recheck,
     )
-    kv = Kv(ranks=ranks, placements={})
+    kv = Kv(ranks=ranks, placements={}, proofs=TokenProofs())
     place_models(config, shared, kv)
     return kv
 
@@ -198,6 +203,9 @@ def place_models(config: Config, shared: Shared, kv: Kv) -> None:
         placements[model.id] = placement
         shared.metrics.begin_tokens(model.id)
     kv.placements = placements
+    kv.proofs.route_by_load(
+        frozenset(model.id for model in config.models if model.differences_by_load)
+    )
     kv.ranks.serve({model: one.model_speed for model, one in placements.items()})
 
 
@@ -287,6 +295,7 @@ def _choosers(
             encoders[model.id],
             placement,
             kv.ranks,
+            kv.proofs,
             metrics=shared.metrics,
             clock=shared.clock,
             patience_seconds=config.server.step_deadline_secs * _PATIENCE_SHARE,

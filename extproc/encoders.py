@@ -13,11 +13,13 @@ from extproc.clock import SystemClock
 from extproc.config.models import ModelConfig
 from extproc.config.schema import Config, TokenizationConfig
 from extproc.errors import ConfigError
-from extproc.tokenization.encoder import EncoderSettings, PromptEncoder
+from extproc.routing.token_proof.asking import OurTokens
+from extproc.tokenization.encoder import Encoded, EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
 from extproc.tokenization.prompts import NO_TEMPLATE_KWARGS
+from extproc.workers.worker import Worker
 
-__all__ = ["LoadedEncoders", "load_encoders"]
+__all__ = ["LoadedEncoders", "load_encoders", "proven_models"]
 
 _Key = tuple[str | None, str | None, str, TokenizationConfig]
 
@@ -61,6 +63,22 @@ def load_encoders(config: Config, before: LoadedEncoders | None = None) -> dict[
             encoder.close()
         raise ConfigError(problems)
     return encoders
+
+
+def proven_models(config: Config, encoders: Mapping[str, PromptEncoder]) -> dict[str, OurTokens]:
+    """How the tokens are made of the models whose workers are to be proven, by id."""
+    return {
+        model.id: _our_tokens(encoders[model.id])
+        for model in config.models
+        if model.proves_tokens and model.id in encoders
+    }
+
+
+def _our_tokens(encoder: PromptEncoder) -> OurTokens:
+    async def encode(worker: Worker, path: str, body: bytes) -> Encoded:
+        return await encoder.encode(await encoder.read(worker.engine.rules, path, body, None))
+
+    return OurTokens(encode=encode, text_of=encoder.shown, source=encoder)
 
 
 def _load(model: ModelConfig, path: str, settings: TokenizationConfig) -> PromptEncoder:

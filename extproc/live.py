@@ -13,7 +13,7 @@ from msgspec import Struct, UnsetType
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 
 from extproc.admin.collector import GatewayCollector, WorkerCollector
-from extproc.admin.kv_collector import EncoderCollector, KvCollector
+from extproc.admin.kv_collector import EncoderCollector, KvCollector, ProofCollector
 from extproc.admin.pool_collector import PoolCollector
 from extproc.build import (
     api_key_of,
@@ -28,11 +28,12 @@ from extproc.build import (
 from extproc.clock import Clock
 from extproc.config.schema import Config
 from extproc.discovery.static_urls import StaticUrls
-from extproc.encoders import LoadedEncoders, load_encoders
+from extproc.encoders import LoadedEncoders, load_encoders, proven_models
 from extproc.errors import ConfigError
 from extproc.logs import set_log_level
 from extproc.routing.polled_load import PolledLoad
 from extproc.routing.pool_signals import PoolSignals, PoolSources
+from extproc.routing.token_proof.prover import TokenProver
 from extproc.server.admission_collector import AdmissionCollector
 from extproc.server.certificates import Certificate
 from extproc.serving import (
@@ -43,9 +44,11 @@ from extproc.serving import (
 )
 from extproc.sources import build_source
 from extproc.tokenization.encoder import PromptEncoder
+from extproc.workers.engine_tokenizer import EngineTokenizer
 from extproc.workers.introspection_client import AiohttpIntrospectionClient
 from extproc.workers.prefill_client import AiohttpPrefillClient
 from extproc.workers.runtime_workers import RuntimeWorkers
+from extproc.workers.worker import Worker
 from extproc.xds.publisher import Publisher
 from extproc.xds.service import DiscoveryService
 
@@ -80,7 +83,7 @@ class LiveParts:
         limit = config.discovery.runtime_workers_max
         self.runtime = RuntimeWorkers(self._source, limit=limit)
         self.manager = build_manager(config, shared, self.client, self.runtime)
-        self.kv = build_kv(config, shared, self.manager.recheck)
+        self.kv = build_kv(config, shared, self._engine_restarted)
         self.routing = build_router(
             config, shared, self.kv, encoders, self.prefill_client, self.manager.recheck
         )
@@ -92,6 +95,15 @@ class LiveParts:
             shared.random,
             shared.metrics,
         )
+        self.prover = TokenProver(
+            shared.registry,
+            EngineTokenizer(self.client),
+            self.kv.proofs,
+            shared.clock,
+            shared.random,
+            shared.metrics,
+        )
+        self.prover.use(proven_models(config, self._encoders))
         self.publisher = self._build_publisher()
         self.discovery = None if self.publisher is None else DiscoveryService(self.publisher)
         self.server = build_server(config, shared, self.routing, self.discovery)
@@ -101,6 +113,11 @@ class LiveParts:
             workers=lambda: {worker.url for worker in registry},
         )
         self._register_collectors()
+
+    def _engine_restarted(self, worker: Worker) -> None:
+        """The KV events of a worker come from another process."""
+        self.manager.recheck(worker)
+        self.prover.restarted(worker)
 
     def _build_publisher(self) -> Publisher | None:
         config, shared = self.config, self.shared
@@ -134,6 +151,7 @@ class LiveParts:
             WorkerCollector(shared.registry, shared.tickets, shared.sources),
             KvCollector(self.kv.ranks, shared.clock),
             EncoderCollector(self._encoders),
+            ProofCollector(self.kv.proofs),
             GatewayCollector(self.routing.lease_parts.gateway),
             PoolCollector(signals, lambda: self.routing.choosers),
             AdmissionCollector(self.server.streams.session_context.admission),
@@ -186,6 +204,7 @@ class LiveParts:
         self.client.use(found.api_key, found.worker_tls)
         self.prefill_client.use(found.worker_tls)
         self._replace_encoders(found.encoders)
+        self.prover.use(proven_models(config, self._encoders))
         if config.observability.log_level != self.config.observability.log_level:
             set_log_level(config.observability)
         self.config = config

@@ -33,6 +33,7 @@ from extproc.routing.rank import Rank
 from extproc.routing.rank_chooser import Encoder, RankChooser
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import Request, find_endpoint
+from extproc.routing.token_proof.proofs import TokenProofs
 from extproc.tokenization.encoder import Encoded
 from extproc.tokenization.fields import BodyFields
 from extproc.tokenization.prompts import Prompt, PromptRules, read_prompt
@@ -224,6 +225,8 @@ class Fleet:
         self._ranks: Ranks | None = None
         self._encoder = encoder or ByteEncoder()
         self._placement: Placement | None = None
+        self.proofs = TokenProofs()
+        self.proofs.route_by_load(frozenset(models))
         if follows_kv or policy in TOKEN_POLICIES:
             self._follow_kv(policy if policy in TOKEN_POLICIES else "min_ttft", models)
         for worker in self.workers:
@@ -264,6 +267,7 @@ class Fleet:
             self._encoder,
             self._placement,
             self.ranks,
+            self.proofs,
             metrics=self.metrics,
             clock=self.shared.clock,
             patience_seconds=0.05,

@@ -91,12 +91,14 @@ _Scripted = EngineAnswer | Exception | Callable[[], Awaitable[EngineAnswer]]
 class FakeEngineClient:
     """Answers as scripted per URL and path; the last answer of a script repeats.
 
-    A URL without a script refuses the connection. `calls` are (url, path, timeout in seconds).
+    A URL without a script refuses the connection. `calls` are (url, path, timeout in seconds), and
+    `posted` those with a body: (url, path, body).
     """
 
     def __init__(self) -> None:
         self._scripts: dict[tuple[str, str], deque[_Scripted]] = {}
         self.calls: list[tuple[str, str, float]] = []
+        self.posted: list[tuple[str, str, Any]] = []
 
     def script(self, url: str, path: str, *answers: _Scripted) -> None:
         self._scripts[url, path] = deque(answers)
@@ -113,6 +115,12 @@ class FakeEngineClient:
     def asked(self, url: str) -> list[str]:
         """The paths asked of one worker, in order."""
         return [path for called, path, _ in self.calls if called == url]
+
+    async def post(
+        self, url: WorkerUrl, path: str, body: bytes, timeout_seconds: float, max_bytes: int
+    ) -> EngineAnswer:
+        self.posted.append((str(url), path, json.loads(body)))
+        return await self.get(url, path, timeout_seconds)
 
     async def get(self, url: WorkerUrl, path: str, timeout_seconds: float) -> EngineAnswer:
         self.calls.append((str(url), path, timeout_seconds))

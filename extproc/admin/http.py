@@ -23,6 +23,7 @@ from extproc.kv.indexer import RankState
 from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.rank import Rank
 from extproc.routing.ranks import Ranks
+from extproc.routing.token_proof.proofs import TokenProofs
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Worker, WorkerSpec
@@ -42,7 +43,7 @@ class Questions(Struct, frozen=True, kw_only=True):
     `models` gives the configured ids, `refused` the workers that are not registered for their
     role, `reloads` None without a file that could change, and `envoys` those that have their
     endpoints from this replica. `discovery` says what cannot be asked now. `is_added` is true for
-    the id of a worker that an operator has added.
+    the id of a worker that an operator has added. `proofs` has what is known of their tokens.
     """
 
     is_ready: Callable[[], bool]
@@ -52,6 +53,7 @@ class Questions(Struct, frozen=True, kw_only=True):
     envoys: Callable[[], Sequence[Mapping[str, Any]]] = tuple
     discovery: Callable[[], Sequence[Mapping[str, Any]]] = tuple
     is_added: Callable[[str], bool] = lambda _: False
+    proofs: TokenProofs | None = None
 
 
 class AdminServer:
@@ -136,6 +138,7 @@ class AdminServer:
                     "added_by": "admin" if self._questions.is_added(worker.id) else "discovery",
                     "known_to_gateway": self._known_to_gateway(worker),
                     "kv": self._describe_kv(worker),
+                    "tokens": self._describe_tokens(worker),
                 }
                 for worker in self._workers
             ],
@@ -151,6 +154,11 @@ class AdminServer:
     def _known_to_gateway(self, worker: Worker) -> bool:
         """False if the gateway passed the worker over, or has not got its address yet."""
         return self._gateway.knows(worker) and self._workers.gateway_knows(worker)
+
+    def _describe_tokens(self, worker: Worker) -> dict[str, Any]:
+        """What is known of its tokens, by model; empty if they are not proven at all."""
+        proofs = self._questions.proofs
+        return {} if proofs is None else {m: one.shown() for m, one in proofs.of(worker).items()}
 
     def _describe_kv(self, worker: Worker) -> dict[str, Any]:
         """Empty for a worker whose model does not use KV events."""

@@ -15,9 +15,10 @@ from extproc.kv.indexer import KvTotals
 from extproc.metrics import kv_table as table
 from extproc.metrics.specs import CounterSpec, GaugeSpec
 from extproc.routing.ranks import Ranks
+from extproc.routing.token_proof.proofs import STATES, TokenProofs
 from extproc.tokenization.encoder import PromptEncoder
 
-__all__ = ["EncoderCollector", "KvCollector"]
+__all__ = ["EncoderCollector", "KvCollector", "ProofCollector"]
 
 _TIERS: Final = ("device", "host", "below")
 _Read = Callable[[KvTotals], int]
@@ -149,3 +150,21 @@ class EncoderCollector(Collector):
             size.add_metric([model], stats.cache_bytes)
             enabled.add_metric([model], stats.cached)
         yield from (encoded, busy, segments, evictions, size, enabled)
+
+
+class ProofCollector(Collector):
+    """What is known of the tokens of workers, by model."""
+
+    def __init__(self, proofs: TokenProofs) -> None:
+        self._proofs = proofs
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing, as for KvCollector."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        workers = table.TOKEN_PROOF_WORKERS.family()
+        for model, counts in self._proofs.counts().items():
+            for state in STATES:
+                workers.add_metric([model, state], counts[state])
+        yield workers

@@ -47,7 +47,7 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
             "live",
             "models[].",
             "id policy tokenizer_path chat_template_name chat_template_kwargs "
-            "first_byte_timeout_secs ready_without_workers",
+            "first_byte_timeout_secs ready_without_workers token_proof",
         ),
         **_keys(
             "live",

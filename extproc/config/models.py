@@ -19,8 +19,10 @@ __all__ = [
     "PdModelConfig",
     "PolicyName",
     "QueueConfig",
+    "TokenProofMode",
 ]
 
+TokenProofMode = Literal["route_by_load", "warn", "off"]
 PolicyName = Literal[
     "round_robin", "random", "power_of_two", "least_load", "cache_aware_zmq", "min_ttft"
 ]
@@ -215,6 +217,15 @@ class ModelConfig(Section, frozen=True, kw_only=True):
             "the engine's `--default-chat-template-kwargs`."
         ),
     ] = field(default_factory=dict)
+    token_proof: Annotated[
+        TokenProofMode,
+        Meta(
+            description="Whether workers are asked for the tokens of a handful of short prompts: "
+            "when they join, after a restart of their engine, and every 15 minutes. If a worker "
+            "computes other tokens than this service, requests of that kind are routed to it by "
+            "load (`route_by_load`), or that is only shown and logged (`warn`). `off` asks nothing."
+        ),
+    ] = "route_by_load"  # noqa: S105 (not a password)
     cache_aware: Annotated[
         CacheAwareConfig, Meta(description="Settings of the policy `cache_aware_zmq`.")
     ] = field(default_factory=CacheAwareConfig)
@@ -251,3 +262,13 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     circuit_breaker: Annotated[
         CircuitBreakerConfig, Meta(description="When a failing worker gets no more requests.")
     ] = field(default_factory=CircuitBreakerConfig)
+
+    @property
+    def proves_tokens(self) -> bool:
+        """True if workers are asked for the tokens of probes."""
+        return self.policy in TOKEN_POLICIES and self.token_proof != "off"  # noqa: S105
+
+    @property
+    def differences_by_load(self) -> bool:
+        """True if requests whose tokens differ are routed by load."""
+        return self.token_proof == "route_by_load"  # noqa: S105

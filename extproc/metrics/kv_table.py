@@ -62,8 +62,38 @@ PROMPTS_WITHOUT_TOKENS = _tokens.counter(
                 "the chat template takes too many steps, too long, or makes too long a value; "
                 "the log names the model"
             ),
+            "tokens_differ": "the chosen worker was found to compute other tokens for such a "
+            "request; see `models[].token_proof`",
             "too_long": "",
             "unsupported": "a kind of request that this service cannot map to tokens",
+        },
+    ),
+)
+TOKEN_PROOFS = _tokens.counter(
+    "extproc_token_proofs_total",
+    "Proofs of the tokens of a worker against those of this service, by outcome; see "
+    "models[].token_proof.",
+    "model",
+    Label(
+        "outcome",
+        {
+            "proven": "",
+            "differs": "the log names the first differing token and the likely cause",
+            "not_proven": "the worker could not be asked",
+        },
+    ),
+)
+TOKEN_PROOF_WORKERS = _tokens.gauge(
+    "extproc_token_proof_workers",
+    "Workers by what is known of their tokens; see models[].token_proof.",
+    "model",
+    Label(
+        "state",
+        {
+            "pending": "asked soon",
+            "proven": "they compute the same tokens as this service",
+            "differs": "requests that this concerns are routed to them by load",
+            "not_proven": "they could not be asked, and are believed",
         },
     ),
 )

@@ -6,7 +6,7 @@ workers go through `pd`. A `claim` is everything that a request takes on a worke
 the data-parallel ranks of workers, and `placement` weighs what they hold of a prompt.
 While all workers of a model are full (`spare_capacity` is 0), requests may wait in a `wait_queue`.
 `pool_signals` tells autoscalers how busy the pools are; `demand` is what clients have asked for.
-`polled_load` asks vLLM for its load.
+`polled_load` asks vLLM for its load, and `token_proof` asks engines for their tokens.
 Nothing here knows ext_proc messages: `server` turns decisions into replies.
 """
 
@@ -32,5 +32,6 @@ __all__ = [
     "router",
     "spare_capacity",
     "subset",
+    "token_proof",
     "wait_queue",
 ]

@@ -4,7 +4,7 @@ This is the one place where index, predictions, load and policy meet. It works i
 a few dozen microseconds, since every request passes through it on the event loop.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from msgspec import Struct
@@ -18,8 +18,20 @@ from extproc.routing.predictions import Prediction, Predictions
 from extproc.routing.rank import Rank
 from extproc.workers.prefill_speed import SPEED_DEFAULT_TOKENS_PER_SECOND, PrefillSpeed
 from extproc.workers.rank_load import Booking, RankLoad
+from extproc.workers.worker import Worker
 
-__all__ = ["NO_TOKENS", "EngineTokens", "Placed", "PlacedBooking", "Placement", "PromptTokens"]
+__all__ = [
+    "NO_TOKENS",
+    "TOKENS_DIFFER",
+    "EngineTokens",
+    "Placed",
+    "PlacedBooking",
+    "Placement",
+    "PromptTokens",
+]
+
+# The reason for a rank whose engine has other tokens for the request: they are not known here.
+TOKENS_DIFFER: Final = "tokens_differ"
 
 # Page size, whether pages are pairs of tokens, and the engine whose tokens they are.
 _Shape = tuple[int, bool, Engine]
@@ -40,10 +52,13 @@ class PromptTokens(NamedTuple):
     """A prompt's tokens by engine, without the engines for which they are not known.
 
     `guess` is an estimate of the number of tokens where they are not known; 0 for no estimate.
+    The `differing` workers have been found to make other tokens of such a prompt: only their load
+    counts.
     """
 
     by_engine: Mapping[Engine, EngineTokens]
     guess: int = 0
+    differing: Collection[Worker] = ()
 
 
 NO_TOKENS: Final = PromptTokens({})
@@ -206,7 +221,7 @@ class Placement:
         candidates = [_Candidate(rank, rank.order, rank.load) for rank in ranks]
         total = max([len(one.ids) for one in tokens.values()], default=0)
         if total:
-            self._look_up(candidates, prompts, tokens, now)
+            self._look_up(candidates, prompts, prompt, now)
         query = KvQuery(now, total, prompt.guess)
         chosen, reason = self.policy.choose(candidates, query)
         found = tokens.get(chosen.rank.engine)
@@ -217,13 +232,17 @@ class Placement:
             cut = prompts.get((pages.page_size, pages.bigram, chosen.rank.engine))
         # An engine can have its own number of tokens; without its tokens it is 0.
         total = 0 if found is None else len(found.ids)
+        expected = total or prompt.guess
+        if found is not None and chosen.rank.worker in prompt.differing:
+            # Their number is about right.
+            total, reason = 0, TOKENS_DIFFER
         return Placed(
             chosen.rank,
             reason,
             cached_tokens=cached,
             total_tokens=total,
             predicted_tokens=chosen.predicted_tokens,
-            prefill_tokens=max(1, (total or prompt.guess) - max(cached, chosen.predicted_tokens)),
+            prefill_tokens=max(1, expected - max(cached, chosen.predicted_tokens)),
             prompt=cut if cut is not None and chosen.held_pages < cut.pages else None,
         )
 
@@ -231,22 +250,27 @@ class Placement:
         self,
         candidates: list[_Candidate],
         prompts: dict[_Shape, _Prompt],
-        tokens: Mapping[Engine, EngineTokens],
+        tokens: PromptTokens,
         now: float,
     ) -> None:
         """Fill in what each candidate holds."""
+        differing = tokens.differing
         masks: dict[_Shape, int] = {}
         known: list[tuple[_Candidate, RankPages, _Shape]] = []
         for candidate in candidates:
             rank = candidate.rank
             pages = rank.pages
-            if pages is not None and pages.trusted:
+            if (
+                pages is not None
+                and pages.trusted
+                and (not differing or rank.worker not in differing)
+            ):
                 candidate.pages, candidate.has_events = pages, True
                 shape = (pages.page_size, pages.bigram, rank.engine)
                 masks[shape] = masks.get(shape, 0) | pages.bit
                 known.append((candidate, pages, shape))
         for shape, mask in masks.items():
-            found = tokens.get(shape[2])
+            found = tokens.by_engine.get(shape[2])
             if found is not None:
                 prompts[shape] = self._cut(shape, mask, found, now)
         for candidate, pages, shape in known:

@@ -5,7 +5,7 @@ outlives a request is in the parts it is given: the encoder, the placement and t
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import structlog
@@ -14,10 +14,18 @@ from extproc.clock import Clock
 from extproc.engines.engine import Engine
 from extproc.metrics.service import Metrics
 from extproc.routing.chooser import Chosen
-from extproc.routing.placement import NO_TOKENS, EngineTokens, Placement, PromptTokens
+from extproc.routing.placement import (
+    NO_TOKENS,
+    TOKENS_DIFFER,
+    EngineTokens,
+    Placement,
+    PromptTokens,
+)
 from extproc.routing.rank import Rank
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import Request
+from extproc.routing.token_proof.proofs import TokenProofs
+from extproc.routing.token_proof.traits import traits_of
 from extproc.tokenization.encoder import Encoded
 from extproc.tokenization.fields import BodyFields
 from extproc.tokenization.prompts import Prompt, PromptRules
@@ -72,6 +80,7 @@ class RankChooser:
         encoder: Encoder,
         placement: Placement,
         ranks: Ranks,
+        proofs: TokenProofs,
         *,
         metrics: Metrics,
         clock: Clock,
@@ -81,6 +90,7 @@ class RankChooser:
         self._encoder = encoder
         self._placement = placement
         self._ranks = ranks
+        self._proofs = proofs
         self._metrics = metrics
         self._clock = clock
         self._patience_seconds = patience_seconds
@@ -96,13 +106,14 @@ class RankChooser:
         started = self._clock.monotonic()
         fields, path = request.take_fields(), request.endpoint.path
         by_engine: dict[Engine, EngineTokens] = {}
-        encoded = _LATE
+        encoded, given_ids = _LATE, False
         try:
             async with asyncio.timeout(self._patience_seconds):
                 for engine in self._ranks.engines_of(self._model):
                     prompt = await self._encoder.read(engine.rules, path, request.body, fields)
                     encoded = await self._encoder.encode(prompt)
                     if encoded.ids is not None:
+                        given_ids = prompt.ids is not None
                         seed = self._seed(prompt, adapter)
                         by_engine[engine] = EngineTokens(encoded.ids, seed, prompt.reads_cache)
         except TimeoutError:
@@ -114,7 +125,20 @@ class RankChooser:
             if encoded.reason == TEMPLATE_LIMIT and started >= self._warn_again_at:
                 self._warn_again_at = started + _WARN_SECONDS
                 _log.warning("chat_template_over_limit", model=self._model)
-        return PromptTokens(by_engine, len(request.body) // _BYTES_PER_TOKEN)
+        # Ids of the client are the engine's, too.
+        differing = () if given_ids else self._differing(request)
+        return PromptTokens(by_engine, len(request.body) // _BYTES_PER_TOKEN, differing)
+
+    def _differing(self, request: Request) -> Collection[Worker]:
+        """The workers that have been found to make other tokens of such a request."""
+        found = self._proofs.differing(self._model)
+        if not found:
+            return ()
+        concerned = 0
+        for traits in found.values():
+            concerned |= traits
+        has = traits_of(request.endpoint.path, request.body, concerned)
+        return {worker for worker, traits in found.items() if traits & has}
 
     def _seed(self, prompt: Prompt, adapter: str | None) -> int:
         """The seed of the prompt's cache namespace."""
@@ -140,6 +164,8 @@ class RankChooser:
 
     def decided(self, chosen: Chosen) -> None:
         placed = chosen.placed
+        if placed is not None and placed.reason == TOKENS_DIFFER:
+            self._metrics.prompts_without_tokens(self._model, TOKENS_DIFFER).inc()
         if placed is not None and placed.total_tokens:
             self._prompt_tokens.value += placed.total_tokens
             self._cached_tokens.value += placed.cached_tokens

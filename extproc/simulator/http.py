@@ -21,6 +21,7 @@ from extproc.simulator.inference import json_answer, listening_port, serve
 from extproc.simulator.journal import Journal
 from extproc.simulator.kv_publisher import KvPorts, KvPublisher
 from extproc.simulator.settings import SimulatorSettings
+from extproc.simulator.tokenizing import Tokenizing
 from extproc.simulator.worker import Worker
 
 __all__ = ["RunningSimulator", "create_app", "start"]
@@ -43,6 +44,7 @@ def create_app(settings: SimulatorSettings) -> web.Application:
     )
     app[_WORKER] = worker
     app.add_routes(Control(worker).routes())
+    app.add_routes(Tokenizing(worker).routes())
 
     async def infer(request: web.Request) -> web.StreamResponse:
         return await serve(worker, request)

@@ -267,6 +267,15 @@ class PromptEncoder:
             return self._vocabulary.text(ids, skip_special_tokens)
         return await self._pool.run(lambda: self._vocabulary.text(ids, skip_special_tokens))
 
+    def shown(self, ids: Sequence[int]) -> str:
+        """The text of a few ids; those that are not in the vocabulary are shown as numbers."""
+        if all(one in self._vocabulary for one in ids):
+            return self._vocabulary.text(ids, False)
+        return "".join(
+            self._vocabulary.text([one], False) if one in self._vocabulary else f"<id {one}>"
+            for one in ids
+        )
+
     def close(self) -> None:
         """Cancel the work that is waiting. Running work finishes in its thread."""
         self._pool.close()

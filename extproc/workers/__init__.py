@@ -6,14 +6,15 @@ current, `introspection` asks the engines, `membership` registers, changes and r
 `vanished` holds those that were lost from sight, and each `observer` is notified. A `worker` has a
 `circuit_breaker`, `pool_faults` tells a worker's fault from a request's, open `tickets` count its
 requests, and `rank_load` estimates the load of one of its ranks. Only `introspection_client` and
-`prefill_client` import aiohttp; `engine_calls` has their protocols, and `vllm_answers`
-reads what vLLM says.
+`prefill_client` import aiohttp; `engine_calls` has their protocols, `vllm_answers`
+reads what vLLM says, and `engine_tokenizer` asks for the tokens of a body.
 """
 
 __all__ = [
     "circuit_breaker",
     "configured_models",
     "engine_calls",
+    "engine_tokenizer",
     "introspection_client",
     "manager",
     "membership",

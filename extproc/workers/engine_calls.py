@@ -20,6 +20,7 @@ __all__ = [
     "PrefillCall",
     "PrefillClient",
     "PrefillClientOverloadedError",
+    "TokensClient",
 ]
 
 
@@ -48,6 +49,20 @@ class IntrospectionClient(Protocol):
 
     async def get(self, url: WorkerUrl, path: str, timeout_seconds: float) -> EngineAnswer:
         """Send a GET request; raises EngineUnreachableError, EngineTimeoutError."""
+        ...
+
+
+class TokensClient(Protocol):
+    """Asks an engine for the tokens of a body."""
+
+    async def post(
+        self, url: WorkerUrl, path: str, body: bytes, timeout_seconds: float, max_bytes: int
+    ) -> EngineAnswer:
+        """Send a POST request with a JSON body, without following redirects.
+
+        Raises EngineUnreachableError, also for an answer of more than `max_bytes`, and
+        EngineTimeoutError.
+        """
         ...
 
 

@@ -15,7 +15,7 @@ _ANSWER_MAX_BYTES = 8 * 1024 * 1024
 
 
 class AiohttpIntrospectionClient:
-    """An IntrospectionClient; it is used as an async context manager.
+    """An IntrospectionClient and a TokensClient; it is used as an async context manager.
 
     `api_key` is sent to every worker. `tls` verifies https workers, by default with the
     system's authorities.
@@ -45,24 +45,39 @@ class AiohttpIntrospectionClient:
             await self._session.close()
 
     async def get(self, url: WorkerUrl, path: str, timeout_seconds: float) -> EngineAnswer:
+        return await self._ask("GET", f"{url}{path}", None, timeout_seconds, _ANSWER_MAX_BYTES)
+
+    async def post(
+        self, url: WorkerUrl, path: str, body: bytes, timeout_seconds: float, max_bytes: int
+    ) -> EngineAnswer:
+        """See TokensClient."""
+        return await self._ask("POST", f"{url}{path}", body, timeout_seconds, max_bytes)
+
+    async def _ask(
+        self, method: str, url: str, body: bytes | None, timeout_seconds: float, max_bytes: int
+    ) -> EngineAnswer:
         if self._session is None:
             raise RuntimeError("the client is used outside its context")
-        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        headers = self._headers
+        if body is not None:
+            headers = {**headers, "content-type": "application/json"}
         try:
             # A redirect could send the API key to a host that is not configured.
-            async with self._session.get(
-                f"{url}{path}",
-                headers=self._headers,
+            async with self._session.request(
+                method,
+                url,
+                data=body,
+                headers=headers,
                 ssl=self._tls if self._tls is not None else True,
-                timeout=timeout,
+                timeout=aiohttp.ClientTimeout(total=timeout_seconds),
                 allow_redirects=False,
             ) as response:
-                body = bytearray()
+                received = bytearray()
                 async for chunk in response.content.iter_chunked(64 * 1024):
-                    body += chunk
-                    if len(body) > _ANSWER_MAX_BYTES:
+                    received += chunk
+                    if len(received) > max_bytes:
                         raise EngineUnreachableError("the answer is too large")
-                return EngineAnswer(response.status, bytes(body))
+                return EngineAnswer(response.status, bytes(received))
         except TimeoutError as error:
             raise EngineTimeoutError("no answer in time") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """From a body to a rank: tokens, namespaces, the rank in the body, the load of ranks."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -11,6 +12,10 @@ import structlog
 from extproc.config.models import PolicyName
 from extproc.engines.engine import EngineName
 from extproc.errors import RouterError
+from extproc.routing.token_proof.comparison import Difference
+from extproc.routing.token_proof.proofs import TokenProof
+from extproc.routing.token_proof.traits import TEXT as TEXT_TRAIT
+from extproc.routing.token_proof.traits import TOOLS
 from extproc.tokenization.encoder import Encoded
 from extproc.tokenization.prompts import Prompt
 from extproc.workers.worker import KvEvents
@@ -27,6 +32,13 @@ class BusyEncoder(ByteEncoder):
     async def encode(self, prompt: Prompt) -> Encoded:
         await asyncio.sleep(60)
         return await super().encode(prompt)
+
+
+class IdsEncoder(ByteEncoder):
+    """An encoder for prompts that are token ids."""
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        return Encoded(prompt.ids, "")
 
 
 class LimitedEncoder(ByteEncoder):
@@ -313,3 +325,43 @@ async def test_a_worker_whose_ranks_are_away_for_a_moment_is_chosen_by_load(
     for lease in leases:
         lease.close()
     assert [worker.in_flight for worker in pool.workers] == [0, 0]
+
+
+def differs(probe: str, trait: int) -> TokenProof:
+    difference = Difference(probe, trait, 0, 1, 1, "a", "b", first_only=False)
+    return TokenProof(state="differs", differences=(difference,), reason="tools")
+
+
+async def test_a_worker_with_other_tokens_gets_requests_by_load_alone(fleet: MakeFleet) -> None:
+    one = await fleet()
+    one.hold(TEXT, 0)
+    one.hold(TEXT[:12], 1)
+    assert (await one.complete(TEXT)).decision.reason == "hit"
+    one.proofs.put("m", one.workers[0], differs("text", TEXT_TRAIT))
+    lease = await one.complete(TEXT)
+    # The other worker's tokens are those of this service: what it holds counts.
+    assert lease.decision.worker_url == B
+    assert (lease.decision.cached_tokens, lease.decision.total_tokens) == (12, len(TEXT))
+    one.proofs.put("m", one.workers[1], differs("text", TEXT_TRAIT))
+    decision = (await one.complete(TEXT)).decision
+    assert decision.reason == "tokens_differ"
+    assert (decision.cached_tokens, decision.total_tokens) == (0, 0)
+    name = "extproc_prompts_without_tokens_total"
+    assert one.metric(name, model="m", reason="tokens_differ") == 1
+
+
+async def test_other_tokens_of_tools_do_not_concern_requests_without_tools(
+    fleet: MakeFleet,
+) -> None:
+    one = await fleet()
+    one.hold(TEXT, 0)
+    one.proofs.put("m", one.workers[0], differs("tools", TOOLS))
+    assert (await one.complete(TEXT)).decision.reason == "hit"
+
+
+async def test_ids_of_the_client_are_the_engines_whatever_differs(fleet: MakeFleet) -> None:
+    one = await fleet(encoder=IdsEncoder())
+    one.hold(TEXT, 0)
+    one.proofs.put("m", one.workers[0], differs("text", TEXT_TRAIT))
+    body = json.dumps({"model": "m", "prompt": [*TEXT.encode()]}).encode()
+    assert (await one.send(body)).decision.reason == "hit"
