@@ -157,7 +157,7 @@ def build_shared(
         random=random or Random(),  # noqa: S311 (load spreading, not secrets)
         prometheus=prometheus,
         metrics=metrics,
-        registry=WorkerRegistry(),
+        registry=WorkerRegistry(clock),
         tickets=Tickets(
             clock, config.active_load.stale_request_timeout_secs, metrics.stale_requests
         ),
@@ -315,6 +315,7 @@ def assemble_routing(
 ) -> Routing:
     """The router over `choosers`, which are by model id; see build_router for the others."""
     clock, metrics = shared.clock, shared.metrics
+    shared.registry.names.serve(list(choosers))
     claims = Claims(shared.tickets, ranks, metrics.last_resort)
     if before is None:
         outcomes = WorkerOutcomes(metrics, shared.registry, SpareCapacity(shared.registry, ranks))

@@ -58,6 +58,7 @@ __all__ = [
     "no_prefill_workers",
     "no_tokenizer",
     "no_workers_in_subset",
+    "no_workers_with_adapter",
     "not_disaggregated",
     "not_found",
     "payload_too_large",
@@ -285,6 +286,15 @@ def no_healthy_workers() -> RouterError:
     """503: the model has no worker that may be tried."""
     return RouterError(
         "no_healthy_workers", 503, "no healthy workers available for the requested model"
+    )
+
+
+def no_workers_with_adapter() -> RouterError:
+    """503: the adapter is known, and no worker that may be tried has loaded it now."""
+    return RouterError(
+        "no_workers_with_adapter",
+        503,
+        "no available worker has loaded the requested adapter, try again later",
     )
 
 

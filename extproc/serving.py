@@ -7,8 +7,6 @@ runs.
 from typing import Final
 from uuid import uuid4
 
-import msgspec
-
 from extproc.build import Routing, Shared, forwarded_authorization
 from extproc.config.models import TOKEN_POLICIES
 from extproc.config.schema import Config
@@ -16,6 +14,7 @@ from extproc.routing.router import Router
 from extproc.server.admission import Admission, AdmissionLimits
 from extproc.server.grpc_server import ExtProcServer
 from extproc.server.messages import RequestHeadTable, ResponseTable
+from extproc.server.model_list import ModelList
 from extproc.server.replies import ReplyBuilder
 from extproc.server.session import SessionContext
 from extproc.server.stream import Streams
@@ -52,7 +51,7 @@ def session_context(
         heads=RequestHeadTable(),
         responses=ResponseTable(),
         max_body_bytes=config.server.max_body_bytes,
-        models_body=_models_body(router.model_ids),
+        models_body=ModelList(router.model_ids, shared.registry.names),
         only_model=router.only_model,
         debug_headers=config.observability.debug_headers,
         prompt_max_bytes=_prompt_max_bytes(config),
@@ -105,10 +104,3 @@ def _prompt_max_bytes(config: Config) -> int:
 
 def _new_request_id() -> str:
     return str(uuid4())
-
-
-def _models_body(model_ids: list[str]) -> bytes:
-    data = [
-        {"id": model, "object": "model", "created": 0, "owned_by": "sglang"} for model in model_ids
-    ]
-    return msgspec.json.encode({"object": "list", "data": data})

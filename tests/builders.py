@@ -73,6 +73,7 @@ def make_spec(
     bootstrap_port: int | None = None,
     kv_events: KvEvents | None = None,
     engine: EngineName | None = None,
+    adapters: Sequence[str] = (),
 ) -> WorkerSpec:
     """A spec as discovery gives it: no model unless said; the id is the URL."""
     parsed = parse_worker_url(url)
@@ -84,6 +85,7 @@ def make_spec(
         bootstrap_port=bootstrap_port,
         kv_events=kv_events,
         engine=engine,
+        adapters=tuple(adapters),
     )
 
 
@@ -100,9 +102,18 @@ def make_worker(
     resolved: bool = True,
     kv_events: KvEvents | None = None,
     engine: EngineName | None = None,
+    adapters: Sequence[str] = (),
 ) -> Worker:
     """A worker of model `m` whose address is its URL's host and port."""
-    spec = make_spec(url, id=id, role=role, model_ids=model_ids, kv_events=kv_events, engine=engine)
+    spec = make_spec(
+        url,
+        id=id,
+        role=role,
+        model_ids=model_ids,
+        kv_events=kv_events,
+        engine=engine,
+        adapters=adapters,
+    )
     worker = Worker(
         spec,
         order=order,
@@ -319,7 +330,12 @@ class Fleet:
         return self.ranks.of(self._worker(worker))[dp_rank]
 
     def hold(
-        self, text: str, worker: Worker | int, dp_rank: int = 0, salt: str | None = None
+        self,
+        text: str,
+        worker: Worker | int,
+        dp_rank: int = 0,
+        salt: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """The rank is trusted and holds the whole pages of this text."""
         indexer, rank = self.ranks.indexer, self.rank(worker, dp_rank)
@@ -327,8 +343,10 @@ class Fleet:
             rank.pages = indexer.index.add(self._worker(worker).url, PAGE, dp_rank=dp_rank)
         rank.pages.trusted = True
         ids = byte_tokens(text)[: len(text) // PAGE * PAGE]
-        names = [hash((salt, text[: end * PAGE])) for end in range(1, len(ids) // PAGE + 1)]
-        indexer.index.store(rank.pages, names, None, ids, PAGE, seed=indexer.seed(salt, None))
+        names = [
+            hash((salt, adapter, text[: end * PAGE])) for end in range(1, len(ids) // PAGE + 1)
+        ]
+        indexer.index.store(rank.pages, names, None, ids, PAGE, seed=indexer.seed(salt, adapter))
 
     def _worker(self, worker: Worker | int) -> Worker:
         return self.workers[worker] if isinstance(worker, int) else worker

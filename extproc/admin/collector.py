@@ -20,7 +20,7 @@ __all__ = ["GatewayCollector", "WorkerCollector"]
 
 
 class WorkerCollector(Collector):
-    """Load, breaker and number of workers."""
+    """Load, breaker and number of workers, and the number of their adapters."""
 
     def __init__(
         self, registry: WorkerRegistry, active_load: Tickets, sources: SourceHealth
@@ -61,6 +61,10 @@ class WorkerCollector(Collector):
         yield table.RUNTIME_WORKERS.family(added)
         stale = len(self._registry) if self._sources.is_stale else vanished
         yield table.WORKERS_STALE.family(stale)
+        adapters = table.ADAPTERS.family()
+        for model, count in Counter(one.model for one in self._registry.names.adapters()).items():
+            adapters.add_metric([model], count)
+        yield adapters
         yield table.TICKETS_OPEN.family(len(self._active_load))
 
 

@@ -34,6 +34,7 @@ __all__ = ["AdminServer", "Questions"]
 _log = structlog.get_logger()
 
 _ADDRESSES_SHOWN: Final = 20
+_ADAPTERS_SHOWN: Final = 100
 _PROBES = frozenset({"/healthz", "/readyz"})
 
 
@@ -199,6 +200,8 @@ def _describe(worker: Worker, usable: bool) -> dict[str, Any]:
         "draining": worker.draining,
         "ready": usable and worker.breaker.state is not BreakerState.OPEN,
         "address": worker.address,
+        "adapters": sorted(worker.adapters)[:_ADAPTERS_SHOWN],
+        "adapter_count": len(worker.adapters),
     } | _describe_unused(worker)
 
 

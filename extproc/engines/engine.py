@@ -22,6 +22,7 @@ class Engine(Struct, frozen=True, kw_only=True, eq=False):
     """One engine, from version `since` on as far as it was read, that is up to `read_until`.
 
     `ranks_in_header`: it takes the data-parallel rank from a header; otherwise from the body.
+    `adapters_with_model`: it takes an adapter as `model:adapter`; otherwise by its name alone.
     `load_from_metrics`: its load is read from `/metrics`, since it publishes no load.
     """
 
@@ -30,12 +31,21 @@ class Engine(Struct, frozen=True, kw_only=True, eq=False):
     read_until: str
     rules: PromptRules
     ranks_in_header: bool = False
+    adapters_with_model: bool = False
     load_from_metrics: bool = False
 
 
 # By name, the newest version first.
 _ENGINES: Final[dict[str, tuple[Engine, ...]]] = {
-    "sglang": (Engine(name="sglang", since=(0, 5), read_until="0.5.23", rules=SglangRules()),),
+    "sglang": (
+        Engine(
+            name="sglang",
+            since=(0, 5),
+            read_until="0.5.23",
+            rules=SglangRules(),
+            adapters_with_model=True,
+        ),
+    ),
     "vllm": (
         Engine(
             name="vllm",

@@ -39,6 +39,8 @@ class Metrics:
         self.streams = made.counter(table.STREAMS)
         self.introspections = made.counter(table.INTROSPECTIONS)
         self.generating_checks = made.counter(table.GENERATING_CHECKS)
+        self.adapter_polls = made.counter(table.ADAPTER_POLLS)
+        self.adapter_requests = made.counter(table.ADAPTER_REQUESTS)
         self.load_polls = made.counter(table.LOAD_POLLS)
         self.workers_refused = made.counter(table.WORKERS_REFUSED)()
         self.workers_vanished = made.counter(table.WORKERS_VANISHED)

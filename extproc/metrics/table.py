@@ -163,6 +163,21 @@ LOAD_POLLS = _requests.counter(
         },
     ),
 )
+ADAPTERS = _requests.gauge(
+    "extproc_adapters",
+    "Different LoRA adapters that workers have loaded, by the configured model they belong to.",
+    "model",
+)
+ADAPTER_REQUESTS = _requests.counter(
+    "extproc_adapter_requests_total",
+    "Requests that name a LoRA adapter which workers list, by the model it belongs to.",
+    "model",
+)
+ADAPTER_POLLS = _requests.counter(
+    "extproc_adapter_polls_total",
+    "Questions to workers for the adapters they have loaded, by outcome.",
+    Label("outcome", {"answered": "", "failed": "no list of models within two seconds"}),
+)
 WORKERS_REFUSED = _requests.counter(
     "extproc_workers_refused_total",
     "Workers that were refused because plain workers cannot be mixed with prefill and decode "

@@ -27,7 +27,8 @@ class Decision(Struct, frozen=True, kw_only=True):
     It is the value of the header from which that pass learns what it must know. `attempts` is
     how many decode workers may be tried.
 
-    `role` is that of all `destinations`.
+    `role` is that of all `destinations`. `adapter` is the LoRA adapter that the request
+    names, where workers list it.
     """
 
     model: str
@@ -46,3 +47,4 @@ class Decision(Struct, frozen=True, kw_only=True):
     decode_order: str = ""
     attempts: int = 1
     role: Role = "plain"
+    adapter: str | None = None

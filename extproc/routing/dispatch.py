@@ -6,6 +6,7 @@ Others are named beside it, which Envoy tries when the chosen one refuses the co
 from collections.abc import Mapping, Sequence
 from random import Random
 
+from extproc.routing.adapters import joined_members, model_member
 from extproc.routing.chooser import Chosen
 from extproc.routing.claim import Claims
 from extproc.routing.decision import Decision
@@ -71,6 +72,9 @@ class Dispatch:
                 for other in candidates
                 if dp_rank < len(of(other)) and other.engine.ranks_in_header is in_header
             ]
+        name = model_member(request, model, worker)
+        if request.adapter is not None:
+            candidates = [one for one in candidates if model_member(request, model, one) == name]
         named = [worker, *self._fallbacks(worker, candidates)]
         decision = Decision(
             model=model,
@@ -82,11 +86,12 @@ class Dispatch:
             cached_tokens=placed.cached_tokens if placed is not None else 0,
             total_tokens=placed.total_tokens if placed is not None else 0,
             predicted_tokens=placed.predicted_tokens if placed is not None else 0,
-            body_members=members,
+            body_members=joined_members(members, name),
             rank_header=rank_header,
             retry_busy=self._retry_busy and len(named) > 1 and worker.role == "plain",
             first_byte_timeout_ms=self._first_byte_ms.get(model, 0) if request.stream else 0,
             role=worker.role,
+            adapter=request.adapter,
         )
         self._decisions(model, policy, reason).inc()
         claim = self._claims.take(worker, now, placed, streamed=request.stream)

@@ -235,8 +235,9 @@ class Lease:
 
     def _answered_with_error(self, worker: Worker, status: int) -> None:
         """The worker, or Envoy in its place, answered with a 4xx or 5xx."""
-        if status == _NOT_FOUND:
-            self._parts.recheck(worker)  # it may serve another model by now
+        if status == _NOT_FOUND or (status == _CLIENT_ERROR and self.decision.adapter is not None):
+            # It may serve another model by now, or have unloaded the adapter.
+            self._parts.recheck(worker)
 
     def abort(self, error: RouterError) -> None:
         """End the request with `error`. A worker that has not begun to answer has failed."""

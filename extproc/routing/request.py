@@ -27,6 +27,7 @@ __all__ = [
     "CHAT_PATH",
     "DETOKENIZE_PATH",
     "ENDPOINT_PATHS",
+    "GENERATE_PATH",
     "MESSAGES_PATH",
     "MODELS_PATH",
     "RESPONSES_PATH",
@@ -84,6 +85,8 @@ class Request(Struct):
     `subset` are the endpoints to which the gateway can send, None where it names no subset.
     `fields` are the decoded fields of the prompt, for `take_fields`. `read_headers` returns those
     of the named headers that the client has sent; it reads them like `client_headers`.
+    `lora_path` is the adapter of SGLang's member of that name. `adapter` is the LoRA adapter that
+    is meant, by either name; the router finds it.
     """
 
     endpoint: Endpoint
@@ -95,6 +98,8 @@ class Request(Struct):
     fields: BodyFields | None = None
     read_headers: Callable[[frozenset[str]], Mapping[str, str]] = _no_headers
     subset: Subset | None = None
+    lora_path: str | None = None
+    adapter: str | None = None
 
     def take_fields(self) -> BodyFields | None:
         """The decoded fields of the prompt; None if they were not decoded or already taken.
@@ -118,6 +123,7 @@ class _Head(SteeringMembers):
     prompt: Raw = _NULL
     text: Raw = _NULL
     input_ids: Raw = _NULL
+    lora_path: Any = None
 
 
 MODELS_PATH: Final = "/v1/models"
@@ -127,14 +133,14 @@ CHAT_PATH: Final = "/v1/chat/completions"
 MESSAGES_PATH: Final = "/v1/messages"
 RESPONSES_PATH: Final = "/v1/responses"
 _COMPLETIONS_PATH: Final = "/v1/completions"
-_GENERATE_PATH: Final = "/generate"
+GENERATE_PATH: Final = "/generate"
 
 _ENDPOINTS: Final = {
     endpoint.path: endpoint
     for endpoint in (
         Endpoint(path=CHAT_PATH, generates=True),
         Endpoint(path=_COMPLETIONS_PATH, generates=True),
-        Endpoint(path=_GENERATE_PATH, model_optional=True, generates=True),
+        Endpoint(path=GENERATE_PATH, model_optional=True, generates=True),
         Endpoint(path="/v1/embeddings"),
         Endpoint(path=RESPONSES_PATH, generates=True),
         Endpoint(path=MESSAGES_PATH, generates=True),
@@ -199,7 +205,14 @@ def parse_body(
     if is_steered(head):
         body = without_steering(body)
     return Request(
-        endpoint, model, stream is True, body, client_headers, _prompts(endpoint, head), fields
+        endpoint,
+        model,
+        stream is True,
+        body,
+        client_headers,
+        _prompts(endpoint, head),
+        fields,
+        lora_path=head.lora_path if type(head.lora_path) is str else None,
     )
 
 
@@ -234,6 +247,6 @@ def _prompts(endpoint: Endpoint, head: Any) -> Raw:
     prompts = _NULL
     if endpoint.path == _COMPLETIONS_PATH:
         prompts = head.prompt
-    elif endpoint.path == _GENERATE_PATH:
+    elif endpoint.path == GENERATE_PATH:
         prompts = head.text if bytes(memoryview(head.text)[:1]) == b"[" else head.input_ids
     return prompts

@@ -7,6 +7,7 @@ from extproc.errors import (
     no_decode_workers,
     no_healthy_workers,
     no_workers_in_subset,
+    no_workers_with_adapter,
 )
 from extproc.routing.chooser import Chooser, Chosen
 from extproc.routing.demand import Demand
@@ -18,8 +19,9 @@ from extproc.routing.pd.pair import Pair
 from extproc.routing.pd.passes import Disaggregation
 from extproc.routing.placement import NO_TOKENS, PromptTokens
 from extproc.routing.request import Request
-from extproc.routing.subset import Subset, workers_in
+from extproc.routing.subset import workers_in
 from extproc.routing.wait_queue import WaitQueue
+from extproc.workers.model_names import ResolvedModel
 from extproc.workers.worker import Worker
 
 __all__ = ["Router"]
@@ -47,6 +49,7 @@ class Router:
         self._registry = lease_parts.registry
         self._clock = lease_parts.clock
         self._outcomes = lease_parts.outcomes
+        self._adapter_requests = lease_parts.metrics.adapter_requests
         self._decodes_alone = lease_parts.metrics.pd.decode_alone
         self._dispatch = dispatch
         self._local_endpoints = local_endpoints
@@ -65,7 +68,7 @@ class Router:
 
     async def answer(self, request: Request) -> Answer:
         """Return what the client of an endpoint `answered_locally` gets; raises RouterError."""
-        return await self._local_endpoints.answer(request, self._resolve(request.model)[0])
+        return await self._local_endpoints.answer(request, self._resolve(request.model).model)
 
     def pick_decode(self, query: DecodeQuery) -> Lease:
         """Pick the decode worker for an attempt of the second pass; raises RouterError."""
@@ -87,34 +90,39 @@ class Router:
     async def route(self, request: Request) -> Lease | Pair:
         """Decide and claim; the caller closes the lease however the request ends.
 
-        Raises RouterError: 404 for an unknown model (before any worker is asked), 503 when no
-        worker of the model may be tried, or all are full and the request cannot wait.
+        Raises RouterError: 404 for an unknown model or adapter (before any worker is asked), 503
+        when no worker of the model may be tried, or all are full and the request cannot wait.
         """
         model, adapter = self._resolve(request.model)
+        if adapter is None and request.lora_path is not None:
+            adapter = self._listed(model, request.lora_path)
+        if adapter is not None:
+            request.adapter = adapter
+            self._adapter_requests(model).inc()
         self._demand.asked(model, self._clock.monotonic())
         queue = self._queues.get(model)
         if queue is None:
-            return await self._route(request, model, adapter)
+            return await self._route(request, model)
         await queue.enter(request)
         try:
-            return await self._route(request, model, adapter, queue)
+            return await self._route(request, model, queue)
         finally:
             queue.leave()
 
     async def _route(
-        self, request: Request, model: str, adapter: str | None, queue: WaitQueue | None = None
+        self, request: Request, model: str, queue: WaitQueue | None = None
     ) -> Lease | Pair:
         chooser = self._choosers[model]
         if self._registry.is_disaggregated(model):
-            return await self._route_disaggregated(request, model, adapter, chooser)
+            return await self._route_disaggregated(request, model, chooser)
         prompt = NO_TOKENS
         if chooser.reads_prompts:
             # No work for a request without any.
-            self._candidates(model, request.subset, self._clock.monotonic())
-            prompt = await chooser.read(request, adapter)
+            self._candidates(model, request, self._clock.monotonic())
+            prompt = await chooser.read(request, request.adapter)
         # Workers may have come and gone while text became tokens in a thread.
         now = self._clock.monotonic()
-        candidates = self._candidates(model, request.subset, now)
+        candidates = self._candidates(model, request, now)
         if queue is not None:
             candidates = queue.with_capacity(candidates, now)
         chosen = chooser.choose(candidates, prompt, now)
@@ -123,13 +131,13 @@ class Router:
         return lease
 
     async def _route_disaggregated(
-        self, request: Request, model: str, adapter: str | None, chooser: Chooser
+        self, request: Request, model: str, chooser: Chooser
     ) -> Lease | Pair:
         """Two workers, for prefill and decode; or a decode worker that needs no other."""
         pd = self._pd
         pd.check(request, model)
         must = pd.needs_decode_alone(request, model)
-        prompt = await chooser.read(request, adapter)
+        prompt = await chooser.read(request, request.adapter)
         if must:
             return self._decode_alone(request, model, chooser, prompt)
         if chooser.reads_prompts and pd.may_decode_alone(model):
@@ -143,7 +151,8 @@ class Router:
         return pair or self._decode_alone(request, model, chooser, prompt)
 
     def _decodes(self, request: Request, model: str, now: float) -> list[Worker]:
-        return workers_in(request.subset, self._registry.candidates(model, "decode", now))
+        decodes = self._registry.candidates(model, "decode", now, request.adapter)
+        return workers_in(request.subset, decodes)
 
     def _decode_alone(
         self, request: Request, model: str, chooser: Chooser, prompt: PromptTokens
@@ -170,26 +179,34 @@ class Router:
         chooser.decided(chosen)
         return lease
 
-    def _resolve(self, name: str | None) -> tuple[str, str | None]:
-        """Return the configured model, and the adapter where a name is `model:adapter`."""
+    def _resolve(self, name: str | None) -> ResolvedModel:
+        """Return the configured model, and the adapter that the name means; raises RouterError."""
         if name is None:
             name = self._only_model
             if name is None:
                 raise model_not_found("(no model named, and several are served)")
+        found = self._registry.names.find(name)
+        if found is not None and found.model in self._choosers:
+            return found
         if name in self._choosers:
-            return name, None
-        base, _, adapter = name.rpartition(":")
-        if base in self._choosers and adapter:
-            return base, adapter
+            # Of an earlier configuration, with which this request began.
+            return ResolvedModel(name, None)
         raise model_not_found(name)
 
-    def _candidates(self, model: str, subset: Subset | None, now: float) -> list[Worker]:
+    def _listed(self, model: str, adapter: str) -> str | None:
+        """The adapter of SGLang's member; None if no worker lists it, so that engines decide."""
+        found = self._registry.names.find(f"{model}:{adapter}")
+        return None if found is None or found.model != model else found.adapter
+
+    def _candidates(self, model: str, request: Request, now: float) -> list[Worker]:
         """Return the workers that may be tried; raises RouterError 503 without one."""
-        candidates = self._registry.candidates(model, "plain", now)
+        candidates = self._registry.candidates(model, "plain", now, request.adapter)
         if not candidates:
+            if request.adapter is not None and self._registry.pool_of(model, "plain"):
+                raise no_workers_with_adapter()
             raise no_healthy_workers()
-        if subset is not None:
-            candidates = workers_in(subset, candidates)
+        if request.subset is not None:
+            candidates = workers_in(request.subset, candidates)
             if not candidates:
                 raise no_workers_in_subset()
         return candidates

@@ -5,6 +5,7 @@ first pass and `decode_session` for the second. A session gets bytes, read by `m
 `bodies`, and returns `steps` with `replies`. `stream` carries them out: it owns the reads, the
 writes, the lease and the calls of the router. `admission` limits what is in flight at once.
 `grpc_server` has addresses, health and draining, with the `certificates` that it shows.
+`model_list` is the answer to `/v1/models`.
 """
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "certificates",
     "grpc_server",
     "messages",
+    "model_list",
     "replies",
     "session",
     "stream",

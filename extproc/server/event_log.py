@@ -61,6 +61,7 @@ def log_decision(request_id: str, lease: Lease | Pair, attempt: int) -> None:
         "routed",
         request_id=request_id,
         model=decision.model,
+        adapter=decision.adapter,
         policy=decision.policy,
         reason=decision.reason,
         worker=decision.worker_url,

@@ -127,7 +127,7 @@ class RouteSession(Session):
         try:
             endpoint = self._endpoint = find_endpoint(head.method, head.path)
             if endpoint.path == MODELS_PATH:
-                return self._answer(context.models_body)
+                return self._answer(context.models_body())
             if head.end_of_stream:
                 raise body_required()
             if head.encoding:

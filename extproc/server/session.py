@@ -54,7 +54,7 @@ class SessionContext(Struct, frozen=True, kw_only=True):
     heads: RequestHeadTable
     responses: ResponseTable
     max_body_bytes: int
-    models_body: bytes
+    models_body: Callable[[], bytes]
     only_model: str | None
     debug_headers: bool
     # Larger bodies are not decoded for their prompts; 0 where no model's policy needs tokens.

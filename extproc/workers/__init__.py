@@ -6,8 +6,10 @@ current, `introspection` asks the engines, `membership` registers, changes and r
 `vanished` holds those that were lost from sight, and each `observer` is notified. A `worker` has a
 `circuit_breaker`, `pool_faults` tells a worker's fault from a request's, open `tickets` count its
 requests, and `rank_load` estimates the load of one of its ranks. Only `introspection_client` and
-`prefill_client` import aiohttp; `engine_calls` has their protocols, `vllm_answers`
-reads what vLLM says, and `engine_tokenizer` asks for the tokens of a body.
+`prefill_client` import aiohttp; `engine_calls` has their protocols, `vllm_answers` reads what vLLM
+says, and `engine_tokenizer` asks for the tokens of a body. `adapters` reads which LoRA adapters a
+worker has loaded, `adapter_watch` asks for them again, and `model_names` resolves the names of
+models and adapters.
 """
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "introspection_client",
     "manager",
     "membership",
+    "model_names",
     "observer",
     "pool_faults",
     "prefill_client",

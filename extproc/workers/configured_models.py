@@ -42,9 +42,16 @@ class ConfiguredModels:
 
     def moved(self, spec: WorkerSpec, before: "ConfiguredModels") -> WorkerSpec:
         """The spec with the KV events of these models, where it had those of `before`."""
+        found = self.with_adapters(spec, spec.adapters)
         if spec.kv_events is None or spec.kv_events == before._kv_events(spec):
-            return msgspec.structs.replace(spec, kv_events=self._kv_events(spec))
-        return spec
+            return msgspec.structs.replace(found, kv_events=self._kv_events(found))
+        return found
+
+    def with_adapters(self, spec: WorkerSpec, adapters: tuple[str, ...]) -> WorkerSpec:
+        """The spec of a worker that has loaded these adapters; a configured one is a model, too."""
+        models = [model for model in spec.model_ids if model not in set(spec.adapters)]
+        models += [adapter for adapter in adapters if adapter in self._by_id]
+        return msgspec.structs.replace(spec, adapters=adapters, model_ids=tuple(models))
 
     def token_model(self, spec: WorkerSpec) -> str | None:
         """The first model of the worker whose policy looks at tokens: it has ranks for that."""
@@ -66,6 +73,7 @@ class ConfiguredModels:
             # Those of the models it served so far: they may not hold for its models now.
             spec = msgspec.structs.replace(spec, kv_events=None)
         spec = apply_introspection(spec, answer)
+        spec = self.with_adapters(spec, spec.adapters)
         if spec.kv_events is not None and not (spec.engine == "vllm" and self._kv_events(spec)):
             return spec
         return msgspec.structs.replace(spec, kv_events=self._kv_events(spec))

@@ -15,6 +15,7 @@ from extproc.clock import Clock
 from extproc.engines.engine import EngineName
 from extproc.errors import ServiceError
 from extproc.worker_url import WorkerUrl
+from extproc.workers.adapters import ModelList, is_name, read_model_list
 from extproc.workers.engine_calls import (
     EngineAnswer,
     EngineTimeoutError,
@@ -29,9 +30,6 @@ __all__ = ["Introspection", "IntrospectionWarning", "apply_introspection", "intr
 
 _TIMEOUT_SECONDS = 2.0
 _FIRST_WAIT_SECONDS = 0.1
-_NAME_MAX_CHARS = 256
-# A base model and its adapters; each becomes a metric series.
-_MODELS_MAX = 32
 _NULL = msgspec.Raw(b"null")
 # What the decoder raises for an answer that is not as documented.
 _NOT_DECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -48,16 +46,9 @@ class _ServerInfo(Struct):
     disaggregation_bootstrap_port: msgspec.Raw = _NULL
     kv_events: msgspec.Raw = _NULL
     speculative_algorithm: msgspec.Raw = _NULL
+    enable_lora: msgspec.Raw = _NULL
     # Only vLLM has it, in its development mode.
     vllm_config: msgspec.Raw = _NULL
-
-
-class _ModelCard(Struct):
-    id: str
-
-
-class _ModelList(Struct):
-    data: list[_ModelCard]
 
 
 class Introspection(Struct, frozen=True, kw_only=True):
@@ -66,10 +57,15 @@ class Introspection(Struct, frozen=True, kw_only=True):
     `role` is None if the answer does not have it. `problem` says why there is no usable answer, and
     `kv_problem` why its KV events cannot be used; both are empty if all is well. `unanswered` is
     set if the worker refused the connection, or was silent. `engine` is None if it is not known.
+    `adapters` are those it has loaded, None if it did not say. It may load others while it runs if
+    `lists_adapters` is set. `adapters_left_out` is the number of those that were not taken.
     """
 
     engine: EngineName | None = None
     model_ids: tuple[str, ...] = ()
+    adapters: tuple[str, ...] | None = None
+    lists_adapters: bool = False
+    adapters_left_out: int = 0
     role: Role | None = None
     bootstrap_port: int | None = None
     kv_events: KvEvents | None = None
@@ -131,7 +127,25 @@ async def introspect(
             return await _from_model_list(asked)
         except _NoAnswerError as error:
             return Introspection(problem=str(error), unanswered=error.silent)
-    return _with_kv_events(_read(info), info, url, ranks_max)
+    found = _with_kv_events(_read(info), info, url, ranks_max)
+    return await _with_adapters(found, asked) if _value(info.enable_lora) is True else found
+
+
+async def _with_adapters(found: Introspection, asked: "_Asked") -> Introspection:
+    """Add the adapters that SGLang has loaded."""
+    found = msgspec.structs.replace(found, lists_adapters=True)
+    try:
+        answer = await asked.once().get("/v1/models")
+    except _NoAnswerError:
+        return found
+    listed = read_model_list(answer.body) if answer.status == 200 else None
+    return found if listed is None else _listing(found, listed)
+
+
+def _listing(found: Introspection, listed: ModelList) -> Introspection:
+    return msgspec.structs.replace(
+        found, adapters=listed.adapters, adapters_left_out=listed.left_out
+    )
 
 
 class _Asked(Struct, frozen=True):
@@ -184,15 +198,13 @@ async def _from_model_list(asked: _Asked) -> Introspection:
 async def _read_model_list(asked: _Asked, answer: EngineAnswer) -> Introspection:
     if answer.status != 200:
         return Introspection(problem=f"no /server_info, and /v1/models answered {answer.status}")
-    try:
-        models = msgspec.json.decode(answer.body, type=_ModelList)
-    except _NOT_DECODABLE:
+    listed = read_model_list(answer.body)
+    if listed is None:
         return Introspection(problem="no /server_info, and /v1/models is not a list of models")
-    names = [card.id for card in models.data if _is_name(card.id)]
-    found = Introspection(model_ids=tuple(names[:_MODELS_MAX]))
+    found = _listing(Introspection(model_ids=listed.models), listed)
     if not is_vllm(answer.body):
-        return found
-    found = msgspec.structs.replace(found, engine="vllm")
+        return msgspec.structs.replace(found, lists_adapters=bool(listed.adapters))
+    found = msgspec.structs.replace(found, engine="vllm", lists_adapters=True)
     known = None if asked.known is None else asked.known.kv_events
     try:
         events = await vllm_kv_events(asked.once().get, asked.url, asked.ranks_max, known)
@@ -201,10 +213,6 @@ async def _read_model_list(asked: _Asked, answer: EngineAnswer) -> Introspection
     except ValueError as error:
         return msgspec.structs.replace(found, kv_problem=str(error))
     return msgspec.structs.replace(found, kv_events=events)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= _NAME_MAX_CHARS
 
 
 def _value(raw: msgspec.Raw) -> Any:
@@ -217,7 +225,7 @@ def _value(raw: msgspec.Raw) -> Any:
 
 def _read(info: _ServerInfo) -> Introspection:
     name = _value(info.served_model_name)
-    model_ids: tuple[str, ...] = (name,) if _is_name(name) else ()
+    model_ids: tuple[str, ...] = (name,) if is_name(name) else ()
     port = _value(info.disaggregation_bootstrap_port)
     has_port = isinstance(port, int) and not isinstance(port, bool) and 0 < port <= 65535
     match _value(info.disaggregation_mode):
@@ -269,4 +277,6 @@ def apply_introspection(spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
         bootstrap_port=bootstrap_port,
         kv_events=answer.kv_events or spec.kv_events,
         engine=answer.engine or spec.engine,
+        adapters=spec.adapters if answer.adapters is None else answer.adapters,
+        lists_adapters=answer.lists_adapters or spec.lists_adapters,
     )

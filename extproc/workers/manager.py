@@ -17,6 +17,7 @@ from msgspec import Struct
 from extproc.clock import Clock
 from extproc.config.models import ModelConfig
 from extproc.metrics.service import Metrics
+from extproc.workers.adapter_watch import AdapterWatch
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.engine_calls import IntrospectionClient
 from extproc.workers.generating_check import GeneratingCheck
@@ -54,8 +55,7 @@ _RECHECK_MIN_SECONDS: Final = 1.0
 # asked within each time.
 _UNANSWERED_SECONDS: Final = 1.0
 _UNANSWERED_AT_ONCE: Final = 32
-# How often held workers are looked at.
-_HELD_SECONDS: Final = 1.0
+_LOOK_AT_HELD_SECONDS: Final = 1.0
 # So many workers are dealt with in one turn of the event loop, at 0.2 ms each.
 _WORKERS_AT_ONCE: Final = 8
 # The key of the task that compares roles.
@@ -117,6 +117,7 @@ class WorkerManager:
         self._vanished = VanishedWorkers(registry, metrics)
         self._generating_check = GeneratingCheck(registry, client, clock, metrics)
         self._generating_check.seconds = settings.generating_check_seconds
+        self._adapters = AdapterWatch(registry, membership, client, self._tasks, clock, metrics)
         self._settling = False
         self.first_round_done = False
 
@@ -134,6 +135,7 @@ class WorkerManager:
                 group.create_task(self._watch_vanished())
                 group.create_task(self._refresh_addresses())
                 group.create_task(self._generating_check.run())
+                group.create_task(self._adapters.run())
                 handled = 0
                 async for event in self._source.events():
                     self._handle(event)
@@ -229,7 +231,7 @@ class WorkerManager:
     async def _watch_vanished(self) -> None:
         while True:
             self._vanished.tell()
-            await self._clock.sleep(_HELD_SECONDS)
+            await self._clock.sleep(_LOOK_AT_HELD_SECONDS)
             for worker_id in self._vanished.expired(self._clock.monotonic()):
                 self._vanished.end(worker_id, "expired")
                 self._removed(worker_id)

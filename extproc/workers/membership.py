@@ -203,6 +203,12 @@ class Membership:
         self._registered(worker)
         self.notify_changed()
 
+    async def adapters_listed(self, worker_id: str, adapters: tuple[str, ...]) -> None:
+        """A registered worker lists these adapters now."""
+        worker = self._registry.get(worker_id)
+        if worker is not None and worker.spec.adapters != adapters:
+            await self.change(worker, self._models.with_adapters(worker.spec, adapters))
+
     async def change(self, worker: Worker, spec: WorkerSpec, *, rejoins: bool = False) -> None:
         """Give a registered worker a new spec; its load and its breaker's state stay.
 
@@ -214,6 +220,9 @@ class Membership:
             or set(spec.model_ids) != set(before.model_ids)
             or spec.kv_events != before.kv_events
         )
+        if (spec.adapters, spec.lists_adapters) != (before.adapters, before.lists_adapters):
+            self._registry.set_adapters(worker, spec)
+            self._warnings.adapters_changed(before, spec)
         if not rejoins and (spec.role, spec.bootstrap_port) == (before.role, before.bootstrap_port):
             return
         if rejoins:

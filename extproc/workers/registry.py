@@ -10,8 +10,10 @@ from typing import Final
 
 import msgspec
 
+from extproc.clock import Clock, SystemClock
 from extproc.errors import ServiceError
 from extproc.workers.circuit_breaker import BreakerState
+from extproc.workers.model_names import ModelNames
 from extproc.workers.worker import Role, Worker, WorkerSpec
 
 __all__ = ["MixedRolesError", "Pool", "WorkerRegistry"]
@@ -36,9 +38,13 @@ class MixedRolesError(ServiceError):
 
 
 class WorkerRegistry:
-    """The registered workers; one that is inserted replaces the worker with the same id."""
+    """The registered workers; one that is inserted replaces the worker with the same id.
 
-    def __init__(self) -> None:
+    `names` are those by which requests can name the models and adapters of these workers.
+    """
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.names = ModelNames(clock or SystemClock())
         self._by_id: dict[str, Worker] = {}
         self._pools: dict[Role, dict[str, tuple[Worker, ...]]] = {role: {} for role in _ROLES}
         self._disaggregated: frozenset[str] = frozenset()
@@ -64,13 +70,18 @@ class WorkerRegistry:
         """
         return self._renewed()[role].get(model, ())
 
-    def candidates(self, model: str, role: Role, now: float) -> list[Worker]:
+    def candidates(
+        self, model: str, role: Role, now: float, adapter: str | None = None
+    ) -> list[Worker]:
         """The workers of `pool_of` whose circuit breaker lets a request through at `now`.
 
+        With an `adapter` only those that have loaded it.
         If no worker is allowed, the half that has not failed for longest is tried as the last
         resort: no answer is worse than the answer of a worker that may have recovered.
         """
         pool = self._renewed()[role].get(model, ())
+        if adapter is not None:
+            pool = tuple([worker for worker in pool if adapter in worker.adapters])
         return [
             worker
             for worker in pool
@@ -130,6 +141,7 @@ class WorkerRegistry:
         """Insert or replace a worker; raises MixedRolesError, and then changes nothing."""
         self._check_roles(worker.spec)
         self._by_id[worker.id] = worker
+        self._list_adapters(worker)
         self.reindex()
 
     def update(self, worker: Worker, spec: WorkerSpec) -> None:
@@ -141,12 +153,24 @@ class WorkerRegistry:
         worker.spec = spec
         worker.role = spec.role
         worker.model_ids = spec.model_ids
+        self._list_adapters(worker)
         self.reindex()
 
     def set_role(self, worker: Worker, role: Role, bootstrap_port: int | None) -> None:
         """Give a registered worker a new role; raises MixedRolesError like upsert."""
         spec = msgspec.structs.replace(worker.spec, role=role, bootstrap_port=bootstrap_port)
         self.update(worker, spec)
+
+    def set_adapters(self, worker: Worker, spec: WorkerSpec) -> None:
+        """Take over the adapters of `spec` for a registered worker; its pools stay as they are."""
+        worker.spec = msgspec.structs.replace(
+            worker.spec, adapters=spec.adapters, lists_adapters=spec.lists_adapters
+        )
+        self._list_adapters(worker)
+
+    def _list_adapters(self, worker: Worker) -> None:
+        worker.adapters = frozenset(worker.spec.adapters)
+        self.names.listed(worker.id, worker.model_ids, worker.adapters)
 
     def set_draining(self, worker: Worker, draining: bool) -> None:
         """Take a worker out of its pools, or put it back; it stays registered."""
@@ -166,6 +190,7 @@ class WorkerRegistry:
     def remove(self, worker_id: str) -> Worker | None:
         worker = self._by_id.pop(worker_id, None)
         if worker is not None:
+            self.names.left(worker_id)
             self.reindex()
         return worker
 

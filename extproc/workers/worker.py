@@ -39,6 +39,8 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     a new engine at an old address does not inherit the breaker of the old one.
     `role_is_configured` is set where the configuration names the role, whatever the worker says.
     `engine` is None until the worker has said it, and `engine_version` is then empty.
+    `adapters` are the names of the LoRA adapters that it has loaded, and `lists_adapters` is set
+    if it may load others while it runs.
     `rank_hosts` are ranks and the addresses at which they publish KV events, where discovery
     knows them: other ranks are then not followed.
     """
@@ -53,6 +55,8 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     rank_hosts: tuple[tuple[int, str], ...] = ()
     engine: EngineName | None = None
     engine_version: str = ""
+    adapters: tuple[str, ...] = ()
+    lists_adapters: bool = False
 
 
 def configured_spec(url: WorkerUrl, role: Role | None) -> WorkerSpec:
@@ -73,6 +77,7 @@ class Worker:
     """
 
     __slots__ = (
+        "adapters",
         "address",
         "breaker",
         "draining",
@@ -101,6 +106,7 @@ class Worker:
         self.url = str(spec.url)
         self.role: Role = spec.role
         self.model_ids = spec.model_ids
+        self.adapters = frozenset(spec.adapters)
         self.order = order
         self.breaker = breaker
         self.address = address

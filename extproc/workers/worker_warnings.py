@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 import structlog
 
+from extproc.workers.adapters import ADAPTERS_MAX, NAME_MAX_CHARS
 from extproc.workers.introspection import Introspection
 from extproc.workers.registry import MixedRolesError
 from extproc.workers.worker import WorkerSpec
@@ -22,7 +23,7 @@ SEVERAL_ADDRESSES_FIX: Final = (
     "put the name under discovery.dns and set discovery.backend: dns, so that every address is a "
     "worker; or give each engine a URL of its own; only the first address is used"
 )
-_Subject = Literal["answer", "address", "kv_events", "kv_answer", "role"]
+_Subject = Literal["answer", "address", "adapters", "kv_events", "kv_answer", "role"]
 _Reason = Literal[
     "model_not_configured",
     "no_address",
@@ -64,6 +65,8 @@ class WorkerWarnings:
         else:
             self._forget(spec, "answer")
         self._kv_answer(spec, answer)
+        if not answer.problem:
+            self._adapters(spec, answer.adapters_left_out)
 
     def answered_later(self, spec: WorkerSpec, answer: Introspection) -> None:
         """The same for a worker that has a model: it continues to serve without an answer.
@@ -107,6 +110,29 @@ class WorkerWarnings:
             error=str(error),
         )
         return True
+
+    def adapters_changed(self, before: WorkerSpec, spec: WorkerSpec) -> None:
+        """The worker has loaded or unloaded adapters."""
+        old, new = set(before.adapters), set(spec.adapters)
+        _log.info(
+            "worker_adapters_changed",
+            worker=str(spec.url),
+            loaded=shown_models(sorted(new - old)),
+            unloaded=shown_models(sorted(old - new)),
+            count=len(new),
+        )
+
+    def _adapters(self, spec: WorkerSpec, left_out: int) -> None:
+        if not left_out:
+            self._forget(spec, "adapters")
+        elif self._is_news(spec, "adapters", str(left_out)):
+            _log.warning(
+                "worker_adapters_left_out",
+                worker=str(spec.url),
+                count=left_out,
+                fix=f"load at most {ADAPTERS_MAX} adapters, with names of at most "
+                f"{NAME_MAX_CHARS} characters that can be printed",
+            )
 
     def joined(self, spec: WorkerSpec) -> None:
         """The worker was registered: another refusal will be news."""

@@ -103,7 +103,7 @@ class Service:
             heads=RequestHeadTable(),
             responses=ResponseTable(),
             max_body_bytes=self.config.max_body_bytes,
-            models_body=json.dumps({"data": list(models)}).encode(),
+            models_body=lambda: json.dumps({"data": list(models)}).encode(),
             only_model=self.router.only_model,
             debug_headers=debug_headers,
             prompt_max_bytes=0,

@@ -17,10 +17,12 @@ from extproc.errors import (
     no_decode_workers,
     no_prefill_workers,
     no_workers_in_subset,
+    no_workers_with_adapter,
     not_disaggregated,
     unsupported_body_mode,
 )
-from extproc.routing.chooser import Chooser, Chosen
+from extproc.routing.adapters import joined_members, model_member
+from extproc.routing.chooser import Chooser
 from extproc.routing.claim import Claims
 from extproc.routing.decision import Decision
 from extproc.routing.lease import Lease
@@ -81,7 +83,9 @@ class Disaggregation(WorkerObserver):
         if not request.body:
             raise unsupported_body_mode()
         now = self._clock.monotonic()
-        if not self._registry.candidates(model, "prefill", now):
+        if not self._registry.candidates(model, "prefill", now, request.adapter):
+            if request.adapter is not None and self._registry.pool_of(model, "prefill"):
+                raise no_workers_with_adapter()
             raise no_prefill_workers()
         self._decode_workers_for(request, model, now)
 
@@ -172,7 +176,7 @@ class Disaggregation(WorkerObserver):
         attempts = min(settings.decode_attempts, len(ordered))
         addresses = tuple([worker.address or "" for worker in ordered])
         order = DecodeOrder(attempts, host, self.pairs.new_id(), addresses)
-        decision = self._decision(request, model, sent.chosen, order, sent.members)
+        decision = self._decision(request, model, sent, order, ordered[0])
         self._metrics.decisions(model, decision.policy, decision.reason).inc()
         decode: DecodeLease | None = None
         reservation = None
@@ -185,9 +189,16 @@ class Disaggregation(WorkerObserver):
         return Pair(self.pairs, order.pair, decision, leg, decode=decode, reservation=reservation)
 
     def _decision(
-        self, request: Request, model: str, chosen: Chosen, order: DecodeOrder, members: bytes
+        self,
+        request: Request,
+        model: str,
+        sent: SentPrefill,
+        order: DecodeOrder,
+        decode: Worker,
     ) -> Decision:
-        settings, placed = self._settings, chosen.placed
+        settings, chosen = self._settings, sent.chosen
+        placed = chosen.placed
+        member = model_member(request, model, decode)
         return Decision(
             model=model,
             policy=chosen.policy,
@@ -198,15 +209,17 @@ class Disaggregation(WorkerObserver):
             cached_tokens=placed.cached_tokens if placed is not None else 0,
             total_tokens=placed.total_tokens if placed is not None else 0,
             predicted_tokens=placed.predicted_tokens if placed is not None else 0,
-            body_members=members,
+            body_members=joined_members(sent.members, member),
             decode_order="" if settings.inline else order.to_header(),
             attempts=order.attempts,
             role="decode",
+            adapter=request.adapter,
         )
 
     def _decode_workers_for(self, request: Request, model: str, now: float) -> list[Worker]:
         """Those to which the gateway can send the request; raises RouterError 503 without one."""
-        workers = workers_in(request.subset, self._decode_workers(model, now))
+        adapter = request.adapter
+        workers = workers_in(request.subset, self._decode_workers(model, now, adapter=adapter))
         if not workers:
             raise no_workers_in_subset()
         return workers
@@ -240,19 +253,25 @@ class Disaggregation(WorkerObserver):
         return self._leases.take(decision, [worker], now, None if pair is None else pair.leg)
 
     def _decode_workers(
-        self, model: str, now: float, addresses: Sequence[str] | None = None
+        self,
+        model: str,
+        now: float,
+        addresses: Sequence[str] | None = None,
+        adapter: str | None = None,
     ) -> list[Worker]:
         """Return the decode workers that may be tried, those of `addresses` if that is given.
 
         Raises RouterError 503 if no worker may be tried.
         """
-        workers = self._registry.candidates(model, "decode", now)
+        workers = self._registry.candidates(model, "decode", now, adapter)
         if addresses is not None:
             if workers and not workers[0].breaker.would_allow(now):
                 # The last resort: those of this attempt are as good as any.
                 workers = list(self._registry.pool_of(model, "decode"))
             workers = [worker for worker in workers if worker.address in addresses]
         if not workers:
+            if adapter is not None and self._registry.pool_of(model, "decode"):
+                raise no_workers_with_adapter()
             raise no_decode_workers()
         return workers
 

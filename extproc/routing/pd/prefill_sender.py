@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 
 from extproc.errors import no_decode_workers, no_prefill_workers, service_overloaded
 from extproc.headers import AUTHORIZATION_HEADER, CONTENT_TYPE_HEADER
+from extproc.routing.adapters import joined_members, model_member
 from extproc.routing.chooser import Chooser, Chosen
 from extproc.routing.claim import Claims
 from extproc.routing.json_members import with_members
@@ -74,18 +75,19 @@ class PrefillSender:
         tried: set[Worker] = set()
         while True:
             now = clock.monotonic()
-            usable = registry.candidates(model, "prefill", now)
+            usable = registry.candidates(model, "prefill", now, request.adapter)
             candidates = [worker for worker in usable if worker not in tried]
             if not candidates:
                 raise no_prefill_workers()
-            if not registry.candidates(model, "decode", now):
+            if not registry.candidates(model, "decode", now, request.adapter):
                 raise no_decode_workers()
             chosen = chooser.choose(candidates, prompt, now)
             members = prefill_members(request) if waits else _rooms(chosen, prompts)
             claim = self._claims.take(chosen.worker, now, chosen.placed)
             leg = PrefillLeg(self._leg_parts, model, claim, now, request_id=client.request_id)
             try:
-                body = with_members(request.body, members)
+                name = model_member(request, model, chosen.worker)
+                body = with_members(request.body, joined_members(members, name))
                 sent = headers + _rank_headers(chosen)
                 leg.call = await self._post(chosen.worker, client.path, sent, body, waits)
             except PrefillClientOverloadedError:

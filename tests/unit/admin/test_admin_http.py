@@ -250,6 +250,16 @@ async def test_workers_are_listed_with_their_state() -> None:
         assert (second["model"], second["breaker"]) == ("n", "closed")
 
 
+async def test_the_adapters_of_workers_are_shown_in_bounded_number() -> None:
+    async with running() as admin:
+        admin.workers.upsert(make_worker(adapters=["sql", "chat"]))
+        (shown,) = await admin.listed()
+        assert (shown["adapters"], shown["adapter_count"]) == (["chat", "sql"], 2)
+        admin.workers.upsert(make_worker(adapters=[f"a{n:04}" for n in range(1000)]))
+        (shown,) = await admin.listed()
+        assert (len(shown["adapters"]), shown["adapter_count"]) == (100, 1000)
+
+
 async def test_the_unused_addresses_of_a_name_are_shown_with_what_to_do() -> None:
     async with running() as admin:
         worker = make_worker("http://name:8000")

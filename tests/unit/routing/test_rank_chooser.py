@@ -56,11 +56,18 @@ async def make_fleet(
     destinations_max: int = 3,
     encoder: ByteEncoder | None = None,
     engines: Sequence[EngineName | None] = (),
+    adapters: Sequence[str] = (),
 ) -> Fleet:
     # The ports are closed: the test says which pages a rank holds.
     events = KvEvents(host="127.0.0.1", port=1, block_size=PAGE, dp_size=dp_size)
     workers = [
-        make_worker(url, order=order, kv_events=events if dp_size > 1 else None, engine=engine)
+        make_worker(
+            url,
+            order=order,
+            kv_events=events if dp_size > 1 else None,
+            engine=engine,
+            adapters=adapters,
+        )
         for order, (url, engine) in enumerate(zip_longest(urls, engines))
     ]
     return Fleet(
@@ -129,10 +136,22 @@ async def test_a_rank_that_is_not_a_candidate_does_not_hide_others(fleet: MakeFl
 async def test_only_the_same_namespace_counts(
     fleet: MakeFleet, fields: dict[str, Any], hits: bool
 ) -> None:
-    pool = await fleet()
+    pool = await fleet(adapters=["x"])
     pool.hold(TEXT, 0, salt="a")
     lease = await pool.complete(TEXT, **fields)
     assert (lease.decision.reason == "hit") is hits
+    assert lease.decision.model == "m"
+
+
+@pytest.mark.parametrize(
+    ("model", "hits"), [("x", True), ("m:x", True), ("m", False), ("y", False)]
+)
+async def test_an_adapter_has_pages_of_its_own(fleet: MakeFleet, model: str, hits: bool) -> None:
+    pool = await fleet(adapters=["x", "y"])
+    pool.hold(TEXT, 1, adapter="x")
+    lease = await pool.complete(TEXT, model=model)
+    assert (lease.decision.reason == "hit") is hits
+    assert lease.decision.cached_tokens == (16 if hits else 0)
     assert lease.decision.model == "m"
 
 

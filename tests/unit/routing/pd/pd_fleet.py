@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from msgspec import Struct
 
+from extproc.engines.engine import EngineName
 from extproc.errors import RouterError
 from extproc.kv.events import LoadStat
 from extproc.routing.lease import Lease
@@ -153,12 +154,13 @@ class PdFleet(Fleet):
         path: str = "/v1/completions",
         stream: bool = False,
         headers: Sequence[tuple[str, str]] = (),
+        model: str = "m",
     ) -> Lease | Pair:
         def client_headers() -> ClientHeaders:
             return ClientHeaders(path, tuple(headers))
 
         endpoint = find_endpoint("POST", path)
-        request = Request(endpoint, "m", stream, body, client_headers)
+        request = Request(endpoint, model, stream, body, client_headers)
         if body:
             # Most bodies of these tests have no `model`.
             nameless = msgspec.structs.replace(endpoint, model_optional=True)
@@ -189,6 +191,11 @@ class PdFleet(Fleet):
         return caught.value
 
     # -- workers
+
+    def load_adapters(self, worker: Worker, *adapters: str, engine: EngineName = "vllm") -> None:
+        worker.spec = msgspec.structs.replace(worker.spec, engine=engine)
+        spec = msgspec.structs.replace(worker.spec, adapters=adapters)
+        self.registry.set_adapters(worker, spec)
 
     def trip(self, *workers: Worker) -> None:
         for worker in workers:
