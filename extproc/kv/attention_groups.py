@@ -70,6 +70,14 @@ class AttentionGroups:
         self._others[group] = made
         return made
 
+    def is_full(self, event: BlockStored) -> bool:
+        """Whether the event is that of the full-attention group whose pages are the rank's."""
+        return event.group is not None and event.group == self._main
+
+    def is_after_full(self, event: BlockStored) -> bool:
+        """Whether this group's event comes after that of the full-attention group."""
+        return self._main is not None and (event.group or 0) > self._main
+
     def removed_in(self, event: BlockRemoved) -> RankPages | None:
         """The same for blocks that were removed."""
         group = event.group or 0

@@ -28,6 +28,7 @@ from extproc.kv.events import (
 from extproc.kv.index import PrefixIndex
 from extproc.kv.ownership import PREFIX_BITS
 from extproc.kv.rank_pages import RankPages
+from extproc.kv.sparse_blocks import is_sparse, runs_of
 from extproc.kv.stats import RankStats
 from extproc.kv.wire import decode_load
 from extproc.kv.wire_chunks import decode_in_parts
@@ -64,6 +65,10 @@ class EventApplier:
         self.counts = RankStats()
         self._index = index
         self._groups = AttentionGroups(index, pages)
+        # Of the current batch: the last event of the full-attention group, and those of other
+        # groups whose blocks it will name.
+        self._full: BlockStored | None = None
+        self._sparse: list[tuple[RankPages, BlockStored]] = []
         self._seed = seed
         self._report_load = report_load
         self._report_break = report_break
@@ -89,15 +94,20 @@ class EventApplier:
                     for part in _parts(event):
                         self._apply_event(part)
                         yield
+                self._stored_all(event)
                 room -= len(event.block_hashes) + 1
                 if room <= 0:
                     room = _PAGES_A_STEP
                     yield
             if len(payload) > _LARGE_BYTES:
                 yield
+        self._full = None
+        self._sparse.clear()
         self._groups.end_of_batch()
 
     def _clear(self) -> None:
+        self._full = None
+        self._sparse.clear()
         self._index.clear(self.pages)
         self._groups.forget()
 
@@ -146,21 +156,40 @@ class EventApplier:
             return
         if not event.block_size:
             self._index.place(pages, ids, tier)
+        elif pages is not self.pages and is_sparse(event):
+            self._sparse.append((pages, event))
+            if self._groups.is_after_full(event):
+                self._store_sparse()
         elif pages is not self.pages or self._fits(event):
-            parent, seed = event.parent_block_hash, 0
-            if parent is None and (event.cache_salt is not None or event.lora is not None):
-                seed = self._seed(event.cache_salt, event.lora)
-            self._index.store(
-                pages,
-                ids,
-                parent,
-                event.tokens,
-                event.block_size,
-                tier,
-                seed,
-                # An engine that numbers groups tells of each block, also of the same one twice.
-                counted=event.group is not None,
-            )
+            self._store(pages, event)
+
+    def _store(self, pages: RankPages, event: BlockStored) -> None:
+        parent, seed = event.parent_block_hash, 0
+        if parent is None and (event.cache_salt is not None or event.lora is not None):
+            seed = self._seed(event.cache_salt, event.lora)
+        self._index.store(
+            pages,
+            event.block_hashes,
+            parent,
+            event.tokens,
+            event.block_size,
+            _TIERS[event.medium],
+            seed,
+            # An engine that numbers groups tells of each block, also of the same one twice.
+            counted=event.group is not None,
+        )
+
+    def _stored_all(self, event: BlockStored | BlockRemoved) -> None:
+        """An event has been applied in full: that of the full-attention group names blocks."""
+        if isinstance(event, BlockStored) and self._groups.is_full(event):
+            self._full = event
+            self._store_sparse()
+
+    def _store_sparse(self) -> None:
+        sparse, self._sparse = self._sparse, []
+        for pages, event in sparse:
+            for run in runs_of(event, self._full):
+                self._store(pages, run)
 
     def _fits(self, event: BlockStored) -> bool:
         """Whether the pages fit those held; learns page size and units from the event."""

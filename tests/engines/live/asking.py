@@ -115,6 +115,9 @@ def _asked(headers: Mapping[str, str], said: dict[str, Any], request_id: str) ->
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     cached = details.get("cached_tokens", usage.get("cache_read_input_tokens")) or 0
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+    # In /v1/messages what is read from the cache and written to it is not among the others.
+    prompt += usage.get("cache_read_input_tokens") or 0
+    prompt += usage.get("cache_creation_input_tokens") or 0
     text = ""
     if "choices" in said:
         choice = said["choices"][0]

@@ -46,7 +46,7 @@ async def talk(house: House, count: int, turns: int, **members: object) -> list[
 @pytest.mark.parametrize("pair", ["qwen", "llama", "gemma"], indirect=True)
 async def test_conversations(pair: Pair, tmp_path: Path) -> None:
     async with open_house(tmp_path, pair.urls, pair.model, BLOCK) as house:
-        check(await talk(house, count=4, turns=5), at_least_cached=16)
+        check(await talk(house, count=4, turns=5), at_least_cached=12)
 
 
 @pytest.mark.parametrize("pair", ["qwen", "llama", "gemma"], indirect=True)
@@ -65,7 +65,7 @@ async def test_every_endpoint(pair: Pair, tmp_path: Path, path: str) -> None:
         check(asked, at_least_cached=3)
 
 
-@pytest.mark.parametrize("pair", ["qwen"], indirect=True)
+@pytest.mark.parametrize("pair", ["qwen", "gemma"], indirect=True)
 async def test_salts_keep_tenants_apart(pair: Pair, tmp_path: Path) -> None:
     async with open_house(tmp_path, pair.urls, pair.model, BLOCK) as house:
         messages = Talk(uuid4().hex, system_words=150).question()

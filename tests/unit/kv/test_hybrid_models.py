@@ -25,12 +25,22 @@ _Key = tuple[int, str, tuple[int, ...]]  # group, salt, tokens up to the end of 
 class Group(Struct, frozen=True):
     kind: str
     window: int | None = None
+    keeps_all: bool = False
 
     @property
     def needed(self) -> int | None:
         if self.kind == "mamba":
             return 1
         return None if self.window is None else max(1, -(-(self.window - 1) // _SIZE))
+
+    def keeps(self, end: int, tokens: int) -> bool:
+        """Whether the block that ends there is kept, after a prompt of so many tokens.
+
+        Only what a request with the same prompt needs, which computes the last token again.
+        """
+        last = (tokens - 1) // _SIZE
+        needed = self.needed
+        return needed is None or self.keeps_all or last - needed < end <= last
 
 
 FULL, WINDOW, STATE = Group("full_attention"), Group("sliding_window", 4), Group("mamba")
@@ -41,6 +51,7 @@ MODELS = (
     (Group("sliding_window", 2), FULL, Group("sliding_window", 7)),
     (FULL, Group("mla_attention")),
     (STATE, FULL),
+    (Group("sliding_window", 4, keeps_all=True), FULL),
     (Group("chunked_local_attention"), FULL),
 )
 
@@ -96,37 +107,45 @@ class Engine:
             blocks = len(self.groups) * (len(tokens) // _SIZE - reused)
             if blocks > len(self.free):
                 continue  # A request waits until there are blocks for all groups.
-            for number in range(len(self.groups)):
+            stored = [
                 self._compute(number, salt, tokens, reused, mine)
+                for number in range(len(self.groups))
+            ]
+            if len(tokens) // _SIZE > reused:
+                for number, keys in enumerate(stored):
+                    self._publish(number, salt, tokens, reused * _SIZE, keys)
         for mine in used:
             for block in reversed(mine):
                 self.free[block] = None
 
     def _compute(
         self, number: int, salt: str, tokens: list[int], reused: int, mine: list[int]
-    ) -> None:
+    ) -> list[_Key]:
         ends = range(reused + 1, len(tokens) // _SIZE + 1)
         stored: list[_Key] = []
         for end in ends:
             block, _ = self.free.popitem(last=False)
             self._forget(block)
+            mine.append(block)
+            if not self.groups[number].keeps(end, len(tokens)):
+                continue
             key = (number, salt, tuple(tokens[: end * _SIZE]))
             self.keys[block] = key
             self.cached.setdefault(key, []).append(block)
-            mine.append(block)
             stored.append(key)
-        if stored:
-            self._publish(stored)
+        return stored
 
-    def _publish(self, stored: list[_Key]) -> None:
-        number, salt, first = stored[0]
-        group, parent = self.groups[number], first[:-_SIZE]
+    def _publish(
+        self, number: int, salt: str, tokens: list[int], start: int, stored: list[_Key]
+    ) -> None:
+        group, parent = self.groups[number], tuple(tokens[:start])
         self.events.append(
             {
                 "type": "BlockStored",
                 "block_hashes": [_name(key) for key in stored],
                 "parent_block_hash": _name((number, salt, parent)) if parent else None,
-                "token_ids": [token for key in stored for token in key[2][-_SIZE:]],
+                # Also those of blocks that are skipped.
+                "token_ids": tokens[start : len(tokens) // _SIZE * _SIZE],
                 "block_size": _SIZE,
                 "lora_id": None,
                 "medium": "GPU",
@@ -219,18 +238,19 @@ def _after(engine: Engine, *prompts: list[int]) -> Belief:
 
 
 def test_the_full_attention_group_is_followed_whatever_its_number() -> None:
-    belief = _after(Engine((WINDOW, FULL), 40), [0, 1, 0, 1, 0, 1])
-    assert belief.reusable("", [0, 1, 0, 1, 0, 1]) == 3
+    engine = Engine((WINDOW, FULL), 40)
+    belief = _after(engine, [0, 1, 0, 1, 0, 1])
+    assert belief.reusable("", [0, 1, 0, 1, 0, 1]) == engine.reusable("", [0, 1, 0, 1, 0, 1]) == 2
     assert belief.pages.page_count == 3
 
 
 def test_a_prefix_whose_window_is_gone_is_not_believed() -> None:
     engine = Engine((WINDOW, FULL), 40)
     belief = _after(engine, [0, 1] * 4)
-    window = next(key for key in engine.cached if key[0] == 0 and len(key[2]) == 4 * _SIZE)
+    window = next(key for key in engine.cached if key[0] == 0 and len(key[2]) == 3 * _SIZE)
     engine._forget(engine.cached[window][0])
     belief.read()
-    assert belief.reusable("", [0, 1] * 4) == engine.reusable("", [0, 1] * 4) == 3
+    assert belief.reusable("", [0, 1] * 4) == engine.reusable("", [0, 1] * 4) == 0
 
 
 def test_a_block_that_is_held_twice_stays_after_the_first_removal() -> None:
@@ -258,9 +278,9 @@ def test_salts_are_namespaces() -> None:
     assert belief.reusable("", [0, 1, 0, 1]) == belief.reusable("other", [0, 1, 0, 1]) == 0
 
 
-@pytest.mark.parametrize("groups", [(WINDOW,), (WINDOW, Group("sliding_window", 9))])
-def test_a_model_with_windows_only_is_followed_after_a_while(groups: tuple[Group, ...]) -> None:
-    engine = Engine(groups, 400)
+@pytest.mark.parametrize("more", [(), (Group("sliding_window", 9, keeps_all=True),)])
+def test_a_model_with_windows_only_is_followed_after_a_while(more: tuple[Group, ...]) -> None:
+    engine = Engine((Group("sliding_window", 4, keeps_all=True), *more), 400)
     belief = _after(engine, *([[n % 2, 1, n // 2 % 2, n // 4 % 2, 5, n] for n in range(40)]))
     assert belief.reusable("", [0, 1, 0, 0, 5, 0]) == 3
     belief.index.drop(belief.pages)
