@@ -31,7 +31,7 @@ def templates(
 
 
 class SeeingChat:
-    """A chat that remembers what it is told of the template."""
+    """A chat that remembers the facts about the template that it is given."""
 
     length, has_tools, harmony_is_special, with_special = 1, False, False, False
     seen: TemplateFacts
