@@ -184,6 +184,7 @@ def _result(block: Message) -> list[Message]:
         texts.append(content)
     elif type(content) is list:
         for item in content:
+            # Unlike those of messages, these blocks may be of any type.
             kind = item.get("type") if type(item) is dict else MALFORMED
             if kind == "text":
                 texts.append(_string(item.get("text", "")))
@@ -203,10 +204,9 @@ def _result(block: Message) -> list[Message]:
     return found
 
 
-def _kind(block: Any) -> Any:
-    if type(block) is not dict:
-        raise UnmappableError(MALFORMED)
-    return block.get("type")
+def _kind(block: Any) -> str:
+    """The type of a block, or of another object that has one."""
+    return _string(block.get("type") if type(block) is dict else None)
 
 
 def _text(block: Message) -> str:
@@ -238,7 +238,7 @@ def _tools(given: Any) -> list[Tool]:
 def _check_choice(choice: Any) -> None:
     if choice is None:
         return
-    kind = choice.get("type") if type(choice) is dict else None
+    kind = _kind(choice)
     if kind not in _CHOICES or (kind == "tool" and not choice.get("name")):
         raise UnmappableError(MALFORMED)
 
@@ -246,10 +246,10 @@ def _check_choice(choice: Any) -> None:
 def _thinking_off(thinking: Any) -> bool:
     if thinking is None:
         return False
-    kind = thinking.get("type") if type(thinking) is dict else None
+    kind = _kind(thinking)
     if kind not in _THINKING:
         raise UnmappableError(MALFORMED)
-    return bool(kind == "disabled")
+    return kind == "disabled"
 
 
 def _effort(config: Any) -> str | None:

@@ -145,9 +145,9 @@ def _kept(fields: BodyFields) -> tuple[int | None, KeptSide]:
     if not isinstance(fields, ChatBody | CompletionBody | EmbeddingBody):
         return None, "text_end"
     keep, side = fields.truncate_prompt_tokens, fields.truncation_side
-    if side not in _KEPT_SIDES or (keep is not None and type(keep) is not int):
+    if type(side) not in (str, type(None)) or side not in _KEPT_SIDES:
         raise UnmappableError(MALFORMED)
-    if keep is not None and keep < 1 and keep != -1:
+    if keep is not None and (type(keep) is not int or keep < -1 or keep == 0):
         raise UnmappableError(MALFORMED)
     if keep == -1:
         # That stands for what the engine can take, which is not known here.
