@@ -26,6 +26,8 @@ from extproc.server.stream import Streams
 from extproc.serving import build_streams
 from extproc.worker_url import parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
+from extproc.workers.engine_tokenizer import EngineTokenizer
+from extproc.workers.introspection_client import AiohttpIntrospectionClient
 from extproc.workers.prefill_client import AiohttpPrefillClient
 from extproc.workers.worker import Worker, WorkerSpec
 
@@ -100,7 +102,9 @@ def build(workers: int) -> Streams:
             address=f"{url.host}:{url.port}",
         )
         shared.registry.upsert(worker)
-    kv = build_kv(config, shared, lambda worker: None)
+    kv = build_kv(
+        config, shared, EngineTokenizer(AiohttpIntrospectionClient(None, None)), lambda worker: None
+    )
     client = AiohttpPrefillClient(None)
     routing = build_router(config, shared, kv, {}, client, lambda worker: None)
     return build_streams(config, shared, routing.router)

@@ -86,7 +86,7 @@ class App(WorkerObserver):
                 reloads=lambda: None if self._reloader is None else self._reloader.status,
                 discovery=lambda: shared.sources.show(self._clock.monotonic()),
                 is_added=parts.runtime.is_added,
-                proofs=parts.kv.proofs,
+                proofs=parts.kv.truth.proofs,
                 envoys=lambda: [] if parts.publisher is None else parts.publisher.show(),
             ),
             more=RuntimeWorkerPages(parts.runtime, self.workers, lambda: self.config).routes(),

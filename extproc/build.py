@@ -26,6 +26,7 @@ from extproc.routing.chooser import Chooser, WorkerChooser
 from extproc.routing.claim import Claims, WorkerRanks
 from extproc.routing.demand import Demand
 from extproc.routing.dispatch import Dispatch
+from extproc.routing.engine_prompts import EnginePrompts
 from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.lease import LeaseParts
 from extproc.routing.local_endpoints import LocalEndpoints
@@ -38,7 +39,7 @@ from extproc.routing.pd.prefill_leg import LegParts
 from extproc.routing.pd.prefill_sender import PrefillSender
 from extproc.routing.pd.settings import PdSettings
 from extproc.routing.placement import Placement
-from extproc.routing.rank_chooser import Encoder, RankChooser
+from extproc.routing.rank_chooser import Encoder, RankChooser, TokenTruth
 from extproc.routing.ranks import Ranks
 from extproc.routing.router import Router
 from extproc.routing.spare_capacity import SpareCapacity
@@ -47,6 +48,7 @@ from extproc.routing.wait_queue import WaitQueue, renew_queues
 from extproc.tokenization.encoder import PromptEncoder
 from extproc.workers.configured_models import ConfiguredModels
 from extproc.workers.engine_calls import IntrospectionClient, PrefillClient
+from extproc.workers.engine_tokenizer import EngineTokenizer
 from extproc.workers.manager import IntrospectionSettings, WorkerManager
 from extproc.workers.membership import Membership
 from extproc.workers.registry import WorkerRegistry
@@ -96,12 +98,12 @@ class Shared(Struct, frozen=True, kw_only=True):
 class Kv(Struct, kw_only=True):
     """The ranks that are followed, and the placements of models with a KV-aware policy, by id.
 
-    `proofs` are what is known of their workers' tokens.
+    `truth` is what engines say of their tokens.
     """
 
     ranks: Ranks
     placements: Mapping[str, Placement]
-    proofs: TokenProofs
+    truth: TokenTruth
 
 
 class Routing(Struct, frozen=True, kw_only=True):
@@ -165,7 +167,9 @@ def build_shared(
     )
 
 
-def build_kv(config: Config, shared: Shared, recheck: Callable[[Worker], None]) -> Kv:
+def build_kv(
+    config: Config, shared: Shared, engines: EngineTokenizer, recheck: Callable[[Worker], None]
+) -> Kv:
     """The index of KV pages and a placement for each model whose policy looks at tokens.
 
     `recheck` is called with a worker that may have become another engine.
@@ -179,7 +183,8 @@ def build_kv(config: Config, shared: Shared, recheck: Callable[[Worker], None]) 
         ),
         recheck=recheck,
     )
-    kv = Kv(ranks=ranks, placements={}, proofs=TokenProofs())
+    asked = EnginePrompts(engines, shared.registry, shared.clock, shared.metrics)
+    kv = Kv(ranks=ranks, placements={}, truth=TokenTruth(TokenProofs(), asked))
     place_models(config, shared, kv)
     return kv
 
@@ -203,9 +208,9 @@ def place_models(config: Config, shared: Shared, kv: Kv) -> None:
         placements[model.id] = placement
         shared.metrics.begin_tokens(model.id)
     kv.placements = placements
-    kv.proofs.route_by_load(
-        frozenset(model.id for model in config.models if model.differences_by_load)
-    )
+    models = config.models
+    kv.truth.proofs.route_by_load(frozenset(one.id for one in models if one.differences_by_load))
+    kv.truth.engines.use([model.id for model in models if model.tokens_from == "engine"])
     kv.ranks.serve({model: one.model_speed for model, one in placements.items()})
 
 
@@ -295,7 +300,7 @@ def _choosers(
             encoders[model.id],
             placement,
             kv.ranks,
-            kv.proofs,
+            kv.truth,
             metrics=shared.metrics,
             clock=shared.clock,
             patience_seconds=config.server.step_deadline_secs * _PATIENCE_SHARE,

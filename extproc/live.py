@@ -83,7 +83,8 @@ class LiveParts:
         limit = config.discovery.runtime_workers_max
         self.runtime = RuntimeWorkers(self._source, limit=limit)
         self.manager = build_manager(config, shared, self.client, self.runtime)
-        self.kv = build_kv(config, shared, self._engine_restarted)
+        engines = EngineTokenizer(self.client)
+        self.kv = build_kv(config, shared, engines, self._engine_restarted)
         self.routing = build_router(
             config, shared, self.kv, encoders, self.prefill_client, self.manager.recheck
         )
@@ -97,8 +98,8 @@ class LiveParts:
         )
         self.prover = TokenProver(
             shared.registry,
-            EngineTokenizer(self.client),
-            self.kv.proofs,
+            engines,
+            self.kv.truth.proofs,
             shared.clock,
             shared.random,
             shared.metrics,
@@ -151,7 +152,7 @@ class LiveParts:
             WorkerCollector(shared.registry, shared.tickets, shared.sources),
             KvCollector(self.kv.ranks, shared.clock),
             EncoderCollector(self._encoders),
-            ProofCollector(self.kv.proofs),
+            ProofCollector(self.kv.truth.proofs),
             GatewayCollector(self.routing.lease_parts.gateway),
             PoolCollector(signals, lambda: self.routing.choosers),
             AdmissionCollector(self.server.streams.session_context.admission),
@@ -232,6 +233,7 @@ class LiveParts:
         encoder.close()
 
     def close(self) -> None:
-        """Close the encoders."""
+        """Close the encoders, and give up questions to engines."""
+        self.kv.truth.engines.close()
         for encoder in {*self._encoders.values(), *self._retired}:
             encoder.close()

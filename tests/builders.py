@@ -25,12 +25,13 @@ from extproc.metrics.service import Metrics
 from extproc.policies.base import Policy
 from extproc.policies.factory import create_kv_policy, create_policy
 from extproc.routing.chooser import Chooser, WorkerChooser
+from extproc.routing.engine_prompts import EnginePrompts
 from extproc.routing.lease import Lease
 from extproc.routing.local_endpoints import LocalEndpoints
 from extproc.routing.pd.settings import PdSettings
 from extproc.routing.placement import Placement
 from extproc.routing.rank import Rank
-from extproc.routing.rank_chooser import Encoder, RankChooser
+from extproc.routing.rank_chooser import Encoder, RankChooser, TokenTruth
 from extproc.routing.ranks import Ranks
 from extproc.routing.request import Request, find_endpoint
 from extproc.routing.token_proof.proofs import TokenProofs
@@ -40,11 +41,12 @@ from extproc.tokenization.prompts import Prompt, PromptRules, read_prompt
 from extproc.worker_url import format_endpoint, parse_worker_url
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.engine_calls import PrefillClient
+from extproc.workers.engine_tokenizer import EngineTokenizer
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source_health import SourceHealth
 from extproc.workers.tickets import Tickets
 from extproc.workers.worker import KvEvents, Role, Worker, WorkerSpec
-from tests.fakes import FakeClock, NoPrefillClient, NoRanks
+from tests.fakes import FakeClock, FakeEngineClient, NoPrefillClient, NoRanks
 
 __all__ = [
     "PAGE",
@@ -238,6 +240,9 @@ class Fleet:
         self._placement: Placement | None = None
         self.proofs = TokenProofs()
         self.proofs.route_by_load(frozenset(models))
+        self.engine_client = FakeEngineClient()
+        asked = EngineTokenizer(self.engine_client)
+        self.engines = EnginePrompts(asked, self.registry, shared.clock, self.metrics)
         if follows_kv or policy in TOKEN_POLICIES:
             self._follow_kv(policy if policy in TOKEN_POLICIES else "min_ttft", models)
         for worker in self.workers:
@@ -278,7 +283,7 @@ class Fleet:
             self._encoder,
             self._placement,
             self.ranks,
-            self.proofs,
+            TokenTruth(self.proofs, self.engines),
             metrics=self.metrics,
             clock=self.shared.clock,
             patience_seconds=0.05,

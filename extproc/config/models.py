@@ -226,6 +226,16 @@ class ModelConfig(Section, frozen=True, kw_only=True):
             "load (`route_by_load`), or that is only shown and logged (`warn`). `off` asks nothing."
         ),
     ] = "route_by_load"  # noqa: S105 (not a password)
+    tokens_from: Annotated[
+        Literal["service", "engine"],
+        Meta(
+            description="With `engine`, a worker is asked for the tokens of a request where this "
+            "service cannot make them as the engine does: chats that the engine renders with code "
+            "of its own (`rendered_by_engine`; vLLM needs `--enable-scale-out`), and those whose "
+            "tokens were found to differ on all workers, see `token_proof`. Such a request waits "
+            "for up to 0.1 s. `service` asks no worker."
+        ),
+    ] = "service"
     cache_aware: Annotated[
         CacheAwareConfig, Meta(description="Settings of the policy `cache_aware_zmq`.")
     ] = field(default_factory=CacheAwareConfig)

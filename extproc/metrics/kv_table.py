@@ -52,6 +52,7 @@ PROMPTS_WITHOUT_TOKENS = _tokens.counter(
             "busy": "no tokens within half of `server.step_deadline_secs`, or too many "
             "texts were waiting",
             "encode_error": "",
+            "engine_tokens_late": "the engine was asked, and did not answer in time",
             "malformed": "the engine will refuse it, too",
             "multimodal": "images, audio or video",
             "no_chat_template": "",
@@ -80,6 +81,22 @@ TOKEN_PROOFS = _tokens.counter(
             "proven": "",
             "differs": "the log names the first differing token and the likely cause",
             "not_proven": "the worker could not be asked",
+        },
+    ),
+)
+ENGINE_TOKEN_QUESTIONS = _tokens.counter(
+    "extproc_engine_token_questions_total",
+    "Requests whose tokens an engine was to be asked for, by outcome; see models[].tokens_from.",
+    "model",
+    Label(
+        "outcome",
+        {
+            "answered": "",
+            "cached": "known from the answer for an equal body",
+            "late": "no answer within 0.1 s",
+            "failed": "refused, or an answer without tokens",
+            "not_asked": "too many questions were open, or some had failed",
+            "too_large": "the body is larger than 512 KiB",
         },
     ),
 )

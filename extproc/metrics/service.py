@@ -57,6 +57,7 @@ class Metrics:
         self.cached_tokens = made.counter(kv_table.CACHED_TOKENS)
         self.overlap_tokens = made.histogram(kv_table.OVERLAP_TOKENS)
         self.prompts_without_tokens = made.counter(kv_table.PROMPTS_WITHOUT_TOKENS)
+        self.engine_token_questions = made.counter(kv_table.ENGINE_TOKEN_QUESTIONS)
         self.token_proofs = made.counter(kv_table.TOKEN_PROOFS)
         self.tokenization_seconds = made.histogram(kv_table.TOKENIZATION_SECONDS)
         self.pd = PdMetrics(made)

@@ -6,7 +6,8 @@ workers go through `pd`. A `claim` is everything that a request takes on a worke
 the data-parallel ranks of workers, and `placement` weighs what they hold of a prompt.
 While all workers of a model are full (`spare_capacity` is 0), requests may wait in a `wait_queue`.
 `pool_signals` tells autoscalers how busy the pools are; `demand` is what clients have asked for.
-`polled_load` asks vLLM for its load, and `token_proof` asks engines for their tokens.
+`polled_load` asks vLLM for its load. `token_proof` compares the tokens of engines with ours, and
+`engine_prompts` asks for those that only an engine can make.
 Nothing here knows ext_proc messages: `server` turns decisions into replies.
 """
 
@@ -16,6 +17,7 @@ __all__ = [
     "decision",
     "demand",
     "dispatch",
+    "engine_prompts",
     "gateway_watch",
     "json_members",
     "lease",

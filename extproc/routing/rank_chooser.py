@@ -9,11 +9,13 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import structlog
+from msgspec import Struct
 
 from extproc.clock import Clock
 from extproc.engines.engine import Engine
 from extproc.metrics.service import Metrics
 from extproc.routing.chooser import Chosen
+from extproc.routing.engine_prompts import ENGINE_TOKENS_LATE, EnginePrompts
 from extproc.routing.placement import (
     NO_TOKENS,
     TOKENS_DIFFER,
@@ -29,12 +31,12 @@ from extproc.routing.token_proof.traits import traits_of
 from extproc.tokenization.encoder import Encoded
 from extproc.tokenization.fields import BodyFields
 from extproc.tokenization.prompts import Prompt, PromptRules
-from extproc.tokenization.reasons import BUSY, TEMPLATE_LIMIT
+from extproc.tokenization.reasons import BUSY, RENDERED_BY_ENGINE, TEMPLATE_LIMIT
 from extproc.workers.worker import Worker
 
 _log = structlog.get_logger()
 
-__all__ = ["Encoder", "RankChooser"]
+__all__ = ["Encoder", "RankChooser", "TokenTruth"]
 
 # Of English text; JSON around it included.
 _BYTES_PER_TOKEN = 5
@@ -42,6 +44,7 @@ _BODY_NOT_SEEN = "body_not_visible"
 _NO_EVENTS = "no_events"
 _WARN_SECONDS = 60.0
 _LATE = Encoded(None, BUSY)
+_NO_WORKERS: Collection[Worker] = ()
 
 
 class Encoder(Protocol):
@@ -65,6 +68,13 @@ class Encoder(Protocol):
         ...
 
 
+class TokenTruth(Struct, frozen=True):
+    """What engines themselves say of their tokens: by proofs, and when they are asked."""
+
+    proofs: TokenProofs
+    engines: EnginePrompts
+
+
 class RankChooser:
     """Chooses ranks for the requests of one model.
 
@@ -80,7 +90,7 @@ class RankChooser:
         encoder: Encoder,
         placement: Placement,
         ranks: Ranks,
-        proofs: TokenProofs,
+        truth: TokenTruth,
         *,
         metrics: Metrics,
         clock: Clock,
@@ -90,7 +100,7 @@ class RankChooser:
         self._encoder = encoder
         self._placement = placement
         self._ranks = ranks
-        self._proofs = proofs
+        self._truth = truth
         self._metrics = metrics
         self._clock = clock
         self._patience_seconds = patience_seconds
@@ -106,16 +116,22 @@ class RankChooser:
         started = self._clock.monotonic()
         fields, path = request.take_fields(), request.endpoint.path
         by_engine: dict[Engine, EngineTokens] = {}
-        encoded, given_ids = _LATE, False
+        encoded, differing = _LATE, _NO_WORKERS
         try:
             async with asyncio.timeout(self._patience_seconds):
                 for engine in self._ranks.engines_of(self._model):
                     prompt = await self._encoder.read(engine.rules, path, request.body, fields)
                     encoded = await self._encoder.encode(prompt)
+                    if encoded.reason == RENDERED_BY_ENGINE:
+                        encoded = await self._rendered(engine, request)
                     if encoded.ids is not None:
-                        given_ids = prompt.ids is not None
                         seed = self._seed(prompt, adapter)
                         by_engine[engine] = EngineTokens(encoded.ids, seed, prompt.reads_cache)
+                        # Ids of the client are the engine's, too.
+                        if prompt.ids is None:
+                            differing = self._differing(request)
+                if differing:
+                    differing = await self._corrected(by_engine, differing, request)
         except TimeoutError:
             encoded = _LATE
         elapsed = self._clock.monotonic() - started
@@ -125,15 +141,43 @@ class RankChooser:
             if encoded.reason == TEMPLATE_LIMIT and started >= self._warn_again_at:
                 self._warn_again_at = started + _WARN_SECONDS
                 _log.warning("chat_template_over_limit", model=self._model)
-        # Ids of the client are the engine's, too.
-        differing = () if given_ids else self._differing(request)
         return PromptTokens(by_engine, len(request.body) // _BYTES_PER_TOKEN, differing)
+
+    async def _rendered(self, engine: Engine, request: Request) -> Encoded:
+        """The tokens of a chat that only the engine can render, from the engine."""
+        engines = self._truth.engines
+        if not engines.asks(self._model):
+            return Encoded(None, RENDERED_BY_ENGINE)
+        path = request.endpoint.path
+        ids = await engines.ids(self._model, engine, path, request.body, rendered_only=True)
+        return Encoded(ids, "" if ids is not None else ENGINE_TOKENS_LATE)
+
+    async def _corrected(
+        self,
+        by_engine: dict[Engine, EngineTokens],
+        differing: Collection[Worker],
+        request: Request,
+    ) -> Collection[Worker]:
+        """Ask the engines all of whose workers make other tokens; returns the workers left."""
+        engines = self._truth.engines
+        if not engines.asks(self._model):
+            return differing
+        left, path = set(differing), request.endpoint.path
+        for engine, tokens in list(by_engine.items()):
+            workers = engines.workers_of(self._model, engine)
+            if not workers or not workers <= left:
+                continue
+            ids = await engines.ids(self._model, engine, path, request.body, rendered_only=False)
+            if ids is not None:
+                by_engine[engine] = tokens._replace(ids=ids)
+                left -= workers
+        return left
 
     def _differing(self, request: Request) -> Collection[Worker]:
         """The workers that have been found to make other tokens of such a request."""
-        found = self._proofs.differing(self._model)
+        found = self._truth.proofs.differing(self._model)
         if not found:
-            return ()
+            return _NO_WORKERS
         concerned = 0
         for traits in found.values():
             concerned |= traits

@@ -6,8 +6,7 @@ vLLM (0.32) renders a body as it would for a request at `<path>/render`, if it w
 is trusted: it is limited in size and time, and only ids are taken from it.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -70,27 +69,28 @@ class EngineTokenizer:
         url: WorkerUrl,
         engine: EngineName,
         path: str,
-        body: Mapping[str, Any],
+        body: bytes,
         *,
         timeout_seconds: float,
         tokens_max: int,
-        absent: set[str],
+        absent: set[str] | None = None,
+        rendered_only: bool = False,
     ) -> NDArray[np.uint64]:
         """The ids of the prompt of `body`, sent to `path`, as the engine computes them.
 
         Each attempt may take `timeout_seconds`; an engine is asked in at most two ways, without the
-        paths that are `absent`, to which those are added that it turns out not to have. Raises
+        paths that are `absent`, to which those are added that it turns out not to have. With
+        `rendered_only` it is asked only where it renders as for a request. Raises
         NoTokensToldError, also for more than `tokens_max` ids.
         """
+        absent = set() if absent is None else absent
         problem = NoTokensToldError("no_endpoint", f"{engine} has no endpoint for {path}")
         max_bytes = tokens_max * _BYTES_PER_TOKEN + _BYTES_MORE
-        for way, given in _ways(engine, path, body):
+        for way in _ways(engine, path, rendered_only):
             if way in absent:
                 continue
             try:
-                answer = await self._client.post(
-                    url, way, msgspec.json.encode(given), timeout_seconds, max_bytes
-                )
+                answer = await self._client.post(url, way, body, timeout_seconds, max_bytes)
             except EngineUnreachableError as error:
                 raise NoTokensToldError("unreachable", f"{way}: {error}") from error
             if answer.status == _OK:
@@ -104,18 +104,13 @@ class EngineTokenizer:
         raise problem
 
 
-def _ways(
-    engine: EngineName, path: str, body: Mapping[str, Any]
-) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-    """The paths and bodies by which an engine can be asked, the most exact one first."""
+def _ways(engine: EngineName, path: str, rendered_only: bool) -> tuple[str, ...]:
+    """The paths at which an engine can be asked with the body, the most exact one first."""
+    has_other = path in (_CHAT, _COMPLETION)
     if engine == "sglang":
-        return (("/v1/tokenize", body),) if path in (_CHAT, _COMPLETION) else ()
-    ways: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    if path in _RENDERED:
-        ways += ((f"{path}/render", body),)
-    if path in (_CHAT, _COMPLETION):
-        ways += (("/tokenize", body),)
-    return ways
+        return ("/v1/tokenize",) if has_other else ()
+    ways = (f"{path}/render",) if path in _RENDERED else ()
+    return (*ways, "/tokenize") if has_other and not rendered_only else ways
 
 
 def _ids(way: str, body: bytes, tokens_max: int) -> NDArray[np.uint64]:
@@ -132,4 +127,4 @@ def _ids(way: str, body: bytes, tokens_max: int) -> NDArray[np.uint64]:
         raise NoTokensToldError("unreadable", f"{way} answered without token ids")
     if len(ids) > tokens_max:
         raise NoTokensToldError("unreadable", f"{way} answered more than {tokens_max} ids")
-    return np.array(ids, np.uint64)
+    return np.fromiter(ids, np.uint64, len(ids))

@@ -153,3 +153,18 @@ async def test_a_model_can_be_routed_by_its_tokens_whatever_differs(
     service = await start(launch, tmp_path, OTHER_TURNS, token_proof=mode)
     await service.proven(shown_as, shown_as)
     assert (await service.chat())["reason"] == "below_threshold"
+
+
+async def test_a_fleet_with_another_template_is_exact_where_its_engines_are_asked(
+    launch: Launch, tmp_path: Path
+) -> None:
+    service = await start(launch, tmp_path, OTHER_TURNS, tokens_from="engine")
+    await service.proven("differs", "differs")
+    await service.chat(service.urls[1])
+    await service.settled()
+    # The first question may be late on a slow machine; its answer is kept.
+    await service.chat()
+    shown = await service.chat()
+    assert (shown["worker"], shown["reason"]) == (service.urls[1], "hit")
+    cached, total = map(int, shown["overlap"].split("/"))
+    assert total - cached <= PAGE

@@ -19,6 +19,7 @@ from extproc.envoy_config import local_replies
 from extproc.envoy_config.local_replies import LocalError
 from extproc.envoy_config.routes import FAIL_OPEN_PATHS
 from extproc.metrics.table import TABLE
+from extproc.routing.engine_prompts import ENGINE_TOKENS_LATE
 from extproc.routing.placement import TOKENS_DIFFER
 from extproc.routing.request import (
     DETOKENIZE_PATH,
@@ -93,7 +94,12 @@ def test_reasons_in_the_metrics_page_are_those_of_the_code() -> None:
         for spec in section.specs
     }
     without_tokens = documented["extproc_prompts_without_tokens_total"]["reason"]
-    assert without_tokens == {*reasons.REASONS, "body_not_visible", TOKENS_DIFFER}
+    assert without_tokens == {
+        *reasons.REASONS,
+        "body_not_visible",
+        ENGINE_TOKENS_LATE,
+        TOKENS_DIFFER,
+    }
     assert documented["extproc_workers"]["role"] == set(get_args(Role))
 
 

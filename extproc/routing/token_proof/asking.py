@@ -94,8 +94,8 @@ class _Asked:
 
     async def compare(self, probe: Probe) -> None:
         """Compare the tokens of one probe; raises NotNowError."""
-        body = {"model": self._model, **probe.body}
-        ours = await self._tokens.encode(self._worker, probe.path, msgspec.json.encode(body))
+        body = msgspec.json.encode({"model": self._model, **probe.body})
+        ours = await self._tokens.encode(self._worker, probe.path, body)
         if ours.ids is None:
             if ours.reason == BUSY:
                 raise NotNowError("too many prompts wait for their tokens")

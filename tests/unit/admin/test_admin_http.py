@@ -24,11 +24,12 @@ from extproc.errors import ConfigError
 from extproc.metrics.service import Metrics
 from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.ranks import Ranks
+from extproc.workers.engine_tokenizer import EngineTokenizer
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.source_health import SourceHealth
 from extproc.workers.worker import KvEvents, WorkerSpec
 from tests.builders import make_spec, make_worker
-from tests.fakes import FakeClock
+from tests.fakes import FakeClock, FakeEngineClient
 from tests.unit.configs import config
 
 
@@ -69,7 +70,12 @@ def gateway_of(workers: WorkerRegistry) -> GatewayWatch:
 def ranks_of(model: ModelConfig) -> Ranks:
     """Ranks of a service with this model."""
     settings = config(models=[msgspec.to_builtins(model)])
-    return build_kv(settings, build_shared(settings, clock=FakeClock()), print).ranks
+    return build_kv(
+        settings,
+        build_shared(settings, clock=FakeClock()),
+        EngineTokenizer(FakeEngineClient()),
+        print,
+    ).ranks
 
 
 @contextmanager

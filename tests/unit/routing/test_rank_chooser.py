@@ -18,6 +18,7 @@ from extproc.routing.token_proof.traits import TEXT as TEXT_TRAIT
 from extproc.routing.token_proof.traits import TOOLS
 from extproc.tokenization.encoder import Encoded
 from extproc.tokenization.prompts import Prompt
+from extproc.workers.engine_calls import EngineAnswer
 from extproc.workers.worker import KvEvents
 from tests.builders import PAGE, ByteEncoder, Fleet, make_worker, routing_settings
 
@@ -384,3 +385,50 @@ async def test_ids_of_the_client_are_the_engines_whatever_differs(fleet: MakeFle
     one.proofs.put("m", one.workers[0], differs("text", TEXT_TRAIT))
     body = json.dumps({"model": "m", "prompt": [*TEXT.encode()]}).encode()
     assert (await one.send(body)).decision.reason == "hit"
+
+
+class EngineRendered(ByteEncoder):
+    """An encoder for a model whose chats only the engine renders."""
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        return Encoded(None, "rendered_by_engine")
+
+
+async def test_tokens_that_only_the_engine_can_make_are_asked_for_where_the_model_says_so(
+    fleet: MakeFleet,
+) -> None:
+    one = await fleet(encoder=EngineRendered(), engines=("vllm", "vllm"))
+    one.hold(TEXT, 1)
+    answer = EngineAnswer(200, json.dumps([{"token_ids": [*TEXT.encode()]}]).encode())
+    for url in (A, B):
+        one.engine_client.script(url, "/v1/completions/render", answer)
+    assert (await one.complete("any")).decision.reason == "no_tokens"
+    name = "extproc_prompts_without_tokens_total"
+    assert one.metric(name, model="m", reason="rendered_by_engine") == 1
+    assert one.engine_client.posted == []
+    one.engines.use(["m"])
+    decision = (await one.complete("any")).decision
+    assert (decision.worker_url, decision.reason) == (B, "hit")
+    assert decision.total_tokens == len(TEXT)
+    for url in (A, B):
+        one.engine_client.script(url, "/v1/completions/render", EngineAnswer(403, b""))
+    assert (await one.complete("other")).decision.reason == "no_tokens"
+    assert one.metric(name, model="m", reason="engine_tokens_late") == 1
+
+
+async def test_tokens_that_differ_on_all_workers_are_asked_for_instead(fleet: MakeFleet) -> None:
+    one = await fleet(engines=("vllm", "vllm"))
+    one.hold(TEXT, 1)
+    one.engines.use(["m"])
+    answer = EngineAnswer(200, json.dumps({"tokens": [*TEXT.encode()]}).encode())
+    for number, url in enumerate((A, B)):
+        one.proofs.put("m", one.workers[number], differs("text", TEXT_TRAIT))
+        one.engine_client.script(url, "/v1/completions/render", EngineAnswer(403, b""))
+        one.engine_client.script(url, "/tokenize", answer)
+    decision = (await one.complete("any")).decision
+    assert (decision.worker_url, decision.reason) == (B, "hit")
+    # Where some workers make the tokens of this service, nothing is asked.
+    one.proofs.forget("m", one.workers[0])
+    asked = len(one.engine_client.posted)
+    await one.complete("another")
+    assert len(one.engine_client.posted) == asked

@@ -1,6 +1,7 @@
 """Engines are asked for the tokens of a body: by which path, and what an answer may be."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -34,7 +35,7 @@ async def ask(
         url or parse_worker_url(URL),
         engine,
         path,
-        BODY,
+        json.dumps(BODY).encode(),
         timeout_seconds=timeout_seconds,
         tokens_max=tokens_max,
         absent=set() if absent is None else absent,
