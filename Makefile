@@ -14,7 +14,7 @@ SIDE_BY_SIDE := --numprocesses 4 --dist load --maxschedchunk 2
 # Percent of the lines and branches of extproc that unit and protocol tests must reach.
 COVERAGE_FLOOR := 95
 
-.PHONY: venv demo test test-k8s test-gateways unit fuzz faults cov fmt lint lock wheel newest bench protos docs clean
+.PHONY: venv demo test test-k8s test-gateways test-engines unit fuzz faults cov fmt lint lock wheel newest bench protos docs clean
 
 venv: $(VENV)/.dev
 
@@ -77,6 +77,14 @@ test-gateways: $(VENV)/.dev
 			$(GATEWAYS)/isolated $(BIN)/python -m pytest $(GATEWAYS) $(ARGS) && \
 		echo "ran against:" && $(SERVERS)/build.sh --versions && $(SERVERS)/crds.sh --versions && \
 		$(GATEWAYS)/envoy-gateway/build.sh --versions && $(BIN)/envoy --version | sed -n 's,.*/\([0-9.]*\)/.*/RELEASE.*,Envoy \1,p'
+
+# Real engines with small random models on this CPU, behind the real Envoy. They are installed at the
+# first time: some 7 GB each, and ten minutes. Then six to ten minutes.
+ENGINES := tests/engines/install
+test-engines: $(VENV)/.dev
+	@vllm=$$($(ENGINES)/vllm.sh) && \
+		ENGINE_VLLM=$$vllm $(BIN)/python -m pytest tests/engines/live $(ARGS) && \
+		echo "ran against:" && $(ENGINES)/vllm.sh --versions
 
 # For work on the code, in under a minute: tests that start neither Envoy nor the service, without
 # the property tests, which hypothesis marks and `make test` runs.

@@ -353,7 +353,6 @@ _OPTIONS: Final[dict[str, _Body]] = {
     "input-ids": _talk(input_ids=[1, 2, 3]),
     "prompt-embeds": _talk(prompt_embeds="AAAA"),
     "kv-transfer": _talk(kv_transfer_params={"do_remote_decode": False}),
-    "kv-transfer-ids": _talk(kv_transfer_params={"prompt_token_ids": [5, 6, 7]}),
     "mm-kwargs": _talk(mm_processor_kwargs={}),
     "beam-search": _talk(use_beam_search=True, n=2, max_tokens=2),
 }

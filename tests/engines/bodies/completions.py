@@ -73,5 +73,4 @@ BODIES: Final[dict[str, _Body]] = {
     "doubled-key": '{"model":"m","prompt":"first","prompt":"second","max_tokens":4}',
     "lora-path": _ask(lora_path="adapter"),
     "beam-search": _ask(use_beam_search=True, n=2),
-    "kv-transfer-ids": _ask(kv_transfer_params={"prompt_token_ids": [5, 6, 7]}),
 }

@@ -275,7 +275,6 @@ _OPTIONS: Final[dict[str, _Body]] = {
     "kwargs": _ask(chat_template_kwargs={"enable_thinking": False}),
     "add-generation-prompt": _ask(add_generation_prompt=False),
     "truncate": _ask(truncate_prompt_tokens=5),
-    "kv-transfer-ids": _ask(kv_transfer_params={"prompt_token_ids": [5, 6, 7]}),
 }
 
 BODIES: Final[dict[str, _Body]] = {**_TALKS, **_SYSTEMS, **_THOUGHTS, **_TOOLS, **_OPTIONS}

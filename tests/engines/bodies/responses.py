@@ -382,7 +382,6 @@ _OPTIONS: Final[dict[str, _Body]] = {
     "no-generation-prompt": _ask(add_generation_prompt=False),
     "max-output-tokens-missing": {"input": _TEXT},
     "max-tool-calls": _ask(max_tool_calls=3, parallel_tool_calls=False),
-    "kv-transfer-ids": _ask(kv_transfer_params={"prompt_token_ids": [5, 6, 7]}),
     "too-long": _ask("question " * 20000),
 }
 
