@@ -12,6 +12,7 @@ import msgspec
 
 from extproc.simulator.chats import Chat, chat
 from extproc.simulator.errors import ApiError
+from extproc.simulator.vllm_chats import VllmChat, VllmText
 
 __all__ = [
     "AbortBody",
@@ -27,7 +28,7 @@ __all__ = [
 _MOST_SEQUENCES = 128
 
 T = TypeVar("T")
-Prompt = str | list[int] | Chat
+Prompt = str | list[int] | Chat | VllmText | VllmChat
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -37,7 +38,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     `special_tokens` are those that a tokenizer adds to a text on its own. `max_tokens` None
     means the worker's default. `lora_name` is the adapter of `lora_path`. `sequences` is how
     many outputs (or embeddings, scores, ranked documents) the client wants. `lists_prompts` is
-    true if the prompts came as a list, also of one.
+    true if the prompts came as a list, also of one. `reads_cache` is false where all tokens of the
+    prompts are computed, whatever is cached.
 
     The fields of disaggregation are unchecked, since only a disaggregated worker reads them.
     """
@@ -56,6 +58,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     wants_base64: bool = False
     dp_rank: int | None = None
     lists_prompts: bool = False
+    reads_cache: bool = True
     bootstrap_host: Any = None
     bootstrap_port: Any = None
     bootstrap_room: Any = None

@@ -20,7 +20,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from extproc.simulator.chats import Chat
 
-__all__ = ["ChatTemplate", "ChatTemplateError"]
+__all__ = [
+    "ChatTemplate",
+    "ChatTemplateError",
+    "environment",
+    "template_source",
+    "template_variables",
+]
 
 _FILE = "chat_template.jinja"
 _DEFAULT_NAME = "default"
@@ -46,23 +52,32 @@ class ChatTemplateError(ValueError):
     """The template refuses the chat, or the model has no template."""
 
 
+def template_variables(config: dict[str, Any]) -> dict[str, Any]:
+    """The special tokens of a model's configuration, as variables of its template."""
+    return {
+        name: text
+        for name in _SPECIAL_TOKENS
+        if (text := _token_text(config.get(name))) is not None
+    }
+
+
+def template_source(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The sources of a model's templates by name; its file comes before its configuration."""
+    file = folder / _FILE
+    given = file.read_text("utf-8") if file.exists() else config.get("chat_template")
+    if isinstance(given, list):
+        return {item["name"]: item["template"] for item in given}
+    return {} if given is None else {_DEFAULT_NAME: given}
+
+
 class ChatTemplate:
     """The template of a model's folder; its `chat_template.jinja` comes before its config."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.bos_token = _token_text(config.get("bos_token"))
-        self._variables = {
-            name: text
-            for name in _SPECIAL_TOKENS
-            if (text := _token_text(config.get(name))) is not None
-        }
-        file = folder / _FILE
-        given = file.read_text("utf-8") if file.exists() else config.get("chat_template")
-        if isinstance(given, list):
-            named = {item["name"]: item["template"] for item in given}
-        else:
-            named = {} if given is None else {_DEFAULT_NAME: given}
-        self._templates = {name: _Template(source) for name, source in named.items()}
+        self._variables = template_variables(config)
+        sources = template_source(folder, config)
+        self._templates = {name: _Template(source) for name, source in sources.items()}
 
     def render(self, chat: Chat) -> tuple[str, str]:
         """The text up to the answer, and the part of the answer that the chat already holds.
@@ -98,8 +113,8 @@ class ChatTemplate:
 class _Template:
     def __init__(self, source: str) -> None:
         try:
-            tree = _environment.parse(source)
-            self._compiled = _environment.from_string(source)
+            tree = environment.parse(source)
+            self._compiled = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
         self._takes_parts = any(word in source for word in _MEDIA_WORDS) or any(
@@ -256,11 +271,11 @@ def _now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-_environment = ImmutableSandboxedEnvironment(
+environment = ImmutableSandboxedEnvironment(
     trim_blocks=True,
     lstrip_blocks=True,
     extensions=[_Generation, jinja2.ext.loopcontrols],
 )
-_environment.filters["tojson"] = _json
-_environment.globals["raise_exception"] = _refuse
-_environment.globals["strftime_now"] = _now
+environment.filters["tojson"] = _json
+environment.globals["raise_exception"] = _refuse
+environment.globals["strftime_now"] = _now

@@ -23,6 +23,7 @@ from extproc.simulator.settings import (
     SimulatorSettings,
     WireFormat,
 )
+from extproc.simulator.vllm_chats import ContentFormat
 
 __all__ = ["DESCRIPTION", "add_arguments", "in_a_row", "run"]
 
@@ -125,6 +126,11 @@ def _add_vllm_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="an adapter that vllm lists as a model; may be repeated",
+    )
+    parser.add_argument(
+        "--content-format",
+        choices=get_args(ContentFormat),
+        help="how vllm gives contents to a chat template (default: as the template reads them)",
     )
     parser.add_argument(
         "--dev-mode", action="store_true", help="the paths of vllm's development mode"

@@ -22,7 +22,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `prompts` are token ids; `sequences` are decoded in step and count as one request;
     `seconds_per_token` replaces the worker's own pace; `rank` is the data-parallel rank, None
     for the least loaded one. The KV of a `transferred` request is computed by another worker:
-    the request waits until its KV has arrived, and costs no prefill.
+    the request waits until its KV has arrived, and costs no prefill. Without `reads_cache` all
+    tokens are computed, whatever is cached.
     """
 
     rid: str
@@ -34,6 +35,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     seconds_per_token: float | None = None
     rank: int | None = None
     transferred: bool = False
+    reads_cache: bool = True
 
     @property
     def prompt_tokens(self) -> int:

@@ -13,7 +13,6 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from extproc.simulator.binding import Listener, dialled, listen
-from extproc.simulator.bodies import readers
 from extproc.simulator.control import Control
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.faults import FAULT_HEADER, parse_header
@@ -31,7 +30,6 @@ _BACKLOG_CONNECTIONS = 4096
 _SHUTDOWN_SECONDS = 1.0  # handlers were cancelled already
 _WORKER = web.AppKey("worker", Worker)
 _OPEN_PATHS = frozenset({"/health", "/health_generate"})
-_SGLANG_PATHS = frozenset({"/generate"})
 _VLLM_GUARDED_PREFIX = "/v1"
 
 
@@ -49,8 +47,7 @@ def create_app(settings: SimulatorSettings) -> web.Application:
     async def infer(request: web.Request) -> web.StreamResponse:
         return await serve(worker, request)
 
-    paths = readers.keys() - (_SGLANG_PATHS if settings.is_vllm else set())
-    app.add_routes([web.post(path, infer) for path in sorted(paths)])
+    app.add_routes([web.post(path, infer) for path in worker.readers])
 
     async def break_off(app: web.Application) -> None:
         worker.break_off()

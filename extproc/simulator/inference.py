@@ -18,10 +18,9 @@ import structlog
 from aiohttp import web
 
 from extproc.simulator.answers import Answer, Ticket
-from extproc.simulator.bodies import InferenceRequest, Prompt, member_names, readers
+from extproc.simulator.bodies import InferenceRequest, Prompt, member_names
 from extproc.simulator.cache_events import Namespace
 from extproc.simulator.chat_template import ChatTemplateError
-from extproc.simulator.chats import Chat
 from extproc.simulator.engine import FinishReason, Job, QueueFullError
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.faults import (
@@ -33,6 +32,7 @@ from extproc.simulator.journal import Entry
 from extproc.simulator.legs import Leg
 from extproc.simulator.other_answers import answers
 from extproc.simulator.split import Output, SplitGeneration
+from extproc.simulator.vllm_chats import VllmChatError
 from extproc.simulator.worker import Worker
 
 __all__ = ["hang", "json_answer", "listening_port", "serve"]
@@ -102,7 +102,7 @@ async def _answer(worker: Worker, request: web.Request, entry: Entry) -> web.Str
     entry.body_bytes = len(body)
     if worker.settings.log_requests:
         entry.members = member_names(body)
-    asked = readers[request.path](body)
+    asked = worker.readers[request.path](body)
     _note(worker, asked, entry)
     prompts = [_tokens(worker, prompt, asked) for prompt in asked.prompts]
     ticket = _ticket(worker, request, asked, sum(len(prompt) for prompt in prompts))
@@ -138,13 +138,9 @@ def _note(worker: Worker, asked: InferenceRequest, entry: Entry) -> None:
 
 
 def _tokens(worker: Worker, prompt: Prompt, asked: InferenceRequest) -> Sequence[int]:
-    if isinstance(prompt, str):
-        return worker.tokenizer.encode(prompt, special_tokens=asked.special_tokens)
-    if not isinstance(prompt, Chat):
-        return prompt
     try:
-        return worker.tokenizer.encode_chat(prompt)
-    except ChatTemplateError as error:
+        return worker.tokenizer.encode_prompt(prompt, special_tokens=asked.special_tokens)
+    except (ChatTemplateError, VllmChatError) as error:
         raise ApiError(400, str(error)) from error
 
 
@@ -226,6 +222,7 @@ def _job(
         sequences=asked.sequences,
         seconds_per_token=fault.slow_token,
         rank=rank,
+        reads_cache=asked.reads_cache,
     )
 
 

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from extproc.simulator.vllm_chats import ContentFormat
+
 __all__ = ["DisaggregationMode", "EngineName", "PdProtocol", "SimulatorSettings", "WireFormat"]
 
 EngineName = Literal["sglang", "vllm"]
@@ -27,7 +29,7 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     format of older versions of SGLang; their replays have no topic frame.
 
     A worker like vLLM serves `lora` adapters as models of their own. `dev_mode` brings the paths
-    of vLLM's development mode.
+    of vLLM's development mode. `content_format` overrides how a chat template is given contents.
 
     A "prefill" worker listens at `disaggregation_bootstrap_port`, which is also where a "decode"
     worker looks for the other leg of a request that names no port. With `pd_protocol` "nixl", as
@@ -70,6 +72,7 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     kv_topic: str = ""
     lora: list[str] = []
     dev_mode: bool = False
+    content_format: ContentFormat | None = None
     api_key: str | None = None
     startup_delay_seconds: float = 0.0
     log_requests: bool = False
@@ -119,7 +122,7 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
             if self.host_cache_tokens:
                 raise ValueError("host_cache_tokens: a worker like vllm has no host cache")
             return
-        for name in ("lora", "dev_mode"):
+        for name in ("lora", "dev_mode", "content_format"):
             if getattr(self, name):
                 raise ValueError(f"{name}: needs engine vllm")
 

@@ -16,6 +16,7 @@ import msgspec
 import tokenizers
 
 from extproc.simulator.answers import text_of
+from extproc.simulator.bodies import Prompt
 from extproc.simulator.chat_template import ChatTemplate
 from extproc.simulator.chats import Chat
 
@@ -45,6 +46,16 @@ class Tokenizer:
         """At least one token; `special_tokens` adds the special tokens of the model's file."""
         return self._ids(text, special_tokens) or [0]
 
+    def encode_prompt(self, prompt: Prompt, *, special_tokens: bool = False) -> Sequence[int]:
+        """The ids of a prompt in any of its forms; raises ValueError if it is refused."""
+        if isinstance(prompt, str):
+            return self.encode(prompt, special_tokens=special_tokens)
+        if isinstance(prompt, Chat):
+            return self.encode_chat(prompt)
+        if isinstance(prompt, list):
+            return prompt
+        raise TypeError("a prompt of another engine")
+
     def encode_chat(self, chat: Chat) -> Sequence[int]:
         """At least one token; raises ChatTemplateError if the template refuses the chat."""
         if self._template is None:
@@ -69,8 +80,10 @@ class Tokenizer:
         if is_folder:
             file = path / _CONFIG_FILE
             raw = file.read_bytes() if file.exists() else b"{}"
-            config = msgspec.json.decode(raw, type=dict[str, Any])
-            self._template = ChatTemplate(path, config)
+            self._load_template(path, msgspec.json.decode(raw, type=dict[str, Any]))
+
+    def _load_template(self, path: Path, config: dict[str, Any]) -> None:
+        self._template = ChatTemplate(path, config)
 
     def _ids(self, text: str, special_tokens: bool) -> Sequence[int]:
         if self._model is None:

@@ -13,7 +13,8 @@ from extproc.simulator.adapters import Adapters
 from extproc.simulator.bodies import decode
 from extproc.simulator.errors import ApiError
 from extproc.simulator.inference import json_answer
-from extproc.simulator.vllm_tokenize import TokenizeBody, tokens_of
+from extproc.simulator.vllm_bodies import TokenizeBody, prompt_of_tokenize
+from extproc.simulator.vllm_chats import VllmChatError
 from extproc.simulator.worker import Worker
 
 __all__ = ["VllmControl"]
@@ -110,10 +111,15 @@ class VllmControl:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """The ids of a text or a chat, as an inference path would compute them."""
+        if self._worker.is_starting:
+            raise ApiError(503, "the worker is starting")
         body = decode(await request.read(), _tokenize_decoder)
         settings = self._worker.settings
         self._worker.adapters.resolve(body.model)
-        ids = list(tokens_of(self._worker.tokenizer, body))
+        try:
+            ids = list(self._worker.tokenizer.encode_prompt(prompt_of_tokenize(body)))
+        except VllmChatError as error:
+            raise ApiError(400, str(error)) from error
         return json_answer(
             {
                 "count": len(ids),

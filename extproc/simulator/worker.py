@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from extproc.simulator.adapters import Adapters
+from extproc.simulator.bodies import readers
 from extproc.simulator.engine import Engine
 from extproc.simulator.faults import FaultBoard
 from extproc.simulator.journal import Journal
@@ -15,6 +16,8 @@ from extproc.simulator.nixl_pd import NixlPd
 from extproc.simulator.settings import DisaggregationMode, SimulatorSettings
 from extproc.simulator.sglang_pd import SglangPd
 from extproc.simulator.tokens import Tokenizer
+from extproc.simulator.vllm_bodies import vllm_readers
+from extproc.simulator.vllm_tokens import VllmTokenizer
 
 __all__ = ["Worker"]
 
@@ -24,7 +27,12 @@ class Worker:
 
     def __init__(self, settings: SimulatorSettings) -> None:
         self.settings = settings
-        self.tokenizer = Tokenizer(settings.tokenizer_path)
+        self.tokenizer = (
+            VllmTokenizer(settings.tokenizer_path, settings.context_length, settings.content_format)
+            if settings.is_vllm
+            else Tokenizer(settings.tokenizer_path)
+        )
+        self.readers = vllm_readers if settings.is_vllm else readers
         self.faults = FaultBoard()
         self.journal = Journal()
         self._handlers: set[asyncio.Task[object]] = set()
