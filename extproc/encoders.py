@@ -6,6 +6,7 @@ in a thread when a reload brings a new one.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
@@ -16,12 +17,12 @@ from extproc.errors import ConfigError
 from extproc.routing.token_proof.asking import OurTokens
 from extproc.tokenization.encoder import Encoded, EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import TokenizerError
-from extproc.tokenization.prompts import NO_TEMPLATE_KWARGS
+from extproc.tokenization.prompts import NO_TEMPLATE_KWARGS, ContentFormat
 from extproc.workers.worker import Worker
 
 __all__ = ["LoadedEncoders", "load_encoders", "proven_models"]
 
-_Key = tuple[str | None, str | None, str, TokenizationConfig]
+_Key = tuple[str | None, str | None, str, str, bool, TokenizationConfig]
 
 
 class LoadedEncoders(Struct, frozen=True):
@@ -81,12 +82,21 @@ def _our_tokens(encoder: PromptEncoder) -> OurTokens:
     return OurTokens(encode=encode, text_of=encoder.shown, source=encoder)
 
 
+def content_format_of(
+    given: Literal["auto", "string", "openai"],
+) -> ContentFormat | None:
+    """The format to use; None if it is found out from the template."""
+    return None if given == "auto" else given
+
+
 def _load(model: ModelConfig, path: str, settings: TokenizationConfig) -> PromptEncoder:
     return PromptEncoder.load(
         Path(path),
         EncoderSettings(
             template_name=model.chat_template_name,
             template_kwargs=model.chat_template_kwargs,
+            content_format=content_format_of(model.chat_template_content_format),
+            hides_unchosen_tools=model.exclude_tools_when_tool_choice_none,
             cache_bytes=settings.cache_bytes,
             inline_chars=settings.inline_chars,
             threads=settings.threads,
@@ -96,8 +106,14 @@ def _load(model: ModelConfig, path: str, settings: TokenizationConfig) -> Prompt
 
 
 def _key(model: ModelConfig, config: Config) -> _Key:
-    kwargs = repr(model.chat_template_kwargs)
-    return model.tokenizer_path, model.chat_template_name, kwargs, config.tokenization
+    return (
+        model.tokenizer_path,
+        model.chat_template_name,
+        repr(model.chat_template_kwargs),
+        model.chat_template_content_format,
+        model.exclude_tools_when_tool_choice_none,
+        config.tokenization,
+    )
 
 
 def _by_key(before: LoadedEncoders) -> dict[_Key, PromptEncoder]:

@@ -195,6 +195,8 @@ def _describe(worker: Worker, usable: bool) -> dict[str, Any]:
         "url": worker.url,
         "model": worker.model_ids[0] if worker.model_ids else None,
         "mode": worker.role,
+        "engine": worker.spec.engine,
+        "engine_version": worker.spec.engine_version or None,
         "breaker": worker.breaker.state.name.lower(),
         "in_flight": worker.in_flight,
         "draining": worker.draining,

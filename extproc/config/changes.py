@@ -47,8 +47,8 @@ HOW_CHANGED: Final[Mapping[str, How]] = MappingProxyType(
             "live",
             "models[].",
             "id policy tokenizer_path chat_template_name chat_template_kwargs "
-            "first_byte_timeout_secs ready_without_workers token_proof "
-            "tokens_from",
+            "first_byte_timeout_secs ready_without_workers token_proof tokens_from engine "
+            "chat_template_content_format exclude_tools_when_tool_choice_none",
         ),
         **_keys(
             "live",

@@ -236,6 +236,27 @@ class ModelConfig(Section, frozen=True, kw_only=True):
             "for up to 0.1 s. `service` asks no worker."
         ),
     ] = "service"
+    engine: Annotated[
+        Literal["sglang", "vllm"],
+        Meta(
+            description="The engine of workers that do not say what they are. It decides how the "
+            "prompt of a request becomes tokens."
+        ),
+    ] = "sglang"
+    chat_template_content_format: Annotated[
+        Literal["auto", "string", "openai"],
+        Meta(
+            description="How vLLM gives a message's content to the chat template; as its "
+            "`--chat-template-content-format`. Has no effect with SGLang."
+        ),
+    ] = "auto"
+    exclude_tools_when_tool_choice_none: Annotated[
+        bool,
+        Meta(
+            description="vLLM was started with this flag: a `tool_choice` that forbids calls "
+            "hides the tools from the model. Has no effect with SGLang."
+        ),
+    ] = False
     cache_aware: Annotated[
         CacheAwareConfig, Meta(description="Settings of the policy `cache_aware_zmq`.")
     ] = field(default_factory=CacheAwareConfig)

@@ -34,6 +34,14 @@ class Engine(Struct, frozen=True, kw_only=True, eq=False):
     adapters_with_model: bool = False
     load_from_metrics: bool = False
 
+    def was_read(self, version: str) -> bool:
+        """True if the rules were read from this version of the engine or one around it.
+
+        Of a version, only the first two numbers count. An unknown one is taken for read.
+        """
+        wanted = _numbers(version)[:2]
+        return not wanted or self.since[:2] <= wanted <= _numbers(self.read_until)[:2]
+
 
 # By name, the newest version first.
 _ENGINES: Final[dict[str, tuple[Engine, ...]]] = {

@@ -66,6 +66,8 @@ class ConfiguredModels:
     def complete(self, spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
         """The spec with the answer, and with the configured KV events if it named no others.
 
+        An engine that does not say what it is has the configured one.
+
         What is configured for vLLM counts more: its own answer is new, and the configuration may
         know of ports that are mapped.
         """
@@ -73,6 +75,8 @@ class ConfiguredModels:
             # Those of the models it served so far: they may not hold for its models now.
             spec = msgspec.structs.replace(spec, kv_events=None)
         spec = apply_introspection(spec, answer)
+        if spec.engine is None and (models := self._of(spec)):
+            spec = msgspec.structs.replace(spec, engine=models[0].engine)
         spec = self.with_adapters(spec, spec.adapters)
         if spec.kv_events is not None and not (spec.engine == "vllm" and self._kv_events(spec)):
             return spec

@@ -6,6 +6,7 @@ The worker's own answer counts more than what discovery says. No answer fails a 
 worker without a usable answer is registered without a model, and is asked again later.
 """
 
+import re
 from typing import Any, Literal
 
 import msgspec
@@ -31,6 +32,7 @@ __all__ = ["Introspection", "IntrospectionWarning", "apply_introspection", "intr
 _TIMEOUT_SECONDS = 2.0
 _FIRST_WAIT_SECONDS = 0.1
 _NULL = msgspec.Raw(b"null")
+_is_version = re.compile(r"[0-9A-Za-z.+_-]{1,64}").fullmatch
 # What the decoder raises for an answer that is not as documented.
 _NOT_DECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -47,6 +49,7 @@ class _ServerInfo(Struct):
     kv_events: msgspec.Raw = _NULL
     speculative_algorithm: msgspec.Raw = _NULL
     enable_lora: msgspec.Raw = _NULL
+    version: msgspec.Raw = _NULL
     # Only vLLM has it, in its development mode.
     vllm_config: msgspec.Raw = _NULL
 
@@ -56,12 +59,14 @@ class Introspection(Struct, frozen=True, kw_only=True):
 
     `role` is None if the answer does not have it. `problem` says why there is no usable answer, and
     `kv_problem` why its KV events cannot be used; both are empty if all is well. `unanswered` is
-    set if the worker refused the connection, or was silent. `engine` is None if it is not known.
-    `adapters` are those it has loaded, None if it did not say. It may load others while it runs if
-    `lists_adapters` is set. `adapters_left_out` is the number of those that were not taken.
+    set if the worker refused the connection, or was silent. `engine` is None and `engine_version`
+    empty if they are not known. `adapters` are those it has loaded, None if it did not say. It may
+    load others while it runs if `lists_adapters` is set. `adapters_left_out` is the number of those
+    that were not taken.
     """
 
     engine: EngineName | None = None
+    engine_version: str = ""
     model_ids: tuple[str, ...] = ()
     adapters: tuple[str, ...] | None = None
     lists_adapters: bool = False
@@ -204,7 +209,9 @@ async def _read_model_list(asked: _Asked, answer: EngineAnswer) -> Introspection
     found = _listing(Introspection(model_ids=listed.models), listed)
     if not is_vllm(answer.body):
         return msgspec.structs.replace(found, lists_adapters=bool(listed.adapters))
-    found = msgspec.structs.replace(found, engine="vllm", lists_adapters=True)
+    found = msgspec.structs.replace(
+        found, engine="vllm", engine_version=await _vllm_version(asked.once()), lists_adapters=True
+    )
     known = None if asked.known is None else asked.known.kv_events
     try:
         events = await vllm_kv_events(asked.once().get, asked.url, asked.ranks_max, known)
@@ -213,6 +220,22 @@ async def _read_model_list(asked: _Asked, answer: EngineAnswer) -> Introspection
     except ValueError as error:
         return msgspec.structs.replace(found, kv_problem=str(error))
     return msgspec.structs.replace(found, kv_events=events)
+
+
+async def _vllm_version(asked: _Asked) -> str:
+    """The version that the engine says; empty if it does not."""
+    try:
+        answer = await asked.get("/version")
+        if answer.status != 200:
+            return ""
+        return _version(msgspec.json.decode(answer.body, type=_ServerInfo).version)
+    except (_NoAnswerError, *_NOT_DECODABLE):
+        return ""
+
+
+def _version(raw: msgspec.Raw) -> str:
+    found = _value(raw)
+    return found if isinstance(found, str) and _is_version(found) else ""
 
 
 def _value(raw: msgspec.Raw) -> Any:
@@ -252,7 +275,9 @@ def _with_kv_events(
     answer: Introspection, info: _ServerInfo, url: WorkerUrl, ranks_max: int
 ) -> Introspection:
     if answer.model_ids:
-        answer = msgspec.structs.replace(answer, engine="sglang")
+        answer = msgspec.structs.replace(
+            answer, engine="sglang", engine_version=_version(info.version)
+        )
     algorithm = _value(info.speculative_algorithm)
     try:
         found = read_kv_events(_value(info.kv_events), algorithm, url, ranks_max)
@@ -277,6 +302,8 @@ def apply_introspection(spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
         bootstrap_port=bootstrap_port,
         kv_events=answer.kv_events or spec.kv_events,
         engine=answer.engine or spec.engine,
+        # A version belongs to the engine that said it.
+        engine_version=spec.engine_version if answer.engine is None else answer.engine_version,
         adapters=spec.adapters if answer.adapters is None else answer.adapters,
         lists_adapters=answer.lists_adapters or spec.lists_adapters,
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import structlog
 
 from extproc.config.models import ModelConfig
+from extproc.engines.engine import engine_named
 from extproc.metrics.service import Metrics
 from extproc.workers.circuit_breaker import CircuitBreaker
 from extproc.workers.configured_models import ConfiguredModels
@@ -219,7 +220,11 @@ class Membership:
             rejoins
             or set(spec.model_ids) != set(before.model_ids)
             or spec.kv_events != before.kv_events
+            # Its pages hold the tokens of the other engine.
+            or engine_named(spec.engine, spec.engine_version) is not worker.engine
         )
+        if not rejoins and spec.engine_version != before.engine_version:
+            self._registry.set_version(worker, spec.engine_version)
         if (spec.adapters, spec.lists_adapters) != (before.adapters, before.lists_adapters):
             self._registry.set_adapters(worker, spec)
             self._warnings.adapters_changed(before, spec)

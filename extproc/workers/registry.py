@@ -161,6 +161,10 @@ class WorkerRegistry:
         spec = msgspec.structs.replace(worker.spec, role=role, bootstrap_port=bootstrap_port)
         self.update(worker, spec)
 
+    def set_version(self, worker: Worker, version: str) -> None:
+        """The worker's engine is of another version, with the same rules."""
+        worker.spec = msgspec.structs.replace(worker.spec, engine_version=version)
+
     def set_adapters(self, worker: Worker, spec: WorkerSpec) -> None:
         """Take over the adapters of `spec` for a registered worker; its pools stay as they are."""
         worker.spec = msgspec.structs.replace(

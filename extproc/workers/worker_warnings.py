@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 import structlog
 
+from extproc.engines.engine import EngineName, engine_named
 from extproc.workers.adapters import ADAPTERS_MAX, NAME_MAX_CHARS
 from extproc.workers.introspection import Introspection
 from extproc.workers.registry import MixedRolesError
@@ -18,6 +19,7 @@ __all__ = ["SEVERAL_ADDRESSES_FIX", "WorkerWarnings", "shown_models"]
 _log = structlog.get_logger()
 
 _SHOWN_CHARS: Final = 200
+_VERSIONS_MAX: Final = 100
 
 SEVERAL_ADDRESSES_FIX: Final = (
     "put the name under discovery.dns and set discovery.backend: dns, so that every address is a "
@@ -49,6 +51,7 @@ class WorkerWarnings:
         self._models = models
         # The last warning about each subject of a worker.
         self._warned: dict[tuple[str, _Subject], str] = {}
+        self._versions_warned: set[tuple[EngineName | None, str]] = set()
 
     def answered(self, spec: WorkerSpec, answer: Introspection) -> None:
         """A worker that is about to join, or could not so far, has answered or failed to."""
@@ -65,6 +68,7 @@ class WorkerWarnings:
         else:
             self._forget(spec, "answer")
         self._kv_answer(spec, answer)
+        self._version(answer)
         if not answer.problem:
             self._adapters(spec, answer.adapters_left_out)
 
@@ -121,6 +125,22 @@ class WorkerWarnings:
             unloaded=shown_models(sorted(old - new)),
             count=len(new),
         )
+
+    def _version(self, answer: Introspection) -> None:
+        """Once for each version, since a whole fleet has the same."""
+        name, version = answer.engine, answer.engine_version
+        engine = engine_named(name, version)
+        if engine.was_read(version) or (name, version) in self._versions_warned:
+            return
+        if len(self._versions_warned) < _VERSIONS_MAX:
+            self._versions_warned.add((name, version))
+            _log.warning(
+                "engine_version_not_read",
+                engine=engine.name,
+                version=version,
+                read=f"{'.'.join(map(str, engine.since))} to {engine.read_until}",
+                fix="look at the tokens of its workers at /workers, or use another version",
+            )
 
     def _adapters(self, spec: WorkerSpec, left_out: int) -> None:
         if not left_out:

@@ -602,3 +602,42 @@ async def test_discovery_can_set_a_role_that_does_not_fit_and_set_it_back() -> N
         assert setup.pool() == [A, B]
         await setup.deliver(RoleChanged(C, "plain"))
         assert sorted(setup.pool()) == [A, B, C]
+
+
+async def test_another_engine_at_the_same_url_joins_anew() -> None:
+    """Its pages hold other tokens, so those of the first one must not count for it."""
+    follower = Follower()
+    async with running(asking(follower)) as setup:
+        setup.client.tell(A, "m", version="0.5.23")
+        await setup.deliver(Added(make_spec(A)))
+        worker = setup.worker(A)
+        assert (worker.engine.name, worker.spec.engine_version) == ("sglang", "0.5.23")
+        setup.client.script(A, "/server_info", EngineAnswer(404, b""))
+        models = b'{"data": [{"id": "m", "owned_by": "vllm"}]}'
+        setup.client.script(A, "/v1/models", EngineAnswer(200, models))
+        setup.client.script(A, "/version", EngineAnswer(200, b'{"version": "0.32.0"}'))
+        await setup.clock.advance(1.7 * INTERVAL_SECONDS)
+        assert setup.worker(A) is worker
+        assert (worker.engine.name, worker.spec.engine_version) == ("vllm", "0.32.0")
+        assert [what for what, *_ in follower.seen] == ["joined", "left", "joined"]
+
+
+async def test_another_version_with_the_same_rules_is_only_noted() -> None:
+    follower = Follower()
+    async with running(asking(follower)) as setup:
+        setup.client.tell(A, "m", version="0.5.22")
+        await setup.deliver(Added(make_spec(A)))
+        setup.client.tell(A, "m", version="0.5.23")
+        await setup.clock.advance(1.7 * INTERVAL_SECONDS)
+        assert setup.worker(A).spec.engine_version == "0.5.23"
+        assert [what for what, *_ in follower.seen] == ["joined"]
+
+
+async def test_an_engine_that_does_not_say_what_it_is_has_the_configured_one() -> None:
+    async with running(asking(models=[ModelConfig(id="m", engine="vllm")])) as setup:
+        setup.client.script(A, "/server_info", EngineAnswer(404, b""))
+        models = b'{"data": [{"id": "m", "owned_by": "a_proxy"}]}'
+        setup.client.script(A, "/v1/models", EngineAnswer(200, models))
+        setup.client.tell(B, "m")
+        await setup.deliver(Added(make_spec(A)), Added(make_spec(B)))
+        assert [setup.worker(one).engine.name for one in (A, B)] == ["vllm", "sglang"]

@@ -143,7 +143,27 @@ async def test_a_known_engine_is_asked_only_what_can_change() -> None:
     spec = make_spec(URL, kv_events=first.kv_events, engine="vllm")
     client.calls.clear()
     assert (await ask(client, spec)).kv_events == first.kv_events
-    assert client.asked(URL) == ["/v1/models", "/kv_event_sources"]
+    assert client.asked(URL) == ["/v1/models", "/version", "/kv_event_sources"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "version"),
+    [
+        (EngineAnswer(200, b'{"version": "0.32.0+cpu"}'), "0.32.0+cpu"),
+        (EngineAnswer(200, b'{"version": 32}'), ""),
+        (EngineAnswer(200, b'{"version": "0.32\\n"}'), ""),
+        (EngineAnswer(200, b'{"version": "' + b"9" * 65 + b'"}'), ""),
+        (EngineAnswer(200, b"[]"), ""),
+        (EngineAnswer(200, b"\xff"), ""),
+        (EngineAnswer(404, b""), ""),
+    ],
+)
+async def test_the_version_is_read_if_the_engine_says_it(
+    answer: EngineAnswer, version: str
+) -> None:
+    client = engine({"0": source(5557)})
+    client.script(URL, "/version", answer)
+    assert (await ask(client)).engine_version == version
 
 
 async def test_an_engine_that_was_replaced_by_another_is_read_anew() -> None:

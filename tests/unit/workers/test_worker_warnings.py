@@ -91,3 +91,18 @@ def test_a_worker_that_left_is_new_when_it_returns() -> None:
 def test_long_lists_of_models_are_cut() -> None:
     assert shown_models(["a", "b"]) == "a,b"
     assert len(shown_models(["model" * 10] * 100)) == 201
+
+
+def test_a_version_whose_rules_were_not_read_is_logged_once_for_all_workers() -> None:
+    warnings = WorkerWarnings(["m"])
+    other = make_spec("http://10.0.0.2:8000")
+    newer = Introspection(model_ids=("m",), engine="vllm", engine_version="0.99.0")
+    read = Introspection(model_ids=("m",), engine="vllm", engine_version="0.32.0")
+    with capture_logs() as logs:
+        for spec in (SPEC, other, SPEC):
+            warnings.answered(spec, newer)
+            warnings.answered(spec, read)
+    [line] = logs
+    assert line["event"] == "engine_version_not_read"
+    assert (line["engine"], line["version"]) == ("vllm", "0.99.0")
+    assert "0.32" in line["read"]
