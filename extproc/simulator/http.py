@@ -21,6 +21,7 @@ from extproc.simulator.journal import Journal
 from extproc.simulator.kv_publisher import KvPorts, KvPublisher
 from extproc.simulator.settings import SimulatorSettings
 from extproc.simulator.tokenizing import Tokenizing
+from extproc.simulator.tokens import Tokenizer
 from extproc.simulator.worker import Worker
 
 __all__ = ["RunningSimulator", "create_app", "start"]
@@ -115,6 +116,10 @@ class RunningSimulator:
     def bootstrap_port(self) -> int:
         """The real bootstrap port of a prefill worker, for decode workers."""
         return self._worker.bootstrap_port
+
+    def use_tokenizer(self, path: str) -> None:
+        """From now on, encode and render with another model's folder, as after an update."""
+        self._worker.tokenizer = Tokenizer(path)
 
     async def restart(self) -> None:
         """Same as `POST /simulator/restart`: see `Worker.restart`."""

@@ -168,3 +168,21 @@ async def test_a_fleet_with_another_template_is_exact_where_its_engines_are_aske
     assert (shown["worker"], shown["reason"]) == (service.urls[1], "hit")
     cached, total = map(int, shown["overlap"].split("/"))
     assert total - cached <= PAGE
+
+
+async def test_a_worker_that_restarts_with_another_template_is_proven_again_at_once(
+    launch: Launch, tmp_path: Path
+) -> None:
+    service = await start(launch, tmp_path, CHATML)
+    await service.proven("proven", "proven")
+    other = tmp_path / "other"
+    other.mkdir()
+    worker = service.running.fleet.workers[1]
+    worker.use_tokenizer(model_folder(other, OTHER_TURNS))
+    await worker.restart()
+    await service.proven("proven", "differs")
+    # The other worker's tokens still count.
+    await service.chat(service.urls[0])
+    await service.settled()
+    shown = await service.chat()
+    assert (shown["worker"], shown["reason"]) == (service.urls[0], "hit")

@@ -37,6 +37,7 @@ Cause: TypeAlias = Literal[
     "last_message",
     "template_arguments",
     "other_api",
+    "other_engine",
 ]
 # What to look at, for each cause.
 FIXES: Final[Mapping[str, str]] = {
@@ -57,9 +58,13 @@ FIXES: Final[Mapping[str, str]] = {
     "its version",
     "template_arguments": "models[].chat_template_kwargs must be the engine's "
     "--default-chat-template-kwargs",
+    "other_engine": "the engine renders by other rules than those of its name: compare what the "
+    "worker is, and its version, with what /workers shows",
     "other_api": "the engine translates this API in another way; compare its version",
 }
 
+# So many kinds of requests differ, while plain chats do not, if the rules are another engine's.
+_KINDS_OF_OTHER_ENGINE: Final = 3
 # Tokens shown on each side of the first difference, and characters of each text.
 _SHOWN: Final = 4
 _SHOWN_CHARS: Final = 80
@@ -151,4 +156,6 @@ def likely_cause(differences: Sequence[Difference], equal: frozenset[str]) -> Ca
     # Continued and other chats: what all of them share is the template.
     if "chat" not in equal and "conversation" not in equal:
         return "other_template"
+    if len({one.trait for one in differences}) >= _KINDS_OF_OTHER_ENGINE:
+        return "other_engine"
     return _OF_TRAIT[first.trait]

@@ -73,6 +73,7 @@ def test_long_tokens_are_shown_in_part() -> None:
         ([("chat", "hi assistant", "hi"), ("conversation", "ho as", "ho")], "generation_prompt"),
         ([("tools", "-tool", "-function"), ("tool_history", "-a", "-b")], "tools"),
         ([("parts", "-a b", "-a\nb")], "content_parts"),
+        ([("tools", "-a", "-b"), ("parts", "-a", "-b"), ("continued", "-a", "-")], "other_engine"),
         ([("continued", "-one", "-one<end>")], "last_message"),
         ([("thinking", "-<think>", "-")], "template_arguments"),
         ([("responses", "-a", "-b")], "other_api"),
