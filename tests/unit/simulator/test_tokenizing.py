@@ -51,6 +51,6 @@ async def test_other_bodies_are_refused(body: Any) -> None:
     assert status == 400
 
 
-async def test_an_engine_without_the_path_has_none() -> None:
+async def test_an_engine_without_the_path_answers_404() -> None:
     status, _ = await ask("/v1/tokenize", {"prompt": "x"}, no_server_info=True)
     assert status == 404
