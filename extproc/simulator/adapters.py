@@ -1,4 +1,4 @@
-"""The LoRA adapters of a worker like vLLM: each is a model of its own, beside the base model."""
+"""The LoRA adapters of a worker, which are loaded and unloaded while it runs."""
 
 from extproc.simulator.errors import ApiError
 
@@ -19,6 +19,11 @@ class Adapters:
         if model not in self.paths:
             raise ApiError(404, f"The model `{model}` does not exist.")
         return model
+
+    def check(self, adapter: str | None) -> None:
+        """As SGLang: raises ApiError 400 for an adapter that is not loaded."""
+        if adapter is not None and adapter not in self.paths:
+            raise ApiError(400, f"Got LoRA adapter that has never been loaded: {adapter}")
 
     def load(self, name: str, path: str, *, in_place: bool = False) -> None:
         """Raises ApiError 400 for a name that is taken or empty."""

@@ -16,6 +16,7 @@ from extproc.simulator.vllm_chats import VllmChat, VllmText
 
 __all__ = [
     "AbortBody",
+    "AdapterBody",
     "InferenceRequest",
     "Prompt",
     "Reader",
@@ -98,6 +99,13 @@ class AbortBody(msgspec.Struct):
 
     rid: str | None = None
     abort_all: bool = False
+
+
+class AdapterBody(msgspec.Struct):
+    """`POST /load_lora_adapter` and `/unload_lora_adapter`."""
+
+    lora_name: str
+    lora_path: str | None = None
 
 
 class RoleBody(msgspec.Struct):

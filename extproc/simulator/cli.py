@@ -125,7 +125,7 @@ def _add_vllm_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="an adapter that vllm lists as a model; may be repeated",
+        help="an adapter that is loaded; may be repeated",
     )
     parser.add_argument(
         "--content-format",

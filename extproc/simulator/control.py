@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from extproc.simulator.bodies import AbortBody, RoleBody, decode
+from extproc.simulator.bodies import AbortBody, AdapterBody, RoleBody, decode
 from extproc.simulator.engine import RankLoad
 from extproc.simulator.errors import ApiError, error_body
 from extproc.simulator.faults import WorkerFaults
@@ -21,6 +21,7 @@ __all__ = ["Control"]
 # The engine release whose answers these are modelled on.
 _ENGINE_VERSION: Final = "0.5.23"
 
+_adapter_decoder = msgspec.json.Decoder(AdapterBody)
 _abort_decoder = msgspec.json.Decoder(AbortBody)
 _role_decoder = msgspec.json.Decoder(RoleBody)
 _faults_decoder = msgspec.json.Decoder(WorkerFaults)
@@ -57,6 +58,11 @@ class Control:
                 web.get("/get_server_info", self.server_info),
                 web.get("/v1/loads", self.loads),
             ]
+        if self._worker.settings.lora and not self._worker.settings.is_vllm:
+            routes += [
+                web.post("/load_lora_adapter", self.load_adapter),
+                web.post("/unload_lora_adapter", self.unload_adapter),
+            ]
         return routes
 
     async def health(self, request: web.Request) -> web.Response:
@@ -89,6 +95,7 @@ class Control:
                 "disaggregation_mode": self._worker.mode,
                 "disaggregation_bootstrap_port": self._worker.bootstrap_port,
                 "speculative_algorithm": settings.speculative_algorithm,
+                "enable_lora": bool(settings.lora),
                 "kv_events": None if publisher is None else publisher.description(),
                 "version": _ENGINE_VERSION,
                 "startup_time": self._worker.startup_time,
@@ -98,6 +105,19 @@ class Control:
                 ],
             }
         )
+
+    async def load_adapter(self, request: web.Request) -> web.Response:
+        body = decode(await request.read(), _adapter_decoder)
+        self._worker.adapters.load(body.lora_name, body.lora_path or "")
+        return self._loaded_adapters()
+
+    async def unload_adapter(self, request: web.Request) -> web.Response:
+        body = decode(await request.read(), _adapter_decoder)
+        self._worker.adapters.unload(body.lora_name)
+        return self._loaded_adapters()
+
+    def _loaded_adapters(self) -> web.Response:
+        return json_answer({"success": True, "loaded_adapters": self._worker.adapters.paths})
 
     async def models(self, request: web.Request) -> web.Response:
         answer = await self._probe("models", fails_while_starting=False)

@@ -147,7 +147,7 @@ def _tokens(worker: Worker, prompt: Prompt, asked: InferenceRequest) -> Sequence
 def _namespace(worker: Worker, asked: InferenceRequest) -> Namespace:
     """The cache namespace of the request.
 
-    For SGLang `model:adapter` names any adapter of the model, for vLLM the name of a loaded one.
+    For SGLang `model:adapter` names an adapter of the model, for vLLM the name of a loaded one.
     """
     if worker.settings.is_vllm:
         return Namespace(asked.cache_salt, worker.adapters.resolve(asked.model))
@@ -156,6 +156,8 @@ def _namespace(worker: Worker, asked: InferenceRequest) -> Namespace:
         base, _, lora_name = asked.model.rpartition(":")
         if base != model or not lora_name:
             raise ApiError(404, f"the model {asked.model!r} does not exist")
+    if worker.settings.lora:
+        worker.adapters.check(lora_name)
     return Namespace(asked.cache_salt, lora_name)
 
 

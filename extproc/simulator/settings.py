@@ -28,8 +28,10 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     Rank r uses each of the three ports plus r; 0 picks free ones. `wire_format` "array" is the
     format of older versions of SGLang; their replays have no topic frame.
 
-    A worker like vLLM serves `lora` adapters as models of their own. `dev_mode` brings the paths
-    of vLLM's development mode. `content_format` overrides how a chat template is given contents.
+    `lora` are the adapters that are loaded at the start. A worker like vLLM serves them as models
+    of their own, one like SGLang as `model:adapter`; without any, the latter takes every adapter
+    and its list is empty. `dev_mode` brings the paths of vLLM's development mode.
+    `content_format` overrides how a chat template is given contents.
 
     A "prefill" worker listens at `disaggregation_bootstrap_port`, which is also where a "decode"
     worker looks for the other leg of a request that names no port. With `pd_protocol` "nixl", as
@@ -122,7 +124,7 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
             if self.host_cache_tokens:
                 raise ValueError("host_cache_tokens: a worker like vllm has no host cache")
             return
-        for name in ("lora", "dev_mode", "content_format"):
+        for name in ("dev_mode", "content_format"):
             if getattr(self, name):
                 raise ValueError(f"{name}: needs engine vllm")
 

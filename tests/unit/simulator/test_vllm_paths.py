@@ -182,7 +182,7 @@ async def test_a_key_guards_only_the_paths_of_the_api(launch: Launch) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"lora": ["a"]}, {"dev_mode": True}, {"engine": "vllm", "host_cache_tokens": 64}],
+    [{"dev_mode": True}, {"engine": "vllm", "host_cache_tokens": 64}],
 )
 def test_settings_of_the_other_engine_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="vllm"):
