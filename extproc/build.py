@@ -26,7 +26,7 @@ from extproc.routing.chooser import Chooser, WorkerChooser
 from extproc.routing.claim import Claims, WorkerRanks
 from extproc.routing.demand import Demand
 from extproc.routing.dispatch import Dispatch
-from extproc.routing.engine_prompts import EnginePrompts
+from extproc.routing.engine_prompts import EngineOnly, EnginePrompts
 from extproc.routing.gateway_watch import GatewayWatch
 from extproc.routing.lease import LeaseParts
 from extproc.routing.local_endpoints import LocalEndpoints
@@ -258,9 +258,9 @@ def build_router(
 ) -> Routing:
     """The router with both PD passes.
 
-    `encoders` are by model id and hold every model with a placement. `recheck` is called with a
-    worker that may have become another engine. What `before` knows of requests and workers goes
-    on in the new one.
+    `encoders` are by model id; a model without one has its tokens from its engines. `recheck` is
+    called with a worker that may have become another engine. What `before` knows of requests and
+    workers goes on in the new one.
     """
     for model in config.models:
         shared.metrics.begin(model.id)
@@ -297,7 +297,7 @@ def _choosers(
             continue
         choosers[model.id] = RankChooser(
             model.id,
-            encoders[model.id],
+            encoders.get(model.id) or EngineOnly(),
             placement,
             kv.ranks,
             kv.truth,

@@ -85,7 +85,8 @@ def _model_problems(config: Config) -> Iterator[str]:
         if model.id in seen:
             yield f"models[{index}].id: {model.id!r} is already models[{seen[model.id]}]"
         seen.setdefault(model.id, index)
-        if model.policy in TOKEN_POLICIES and model.tokenizer_path is None:
+        asks = model.tokens_from == "engine"
+        if model.policy in TOKEN_POLICIES and model.tokenizer_path is None and not asks:
             yield f"models[{index}].tokenizer_path: needed by the policy {model.policy!r}"
         if model.pd.min_prefill_tokens:
             key = f"models[{index}].pd.min_prefill_tokens"

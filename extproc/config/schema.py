@@ -53,7 +53,13 @@ __all__ = [
 _PREFILL_SHARE = 0.8
 # A rule between keys of one section, for editors; the loader has it in config.rules.
 _TOKENIZER_IS_NEEDED = {
-    "if": {"properties": {"policy": {"enum": list(TOKEN_POLICIES)}}, "required": ["policy"]},
+    "if": {
+        "properties": {
+            "policy": {"enum": list(TOKEN_POLICIES)},
+            "tokens_from": {"not": {"const": "engine"}},
+        },
+        "required": ["policy"],
+    },
     "then": {"properties": {"tokenizer_path": {"type": "string"}}, "required": ["tokenizer_path"]},
 }
 

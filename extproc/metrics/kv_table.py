@@ -52,7 +52,8 @@ PROMPTS_WITHOUT_TOKENS = _tokens.counter(
             "busy": "no tokens within half of `server.step_deadline_secs`, or too many "
             "texts were waiting",
             "encode_error": "",
-            "engine_tokens_late": "the engine was asked, and did not answer in time",
+            "engine_tokens_late": "the engine did not answer with them in time, or was not asked; "
+            "see extproc_engine_token_questions_total",
             "malformed": "the engine will refuse it, too",
             "multimodal": "images, audio or video",
             "no_chat_template": "",

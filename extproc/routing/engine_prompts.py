@@ -20,16 +20,22 @@ from numpy.typing import NDArray
 from extproc.clock import Clock
 from extproc.engines.engine import Engine
 from extproc.metrics.service import Metrics
+from extproc.tokenization.encoder import Encoded
+from extproc.tokenization.fields import BodyFields
+from extproc.tokenization.prompts import Prompt, PromptRules, prompt_of, read_prompt
+from extproc.tokenization.reasons import TOO_LONG
 from extproc.workers.engine_tokenizer import EngineTokenizer, NoTokensToldError
 from extproc.workers.registry import WorkerRegistry
 from extproc.workers.worker import Role, Worker
 
-__all__ = ["ENGINE_TOKENS_LATE", "EnginePrompts"]
+__all__ = ["ENGINE_TOKENS_LATE", "NO_TOKENIZER", "EngineOnly", "EnginePrompts"]
 
 _log = structlog.get_logger()
 
 # Why a request has no tokens although its engine can be asked.
 ENGINE_TOKENS_LATE: Final = "engine_tokens_late"
+# The model has no tokenizer here: the engine is asked for all tokens.
+NO_TOKENIZER: Final = "no_tokenizer"
 
 _ROLES: Final[tuple[Role, ...]] = ("plain", "prefill", "decode")
 _PATIENCE_SECONDS: Final = 0.1
@@ -37,6 +43,13 @@ _TIMEOUT_SECONDS: Final = 2.0
 _BODY_MAX_BYTES: Final = 512 * 1024
 # Decoding so many takes 6 ms, which hold the interpreter.
 _TOKENS_MAX: Final = 65_536
+# What vLLM obeys in a request and where it renders, but not in /tokenize.
+_OBEYED_IN_REQUESTS: Final = (
+    b'"reasoning_effort"',
+    b'"reasoning"',
+    b'"truncate_prompt_tokens"',
+    b'"documents"',
+)
 _QUESTIONS_AT_ONCE: Final = 16
 _CACHE_MAX_BYTES: Final = 16 * 1024 * 1024
 _ENTRY_BYTES: Final = 200
@@ -74,6 +87,30 @@ class _Question(NamedTuple):
         found = blake2b(self.body, digest_size=_DIGEST_BYTES)
         found.update(f"{self.model}\0{self.path}\0{self.rendered_only}".encode())
         return found.digest()
+
+
+class EngineOnly:
+    """The encoder of a model that has no tokenizer here: it only knows ids that clients send."""
+
+    async def read(
+        self,
+        rules: PromptRules,
+        path: str,
+        body: bytes | bytearray,
+        fields: BodyFields | None,
+    ) -> Prompt:
+        """The prompt in a body, by the engine's rules."""
+        if len(body) > _BODY_MAX_BYTES:
+            return Prompt(reason=TOO_LONG, body_bytes=len(body))
+        if fields is not None:
+            return prompt_of(rules, path, fields, len(body))
+        return read_prompt(rules, path, body)
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        """The ids in a prompt; without ids, the engine is to be asked."""
+        if prompt.ids is not None:
+            return Encoded(prompt.ids, "")
+        return Encoded(None, prompt.reason or NO_TOKENIZER)
 
 
 class EnginePrompts:
@@ -125,6 +162,8 @@ class EnginePrompts:
         With `rendered_only` only an endpoint counts that renders as for a request.
         """
         outcome = self._outcomes
+        if engine.name == "vllm" and not rendered_only:
+            rendered_only = any(member in body for member in _OBEYED_IN_REQUESTS)
         if len(body) > _BODY_MAX_BYTES:
             outcome(model, "too_large").inc()
             return None

@@ -15,7 +15,7 @@ from extproc.clock import Clock
 from extproc.engines.engine import Engine
 from extproc.metrics.service import Metrics
 from extproc.routing.chooser import Chosen
-from extproc.routing.engine_prompts import ENGINE_TOKENS_LATE, EnginePrompts
+from extproc.routing.engine_prompts import ENGINE_TOKENS_LATE, NO_TOKENIZER, EnginePrompts
 from extproc.routing.placement import (
     NO_TOKENS,
     TOKENS_DIFFER,
@@ -44,6 +44,7 @@ _BODY_NOT_SEEN = "body_not_visible"
 _NO_EVENTS = "no_events"
 _WARN_SECONDS = 60.0
 _LATE = Encoded(None, BUSY)
+_ONLY_THE_ENGINE = (RENDERED_BY_ENGINE, NO_TOKENIZER)
 _NO_WORKERS: Collection[Worker] = ()
 
 
@@ -122,8 +123,8 @@ class RankChooser:
                 for engine in self._ranks.engines_of(self._model):
                     prompt = await self._encoder.read(engine.rules, path, request.body, fields)
                     encoded = await self._encoder.encode(prompt)
-                    if encoded.reason == RENDERED_BY_ENGINE:
-                        encoded = await self._rendered(engine, request)
+                    if encoded.reason in _ONLY_THE_ENGINE:
+                        encoded = await self._from_engine(engine, request, encoded.reason)
                     if encoded.ids is not None:
                         seed = self._seed(prompt, adapter)
                         by_engine[engine] = EngineTokens(encoded.ids, seed, prompt.reads_cache)
@@ -143,13 +144,18 @@ class RankChooser:
                 _log.warning("chat_template_over_limit", model=self._model)
         return PromptTokens(by_engine, len(request.body) // _BYTES_PER_TOKEN, differing)
 
-    async def _rendered(self, engine: Engine, request: Request) -> Encoded:
-        """The tokens of a chat that only the engine can render, from the engine."""
+    async def _from_engine(self, engine: Engine, request: Request, reason: str) -> Encoded:
+        """The tokens of a prompt that only the engine can make, from the engine."""
         engines = self._truth.engines
         if not engines.asks(self._model):
-            return Encoded(None, RENDERED_BY_ENGINE)
-        path = request.endpoint.path
-        ids = await engines.ids(self._model, engine, path, request.body, rendered_only=True)
+            return Encoded(None, reason)
+        ids = await engines.ids(
+            self._model,
+            engine,
+            request.endpoint.path,
+            request.body,
+            rendered_only=reason == RENDERED_BY_ENGINE,
+        )
         return Encoded(ids, "" if ids is not None else ENGINE_TOKENS_LATE)
 
     async def _corrected(

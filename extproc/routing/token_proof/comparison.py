@@ -51,8 +51,8 @@ FIXES: Final[Mapping[str, str]] = {
     "generation_prompt": "models[].tokenizer_path must have the chat template of the engine; see "
     "its --chat-template",
     "tools": "the engine's chat template for tools, or its version, is another one; see its "
-    "--chat-template and --tool-call-parser",
-    "content_parts": "the engine gives parts of a content to its template in another form; see its "
+    "--chat-template and --tool-call-parser, and models[].exclude_tools_when_tool_choice_none",
+    "content_parts": "models[].chat_template_content_format must be the engine's "
     "--chat-template-content-format",
     "last_message": "the engine continues a last message of the assistant in another way; compare "
     "its version",

@@ -26,12 +26,12 @@ _SERVERS = pytest.StashKey[Servers]()
 _FOLDER = pytest.StashKey[TemporaryDirectory[str]]()
 
 
-def _vllm_pair(name: str, *, windowed: bool = False) -> Callable[[Servers, Path], Pair]:
+def _vllm_pair(name: str, *flags: str, windowed: bool = False) -> Callable[[Servers, Path], Pair]:
     def make(servers: Servers, folder: Path) -> Pair:
         model = model_folder(folder, name, windowed=windowed)
         engine = Path(_VLLM or "")
         two = [
-            servers.add(PORTS, lambda ports, log: vllm_server(engine, model, ports, log))
+            servers.add(PORTS, lambda ports, log: vllm_server(engine, model, ports, log, *flags))
             for _ in range(2)
         ]
         return Pair(model, two)
@@ -42,7 +42,8 @@ def _vllm_pair(name: str, *, windowed: bool = False) -> Callable[[Servers, Path]
 # By the parameter of `pair`.
 _MAKERS: Final = {
     "qwen": _vllm_pair("tools"),
-    "llama": _vllm_pair("bos"),
+    # With its endpoints that render.
+    "llama": _vllm_pair("bos", "--enable-scale-out"),
     "gemma": _vllm_pair("parts", windowed=True),
 }
 

@@ -188,6 +188,7 @@ def test_the_schema_accepts_what_the_loader_accepts(path: KeyPath, value: object
         raw_config(models=[{}]),
         raw_config(models=[{"id": "m", "policy": "min_ttft"}]),
         raw_config(models=[{"id": "m", "policy": "cache_aware_zmq", "tokenizer_path": None}]),
+        raw_config(models=[{"id": "m", "policy": "min_ttft", "tokens_from": "service"}]),
         raw_config(discovery={"backend": "static_urls"}),
         raw_config(discovery={"backend": "k8s"}),
         raw_config(discovery={"backend": "static_urls", "static_urls": {"urls": []}}),

@@ -211,3 +211,8 @@ def test_no_spelling_of_an_own_address_is_accepted(listens: str, host: str) -> N
 def test_the_same_port_at_another_host_is_accepted() -> None:
     raw = urls("http://10.0.0.1:9777", "http://[2001:db8::1]:9777", "http://name:9777")
     parse_config(raw | {"server": {"port": 9777}})
+
+
+def test_a_model_whose_tokens_come_from_its_engines_needs_no_tokenizer() -> None:
+    model = {"id": "m", "policy": "min_ttft", "tokens_from": "engine"}
+    assert parse_config(raw_config(models=[model])).models[0].tokenizer_path is None

@@ -10,7 +10,9 @@ from structlog.testing import capture_logs
 
 from extproc.engines.engine import engine_named
 from extproc.routing import engine_prompts
-from extproc.routing.engine_prompts import EnginePrompts
+from extproc.routing.engine_prompts import EngineOnly, EnginePrompts
+from extproc.tokenization.encoder import Encoded
+from extproc.tokenization.fields import decode_fields
 from extproc.worker_url import WorkerUrl
 from extproc.workers.engine_calls import EngineAnswer, EngineUnreachableError
 from extproc.workers.engine_tokenizer import EngineTokenizer
@@ -204,3 +206,30 @@ async def test_only_the_models_that_say_so_ask() -> None:
     async with opened(A) as setup:
         assert setup.prompts.asks("m")
         assert not setup.prompts.asks("other")
+
+
+async def test_tokenize_is_not_asked_for_what_it_does_not_obey() -> None:
+    async with opened(A) as setup:
+        setup.engines.status = 404
+        for number, member in enumerate((b"", b'"reasoning_effort"', b'"truncate_prompt_tokens"')):
+            await setup.prompts.ids("m", VLLM, CHAT, BODY + member, rendered_only=False)
+            paths = [path for _, path in setup.engines.asked]
+            assert paths == [f"{CHAT}/render", "/tokenize"] + [f"{CHAT}/render"] * number
+            setup.prompts.use(["m"])
+
+
+async def test_a_model_without_a_tokenizer_knows_only_ids_that_clients_send() -> None:
+    encoder = EngineOnly()
+
+    async def encoded(body: bytes, path: str = "/v1/completions") -> Encoded:
+        return await encoder.encode(await encoder.read(VLLM.rules, path, body, None))
+
+    assert (await encoded(b'{"prompt": "x"}')).reason == "no_tokenizer"
+    assert (await encoded(b'{"prompt": ["a", "b"]}')).reason == "batch"
+    assert (await encoded(b'{"prompt": "' + b"x" * 600_000 + b'"}')).reason == "too_long"
+    ids = (await encoded(b'{"prompt": [1, 2]}')).ids
+    assert ids is not None
+    assert [*ids] == [1, 2]
+    fields = decode_fields("/v1/completions", b'{"prompt": "x"}')
+    prompt = await encoder.read(VLLM.rules, "/v1/completions", b'{"prompt": "x"}', fields)
+    assert prompt.text == "x"

@@ -12,6 +12,8 @@ import structlog
 from extproc.config.models import PolicyName
 from extproc.engines.engine import EngineName
 from extproc.errors import RouterError
+from extproc.routing.engine_prompts import EngineOnly
+from extproc.routing.rank_chooser import Encoder
 from extproc.routing.token_proof.comparison import Difference
 from extproc.routing.token_proof.proofs import TokenProof
 from extproc.routing.token_proof.traits import TEXT as TEXT_TRAIT
@@ -55,7 +57,7 @@ async def make_fleet(
     policy: PolicyName = "cache_aware_zmq",
     dp_size: int = 1,
     destinations_max: int = 3,
-    encoder: ByteEncoder | None = None,
+    encoder: Encoder | None = None,
     engines: Sequence[EngineName | None] = (),
     adapters: Sequence[str] = (),
 ) -> Fleet:
@@ -432,3 +434,17 @@ async def test_tokens_that_differ_on_all_workers_are_asked_for_instead(fleet: Ma
     asked = len(one.engine_client.posted)
     await one.complete("another")
     assert len(one.engine_client.posted) == asked
+
+
+async def test_a_model_without_a_tokenizer_has_its_tokens_from_the_engine(
+    fleet: MakeFleet,
+) -> None:
+    one = await fleet(encoder=EngineOnly(), engines=("vllm", "vllm"))
+    one.engines.use(["m"])
+    one.hold(TEXT, 1)
+    answer = EngineAnswer(200, json.dumps({"tokens": [*TEXT.encode()]}).encode())
+    for url in (A, B):
+        one.engine_client.script(url, "/v1/completions/render", EngineAnswer(403, b""))
+        one.engine_client.script(url, "/tokenize", answer)
+    decision = (await one.complete("any")).decision
+    assert (decision.worker_url, decision.reason) == (B, "hit")
