@@ -1,6 +1,7 @@
 """Asks engines through Envoy, and sets beside each other what was believed and what was cached."""
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -11,8 +12,10 @@ from uuid import uuid4
 import aiohttp
 
 from extproc.testing.stack import Stack, wait_until
+from tests.engines.bodies import Body
+from tests.engines.live.talks import Talk
 
-__all__ = ["Asked", "House", "open_house"]
+__all__ = ["CHAT", "Asked", "House", "check", "open_house", "talk"]
 
 CHAT: Final = "/v1/chat/completions"
 _PREDICTED: Final = re.compile(r"event='routed' request_id='([^']+)'.* predicted_tokens=(\d+)")
@@ -75,6 +78,21 @@ class House:
     async def chat(self, messages: Sequence[Mapping[str, Any]], **members: Any) -> Asked:
         return await self.ask({"messages": messages, **members})
 
+    async def try_body(self, body: Body) -> Asked | None:
+        """Send a body of the vectors, with few tokens to generate.
+
+        None if it is refused, if the answer is a stream, or if there are several prompts.
+        """
+        headers = {"x-extproc-debug": "true", "content-type": "application/json"}
+        url = f"{self.stack.url}{body.path}"
+        async with self.http.post(url, data=_shortened(body.data), headers=headers) as answer:
+            assert answer.status in (200, 400, 404, 500), await answer.text()
+            if answer.status != 200 or answer.content_type != "application/json":
+                return None
+            asked = _asked(answer.headers, await answer.json(), "")
+        await self.settled()
+        return asked
+
     async def settled(self) -> None:
         """Wait until events arrive no more."""
         seen: list[Any] = []
@@ -93,20 +111,34 @@ class House:
         return {one[1]: int(one[2]) for one in found if one is not None}
 
     async def _pages(self) -> list[Any]:
-        ranks = [rank for one in await self.stack.workers() for rank in one["kv"]["ranks"]]
+        kv = [one.get("kv", {}) for one in await self.stack.workers()]
+        ranks = [rank for one in kv for rank in one.get("ranks", [])]
         return [(rank["pages"], rank["in_flight"]) for rank in ranks]
 
     async def trusted(self) -> None:
-        """Wait until the pages of all workers are known."""
+        """Wait until the pages of all workers are known, but for decode workers."""
 
         async def check() -> bool:
-            workers = await self.stack.workers()
+            workers = [one for one in await self.stack.workers() if one["mode"] != "decode"]
             ranks = [one.get("kv", {}).get("ranks", []) for one in workers]
             return len(ranks) == len(self.urls) and all(
                 found and all(rank["trusted"] for rank in found) for found in ranks
             )
 
         await wait_until(check, "the service follows the events of all engines")
+
+
+def _shortened(data: bytes) -> bytes:
+    """The body with `max_tokens`, unless it has a limit of its own."""
+    try:
+        body = json.loads(data)
+    except ValueError:
+        return data
+    limits = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+    if not isinstance(body, dict) or limits & body.keys():
+        return data
+    # At the end, so that a member that occurs twice stays as it is.
+    return data.rstrip().removesuffix(b"}") + b',"max_tokens":2}'
 
 
 def _asked(headers: Mapping[str, str], said: dict[str, Any], request_id: str) -> Asked:
@@ -134,6 +166,25 @@ def _asked(headers: Mapping[str, str], said: dict[str, Any], request_id: str) ->
     )
 
 
+def check(asked: Sequence[Asked], at_least_cached: int) -> None:
+    """All were believed as they were, and enough was cached for that to say something."""
+    wrong = [one for one in asked if not one.right]
+    assert not wrong, f"{len(wrong)} of {len(asked)} differ: {wrong[:5]}"
+    assert sum(one.cached > 0 for one in asked) >= at_least_cached, asked
+
+
+async def talk(house: House, count: int, turns: int, **members: Any) -> list[Asked]:
+    """Conversations whose turns take turns."""
+    seed = uuid4().hex[:8]
+    talks = [Talk(f"{seed} {number}") for number in range(count)]
+    asked = []
+    for _ in range(turns):
+        for one in talks:
+            asked.append(await house.chat(one.question(), **members))
+            one.answered(asked[-1].text)
+    return asked
+
+
 @asynccontextmanager
 async def open_house(
     folder: Path,
@@ -144,9 +195,13 @@ async def open_house(
     debug_log: bool = False,
     **settings: Any,
 ) -> AsyncIterator[House]:
-    """A stack for these engines, which are found without any configuration of their events."""
+    """A stack for these engines, which are found without any configuration of their events.
+
+    `urls` are all workers but decode workers, which `settings` may name.
+    """
     timeout = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
-    models = [{"id": "m", "policy": "cache_aware_zmq", "tokenizer_path": str(model)}]
+    of_model = {"id": "m", "policy": "cache_aware_zmq", "tokenizer_path": str(model)}
+    models = [of_model | settings.pop("of_model", {})]
     shown = {"debug_headers": True, "log_level": "debug" if debug_log else "info"}
     settings = {"models": models, "observability": shown, **settings}
     async with (

@@ -1,7 +1,7 @@
 """Real engines for all tests of this folder; `make test-engines` installs them and runs these."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -67,6 +67,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.stash[_SERVERS].close()
     if _FOLDER in config.stash:
         config.stash[_FOLDER].cleanup()
+
+
+@pytest.fixture
+def own_servers(tmp_path: Path) -> Iterator[Servers]:
+    """Servers for one test alone, which it starts itself; they are stopped at its end."""
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    with Servers(folder) as servers:
+        yield servers
+
+
+@pytest.fixture
+def vllm_engine() -> Path:
+    """The environment in which vLLM is installed."""
+    return Path(_VLLM or "")
 
 
 @pytest.fixture

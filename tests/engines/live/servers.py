@@ -1,6 +1,7 @@
 """Real engine servers as processes; they run for all tests that use them."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -20,6 +21,12 @@ _START_SECONDS: Final = 600
 _STOP_SECONDS: Final = 20
 _POLL_SECONDS: Final = 0.2
 _LOG_TAIL_BYTES: Final = 4000
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process when the tests are killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class EngineServer:
@@ -43,6 +50,7 @@ class EngineServer:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def is_ready(self) -> bool:
