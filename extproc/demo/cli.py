@@ -3,7 +3,8 @@
 There is one service and one Envoy, started as an operator starts them. Every policy has a
 model of its own with the same number of simulated workers. All processes end with the command.
 
-With `--pd` the workers of a model prefill and decode apart.
+With `--pd` the workers of a model prefill and decode apart. With `--engine vllm` they resemble vLLM
+instead of SGLang; the service finds that out by itself.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from extproc.demo.pools import PAIR_WORKERS_MIN, Pool, divided_pool, plain_pool
 from extproc.demo.report import summary, table
 from extproc.demo.tiny_model import write_model_folder
 from extproc.demo.workload import conversations
+from extproc.simulator.settings import EngineName
 from extproc.testing.stack import Stack, StackError, reserved_port, wait_until
 
 if TYPE_CHECKING:
@@ -44,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="end after the round")
     parser.add_argument(
         "--pd", action="store_true", help="let half of the workers prefill and the others decode"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=get_args(EngineName),
+        default="sglang",
+        help="the engine that the workers resemble (default %(default)s)",
     )
     parser.add_argument(
         "--policy",
@@ -127,11 +135,12 @@ async def _serve(options: argparse.Namespace, folder: Path, stop: asyncio.Event)
     console = Console()
     policies = list(dict.fromkeys(options.policy or _POLICIES))
     models = {policy: _model(policy) for policy in policies}
-    pool = (divided_pool if options.pd else plain_pool)(options.workers)
+    pool = (divided_pool if options.pd else plain_pool)(options.workers, options.engine)
     async with contextlib.AsyncExitStack() as exits:
         console.print(
             f"starting Envoy, the service and {len(policies)} x {options.workers} simulated "
-            f"workers{f' ({pool.label} each)' if pool.apart else ''} ..."
+            f"workers like {options.engine}"
+            f"{f' ({pool.label} each)' if pool.apart else ''} ..."
         )
         tokenizer = write_model_folder(folder / "model")
         fleet = await exits.enter_async_context(
@@ -144,6 +153,8 @@ async def _serve(options: argparse.Namespace, folder: Path, stop: asyncio.Event)
             ],
             "observability": {"debug_headers": True},
         }
+        if pool.apart and options.engine == "vllm":
+            _name_roles(settings, fleet)
         # Easy to type. Held to the end: Envoys of two demos would share it.
         if exits.enter_context(reserved_port(_PREFERRED_ENVOY_PORT)):
             settings["envoy"] = {"port": _PREFERRED_ENVOY_PORT}
@@ -154,6 +165,14 @@ async def _serve(options: argparse.Namespace, folder: Path, stop: asyncio.Event)
             _print_hints(stack, models[policies[-1]], apart=pool.apart)
             await stop.wait()
         return 1 if any(tally.failed for tally in tallies) else 0
+
+
+def _name_roles(settings: dict[str, Any], fleet: Fleet) -> None:
+    """Workers of vLLM do not say what they are for, so the configuration does."""
+    for model in settings["models"]:
+        model["pd"] = {"protocol": "nixl"}
+    roles = {f"{name}_urls": fleet.urls_of(name) for name in ("prefill", "decode")}
+    settings["discovery"] = {"static_urls": roles}
 
 
 def _model(policy: str) -> str:

@@ -20,7 +20,7 @@ class Fleet:
 
     def __init__(self, folder: Path, models: Sequence[str], pool: Pool, tokenizer: Path) -> None:
         self._processes = [
-            (_process(folder, model, part, tokenizer), part.workers)
+            (part.name, _process(folder, model, part, tokenizer), part.workers)
             for model in models
             for part in pool.parts
         ]
@@ -28,18 +28,26 @@ class Fleet:
     @property
     def urls(self) -> list[str]:
         """The URLs of all workers, model after model."""
-        return [url for process, _ in self._processes for url in _urls(process)]
+        return [url for _, process, _ in self._processes for url in _urls(process)]
+
+    def urls_of(self, part: str) -> list[str]:
+        """The URLs of the workers of that part, model after model."""
+        return [
+            url for name, process, _ in self._processes if name == part for url in _urls(process)
+        ]
 
     async def __aenter__(self) -> Self:
         try:
-            await asyncio.gather(*(_start(*each) for each in self._processes))
+            await asyncio.gather(
+                *(_start(process, workers) for _, process, workers in self._processes)
+            )
         except BaseException:
             await self.__aexit__()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.gather(*(process.stop() for process, _ in self._processes))
+        await asyncio.gather(*(process.stop() for _, process, _ in self._processes))
 
 
 def _process(folder: Path, model: str, part: Part, tokenizer: Path) -> ManagedProcess:

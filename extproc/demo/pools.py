@@ -9,6 +9,8 @@ from typing import Final
 
 from msgspec import Struct
 
+from extproc.simulator.settings import EngineName
+
 __all__ = ["PAIR_WORKERS_MIN", "Part", "Pool", "divided_pool", "plain_pool"]
 
 PAIR_WORKERS_MIN: Final = 2
@@ -21,17 +23,16 @@ _OPTIONS: Final = {
     "--kv-events-port": "0",
 }
 # Half of the workers compute all prompts, so they must be faster than plain ones.
-_PREFILL_OPTIONS: Final = _OPTIONS | {
+_FAST_PREFILL: Final = {"--prefill-tokens-per-second": "6000"}
+# Enough room for all running requests, so that no request waits for a decode worker.
+_ROOMY: Final = {"--max-total-num-tokens": "64000", "--max-running-requests": "256"}
+_SGLANG_PREFILL: Final = {
     "--disaggregation-mode": "prefill",
     "--disaggregation-bootstrap-port": "0",
-    "--prefill-tokens-per-second": "6000",
 }
-# Enough room for all running requests, so that no request waits for a decode worker.
-_DECODE_OPTIONS: Final = _OPTIONS | {
-    "--disaggregation-mode": "decode",
-    "--max-total-num-tokens": "64000",
-    "--max-running-requests": "256",
-}
+_SGLANG_DECODE: Final = {"--disaggregation-mode": "decode"}
+# Each request says which of them prefills, so they have no roles.
+_VLLM_PAIR: Final = {"--pd-protocol": "nixl"}
 
 
 class Part(Struct, frozen=True):
@@ -63,19 +64,23 @@ class Pool(Struct, frozen=True):
         return self.parts[0].workers
 
 
-def plain_pool(workers: int) -> Pool:
+def plain_pool(workers: int, engine: EngineName = "sglang") -> Pool:
     """Workers that prefill and decode."""
-    return Pool(str(workers), (Part("", workers, _OPTIONS),))
+    return Pool(str(workers), (Part("", workers, _OPTIONS | {"--engine": engine}),))
 
 
-def divided_pool(workers: int) -> Pool:
+def divided_pool(workers: int, engine: EngineName = "sglang") -> Pool:
     """Half of at least two workers prefill, rounded up; the others decode."""
     decode = workers // 2
     prefill = workers - decode
+    common = _OPTIONS | {"--engine": engine}
+    first, second = (
+        (_VLLM_PAIR, _VLLM_PAIR) if engine == "vllm" else (_SGLANG_PREFILL, _SGLANG_DECODE)
+    )
     return Pool(
         f"{prefill} prefill and {decode} decode",
         (
-            Part("prefill", prefill, _PREFILL_OPTIONS),
-            Part("decode", decode, _DECODE_OPTIONS),
+            Part("prefill", prefill, common | _FAST_PREFILL | first),
+            Part("decode", decode, common | _ROOMY | second),
         ),
     )

@@ -4,6 +4,8 @@ import asyncio
 import signal
 import sys
 
+import pytest
+
 
 async def demo(*arguments: str, seconds: int = 2) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
@@ -29,8 +31,9 @@ async def test_the_demo_ends_after_one_round_with_once() -> None:
     assert "still serving" not in text
 
 
-async def test_a_round_with_pairs_ends_well() -> None:
-    process = await demo("--pd", "--once", seconds=4)
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+async def test_a_round_with_pairs_ends_well(engine: str) -> None:
+    process = await demo("--pd", "--once", "--engine", engine, seconds=4)
     out, err = await process.communicate()
     assert (process.returncode, err) == (0, b"")
     text = out.decode()
@@ -46,6 +49,18 @@ async def test_a_round_with_pairs_ends_well() -> None:
         assert row[-1] == "1.00"
     assert f"pairs of workers: {answered} ok; decode workers picked: {answered} same_host" in text
     assert "0 requests went elsewhere than decided; load left over: 0" in text
+
+
+async def test_workers_like_vllm_need_no_configuration() -> None:
+    process = await demo("--engine", "vllm", "--once", seconds=4)
+    out, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    text = out.decode()
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if "%  " in line}
+    assert [*rows] == ["round_robin", "cache_aware_zmq", "min_ttft"]
+    hits = {policy: float(row[3].rstrip("%")) for policy, row in rows.items()}
+    # Load alone would give every policy the hits of round_robin.
+    assert hits["cache_aware_zmq"] > hits["round_robin"]
 
 
 async def test_without_once_the_demo_serves_until_a_signal() -> None:
