@@ -133,6 +133,12 @@ def _add_vllm_arguments(parser: argparse.ArgumentParser) -> None:
         help="how vllm gives contents to a chat template (default: as the template reads them)",
     )
     parser.add_argument(
+        "--sliding-window",
+        type=int,
+        metavar="TOKENS",
+        help="half of the layers of a model of vllm see so many tokens only",
+    )
+    parser.add_argument(
         "--dev-mode", action="store_true", help="the paths of vllm's development mode"
     )
 

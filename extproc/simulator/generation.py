@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, Self
 import msgspec
 
 from extproc.simulator.cache_events import DEFAULT_NAMESPACE, Namespace
-from extproc.simulator.holdings import Holding
+from extproc.simulator.holdings import HeldPages
 from extproc.simulator.time_model import TimeModel
 
 __all__ = ["FinishReason", "Generation", "Job", "Scheduler"]
@@ -49,7 +49,7 @@ class Scheduler(Protocol):
     times: TimeModel
     tokens_generated: int
 
-    def holding(self, job: Job) -> Holding:
+    def holding(self, job: Job) -> HeldPages:
         """The job's prompts in the rank's cache."""
         ...
 
@@ -58,6 +58,8 @@ class Scheduler(Protocol):
     def enter(self, generation: "Generation") -> None: ...
 
     def prefilled(self, generation: "Generation", at: float) -> None: ...
+
+    def decoded(self, generation: "Generation") -> None: ...
 
     def kv_arrived(self, generation: "Generation") -> None: ...
 
@@ -162,6 +164,7 @@ class Generation:
             return False
         self.produced += 1
         self._rank.tokens_generated += self.job.sequences
+        self._rank.decoded(self)
         return True
 
     async def unless_aborted(self, work: Coroutine[Any, Any, None]) -> None:

@@ -9,8 +9,8 @@ import msgspec
 
 from extproc.simulator.cache_events import CacheEvent
 from extproc.simulator.generation import Generation, Job
-from extproc.simulator.holdings import Holding
-from extproc.simulator.radix_cache import RadixCache
+from extproc.simulator.holdings import HeldPages
+from extproc.simulator.rank_caches import new_cache
 from extproc.simulator.settings import SimulatorSettings
 from extproc.simulator.time_model import TimeModel
 
@@ -58,16 +58,9 @@ class Rank:
         )
         self.number = number
         self._limit = settings.max_running_requests
-        self._capacity_tokens = settings.max_total_num_tokens
-        self._bigram = settings.caches_bigrams
         self._output_ids = output_ids
         self._observer = observer
-        self._cache = RadixCache(
-            capacity_tokens=settings.max_total_num_tokens,
-            page_size=settings.page_size,
-            host_capacity_tokens=settings.host_cache_tokens,
-            record_events=observer is not None,
-        )
+        self._cache = new_cache(settings, record_events=observer is not None)
         self._prefilled_tokens = 0
         self._prefill_seconds = 0.0
         self._waiting: deque[Generation] = deque()
@@ -106,10 +99,10 @@ class Rank:
         return self._cache.used_tokens, self._cache.host_used_tokens
 
     def kv_usage(self) -> float:
-        return min(1.0, self.load().used_tokens / self._capacity_tokens)
+        return self._cache.usage()
 
-    def holding(self, job: Job) -> Holding:
-        return Holding(self._cache, job.prompts, job.namespace, bigram=self._bigram)
+    def holding(self, job: Job) -> HeldPages:
+        return self._cache.holding(job)
 
     def flush_cache(self) -> None:
         self._cache.flush()
@@ -151,6 +144,10 @@ class Rank:
             self._admit(at)
             self.report()
 
+    def decoded(self, generation: Generation) -> None:
+        if generation.holding.decoded(generation.produced, self._output_ids):
+            self.report()
+
     def leave(self, generation: Generation) -> None:
         now = asyncio.get_running_loop().time()
         if generation.keeps_blocks:
@@ -181,6 +178,8 @@ class Rank:
     def _admit(self, at: float) -> None:
         """Start the next prefill if the rank is free for it; `at` is when it became free."""
         if self._prefilling is not None or not self._waiting or len(self._running) >= self._limit:
+            return
+        if not self._waiting[0].holding.fits() and (self._running or self._keeping):
             return
         generation = self._waiting.popleft()
         self._prefilling = generation

@@ -75,6 +75,7 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     lora: list[str] = []
     dev_mode: bool = False
     content_format: ContentFormat | None = None
+    sliding_window: int | None = None  # in tokens, of half of the layers
     api_key: str | None = None
     startup_delay_seconds: float = 0.0
     log_requests: bool = False
@@ -123,8 +124,10 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
         if self.is_vllm:
             if self.host_cache_tokens:
                 raise ValueError("host_cache_tokens: a worker like vllm has no host cache")
+            if self.sliding_window is not None and self.sliding_window < 1:
+                raise ValueError("sliding_window: must be at least 1")
             return
-        for name in ("dev_mode", "content_format"):
+        for name in ("dev_mode", "content_format", "sliding_window"):
             if getattr(self, name):
                 raise ValueError(f"{name}: needs engine vllm")
 
