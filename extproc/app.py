@@ -231,6 +231,7 @@ class App(WorkerObserver):
             stopping.cancel()
             for task in tasks:
                 task.cancel()
+            self._parts.kv.truth.engines.close()
             results = await asyncio.gather(stopping, *tasks, return_exceptions=True)
             for result in results:
                 # A failed background task has ended the wait.

@@ -12,6 +12,9 @@ from extproc.encoders import load_encoders
 from extproc.errors import ConfigError
 from extproc.live import LiveParts
 from extproc.routing.rank_chooser import RankChooser
+from extproc.routing.token_proof.comparison import Difference
+from extproc.routing.token_proof.proofs import TokenProof
+from extproc.routing.token_proof.traits import TEXT
 from tests.builders import make_worker
 from tests.fakes import settle
 from tests.unit.configs import config
@@ -155,3 +158,36 @@ async def test_a_model_that_is_added_does_not_make_a_ready_service_unready() -> 
         await app._manager._tasks.close()
         await app.server.stop()
         await app.ranks.indexer.close()
+
+
+async def test_a_changed_model_is_proven_again_and_one_that_says_so_is_not(
+    live: Make, tmp_path: Path
+) -> None:
+    model = {"id": "m", "policy": "min_ttft", "tokenizer_path": str(model_folder(tmp_path))}
+    parts = live(models(model))
+    worker = make_worker("http://10.0.0.1:8000", engine="vllm")
+    parts.shared.registry.upsert(worker)
+    parts.prover.joined(worker)
+    proofs = parts.kv.truth.proofs
+
+    def differs() -> None:
+        difference = Difference("text", TEXT, 0, 1, 1, "a", "b", first_only=False)
+        proofs.put("m", worker, TokenProof(state="differs", differences=(difference,)))
+
+    differs()
+    await use(parts, models(model, proxy={"fallback_workers": 0}))
+    assert proofs.of(worker)["m"].state == "differs"
+    assert proofs.differing("m")
+    await use(parts, models(model | {"token_proof": "warn"}))
+    assert proofs.of(worker)["m"].state == "differs"
+    assert not proofs.differing("m")
+    await use(parts, models(model | {"chat_template_kwargs": {"thinking": False}}))
+    assert proofs.of(worker)["m"].state == "pending"
+    differs()
+    assert proofs.differing("m")
+    await use(parts, models(model | {"token_proof": "off"}))
+    assert proofs.of(worker) == {}
+    assert not parts.kv.truth.engines.asks("m")
+    await use(parts, models({"id": "m", "policy": "min_ttft", "tokens_from": "engine"}))
+    assert parts.kv.truth.engines.asks("m")
+    assert isinstance(parts.routing.choosers["m"], RankChooser)
