@@ -233,8 +233,9 @@ class ModelConfig(Section, frozen=True, kw_only=True):
             "service cannot make them as the engine does: chats that the engine renders with code "
             "of its own (`rendered_by_engine`; vLLM needs `--enable-scale-out`), and those whose "
             "tokens were found to differ on all workers, see `token_proof`. Such a request waits "
-            "for up to 0.1 s. Without `tokenizer_path`, for instance for a model that only has a "
-            "Mistral tokenizer, it is asked for all tokens. `service` asks no worker."
+            "for 0.1 s, and for up to 0.5 s with a large body. Without `tokenizer_path`, for "
+            "instance for a model that only has a Mistral tokenizer, it is asked for all tokens. "
+            "`service` asks no worker."
         ),
     ] = "service"
     engine: Annotated[

@@ -94,7 +94,7 @@ ENGINE_TOKEN_QUESTIONS = _tokens.counter(
         {
             "answered": "",
             "cached": "known from the answer for an equal body",
-            "late": "no answer within 0.1 s",
+            "late": "no answer within 0.1 s, or up to 0.5 s for a large body",
             "failed": "refused, or an answer without tokens",
             "not_asked": "too many questions were open, or some had failed",
             "too_large": "the body is larger than 512 KiB",
