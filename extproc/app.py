@@ -13,6 +13,7 @@ import structlog
 from extproc import __version__
 from extproc.admin.http import AdminServer, Questions
 from extproc.admin.runtime_workers import RuntimeWorkerPages
+from extproc.admin.token_page import TokenPage
 from extproc.clock import Clock
 from extproc.config.schema import Config
 from extproc.config.warnings import config_warnings
@@ -73,24 +74,7 @@ class App(WorkerObserver):
         self._reloader = (
             None if config_file is None else Reloader(config_file, config, self, self.metrics)
         )
-        self._admin = AdminServer(
-            config.server,
-            metrics=shared.prometheus,
-            workers=self.workers,
-            ranks=self.ranks,
-            gateway=gateway,
-            questions=Questions(
-                is_ready=self.is_ready,
-                models=lambda: self.router.model_ids,
-                refused=self._manager.refused,
-                reloads=lambda: None if self._reloader is None else self._reloader.status,
-                discovery=lambda: shared.sources.show(self._clock.monotonic()),
-                is_added=parts.runtime.is_added,
-                proofs=parts.kv.truth.proofs,
-                envoys=lambda: [] if parts.publisher is None else parts.publisher.show(),
-            ),
-            more=RuntimeWorkerPages(parts.runtime, self.workers, lambda: self.config).routes(),
-        )
+        self._admin = self._build_admin()
         # The models without which the service is not ready. One that a reload adds is not among
         # them before it was served once: its workers may still be starting.
         self._needed = self._models_that_count()
@@ -128,6 +112,30 @@ class App(WorkerObserver):
             self.workers_changed()
 
         return commit
+
+    def _build_admin(self) -> AdminServer:
+        parts, shared = self._parts, self._parts.shared
+        return AdminServer(
+            parts.config.server,
+            metrics=shared.prometheus,
+            workers=self.workers,
+            ranks=self.ranks,
+            gateway=parts.routing.lease_parts.gateway,
+            questions=Questions(
+                is_ready=self.is_ready,
+                models=lambda: self.router.model_ids,
+                refused=self._manager.refused,
+                reloads=lambda: None if self._reloader is None else self._reloader.status,
+                discovery=lambda: shared.sources.show(self._clock.monotonic()),
+                is_added=parts.runtime.is_added,
+                proofs=parts.kv.truth.proofs,
+                envoys=lambda: [] if parts.publisher is None else parts.publisher.show(),
+            ),
+            more=[
+                RuntimeWorkerPages(parts.runtime, self.workers, lambda: self.config),
+                TokenPage(lambda: self.router, lambda: self.config),
+            ],
+        )
 
     def _build_endpoints(self) -> EndpointsFile | None:
         envoy = self.config.envoy

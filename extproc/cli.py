@@ -1,6 +1,7 @@
 """The command line: one function per sub-command.
 
-Exit codes: 0 good (SIGTERM included), 2 bad configuration or usage, 1 anything else.
+Exit codes: 0 good (SIGTERM included), 2 bad configuration or usage, 3 a request without tokens, 1
+anything else.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from extproc import __version__
+from extproc import __version__, tokens_command
 from extproc.app import run_app
 from extproc.config.files import file_problems
 from extproc.config.json_schema import json_schema_text
@@ -55,6 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
+    text = "print the token ids of a request, as an engine computes them"
+    command = commands.add_parser("tokens", help=text, description=text)
+    tokens_command.add_arguments(command)
+    command.set_defaults(run=tokens_command.run)
     text = "print the JSON Schema of the configuration, for editors"
     command = commands.add_parser("schema", help=text, description=text)
     command.set_defaults(run=_schema)

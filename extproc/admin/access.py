@@ -8,7 +8,16 @@ import hmac
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-__all__ = ["require_token"]
+from extproc.config.schema import Config
+
+__all__ = ["require_token", "token_problem"]
+
+
+def token_problem(config: Config) -> str | None:
+    """What to do where no token is asked for; None where each request has had it."""
+    if config.server.admin_token_file is None and config.server.admin_token_env is None:
+        return "set server.admin_token_file or server.admin_token_env, and restart"
+    return None
 
 
 def require_token(token: str, *, without: frozenset[str]) -> Middleware:

@@ -5,7 +5,7 @@ configured otherwise, and can ask for a token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 import structlog
@@ -57,6 +57,12 @@ class Questions(Struct, frozen=True, kw_only=True):
     proofs: TokenProofs | None = None
 
 
+class Pages(Protocol):
+    """Pages of another module."""
+
+    def routes(self) -> list[web.RouteDef]: ...
+
+
 class AdminServer:
     """The pages."""
 
@@ -69,9 +75,8 @@ class AdminServer:
         ranks: Ranks,
         gateway: GatewayWatch,
         questions: Questions,
-        more: Sequence[web.RouteDef] = (),
+        more: Sequence[Pages] = (),
     ) -> None:
-        """`more` are pages of other modules."""
         self._config = config
         self._workers = workers
         self._questions = questions
@@ -90,7 +95,7 @@ class AdminServer:
                 web.get("/readyz", self._get_readyz),
                 web.get("/workers", self._get_workers),
                 web.get("/config", self._get_config),
-                *more,
+                *(route for pages in more for route in pages.routes()),
             ]
         )
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)

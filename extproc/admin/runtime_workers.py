@@ -11,6 +11,7 @@ import structlog
 from aiohttp import web
 from msgspec import Struct
 
+from extproc.admin.access import token_problem
 from extproc.config.schema import Config
 from extproc.config.worker_urls import checked_worker_url, group_address_problem
 from extproc.errors import ServiceError
@@ -137,12 +138,8 @@ def _parse(text: str, config: Config) -> WorkerUrl:
 
 def _check_token(config: Config) -> None:
     """Refuse where no token is asked for; with one, the request has had it."""
-    if config.server.admin_token_file is None and config.server.admin_token_env is None:
-        raise _RefusedError(
-            403,
-            "workers can be changed only with a token; set server.admin_token_file or "
-            "server.admin_token_env, and restart",
-        )
+    if (problem := token_problem(config)) is not None:
+        raise _RefusedError(403, f"workers can be changed only with a token; {problem}")
 
 
 def _gateway(config: Config) -> str:

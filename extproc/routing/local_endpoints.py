@@ -12,11 +12,11 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from extproc.engines.engine import Engine
 from extproc.errors import bad_request, no_tokenizer, service_overloaded
 from extproc.routing.request import CHAT_PATH, DETOKENIZE_PATH, Request
-from extproc.tokenization.encoder import PromptEncoder
+from extproc.tokenization.encoder import Encoded, PromptEncoder
 from extproc.tokenization.errors import EncoderBusyError, TextTooLongError, UnknownTokenError
 from extproc.tokenization.reasons import BUSY
 
-__all__ = ["Answer", "LocalEndpoints"]
+__all__ = ["Answer", "LocalEndpoints", "tokens_of"]
 
 _TOKENS_MAX: Final = 1 << 18
 _ID_MAX: Final = (1 << 32) - 1
@@ -58,6 +58,18 @@ class LocalEndpoints:
         self._encoders = encoders
         self._engines_of = engines_of
 
+    async def tokens(self, request: Request, model: str) -> dict[Engine, Encoded]:
+        """The tokens of a request for each engine of the model's workers.
+
+        Raises RouterError 404 without a tokenizer.
+        """
+        encoder = self._encoders.get(model)
+        if encoder is None:
+            raise no_tokenizer(model)
+        return {
+            engine: await tokens_of(encoder, engine, request) for engine in self._engines_of(model)
+        }
+
     async def answer(self, request: Request, model: str) -> Answer:
         """Raises RouterError: 400 for another body than documented, 404 without a tokenizer."""
         encoder = self._encoders.get(model)
@@ -80,6 +92,13 @@ class LocalEndpoints:
         else:
             ids = await _tokenize_text(encoder, tokenize.prompt)
         return Answer(_encoder.encode({"model": model, "tokens": ids, "count": len(ids)}))
+
+
+async def tokens_of(encoder: PromptEncoder, engine: Engine, request: Request) -> Encoded:
+    """The tokens of a request as an engine would compute them, or the reason without them."""
+    fields = request.take_fields()
+    path = request.endpoint.path
+    return await encoder.encode(await encoder.read(engine.rules, path, request.body, fields))
 
 
 async def _tokenize_text(encoder: PromptEncoder, text: str) -> list[int]:

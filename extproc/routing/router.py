@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from extproc.engines.engine import Engine
 from extproc.errors import (
     model_not_found,
     no_decode_workers,
@@ -21,6 +22,7 @@ from extproc.routing.placement import NO_TOKENS, PromptTokens
 from extproc.routing.request import Request
 from extproc.routing.subset import workers_in
 from extproc.routing.wait_queue import WaitQueue
+from extproc.tokenization.encoder import Encoded
 from extproc.workers.model_names import ResolvedModel
 from extproc.workers.worker import Worker
 
@@ -69,6 +71,10 @@ class Router:
     async def answer(self, request: Request) -> Answer:
         """Return what the client of an endpoint `answered_locally` gets; raises RouterError."""
         return await self._local_endpoints.answer(request, self._resolve(request.model).model)
+
+    async def tokens(self, request: Request) -> dict[Engine, Encoded]:
+        """The tokens of a request for each engine of its model; raises RouterError."""
+        return await self._local_endpoints.tokens(request, self._resolve(request.model).model)
 
     def pick_decode(self, query: DecodeQuery) -> Lease:
         """Pick the decode worker for an attempt of the second pass; raises RouterError."""
