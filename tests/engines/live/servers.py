@@ -1,10 +1,10 @@
 """Real engine servers as processes; they run for all tests that use them."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -21,12 +21,11 @@ _START_SECONDS: Final = 600
 _STOP_SECONDS: Final = 20
 _POLL_SECONDS: Final = 0.2
 _LOG_TAIL_BYTES: Final = 4000
-_PR_SET_PDEATHSIG: Final = 1
-
-
-def _end_with_parent() -> None:
-    """Have the system end this process when the tests are killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+# Becomes the program that is named, with less priority. It ends when the tests are killed.
+_BECOME: Final = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.nice(5); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 class EngineServer:
@@ -44,13 +43,12 @@ class EngineServer:
         with self.log.open("ab") as output:
             # A group of its own: an engine has processes of its own, which are killed with it.
             self._process = subprocess.Popen(
-                ["nice", "-n", "5", *self._argv],
+                [sys.executable, "-c", _BECOME, *self._argv],
                 env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
             )
 
     def is_ready(self) -> bool:
@@ -113,16 +111,14 @@ def wait_ready(servers: Sequence[EngineServer]) -> None:
 
 
 class Servers(contextlib.ExitStack):
-    """Servers that are started together, and what they need until they have stopped.
-
-    `ports_each` is how many ports a server needs; `make` is given them and a file for its output.
-    """
+    """Servers, which are stopped at the end, and the ports that are theirs until then."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._folder = folder
 
     def add(self, ports_each: int, make: Callable[[list[int], Path], EngineServer]) -> EngineServer:
+        """A server that is started later; `make` gets its ports and a file for its output."""
         ports = self.enter_context(reserved_ports(ports_each))
         server = make(ports, self._folder / f"engine-{ports[0]}.log")
         self.callback(server.stop)
