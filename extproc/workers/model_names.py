@@ -23,6 +23,8 @@ _ADAPTERS_MAX: Final = 10_000
 # So long after the last worker with an adapter has left, the adapter is still known.
 _GONE_SECONDS: Final = 300.0
 _GONE_MAX: Final = 1024
+# Names with more colons are looked up each time.
+_COLONS_MAX: Final = 8
 
 
 class ResolvedModel(NamedTuple):
@@ -54,6 +56,8 @@ class ModelNames:
         # All configured models, and what was looked up since their workers changed.
         self._known: dict[str, ResolvedModel] = {}
         self._workers: dict[str, _Listed] = {}
+        # The names among `_known` that were looked up, by each adapter that they can mean.
+        self._found: dict[str, set[str]] = {}
         # The ids of the workers that list an adapter, by its name.
         self._holders: dict[str, dict[str, None]] = {}
         self._gone: dict[str, _Gone] = {}
@@ -63,6 +67,7 @@ class ModelNames:
         """From now on these models are configured."""
         self._order = {model: place for place, model in enumerate(models)}
         self._known = {model: self._configured(model) for model in models}
+        self._found.clear()
         self.version += 1
 
     def find(self, name: str) -> ResolvedModel | None:
@@ -142,14 +147,10 @@ class ModelNames:
         if adapters:
             self.version += 1
         for adapter in adapters:
+            for name in list(self._found.get(adapter, ())):
+                self._forget_name(name)
             if adapter in self._order:
                 self._known[adapter] = self._configured(adapter)
-            else:
-                self._known.pop(adapter, None)
-            for model in self._order:
-                name = f"{model}:{adapter}"
-                if name not in self._order:
-                    self._known.pop(name, None)
 
     def _configured(self, model: str) -> ResolvedModel:
         """A configured model can be an adapter of its workers: it then has their namespace."""
@@ -157,13 +158,26 @@ class ModelNames:
 
     def _look_up(self, name: str) -> ResolvedModel | None:
         if len(name) <= NAME_MAX_CHARS and (model := self._first_model(name)) is not None:
-            found = self._known[name] = ResolvedModel(model, name)
-            return found
+            return self._note(name, ResolvedModel(model, name))
         for model, adapter in self._split(name):
             if self._has(model, adapter):
-                found = self._known[name] = ResolvedModel(model, adapter)
-                return found
+                return self._note(name, ResolvedModel(model, adapter))
         return self._look_up_gone(name)
+
+    def _note(self, name: str, found: ResolvedModel) -> ResolvedModel:
+        if name.count(":") <= _COLONS_MAX:
+            self._known[name] = found
+            for adapter in _possible_adapters(name):
+                self._found.setdefault(adapter, set()).add(name)
+        return found
+
+    def _forget_name(self, name: str) -> None:
+        del self._known[name]
+        for adapter in _possible_adapters(name):
+            names = self._found[adapter]
+            names.discard(name)
+            if not names:
+                del self._found[adapter]
 
     def _look_up_gone(self, name: str) -> ResolvedModel | None:
         """Find an adapter whose last worker has just left."""
@@ -176,7 +190,7 @@ class ModelNames:
 
     def _split(self, name: str) -> Iterator[tuple[str, str]]:
         """The models and adapters that `model:adapter` can mean: both may have colons."""
-        for model in self._order:
+        for model in self._order if ":" in name else ():
             if name.startswith(f"{model}:") and len(name) - len(model) - 1 <= NAME_MAX_CHARS:
                 yield model, name[len(model) + 1 :]
 
@@ -206,3 +220,12 @@ class ModelNames:
         """True if a worker of the model lists the adapter."""
         holders = self._holders.get(adapter, ())
         return any(model in self._workers[one].models for one in holders)
+
+
+def _possible_adapters(name: str) -> Iterator[str]:
+    """The name itself, and what follows each of its colons."""
+    yield name
+    at = name.find(":")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(":", at + 1)

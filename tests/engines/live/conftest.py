@@ -26,12 +26,16 @@ _SERVERS = pytest.StashKey[Servers]()
 _FOLDER = pytest.StashKey[TemporaryDirectory[str]]()
 
 
-def _vllm_pair(name: str, *flags: str, windowed: bool = False) -> Callable[[Servers, Path], Pair]:
+def _vllm_pair(
+    name: str, *flags: str, windowed: bool = False, **env: str
+) -> Callable[[Servers, Path], Pair]:
     def make(servers: Servers, folder: Path) -> Pair:
         model = model_folder(folder, name, windowed=windowed)
         engine = Path(_VLLM or "")
         two = [
-            servers.add(PORTS, lambda ports, log: vllm_server(engine, model, ports, log, *flags))
+            servers.add(
+                PORTS, lambda ports, log: vllm_server(engine, model, ports, log, *flags, **env)
+            )
             for _ in range(2)
         ]
         return Pair(model, two)
@@ -45,6 +49,11 @@ _MAKERS: Final = {
     # With its endpoints that render.
     "llama": _vllm_pair("bos", "--enable-scale-out"),
     "gemma": _vllm_pair("parts", windowed=True),
+    "adapters": _vllm_pair(
+        "plain",
+        *("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "8"),
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
+    ),
 }
 
 

@@ -172,6 +172,20 @@ def test_the_version_rises_only_with_a_change() -> None:
     assert names.version == before
 
 
+def test_a_name_with_colons_follows_all_adapters_that_it_can_mean() -> None:
+    names = make_names("m", "m:n")
+    names.listed("v", ["m:n"], ["b"])
+    assert names.find("m:n:b") == ("m:n", "b")
+    names.listed("w", ["m"], ["n:b"])
+    assert names.find("m:n:b") == ("m", "n:b")
+    names.listed("u", ["m:n"], ["m:n:b"])
+    assert names.find("m:n:b") == ("m:n", "m:n:b")
+    for worker in "uvw":
+        names.listed(worker, ["m"], [])
+    assert names.find("m:n:b") is None
+    assert names.sizes()["found"] == 2
+
+
 _models = st.sampled_from(["m", "n", "m:n", "a"])
 _adapters = st.sampled_from(["a", "b", "n", "n:b", ":"])
 _listing = st.tuples(
@@ -187,7 +201,13 @@ def test_what_was_looked_up_before_makes_no_difference(
 ) -> None:
     """The same as a new object after the same steps, whatever was asked in between."""
     asked, silent = make_names("m", "m:n", "a"), make_names("m", "m:n", "a")
-    everything = [*"mnab", "n:b", ":", *(f"{m}:{a}" for m in ("m", "m:n", "a") for a in "anb")]
+    everything = [
+        *"mnab",
+        "n:b",
+        "m:n:b",
+        ":",
+        *(f"{m}:{a}" for m in ("m", "m:n", "a") for a in "anb"),
+    ]
     for step in steps:
         for names in (asked, silent):
             if isinstance(step, str):
