@@ -169,3 +169,10 @@ async def test_a_worker_that_refuses_a_request_for_the_model_is_not() -> None:
     fleet = make_fleet([worker(A, "sql")])
     (await ask(fleet, "m")).responded(400, "10.0.0.1:8000", "via_upstream", False)
     assert not fleet.rechecked
+
+
+async def test_a_request_from_before_a_reload_keeps_its_model() -> None:
+    fleet = make_fleet([worker(A, "sql")])
+    fleet.registry.names.serve(["n"])
+    assert (await ask(fleet, "m")).decision.model == "m"
+    assert (await refused(fleet, "n")).code == "model_not_found"
