@@ -71,16 +71,21 @@ class Service:
 
 
 async def start(
-    launch: Launch, tmp_path: Path, engine_template: str, workers: int = 2, **model: Any
+    launch: Launch,
+    tmp_path: Path,
+    engine_template: str,
+    engine: str = "sglang",
+    **model: Any,
 ) -> Service:
-    """Workers with a template of their own; the service has CHATML."""
+    """Two workers with a template of their own; the service has CHATML."""
     ours, engines = tmp_path / "ours", tmp_path / "engines"
     ours.mkdir()
     engines.mkdir()
     path = model_folder(ours)
     running = await launch(
-        workers,
+        2,
         worker={
+            "engine": engine,
             "page_size": PAGE,
             "kv_events_port": 0,
             "tokenizer_path": model_folder(engines, engine_template),
@@ -95,10 +100,11 @@ async def start(
     return Service(running)
 
 
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
 async def test_a_fleet_with_our_template_is_proven_and_stays_exact(
-    launch: Launch, tmp_path: Path
+    launch: Launch, tmp_path: Path, engine: str
 ) -> None:
-    service = await start(launch, tmp_path, CHATML)
+    service = await start(launch, tmp_path, CHATML, engine)
     await service.proven("proven", "proven")
     assert await service.running.sample('extproc_token_proof_workers{model="m",state="proven"') == 2
     for url in service.urls:
