@@ -76,7 +76,8 @@ class Rig(Struct, frozen=True, kw_only=True):
 
 # The `kv_events` block of a worker's introspection.
 KvBlock = Mapping[str, Any]
-# A worker's introspection answer.
+# A worker's introspection answer. With `answers`, those by path are given instead, a text as it is;
+# `/server_info` is 404 then.
 ServerInfo = Mapping[str, Any]
 
 
@@ -219,7 +220,8 @@ async def _upstream(
     )
     await _start(stack, process)
     name = str(workers[last]["served_model_name"])
-    await process.wait_ready(lambda: _answers(f"http://127.0.0.1:{last}/server_info", name))
+    path = "/v1/models" if "answers" in workers[last] else "/server_info"
+    await process.wait_ready(lambda: _answers(f"http://127.0.0.1:{last}{path}", name))
     return process
 
 
@@ -278,10 +280,13 @@ def _assignment(cluster: str, port: int) -> dict[str, Any]:
 
 
 def _manager_of_worker(info: ServerInfo) -> dict[str, Any]:
-    routes = [
-        _direct_response({"path": "/server_info"}, dict(info)),
-        _direct_response({"prefix": "/"}, _ANSWER),
-    ]
+    answers: Mapping[str, Any] | None = info.get("answers")
+    if answers is None:
+        routes = [_direct_response({"path": "/server_info"}, dict(info))]
+    else:
+        routes = [_direct_response({"path": path}, said) for path, said in answers.items()]
+        routes.append({"match": {"path": "/server_info"}, "direct_response": {"status": 404}})
+    routes.append(_direct_response({"prefix": "/"}, _ANSWER))
     return typed(
         "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         stat_prefix="upstream",
@@ -329,10 +334,11 @@ def _upstream_bootstrap(workers: Mapping[int, ServerInfo], admin_port: int) -> d
     }
 
 
-def _direct_response(match: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+def _direct_response(match: dict[str, Any], body: dict[str, Any] | str) -> dict[str, Any]:
     content_type = {"key": "content-type", "value": "application/json"}
+    text = body if isinstance(body, str) else json.dumps(body)
     return {
         "match": match,
-        "direct_response": {"status": 200, "body": {"inline_string": json.dumps(body)}},
+        "direct_response": {"status": 200, "body": {"inline_string": text}},
         "response_headers_to_add": [{"header": content_type, "append_action": _HEADER_MUTATION}],
     }

@@ -14,7 +14,15 @@ from msgspec import Struct
 from benchmarks.procs import rss_bytes
 from extproc.testing.stack import ManagedProcess, Stack, free_ports, wait_until
 
-__all__ = ["MODEL", "Held", "held", "raise_file_limit", "running_stack", "settle"]
+__all__ = [
+    "MODEL",
+    "Held",
+    "held",
+    "raise_file_limit",
+    "running_stack",
+    "running_workers",
+    "settle",
+]
 
 MODEL: Final = "benchmark-model"
 _SETTLE_SECONDS: Final = 30.0
@@ -43,6 +51,22 @@ async def running_stack(
 
     `envoy` has settings of that section.
     """
+    async with (
+        running_workers(folder, workers, simulator_options) as urls,
+        Stack(
+            folder,
+            urls,
+            {"models": [{"id": MODEL}], "envoy": {"access_log": None, **(envoy or {})}},
+        ) as stack,
+    ):
+        yield stack
+
+
+@contextlib.asynccontextmanager
+async def running_workers(
+    folder: Path, workers: int, simulator_options: Mapping[str, str]
+) -> AsyncIterator[list[str]]:
+    """Simulators as processes of their own, stopped at the end; yields their URLs."""
     async with contextlib.AsyncExitStack() as stack:
         ports = free_ports(workers)
         options = [part for pair in simulator_options.items() for part in pair]
@@ -59,13 +83,7 @@ async def running_stack(
             stack.push_async_callback(process.stop)
             await process.start()
             await process.wait_ready(partial(_says_ready, process))
-        yield await stack.enter_async_context(
-            Stack(
-                folder,
-                [f"http://127.0.0.1:{port}" for port in ports],
-                {"models": [{"id": MODEL}], "envoy": {"access_log": None, **(envoy or {})}},
-            )
-        )
+        yield [f"http://127.0.0.1:{port}" for port in ports]
 
 
 async def _says_ready(process: ManagedProcess) -> bool:

@@ -21,7 +21,6 @@ from extproc.simulator.journal import Journal
 from extproc.simulator.kv_publisher import KvPorts, KvPublisher
 from extproc.simulator.settings import SimulatorSettings
 from extproc.simulator.tokenizing import Tokenizing
-from extproc.simulator.tokens import Tokenizer
 from extproc.simulator.worker import Worker
 
 __all__ = ["RunningSimulator", "create_app", "start"]
@@ -119,7 +118,7 @@ class RunningSimulator:
 
     def use_tokenizer(self, path: str) -> None:
         """From now on, encode and render with another model's folder, as after an update."""
-        self._worker.tokenizer = Tokenizer(path)
+        self._worker.use_tokenizer(path)
 
     async def restart(self) -> None:
         """Same as `POST /simulator/restart`: see `Worker.restart`."""

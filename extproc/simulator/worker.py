@@ -27,11 +27,7 @@ class Worker:
 
     def __init__(self, settings: SimulatorSettings) -> None:
         self.settings = settings
-        self.tokenizer = (
-            VllmTokenizer(settings.tokenizer_path, settings.context_length, settings.content_format)
-            if settings.is_vllm
-            else Tokenizer(settings.tokenizer_path)
-        )
+        self.use_tokenizer(settings.tokenizer_path)
         self.readers = vllm_readers if settings.is_vllm else readers
         self.faults = FaultBoard()
         self.journal = Journal()
@@ -41,6 +37,15 @@ class Worker:
         self._kv_ports: KvPorts | None = None  # of the first start; restarts use them again
         self._pd_port: int | None = None  # of the first start, too
         self._renew()
+
+    def use_tokenizer(self, path: str | None) -> None:
+        """From now on, encode and render with these files."""
+        settings = self.settings
+        self.tokenizer: Tokenizer = (
+            VllmTokenizer(path, settings.context_length, settings.content_format)
+            if settings.is_vllm
+            else Tokenizer(path)
+        )
 
     def _renew(self) -> None:
         settings = self.settings
