@@ -63,6 +63,7 @@ class BlockStored(Struct, frozen=True, gc=False, eq=False):
 
     Hashes are unsigned 64-bit integers, whatever the engine sends. `tokens` is a uint64 array of
     the units of all blocks: token ids, or with `bigram` pairs of neighbours, t_j | t_{j+1} << 32.
+    The first token of a block with an image is a larger number, which stands for the image, too.
     The index checks whether its length fits the blocks and `block_size` (tokens or pairs per
     block). `lora` is the adapter's name, or its id if only that was sent. `group` is the number of
     the blocks' attention group, `kind` the engine's word for its kind, and `window` its sliding

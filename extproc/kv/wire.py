@@ -13,12 +13,13 @@ import math
 import struct
 from collections.abc import Callable
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import chain
 from typing import Any, Final
 
 import msgspec
 import numpy as np
-from msgspec import Raw, Struct
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from extproc.kv.events import (
@@ -52,6 +53,8 @@ __all__ = ["decode_events", "decode_load"]
 
 _HASH_MASK: Final = (1 << 64) - 1
 _HASH_BYTES: Final = 8
+_NULL: Final = b"\xc0"
+_NO_TOKEN: Final = 1 << 63
 _PACKINGS_KEPT: Final = 512
 _TOKEN: Final = np.dtype("<u4")
 _PAIR: Final = np.dtype("<u8")
@@ -70,6 +73,7 @@ _MEDIUMS: Final = {
 
 
 _extra_keys_decoder: Final = msgspec.msgpack.Decoder(list[list[Any] | None])
+_encoder: Final = msgspec.msgpack.Encoder()
 _load_decoder: Final = msgspec.msgpack.Decoder(LoadStat)
 
 # The errors of events that have the right types and wrong values.
@@ -138,8 +142,12 @@ def _stored(
         raise ValueError("tokens without blocks")
     tokens, bigram = _tokens(event.token_ids)
     parent = event.parent_block_hash
-    if parent is None and len(event.extra_keys) > 1:
-        cache_salt = cache_salt or _salt(event.extra_keys, lora_name)
+    if _has_keys(event):
+        keys = _extra_keys_decoder.decode(event.extra_keys)
+        if parent is None:
+            cache_salt = cache_salt or _salt(keys, lora_name)
+        if not bigram:
+            _mix(tokens, keys, event.block_size)
     return BlockStored(
         _folded(event.block_hashes),
         None if parent is None else _fold(parent),
@@ -156,12 +164,21 @@ def _stored(
     )
 
 
-def _salt(extra_keys: Raw, lora_name: str | None) -> str | None:
+def _has_keys(event: StoredMap | StoredArray) -> bool:
+    """False if the extra keys are missing, or a null for each block."""
+    size, blocks = len(event.extra_keys), len(event.block_hashes)
+    if size <= 1:
+        return False
+    head = 1 if blocks < 1 << 4 else 3 if blocks < 1 << 16 else 5
+    return size != head + blocks or bytes(event.extra_keys)[head:] != _NULL * blocks
+
+
+def _salt(extra_keys: list[list[Any] | None], lora_name: str | None) -> str | None:
     """The cache salt of a prompt among the keys of its first block (vLLM).
 
     The keys are the adapter's name, pairs for each image, the salt, and digests of embeddings.
     """
-    keys = _extra_keys_decoder.decode(extra_keys)[0]
+    keys = extra_keys[0] if extra_keys else None
     texts = [key for key in keys or () if isinstance(key, str)]
     if texts and texts[0] == lora_name:
         del texts[0]
@@ -169,6 +186,20 @@ def _salt(extra_keys: Raw, lora_name: str | None) -> str | None:
     if len(salt) > NAME_MAX_CHARS:
         raise ValueError("a salt that is too long")
     return salt or None
+
+
+def _mix(tokens: NDArray[np.uint64], extra_keys: list[list[Any] | None], block_size: int) -> None:
+    """Mix the keys of a block that are not names into its first token.
+
+    All images have the same tokens. The engine tells their blocks apart by pairs of an image's
+    hash and its place in the block, and those of embeddings by a digest. The token becomes
+    a number that no token has, so no prompt without the image finds such a block.
+    """
+    for number, keys in enumerate(extra_keys):
+        others = [key for key in keys or () if not isinstance(key, str)]
+        if others and number * block_size < len(tokens):
+            digest = blake2b(_encoder.encode(others), digest_size=_HASH_BYTES).digest()
+            tokens[number * block_size] ^= np.uint64(int.from_bytes(digest, "big") | _NO_TOKEN)
 
 
 def _removed(event: Removed) -> BlockRemoved:

@@ -36,10 +36,13 @@ _PAIR: Final = 0x92
 _BYTES_8: Final = 0xC4
 # The fields of a map; an event that is an array has them in this order.
 _FIELDS: Final = ("type", "block_hashes", "parent_block_hash", "token_ids", "block_size")
+_KEYS: Final = "extra_keys"
+_KEYS_INDEX: Final = 8
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _map_decoder: Final = msgspec.msgpack.Decoder(dict[str, Raw])
 _array_decoder: Final = msgspec.msgpack.Decoder(list[Raw])
+_keys_decoder: Final = msgspec.msgpack.Decoder(list[Raw] | None)
 _kind_decoder: Final = msgspec.msgpack.Decoder(str)
 _size_decoder: Final = msgspec.msgpack.Decoder(int)
 
@@ -95,6 +98,9 @@ def _pieces(event: Raw) -> Iterator[bytes | Raw]:
         yield event
         return
     blocks, units = _Elements(fields[hashes]), None
+    extra = _KEYS if named else _KEYS_INDEX
+    keys = _keys_decoder.decode(fields[extra]) if extra in fields else None
+    done = 0
     blocks_per_piece, block_size = _UNITS_PER_PIECE, 0
     if name == "BlockStored":
         block_size = _size_decoder.decode(fields[size])
@@ -109,6 +115,9 @@ def _pieces(event: Raw) -> Iterator[bytes | Raw]:
         fields[hashes] = Raw(_array(count, all_but_last + last))
         if units is not None:
             fields[tokens] = Raw(_array(count * block_size, units.take(count * block_size)))
+        if keys:
+            fields[extra] = Raw(_encoder.encode(keys[done : done + count]))
+            done += count
         yield _encoder.encode(fields if named else list(fields.values()))
         if units is not None:
             fields[parent] = Raw(last)

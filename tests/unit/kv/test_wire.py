@@ -243,6 +243,45 @@ def test_keys_of_blocks_that_follow_others_name_no_salt() -> None:
     assert _only(_stored(parent_block_hash=3, extra_keys=[["text"]])).cache_salt is None
 
 
+# What vLLM 0.32 publishes for an image of eight tokens after three others, in blocks of four.
+_IMAGE = "cat-1"
+_SEEN: dict[str, Any] = {
+    "block_hashes": [5, 6, 7, 8],
+    "token_ids": [1, 2, 3, 9, 9, 9, 9, 9, 9, 9, 9, 4, 5, 6, 7, 8],
+    "block_size": 4,
+    "extra_keys": [[[_IMAGE, 3]], [[_IMAGE, -1]], [[_IMAGE, -5]], None],
+}
+
+
+def test_blocks_with_an_image_are_not_those_of_their_tokens() -> None:
+    plain = _stored(**_SEEN)
+    keys = plain.pop("extra_keys")
+    array = [*plain.values(), None, "GPU", None, keys]
+    for event in (_stored(**_SEEN), array):
+        found = _only(event)
+        assert found.cache_salt is None
+        tokens = found.tokens.tolist()
+        assert [index for index, token in enumerate(tokens) if token >> 32] == [0, 4, 8]
+        ids = _SEEN["token_ids"]
+        assert tokens[1:4] + tokens[5:8] + tokens[9:] == ids[1:4] + ids[5:8] + ids[9:]
+
+
+def test_the_same_image_at_the_same_place_has_the_same_blocks() -> None:
+    def tokens(identifier: str, offset: int) -> list[int]:
+        keys = [["lora", [identifier, offset], "salt"]]
+        found = _only(_stored(extra_keys=keys, lora_name="lora"))
+        assert (found.cache_salt, found.lora) == ("salt", "lora")
+        ids: list[int] = found.tokens.tolist()
+        return ids
+
+    assert tokens("a", 1) == tokens("a", 1)
+    assert len({tuple(tokens(*place)) for place in (("a", 1), ("a", 0), ("b", 1))}) == 3
+
+
+def test_blocks_with_embeddings_are_not_those_of_their_tokens() -> None:
+    assert _only(_stored(extra_keys=[[b"digest"]])).tokens[0] >> 32
+
+
 @pytest.mark.parametrize("keys", [[["x" * 1025]], {"a": 1}, [3]])
 def test_keys_of_blocks_that_cannot_be_read_cost_only_their_event(keys: Any) -> None:
     batch = _decoded(_stored(extra_keys=keys), _removed())

@@ -31,6 +31,17 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire_chunks, "_UNITS_PER_PIECE", 6)
 
 
+_KEYS = st.none() | st.lists(
+    st.sampled_from(["adapter", "salt", ["image", 3], ["image", -2], b"digest"]), max_size=3
+)
+
+
+def _keys(count: int) -> st.SearchStrategy[dict[str, Any]]:
+    """What an event of vLLM says besides: no adapter, and the keys of each block."""
+    keys = st.none() | st.lists(_KEYS, min_size=count, max_size=count)
+    return st.just({}) | keys.map(lambda one: {"lora_name": None, "extra_keys": one})
+
+
 @st.composite
 def _stored(draw: st.DrawFn) -> dict[str, Any]:
     size = draw(st.integers(1, 9))
@@ -47,6 +58,7 @@ def _stored(draw: st.DrawFn) -> dict[str, Any]:
         "block_size": size,
         "lora_id": None,
         "medium": draw(st.sampled_from(["GPU", "CPU_PINNED", None])),
+        **draw(_keys(len(hashes))),
     }
 
 
