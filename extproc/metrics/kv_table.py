@@ -26,7 +26,9 @@ _tokens = Section(
 )
 
 PROMPT_TOKENS = _tokens.counter(
-    "extproc_prompt_tokens_total", "Tokens of the prompts whose tokens are known.", "model"
+    "extproc_prompt_tokens_total",
+    "Tokens of the prompts whose tokens are known, or known in part; of the latter an estimate.",
+    "model",
 )
 CACHED_TOKENS = _tokens.counter(
     "extproc_cached_tokens_total",
@@ -39,6 +41,11 @@ OVERLAP_TOKENS = _tokens.histogram(
     "Tokens of each prompt that the chosen rank was known to hold.",
     "model",
     bounds=_OVERLAP_BOUNDS,
+)
+PROMPTS_IN_PART = _tokens.counter(
+    "extproc_prompts_known_in_part_total",
+    "Requests whose prompts are known up to the first image, audio or video only.",
+    "model",
 )
 PROMPTS_WITHOUT_TOKENS = _tokens.counter(
     "extproc_prompts_without_tokens_total",
@@ -55,7 +62,7 @@ PROMPTS_WITHOUT_TOKENS = _tokens.counter(
             "engine_tokens_late": "the engine did not answer with them in time, or was not asked; "
             "see extproc_engine_token_questions_total",
             "malformed": "the engine will refuse it, too",
-            "multimodal": "images, audio or video",
+            "multimodal": "images, audio or video, and no text before them that is certain",
             "no_chat_template": "",
             "no_text": "an empty prompt, for instance",
             "template_error": "",

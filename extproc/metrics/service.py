@@ -56,6 +56,7 @@ class Metrics:
         self.prompt_tokens = made.counter(kv_table.PROMPT_TOKENS)
         self.cached_tokens = made.counter(kv_table.CACHED_TOKENS)
         self.overlap_tokens = made.histogram(kv_table.OVERLAP_TOKENS)
+        self.prompts_in_part = made.counter(kv_table.PROMPTS_IN_PART)
         self.prompts_without_tokens = made.counter(kv_table.PROMPTS_WITHOUT_TOKENS)
         self.engine_token_questions = made.counter(kv_table.ENGINE_TOKEN_QUESTIONS)
         self.token_proofs = made.counter(kv_table.TOKEN_PROOFS)
@@ -76,6 +77,7 @@ class Metrics:
         """As `begin`, for a model whose policy looks at tokens."""
         self.prompt_tokens(model)
         self.cached_tokens(model)
+        self.prompts_in_part(model)
 
     def keep_only(
         self, *, models: Callable[[], Collection[str]], workers: Callable[[], Collection[str]]

@@ -40,12 +40,20 @@ _Shape = tuple[int, bool, Engine]
 class EngineTokens(NamedTuple):
     """A prompt's token ids (uint64) as an engine makes them, and the seed of their namespace.
 
-    Without `reads_cache`, the engine computes all of them and leaves them in its cache.
+    Without `reads_cache`, the engine computes all of them and leaves them in its cache. Of a prompt
+    with images, audio or video, the ids are those before the first of them, and `more` is an
+    estimate of the number of those that follow, at least 1.
     """
 
     ids: TokenIds
     seed: int
     reads_cache: bool = True
+    more: int = 0
+
+    @property
+    def total(self) -> int:
+        """The number of the prompt's tokens; an estimate if there are `more`."""
+        return len(self.ids) + self.more
 
 
 class PromptTokens(NamedTuple):
@@ -85,13 +93,17 @@ class _Candidate(Struct, gc=False):
 
 
 class _Prompt:
-    """A prompt cut into pages of one shape, and the ranks that hold or will hold them."""
+    """A prompt cut into pages of one shape, and the ranks that hold or will hold them.
 
-    __slots__ = ("cap", "held", "pages", "predicted", "predictions", "prefixes")
+    `pages` are those of the known tokens, and `more` an estimate of those that follow.
+    """
+
+    __slots__ = ("cap", "held", "more", "pages", "predicted", "predictions", "prefixes")
 
     def __init__(
         self,
         prefixes: TokenIds,
+        more: int,
         cap: int,
         held: dict[RankPages, Overlap],
         predictions: Predictions,
@@ -99,6 +111,7 @@ class _Prompt:
     ) -> None:
         self.prefixes = prefixes
         self.pages = len(prefixes)
+        self.more = more
         self.cap = cap  # the most tokens of prefill that a cache can spare
         self.held = held
         self.predictions = predictions
@@ -145,7 +158,8 @@ class Placed:
     """The rank that a prompt goes to.
 
     `cached_tokens` is how many of the prompt's `total_tokens` spare prefill because the rank
-    holds them; `total_tokens` is 0 when the tokens are not known. `predicted_tokens` are those that
+    holds them; `total_tokens` is 0 when the tokens are not known, and an estimate when only those
+    before an image, audio or video are. `predicted_tokens` are those that
     it will hold once it has computed what it was sent before. `prefill_tokens`, at least 1, is how
     many the rank is expected to compute.
     """
@@ -219,7 +233,7 @@ class Placement:
         tokens = prompt.by_engine
         prompts: dict[_Shape, _Prompt] = {}
         candidates = [_Candidate(rank, rank.order, rank.load) for rank in ranks]
-        total = max([len(one.ids) for one in tokens.values()], default=0)
+        total = max([one.total for one in tokens.values()], default=0)
         if total:
             self._look_up(candidates, prompts, prompt, now)
         query = KvQuery(now, total, prompt.guess)
@@ -231,7 +245,7 @@ class Placement:
         if pages is not None:
             cut = prompts.get((pages.page_size, pages.bigram, chosen.rank.engine))
         # An engine can have its own number of tokens; without its tokens it is 0.
-        total = 0 if found is None else len(found.ids)
+        total = 0 if found is None else found.total
         expected = total or prompt.guess
         if found is not None and chosen.rank.worker in prompt.differing:
             # Their number is about right.
@@ -278,7 +292,7 @@ class Placement:
             if prompt is None:
                 continue
             page_size = shape[0]
-            candidate.prompt_pages = prompt.pages
+            candidate.prompt_pages = prompt.pages + prompt.more
             overlap = prompt.held.get(pages)
             if overlap is not None:
                 cap = prompt.cap
@@ -305,6 +319,7 @@ class Placement:
         if predictions is None:
             predictions = self._predictions[shape] = Predictions()
         # The engine always computes the last token, and reuses whole pages only.
-        cap = (len(tokens) - 1) // page_size * page_size
+        last = 0 if found.more else 1
+        cap = (len(tokens) - last) // page_size * page_size
         predicted = predictions.match(prefixes, now) if found.reads_cache else {}
-        return _Prompt(prefixes, cap, held, predictions, predicted)
+        return _Prompt(prefixes, found.more // page_size, cap, held, predictions, predicted)

@@ -40,6 +40,8 @@ __all__ = ["Encoder", "RankChooser", "TokenTruth"]
 
 # Of English text; JSON around it included.
 _BYTES_PER_TOKEN = 5
+# Of an image of a megapixel: 256 in one common model, 1300 in another.
+_TOKENS_PER_MEDIUM = 512
 _BODY_NOT_SEEN = "body_not_visible"
 _NO_EVENTS = "no_events"
 _WARN_SECONDS = 60.0
@@ -118,16 +120,18 @@ class RankChooser:
         fields, path = request.take_fields(), request.endpoint.path
         by_engine: dict[Engine, EngineTokens] = {}
         encoded, differing = _LATE, _NO_WORKERS
+        guess = len(request.body) // _BYTES_PER_TOKEN
         try:
             async with asyncio.timeout(self._patience_seconds):
                 for engine in self._ranks.engines_of(self._model):
                     prompt = await self._encoder.read(engine.rules, path, request.body, fields)
+                    guess = _guess(prompt, request.body)
                     encoded = await self._encoder.encode(prompt)
                     if encoded.reason in _ONLY_THE_ENGINE:
                         encoded = await self._from_engine(engine, request, encoded.reason)
-                    if encoded.ids is not None:
-                        seed = self._seed(prompt, adapter)
-                        by_engine[engine] = EngineTokens(encoded.ids, seed, prompt.reads_cache)
+                    tokens = self._tokens(prompt, encoded, adapter, guess)
+                    if tokens is not None:
+                        by_engine[engine] = tokens
                         # Ids of the client are the engine's, too.
                         if prompt.ids is None:
                             differing = self._differing(request)
@@ -137,12 +141,25 @@ class RankChooser:
             encoded = _LATE
         elapsed = self._clock.monotonic() - started
         self._metrics.tokenization_seconds(self._model).observe(elapsed)
-        if encoded.ids is None:
+        if encoded.beginning is not None:
+            self._metrics.prompts_in_part(self._model).inc()
+        elif encoded.ids is None:
             self._metrics.prompts_without_tokens(self._model, encoded.reason).inc()
             if encoded.reason == TEMPLATE_LIMIT and started >= self._warn_again_at:
                 self._warn_again_at = started + _WARN_SECONDS
                 _log.warning("chat_template_over_limit", model=self._model)
-        return PromptTokens(by_engine, len(request.body) // _BYTES_PER_TOKEN, differing)
+        return PromptTokens(by_engine, guess, differing)
+
+    def _tokens(
+        self, prompt: Prompt, encoded: Encoded, adapter: str | None, guess: int
+    ) -> EngineTokens | None:
+        ids, more = encoded.ids, 0
+        if encoded.beginning is not None:
+            ids = encoded.beginning
+            more = max(1, guess - len(ids))
+        if ids is None:
+            return None
+        return EngineTokens(ids, self._seed(prompt, adapter), prompt.reads_cache, more)
 
     async def _from_engine(self, engine: Engine, request: Request, reason: str) -> Encoded:
         """The tokens of a prompt that only the engine can make, from the engine."""
@@ -171,7 +188,8 @@ class RankChooser:
         left, path = set(differing), request.endpoint.path
         for engine, tokens in list(by_engine.items()):
             workers = engines.workers_of(self._model, engine)
-            if not workers or not workers <= left:
+            # Before an image, too, other tokens are other tokens; the engine answers for all.
+            if not workers or not workers <= left or tokens.more:
                 continue
             ids = await engines.ids(self._model, engine, path, request.body, rendered_only=False)
             if ids is not None:
@@ -220,6 +238,12 @@ class RankChooser:
             self._prompt_tokens.value += placed.total_tokens
             self._cached_tokens.value += placed.cached_tokens
             self._metrics.overlap_tokens(self._model).observe(placed.cached_tokens)
+
+
+def _guess(prompt: Prompt, body: bytes | bytearray) -> int:
+    """An estimate of the number of tokens, from the size of the body's texts and its media."""
+    texts = max(0, len(body) - prompt.media_bytes)
+    return texts // _BYTES_PER_TOKEN + prompt.media * _TOKENS_PER_MEDIUM
 
 
 def _in_flight(worker: Worker) -> int:

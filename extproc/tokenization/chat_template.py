@@ -16,9 +16,17 @@ from msgspec import Struct, structs
 from extproc.errors import ServiceError
 from extproc.tokenization.content_format import content_format as detected_format
 from extproc.tokenization.errors import TokenizerError, UnmappableError
+from extproc.tokenization.media import text_before_media
 from extproc.tokenization.open_end import cut_at_mark, marked
-from extproc.tokenization.prompts import Chat, ContentFormat, TemplateFacts
+from extproc.tokenization.prompts import (
+    Chat,
+    ContentFormat,
+    Message,
+    TemplateFacts,
+    TemplateInput,
+)
 from extproc.tokenization.reasons import (
+    MULTIMODAL,
     NO_CHAT_TEMPLATE,
     TEMPLATE_ERROR,
     TEMPLATE_LIMIT,
@@ -53,6 +61,8 @@ _LOW_EFFORT: Final = "low"
 _EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
 _HI_IN_PARTS: Final = ({"type": "text", "text": "Hi"},)
 _ADDED_FUNCTIONS: Final = ("raise_exception", "strftime_now")
+# What the library changes when it turns tokens into text and cleans that up.
+_CLEANED_UP: Final = re.compile(r" (?:[.?!,]|' |n't|'m|'s|'ve|'re)")
 _GENERATION_TAG: Final = re.compile(r"\{%[-+]?\s*generation\b")
 
 
@@ -60,11 +70,15 @@ class RenderedChat(Struct, frozen=True):
     """The text to encode, and the beginning of the answer to continue it.
 
     `with_special`: the text is encoded with the special tokens that the tokenizer adds.
+    `cut`: the text ends before an image, audio or video, so that it is not known what follows.
+    `text_encoded_twice` is that of the input.
     """
 
     text: str
     continued: str
     with_special: bool
+    cut: bool = False
+    text_encoded_twice: bool = False
 
 
 class ChatTemplates:
@@ -86,6 +100,7 @@ class ChatTemplates:
         hides_unchosen_tools: bool = False,
     ) -> None:
         self._special_tokens = files.special_tokens
+        self._cleans_up_blanks = files.cleans_up_blanks
         self._default_kwargs = default_kwargs or {}
         environment = template_environment()
         compiled = {
@@ -111,6 +126,7 @@ class ChatTemplates:
                     {**self._special_tokens, **self._default_kwargs}
                 ),
                 "hides_unchosen_tools": hides_unchosen_tools,
+                "model_type": files.model_type,
             }
             if content_format is not None:
                 found["content_format"] = content_format
@@ -147,9 +163,50 @@ class ChatTemplates:
         if template is None:
             raise UnmappableError(NO_CHAT_TEMPLATE)
         given = chat.for_template(template.facts, self._default_kwargs)
+        if given.other_media is not None:
+            return self._before_media(template, given, given.other_media, max_chars, share)
         messages, last = given.messages, None
         if given.open_end:
             messages, last = marked(messages)
+        text = self._text(template, given, messages, max_chars, share)
+        if last is not None:
+            text = cut_at_mark(text, last)
+        return RenderedChat(text, given.continued, given.with_special)
+
+    def _before_media(
+        self,
+        template: "_Template",
+        given: TemplateInput,
+        other_media: list[Message],
+        max_chars: int,
+        share: float,
+    ) -> RenderedChat:
+        """The text before the first image, audio or video."""
+        text = text_before_media(
+            self._text(template, given, given.messages, max_chars, share),
+            self._text(template, given, other_media, max_chars, share),
+        )
+        if self._cleans_up_blanks and (blank := _CLEANED_UP.search(text)) is not None:
+            text = text[: blank.start()]
+        if not text:
+            raise UnmappableError(MULTIMODAL)
+        return RenderedChat(
+            text,
+            "",
+            given.with_special,
+            cut=True,
+            text_encoded_twice=given.text_encoded_twice,
+        )
+
+    def _text(
+        self,
+        template: "_Template",
+        given: TemplateInput,
+        messages: list[Message],
+        max_chars: int,
+        share: float,
+    ) -> str:
+        """The text for these messages; raises UnmappableError."""
         variables = {
             "messages": messages,
             "tools": given.tools,
@@ -159,18 +216,15 @@ class ChatTemplates:
             **given.kwargs,
         }
         try:
-            text = template.render(variables, max_chars, share)
+            return template.render(variables, max_chars, share)
         except _TemplateFailedError:
             if given.tools is None or not given.functions_too:
                 raise UnmappableError(TEMPLATE_ERROR) from None
-            variables["tools"] = [tool["function"] for tool in given.tools]
-            try:
-                text = template.render(variables, max_chars, share)
-            except _TemplateFailedError:
-                raise UnmappableError(TEMPLATE_ERROR) from None
-        if last is not None:
-            text = cut_at_mark(text, last)
-        return RenderedChat(text, given.continued, given.with_special)
+        variables["tools"] = [tool["function"] for tool in given.tools]
+        try:
+            return template.render(variables, max_chars, share)
+        except _TemplateFailedError:
+            raise UnmappableError(TEMPLATE_ERROR) from None
 
 
 class _TemplateFailedError(ServiceError):

@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from extproc.clock import Clock
-from extproc.tokenization.chat_template import ChatTemplates
+from extproc.tokenization.body_shape import (
+    LARGEST_WITH_MEDIA,
+    has_many_parts,
+    is_mostly_media,
+)
+from extproc.tokenization.chat_template import ChatTemplates, RenderedChat
 from extproc.tokenization.errors import (
     EncodeFailedError,
     EncoderBusyError,
@@ -27,10 +32,18 @@ from extproc.tokenization.errors import (
 )
 from extproc.tokenization.fields import BodyFields
 from extproc.tokenization.pool import BoundedPool
-from extproc.tokenization.prompts import ContentFormat, Prompt, PromptRules, prompt_of, read_prompt
+from extproc.tokenization.prompts import (
+    Chat,
+    ContentFormat,
+    Prompt,
+    PromptRules,
+    prompt_of,
+    read_prompt,
+)
 from extproc.tokenization.reasons import (
     BUSY,
     ENCODE_ERROR,
+    MULTIMODAL,
     NO_TEXT,
     REASONS,
     RENDERED_BY_ENGINE,
@@ -48,9 +61,6 @@ _Result = TypeVar("_Result")
 
 # So many ids are turned into text on the loop.
 _DECODED_INLINE_MAX_TOKENS: Final = 4096
-# A larger body is looked at for many small parts, which take longer than long texts.
-_SMALL_BODY_BYTES: Final = 32 * 1024
-_PARTS_INLINE_MAX: Final = 1024
 # Of the time of a rendering: 5 ms. What takes more begins again in a thread.
 _INLINE_SHARE: Final = 0.02
 
@@ -58,12 +68,15 @@ _INLINE_SHARE: Final = 0.02
 class Encoded(NamedTuple):
     """The token ids of a prompt (uint64), or None with the reason.
 
-    `member` is the member of the body that the reason is about, empty if it is not known.
+    `member` is the member of the body that the reason is about, empty if it is not known. Of a
+    prompt with images, audio or video, `beginning` are the ids before the first of them, as far
+    as they do not depend on what follows; None if they are not known.
     """
 
     ids: NDArray[np.uint64] | None
     reason: str
     member: str = ""
+    beginning: NDArray[np.uint64] | None = None
 
 
 class EncoderSettings(Struct, frozen=True, kw_only=True):
@@ -75,7 +88,8 @@ class EncoderSettings(Struct, frozen=True, kw_only=True):
     None for "auto", and `hides_unchosen_tools` its `--exclude-tools-when-tool-choice-none`. A
     prompt gets no tokens if its text or rendered chat has
     more than `max_chars` characters, if it has more than `max_chars` token ids or `max_messages`
-    messages, or if its body is larger than `max_body_bytes`. Up to `inline_chars` new characters
+    messages, or if its body is larger than `max_body_bytes`, eight times that for bodies that
+    consist of images, audio or video. Up to `inline_chars` new characters
     are encoded on the event loop, and chats of up to `inline_body_bytes` and `inline_messages`
     are rendered there. All larger work waits for one of `threads`, in a queue of `max_waiting`.
     """
@@ -203,7 +217,7 @@ class PromptEncoder:
         if it is larger than `max_body_bytes` or the queue is full; then the prompt has a reason.
         """
         if fields is not None:
-            if not _has_many_parts(body):
+            if not has_many_parts(body):
                 return prompt_of(rules, path, fields, len(body))
             # The size lets the rendering, too, take place in a thread.
             size = max(len(body), self._settings.inline_body_bytes + 1)
@@ -213,12 +227,17 @@ class PromptEncoder:
                 return Prompt(reason=BUSY, body_bytes=size)
         if len(body) <= self._settings.inline_body_bytes:
             return read_prompt(rules, path, body)
-        if len(body) > self._settings.max_body_bytes:
+        if len(body) > self._settings.max_body_bytes * LARGEST_WITH_MEDIA:
             return Prompt(reason=TOO_LONG, body_bytes=len(body))
         try:
-            return await self._pool.run(lambda: read_prompt(rules, path, body))
+            return await self._pool.run(lambda: self._read_large(rules, path, body))
         except EncoderBusyError:
             return Prompt(reason=BUSY, body_bytes=len(body))
+
+    def _read_large(self, rules: PromptRules, path: str, body: bytes | bytearray) -> Prompt:
+        if len(body) > self._settings.max_body_bytes and not is_mostly_media(body):
+            return Prompt(reason=TOO_LONG, body_bytes=len(body))
+        return read_prompt(rules, path, body)
 
     async def encode(self, prompt: Prompt) -> Encoded:
         """The token ids that the engine will compute for a prompt, or the reason without them."""
@@ -232,6 +251,8 @@ class PromptEncoder:
                 ids = prompt.ids
             else:
                 raise UnmappableError(TOO_LONG)
+            if prompt.chat is not None and prompt.chat.has_media:
+                return Encoded(None, MULTIMODAL, beginning=ids)
             keep = prompt.keep_tokens
             if keep is not None and keep < len(ids):
                 ids = self._cut(ids, keep, prompt)
@@ -281,6 +302,7 @@ class PromptEncoder:
         self._pool.close()
 
     async def _encode(self, prompt: Prompt) -> NDArray[np.uint64]:
+        """All ids, or those before the first medium."""
         chat, settings = prompt.chat, self._settings
         if chat is None:
             if prompt.text is None:
@@ -292,7 +314,10 @@ class PromptEncoder:
             raise UnmappableError(TOO_LONG)
         if self._vocabulary.harmony and chat.harmony_is_special:
             raise UnmappableError(RENDERED_BY_ENGINE)
-        render = partial(self._templates.render, chat, settings.max_chars)
+        if chat.has_media and prompt.keep_tokens is not None:
+            # How many of the kept tokens are those of media is not known.
+            raise UnmappableError(MULTIMODAL)
+        render = partial(self._render, chat)
         if prompt.body_bytes > settings.inline_body_bytes or chat.length > settings.inline_messages:
             rendered = await self._off_loop(render)
         else:
@@ -303,6 +328,9 @@ class PromptEncoder:
                     raise
                 rendered = await self._off_loop(render)
         ids = await self._encode_text(rendered.text, rendered.with_special)
+        if rendered.cut and rendered.with_special:
+            _, after = self._texts.around or (0, 0)
+            ids = ids[: len(ids) - after]
         if rendered.continued:
             # The engine encodes the beginning of the answer separately, with special tokens, and
             # then drops only the token that begins a text.
@@ -311,6 +339,17 @@ class PromptEncoder:
                 more = more[1:]
             ids = np.concatenate((ids, more))
         return ids
+
+    def _render(self, chat: Chat, *, share: float = 1.0) -> RenderedChat:
+        """The text of a chat; before a medium, as far as its tokens do not depend on the medium."""
+        rendered = self._templates.render(chat, self._settings.max_chars, share=share)
+        if not rendered.cut:
+            return rendered
+        around = self._texts.around
+        text = self._texts.certain_beginning(rendered.text)
+        if not text or around is None or (rendered.text_encoded_twice and around != (0, 0)):
+            raise UnmappableError(MULTIMODAL)
+        return structs.replace(rendered, text=text)
 
     def _cut(self, ids: NDArray[np.uint64], keep: int, prompt: Prompt) -> NDArray[np.uint64]:
         """The ids that are kept of more than `keep`; raises UnmappableError."""
@@ -357,11 +396,3 @@ class PromptEncoder:
         result, seconds = await self._pool.run(timed)
         self.stats.seconds += seconds
         return result
-
-
-def _has_many_parts(body: bytes | bytearray) -> bool:
-    """True for JSON of many small values, such as calls of tools; prose has fewer commas."""
-    return len(body) > _SMALL_BODY_BYTES and (
-        body.count(b"{") + body.count(b"[") > _PARTS_INLINE_MAX
-        or body.count(b",") > 8 * _PARTS_INLINE_MAX
-    )

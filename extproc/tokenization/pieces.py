@@ -292,7 +292,7 @@ class PieceSplitter:
         """The pieces, which join to `text`; an empty text has no pieces."""
         pieces: list[str] = []
         start = gap = 0
-        for first, end in self._tokens(text):
+        for first, end in self.token_spans(text):
             if first - start > self._stride_chars:
                 start = self._split_gap(text, start, gap, first, pieces)
             if end - start >= self._min_chars:
@@ -305,7 +305,7 @@ class PieceSplitter:
             pieces.append(text[start:])
         return pieces
 
-    def _tokens(self, text: str) -> list[tuple[int, int]]:
+    def token_spans(self, text: str) -> list[tuple[int, int]]:
         """The start and the end of each added token of both passes, in ascending order."""
         raw = self._raw
         if self._normalized is None:

@@ -9,11 +9,12 @@ than no prompt, since it sends the request to a worker that does not hold the pr
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from extproc.tokenization.errors import UnmappableError
 from extproc.tokenization.fields import UNREADABLE, BodyFields, decode_fields, has_prompt
+from extproc.tokenization.media import media_in
 from extproc.tokenization.reasons import MALFORMED, UNSUPPORTED
 
 __all__ = [
@@ -70,7 +71,7 @@ class TemplateFacts(Struct, frozen=True, kw_only=True):
     `wants_system_first`: it fails for a system's message after others, and
     `effort_without_thinking` is the effort that turns thinking off, both as vLLM tries it out.
     `hides_unchosen_tools`: vLLM was started so that a `tool_choice` that forbids calls hides the
-    tools.
+    tools. `model_type` is that of the model's `config.json`, empty if it is not known.
     """
 
     loops_over_parts: bool = False
@@ -80,6 +81,7 @@ class TemplateFacts(Struct, frozen=True, kw_only=True):
     wants_system_first: bool = False
     effort_without_thinking: str = "none"
     hides_unchosen_tools: bool = False
+    model_type: str = ""
 
 
 class TemplateInput(Struct, frozen=True, kw_only=True):
@@ -90,6 +92,10 @@ class TemplateInput(Struct, frozen=True, kw_only=True):
     the tools. `open_end`: the text is cut after the last message, which the model continues.
     `continued` is encoded after the text, with special tokens. `with_special`: the text itself is
     encoded with them.
+    `other_media` is given for a chat with images, audio or video: the messages once more, which
+    differ in nothing but these. Then only the text before the first medium is known.
+    `text_encoded_twice`: the engine turns the tokens of such a chat into text and encodes that
+    once more, with special tokens.
     """
 
     messages: list[Message]
@@ -101,6 +107,8 @@ class TemplateInput(Struct, frozen=True, kw_only=True):
     open_end: bool = False
     continued: str = ""
     with_special: bool = False
+    other_media: list[Message] | None = None
+    text_encoded_twice: bool = False
 
 
 class Chat(Protocol):
@@ -113,6 +121,11 @@ class Chat(Protocol):
 
     @property
     def has_tools(self) -> bool: ...
+
+    @property
+    def has_media(self) -> bool:
+        """True if some message has an image, audio or video."""
+        ...
 
     @property
     def with_special(self) -> bool:
@@ -144,7 +157,8 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     around the text stay, and the end of the text between them.
     Without `reads_cache`, the engine computes all of the prompt, whatever it holds.
     `cache_salt` and `lora` name the cache namespace; both are None for the common one. The adapter
-    in a `model` of the form base:adapter is not among them. `body_bytes` is the size of the body.
+    in a `model` of the form base:adapter is not among them. `body_bytes` is the size of the body,
+    of which `media_bytes` are those of `media` images, audio and videos.
     """
 
     chat: Chat | None = None
@@ -159,6 +173,8 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     reason: str = ""
     member: str = ""
     body_bytes: int = 0
+    media: int = 0
+    media_bytes: int = 0
 
 
 class PromptRules(Protocol):
@@ -175,11 +191,16 @@ class PromptRules(Protocol):
 def prompt_of(rules: PromptRules, path: str, fields: BodyFields, body_bytes: int) -> Prompt:
     """The prompt in the decoded fields of a body of `body_bytes` sent to `path`."""
     try:
-        return rules.prompt(path, fields, body_bytes)
+        prompt = rules.prompt(path, fields, body_bytes)
     except UnmappableError as refused:
-        return Prompt(reason=refused.reason, member=refused.member, body_bytes=body_bytes)
+        prompt = Prompt(reason=refused.reason, member=refused.member, body_bytes=body_bytes)
     except UNREADABLE:
-        return Prompt(reason=MALFORMED, body_bytes=body_bytes)
+        prompt = Prompt(reason=MALFORMED, body_bytes=body_bytes)
+    if prompt.reason or (prompt.chat is not None and prompt.chat.has_media):
+        media, media_bytes = media_in(fields)
+        if media:
+            return structs.replace(prompt, media=media, media_bytes=media_bytes)
+    return prompt
 
 
 def read_prompt(rules: PromptRules, path: str, body: bytes | bytearray) -> Prompt:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from extproc.tokenization.caches import SegmentCache
+from extproc.tokenization.certain_end import CertainEnd
 from extproc.tokenization.errors import TokenizerError
 from extproc.tokenization.pieces import PieceSplitter, SplitPlan, split_plan
 from extproc.tokenization.plain_encoder import PlainEncoder, packed
@@ -100,6 +101,7 @@ class TextEncoder:
         self._around_known = plan.around is not None
         tokens = plan.raw_tokens + plan.normalized_tokens
         self._token_starts = "".join({token[0] for token in tokens})
+        self._certain = None if self.unsafe else CertainEnd(plan)
         self._splitter: PieceSplitter | None = None
         self._words: WordEncoder | None = None
         if not self.unsafe and cache_bytes:
@@ -120,6 +122,13 @@ class TextEncoder:
         if not self._around_known:
             return None
         return len(self._before) // 4, len(self._after) // 4
+
+    def certain_beginning(self, text: str) -> str:
+        """The beginning of a text that has the same tokens whatever follows the text.
+
+        It is empty for a tokenizer whose texts cannot be cut.
+        """
+        return "" if self._certain is None else text[: self._certain.of(text)]
 
     @property
     def cache_bytes(self) -> int:

@@ -22,6 +22,7 @@ __all__ = ["TokenizerFiles", "read_tokenizer"]
 
 _TOKENIZER: Final = "tokenizer.json"
 _CONFIG: Final = "tokenizer_config.json"
+_MODEL_CONFIG: Final = "config.json"
 _SPECIAL_TOKENS: Final = "special_tokens_map.json"
 _TEMPLATE: Final = "chat_template.jinja"
 _MORE_TEMPLATES: Final = "additional_chat_templates"
@@ -46,13 +47,17 @@ class TokenizerFiles(Struct, frozen=True):
     """A tokenizer with its special tokens and chat templates.
 
     `special_tokens` are variables of a template, by name (`bos_token`, …). `templates` are the
-    sources by name; `template_files` has the file of each, for error texts.
+    sources by name; `template_files` has the file of each, for error texts. `model_type` is that of
+    the model's `config.json`, empty without such a file. `cleans_up_blanks`: the tokenizer leaves
+    out blanks before some marks when it turns tokens into text.
     """
 
     tokenizer: Tokenizer
     special_tokens: dict[str, str]
     templates: dict[str, str]
     template_files: dict[str, Path]
+    model_type: str = ""
+    cleans_up_blanks: bool = False
 
 
 def read_tokenizer(path: Path) -> TokenizerFiles:
@@ -85,7 +90,24 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
     _complete(tokenizer, config, config_file, [*named.values(), *extra])
     templates, template_files = _templates(folder, config, config_file)
     special_tokens = {name: token.content for name, token in named.items()}
-    return TokenizerFiles(tokenizer, special_tokens, templates, template_files)
+    return TokenizerFiles(
+        tokenizer,
+        special_tokens,
+        templates,
+        template_files,
+        model_type=_model_type(folder / _MODEL_CONFIG),
+        cleans_up_blanks=config.get("clean_up_tokenization_spaces") is True,
+    )
+
+
+def _model_type(file: Path) -> str:
+    """The model's type; empty if the file is missing or is not a model's configuration."""
+    try:
+        found = _json_object(file).get("model_type")
+    except TokenizerError:
+        # Tokens do not need this file.
+        return ""
+    return found if type(found) is str else ""
 
 
 def _json_object(file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writes the four small models of the vectors: tokenizers, chat templates and configurations.
+"""Writes the small models of the vectors: tokenizers, chat templates and configurations.
 
 They are kept in the repository, since another version of the library may train another tokenizer,
 and the vectors belong to these. Weights are not needed: engines make random ones.
@@ -111,11 +111,31 @@ def parts() -> Tokenizer:
     return tokenizer
 
 
+def seeing() -> Tokenizer:
+    """Like `tools`, with tokens for images, which its template puts where they are."""
+    tokenizer = tools()
+    tokenizer.add_tokens(_special("<|vision_start|>", "<|vision_end|>", *_IMAGE_TOKENS))
+    return tokenizer
+
+
+def seeing_text() -> Tokenizer:
+    """Like `seeing`, with a first token and a template that reads contents as texts."""
+    tokenizer = seeing()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A",
+        special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))],
+    )
+    return tokenizer
+
+
+_IMAGE_TOKENS: Final = ("<|image_pad|>", "<|video_pad|>")
 _CONFIGS: Final[dict[str, dict[str, Any]]] = {
     "plain": {"eos_token": "<|end|>"},
     "tools": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     "bos": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
     "parts": {"bos_token": "<s>", "eos_token": "</s>"},
+    "seeing": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "seeing_text": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
 }
 _SHAPE: Final[dict[str, Any]] = {
     "hidden_size": 64,
@@ -134,11 +154,46 @@ _ARCHITECTURES: Final = {
     "tools": ("qwen3", "Qwen3ForCausalLM"),
     "bos": ("llama", "LlamaForCausalLM"),
     "parts": ("qwen3", "Qwen3ForCausalLM"),
+    "seeing": ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+    "seeing_text": ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+}
+# What a model that reads images has besides.
+_VISION: Final[dict[str, Any]] = {
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    "vision_config": {
+        "model_type": "qwen2_vl",
+        "depth": 2,
+        "embed_dim": 64,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "in_chans": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
+_VISION_TOKENS: Final = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "vision_token_id": "<|image_pad|>",
+}
+_PROCESSOR: Final[dict[str, Any]] = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2VLProcessor",
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 784,
+    "max_pixels": 100352,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
 }
 
 
 def main() -> None:
-    for make in (plain, tools, bos, parts):
+    for make in (plain, tools, bos, parts, seeing, seeing_text):
         name = make.__name__
         folder = MODELS / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +208,11 @@ def main() -> None:
         kind, architecture = _ARCHITECTURES[name]
         shape = {"architectures": [architecture], "model_type": kind, **_SHAPE}
         ends = tokenizer.token_to_id(_CONFIGS[name]["eos_token"])
+        if kind == "qwen2_vl":
+            shape |= _VISION
+            for member, token in _VISION_TOKENS.items():
+                shape[member] = tokenizer.token_to_id(token)
+            _write(folder / "preprocessor_config.json", _PROCESSOR)
         _write(folder / "config.json", {**shape, "eos_token_id": ends})
 
 

@@ -5,6 +5,8 @@ does not compute: it notes the prompt that it is given, and ends the request. Ru
 environment that install/vllm.sh makes:
 
     $(tests/engines/install/vllm.sh)/bin/python -m tests.engines.make_vllm_vectors
+
+With the word "media", only the vectors of bodies with images are made.
 """
 
 # ruff: noqa: T201
@@ -12,7 +14,7 @@ import asyncio
 import os
 import sys
 from argparse import Namespace
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,8 +34,8 @@ from vllm.renderers.hf import resolve_chat_template_content_format
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
-from tests.engines.bodies import Body, all_bodies
-from tests.engines.vectors import MODEL_NAMES, MODELS, write_vectors
+from tests.engines.bodies import Body, all_bodies, media_bodies
+from tests.engines.vectors import MODEL_NAMES, MODELS, SEEING_NAMES, write_vectors
 
 # Agents need these; without a parser of reasoning, a budget for it is refused.
 _FLAGS: Final = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
@@ -117,11 +119,11 @@ class _Server:
         self.engine = _ListeningEngine(config)
         self.app = build_app(self.args, _TASKS)
 
-    async def answers(self) -> dict[str, Any]:
+    async def answers(self, bodies: Sequence[Body]) -> dict[str, Any]:
         await init_app_state(self.engine, self.app.state, self.args, _TASKS)
         transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
-            return {body.name: await self._answer(client, body) for body in all_bodies()}
+            return {body.name: await self._answer(client, body) for body in bodies}
 
     async def _answer(self, client: httpx.AsyncClient, body: Body) -> dict[str, Any]:
         self.engine.heard.clear()
@@ -141,7 +143,10 @@ class _Server:
         if heard[0].sampling_params.skip_reading_prefix_cache:
             answer["reads_cache"] = False
         if heard[0].mm_features:
-            answer["multimodal"] = True
+            answer["media"] = [
+                [one.mm_position.offset, one.mm_position.length, one.identifier]
+                for one in heard[0].mm_features
+            ]
         return answer
 
     def content_format(self) -> str:
@@ -162,19 +167,23 @@ def _message_of(response: httpx.Response) -> str:
 
 
 async def main() -> None:
-    models = {}
-    for model in MODEL_NAMES:
-        server = _Server(model)
-        answers = await server.answers()
-        models[model] = {
-            "flags": server.flags,
-            "content_format": server.content_format(),
-            "answers": answers,
-        }
-        refused = sum("refused" in answer for answer in answers.values())
-        print(f"{model}: {len(answers)} bodies, {refused} refused", file=sys.stderr)
     version = vllm.__version__.partition("+")[0]
-    print(write_vectors({"engine": "vllm", "version": version, "models": models}))
+    for kind, names, bodies in (
+        ("", MODEL_NAMES, all_bodies()),
+        ("media", SEEING_NAMES, media_bodies()),
+    ):
+        if kind not in sys.argv[1:] and sys.argv[1:]:
+            continue
+        models = {name: await _vectors(name, bodies) for name in names}
+        print(write_vectors({"engine": "vllm", "version": version, "models": models}, kind))
+
+
+async def _vectors(model: str, bodies: Sequence[Body]) -> dict[str, Any]:
+    server = _Server(model)
+    answers = await server.answers(bodies)
+    refused = sum("refused" in answer for answer in answers.values())
+    print(f"{model}: {len(answers)} bodies, {refused} refused", file=sys.stderr)
+    return {"flags": server.flags, "content_format": server.content_format(), "answers": answers}
 
 
 if __name__ == "__main__":

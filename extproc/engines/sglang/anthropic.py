@@ -69,6 +69,8 @@ def _user(blocks: list[Any]) -> list[Message]:
         kind = _kind(block)
         if kind == "text":
             parts.append({"type": "text", "text": _text(block)})
+        elif kind == "image":
+            parts.append(_image(block))
         elif kind == "tool_result":
             if parts:
                 messages.append({"role": "user", "content": _content(parts)})
@@ -81,7 +83,7 @@ def _user(blocks: list[Any]) -> list[Message]:
                 }
             )
         else:
-            raise _left_out(kind)
+            raise UnmappableError(UNSUPPORTED)
     if parts:
         messages.append({"role": "user", "content": _content(parts)})
     return messages
@@ -94,6 +96,8 @@ def _assistant(blocks: list[Any]) -> list[Message]:
         kind = _kind(block)
         if kind == "text":
             parts.append({"type": "text", "text": _text(block)})
+        elif kind == "image":
+            parts.append(_image(block))
         elif kind == "tool_use":
             arguments, name, identity = block.get("input"), block.get("name"), block.get("id")
             if type(identity) is not str or type(name) is not str:
@@ -104,7 +108,7 @@ def _assistant(blocks: list[Any]) -> list[Message]:
             function = {"name": name, "arguments": arguments or {}}
             calls.append({"id": identity, "type": "function", "function": function})
         elif kind != "thinking" or block.get("thinking"):
-            raise _left_out(kind)
+            raise UnmappableError(UNSUPPORTED)
     message: Message = {"role": "assistant"}
     if calls:
         message["tool_calls"] = calls
@@ -126,8 +130,11 @@ def _result(given: Any) -> Any:
     parts = []
     for item in given:
         kind = _kind(item)
+        if kind == "image":
+            parts.append(_image(item))
+            continue
         if kind != "text":
-            raise _left_out(kind)
+            raise UnmappableError(UNSUPPORTED)
         text = _text(item)
         if text:
             parts.append({"type": "text", "text": text})
@@ -136,7 +143,7 @@ def _result(given: Any) -> Any:
 
 def _content(parts: list[Message]) -> Any:
     """The text alone if there is one part, else the list of parts."""
-    return parts[0]["text"] if len(parts) == 1 else parts
+    return parts[0]["text"] if len(parts) == 1 and "text" in parts[0] else parts
 
 
 def _kind(block: Any) -> Any:
@@ -152,8 +159,13 @@ def _text(block: Message) -> str:
     return text
 
 
-def _left_out(kind: Any) -> UnmappableError:
-    return UnmappableError(MULTIMODAL if kind == "image" else UNSUPPORTED)
+def _image(block: Message) -> Message:
+    source = block.get("source")
+    given = "data" if type(source) is dict and source.get("type") == "base64" else "url"
+    if type(source) is not dict or not source.get(given):
+        # The engine may leave it out.
+        raise UnmappableError(MULTIMODAL)
+    return {"type": "image_url"}
 
 
 @kept_by_bytes

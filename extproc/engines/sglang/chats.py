@@ -8,7 +8,12 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from extproc.engines.sglang.messages import chat_messages, for_template
+from extproc.engines.sglang.messages import (
+    chat_messages,
+    for_template,
+    has_media,
+    without_media,
+)
 from extproc.engines.sglang.tools import chosen_tools, function_tools
 from extproc.tokenization.errors import UnmappableError
 from extproc.tokenization.fields import ChatBody
@@ -19,11 +24,13 @@ from extproc.tokenization.prompts import (
     TemplateInput,
     Tool,
 )
-from extproc.tokenization.reasons import MALFORMED, NO_TEXT, UNSUPPORTED
+from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, NO_TEXT, UNSUPPORTED
 
 __all__ = ["SglangChat", "chat_prompt", "openai_chat", "thinking_kwargs"]
 
 _EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"})
+# Types of models whose media the engine puts before all text.
+_MEDIA_FIRST: Final = frozenset({"clip", "paligemma", "siglip"})
 _EFFORT_MAX: Final = 0.99
 _TRUE_WORDS: Final = frozenset({"1", "true", "yes", "y", "on"})
 
@@ -52,6 +59,10 @@ class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
         return self.tools is not None
 
     @property
+    def has_media(self) -> bool:
+        return self.parts and has_media(self.messages)
+
+    @property
     def with_special(self) -> bool:
         return False
 
@@ -62,18 +73,28 @@ class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
     def for_template(
         self, template: TemplateFacts, default_kwargs: dict[str, Any]
     ) -> TemplateInput:
-        messages, continued = for_template(
-            self.messages, template.loops_over_parts, self.continue_final
-        )
-        if not messages:
-            raise UnmappableError(MALFORMED)
+        messages, continued = self._messages(self.messages, template)
+        other_media = None
+        if self.has_media:
+            # A template for texts gets no media, and has no placeholder for them.
+            if not template.loops_over_parts or template.model_type in _MEDIA_FIRST:
+                raise UnmappableError(MULTIMODAL)
+            other_media, _ = self._messages(without_media(self.messages), template)
         return TemplateInput(
             messages=messages,
             tools=self.tools,
             kwargs=self._kwargs(template, default_kwargs),
             functions_too=True,
             continued=continued,
+            other_media=other_media,
+            text_encoded_twice=True,
         )
+
+    def _messages(self, given: list[Message], template: TemplateFacts) -> tuple[list[Message], str]:
+        messages, continued = for_template(given, template.loops_over_parts, self.continue_final)
+        if not messages:
+            raise UnmappableError(MALFORMED)
+        return messages, continued
 
     def _kwargs(self, template: TemplateFacts, default_kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs, effort = self.template_kwargs, self.effort

@@ -15,16 +15,23 @@ from typing import Any, Final
 import msgspec
 
 from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.media import MEDIA_KINDS
 from extproc.tokenization.prompts import Message
 from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, UNSUPPORTED
 
-__all__ = ["chat_messages", "for_template"]
+__all__ = ["chat_messages", "for_template", "has_media", "without_media"]
 
 _ROLES: Final = frozenset(
     {"system", "assistant", "tool", "function", "developer", "latest_reminder", "root"}
 )
 _PHASES: Final = frozenset({"commentary", "final_answer"})
-_MEDIA: Final = frozenset({"image_url", "video_url", "audio_url", "input_audio", "input_image"})
+# The kinds of media for the template, by the type of a part.
+_MEDIA: Final = {
+    "audio_url": "audio",
+    "image_url": "image",
+    "input_image": "image",
+    "video_url": "video",
+}
 _THOUGHTS: Final = frozenset({"thinking", "reasoning"})
 _STRINGS: Final = ("tool_call_id", "name", "phase", "reasoning_content")
 
@@ -36,7 +43,7 @@ _HUGE_INTEGER: Final = re.compile(r"\d{19}")
 def chat_messages(given: Any) -> tuple[list[Message], bool]:
     """The messages of a chat body, and whether the content of any message is a list of parts.
 
-    Raises UnmappableError for media, for what the engine refuses, and for fields with an unknown
+    Raises UnmappableError for what the engine refuses, and for fields with an unknown
     effect.
     """
     if type(given) is not list:
@@ -58,6 +65,28 @@ def chat_messages(given: Any) -> tuple[list[Message], bool]:
             parts = parts or type(normal["content"]) is list
             messages.append(normal)
     return messages, parts
+
+
+def has_media(messages: list[Message]) -> bool:
+    """True if some normalised message has an image, audio or video."""
+    for message in messages:
+        content = message["content"]
+        if type(content) is list and any(part["type"] in MEDIA_KINDS for part in content):
+            return True
+    return False
+
+
+def without_media(messages: list[Message]) -> list[Message]:
+    """The normalised messages without images, audio and video."""
+    return [
+        message
+        if type(message["content"]) is not list
+        else {
+            **message,
+            "content": [one for one in message["content"] if one["type"] not in MEDIA_KINDS],
+        }
+        for message in messages
+    ]
 
 
 def for_template(
@@ -126,7 +155,7 @@ def _generic_message(message: Message, role: Any, content: Any) -> Message:
 
 
 def _parts(given: Any, role: str) -> list[Message]:
-    """The text and the references to tools among the parts; templates get no thoughts."""
+    """The text, the references to tools and the media; templates get no thoughts."""
     if type(given) is not list:
         raise UnmappableError(MALFORMED)
     parts = []
@@ -140,6 +169,8 @@ def _parts(given: Any, role: str) -> list[Message]:
                 raise UnmappableError(MALFORMED)
             parts.append({"type": "text", "text": text})
         elif kind in _MEDIA:
+            parts.append({"type": _MEDIA[kind]})
+        elif kind == "input_audio":
             raise UnmappableError(MULTIMODAL)
         elif kind == "tool_reference":
             name = part.get("name")

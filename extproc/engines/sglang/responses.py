@@ -152,7 +152,8 @@ def _part(part: Any) -> Any:
     kind = part.get("type") if type(part) is dict else None
     if type(kind) is str and kind in _TEXT_PARTS:
         return {"type": "text", "text": part.get("text", "")}
-    if kind == "input_image":
+    if kind == "input_image" and not part.get("image_url"):
+        # The image is known to the engine only.
         raise UnmappableError(MULTIMODAL)
     return part
 

@@ -15,7 +15,7 @@ from extproc.engines.vllm.tools import tool_of
 from extproc.tokenization.errors import UnmappableError
 from extproc.tokenization.fields import AnthropicBody
 from extproc.tokenization.prompts import Message, TemplateFacts, TemplateInput, Tool
-from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, NO_TEXT, UNSUPPORTED
+from extproc.tokenization.reasons import MALFORMED, NO_TEXT, UNSUPPORTED
 
 __all__ = ["AnthropicChat", "anthropic_chat"]
 
@@ -24,6 +24,8 @@ _CHOICES: Final = frozenset({"auto", "any", "tool", "none"})
 _EFFORTS: Final = frozenset({"low", "medium", "high", "xhigh", "max"})
 _THINKING: Final = frozenset({"enabled", "disabled", "adaptive"})
 _IGNORED_BLOCKS: Final = frozenset({"redacted_thinking", "tool_reference"})
+# As the engine translates it; what it shows makes no difference here.
+_IMAGE: Final[Message] = {"type": "image_url"}
 _TOOL_CHANGES: Final = frozenset({"tool_addition", "tool_removal"})
 
 
@@ -44,6 +46,10 @@ class AnthropicChat(Struct, frozen=True, kw_only=True, eq=False):
     @property
     def has_tools(self) -> bool:
         return self.chat.has_tools
+
+    @property
+    def has_media(self) -> bool:
+        return self.chat.has_media
 
     @property
     def with_special(self) -> bool:
@@ -153,7 +159,8 @@ def _read_blocks(blocks: list[Any], message: Message, messages: list[Message]) -
                 content = block.get("content")
                 parts.append({"type": "text", "text": f"Tool result: {content or ''}"})
         elif kind == "image":
-            raise UnmappableError(MULTIMODAL)
+            if block.get("source"):
+                parts.append(_IMAGE)
         elif kind not in _IGNORED_BLOCKS:
             raise UnmappableError(MALFORMED)
     if thoughts:
@@ -161,7 +168,8 @@ def _read_blocks(blocks: list[Any], message: Message, messages: list[Message]) -
     if calls:
         message["tool_calls"] = calls
     if parts:
-        message["content"] = parts[0]["text"] if len(parts) == 1 else parts
+        alone = len(parts) == 1 and parts[0]["type"] == "text"
+        message["content"] = parts[0]["text"] if alone else parts
 
 
 def _call(block: Message) -> BuiltCall:
@@ -180,6 +188,7 @@ def _result(block: Message) -> list[Message]:
     content, identity = block.get("content"), block.get("tool_use_id") or ""
     texts: list[str] = []
     references: list[Message] = []
+    images: list[Message] = []
     if type(content) is str:
         texts.append(content)
     elif type(content) is list:
@@ -189,7 +198,8 @@ def _result(block: Message) -> list[Message]:
             if kind == "text":
                 texts.append(_string(item.get("text", "")))
             elif kind == "image":
-                raise UnmappableError(MULTIMODAL)
+                if item.get("source") != {"type": "url", "url": ""}:
+                    images.append(_IMAGE)
             elif kind == "tool_reference":
                 name = item.get("tool_name") or item.get("name")
                 if name:
@@ -199,6 +209,8 @@ def _result(block: Message) -> list[Message]:
     elif content is not None:
         raise UnmappableError(MALFORMED)
     found: list[Message] = [{"role": "tool", "tool_call_id": identity, "content": "\n".join(texts)}]
+    if images:
+        found.append({"role": "user", "content": images})
     if references:
         found.append({"role": "tool", "tool_call_id": identity, "content": references})
     return found

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from extproc.engines.vllm.messages import template_messages
+from extproc.engines.vllm.messages import has_media, template_messages
 from extproc.tokenization.errors import UnmappableError
 from extproc.tokenization.prompts import (
     NO_TEMPLATE_KWARGS,
@@ -13,13 +13,41 @@ from extproc.tokenization.prompts import (
     TemplateInput,
     Tool,
 )
-from extproc.tokenization.reasons import MALFORMED, NO_TEXT, UNSUPPORTED
+from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, NO_TEXT, UNSUPPORTED
 
 __all__ = ["EFFORTS", "VllmChat", "checked_kwargs"]
 
 EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
 # The engine sets these itself, whatever the arguments say.
 _SET_BY_ENGINE: Final = frozenset({"add_generation_prompt", "continue_final_message"})
+# Types of models whose media the engine puts before all text, or with tokens of its own.
+_MEDIA_FIRST: Final = frozenset(
+    {
+        "blip-2",
+        "clip",
+        "colmodernvbert",
+        "molmo",
+        "molmo2",
+        "openvla",
+        "paligemma",
+        "siglip",
+        "siglip2",
+    }
+)
+# Those that have no placeholder for the engine to put into a message.
+_NO_PLACEHOLDER: Final = _MEDIA_FIRST | {
+    "NemotronH_Nano_Omni_Reasoning_V3",
+    "NemotronH_Nano_VL_V2",
+    "NemotronH_Omni_Reasoning_V3",
+    "NemotronH_Super_Omni_Reasoning_V3",
+    "dots_ocr",
+    "llama_nemotron_vl",
+    "mistral3",
+    "moondream3",
+    "nemotron_parse",
+    "pixtral",
+    "whisper",
+}
 _NO_VALUES: Final = (None, "auto")
 
 
@@ -50,6 +78,10 @@ class VllmChat(Struct, frozen=True, kw_only=True, eq=False):
         return self.tools is not None
 
     @property
+    def has_media(self) -> bool:
+        return has_media(self.messages)
+
+    @property
     def harmony_is_special(self) -> bool:
         return True
 
@@ -66,11 +98,14 @@ class VllmChat(Struct, frozen=True, kw_only=True, eq=False):
         default_kwargs: dict[str, Any],
     ) -> TemplateInput:
         """What the template gets for these messages and this effort."""
-        messages = template_messages(given, template.content_format)
-        if not messages:
-            raise UnmappableError(NO_TEXT)
-        if not template.names_developer and any(one["role"] == "developer" for one in messages):
-            messages = _with_one_system(messages)
+        other_media = None
+        if has_media(given):
+            if not _media_follow_text(template):
+                raise UnmappableError(MULTIMODAL)
+            other_media = _for_roles(
+                template_messages(given, template.content_format, other_media=True), template
+            )
+        messages = _for_roles(template_messages(given, template.content_format), template)
         hidden = self.no_tool_wanted and template.hides_unchosen_tools
         return TemplateInput(
             messages=messages,
@@ -80,6 +115,7 @@ class VllmChat(Struct, frozen=True, kw_only=True, eq=False):
             generation_prompt=self.generation_prompt,
             open_end=self.continue_final,
             with_special=self.with_special,
+            other_media=other_media,
         )
 
     def _kwargs(self, effort: str | None, default_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +144,26 @@ def checked_kwargs(given: Any) -> dict[str, Any]:
     if not (NO_TEMPLATE_KWARGS - _SET_BY_ENGINE).isdisjoint(given):
         raise UnmappableError(UNSUPPORTED, "chat_template_kwargs")
     return given
+
+
+def _media_follow_text(template: TemplateFacts) -> bool:
+    """True if the engine puts a medium nowhere before the message that has it.
+
+    In the format "string", it puts its own placeholder at the beginning of the message. Not all of
+    its models have one.
+    """
+    if template.content_format == "openai":
+        return template.model_type not in _MEDIA_FIRST
+    return bool(template.model_type) and template.model_type not in _NO_PLACEHOLDER
+
+
+def _for_roles(messages: list[Message], template: TemplateFacts) -> list[Message]:
+    """The messages with roles that the template knows; raises UnmappableError without any."""
+    if not messages:
+        raise UnmappableError(NO_TEXT)
+    if not template.names_developer and any(one["role"] == "developer" for one in messages):
+        return _with_one_system(messages)
+    return messages
 
 
 def _with_one_system(messages: list[Message]) -> list[Message]:

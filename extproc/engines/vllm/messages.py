@@ -13,10 +13,11 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.media import MEDIA_KINDS
 from extproc.tokenization.prompts import ContentFormat, Message
 from extproc.tokenization.reasons import MALFORMED, MULTIMODAL
 
-__all__ = ["BuiltCall", "checked_messages", "template_messages"]
+__all__ = ["BuiltCall", "checked_messages", "has_media", "template_messages"]
 
 _BILLING_HEADER: Final = "x-anthropic-billing-header"
 _TEXT_FIELDS: Final = {
@@ -26,25 +27,40 @@ _TEXT_FIELDS: Final = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
-_MEDIA: Final = frozenset(
-    {
-        "audio_embeds",
-        "audio_url",
-        "file",
-        "image_embeds",
-        "image_pil",
-        "image_url",
-        "input_audio",
-        "input_image",
-        "prompt_embeds",
-        "video_embeds",
-        "video_url",
-    }
+# The kinds of media for the template, by the type of a part.
+_MEDIA: Final = {
+    "audio_embeds": "audio",
+    "audio_url": "audio",
+    "image_embeds": "image",
+    "image_pil": "image",
+    "image_url": "image",
+    "input_audio": "audio",
+    "input_image": "image",
+    "video_embeds": "video",
+    "video_url": "video",
+}
+# The engine puts these at places of its own.
+_OTHER_MEDIA: Final = frozenset({"file", "prompt_embeds"})
+# In this order, if the client names the medium.
+_FIELDS_OF_NAMED: Final = (
+    "image_url",
+    "image_pil",
+    "image_embeds",
+    "audio_embeds",
+    "video_embeds",
+    "prompt_embeds",
+    "audio_url",
+    "input_audio",
+    "video_url",
+    "tool_reference",
 )
+# They stand for what the engine puts before the texts of a message with media: its placeholders.
+_MARKS: Final = ("\ue000", "\ue001")
 # Fields of parts that the engine reads itself; it passes all others on to the template.
 _PART_FIELDS: Final = frozenset(
     {
-        *_MEDIA - {"input_image", "prompt_embeds"},
+        *_MEDIA.keys() - {"input_image"},
+        "file",
         "closed",
         "data",
         "name",
@@ -83,17 +99,38 @@ def _checked(message: Any) -> Message:
     return checked
 
 
-def template_messages(messages: list[Message], content_format: ContentFormat) -> list[Message]:
-    """The messages as the template gets them; raises UnmappableError."""
-    return [_message(message, content_format) for message in messages]
+def has_media(messages: list[Message]) -> bool:
+    """True if some message has a part that is neither a text nor a reference to a tool."""
+    for message in messages:
+        content = message.get("content")
+        if type(content) is list and any(map(_is_medium, content)):
+            return True
+    return False
 
 
-def _message(given: Message, content_format: ContentFormat) -> Message:
+def _is_medium(part: Any) -> bool:
+    if type(part) is not dict:
+        return False
+    return part.get("uuid") is not None or part.get("type") in _MEDIA
+
+
+def template_messages(
+    messages: list[Message], content_format: ContentFormat, *, other_media: bool = False
+) -> list[Message]:
+    """The messages as the template gets them; raises UnmappableError.
+
+    With `other_media`, they differ from those without it in nothing but their media.
+    """
+    return [_message(message, content_format, other_media) for message in messages]
+
+
+def _message(given: Message, content_format: ContentFormat, other_media: bool) -> Message:
     role = given["role"]
     parts = _parts(given.get("content"))
     if role == "system":
         parts = _without_billing_header(parts)
-    message: Message = {"role": role, "content": _content(list(parts), content_format)}
+    content = _content(list(parts), content_format, other_media)
+    message: Message = {"role": role, "content": content}
     if role == "assistant":
         calls = given.get("tool_calls")
         if calls is not None:
@@ -134,19 +171,24 @@ def _parts(content: Any) -> Iterator[Message]:
             yield {"type": "text", "text": part}
             continue
         kind = part.get("type") if type(part) is dict else None
-        if type(kind) is not str or part.get("uuid") is not None:
+        if type(kind) is not str:
             raise UnmappableError(MULTIMODAL if type(part) is dict else MALFORMED)
+        if part.get("uuid") is not None:
+            kind = next((field for field in _FIELDS_OF_NAMED if field in part), kind)
         field = _TEXT_FIELDS.get(kind)
-        if field is not None:
-            text = part.get(field)
-            if type(text) is not str:
-                raise UnmappableError(MALFORMED)
-            extra = {name: part[name] for name in part if name not in _PART_FIELDS}
-            yield {"type": "text", "text": text, **extra}
-        elif kind == "tool_reference":
+        if kind == "tool_reference":
             yield {"type": kind, "name": part.get("name")}
+            continue
+        if kind in _OTHER_MEDIA:
+            raise UnmappableError(MULTIMODAL)
+        known: Message
+        if kind in _MEDIA:
+            known = {"type": _MEDIA[kind]}
+        elif field is not None and part.get("uuid") is None and type(part.get(field)) is str:
+            known = {"type": "text", "text": part[field]}
         else:
-            raise UnmappableError(MULTIMODAL if kind in _MEDIA else MALFORMED)
+            raise UnmappableError(MALFORMED)
+        yield known | {name: part[name] for name in part if name not in _PART_FIELDS}
 
 
 def _without_billing_header(parts: Iterator[Message]) -> Iterator[Message]:
@@ -164,12 +206,15 @@ def _without_billing_header(parts: Iterator[Message]) -> Iterator[Message]:
             yield part
 
 
-def _content(parts: list[Message], content_format: ContentFormat) -> Any:
+def _content(parts: list[Message], content_format: ContentFormat, other_media: bool) -> Any:
+    kept = [part for part in parts if part["type"] not in MEDIA_KINDS]
     if content_format == "openai":
-        return parts
-    texts = [part["text"] if part["type"] == "text" else part["name"] for part in parts]
+        return kept if other_media else parts
+    texts = [part["text"] if part["type"] == "text" else part["name"] for part in kept]
     if not all(type(text) is str for text in texts):
         raise UnmappableError(MALFORMED)
+    if len(kept) < len(parts):
+        texts.insert(0, _MARKS[other_media])
     # A part without text leaves no line.
     return "\n".join(filter(None, texts))
 

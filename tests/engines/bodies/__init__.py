@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from tests.engines.bodies import chat, completions, messages, responses, tools
+from tests.engines.bodies import chat, completions, media, messages, responses, tools
 
-__all__ = ["Body", "all_bodies"]
+__all__ = ["Body", "all_bodies", "media_bodies"]
 
 _AGENTS: Final = Path(__file__).parent / "agents"
 # Files of requests as agents and clients send them, byte for byte.
@@ -47,6 +47,16 @@ def all_bodies() -> tuple[Body, ...]:
     if doubled:
         raise ValueError(f"two bodies have the name {sorted(doubled)}")
     return bodies
+
+
+@cache
+def media_bodies() -> tuple[Body, ...]:
+    """The bodies with images; names are unique."""
+    return tuple(
+        Body(f"media{path.removeprefix('/v1')}/{name}", path, _data(body))
+        for path, made in media.BODIES.items()
+        for name, body in made.items()
+    )
 
 
 def _bodies() -> Iterator[Body]:

@@ -448,3 +448,39 @@ async def test_a_model_without_a_tokenizer_has_its_tokens_from_the_engine(
         one.engine_client.script(url, "/tokenize", answer)
     decision = (await one.complete("any")).decision
     assert (decision.worker_url, decision.reason) == (B, "hit")
+
+
+class SeeingEncoder(ByteEncoder):
+    """An encoder of prompts with an image after the text; the image is most of the body."""
+
+    async def read(self, *arguments: Any) -> Prompt:
+        prompt = await super().read(*arguments)
+        return Prompt(text=prompt.text, media=1, media_bytes=prompt.body_bytes - 50)
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        whole = await super().encode(prompt)
+        return Encoded(None, "multimodal", beginning=whole.ids)
+
+
+@pytest.mark.parametrize("policy", ["cache_aware_zmq", "min_ttft"])
+async def test_the_text_before_an_image_is_matched(fleet: MakeFleet, policy: PolicyName) -> None:
+    pool = await fleet(policy=policy, encoder=SeeingEncoder())
+    # Long enough for the threshold of the policy; the image counts for 512 tokens.
+    text = "".join(f"{number:08}" for number in range(400))
+    pool.hold(text, 1)
+    lease = await pool.complete(text, padding="x" * 10_000_000)
+    assert (lease.decision.worker_url, lease.decision.reason) == (B, "hit")
+    # All of the text, since its last token is not the last of the prompt.
+    assert lease.decision.cached_tokens == 3200
+    assert lease.decision.total_tokens == 3201
+    assert pool.metric("extproc_prompts_known_in_part_total", model="m") == 1
+    assert pool.metric("extproc_prompts_without_tokens_total", model="m", reason="multimodal") == 0
+
+
+async def test_what_follows_the_text_counts_as_new(fleet: MakeFleet) -> None:
+    pool = await fleet(encoder=SeeingEncoder())
+    pool.hold(TEXT[:16], 1)
+    lease = await pool.complete(TEXT[:16])
+    # An image of 512 tokens and some bytes of text.
+    assert lease.decision.reason == "below_threshold"
+    assert 512 <= lease.decision.total_tokens < 560

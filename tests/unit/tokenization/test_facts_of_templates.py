@@ -33,7 +33,8 @@ def templates(
 class SeeingChat:
     """A chat that remembers the facts about the template that it is given."""
 
-    length, has_tools, harmony_is_special, with_special = 1, False, False, False
+    length = 1
+    has_tools = has_media = harmony_is_special = with_special = False
     seen: TemplateFacts
 
     def for_template(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from extproc.clock import SystemClock
-from extproc.engines.engine import DEFAULT_ENGINE
+from extproc.engines.engine import DEFAULT_ENGINE, engine_named
 from extproc.tokenization import chat_template
 from extproc.tokenization.encoder import Encoded, EncoderSettings, PromptEncoder
 from extproc.tokenization.errors import (
@@ -39,6 +39,7 @@ from tests.unit.tokenization.small_tokenizers import (
 )
 
 SGLANG = DEFAULT_ENGINE.rules
+CHAT = "/v1/chat/completions"
 
 
 def _encoder(folder: Path, family: str = "qwen", **settings: Any) -> PromptEncoder:
@@ -177,7 +178,7 @@ async def test_large_bodies_are_read_and_rendered_in_threads(
 async def test_large_bodies_that_are_not_json_are_malformed(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path, inline_body_bytes=1000, max_body_bytes=2000)
     assert (await encoder.read(SGLANG, "/v1/completions", b"{" * 2000, None)).reason == "malformed"
-    assert (await encoder.read(SGLANG, "/v1/completions", b"{" * 2001, None)).reason == "too_long"
+    assert (await encoder.read(SGLANG, "/v1/completions", b"{" * 16_001, None)).reason == "too_long"
 
 
 # -- a pool that is full
@@ -434,3 +435,75 @@ async def test_a_rendering_that_takes_long_begins_again_in_a_thread(tmp_path: Pa
     encoded = await encoder.encode(_chat("x"))
     assert encoded.ids is not None
     assert encoded.ids.tolist() == o200k().encode("x").ids
+
+
+# -- chats with images
+
+_SEEING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|im_start|>image<|im_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+)
+
+
+def _seeing(folder: Path, **settings: Any) -> PromptEncoder:
+    path = family_folder("qwen", folder)
+    (path / "chat_template.jinja").write_text(_SEEING)
+    return PromptEncoder.load(path, EncoderSettings(**settings), SystemClock())
+
+
+def _with_image(url: str, system: str = "Be brief.") -> bytes:
+    image = {"type": "image_url", "image_url": {"url": url}}
+    content = [{"type": "text", "text": "What is this"}, image]
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    return json.dumps({"model": "m", "messages": messages}).encode()
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+async def test_of_a_chat_with_an_image_the_beginning_is_known(tmp_path: Path, engine: Any) -> None:
+    encoder = _seeing(tmp_path)
+    body = _with_image("data:" + "A" * 10_000)
+    prompt = await encoder.read(engine_named(engine).rules, CHAT, body, None)
+    assert (prompt.media, prompt.media_bytes) == (1, len("image_url") + len("data:") + 10_000)
+    found = await encoder.encode(prompt)
+    assert (found.ids, found.reason) == (None, "multimodal")
+    assert found.beginning is not None
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is"
+    assert found.beginning.tolist() == await encoder.tokenize(text)
+    assert sum(encoder.stats.failures.values()) == 0
+    encoder.close()
+
+
+async def test_of_a_chat_with_a_placeholder_as_text_less_is_known(tmp_path: Path) -> None:
+    encoder = _seeing(tmp_path)
+    body = _with_image("http://x", system="You see <image> here.")
+    found = await encoder.encode(await encoder.read(SGLANG, CHAT, body, None))
+    assert found.beginning is not None
+    assert found.beginning.tolist() == await encoder.tokenize("<|im_start|>system\nYou see")
+    encoder.close()
+
+
+async def test_a_template_that_shows_no_image_leaves_nothing_known(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path)
+    body = _with_image("http://x")
+    for engine in ("sglang", "vllm"):
+        found = await encoder.encode(
+            await encoder.read(engine_named(engine).rules, CHAT, body, None)
+        )
+        assert (found.reason, found.beginning) == ("multimodal", None)
+    assert encoder.stats.failures["multimodal"] == 2
+    encoder.close()
+
+
+async def test_a_body_may_be_larger_if_it_is_an_image(tmp_path: Path) -> None:
+    encoder = _seeing(tmp_path, inline_body_bytes=1000, max_body_bytes=20_000)
+    large = _with_image("data:" + "A" * 100_000)
+    found = await encoder.encode(await encoder.read(SGLANG, CHAT, large, None))
+    assert found.beginning is not None
+    for body in (
+        _with_image("data:" + "A" * 200_000),
+        json.dumps({"messages": [{"role": "user", "content": "a"}] * 3000}).encode(),
+    ):
+        assert (await encoder.read(SGLANG, CHAT, body, None)).reason == "too_long"
+    encoder.close()

@@ -8,7 +8,8 @@ import pytest
 from extproc.engines.engine import DEFAULT_ENGINE
 from extproc.engines.sglang.chats import SglangChat
 from extproc.engines.sglang.messages import for_template
-from extproc.tokenization.prompts import Prompt, read_prompt
+from extproc.tokenization.errors import UnmappableError
+from extproc.tokenization.prompts import Prompt, TemplateFacts, read_prompt
 
 SGLANG = DEFAULT_ENGINE.rules
 
@@ -115,9 +116,30 @@ def test_a_trailing_assistant_message_is_continued_or_becomes_a_users() -> None:
     assert for_template([user, in_parts], True, True) == ([user, in_parts], "")
 
 
-@pytest.mark.parametrize("kind", ["image_url", "video_url", "audio_url", "input_audio"])
-def test_media_are_multimodal(kind: str) -> None:
-    content = [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "http://x"}}]
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("image_url", "image"),
+        ("input_image", "image"),
+        ("video_url", "video"),
+        ("audio_url", "audio"),
+    ],
+)
+def test_templates_get_the_kinds_of_media(given: str, shown: str) -> None:
+    text = {"type": "text", "text": "a"}
+    content = [text, {"type": given, given: {"url": "http://x"}}]
+    chat = _chat(messages=[{"role": "user", "content": content}]).chat
+    assert chat is not None
+    assert chat.has_media
+    rendered = chat.for_template(TemplateFacts(loops_over_parts=True), {})
+    assert rendered.messages[0]["content"] == [text, {"type": shown}]
+    assert rendered.other_media == [{"role": "user", "content": [text]}]
+    with pytest.raises(UnmappableError, match="multimodal"):
+        chat.for_template(TemplateFacts(loops_over_parts=False), {})
+
+
+def test_audio_that_the_engine_does_not_read_is_multimodal() -> None:
+    content = [{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": {}}]
     assert _chat(messages=[{"role": "user", "content": content}]).reason == "multimodal"
 
 
