@@ -103,7 +103,8 @@ async def test_what_is_evicted(pair: Pair, tmp_path: Path) -> None:
         talks = [Talk(f"{seed} {number}", system_words=600) for number in range(26)]
         asked = [await house.chat(one.question()) for one in talks]
         asked += [await house.chat(one.question()) for one in reversed(talks)]
-        check(asked, at_least_cached=8)
+        # With two groups of layers there are blocks for half as many prompts.
+        check(asked, at_least_cached=4)
         assert sum(one.cached == 0 for one in asked[26:]) > 4, "nothing was evicted"
 
 
