@@ -55,6 +55,9 @@ _MESSAGE_NAMES: Final = frozenset({"message", "msg", "m"})
 # for operations that take little time.
 _STEPS_FOR_TIME: Final = 4.0
 # A template with both words belongs to a family that uses another name for a low effort.
+_LATE_SYSTEM: Final = "late system"
+# Of Mistral's templates and of Hunyuan's.
+_EFFORT_SWITCHES: Final = ("[THINK]", "no_think")
 _LOW_EFFORT_WORDS: Final = ("low_effort", "truncate_history_thinking")
 # What vLLM tries to find out how thinking is turned off.
 _LOW_EFFORT: Final = "low"
@@ -122,6 +125,7 @@ class ChatTemplates:
                     template.fails_for_late_system()
                     for template in (self._default, self._with_tools)
                 ),
+                "takes_later_system": self._default.prints_late_system(),
                 "effort_without_thinking": self._default.effort_without_thinking(
                     {**self._special_tokens, **self._default_kwargs}
                 ),
@@ -242,6 +246,8 @@ class _Template:
                 content_format=detected_format(tree),
                 names_developer='"developer"' in source or "'developer'" in source,
                 renames_low_effort=all(word in source for word in _LOW_EFFORT_WORDS),
+                thinks_in_tags="<think>" in source,
+                thinks_by_effort=any(word in source for word in _EFFORT_SWITCHES),
             )
             self._template = environment.from_string(limited(tree, environment))
         except Exception as error:
@@ -261,6 +267,14 @@ class _Template:
         missing = {name: jinja2.Undefined(name=name) for name in _ADDED_FUNCTIONS}
         variables = {"messages": messages, "add_generation_prompt": False, **missing}
         return self._trial(variables) is None
+
+    def prints_late_system(self) -> bool:
+        """True if the template prints a system's message after others, as SGLang tries it."""
+        texts = (("system", "t"), ("user", "t"), ("system", _LATE_SYSTEM), ("user", "t"))
+        messages = [{"role": role, "content": text} for role, text in texts]
+        missing = {name: jinja2.Undefined(name=name) for name in _ADDED_FUNCTIONS}
+        text = self._trial({"messages": messages, "add_generation_prompt": False, **missing})
+        return text is not None and _LATE_SYSTEM in text
 
     def effort_without_thinking(self, variables: dict[str, Any]) -> str:
         """The effort by which vLLM turns thinking off; it is low if the template ignores others."""

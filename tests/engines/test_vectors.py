@@ -29,7 +29,29 @@ _WITHOUT: Final = {
         "messages/tool-addition": "unsupported",
         "messages/use-without-id": "unsupported",
         "responses/previous-messages": "unsupported",
-    }
+    },
+    "sglang": {
+        # The service answers these itself: no model, or a `stream` that is not a boolean.
+        "chat/no-model": "bad_request",
+        "chat/stream-as-string": "bad_request",
+        # SGLang takes true for 1 in a list of ids, and a negative id for what it is.
+        "completions/ids-negative": "malformed",
+        "completions/ids-true": "malformed",
+        # How a suffix is used depends on a template that only the engine has.
+        "completions/suffix": "unsupported",
+        # References to tools and results of a search.
+        "messages/result-reference": "unsupported",
+        "messages/search-result": "unsupported",
+        # Without `thinking`, a parser of thoughts keeps them and a server without one drops them.
+        "messages/thinking-block": "unsupported",
+        "messages/thinking-block-alone": "unsupported",
+        "messages/thinking-block-later": "unsupported",
+        "messages/thinking-block-without-signature": "unsupported",
+        "messages/two-thinking-blocks": "unsupported",
+        "responses/choice-allowed": "unsupported",
+        # Only the engine can read it.
+        "responses/reasoning-encrypted": "unsupported",
+    },
 }
 _WITHOUT_MAX: Final = 0.02
 _ENGINES: Final = tuple(_WITHOUT)

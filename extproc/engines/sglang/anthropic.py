@@ -1,13 +1,13 @@
 """Translates bodies of /v1/messages to chat messages, as SGLang (0.5.23) does.
 
-Not supported is what depends on the options of the engine: whether a model's thinking can be
-switched, and how it sees thoughts of earlier turns. System messages between other messages are
-not supported either: the engine merges them for some templates and not for others.
+Not supported is what depends on the options of the engine: thoughts of earlier turns in a body
+without `thinking`, which only a parser of thoughts keeps. System messages between others are only
+supported for templates that print them there; for others, the engine merges them.
 """
 
 from typing import Any
 
-from extproc.engines.sglang.chats import SglangChat, chat_prompt
+from extproc.engines.sglang.chats import SglangChat, chat_prompt, thinking_kwargs
 from extproc.engines.sglang.tools import chosen_tools, finished_tool
 from extproc.engines.tool_lists import kept_by_bytes
 from extproc.tokenization.errors import UnmappableError
@@ -23,15 +23,55 @@ _SERVER_TOOLS = ("web_search_", "computer_", "bash_", "text_editor_")
 
 def anthropic_chat(body: AnthropicBody) -> SglangChat:
     """The chat that a body of /v1/messages is translated to; raises UnmappableError."""
-    if body.thinking is not None:
-        raise UnmappableError(UNSUPPORTED)
+    thinking = _thinking(body.thinking)
     messages = _system(body.system)
     if type(body.messages) is not list:
         raise UnmappableError(MALFORMED)
+    tagged = False
     for message in body.messages:
+        # Without a parser of thoughts the engine drops them. With `thinking`, it has one.
+        untagged, message = message, _tagged(message) if thinking else message
+        tagged = tagged or message is not untagged
         messages.extend(_messages(message))
     tools = _tools(bytes(body.tools))
-    return chat_prompt(messages, tools=_chosen(tools, body.tool_choice), effort=_effort(body))
+    return chat_prompt(
+        messages,
+        tools=_chosen(tools, body.tool_choice),
+        template_kwargs=thinking_kwargs(None, thinking),
+        effort=_effort(body),
+        thinking=thinking,
+        late_system=any(_is_system(message) for message in body.messages),
+        tagged_thoughts=tagged,
+    )
+
+
+def _is_system(message: Any) -> bool:
+    return type(message) is dict and message.get("role") == "system"
+
+
+def _thinking(given: Any) -> bool | None:
+    if given is None:
+        return None
+    kind = given.get("type") if type(given) is dict else None
+    if kind not in ("enabled", "adaptive", "disabled"):
+        raise UnmappableError(MALFORMED)
+    return bool(kind != "disabled")
+
+
+def _tagged(given: Any) -> Any:
+    """The message with the assistant's thoughts as a text in tags before all others."""
+    blocks = given.get("content") if type(given) is dict else None
+    if type(blocks) is not list or given.get("role") != "assistant":
+        return given
+    kept = [block for block in blocks if _kind(block) != "thinking"]
+    thoughts = [block.get("thinking") for block in blocks if _kind(block) == "thinking"]
+    if any(thought is not None and type(thought) is not str for thought in thoughts):
+        raise UnmappableError(MALFORMED)
+    text = "\n".join(thought for thought in thoughts if thought)
+    if not text:
+        return given
+    first = {"type": "text", "text": f"<think>{text}\n</think>"}
+    return {**given, "content": [first, *kept]}
 
 
 def _system(given: Any) -> list[Message]:
@@ -50,16 +90,23 @@ def _system(given: Any) -> list[Message]:
 def _messages(given: Any) -> list[Message]:
     """The chat messages for one message; each result of a tool becomes a message."""
     role = given.get("role") if type(given) is dict else None
-    if role == "system":
-        raise UnmappableError(UNSUPPORTED)
-    if role not in ("user", "assistant"):
+    if role not in ("user", "assistant", "system"):
         raise UnmappableError(MALFORMED)
     content = given.get("content")
     if type(content) is str:
         return [{"role": role, "content": content}]
     if type(content) is not list:
         raise UnmappableError(MALFORMED)
+    if role == "system":
+        return [_late_system(content)]
     return _user(content) if role == "user" else _assistant(content)
+
+
+def _late_system(blocks: list[Any]) -> Message:
+    if any(_kind(block) != "text" for block in blocks):
+        raise UnmappableError(UNSUPPORTED)
+    parts: list[Message] = [{"type": "text", "text": _text(block)} for block in blocks]
+    return {"role": "system", "content": _content(parts) if parts else ""}
 
 
 def _user(blocks: list[Any]) -> list[Message]:
@@ -82,7 +129,7 @@ def _user(blocks: list[Any]) -> list[Message]:
                     "content": _result(block.get("content")),
                 }
             )
-        else:
+        elif kind != "thinking":
             raise UnmappableError(UNSUPPORTED)
     if parts:
         messages.append({"role": "user", "content": _content(parts)})
@@ -107,6 +154,12 @@ def _assistant(blocks: list[Any]) -> list[Message]:
                 raise UnmappableError(UNSUPPORTED)
             function = {"name": name, "arguments": arguments or {}}
             calls.append({"id": identity, "type": "function", "function": function})
+        elif kind == "tool_result":
+            result = _result(block.get("content"))
+            texts = [result] if type(result) is str else [part.get("text") for part in result]
+            if any(type(text) is not str for text in texts):
+                raise UnmappableError(UNSUPPORTED)
+            parts.append({"type": "text", "text": "Tool result: " + "\n".join(texts)})
         elif kind != "thinking" or block.get("thinking"):
             raise UnmappableError(UNSUPPORTED)
     message: Message = {"role": "assistant"}

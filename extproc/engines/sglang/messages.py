@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from extproc.engines.sglang.tools import plain_values
 from extproc.tokenization.errors import UnmappableError
 from extproc.tokenization.media import MEDIA_KINDS
 from extproc.tokenization.prompts import Message
@@ -33,11 +34,10 @@ _MEDIA: Final = {
     "video_url": "video",
 }
 _THOUGHTS: Final = frozenset({"thinking", "reasoning"})
+_HUGE_INTEGER: Final = re.compile(r"\d{19}")
 _STRINGS: Final = ("tool_call_id", "name", "phase", "reasoning_content")
 
 _arguments_decoder: Final = msgspec.json.Decoder(dict[str, Any])
-# The engine's parser of arguments turns integers over 64 bits into floats.
-_HUGE_INTEGER: Final = re.compile(r"\d{19}")
 
 
 def chat_messages(given: Any) -> tuple[list[Message], bool]:
@@ -135,8 +135,8 @@ def _generic_message(message: Message, role: Any, content: Any) -> Message:
     normal: Message = {"role": role, "content": content}
     if len(message) == 2 and "content" in message:
         return normal
-    # Only some encoders of the engine use the tools of a message and prefix completion.
-    if message.get("tools") is not None or message.get("prefix") is not None:
+    # Only encoders in place of a template use `prefix`; some of them also the tools of a message.
+    if message.get("tools") is not None:
         raise UnmappableError(UNSUPPORTED)
     for field in _STRINGS:
         value = message.get(field)
@@ -208,9 +208,8 @@ def _tool_call(given: Any, assistant: bool) -> Message:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    if _HUGE_INTEGER.search(text):
-        raise UnmappableError(UNSUPPORTED)
     try:
-        return _arguments_decoder.decode(text)
+        arguments = _arguments_decoder.decode(text)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         raise UnmappableError(MALFORMED) from None
+    return plain_values(arguments) if _HUGE_INTEGER.search(text) else arguments

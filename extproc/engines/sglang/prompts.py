@@ -53,6 +53,8 @@ def _responses_prompt(fields: ResponsesBody, size: int) -> Prompt:
 
 
 def _anthropic_prompt(fields: AnthropicBody, size: int) -> Prompt:
+    # The engine does not know a salt here.
+    fields.cache_salt = None
     return _prompt(fields, size, chat=anthropic_chat(fields))
 
 

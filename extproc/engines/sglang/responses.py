@@ -1,8 +1,7 @@
 """Translates bodies of /v1/responses to chat messages, as SGLang (0.5.23) does.
 
-Not supported is what depends on the engine's memory or its options: earlier responses, tools
-other than functions, and system messages after the first message, which the engine merges for
-some templates and not for others.
+Not supported is what depends on the engine's memory or its options: earlier responses, and thoughts
+that only the engine can read.
 """
 
 from typing import Any, Final
@@ -23,7 +22,18 @@ _EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"
 _EFFORT_WITHOUT_WORD: Final = "medium"
 _TEXT_PARTS: Final = frozenset({"input_text", "output_text"})
 _ITEM_ONLY: Final = frozenset({"id", "status", "type"})
-_PLAIN: Final = {"role", "content"}
+# The engine's own tools, which templates do not get.
+_TOOLS_LEFT_OUT: Final = frozenset({"code_interpreter", "local_shell", "mcp", "namespace"})
+# What the engine gives the model for a tool that takes a free text.
+_CUSTOM: Final = {
+    "type": "object",
+    "properties": {
+        "input": {"type": "string", "description": "The freeform text payload for this tool."}
+    },
+    "required": ["input"],
+    "additionalProperties": False,
+}
+_DEVELOPER_LABEL: Final = "Developer instructions:"
 _REASONING_ONLY: Final = {"role", "reasoning_content"}
 
 
@@ -59,10 +69,6 @@ def _messages(body: ResponsesBody) -> list[Message]:
     for item in given:
         message = _message(item)
         if message is not None:
-            if message.get("role") == "system" and (
-                messages or set(message) != _PLAIN or type(message["content"]) is not str
-            ):
-                raise UnmappableError(UNSUPPORTED)
             messages.append(message)
     return _merged(messages)
 
@@ -73,12 +79,16 @@ def _message(item: Any) -> Message | None:
         raise UnmappableError(MALFORMED)
     kind = item.get("type")
     role = item.get("role")
-    # The engine labels a developer's text and appends it to the system message.
     if role == "developer":
-        raise UnmappableError(UNSUPPORTED)
+        item = {**item, "role": "system", "content": _labelled(item.get("content"))}
     if kind == "function_call":
         return _call(item)
-    if kind == "function_call_output":
+    if kind == "custom_tool_call":
+        text = item.get("input") or ""
+        if type(text) is not str:
+            raise UnmappableError(MALFORMED)
+        return _call({**item, "arguments": msgspec.json.encode({"input": text}).decode()})
+    if kind in ("function_call_output", "custom_tool_call_output"):
         return {
             "role": "tool",
             "tool_call_id": item.get("call_id"),
@@ -97,6 +107,19 @@ def _message(item: Any) -> Message | None:
     if type(content) is list:
         message["content"] = [_part(part) for part in content]
     return message
+
+
+def _labelled(content: Any) -> Any:
+    """A developer's content under the engine's label: before the first part with a text."""
+    if type(content) is str:
+        return f"{_DEVELOPER_LABEL}\n{content}"
+    if type(content) is not list:
+        return content
+    for at, part in enumerate(content):
+        if type(part) is dict and type(part.get("text")) is str:
+            labelled = {**part, "text": f"{_DEVELOPER_LABEL}\n{part['text']}"}
+            return [*content[:at], labelled, *content[at + 1 :]]
+    return [{"type": "input_text", "text": _DEVELOPER_LABEL}, *content]
 
 
 def _call(item: Message) -> Message:
@@ -208,18 +231,37 @@ def _tools(given: Any) -> list[Tool]:
         raise UnmappableError(MALFORMED)
     tools = []
     for tool in given:
-        if type(tool) is not dict or type(tool.get("name")) is not str:
+        kind = tool.get("type") if type(tool) is dict else None
+        if type(kind) is not str:
             raise UnmappableError(MALFORMED)
-        if tool.get("type") != "function":
+        if kind in _TOOLS_LEFT_OUT or kind.startswith("web_search"):
+            continue
+        if kind not in ("function", "custom"):
             raise UnmappableError(UNSUPPORTED)
+        if type(tool.get("name")) is not str:
+            raise UnmappableError(MALFORMED)
+        if kind == "custom":
+            tool = {**tool, "description": _custom_description(tool), "parameters": _CUSTOM}
         function = {
             "name": tool["name"],
             "description": tool.get("description"),
             "parameters": tool.get("parameters"),
             "strict": tool.get("strict", False),
         }
-        tools.append(finished_tool(function))
+        tools.append(finished_tool(function, renames_types=False))
     return tools
+
+
+def _custom_description(tool: dict[str, Any]) -> str | None:
+    """The description of a tool for free text, with the grammar of the text."""
+    description, form = tool.get("description"), tool.get("format")
+    if description is not None and type(description) is not str:
+        raise UnmappableError(MALFORMED)
+    parts = [description] if description else []
+    if type(form) is dict and form.get("type") == "grammar":
+        syntax, definition = form.get("syntax") or "lark", form.get("definition") or ""
+        parts.append(f"The payload must conform to this {syntax} grammar:\n{definition}")
+    return "\n\n".join(parts) or None
 
 
 def _chosen(tools: list[Tool], choice: Any) -> list[Tool] | None:

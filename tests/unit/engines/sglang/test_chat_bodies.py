@@ -190,11 +190,6 @@ def test_messages_that_the_engine_refuses_are_malformed(message: Any) -> None:
     "message",
     [
         {"role": "system", "content": "x", "tools": []},
-        {"role": "assistant", "content": "x", "prefix": True},
-        {
-            "role": "assistant",
-            "tool_calls": [{"function": {"arguments": '{"a": 18446744073709551616}'}}],
-        },
     ],
 )
 def test_messages_with_an_unknown_effect_are_unsupported(message: Any) -> None:
@@ -325,16 +320,23 @@ def test_without_tools_the_template_gets_no_tools() -> None:
 
 
 @pytest.mark.parametrize(
-    "schema",
+    ("schema", "rewritten"),
     [
-        {"type": "varchar"},
-        {"type": ["string", "int"]},
-        {"properties": {"a": {"items": [{"type": "dict"}]}}},
-        {"anyOf": [{"anyOf": [{"type": "float"}]}]},
+        ({"type": "varchar(255)"}, {"type": "string"}),
+        ({"type": ["string", "int", "uuid"]}, {"type": ["string", "integer"]}),
+        (
+            {"properties": {"type": {"items": [{"type": "dict"}]}}},
+            {"properties": {"type": {"items": [{"type": "object"}]}}},
+        ),
+        ({"anyOf": [{"anyOf": [{"type": "float"}]}]}, {"anyOf": [{"anyOf": [{"type": "number"}]}]}),
+        ({"default": {"type": "int"}}, {"default": {"type": "int"}}),
+        ({"type": "internal"}, {"type": "internal"}),
+        ({"maximum": 1 << 64}, {"maximum": 2.0**64}),
     ],
 )
-def test_schemas_that_the_engine_rewrites_are_unsupported(schema: Any) -> None:
-    assert _chat(tools=[{"function": {"name": "f", "parameters": schema}}]).reason == "unsupported"
+def test_types_in_schemas_are_rewritten_as_the_engine_does(schema: Any, rewritten: Any) -> None:
+    (tool,) = _tools({"name": "f", "parameters": schema})
+    assert tool["function"]["parameters"] == rewritten
 
 
 def test_tool_lists_too_large_for_the_cache_are_read() -> None:
