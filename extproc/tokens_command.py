@@ -55,6 +55,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--body", required=True, metavar="F", help="file with the request's body, - for stdin"
     )
+    command.add_argument(
+        "--reasoning-parser", default="", metavar="NAME", help="as the flag of SGLang"
+    )
     command.add_argument("--chat-template-name", metavar="NAME", help="as the model's key")
     command.add_argument(
         "--chat-template-kwargs", metavar="JSON", help="as the model's key, a JSON object"
@@ -96,7 +99,7 @@ def _read_body(name: str) -> bytes:
 def _make(options: argparse.Namespace, body: bytes) -> dict[str, Any]:
     if options.engine is None:
         raise _UsageError("--engine is needed with --tokenizer")
-    engine = _engine(options.engine)
+    engine = _engine(options.engine, options.reasoning_parser)
     settings = EncoderSettings(
         template_name=options.chat_template_name,
         template_kwargs=_kwargs(options.chat_template_kwargs),
@@ -134,11 +137,11 @@ def _ask(options: argparse.Namespace, body: bytes) -> dict[str, Any]:
     return found[0]
 
 
-def _engine(given: str) -> Engine:
+def _engine(given: str, parser: str = "") -> Engine:
     name, _, version = given.partition("@")
     if name not in ENGINE_NAMES:
         raise _UsageError(f"--engine: {name!r} is not one of {', '.join(ENGINE_NAMES)}")
-    return engine_named(cast("EngineName", name), version)
+    return engine_named(cast("EngineName", name), version, parser)
 
 
 def _kwargs(given: str | None) -> dict[str, Any]:

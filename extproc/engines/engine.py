@@ -5,11 +5,13 @@ rank from, and in what it says of its load. A version of an engine whose rules d
 of its own here, and `named` finds it by the version that a worker reports.
 """
 
+from functools import cache
 from typing import Final, Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from extproc.engines.sglang.prompts import SglangRules
+from extproc.engines.sglang.thinking import NO_PARSER, ReasoningParser, parser_named
 from extproc.engines.vllm.prompts import VllmRules
 from extproc.tokenization.prompts import PromptRules
 
@@ -50,7 +52,7 @@ _ENGINES: Final[dict[str, tuple[Engine, ...]]] = {
             name="sglang",
             since=(0, 5),
             read_until="0.5.23",
-            rules=SglangRules(),
+            rules=SglangRules(NO_PARSER),
             adapters_with_model=True,
         ),
     ),
@@ -70,14 +72,25 @@ ENGINE_NAMES: Final = tuple(_ENGINES)
 DEFAULT_ENGINE: Final = _ENGINES["sglang"][0]
 
 
-def engine_named(name: EngineName | None, version: str = "") -> Engine:
+def engine_named(name: EngineName | None, version: str = "", reasoning_parser: str = "") -> Engine:
     """The engine of this name, as it is in `version`; the newest for an unknown version.
 
-    Without a name, it is the default one.
+    Without a name, it is the default one. An SGLang that was started with a `reasoning_parser` has
+    other rules, so it is another engine: the same object for the same kind of parser.
     """
-    if name is None:
-        return DEFAULT_ENGINE
-    known = _ENGINES[name]
+    engine = DEFAULT_ENGINE if name is None else _of_version(_ENGINES[name], version)
+    if reasoning_parser and engine.name == "sglang":
+        return _with_parser(engine, parser_named(reasoning_parser))
+    return engine
+
+
+@cache
+def _with_parser(engine: Engine, parser: ReasoningParser) -> Engine:
+    # There are as many as in the table of parsers, whatever workers say.
+    return structs.replace(engine, rules=SglangRules(parser))
+
+
+def _of_version(known: tuple[Engine, ...], version: str) -> Engine:
     if len(known) == 1 or not version:
         return known[0]
     wanted = _numbers(version)

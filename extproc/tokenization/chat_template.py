@@ -10,7 +10,7 @@ import re
 from typing import Any, Final
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from msgspec import Struct, structs
 
 from extproc.errors import ServiceError
@@ -55,14 +55,13 @@ _MESSAGE_NAMES: Final = frozenset({"message", "msg", "m"})
 # for operations that take little time.
 _STEPS_FOR_TIME: Final = 4.0
 # A template with both words belongs to a family that uses another name for a low effort.
-_LATE_SYSTEM: Final = "late system"
-# Of Mistral's templates and of Hunyuan's.
-_EFFORT_SWITCHES: Final = ("[THINK]", "no_think")
 _LOW_EFFORT_WORDS: Final = ("low_effort", "truncate_history_thinking")
 # What vLLM tries to find out how thinking is turned off.
 _LOW_EFFORT: Final = "low"
 _EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
+_THINKING: Final = frozenset({"thinking", "enable_thinking"})
 _HI_IN_PARTS: Final = ({"type": "text", "text": "Hi"},)
+_SENTINEL: Final = "a late system's text"
 _ADDED_FUNCTIONS: Final = ("raise_exception", "strftime_now")
 # What the library changes when it turns tokens into text and cleans that up.
 _CLEANED_UP: Final = re.compile(r" (?:[.?!,]|' |n't|'m|'s|'ve|'re)")
@@ -121,11 +120,11 @@ class ChatTemplates:
             self._try(f"{files.template_files[name]} ({name})", template)
         if self._default is not None and self._with_tools is not None:
             found = {
+                "shows_late_system": self._default.shows_late_system(),
                 "wants_system_first": any(
                     template.fails_for_late_system()
                     for template in (self._default, self._with_tools)
                 ),
-                "takes_later_system": self._default.prints_late_system(),
                 "effort_without_thinking": self._default.effort_without_thinking(
                     {**self._special_tokens, **self._default_kwargs}
                 ),
@@ -244,10 +243,9 @@ class _Template:
             self.facts = TemplateFacts(
                 loops_over_parts=iterates_over_parts(source, tree),
                 content_format=detected_format(tree),
+                thinking_variables=_THINKING & meta.find_undeclared_variables(tree),
                 names_developer='"developer"' in source or "'developer'" in source,
                 renames_low_effort=all(word in source for word in _LOW_EFFORT_WORDS),
-                thinks_in_tags="<think>" in source,
-                thinks_by_effort=any(word in source for word in _EFFORT_SWITCHES),
             )
             self._template = environment.from_string(limited(tree, environment))
         except Exception as error:
@@ -261,20 +259,19 @@ class _Template:
 
         The engine's trial has no functions and no variables beyond the messages.
         """
-        if _GENERATION_TAG.search(self._source):
-            return True
-        messages = [{"role": role, "content": "t"} for role in ("system", "user") * 2]
-        missing = {name: jinja2.Undefined(name=name) for name in _ADDED_FUNCTIONS}
-        variables = {"messages": messages, "add_generation_prompt": False, **missing}
-        return self._trial(variables) is None
+        return bool(_GENERATION_TAG.search(self._source)) or self._late_system("t") is None
 
-    def prints_late_system(self) -> bool:
-        """True if the template prints a system's message after others, as SGLang tries it."""
-        texts = (("system", "t"), ("user", "t"), ("system", _LATE_SYSTEM), ("user", "t"))
+    def _late_system(self, late: str) -> str | None:
+        """The text of a chat in which a system's message is the third; None if that fails."""
+        texts = (("system", "t"), ("user", "t"), ("system", late), ("user", "t"))
         messages = [{"role": role, "content": text} for role, text in texts]
         missing = {name: jinja2.Undefined(name=name) for name in _ADDED_FUNCTIONS}
-        text = self._trial({"messages": messages, "add_generation_prompt": False, **missing})
-        return text is not None and _LATE_SYSTEM in text
+        return self._trial({"messages": messages, "add_generation_prompt": False, **missing})
+
+    def shows_late_system(self) -> bool:
+        """True if a system's message after others is printed, as SGLang tries it."""
+        text = None if _GENERATION_TAG.search(self._source) else self._late_system(_SENTINEL)
+        return text is not None and _SENTINEL in text
 
     def effort_without_thinking(self, variables: dict[str, Any]) -> str:
         """The effort by which vLLM turns thinking off; it is low if the template ignores others."""

@@ -68,10 +68,9 @@ class TemplateFacts(Struct, frozen=True, kw_only=True):
     `loops_over_parts` is SGLang's rule for templates that get a content as a list of parts, and
     `content_format` vLLM's, or what is configured. `names_developer`: the source has the role
     "developer". `renames_low_effort`: the template is of a family with its own word for it.
-    `takes_later_system`: it prints a system's message after others, as SGLang tries it out.
-    `thinks_in_tags`: the source has the tag of thoughts, and `thinks_by_effort`: it is of a family
-    in which SGLang switches thinking by an effort. `wants_system_first`: it fails for a system's
-    message after others, and
+    `shows_late_system`: a system's message after others is printed, as SGLang tries it out.
+    `thinking_variables` are those of "thinking" and "enable_thinking" that it uses.
+    `wants_system_first`: it fails for a system's message after others, and
     `effort_without_thinking` is the effort that turns thinking off, both as vLLM tries it out.
     `hides_unchosen_tools`: vLLM was started so that a `tool_choice` that forbids calls hides the
     tools. `model_type` is that of the model's `config.json`, empty if it is not known.
@@ -82,9 +81,8 @@ class TemplateFacts(Struct, frozen=True, kw_only=True):
     names_developer: bool = False
     renames_low_effort: bool = False
     wants_system_first: bool = False
-    takes_later_system: bool = False
-    thinks_in_tags: bool = False
-    thinks_by_effort: bool = False
+    shows_late_system: bool = True
+    thinking_variables: frozenset[str] = frozenset()
     effort_without_thinking: str = "none"
     hides_unchosen_tools: bool = False
     model_type: str = ""

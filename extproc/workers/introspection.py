@@ -50,6 +50,7 @@ class _ServerInfo(Struct):
     speculative_algorithm: msgspec.Raw = _NULL
     enable_lora: msgspec.Raw = _NULL
     version: msgspec.Raw = _NULL
+    reasoning_parser: msgspec.Raw = _NULL
     # Only vLLM has it, in its development mode.
     vllm_config: msgspec.Raw = _NULL
 
@@ -60,13 +61,14 @@ class Introspection(Struct, frozen=True, kw_only=True):
     `role` is None if the answer does not have it. `problem` says why there is no usable answer, and
     `kv_problem` why its KV events cannot be used; both are empty if all is well. `unanswered` is
     set if the worker refused the connection, or was silent. `engine` is None and `engine_version`
-    empty if they are not known. `adapters` are those it has loaded, None if it did not say. It may
-    load others while it runs if `lists_adapters` is set. `adapters_left_out` is the number of those
-    that were not taken.
+    empty if they are not known; `reasoning_parser` is empty without one. `adapters` are those it
+    has loaded, None if it did not say. It may load others while it runs if `lists_adapters` is set.
+    `adapters_left_out` is the number of those that were not taken.
     """
 
     engine: EngineName | None = None
     engine_version: str = ""
+    reasoning_parser: str = ""
     model_ids: tuple[str, ...] = ()
     adapters: tuple[str, ...] | None = None
     lists_adapters: bool = False
@@ -276,7 +278,10 @@ def _with_kv_events(
 ) -> Introspection:
     if answer.model_ids:
         answer = msgspec.structs.replace(
-            answer, engine="sglang", engine_version=_version(info.version)
+            answer,
+            engine="sglang",
+            engine_version=_version(info.version),
+            reasoning_parser=_version(info.reasoning_parser),
         )
     algorithm = _value(info.speculative_algorithm)
     try:
@@ -304,6 +309,9 @@ def apply_introspection(spec: WorkerSpec, answer: Introspection) -> WorkerSpec:
         engine=answer.engine or spec.engine,
         # A version belongs to the engine that said it.
         engine_version=spec.engine_version if answer.engine is None else answer.engine_version,
+        reasoning_parser=(
+            spec.reasoning_parser if answer.engine is None else answer.reasoning_parser
+        ),
         adapters=spec.adapters if answer.adapters is None else answer.adapters,
         lists_adapters=answer.lists_adapters or spec.lists_adapters,
     )

@@ -221,7 +221,8 @@ class Membership:
             or set(spec.model_ids) != set(before.model_ids)
             or spec.kv_events != before.kv_events
             # Its pages hold the tokens of the other engine.
-            or engine_named(spec.engine, spec.engine_version) is not worker.engine
+            or engine_named(spec.engine, spec.engine_version, spec.reasoning_parser)
+            is not worker.engine
         )
         if not rejoins and spec.engine_version != before.engine_version:
             self._registry.set_version(worker, spec.engine_version)

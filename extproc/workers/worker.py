@@ -38,7 +38,8 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     `id` is unique: the URL for static workers, for example the uid of a pod for others, so that
     a new engine at an old address does not inherit the breaker of the old one.
     `role_is_configured` is set where the configuration names the role, whatever the worker says.
-    `engine` is None until the worker has said it, and `engine_version` is then empty.
+    `engine` is None until the worker has said it, and `engine_version` and
+    `reasoning_parser` are then empty.
     `adapters` are the names of the LoRA adapters that it has loaded, and `lists_adapters` is set
     if it may load others while it runs.
     `rank_hosts` are ranks and the addresses at which they publish KV events, where discovery
@@ -55,6 +56,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     rank_hosts: tuple[tuple[int, str], ...] = ()
     engine: EngineName | None = None
     engine_version: str = ""
+    reasoning_parser: str = ""
     adapters: tuple[str, ...] = ()
     lists_adapters: bool = False
 
@@ -119,7 +121,8 @@ class Worker:
     @property
     def engine(self) -> Engine:
         """The engine as it is in the worker's version."""
-        return engine_named(self.spec.engine, self.spec.engine_version)
+        spec = self.spec
+        return engine_named(spec.engine, spec.engine_version, spec.reasoning_parser)
 
     def __repr__(self) -> str:
         return f"Worker({self.url}, {self.role}, in_flight={self.in_flight})"

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
 from tokenizers import Tokenizer
@@ -31,6 +30,7 @@ NONE: Final = "without"
 BATCH: Final = "batch"
 REFUSED: Final = "refused"
 UNUSED: Final = "unused"
+_PARSER_FLAG: Final = "--reasoning-parser"
 OUTCOMES: Final = (SAME, DIFFER, NONE, BATCH, REFUSED, UNUSED)
 
 
@@ -42,16 +42,24 @@ class Compared(NamedTuple):
     detail: str
 
 
-def compare_model(engine: str, version: str, model: str, answers: dict[str, Any]) -> list[Compared]:
-    """Every body that `answers` has, in order. ValueError if a vector is of another body."""
-    return list(asyncio.run(_compare(_Service(engine, version, MODELS / model), answers)))
+def compare_model(vectors: dict[str, Any], model: str) -> list[Compared]:
+    """Every body that the vectors of a model have, in order.
+
+    ValueError if a vector is of another body.
+    """
+    answers = vectors["models"][model]["answers"]
+    return list(asyncio.run(_compare(_Service(vectors, model), answers)))
 
 
 class _Service:
     """What the service makes of a body for an engine."""
 
-    def __init__(self, engine: str, version: str, folder: Path) -> None:
-        self.rules = engine_named(cast("EngineName", engine), version).rules
+    def __init__(self, vectors: dict[str, Any], model: str) -> None:
+        folder = MODELS / model
+        name, version = cast("EngineName", vectors["engine"]), vectors["version"]
+        flags = vectors["models"][model]["flags"]
+        parser = flags[flags.index(_PARSER_FLAG) + 1] if _PARSER_FLAG in flags else ""
+        self.rules = engine_named(name, version, parser).rules
         self.encoder = PromptEncoder.load(folder, EncoderSettings(), SystemClock())
         self.words = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
@@ -121,9 +129,8 @@ def _lines(
     yield f"{'model':8}{'path':24}" + "".join(f"{outcome:>9}" for outcome in OUTCOMES)
     details: dict[tuple[str, str, str], list[str]] = {}
     for model in wanted.model or MODEL_NAMES:
-        answers = vectors["models"][model]["answers"]
         counts: dict[str, Counter[str]] = {}
-        for one in compare_model(engine, version, model, answers):
+        for one in compare_model(vectors, model):
             counts.setdefault(one.body.path, Counter())[one.outcome] += 1
             if one.outcome in wanted.show:
                 key = (one.outcome, one.body.name, one.detail)

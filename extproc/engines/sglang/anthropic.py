@@ -1,13 +1,13 @@
 """Translates bodies of /v1/messages to chat messages, as SGLang (0.5.23) does.
 
-Not supported is what depends on the options of the engine: thoughts of earlier turns in a body
-without `thinking`, which only a parser of thoughts keeps. System messages between others are only
-supported for templates that print them there; for others, the engine merges them.
+Whether thinking can be switched, and how thoughts of earlier answers are written, depends on the
+reasoning parser of the engine.
 """
 
 from typing import Any
 
-from extproc.engines.sglang.chats import SglangChat, chat_prompt, thinking_kwargs
+from extproc.engines.sglang.chats import SglangChat, chat_prompt
+from extproc.engines.sglang.thinking import ReasoningParser
 from extproc.engines.sglang.tools import chosen_tools, finished_tool
 from extproc.engines.tool_lists import kept_by_bytes
 from extproc.tokenization.errors import UnmappableError
@@ -18,60 +18,45 @@ from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, UNSUPPORTED
 __all__ = ["anthropic_chat"]
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 _SERVER_TOOLS = ("web_search_", "computer_", "bash_", "text_editor_")
 
 
-def anthropic_chat(body: AnthropicBody) -> SglangChat:
-    """The chat that a body of /v1/messages is translated to; raises UnmappableError."""
-    thinking = _thinking(body.thinking)
+def anthropic_chat(body: AnthropicBody, parser: ReasoningParser) -> SglangChat:
+    """The chat that a body of /v1/messages is translated to; raises UnmappableError.
+
+    `parser` is the one that the engine was started with.
+    """
     messages = _system(body.system)
     if type(body.messages) is not list:
         raise UnmappableError(MALFORMED)
-    tagged = False
     for message in body.messages:
-        # Without a parser of thoughts the engine drops them. With `thinking`, it has one.
-        untagged, message = message, _tagged(message) if thinking else message
-        tagged = tagged or message is not untagged
-        messages.extend(_messages(message))
+        messages.extend(_messages(message, parser))
     tools = _tools(bytes(body.tools))
     return chat_prompt(
         messages,
         tools=_chosen(tools, body.tool_choice),
-        template_kwargs=thinking_kwargs(None, thinking),
         effort=_effort(body),
-        thinking=thinking,
-        late_system=any(_is_system(message) for message in body.messages),
-        tagged_thoughts=tagged,
+        late_system="stripped",
+        thinking=_thinking(body.thinking, parser),
     )
 
 
-def _is_system(message: Any) -> bool:
-    return type(message) is dict and message.get("role") == "system"
-
-
-def _thinking(given: Any) -> bool | None:
+def _thinking(given: Any, parser: ReasoningParser) -> bool | None:
+    """Whether thinking is turned on or off; None if it is left as it is."""
     if given is None:
         return None
     kind = given.get("type") if type(given) is dict else None
-    if kind not in ("enabled", "adaptive", "disabled"):
+    if type(kind) is not str or kind not in _THINKING:
         raise UnmappableError(MALFORMED)
-    return bool(kind != "disabled")
-
-
-def _tagged(given: Any) -> Any:
-    """The message with the assistant's thoughts as a text in tags before all others."""
-    blocks = given.get("content") if type(given) is dict else None
-    if type(blocks) is not list or given.get("role") != "assistant":
-        return given
-    kept = [block for block in blocks if _kind(block) != "thinking"]
-    thoughts = [block.get("thinking") for block in blocks if _kind(block) == "thinking"]
-    if any(thought is not None and type(thought) is not str for thought in thoughts):
-        raise UnmappableError(MALFORMED)
-    text = "\n".join(thought for thought in thoughts if thought)
-    if not text:
-        return given
-    first = {"type": "text", "text": f"<think>{text}\n</think>"}
-    return {**given, "content": [first, *kept]}
+    on = _THINKING[kind]
+    if parser.exists and not parser.switched:
+        raise UnmappableError(UNSUPPORTED, "thinking")
+    if not parser.exists:
+        if on:
+            raise UnmappableError(MALFORMED)
+        return None
+    return on
 
 
 def _system(given: Any) -> list[Message]:
@@ -87,7 +72,7 @@ def _system(given: Any) -> list[Message]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _messages(given: Any) -> list[Message]:
+def _messages(given: Any, parser: ReasoningParser) -> list[Message]:
     """The chat messages for one message; each result of a tool becomes a message."""
     role = given.get("role") if type(given) is dict else None
     if role not in ("user", "assistant", "system"):
@@ -98,15 +83,9 @@ def _messages(given: Any) -> list[Message]:
     if type(content) is not list:
         raise UnmappableError(MALFORMED)
     if role == "system":
-        return [_late_system(content)]
-    return _user(content) if role == "user" else _assistant(content)
-
-
-def _late_system(blocks: list[Any]) -> Message:
-    if any(_kind(block) != "text" for block in blocks):
-        raise UnmappableError(UNSUPPORTED)
-    parts: list[Message] = [{"type": "text", "text": _text(block)} for block in blocks]
-    return {"role": "system", "content": _content(parts) if parts else ""}
+        texts = [{"type": "text", "text": _text(one)} for one in content if _kind(one) == "text"]
+        return [{"role": role, "content": _content(texts)}] if texts else []
+    return _user(content) if role == "user" else _assistant(content, parser)
 
 
 def _user(blocks: list[Any]) -> list[Message]:
@@ -129,15 +108,15 @@ def _user(blocks: list[Any]) -> list[Message]:
                     "content": _result(block.get("content")),
                 }
             )
-        elif kind != "thinking":
+        else:
             raise UnmappableError(UNSUPPORTED)
     if parts:
         messages.append({"role": "user", "content": _content(parts)})
     return messages
 
 
-def _assistant(blocks: list[Any]) -> list[Message]:
-    parts: list[Message] = []
+def _assistant(blocks: list[Any], parser: ReasoningParser) -> list[Message]:
+    parts = _thoughts(blocks, parser)
     calls: list[Message] = []
     for block in blocks:
         kind = _kind(block)
@@ -155,13 +134,10 @@ def _assistant(blocks: list[Any]) -> list[Message]:
             function = {"name": name, "arguments": arguments or {}}
             calls.append({"id": identity, "type": "function", "function": function})
         elif kind == "tool_result":
-            result = _result(block.get("content"))
-            texts = [result] if type(result) is str else [part.get("text") for part in result]
-            if any(type(text) is not str for text in texts):
-                raise UnmappableError(UNSUPPORTED)
-            parts.append({"type": "text", "text": "Tool result: " + "\n".join(texts)})
-        elif kind != "thinking" or block.get("thinking"):
-            raise UnmappableError(UNSUPPORTED)
+            text = _text_of_result(block.get("content"))
+            parts.append({"type": "text", "text": f"Tool result: {text}"})
+        elif kind != "thinking":
+            raise UnmappableError(UNSUPPORTED, "messages")
     message: Message = {"role": "assistant"}
     if calls:
         message["tool_calls"] = calls
@@ -170,6 +146,24 @@ def _assistant(blocks: list[Any]) -> list[Message]:
     elif not calls:
         message["content"] = ""
     return [message]
+
+
+def _thoughts(blocks: list[Any], parser: ReasoningParser) -> list[Message]:
+    """The part with the thoughts of an earlier answer; none without a parser."""
+    texts = [block.get("thinking") for block in blocks if _kind(block) == "thinking"]
+    if any(text is not None and type(text) is not str for text in texts):
+        raise UnmappableError(MALFORMED)
+    thoughts = "\n".join([text for text in texts if text])
+    if not thoughts or not parser.exists:
+        return []
+    if not parser.start:
+        raise UnmappableError(UNSUPPORTED, "messages")
+    return [{"type": "text", "text": parser.written(thoughts)}]
+
+
+def _text_of_result(given: Any) -> str:
+    found = _result(given)
+    return found if type(found) is str else "\n".join([part["text"] for part in found])
 
 
 def _result(given: Any) -> Any:

@@ -9,9 +9,11 @@ from typing import Any, Final
 from msgspec import Struct
 
 from extproc.engines.sglang.messages import (
+    LateSystem,
     chat_messages,
     for_template,
     has_media,
+    with_one_system,
     without_media,
 )
 from extproc.engines.sglang.tools import chosen_tools, function_tools
@@ -39,9 +41,9 @@ class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
     """The messages and options of a chat, and whether it comes from /v1/responses.
 
     `parts`: the content of some message is a list. `effort` is the engine's `reasoning_effort`,
-    a word or a number; `template_kwargs` does not have it yet. `thinking` is what a body of
-    /v1/messages asks for, and `tagged_thoughts`: its history has thoughts, which are in tags here.
-    `late_system`: one of its messages is the system's; the engine merges them for some templates.
+    a word or a number; `template_kwargs` does not have it yet. `late_system`: messages of a system
+    after others go to the first one if the template does not show them; "stripped": without their
+    blanks, each on a line of its own. `thinking` turns thinking on or off.
     """
 
     messages: list[Message]
@@ -51,9 +53,8 @@ class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
     effort: str | float | None = None
     continue_final: bool = False
     responses_api: bool = False
+    late_system: LateSystem = "stays"
     thinking: bool | None = None
-    tagged_thoughts: bool = False
-    late_system: bool = False
 
     @property
     def length(self) -> int:
@@ -75,32 +76,16 @@ class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
     def harmony_is_special(self) -> bool:
         return self.responses_api
 
-    def _given(self, template: TemplateFacts) -> list[Message]:
-        """The messages as the engine changes them for this template."""
-        if self.late_system and not template.takes_later_system:
-            raise UnmappableError(UNSUPPORTED)
-        if self.thinking is not None and template.thinks_by_effort:
-            raise UnmappableError(UNSUPPORTED)
-        if self.tagged_thoughts and not template.thinks_in_tags:
-            raise UnmappableError(UNSUPPORTED)
-        if self.responses_api and not template.takes_later_system:
-            given = _one_system(self.messages)
-            if not given:
-                raise UnmappableError(MALFORMED)
-            return given
-        return self.messages
-
     def for_template(
         self, template: TemplateFacts, default_kwargs: dict[str, Any]
     ) -> TemplateInput:
-        given = self._given(template)
-        messages, continued = self._messages(given, template)
+        messages, continued = self._messages(self.messages, template)
         other_media = None
         if self.has_media:
             # A template for texts gets no media, and has no placeholder for them.
             if not template.loops_over_parts or template.model_type in _MEDIA_FIRST:
                 raise UnmappableError(MULTIMODAL)
-            other_media, _ = self._messages(without_media(given), template)
+            other_media, _ = self._messages(without_media(self.messages), template)
         return TemplateInput(
             messages=messages,
             tools=self.tools,
@@ -112,6 +97,8 @@ class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
         )
 
     def _messages(self, given: list[Message], template: TemplateFacts) -> tuple[list[Message], str]:
+        if self.late_system != "stays" and not template.shows_late_system:
+            given = with_one_system(given, stripped=self.late_system == "stripped")
         messages, continued = for_template(given, template.loops_over_parts, self.continue_final)
         if not messages:
             raise UnmappableError(MALFORMED)
@@ -119,6 +106,10 @@ class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
 
     def _kwargs(self, template: TemplateFacts, default_kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs, effort = self.template_kwargs, self.effort
+        if self.thinking is not None:
+            if len(template.thinking_variables) > 1:
+                raise UnmappableError(UNSUPPORTED, "thinking")
+            kwargs = {**kwargs, **dict.fromkeys(template.thinking_variables, self.thinking)}
         if default_kwargs:
             kwargs = {**default_kwargs, **kwargs}
             if effort is None:
@@ -157,9 +148,8 @@ def chat_prompt(
     effort: str | float | None = None,
     continue_final: bool = False,
     responses_api: bool = False,
+    late_system: LateSystem = "stays",
     thinking: bool | None = None,
-    tagged_thoughts: bool = False,
-    late_system: bool = False,
 ) -> SglangChat:
     """Check the messages and build the chat; raises UnmappableError."""
     normal, parts = chat_messages(messages)
@@ -173,25 +163,9 @@ def chat_prompt(
         effort=effort,
         continue_final=continue_final,
         responses_api=responses_api,
-        thinking=thinking,
-        tagged_thoughts=tagged_thoughts,
         late_system=late_system,
+        thinking=thinking,
     )
-
-
-def _one_system(messages: list[Message]) -> list[Message]:
-    """The texts of all system messages in one at the front."""
-    texts: list[str] = []
-    others = []
-    for message in messages:
-        content = message["content"]
-        if message["role"] != "system":
-            others.append(message)
-        elif type(content) is str:
-            texts.append(content)
-        else:
-            texts += [part["text"] for part in content if "text" in part]
-    return [{"role": "system", "content": "\n\n".join(texts)}, *others] if texts else others
 
 
 def thinking_kwargs(kwargs: Any, thinking: bool | None) -> dict[str, Any]:

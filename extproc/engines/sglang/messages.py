@@ -10,17 +10,26 @@ of parts, and how a trailing assistant message is treated.
 """
 
 import re
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
-from extproc.engines.sglang.tools import plain_values
+from extproc.engines.sglang.schema_types import plain_value
 from extproc.tokenization.errors import UnmappableError
 from extproc.tokenization.media import MEDIA_KINDS
 from extproc.tokenization.prompts import Message
 from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, UNSUPPORTED
 
-__all__ = ["chat_messages", "for_template", "has_media", "without_media"]
+__all__ = [
+    "LateSystem",
+    "chat_messages",
+    "for_template",
+    "has_media",
+    "with_one_system",
+    "without_media",
+]
+
+LateSystem = Literal["stays", "joined", "stripped"]
 
 _ROLES: Final = frozenset(
     {"system", "assistant", "tool", "function", "developer", "latest_reminder", "root"}
@@ -34,10 +43,11 @@ _MEDIA: Final = {
     "video_url": "video",
 }
 _THOUGHTS: Final = frozenset({"thinking", "reasoning"})
-_HUGE_INTEGER: Final = re.compile(r"\d{19}")
 _STRINGS: Final = ("tool_call_id", "name", "phase", "reasoning_content")
 
 _arguments_decoder: Final = msgspec.json.Decoder(dict[str, Any])
+# The engine's parser of arguments turns integers over 64 bits into floats.
+_HUGE_INTEGER: Final = re.compile(r"\d{19}")
 
 
 def chat_messages(given: Any) -> tuple[list[Message], bool]:
@@ -108,6 +118,33 @@ def for_template(
     return messages, ""
 
 
+def with_one_system(messages: list[Message], *, stripped: bool) -> list[Message]:
+    """The messages with those of a system as the first one.
+
+    `stripped`: texts after the first message lose their blanks, and are lines and not paragraphs.
+    """
+    texts: list[str] = []
+    others: list[Message] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "system":
+            others.append(message)
+            continue
+        content = message["content"]
+        parts = [content] if type(content) is str else [part.get("text") for part in content]
+        found = [text for text in parts if type(text) is str]
+        if stripped and index:
+            found = [text for text in map(str.strip, found) if text]
+        if stripped:
+            texts.append("\n".join(found))
+        else:
+            texts += found
+    if stripped:
+        texts = [text for text in texts if text]
+    if not texts:
+        return others
+    return [{"role": "system", "content": ("\n" if stripped else "\n\n").join(texts)}, *others]
+
+
 def _flat(message: Message, keep_parts: bool) -> Message:
     content = message["content"]
     if type(content) is not list:
@@ -135,8 +172,8 @@ def _generic_message(message: Message, role: Any, content: Any) -> Message:
     normal: Message = {"role": role, "content": content}
     if len(message) == 2 and "content" in message:
         return normal
-    # Only encoders in place of a template use `prefix`; some of them also the tools of a message.
-    if message.get("tools") is not None:
+    # Only some encoders of the engine use the tools of a message and prefix completion.
+    if message.get("tools") is not None or message.get("prefix") is not None:
         raise UnmappableError(UNSUPPORTED)
     for field in _STRINGS:
         value = message.get(field)
@@ -209,7 +246,7 @@ def _tool_call(given: Any, assistant: bool) -> Message:
 
 def _arguments(text: str) -> dict[str, Any]:
     try:
-        arguments = _arguments_decoder.decode(text)
+        found = _arguments_decoder.decode(text)
+        return plain_value(found) if _HUGE_INTEGER.search(text) else found
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         raise UnmappableError(MALFORMED) from None
-    return plain_values(arguments) if _HUGE_INTEGER.search(text) else arguments

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from extproc.engines.sglang.anthropic import anthropic_chat
 from extproc.engines.sglang.chats import SglangChat, openai_chat
 from extproc.engines.sglang.responses import responses_chat
+from extproc.engines.sglang.thinking import ReasoningParser
 from extproc.tokenization.errors import UnmappableError
 from extproc.tokenization.fields import (
     AnthropicBody,
@@ -52,12 +53,6 @@ def _responses_prompt(fields: ResponsesBody, size: int) -> Prompt:
     return _prompt(fields, size, chat=responses_chat(fields))
 
 
-def _anthropic_prompt(fields: AnthropicBody, size: int) -> Prompt:
-    # The engine does not know a salt here.
-    fields.cache_salt = None
-    return _prompt(fields, size, chat=anthropic_chat(fields))
-
-
 def _completion_prompt(fields: CompletionBody, size: int) -> Prompt:
     # How a suffix is used depends on a template that only the engine has.
     if fields.suffix:
@@ -86,15 +81,21 @@ _READERS: Final[Mapping[str, Callable[[Any, int], Prompt]]] = {
     "/v1/completions": _completion_prompt,
     "/v1/embeddings": _embedding_prompt,
     "/v1/responses": _responses_prompt,
-    "/v1/messages": _anthropic_prompt,
     "/generate": _generate_prompt,
 }
 
 
 class SglangRules:
-    """SGLang's way from a body to a prompt."""
+    """SGLang's way from a body to a prompt, with the reasoning parser that it was started with."""
+
+    def __init__(self, parser: ReasoningParser) -> None:
+        self._parser = parser
 
     def prompt(self, path: str, fields: Any, body_bytes: int) -> Prompt:
+        if isinstance(fields, AnthropicBody):
+            chat = anthropic_chat(fields, self._parser)
+            # The engine does not take a salt here.
+            return msgspec.structs.replace(_prompt(fields, body_bytes, chat=chat), cache_salt=None)
         return _READERS[path](fields, body_bytes)
 
 

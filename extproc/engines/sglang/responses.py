@@ -1,13 +1,15 @@
 """Translates bodies of /v1/responses to chat messages, as SGLang (0.5.23) does.
 
-Not supported is what depends on the engine's memory or its options: earlier responses, and thoughts
-that only the engine can read.
+Not supported is what depends on the engine's memory or its options: earlier responses, tools
+other than functions, and system messages after the first message, which the engine merges for
+some templates and not for others.
 """
 
 from typing import Any, Final
 
 import msgspec
 
+from extproc.engines.custom_tools import CUSTOM_PARAMETERS, custom_arguments
 from extproc.engines.sglang.chats import SglangChat, chat_prompt, thinking_kwargs
 from extproc.engines.sglang.tools import chosen_tools, finished_tool
 from extproc.engines.tool_lists import kept_by_bytes
@@ -22,25 +24,17 @@ _EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"
 _EFFORT_WITHOUT_WORD: Final = "medium"
 _TEXT_PARTS: Final = frozenset({"input_text", "output_text"})
 _ITEM_ONLY: Final = frozenset({"id", "status", "type"})
-# The engine's own tools, which templates do not get.
-_TOOLS_LEFT_OUT: Final = frozenset({"code_interpreter", "local_shell", "mcp", "namespace"})
-# What the engine gives the model for a tool that takes a free text.
-_CUSTOM: Final = {
-    "type": "object",
-    "properties": {
-        "input": {"type": "string", "description": "The freeform text payload for this tool."}
-    },
-    "required": ["input"],
-    "additionalProperties": False,
-}
-_DEVELOPER_LABEL: Final = "Developer instructions:"
+_DEVELOPER: Final = "Developer instructions:"
+_BUILT_IN: Final = frozenset(
+    {"code_interpreter", "local_shell", "mcp", "web_search", "web_search_preview"}
+)
 _REASONING_ONLY: Final = {"role", "reasoning_content"}
 
 
 def responses_chat(body: ResponsesBody) -> SglangChat:
     """The chat that a body of /v1/responses is translated to; raises UnmappableError."""
     if body.previous_response_id is not None:
-        raise UnmappableError(UNSUPPORTED)
+        raise UnmappableError(UNSUPPORTED, "previous_response_id")
     effort = _effort(body.reasoning)
     kwargs = thinking_kwargs(
         body.chat_template_kwargs, None if effort is None else effort != "none"
@@ -51,6 +45,7 @@ def responses_chat(body: ResponsesBody) -> SglangChat:
         template_kwargs=kwargs,
         effort=effort,
         responses_api=True,
+        late_system="joined",
     )
 
 
@@ -84,10 +79,12 @@ def _message(item: Any) -> Message | None:
     if kind == "function_call":
         return _call(item)
     if kind == "custom_tool_call":
-        text = item.get("input") or ""
-        if type(text) is not str:
-            raise UnmappableError(MALFORMED)
-        return _call({**item, "arguments": msgspec.json.encode({"input": text}).decode()})
+        identity, name = item.get("call_id") or item.get("id"), item.get("name")
+        function = {"name": name, "arguments": custom_arguments(item.get("input"))}
+        return {
+            "role": "assistant",
+            "tool_calls": [{"id": identity, "type": "function", "function": function}],
+        }
     if kind in ("function_call_output", "custom_tool_call_output"):
         return {
             "role": "tool",
@@ -110,16 +107,16 @@ def _message(item: Any) -> Message | None:
 
 
 def _labelled(content: Any) -> Any:
-    """A developer's content under the engine's label: before the first part with a text."""
+    """A developer's content, with the line by which the engine tells it from a system's."""
     if type(content) is str:
-        return f"{_DEVELOPER_LABEL}\n{content}"
+        return f"{_DEVELOPER}\n{content}"
     if type(content) is not list:
         return content
-    for at, part in enumerate(content):
+    for index, part in enumerate(content):
         if type(part) is dict and type(part.get("text")) is str:
-            labelled = {**part, "text": f"{_DEVELOPER_LABEL}\n{part['text']}"}
-            return [*content[:at], labelled, *content[at + 1 :]]
-    return [{"type": "input_text", "text": _DEVELOPER_LABEL}, *content]
+            labelled = {**part, "text": f"{_DEVELOPER}\n{part['text']}"}
+            return [*content[:index], labelled, *content[index + 1 :]]
+    return [{"type": "input_text", "text": _DEVELOPER}, *content]
 
 
 def _call(item: Message) -> Message:
@@ -232,36 +229,45 @@ def _tools(given: Any) -> list[Tool]:
     tools = []
     for tool in given:
         kind = tool.get("type") if type(tool) is dict else None
-        if type(kind) is not str:
-            raise UnmappableError(MALFORMED)
-        if kind in _TOOLS_LEFT_OUT or kind.startswith("web_search"):
+        if type(kind) is str and kind in _BUILT_IN:
+            # The model is not shown these.
             continue
-        if kind not in ("function", "custom"):
-            raise UnmappableError(UNSUPPORTED)
+        if kind == "custom":
+            tools.append(_custom_tool(tool))
+            continue
+        if kind != "function":
+            raise UnmappableError(UNSUPPORTED, "tools")
         if type(tool.get("name")) is not str:
             raise UnmappableError(MALFORMED)
-        if kind == "custom":
-            tool = {**tool, "description": _custom_description(tool), "parameters": _CUSTOM}
         function = {
             "name": tool["name"],
             "description": tool.get("description"),
             "parameters": tool.get("parameters"),
             "strict": tool.get("strict", False),
         }
-        tools.append(finished_tool(function, renames_types=False))
+        # Here the engine leaves the types of schemas as they are.
+        tools.append(finished_tool(function, rewrites=False))
     return tools
 
 
-def _custom_description(tool: dict[str, Any]) -> str | None:
-    """The description of a tool for free text, with the grammar of the text."""
-    description, form = tool.get("description"), tool.get("format")
-    if description is not None and type(description) is not str:
+def _custom_tool(tool: dict[str, Any]) -> Tool:
+    """The function that a tool with a text of its own format is shown as."""
+    texts = [tool.get("description")]
+    given = tool.get("format")
+    if type(given) is dict and given.get("type") == "grammar":
+        syntax, definition = given.get("syntax") or "lark", given.get("definition") or ""
+        texts.append(f"The payload must conform to this {syntax} grammar:\n{definition}")
+    if any(text is not None and type(text) is not str for text in texts):
         raise UnmappableError(MALFORMED)
-    parts = [description] if description else []
-    if type(form) is dict and form.get("type") == "grammar":
-        syntax, definition = form.get("syntax") or "lark", form.get("definition") or ""
-        parts.append(f"The payload must conform to this {syntax} grammar:\n{definition}")
-    return "\n\n".join(parts) or None
+    function = {
+        "name": tool.get("name"),
+        "description": "\n\n".join([text for text in texts if text]) or None,
+        "parameters": CUSTOM_PARAMETERS,
+        "strict": tool.get("strict", False),
+    }
+    if type(function["name"]) is not str:
+        raise UnmappableError(MALFORMED)
+    return finished_tool(function, rewrites=False)
 
 
 def _chosen(tools: list[Tool], choice: Any) -> list[Tool] | None:

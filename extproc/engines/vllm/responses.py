@@ -5,6 +5,7 @@ Not supported is what depends on the engine's memory: earlier responses.
 
 from typing import Any, Final
 
+from extproc.engines.custom_tools import CUSTOM_PARAMETERS, custom_arguments
 from extproc.engines.tool_lists import kept_by_bytes
 from extproc.engines.vllm.chats import EFFORTS, VllmChat, checked_kwargs
 from extproc.engines.vllm.messages import BuiltCall, checked_messages
@@ -17,19 +18,6 @@ from extproc.tokenization.reasons import MALFORMED, NO_TEXT, UNSUPPORTED
 __all__ = ["responses_chat"]
 
 _OPEN: Final = ("in_progress", "incomplete")
-_CUSTOM_INPUT: Final = "input"
-# A custom tool is shown to the model as a function of one text.
-_CUSTOM_PARAMETERS: Final = {
-    "type": "object",
-    "properties": {
-        _CUSTOM_INPUT: {
-            "type": "string",
-            "description": "The freeform text payload for this tool.",
-        }
-    },
-    "required": [_CUSTOM_INPUT],
-    "additionalProperties": False,
-}
 
 
 def responses_chat(body: ResponsesBody) -> VllmChat:
@@ -95,7 +83,7 @@ def _message(item: Any, before: Message | None) -> Message | None:
     if kind == "function_call":
         return _with_call(_call(item, item.get("arguments")), answer)
     if kind == "custom_tool_call":
-        return _with_call(_call(item, {_CUSTOM_INPUT: item.get("input") or ""}), answer)
+        return _with_call(_call(item, custom_arguments(item.get("input"))), answer)
     if kind in ("function_call_output", "custom_tool_call_output"):
         return _checked(
             {"role": "tool", "content": item.get("output"), "tool_call_id": item.get("call_id")}
@@ -189,7 +177,7 @@ def _functions(kind: str, tool: dict[str, Any]) -> list[dict[str, Any]]:
         if type(tool.get("format")) is dict and tool["format"].get("type") == "grammar":
             raise UnmappableError(MALFORMED)
         described = {field: tool.get(field) for field in ("name", "description")}
-        return [{**described, "parameters": _CUSTOM_PARAMETERS}]
+        return [{**described, "parameters": CUSTOM_PARAMETERS}]
     if kind == "namespace":
         given, name = tool.get("tools"), tool.get("name")
         if type(given) is not list or type(name) is not str:

@@ -335,14 +335,6 @@ def test_effort_of_messages_is_read(given: Any, effort: Any) -> None:
         (
             {
                 "messages": [
-                    {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]}
-                ]
-            },
-            "unsupported",
-        ),
-        (
-            {
-                "messages": [
                     {"role": "assistant", "content": [{"type": "tool_use", "id": "", "name": "f"}]}
                 ]
             },
