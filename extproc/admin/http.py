@@ -202,6 +202,7 @@ def _describe(worker: Worker, usable: bool) -> dict[str, Any]:
         "mode": worker.role,
         "engine": worker.spec.engine,
         "engine_version": worker.spec.engine_version or None,
+        "reasoning_parser": worker.spec.reasoning_parser or None,
         "breaker": worker.breaker.state.name.lower(),
         "in_flight": worker.in_flight,
         "draining": worker.draining,

@@ -149,7 +149,7 @@ def _assistant(blocks: list[Any], parser: ReasoningParser) -> list[Message]:
 
 
 def _thoughts(blocks: list[Any], parser: ReasoningParser) -> list[Message]:
-    """The part with the thoughts of an earlier answer; none without a parser."""
+    """The part with the thoughts of an earlier answer; without a parser, they are dropped."""
     texts = [block.get("thinking") for block in blocks if _kind(block) == "thinking"]
     if any(text is not None and type(text) is not str for text in texts):
         raise UnmappableError(MALFORMED)

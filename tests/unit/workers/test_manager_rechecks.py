@@ -641,3 +641,15 @@ async def test_an_engine_that_does_not_say_what_it_is_has_the_configured_one() -
         setup.client.tell(B, "m")
         await setup.deliver(Added(make_spec(A)), Added(make_spec(B)))
         assert [setup.worker(one).engine.name for one in (A, B)] == ["vllm", "sglang"]
+
+
+async def test_an_engine_with_another_reasoning_parser_joins_anew() -> None:
+    follower = Follower()
+    async with running(asking(follower)) as setup:
+        setup.client.tell(A, "m", version="0.5.23")
+        await setup.deliver(Added(make_spec(A)))
+        plain = setup.worker(A).engine
+        setup.client.tell(A, "m", version="0.5.23", reasoning_parser="qwen3")
+        await setup.clock.advance(1.7 * INTERVAL_SECONDS)
+        assert setup.worker(A).engine is not plain
+        assert [what for what, *_ in follower.seen] == ["joined", "left", "joined"]
