@@ -99,7 +99,7 @@ class WorkerWarnings:
                 "kv_events_missing",
                 worker=str(spec.url),
                 model=model,
-                fix="let the engine publish KV events, or set models[].kv_events of the model",
+                fix="start the engine with --kv-events-config, or set models[].kv_events",
             )
 
     def refused(self, spec: WorkerSpec, error: MixedRolesError) -> bool:

@@ -15,6 +15,8 @@ import yaml
 from prometheus_client import CollectorRegistry, Metric
 
 from extproc.app import App
+from extproc.config.models import ModelConfig
+from extproc.engines.engine import EngineName, engine_named
 from extproc.envoy_config import local_replies
 from extproc.envoy_config.local_replies import LocalError
 from extproc.envoy_config.routes import FAIL_OPEN_PATHS
@@ -101,6 +103,27 @@ def test_reasons_in_the_metrics_page_are_those_of_the_code() -> None:
         TOKENS_DIFFER,
     }
     assert documented["extproc_workers"]["role"] == set(get_args(Role))
+
+
+def test_the_engines_page_says_what_the_code_knows_of_each_engine() -> None:
+    page = (DOCS / "engines.md").read_text()
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", page, re.M)}
+    for at, name in enumerate(get_args(EngineName)):
+        engine = engine_named(name)
+        since = ".".join(map(str, engine.since))
+        assert rows["name in `models[].engine`"][at] == f"`{name}`"
+        assert rows["versions read"][at] == f"{since} to {engine.read_until}"
+        in_header = rows["data-parallel rank, where"][at].startswith("header")
+        assert in_header is engine.ranks_in_header
+        with_model = rows["LoRA adapter, name"][at] == "`model:adapter`"
+        assert with_model is engine.adapters_with_model
+        assert rows["load"][at].startswith("`/metrics`") is engine.load_from_metrics
+    keys = set(re.findall(r"models\[\]\.(\w+)", page))
+    assert keys <= set(ModelConfig.__struct_fields__)
+    without = page.partition("## What has no tokens")[2]
+    named = set(re.findall(r"^\| .+ \| .+ \| `([a-z_]+)` \|$", without, re.M))
+    assert named
+    assert named <= set(reasons.REASONS)
 
 
 def test_the_errors_page_names_every_code_its_status_and_its_source() -> None:
