@@ -79,12 +79,13 @@ test-gateways: $(VENV)/.dev
 		$(GATEWAYS)/envoy-gateway/build.sh --versions && $(BIN)/envoy --version | sed -n 's,.*/\([0-9.]*\)/.*/RELEASE.*,Envoy \1,p'
 
 # Real engines with small random models on this CPU, behind the real Envoy. They are installed at the
-# first time: some 7 GB each, and ten minutes. Then six to ten minutes.
+# first time: some 7 GB each, and ten minutes. Then ten to fifteen minutes.
 ENGINES := tests/engines/install
 test-engines: $(VENV)/.dev
-	@vllm=$$($(ENGINES)/vllm.sh) && \
+	@vllm=$$($(ENGINES)/vllm.sh) && sglang=$$($(ENGINES)/sglang.sh) && \
 		ENGINE_VLLM=$$vllm $(BIN)/python -m pytest tests/engines/live $(ARGS) && \
-		echo "ran against:" && $(ENGINES)/vllm.sh --versions
+		ENGINE_SGLANG=$$sglang $(BIN)/python -m pytest tests/engines/live $(ARGS) && \
+		echo "ran against:" && $(ENGINES)/vllm.sh --versions && $(ENGINES)/sglang.sh --versions
 
 # For work on the code, in under a minute: tests that start neither Envoy nor the service, without
 # the property tests, which hypothesis marks and `make test` runs.

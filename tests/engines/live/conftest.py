@@ -9,7 +9,10 @@ from typing import Final
 import pytest
 
 from tests.engines.live.servers import Pair, Servers, start_together
+from tests.engines.live.sglang import PORTS as SGLANG_PORTS
+from tests.engines.live.sglang import sglang_server
 from tests.engines.live.vllm import PORTS, model_folder, vllm_server
+from tests.engines.vectors import MODELS
 
 _VLLM: Final = os.environ.get("ENGINE_VLLM")
 _SGLANG: Final = os.environ.get("ENGINE_SGLANG")
@@ -43,6 +46,20 @@ def _vllm_pair(
     return make
 
 
+def _sglang_pair(name: str, *flags: str) -> Callable[[Servers, Path], Pair]:
+    def make(servers: Servers, folder: Path) -> Pair:
+        model, engine = MODELS / name, Path(_SGLANG or "")
+        two = [
+            servers.add(
+                SGLANG_PORTS, lambda ports, log: sglang_server(engine, model, ports, log, *flags)
+            )
+            for _ in range(2)
+        ]
+        return Pair(model, two)
+
+    return make
+
+
 # By the parameter of `pair`.
 _MAKERS: Final = {
     "qwen": _vllm_pair("tools"),
@@ -54,6 +71,11 @@ _MAKERS: Final = {
         *("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "8"),
         VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
     ),
+    "pages-of-16": _sglang_pair(
+        "tools",
+        *("--page-size", "16", "--tool-call-parser", "qwen25", "--reasoning-parser", "qwen3"),
+    ),
+    "pages-of-1": _sglang_pair("bos", "--page-size", "1", "--tool-call-parser", "qwen25"),
 }
 
 
