@@ -28,7 +28,8 @@ class Decision(Struct, frozen=True, kw_only=True):
     how many decode workers may be tried.
 
     `role` is that of all `destinations`. `adapter` is the LoRA adapter that the request
-    names, where workers list it.
+    names, where workers list it. `fallback_overlaps` are cached and total tokens of those
+    destinations after the first one, as far as they are known.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Decision(Struct, frozen=True, kw_only=True):
     retry_busy: bool = False
     first_byte_timeout_ms: int = 0
     decode_order: str = ""
+    fallback_overlaps: tuple[tuple[int, int], ...] = ()
     attempts: int = 1
     role: Role = "plain"
     adapter: str | None = None

@@ -11,6 +11,7 @@ from extproc.routing.chooser import Chosen
 from extproc.routing.claim import Claims
 from extproc.routing.decision import Decision
 from extproc.routing.lease import Lease, LeaseParts
+from extproc.routing.placement import NO_OVERLAP, Placed
 from extproc.routing.request import Request
 from extproc.workers.worker import Worker
 
@@ -75,7 +76,8 @@ class Dispatch:
         name = model_member(request, model, worker)
         if request.adapter is not None:
             candidates = [one for one in candidates if model_member(request, model, one) == name]
-        named = [worker, *self._fallbacks(worker, candidates)]
+        fallbacks = self._fallbacks(worker, candidates)
+        named = [worker, *fallbacks]
         decision = Decision(
             model=model,
             policy=policy,
@@ -86,6 +88,7 @@ class Dispatch:
             cached_tokens=placed.cached_tokens if placed is not None else 0,
             total_tokens=placed.total_tokens if placed is not None else 0,
             predicted_tokens=placed.predicted_tokens if placed is not None else 0,
+            fallback_overlaps=self._overlaps(placed, fallbacks),
             body_members=joined_members(members, name),
             rank_header=rank_header,
             retry_busy=self._retry_busy and len(named) > 1 and worker.role == "plain",
@@ -96,6 +99,22 @@ class Dispatch:
         self._decisions(model, policy, reason).inc()
         claim = self._claims.take(worker, now, placed, streamed=request.stream)
         return Lease(self._lease_parts, decision, named, claim, now)
+
+    def _overlaps(
+        self, placed: Placed | None, fallbacks: Sequence[Worker]
+    ) -> tuple[tuple[int, int], ...]:
+        """What each fallback holds of the prompt, on the rank that it would serve it on."""
+        if placed is None or not placed.total_tokens:
+            return ()
+        of, dp_rank = self._claims.ranks.of, placed.rank.dp_rank
+        return tuple(
+            [
+                placed.overlap_of(ranks[dp_rank if dp_rank < len(ranks) else 0])
+                if (ranks := of(worker))
+                else NO_OVERLAP
+                for worker in fallbacks
+            ]
+        )
 
     def _fallbacks(self, chosen: Worker, candidates: Sequence[Worker]) -> list[Worker]:
         """The workers to try when the chosen one refuses the connection, less loaded first.

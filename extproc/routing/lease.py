@@ -106,6 +106,19 @@ class Lease:
         return (self.served.url if self.served is not None else "unknown"), None
 
     @property
+    def served_overlap(self) -> tuple[int, int]:
+        """Cached and total tokens of the worker that served; (0, 0) where they are not known."""
+        decision, served = self.decision, self.served
+        if served is None:
+            return 0, 0
+        if served is self._named[0]:
+            return decision.cached_tokens, decision.total_tokens
+        for worker, overlap in zip(self._named[1:], decision.fallback_overlaps, strict=False):
+            if worker is served:
+                return overlap
+        return 0, 0
+
+    @property
     def holds_stream(self) -> bool:
         """True while the stream must stay open though the decision is out."""
         return False

@@ -12,7 +12,8 @@ from msgspec import Struct
 from extproc.engines.engine import Engine
 from extproc.kv.index import PrefixIndex
 from extproc.kv.prefix_hash import TokenIds
-from extproc.kv.rank_pages import Overlap, RankPages
+from extproc.kv.rank_pages import Overlap as Held
+from extproc.kv.rank_pages import RankPages
 from extproc.policies.base import KvPolicy, KvQuery
 from extproc.routing.predictions import Prediction, Predictions
 from extproc.routing.rank import Rank
@@ -21,9 +22,12 @@ from extproc.workers.rank_load import Booking, RankLoad
 from extproc.workers.worker import Worker
 
 __all__ = [
+    "NO_OVERLAP",
     "NO_TOKENS",
     "TOKENS_DIFFER",
+    "Compared",
     "EngineTokens",
+    "Overlap",
     "Placed",
     "PlacedBooking",
     "Placement",
@@ -35,6 +39,13 @@ TOKENS_DIFFER: Final = "tokens_differ"
 
 # Page size, whether pages are pairs of tokens, and the engine whose tokens they are.
 _Shape = tuple[int, bool, Engine]
+
+
+class Overlap(NamedTuple):
+    """How many of a prompt's tokens events have confirmed that a rank holds; 0 of 0 if unknown."""
+
+    cached_tokens: int
+    total_tokens: int
 
 
 class EngineTokens(NamedTuple):
@@ -70,6 +81,7 @@ class PromptTokens(NamedTuple):
 
 
 NO_TOKENS: Final = PromptTokens({})
+NO_OVERLAP: Final = Overlap(0, 0)
 
 
 class _Candidate(Struct, gc=False):
@@ -105,7 +117,7 @@ class _Prompt:
         prefixes: TokenIds,
         more: int,
         cap: int,
-        held: dict[RankPages, Overlap],
+        held: dict[RankPages, Held],
         predictions: Predictions,
         predicted: dict[RankPages, int],
     ) -> None:
@@ -116,6 +128,13 @@ class _Prompt:
         self.held = held
         self.predictions = predictions
         self.predicted = predicted
+
+
+class Compared(NamedTuple):
+    """The prompt in the tokens of each engine, and cut into the pages of each shape."""
+
+    by_shape: Mapping[_Shape, _Prompt]
+    tokens: Mapping[Engine, EngineTokens]
 
 
 class PlacedBooking:
@@ -165,6 +184,7 @@ class Placed:
     """
 
     __slots__ = (
+        "_compared",
         "_prompt",
         "cached_tokens",
         "predicted_tokens",
@@ -184,7 +204,9 @@ class Placed:
         predicted_tokens: int,
         prefill_tokens: int,
         prompt: _Prompt | None,
+        compared: Compared,
     ) -> None:
+        self._compared = compared
         self.rank = rank
         self.reason = reason
         self.cached_tokens = cached_tokens
@@ -192,6 +214,20 @@ class Placed:
         self.predicted_tokens = predicted_tokens
         self.prefill_tokens = prefill_tokens
         self._prompt = prompt
+
+    def overlap_of(self, rank: Rank) -> Overlap:
+        """What another of the ranks that were compared holds of the same prompt."""
+        found = self._compared.tokens.get(rank.engine)
+        if found is None:
+            return NO_OVERLAP
+        pages = rank.pages
+        prompt = held = None
+        if pages is not None and pages.trusted:
+            prompt = self._compared.by_shape.get((pages.page_size, pages.bigram, rank.engine))
+            held = None if prompt is None else prompt.held.get(pages)
+        if prompt is None or pages is None or held is None:
+            return Overlap(0, found.total)
+        return Overlap(min(held[0] * pages.page_size, prompt.cap), found.total)
 
     def book(self, now: float, *, streamed: bool = True) -> PlacedBooking:
         """Count the request on its rank, and predict that its pages will be there."""
@@ -258,6 +294,7 @@ class Placement:
             predicted_tokens=chosen.predicted_tokens,
             prefill_tokens=max(1, expected - max(cached, chosen.predicted_tokens)),
             prompt=cut if cut is not None and chosen.held_pages < cut.pages else None,
+            compared=Compared(prompts, tokens),
         )
 
     def _look_up(
@@ -312,7 +349,7 @@ class Placement:
         page_size, bigram, _ = shape
         tokens = found.ids
         prefixes = self._index.prefixes(tokens, page_size, bigram=bigram, seed=found.seed)
-        held: dict[RankPages, Overlap] = {}
+        held: dict[RankPages, Held] = {}
         if found.reads_cache:
             self._index.match_prefixes(prefixes, mask, held)
         predictions = self._predictions.get(shape)

@@ -65,5 +65,5 @@ class DecodeSession(Session):
         may_retry = isinstance(query, DecodeQuery) and query.attempt < query.order.attempts
         return self._refuse(error, "request_refused", _RETRY if may_retry else ())
 
-    def served_by(self, worker: str, decode_worker: str | None) -> Step:
+    def served_by(self, worker: str, decode_worker: str | None, overlap: tuple[int, int]) -> Step:
         return self._with_debug_headers(replies.debug_decode_worker(worker))

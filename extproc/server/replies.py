@@ -328,17 +328,19 @@ def attempt_reported(number: int, address: str, replica: str) -> bytes:
     return reply.SerializeToString()
 
 
-def debug_response_headers(decision: Decision, worker: str, decode_worker: str | None) -> bytes:
+def debug_response_headers(
+    decision: Decision, worker: str, decode_worker: str | None, overlap: tuple[int, int]
+) -> bytes:
     """A reply to the response headers that says which worker served, and why.
 
     Of a pair `worker` is the prefill worker, and `decode_worker` is given where it was picked
-    together with it.
+    together with it. `overlap` are cached and total tokens of `worker`.
     """
     pairs = [
         (WORKER_HEADER, worker),
         (POLICY_HEADER, decision.policy),
         (REASON_HEADER, decision.reason),
-        (OVERLAP_HEADER, f"{decision.cached_tokens}/{decision.total_tokens}"),
+        (OVERLAP_HEADER, f"{overlap[0]}/{overlap[1]}"),
     ]
     if decode_worker is not None:
         pairs.append((DECODE_WORKER_HEADER, decode_worker))

@@ -345,7 +345,7 @@ class RouteSession(Session):
             replies=replies.response_body_piece(chunk.body, end_of_stream=end), released=end
         )
 
-    def served_by(self, worker: str, decode_worker: str | None) -> Step:
+    def served_by(self, worker: str, decode_worker: str | None, overlap: tuple[int, int]) -> Step:
         assert self._decision is not None  # noqa: S101 (a response follows a decision)
-        reply = replies.debug_response_headers(self._decision, worker, decode_worker)
+        reply = replies.debug_response_headers(self._decision, worker, decode_worker, overlap)
         return self._with_debug_headers(reply)

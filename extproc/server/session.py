@@ -267,11 +267,11 @@ class Session:
             reply = replies.with_retry_after(reply)
         return Step(replies=(reply,))
 
-    def served_by(self, worker: str, decode_worker: str | None) -> Step:
+    def served_by(self, worker: str, decode_worker: str | None, overlap: tuple[int, int]) -> Step:
         """Reply to the response headers with debug headers, once the lease is settled.
 
         `worker` is the URL of the worker that served, `decode_worker` that of the one that
-        decodes where it is another.
+        decodes where it is another. `overlap` are cached and total tokens of `worker`.
         """
         raise NotImplementedError
 

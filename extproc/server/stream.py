@@ -162,7 +162,7 @@ class Stream:
             lease.close()
         if not self.session.debug:
             return out
-        return self.session.served_by(*lease.served_urls).replies
+        return self.session.served_by(*lease.served_urls, lease.served_overlap).replies
 
     async def _ask(self, question: Request | DecodeQuery) -> None:
         """Get the answer to the session's question, and write what follows from it."""

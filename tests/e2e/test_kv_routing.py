@@ -10,6 +10,7 @@ import pytest
 from extproc.testing.stack import wait_until
 from tests.e2e.conftest import Launch, Running
 from tests.e2e.test_gateway_modes import MODES, with_modes
+from tests.e2e.test_retry_elsewhere import set_faults
 from tests.unit.simulator.model_folders import model_folder
 
 PAGE = 16
@@ -330,6 +331,43 @@ async def test_a_model_without_a_tokenizer_counts_no_tokens(launch: Launch) -> N
         f"{running.url}/v1/tokenize", json={"model": "m", "prompt": "a"}
     ) as answer:
         assert await running.error(answer) == (404, "tokenizer_not_configured")
+
+
+@pytest.mark.parametrize("how", ["busy", "refused"])
+async def test_worker_and_overlap_speak_of_the_worker_that_served(
+    pool: StartPool, how: str
+) -> None:
+    fleet = await pool(2)
+    first, second = fleet.running.fleet.workers
+    await fleet.chat(LONG, first.url)
+    await fleet.chat(LONG[:400], second.url)
+    await fleet.settled()
+    if how == "busy":
+        await set_faults(first, status=503)
+    else:
+        await first.stop()
+    body, shown = await fleet.chat(LONG)
+    assert shown["worker"] == second.url
+    if how == "busy":
+        assert shown["reason"] == "hit"  # of the decision, which was for the first
+    usage = body["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert 300 < cached < 450
+    assert shown["overlap"] == f"{cached}/{usage['prompt_tokens']}"
+
+
+async def test_there_is_no_overlap_where_no_worker_served(pool: StartPool) -> None:
+    fleet = await pool(2)
+    await fleet.chat(LONG, fleet.urls[0])
+    await fleet.settled()
+    for worker in fleet.running.fleet.workers:
+        await worker.stop()
+    async with fleet.running.chat(
+        headers=DEBUG, messages=[{"role": "user", "content": LONG}]
+    ) as answer:
+        assert await fleet.running.error(answer) == (503, "upstream_unreachable")
+        shown = answer.headers["x-extproc-worker"], answer.headers["x-extproc-overlap"]
+        assert shown == ("unknown", "0/0")
 
 
 async def test_a_refused_first_choice_leaves_no_load_behind(pool: StartPool) -> None:

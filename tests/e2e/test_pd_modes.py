@@ -282,6 +282,30 @@ async def test_a_nixl_prefill_may_take_longer_than_a_decision(tmp_path: Path) ->
         await running.at_rest()
 
 
+@pytest.mark.parametrize("decode", ["two_pass", "inline"])
+async def test_of_a_pair_the_overlap_is_that_of_the_prefill_worker(
+    tmp_path: Path, decode: str
+) -> None:
+    folder = model_of(tmp_path)
+    worker = {"tokenizer_path": folder, "page_size": PAGE, "kv_events_port": 0}
+    settings = {"pd": {"decode": decode}, "observability": {"debug_headers": True}}
+    model = {"policy": "min_ttft", "tokenizer_path": folder}
+    async with pd_stack(tmp_path, worker=worker, model=model, settings=settings) as running:
+        messages = [{"role": "user", "content": LONG}]
+        headers = {"x-extproc-debug": "true"}
+        for _ in range(2):
+            async with running.chat(messages=messages, tokens=2, headers=headers) as response:
+                assert response.status == 200, await response.text()
+                shown = response.headers
+            await running.at_rest()
+            await running.kv_settled(PAGE)
+        prefill = (await running.legs(running.prefills))[-1]
+        assert shown["x-extproc-worker"] == running.prefills[0].url
+        assert prefill["cached_tokens"] > 600
+        expected = f"{prefill['cached_tokens']}/{prefill['prompt_tokens']}"
+        assert shown["x-extproc-overlap"] == expected
+
+
 async def test_a_short_rest_of_a_prompt_needs_no_prefill_worker(tmp_path: Path) -> None:
     folder = model_of(tmp_path)
     worker = {

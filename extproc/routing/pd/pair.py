@@ -92,6 +92,11 @@ class Pair:
         return self.leg.worker.url, None if decoded is None else decoded.url
 
     @property
+    def served_overlap(self) -> tuple[int, int]:
+        """Cached and total tokens of the prefill worker, which is the first of `served_urls`."""
+        return self.decision.cached_tokens, self.decision.total_tokens
+
+    @property
     def holds_stream(self) -> bool:
         """True while the prefill runs: only this stream can end the request if it fails."""
         return self.leg.is_open and not self._closed

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from extproc.routing.claim import Claims
-from extproc.routing.placement import Placed
+from extproc.routing.placement import Compared, Placed
 from extproc.routing.rank import Rank
 from extproc.workers.circuit_breaker import BreakerState
 from extproc.workers.prefill_speed import PrefillSpeed
@@ -54,6 +54,7 @@ class Case:
             predicted_tokens=0,
             prefill_tokens=TOKENS,
             prompt=None,
+            compared=Compared({}, {}),
         )
 
     def half_open(self) -> None:

@@ -281,7 +281,7 @@ def test_with_debug_headers_the_reply_waits_until_it_is_known_which_worker_serve
     step = receive(session, response_headers(upstream=ADDRESS))
     assert step.replies == ()
     assert step.response is not None
-    reply = only_reply(session.served_by(f"http://{ADDRESS}", None))
+    reply = only_reply(session.served_by(f"http://{ADDRESS}", None, (0, 0)))
     assert set_headers(reply) == {"x-extproc-decode-worker": f"http://{ADDRESS}"}
 
 

@@ -243,12 +243,12 @@ def test_with_debug_headers_the_reply_says_which_worker_served() -> None:
     step = receive(session, response_headers(upstream=ADDRESS))
     assert session.debug
     assert step.replies == ()
-    (reply,) = session.served_by(URL, "http://10.0.1.1:8000").replies
+    (reply,) = session.served_by(URL, "http://10.0.1.1:8000", (32, 50)).replies
     assert set_headers(pb.ProcessingResponse.FromString(reply)) == {
         "x-extproc-worker": URL,
         "x-extproc-policy": "round_robin",
         "x-extproc-reason": "next",
-        "x-extproc-overlap": "0/0",
+        "x-extproc-overlap": "32/50",
         "x-extproc-decode-worker": "http://10.0.1.1:8000",
     }
 
@@ -352,7 +352,7 @@ def test_a_503_says_when_to_retry(status: int, retry_after: str, added: bool, de
     assert step.response is not None
     assert step.response.retry_after == retry_after
     if debug:
-        step = session.served_by(URL, None)
+        step = session.served_by(URL, None, (0, 0))
     (reply,) = step.replies
     found = set_headers(pb.ProcessingResponse.FromString(reply))
     assert found.get("retry-after") == ("1" if added else None)

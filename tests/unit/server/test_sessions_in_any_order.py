@@ -100,7 +100,7 @@ class Stream(RuleBasedStateMachine):
             assert self.decided, "settled before a decision"
             self.settled += 1
             if self.session.debug:
-                self.take(self.session.served_by(f"http://{ADDRESS}", None))
+                self.take(self.session.served_by(f"http://{ADDRESS}", None, (0, 0)))
 
     def send(self, message: pb.ProcessingRequest) -> None:
         self.sent.append(str(message.WhichOneof("request")))
