@@ -22,6 +22,9 @@
         ├── WatchEndedError                  (discovery) a watch has ended without an error
         ├── StreamLimitError                 (xds) a client asks for too much on an ADS stream
         ├── BodyTooLargeError                (server)
+        ├── AdminError                       (admin) a running service cannot be asked for tokens
+        ├── NoTokensToldError                (workers) an engine does not say its tokens
+        ├── NotNowError                      (routing) a worker is not to be asked at the moment
         └── StackError                       (testing) a process of the test stack failed
 
 Every RouterError has a code that is stable, a status, and a message that names no worker and

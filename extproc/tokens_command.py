@@ -17,7 +17,7 @@ from extproc.admin.client import AdminError, ask_for_tokens
 from extproc.clock import SystemClock
 from extproc.encoders import content_format_of
 from extproc.engines.engine import ENGINE_NAMES, Engine, EngineName, engine_named
-from extproc.errors import RouterError
+from extproc.errors import RouterError, ServiceError
 from extproc.routing.local_endpoints import tokens_of
 from extproc.routing.request import ClientHeaders, find_endpoint, parse_body
 from extproc.tokenization.encoder import Encoded, EncoderSettings, PromptEncoder
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         return _EXIT_FAILED
 
 
-class _UsageError(Exception):
+class _UsageError(ServiceError):
     """An option that cannot be used; the text says why."""
 
 
