@@ -37,6 +37,8 @@ def sglang_server(
         *("--sampling-backend", "pytorch", "--disable-overlap-schedule"),
         *("--disable-cuda-graph", "--skip-server-warmup", "--mem-fraction-static", "0.05"),
         *("--max-total-tokens", str(_CACHE_TOKENS), "--enable-cache-report"),
+        # Otherwise each of them keeps a core busy.
+        "--sleep-on-idle",
         *("--kv-events-config", json.dumps(publisher)),
         *flags,
     ]
