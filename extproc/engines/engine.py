@@ -50,7 +50,7 @@ _ENGINES: Final[dict[str, tuple[Engine, ...]]] = {
     "sglang": (
         Engine(
             name="sglang",
-            since=(0, 5),
+            since=(0, 5, 23),
             read_until="0.5.23",
             rules=SglangRules(NO_PARSER),
             adapters_with_model=True,
@@ -59,7 +59,7 @@ _ENGINES: Final[dict[str, tuple[Engine, ...]]] = {
     "vllm": (
         Engine(
             name="vllm",
-            since=(0, 11),
+            since=(0, 32),
             read_until="0.32.0",
             rules=VllmRules(),
             ranks_in_header=True,

@@ -26,7 +26,13 @@ from extproc.tokenization.prompts import (
     TemplateInput,
     Tool,
 )
-from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, NO_TEXT, UNSUPPORTED
+from extproc.tokenization.reasons import (
+    MALFORMED,
+    MULTIMODAL,
+    NO_TEXT,
+    RENDERED_BY_ENGINE,
+    UNSUPPORTED,
+)
 
 __all__ = ["SglangChat", "chat_prompt", "openai_chat", "thinking_kwargs"]
 
@@ -35,6 +41,12 @@ _EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"
 _MEDIA_FIRST: Final = frozenset({"clip", "paligemma", "siglip"})
 _EFFORT_MAX: Final = 0.99
 _TRUE_WORDS: Final = frozenset({"1", "true", "yes", "y", "on"})
+
+
+# Models whose chats the engine renders with code of its own, also if they have a template.
+_RENDERED_BY_ENGINE: Final = frozenset(
+    {"deepseek_v4", "deepseek_v41", "inkling_mm_model", "inkling_model", "kimi_k3"}
+)
 
 
 class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
@@ -79,6 +91,8 @@ class SglangChat(Struct, frozen=True, kw_only=True, eq=False):
     def for_template(
         self, template: TemplateFacts, default_kwargs: dict[str, Any]
     ) -> TemplateInput:
+        if template.model_type in _RENDERED_BY_ENGINE:
+            raise UnmappableError(RENDERED_BY_ENGINE)
         messages, continued = self._messages(self.messages, template)
         other_media = None
         if self.has_media:

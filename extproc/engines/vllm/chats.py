@@ -13,11 +13,29 @@ from extproc.tokenization.prompts import (
     TemplateInput,
     Tool,
 )
-from extproc.tokenization.reasons import MALFORMED, MULTIMODAL, NO_TEXT, UNSUPPORTED
+from extproc.tokenization.reasons import (
+    MALFORMED,
+    MULTIMODAL,
+    NO_TEXT,
+    RENDERED_BY_ENGINE,
+    UNSUPPORTED,
+)
 
 __all__ = ["EFFORTS", "VllmChat", "checked_kwargs"]
 
 EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
+# Models whose chats the engine renders with code of its own, also if they have a template.
+_RENDERED_BY_ENGINE: Final = frozenset(
+    {
+        "deepseek_v32",
+        "deepseek_v4",
+        "deepseek_v41",
+        "gpt_oss",
+        "inkling_mm_model",
+        "inkling_model",
+        "kimi_k3",
+    }
+)
 # The engine sets these itself, whatever the arguments say.
 _SET_BY_ENGINE: Final = frozenset({"add_generation_prompt", "continue_final_message"})
 # Types of models whose media the engine puts before all text, or with tokens of its own.
@@ -98,6 +116,8 @@ class VllmChat(Struct, frozen=True, kw_only=True, eq=False):
         default_kwargs: dict[str, Any],
     ) -> TemplateInput:
         """What the template gets for these messages and this effort."""
+        if template.model_type in _RENDERED_BY_ENGINE:
+            raise UnmappableError(RENDERED_BY_ENGINE)
         other_media = None
         if has_media(given):
             if not _media_follow_text(template):

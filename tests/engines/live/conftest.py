@@ -116,6 +116,12 @@ def vllm_engine() -> Path:
 
 
 @pytest.fixture
+def sglang_engine() -> Path:
+    """The environment in which SGLang is installed."""
+    return Path(_SGLANG or "")
+
+
+@pytest.fixture
 def pair(request: pytest.FixtureRequest) -> Pair:
     """Two servers with the model that the test names, as `parametrize(..., indirect=True)`."""
     return request.config.stash[_PAIRS][request.param]

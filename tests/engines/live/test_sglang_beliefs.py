@@ -10,8 +10,10 @@ import pytest
 
 from tests.engines.bodies import all_bodies
 from tests.engines.live.asking import Asked, check, open_house, talk
-from tests.engines.live.servers import Pair, wait_ready
+from tests.engines.live.servers import Pair, Servers, start_together, wait_ready
+from tests.engines.live.sglang import PORTS, sglang_server
 from tests.engines.live.talks import TOOLS, Talk, words
+from tests.engines.vectors import MODELS
 
 pytestmark = pytest.mark.timeout(900)
 # By the name of the pair.
@@ -111,15 +113,25 @@ async def test_sixteen_at_once(pair: Pair, page: int, tmp_path: Path) -> None:
         assert len(exact) >= 0.95 * len(asked), (len(exact), len(asked))
 
 
-@pytest.mark.parametrize("pair", ["pages-of-16"], indirect=True)
 async def test_a_server_that_was_killed_is_known_anew(
-    pair: Pair, page: int, tmp_path: Path
+    own_servers: Servers, sglang_engine: Path, tmp_path: Path
 ) -> None:
-    async with open_house(tmp_path, pair.urls, pair.model, page) as house:
+    model, page = MODELS / "tools", 16
+    servers = [
+        own_servers.add(
+            PORTS,
+            lambda ports, log: sglang_server(
+                sglang_engine, model, ports, log, "--page-size", str(page)
+            ),
+        )
+        for _ in range(2)
+    ]
+    await asyncio.to_thread(start_together, servers)
+    urls = [one.url for one in servers]
+    async with open_house(tmp_path, urls, model, page) as house:
         check(await talk(house, count=2, turns=3), at_least_cached=4)
-        killed = pair.servers[0]
-        killed.kill()
-        killed.start()
-        await asyncio.to_thread(wait_ready, [killed])
+        servers[0].kill()
+        servers[0].start()
+        await asyncio.to_thread(wait_ready, servers[:1])
         await house.trusted()
         check(await talk(house, count=4, turns=4), at_least_cached=12)

@@ -31,6 +31,7 @@ def test_without_a_name_it_is_the_default_engine() -> None:
         ("0.32.9", True),
         ("0.32.0rc1+cpu", True),
         ("0.33.0", False),
+        ("0.31.2", False),
         ("0.5.0", False),
         ("1.0", False),
         ("", True),
