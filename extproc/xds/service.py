@@ -37,6 +37,7 @@ _NAME_MAX_CHARS: Final = 1024
 _ERROR_MAX_CHARS: Final = 1024
 # A client that reads what it acknowledges has at most one unread response of each type.
 _UNREAD_MAX: Final = 16
+_LAST_WRITE_SECONDS: Final = 1.0
 
 # A request and the type that it is about.
 _Incoming = tuple[str, Request]
@@ -92,7 +93,7 @@ class DiscoveryService:
 
         async def send() -> None:
             while True:
-                await context.write(write(await responses.get()))
+                await _write_whole(context, write(await responses.get()))
 
         self._publisher.connect(envoy)
         works = [asyncio.create_task(one) for one in (receive(), send(), self._closing.wait())]
@@ -111,6 +112,21 @@ class DiscoveryService:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         if works[0] in done:
             await let_cancellation_come()
+
+
+async def _write_whole(context: Any, response: bytes) -> None:
+    """Write a response; a cancellation waits until it is out.
+
+    Otherwise the stream could not be ended with a status: gRPC refuses that beside a write.
+    """
+    writing = asyncio.ensure_future(context.write(response))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        # A client that does not read is not waited for.
+        await asyncio.wait([writing], timeout=_LAST_WRITE_SECONDS)
+        writing.cancel()
+        raise
 
 
 def _error(request: pb.DiscoveryRequest | pb.DeltaDiscoveryRequest) -> str | None:

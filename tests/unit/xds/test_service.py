@@ -255,6 +255,33 @@ class DeafContext:
         raise AbortedError
 
 
+class SlowContext(DeafContext):
+    """A client whose responses take a while; no status can be sent beside one, as with gRPC."""
+
+    def __init__(self, requests: list[bytes]) -> None:
+        super().__init__(requests)
+        self.writing = False
+        self.begun = asyncio.Event()
+
+    async def read(self) -> Any:
+        if len(self.requests) == 1:
+            await self.begun.wait()
+        return await super().read()
+
+    async def write(self, _: bytes) -> None:
+        self.writing = True
+        self.begun.set()
+        await asyncio.shield(self._written())
+
+    async def _written(self) -> None:
+        await asyncio.sleep(0.05)
+        self.writing = False
+
+    async def abort(self, code: grpc.StatusCode, text: str) -> None:
+        assert not self.writing, "a status beside a response"
+        await super().abort(code, text)
+
+
 async def wait_until_refused(replica: Replica, stream: Any, others: int = 0) -> str:
     """Read until the service ends the stream since it is over a limit; returns the reason."""
 
@@ -402,3 +429,29 @@ async def test_a_model_that_a_reload_adds_gets_a_cluster() -> None:
         seen.append([pb.Cluster.FromString(one.value).name for one in response.resources])
         other = "workers/n/plain"
         assert seen == [[CLUSTER], [CLUSTER, other], [other]]
+
+
+async def test_a_stream_is_ended_when_its_last_response_is_out() -> None:
+    replica = Replica()
+    replica.add("http://10.0.0.1:80")
+    service = DiscoveryService(replica.publisher)
+    requests = [
+        pb.DeltaDiscoveryRequest(
+            type_url=ENDPOINTS_TYPE, resource_names_subscribe=names
+        ).SerializeToString()
+        for names in (["x"], NAMES)
+    ]
+    context = SlowContext(requests)
+    publisher = asyncio.create_task(replica.publisher.run())
+    try:
+
+        async def published() -> bool:
+            return replica.publisher.snapshot is not None
+
+        await wait_until(published, "there is something to send")
+        with pytest.raises(AbortedError):
+            await asyncio.wait_for(service._delta(None, context), 10)
+    finally:
+        publisher.cancel()
+        await asyncio.gather(publisher, return_exceptions=True)
+    assert context.aborted is not None
