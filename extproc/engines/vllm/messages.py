@@ -111,7 +111,8 @@ def has_media(messages: list[Message]) -> bool:
 def _is_medium(part: Any) -> bool:
     if type(part) is not dict:
         return False
-    return part.get("uuid") is not None or part.get("type") in _MEDIA
+    kind = part.get("type")
+    return part.get("uuid") is not None or (type(kind) is str and kind in _MEDIA)
 
 
 def template_messages(
